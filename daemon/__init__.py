@@ -1,0 +1,1 @@
+"""blendmaskd: broker, supervisor and client. Nothing here imports torch."""

@@ -1,0 +1,246 @@
+"""Settings: one frozen tree of values from defaults, a YAML file, the environment and flags, in that order.
+
+Later sources win key by key. Everything is checked when it is loaded: an unknown key, a value of the wrong type or
+out of range raises `SettingsError`, which names key, value and reason; nothing is guessed. The tree is passed down;
+no module reads the environment or the file again.
+
+Environment: ``BLENDMASKD__QUEUE__MAX_JOBS=64`` sets ``queue.max_jobs``; the value is read as YAML. Flags:
+``--set queue.max_jobs=64``, and ``--devices cpu:0 cpu:1`` for the commonest.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+ENVIRONMENT_PREFIX = "BLENDMASKD__"
+DEVICE = re.compile(r"^(npu|cuda|cpu):(0|[1-9][0-9]*)$")
+CPU_LIST = re.compile(r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
+
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class SettingsError(ValueError):
+    """A key, value or file that cannot be used; the text names it and says why."""
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class Model(_Section):
+    """Which network, with which weights, in which arithmetic."""
+
+    config: str = "configs/BlendMask/R_50_1x.yaml"  # AdelaiDet's own keys
+    weights: str | None = None  # a checkpoint: {"model": state_dict}
+    precision: Literal["fp32", "hf32"] = "fp32"  # hf32 lets an NPU use HF32 and CUDA TF32; the same as fp32 on a CPU
+    categories: str | None = None  # a COCO `categories` list; default: beside the weights, else COCO's 80, else class_N
+
+
+class Endpoints(_Section):
+    """Where the daemon listens."""
+
+    clients: list[str] = msgspec.field(default_factory=lambda: ["ipc:///run/blendmaskd/client.sock"])
+    metrics: str | None = "127.0.0.1:9464"  # host:port of /metrics, /healthz, /readyz; null: off
+
+
+class Queue(_Section):
+    """Bounds on the jobs that wait; over either, a job is answered `busy` at once."""
+
+    max_jobs: Count = 256
+    max_bytes: Count = 1 << 30  # of image payloads
+
+
+class Limits(_Section):
+    """Bounds on one image."""
+
+    max_image_bytes: Count = 64 << 20  # of one payload, encoded or raw
+    max_image_pixels: Count = 50_000_000  # height x width, checked before decoding
+
+
+class Paths(_Section):
+    """Server-side images: a job may name a file below one of `roots`. Empty: refused."""
+
+    roots: list[str] = []
+
+
+class Runtime(_Section):
+    """What is applied to a worker process at spawn."""
+
+    cpus: Literal["auto"] | dict[str, str] = "auto"  # {"npu:0": "0-15"}; auto: near the device, else an even split
+    task_queue: Literal[0, 1, 2] = 2  # TASK_QUEUE_ENABLE
+    cpu_affinity_conf: str | None = None  # CPU_AFFINITY_CONF of torch_npu; off unless asked for
+    preload: str = "auto"  # tcmalloc: auto, required, off, or a library's path
+    threads: Literal["auto"] | Count = "auto"  # OMP_NUM_THREADS; auto: one per CPU of the slot's set
+
+
+class Restarts(_Section):
+    """How a slot is kept filled."""
+
+    first_delay_s: Positive = 0.5  # doubled at each death in a row
+    longest_delay_s: Positive = 30.0
+    give_up_after: Count = 6  # deaths in a row without `stable_s` of service between them
+    stable_s: Positive = 60.0
+    start_timeout_s: Positive = 900.0  # loading, compiling and warm-up
+    stall_s: Positive = 60.0  # leases held and nothing finished, or no sign of life: abort with a stack dump, then kill
+    stop_s: Positive = 10.0  # between asking a worker to end and killing it
+
+
+class Timed(_Section):
+    """The `timed` engine's latency table: batch size to milliseconds (defaults: one Ascend 910, 800x800)."""
+
+    latency_ms: dict[Count, NotNegative] = msgspec.field(
+        default_factory=lambda: {1: 21.79, 2: 38.90, 4: 122.43, 8: 226.38}
+    )
+
+
+class Settings(_Section):
+    """The whole tree. Field names are the keys of the YAML file."""
+
+    devices: list[str] = msgspec.field(default_factory=lambda: ["npu:0", "npu:1"])
+    engine: Literal["native", "adelaidet", "timed"] = "native"
+    model: Model = Model()
+    endpoints: Endpoints = Endpoints()
+    batch: Literal["auto"] | Annotated[int, Meta(ge=1, le=64)] = "auto"  # auto: the best of the latency table, else 1
+    max_wait_ms: NotNegative = 0.0  # how long an idle device waits for a batch to fill
+    warm_up: list[tuple[Count, Count]] = msgspec.field(default_factory=lambda: [(800, 800)])  # (height, width) of images
+    queue: Queue = Queue()
+    limits: Limits = Limits()
+    paths: Paths = Paths()
+    max_attempts: Count = 2  # times a job may have been started when its worker died
+    deadline_s: Positive = 60.0  # of a job that names none
+    drain_s: Positive = 30.0  # on SIGTERM, for accepted jobs to finish
+    window_s: Positive = 10.0  # over which FPS are counted
+    runtime: Runtime = Runtime()
+    restarts: Restarts = Restarts()
+    worker_env: dict[str, str] = {}  # added to every worker's environment, over what the daemon sets
+    timed: Timed = Timed()
+
+
+def load(
+    path: str | Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    overrides: Sequence[str] = (),
+    devices: Sequence[str] | None = None,
+) -> Settings:
+    """Settings from a YAML file, an environment and ``key.sub=value`` overrides, checked.
+
+    Raises `SettingsError` for an unreadable file, an unknown key or a bad value.
+    """
+    tree = _read(path) if path else {}
+    for name, text in sorted((environment or {}).items()):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            _put(tree, name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"), _yaml(text, name), name)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {override}: expected KEY=VALUE")
+        _put(tree, key.split("."), _yaml(text, key), key)
+    if devices:
+        tree["devices"] = list(devices)
+    return from_tree(tree)
+
+
+def from_tree(tree: Mapping[str, Any]) -> Settings:
+    """Settings from nested plain values; raises `SettingsError`."""
+    try:
+        settings = msgspec.convert(tree, Settings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(_explain(str(error), tree)) from None
+    _check(settings)
+    return settings
+
+
+def to_tree(settings: Settings) -> dict[str, Any]:
+    """The inverse of `from_tree`: plain values, every key present."""
+    tree: dict[str, Any] = msgspec.to_builtins(settings)
+    return tree
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    return tree
+
+
+def _yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{name}={text}: not a YAML value: {error}") from None
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: Any, name: str) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise SettingsError(f"{name}: {key} is not a section")
+    tree[keys[-1]] = value
+
+
+def _explain(error: str, tree: Any) -> str:
+    """msgspec's ``reason - at `$.queue.max_jobs` `` as ``queue.max_jobs = -1: reason``."""
+    reason, _, where = error.partition(" - at `$")
+    key = where.rstrip("`").lstrip(".")
+    value = tree
+    for part in re.findall(r"[^.\[\]]+", key):
+        if isinstance(value, list) and part.isdigit():
+            value = value[int(part)]
+        elif isinstance(value, dict):
+            value = value.get(part, value)
+    unknown = re.search(r"unknown field `(.+)`", reason)
+    if unknown:
+        return f"{key + '.' if key else ''}{unknown[1]}: unknown key"
+    return f"{key or 'settings'} = {value!r}: {reason}"
+
+
+def _check(settings: Settings) -> None:
+    _check_devices(settings.devices)
+    _check_endpoints(settings.endpoints)
+    cpus = settings.runtime.cpus
+    if isinstance(cpus, dict):
+        for device, ranges in cpus.items():
+            if device not in settings.devices:
+                raise SettingsError(f"runtime.cpus.{device}: not among devices {settings.devices}")
+            if not CPU_LIST.match(ranges):
+                raise SettingsError(f"runtime.cpus.{device} = {ranges!r}: expected a CPU list such as 0-7,16")
+    preload = settings.runtime.preload
+    if preload not in ("auto", "required", "off") and not preload.startswith("/"):
+        raise SettingsError(f"runtime.preload = {preload!r}: expected auto, required, off or an absolute path")
+    if 1 not in settings.timed.latency_ms:
+        raise SettingsError("timed.latency_ms: needs an entry for batch size 1")
+    if settings.batch != "auto" and settings.engine == "timed" and settings.batch not in settings.timed.latency_ms:
+        raise SettingsError(f"batch = {settings.batch}: timed.latency_ms has no entry for it")
+
+
+def _check_devices(devices: list[str]) -> None:
+    if not devices:
+        raise SettingsError("devices = []: name at least one, such as npu:0 or cpu:0")
+    for device in devices:
+        if not DEVICE.match(device):
+            raise SettingsError(f"devices: {device!r}: expected npu:N, cuda:N or cpu:N")
+    if len(set(devices)) != len(devices):
+        raise SettingsError(f"devices = {devices}: a device is named twice")
+
+
+def _check_endpoints(endpoints: Endpoints) -> None:
+    if not endpoints.clients:
+        raise SettingsError("endpoints.clients = []: name at least one, such as ipc:///run/blendmaskd/client.sock")
+    for endpoint in endpoints.clients:
+        if not endpoint.startswith(("ipc://", "tcp://")):
+            raise SettingsError(f"endpoints.clients: {endpoint!r}: expected ipc:///PATH or tcp://HOST:PORT")
+    if endpoints.metrics is not None and not re.match(r"^.+:\d{1,5}$", endpoints.metrics):
+        raise SettingsError(f"endpoints.metrics = {endpoints.metrics!r}: expected HOST:PORT")
