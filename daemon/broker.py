@@ -1,0 +1,475 @@
+"""Broker: queue, leases, windows, deadlines, retries, drain. Pure: events and `now` in, actions out.
+
+The sentence that all of this defends: **every accepted job gets exactly one answer while the daemon lives.**
+
+Where a job is:
+
+=========  ===========================================================================================
+waiting    in `_waiting`, by priority and then by arrival
+suspect    in `_suspects`: a worker died with it started; it is leased again alone, to an empty worker
+leased     in one worker's `leases`
+answered   nowhere
+=========  ===========================================================================================
+
+A lease outlives its job when the job is answered early (deadline, cancel, client gone): its `job` is then None, it
+still fills its worker's window, and what the worker says of it later is dropped. So a worker's leases are exactly
+those that it was sent and has not ended yet.
+
+Only a job that its worker had started when it died spends an attempt; its window-mates go back to the head of the
+queue as if nothing had been. No socket, clock, process, thread or logger belongs in here.
+"""
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from daemon.protocol import (
+    Cancel,
+    Code,
+    Failed,
+    FailedLease,
+    Finished,
+    Frames,
+    Image,
+    Lease,
+    Options,
+    Result,
+    Revoke,
+    Started,
+    Submit,
+    ToClient,
+    ToWorker,
+)
+
+SHORTEST_RETRY_S = 0.05
+LONGEST_RETRY_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class SendClient:
+    """Send this to a client."""
+
+    client: bytes
+    message: ToClient
+    payload: Frames = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SendWorker:
+    """Send this to a worker."""
+
+    worker: str
+    message: ToWorker
+    payload: Frames = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """This worker hangs: end it. `lose` follows when it is gone."""
+
+    worker: str
+    reason: str
+
+
+Action = SendClient | SendWorker | Evict
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One image to segment, as long as it has no answer."""
+
+    seq: int
+    client: bytes
+    name: str
+    image: Image
+    options: Options
+    payload: Frames
+    priority: int
+    accepted: float
+    deadline: float
+    attempts: int = 0  # times it was started on a worker that died
+    worker: str | None = None  # the holder of its lease
+    lease: int = 0
+    leased_at: float = 0.0
+    answered: bool = False
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(len(frame) for frame in self.payload)
+
+
+@dataclass(slots=True, eq=False)
+class HeldLease:
+    """What a worker was sent and has not ended."""
+
+    job: Job | None  # None: answered early
+    started: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A worker that is ready."""
+
+    name: str
+    device: str
+    window: int
+    progress: float  # when it last ended or started a lease, or went from idle to busy
+    heard: float  # when it last said anything
+    leases: dict[int, HeldLease] = field(default_factory=dict)
+    retiring: bool = False  # gets no new leases
+
+    @property
+    def alone(self) -> bool:
+        """It holds a suspect, and nothing may keep that company."""
+        return any(lease.job is not None and lease.job.attempts for lease in self.leases.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds, from settings."""
+
+    max_jobs: int
+    max_bytes: int
+    max_image_bytes: int
+    max_attempts: int
+    deadline_s: float
+    stall_s: float
+    paths_allowed: bool = False
+
+
+class Broker:
+    """See the module. `check()` states the invariants; tests call it after every step."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.outcomes: Counter[str] = Counter()  # "answered" or an error code, of accepted and refused jobs alike
+        self.served_per_s = 0.0  # told by the shell; only for the retry hint
+        self._seq = itertools.count(1)
+        self._waiting: dict[int, OrderedDict[int, Job]] = {}
+        self._waiting_bytes = 0
+        self._suspects: deque[Job] = deque()
+        self._clients: dict[bytes, dict[str, Job]] = {}
+        self._workers: dict[str, Worker] = {}
+        self._deadlines: list[tuple[float, int, Job]] = []
+        self._draining = False
+        self._available = True
+
+    # -- what the shell may ask -------------------------------------------------------------------------------------
+
+    @property
+    def waiting_jobs(self) -> int:
+        return sum(map(len, self._waiting.values())) + len(self._suspects)
+
+    @property
+    def waiting_bytes(self) -> int:
+        return self._waiting_bytes + sum(job.payload_bytes for job in self._suspects)
+
+    @property
+    def unanswered(self) -> int:
+        return sum(map(len, self._clients.values()))
+
+    @property
+    def leased(self) -> int:
+        return sum(len(worker.leases) for worker in self._workers.values())
+
+    def holds_suspect(self, worker: str) -> bool:
+        """Whether this worker's death says something of a job rather than of the worker."""
+        return worker in self._workers and self._workers[worker].alone
+
+    def last_heard(self, worker: str) -> float | None:
+        return self._workers[worker].heard if worker in self._workers else None
+
+    # -- clients ----------------------------------------------------------------------------------------------------
+
+    def submit(self, client: bytes, message: Submit, payload: Frames, now: float) -> list[Action]:
+        """Accept a job, or answer at once why not."""
+        if message.job in self._clients.get(client, ()):
+            return []  # its one answer is still to come
+        job = Job(
+            seq=next(self._seq),
+            client=client,
+            name=message.job,
+            image=message.image,
+            options=message.options,
+            payload=payload,
+            priority=message.priority,
+            accepted=now,
+            deadline=now + (message.deadline_s or self.limits.deadline_s),
+        )
+        refusal = self._refusal(job)
+        if refusal is not None:
+            self.outcomes[refusal.code] += 1
+            return [SendClient(client, refusal)]
+        self._clients.setdefault(client, {})[job.name] = job
+        self._push_deadline(job)
+        self._enqueue(job)
+        return self._assign(now)
+
+    def cancel(self, client: bytes, message: Cancel, now: float) -> list[Action]:
+        job = self._clients.get(client, {}).get(message.job)
+        if job is None:
+            return []
+        return self._fail(job, Code.CANCELLED, "cancelled by its client") + self._assign(now)
+
+    def client_gone(self, client: bytes, now: float) -> list[Action]:
+        """Nobody waits for this client's jobs any more."""
+        actions: list[Action] = []
+        for job in list(self._clients.get(client, {}).values()):
+            self.outcomes[Code.CANCELLED] += 1
+            actions += self._remove(job)
+        return actions + self._assign(now)
+
+    # -- workers ----------------------------------------------------------------------------------------------------
+
+    def ready(self, worker: str, device: str, window: int, now: float) -> list[Action]:
+        """A new worker may be given leases."""
+        if worker in self._workers:
+            return []
+        self._workers[worker] = Worker(worker, device, window, progress=now, heard=now)
+        return self._assign(now)
+
+    def heard(self, worker: str, now: float) -> None:
+        """A worker gave a sign of life."""
+        if worker in self._workers:
+            self._workers[worker].heard = now
+
+    def started(self, worker: str, message: Started, now: float) -> list[Action]:
+        holder = self._workers.get(worker)
+        if holder is None:
+            return []
+        holder.progress = holder.heard = now
+        for number in message.leases:
+            if number in holder.leases:
+                holder.leases[number].started = True
+        return []
+
+    def finished(self, worker: str, message: Finished, payload: Frames, now: float) -> list[Action]:
+        job = self._end_lease(worker, message.lease, now)
+        if job is None:
+            return self._assign(now)
+        device = self._workers[worker].device
+        timings = {**message.timings, "queue": job.leased_at - job.accepted, "total": now - job.accepted}
+        result = Result(job=job.name, width=message.width, height=message.height, device=device, timings=timings)
+        self.outcomes["answered"] += 1
+        self._remove(job)
+        return [SendClient(job.client, result, payload), *self._assign(now)]
+
+    def failed(self, worker: str, message: FailedLease, now: float) -> list[Action]:
+        job = self._end_lease(worker, message.lease, now)
+        answer = [] if job is None else self._fail(job, message.code, message.reason)
+        return answer + self._assign(now)
+
+    def retire(self, worker: str) -> None:
+        """No new leases for this worker; it finishes those that it holds."""
+        if worker in self._workers:
+            self._workers[worker].retiring = True
+
+    def lose(self, worker: str, now: float, reason: str) -> list[Action]:
+        """A worker is gone: its jobs go back to the queue, or are answered when their attempts are spent."""
+        holder = self._workers.pop(worker, None)
+        if holder is None:
+            return []
+        actions: list[Action] = []
+        for lease in reversed(holder.leases.values()):
+            job = lease.job
+            if job is None:
+                continue
+            job.worker, job.lease = None, 0
+            job.attempts += lease.started
+            if not job.attempts:
+                self._enqueue(job, first=True)
+            elif job.attempts < self.limits.max_attempts:
+                self._suspects.appendleft(job)
+            else:
+                text = f"{reason}; this image was on a worker that died {job.attempts} times"
+                actions += self._fail(job, Code.WORKER_LOST, text)
+        return actions + self._assign(now)
+
+    # -- time and state ---------------------------------------------------------------------------------------------
+
+    def expire(self, now: float) -> list[Action]:
+        """Answer what is overdue; name workers that hang."""
+        actions: list[Action] = []
+        while self._deadlines and (self._deadlines[0][2].answered or self._deadlines[0][0] <= now):
+            job = heapq.heappop(self._deadlines)[2]
+            if not job.answered:
+                where = "in the queue" if job.worker is None else f"on {self._workers[job.worker].device}"
+                actions += self._fail(job, Code.TIMEOUT, f"not done {now - job.accepted:.1f} s after it came, {where}")
+        for worker in self._workers.values():
+            if now >= self._stall_deadline(worker):
+                silent = now - worker.heard >= self.limits.stall_s
+                what = "no sign of life" if silent else "leases held, none ended"
+                actions.append(Evict(worker.name, f"{what} for {self.limits.stall_s:g} s"))
+        return actions + self._assign(now)
+
+    def next_deadline(self) -> float | None:
+        """When `expire` has something to do next."""
+        while self._deadlines and self._deadlines[0][2].answered:
+            heapq.heappop(self._deadlines)
+        times = [self._deadlines[0][0]] if self._deadlines else []
+        times += [self._stall_deadline(worker) for worker in self._workers.values()]
+        return min(times, default=None)
+
+    def drain(self) -> None:
+        """Accept nothing more; what was accepted is still answered."""
+        self._draining = True
+
+    def end_drain(self) -> list[Action]:
+        """The time to finish is over: answer what is left."""
+        jobs = list(self._jobs())
+        return [action for job in jobs for action in self._fail(job, Code.DRAINING, "the daemon is stopping")]
+
+    def set_available(self, available: bool) -> list[Action]:
+        """Whether any device can serve now or after a restart. When none can, nothing waits for one."""
+        self._available = available
+        if available:
+            return []
+        jobs = list(self._jobs())
+        return [action for job in jobs for action in self._fail(job, Code.UNAVAILABLE, _NO_DEVICE)]
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _jobs(self) -> Iterator[Job]:
+        for jobs in self._clients.values():
+            yield from jobs.values()
+
+    def _refusal(self, job: Job) -> Failed | None:
+        def refuse(code: Code, reason: str, retry_after_s: float | None = None) -> Failed:
+            return Failed(job=job.name, code=code, reason=reason, retry_after_s=retry_after_s)
+
+        size = job.payload_bytes
+        if size > self.limits.max_image_bytes:
+            return refuse(Code.TOO_LARGE, f"{size} bytes: an image has at most {self.limits.max_image_bytes}")
+        if job.image.kind == "path" and not self.limits.paths_allowed:
+            return refuse(Code.BAD_REQUEST, "images by path are off: the settings name no paths.roots")
+        if self._draining:
+            return refuse(Code.DRAINING, "the daemon is stopping", LONGEST_RETRY_S)
+        if not self._available:
+            return refuse(Code.UNAVAILABLE, _NO_DEVICE, LONGEST_RETRY_S)
+        if self.waiting_jobs >= self.limits.max_jobs:
+            return refuse(Code.BUSY, f"{self.waiting_jobs} jobs are waiting", self._retry_after_s())
+        if self.waiting_bytes + size > self.limits.max_bytes:
+            return refuse(Code.BUSY, f"{self.waiting_bytes} bytes are waiting", self._retry_after_s())
+        return None
+
+    def _retry_after_s(self) -> float:
+        """When about half of the queue will be gone."""
+        if not self.served_per_s:
+            return 1.0
+        return min(max(self.waiting_jobs / self.served_per_s / 2, SHORTEST_RETRY_S), LONGEST_RETRY_S)
+
+    def _enqueue(self, job: Job, first: bool = False) -> None:
+        queue = self._waiting.setdefault(job.priority, OrderedDict())
+        queue[job.seq] = job
+        if first:
+            queue.move_to_end(job.seq, last=False)
+        self._waiting_bytes += job.payload_bytes
+
+    def _dequeue(self, job: Job) -> None:
+        queue = self._waiting[job.priority]
+        del queue[job.seq]
+        if not queue:
+            del self._waiting[job.priority]
+        self._waiting_bytes -= job.payload_bytes
+
+    def _push_deadline(self, job: Job) -> None:
+        heapq.heappush(self._deadlines, (job.deadline, job.seq, job))
+        if len(self._deadlines) > 2 * self.unanswered + 64:  # answered jobs must not pile up behind a far deadline
+            self._deadlines = [entry for entry in self._deadlines if not entry[2].answered]
+            heapq.heapify(self._deadlines)
+
+    def _stall_deadline(self, worker: Worker) -> float:
+        oldest = min(worker.progress, worker.heard) if worker.leases else worker.heard
+        return oldest + self.limits.stall_s
+
+    def _end_lease(self, worker: str, number: int, now: float) -> Job | None:
+        holder = self._workers.get(worker)
+        if holder is None:
+            return None
+        holder.progress = holder.heard = now
+        lease = holder.leases.pop(number, None)
+        return None if lease is None else lease.job
+
+    def _fail(self, job: Job, code: Code, reason: str) -> list[Action]:
+        self.outcomes[code] += 1
+        retry = self._retry_after_s() if code.retryable else None
+        answer = SendClient(job.client, Failed(job=job.name, code=code, reason=reason, retry_after_s=retry))
+        return [answer, *self._remove(job)]
+
+    def _remove(self, job: Job) -> list[Action]:
+        """Take an answered job out of wherever it is; its worker is told if it still has it."""
+        jobs = self._clients[job.client]
+        del jobs[job.name]
+        if not jobs:
+            del self._clients[job.client]
+        job.answered = True
+        actions: list[Action] = []
+        if job.worker is None:
+            if job in self._suspects:
+                self._suspects.remove(job)
+            else:
+                self._dequeue(job)
+        elif job.lease in self._workers[job.worker].leases:
+            self._workers[job.worker].leases[job.lease].job = None
+            actions.append(SendWorker(job.worker, Revoke(lease=job.lease)))
+        job.payload = ()
+        return actions
+
+    def _assign(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        open_workers = [worker for worker in self._workers.values() if not worker.retiring and not worker.alone]
+        while self._suspects and (empty := [worker for worker in open_workers if not worker.leases]):
+            open_workers.remove(empty[0])
+            actions.append(self._lease(self._suspects.popleft(), empty[0], now))
+        if self._suspects and open_workers:
+            open_workers.remove(min(open_workers, key=_load))  # is left to empty, for the next suspect
+        while self._waiting:
+            free = [worker for worker in open_workers if len(worker.leases) < worker.window]
+            if not free:
+                break
+            job = next(iter(self._waiting[max(self._waiting)].values()))
+            self._dequeue(job)
+            actions.append(self._lease(job, min(free, key=_load), now))
+        return actions
+
+    def _lease(self, job: Job, worker: Worker, now: float) -> Action:
+        number = next(self._seq)
+        if not worker.leases:
+            worker.progress = now
+        worker.leases[number] = HeldLease(job)
+        job.worker, job.lease, job.leased_at = worker.name, number, now
+        alone = job.attempts > 0
+        lease = Lease(lease=number, image=job.image, options=job.options, deadline=job.deadline, alone=alone)
+        return SendWorker(worker.name, lease, job.payload)
+
+    def check(self) -> None:
+        """Raise AssertionError when an invariant does not hold."""
+        waiting = [job for queue in self._waiting.values() for job in queue.values()]
+        leased = [lease.job for worker in self._workers.values() for lease in worker.leases.values() if lease.job]
+        everywhere = [*waiting, *self._suspects, *leased]
+        assert len(everywhere) == len(set(everywhere)), "a job is in two places"
+        assert set(everywhere) == set(self._jobs()), "an unanswered job is nowhere, or an answered one somewhere"
+        assert not any(job.answered for job in everywhere), "an answered job is still held"
+        assert self._waiting_bytes == sum(job.payload_bytes for job in waiting), "bytes are miscounted"
+        assert all(self._waiting.values()) and all(self._clients.values()), "an empty container is kept"
+        assert all(job.attempts == 0 and job.worker is None for job in waiting), "a suspect waits among the others"
+        assert all(0 < job.attempts < self.limits.max_attempts for job in self._suspects), "attempts are miscounted"
+        for worker in self._workers.values():
+            assert not worker.alone or len(worker.leases) == 1, "a suspect has company"
+            assert len(worker.leases) <= worker.window, "a window is overfull"
+            for number, lease in worker.leases.items():
+                assert lease.job is None or (lease.job.worker, lease.job.lease) == (worker.name, number)
+        live = {entry[2] for entry in self._deadlines if not entry[2].answered}
+        assert live == set(everywhere), "a job has no deadline"
+        idle = [w for w in self._workers.values() if not w.leases and not w.retiring]
+        assert not (idle and everywhere and len(everywhere) > len(leased)), "a job waits although a worker is idle"
+
+
+_NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, mend, then reload"
+
+
+def _load(worker: Worker) -> float:
+    return len(worker.leases) / worker.window

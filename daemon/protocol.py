@@ -1,0 +1,313 @@
+"""The wire: what travels between client, broker and worker, and how it is written as ZeroMQ frames.
+
+This docstring is the wire's specification; any language with ZeroMQ and msgpack can be a client.
+
+**Frames.** Both sides talk DEALER to ROUTER, without an empty delimiter. A message is ``[b"BMD1", header, payload…]``.
+The header is a msgpack map with a key ``type``; unknown keys are ignored, so that either side may be newer. Pixels and
+detections are payload frames, never inside the header; the broker passes them on without copying or decoding them.
+
+**A client** sends
+
+``submit``
+    ``job`` (str of 1 to 128 characters, the client's own name for the job), ``image`` (map, below), and, as it likes,
+    ``options`` (map, below), ``deadline_s`` (seconds from arrival), ``priority`` (-9 to 9, higher first, default 0).
+    Payload: one frame with the image; none for kind ``path``. While a job of the same name from the same client is
+    unanswered, a repeated ``submit`` changes nothing: the one answer is still to come.
+``cancel``
+    ``job``. The job is answered `cancelled` if it had no answer yet; an unknown job is ignored.
+``get-stats``
+    Answered by ``stats``.
+
+``image``: ``kind`` is ``encoded`` (JPEG, PNG, WebP, BMP or TIFF bytes), ``raw`` (``shape`` [height, width, 3],
+``dtype`` ``uint8``, ``order`` ``bgr`` or ``rgb``, rows from the top, no padding) or ``path`` (``path``: a file on the
+server, below a root that its settings allow).
+
+``options``: ``score_threshold`` (0 to 1; default 0: all that the network keeps), ``max_detections`` (default: all),
+``mask_format`` (``rle``, ``polygon`` or ``none``; default ``rle``).
+
+**The broker** answers each accepted job exactly once, with
+
+``result``
+    ``job``, ``width``, ``height`` (pixels of the image), ``device``, ``timings`` (seconds by stage: ``queue``,
+    ``decode``, ``wait``, ``device``, ``finish``, ``total``). Payload: one frame, a msgpack list of COCO results in
+    descending score: ``bbox`` [x, y, width, height], ``score``, ``class_index``, ``category_id``, ``category_name``,
+    ``segmentation`` (``{"size": [h, w], "counts": str}`` as pycocotools reads it, or a list of polygons).
+``failed``
+    ``job``, ``code`` (one of `Code`), ``reason``, and ``retry_after_s`` where trying again can help. A message that
+    cannot be read is answered so too, with the job's name if it could be found and an empty one otherwise.
+``stats``
+    ``stats``: the snapshot that ``daemon/stats.py`` describes.
+
+**Workers** use the same frames on a socket of their own: ``ready``, ``started``, ``finished``, ``failed-lease``,
+``report`` towards the broker; ``lease``, ``revoke``, ``stop`` from it. Each lease gets exactly one ``finished`` or
+``failed-lease``. Times in ``lease`` and ``report`` are CLOCK_MONOTONIC, which all processes of a host share.
+
+No pickle anywhere. What cannot be decoded raises `ProtocolError`; beyond `decode` everything is typed.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgpack
+import msgspec
+from msgspec import Meta
+
+MAGIC = b"BMD1"
+MAX_HEADER_BYTES = 64 << 10
+
+Frames = Sequence[Sized]  # payload frames: bytes or zmq.Frame; the broker asks only for their length
+JobName = Annotated[str, Meta(min_length=1, max_length=128)]
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class Code(StrEnum):
+    """Why a job failed: a closed table. `retryable` says whether the same job may succeed later."""
+
+    BAD_REQUEST = "bad-request"  # malformed or unsupported
+    BAD_IMAGE = "bad-image"
+    TOO_LARGE = "too-large"
+    BUSY = "busy"  # the queue is full: try again after `retry_after_s`
+    TIMEOUT = "timeout"  # the deadline passed
+    CANCELLED = "cancelled"
+    WORKER_LOST = "worker-lost"  # attempts spent
+    ENGINE_FAILED = "engine-failed"  # the engine raised
+    UNAVAILABLE = "unavailable"  # no device can serve
+    DRAINING = "draining"  # elsewhere, or later
+    UNAUTHORISED = "unauthorised"
+
+    @property
+    def retryable(self) -> bool:
+        return self in _RETRYABLE
+
+
+_RETRYABLE = {Code.BUSY, Code.TIMEOUT, Code.WORKER_LOST, Code.UNAVAILABLE, Code.DRAINING}
+
+
+class ProtocolError(ValueError):
+    """A message that breaks the rules above. `job` is its job's name where that could be read, else empty."""
+
+    def __init__(self, reason: str, job: str = "") -> None:
+        super().__init__(reason)
+        self.job = job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """How the image of a job travels."""
+
+    kind: Literal["encoded", "raw", "path"]
+    shape: tuple[int, int, int] | None = None  # raw: height, width, 3
+    dtype: str = "uint8"
+    order: Literal["bgr", "rgb"] = "bgr"
+    path: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What of the network's output a job wants back."""
+
+    score_threshold: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    max_detections: Annotated[int, Meta(ge=0)] | None = None
+    mask_format: Literal["rle", "polygon", "none"] = "rle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """Client to broker: one job."""
+
+    job: JobName
+    image: Image
+    options: Options = field(default_factory=Options)
+    deadline_s: Annotated[float, Meta(gt=0, le=86400)] | None = None  # from arrival; None: the daemon's own
+    priority: Annotated[int, Meta(ge=-9, le=9)] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Client to broker: the job is no longer wanted."""
+
+    job: JobName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetStats:
+    """Client to broker: the latest snapshot, please."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """Broker to client: the answer. Payload: msgpack list of COCO results."""
+
+    job: str
+    width: int
+    height: int
+    device: str
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """Broker to client: the other answer."""
+
+    job: str
+    code: Code
+    reason: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Broker to client: a snapshot."""
+
+    stats: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """Worker to broker: loaded and warm."""
+
+    token: str  # of this run of the daemon, so that no orphan of another run is taken on
+    pid: int
+    window: Annotated[int, Meta(ge=1)]  # leases it wants to hold
+    actual: dict[str, Any]  # what took effect of what was wanted at spawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """Worker to broker: these leases are about to enter the device."""
+
+    leases: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """Worker to broker: a lease's result. Payload: as in `Result`."""
+
+    lease: int
+    width: int
+    height: int
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedLease:
+    """Worker to broker: a lease that ended without a result."""
+
+    lease: int
+    code: Code
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Worker to broker, each second: what was done since the last report."""
+
+    start: float  # CLOCK_MONOTONIC
+    end: float
+    images: int
+    busy_s: Seconds  # the device's own time
+    memory_bytes: int  # resident size of the process
+    device_memory_bytes: int  # held on the device; 0 where the host's memory is meant
+    shapes: list[tuple[int, int, int]]  # (batch, height, width) met so far, padded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """Broker to worker: segment this image. Payload: as in `Submit`."""
+
+    lease: int
+    image: Image
+    options: Options
+    deadline: float  # CLOCK_MONOTONIC
+    alone: bool = False  # its worker died before: never batched with others
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revoke:
+    """Broker to worker: nobody waits for this lease any more; skip it if it has not started."""
+
+    lease: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Broker to worker: finish what you hold, then exit."""
+
+
+FromClient = Submit | Cancel | GetStats
+ToClient = Result | Failed | Stats
+FromWorker = Ready | Started | Finished | FailedLease | Report
+ToWorker = Lease | Revoke | Stop
+Message = FromClient | ToClient | FromWorker | ToWorker
+
+FROM_CLIENT = {"submit": Submit, "cancel": Cancel, "get-stats": GetStats}
+TO_CLIENT = {"result": Result, "failed": Failed, "stats": Stats}
+FROM_WORKER = {
+    "ready": Ready,
+    "started": Started,
+    "finished": Finished,
+    "failed-lease": FailedLease,
+    "report": Report,
+}
+TO_WORKER = {"lease": Lease, "revoke": Revoke, "stop": Stop}
+_TYPE = {cls: name for kinds in (FROM_CLIENT, TO_CLIENT, FROM_WORKER, TO_WORKER) for name, cls in kinds.items()}
+
+M = TypeVar("M")
+
+
+def encode(message: Message, payload: Frames = ()) -> list[Any]:
+    """Frames of a message; the payload's frames are passed on as they are."""
+    header = msgspec.to_builtins(message)
+    header["type"] = _TYPE[type(message)]
+    return [MAGIC, msgpack.packb(header), *payload]
+
+
+def decode(frames: Sequence[Any], kinds: dict[str, type[M]]) -> tuple[M, list[Any]]:
+    """The message of these frames and its payload. `kinds` is the table of what the sender may say.
+
+    Raises `ProtocolError` for anything else; its `job` names the job where that could be read.
+    """
+    if len(frames) < 2 or bytes(memoryview(frames[0])) != MAGIC:
+        raise ProtocolError(f"expected frames [{MAGIC.decode()}, header, payload...]")
+    header = _header(frames[1])
+    job = header.get("job")
+    job = job if isinstance(job, str) and len(job) <= 128 else ""
+    kind = kinds.get(header.get("type"))  # type: ignore[arg-type]
+    if kind is None:
+        raise ProtocolError(f"type {header.get('type')!r:.80}: expected one of {', '.join(kinds)}", job)
+    try:
+        message = msgspec.convert(header, kind)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"{header['type']}: {error}", job) from None
+    if isinstance(message, Submit):
+        _check_submit(message, len(frames) - 2)
+    return message, list(frames[2:])
+
+
+def _header(frame: Any) -> dict[str, Any]:
+    view = memoryview(frame)
+    if len(view) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"header of {len(view)} bytes: at most {MAX_HEADER_BYTES}; pixels belong into payload frames")
+    try:
+        header = msgpack.unpackb(view, strict_map_key=True)
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"header is not msgpack: {str(error) or type(error).__name__}") from None
+    if not isinstance(header, dict):
+        raise ProtocolError(f"header is a {type(header).__name__}: expected a map")
+    if not isinstance(header.get("type"), str):
+        raise ProtocolError("header has no type")
+    return header
+
+
+def _check_submit(message: Submit, payload_frames: int) -> None:
+    image = message.image
+    wanted = 0 if image.kind == "path" else 1
+    if payload_frames != wanted:
+        raise ProtocolError(f"{payload_frames} payload frames: kind {image.kind} takes {wanted}", message.job)
+    if image.kind == "path" and not image.path:
+        raise ProtocolError("image.path: missing", message.job)
+    if image.kind == "raw" and image.shape is None:
+        raise ProtocolError("image.shape: missing", message.job)
