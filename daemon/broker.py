@@ -39,6 +39,7 @@ from daemon.protocol import (
     Result,
     Revoke,
     Started,
+    Stop,
     Submit,
     ToClient,
     ToWorker,
@@ -249,23 +250,25 @@ class Broker:
     def finished(self, worker: str, message: Finished, payload: Frames, now: float) -> list[Action]:
         job = self._end_lease(worker, message.lease, now)
         if job is None:
-            return self._assign(now)
+            return self._after_lease(worker, now)
         device = self._workers[worker].device
         timings = {**message.timings, "queue": job.leased_at - job.accepted, "total": now - job.accepted}
         result = Result(job=job.name, width=message.width, height=message.height, device=device, timings=timings)
         self.outcomes["answered"] += 1
         self._remove(job)
-        return [SendClient(job.client, result, payload), *self._assign(now)]
+        return [SendClient(job.client, result, payload), *self._after_lease(worker, now)]
 
     def failed(self, worker: str, message: FailedLease, now: float) -> list[Action]:
         job = self._end_lease(worker, message.lease, now)
         answer = [] if job is None else self._fail(job, message.code, message.reason)
-        return answer + self._assign(now)
+        return answer + self._after_lease(worker, now)
 
-    def retire(self, worker: str) -> None:
-        """No new leases for this worker; it finishes those that it holds."""
-        if worker in self._workers:
-            self._workers[worker].retiring = True
+    def retire(self, worker: str) -> list[Action]:
+        """No new leases for this worker; it is told to stop when those that it holds have ended."""
+        if worker not in self._workers:
+            return []
+        self._workers[worker].retiring = True
+        return self._stop_if_empty(self._workers[worker])
 
     def lose(self, worker: str, now: float, reason: str) -> list[Action]:
         """A worker is gone: its jobs go back to the queue, or are answered when their attempts are spent."""
@@ -281,9 +284,9 @@ class Broker:
             job.attempts += lease.started
             if not job.attempts:
                 self._enqueue(job, first=True)
-            elif job.attempts < self.limits.max_attempts:
-                self._suspects.appendleft(job)
-            else:
+                continue
+            self._suspects.appendleft(job)
+            if job.attempts >= self.limits.max_attempts:
                 text = f"{reason}; this image was on a worker that died {job.attempts} times"
                 actions += self._fail(job, Code.WORKER_LOST, text)
         return actions + self._assign(now)
@@ -393,6 +396,13 @@ class Broker:
         lease = holder.leases.pop(number, None)
         return None if lease is None else lease.job
 
+    def _after_lease(self, worker: str, now: float) -> list[Action]:
+        holder = self._workers.get(worker)
+        return ([] if holder is None else self._stop_if_empty(holder)) + self._assign(now)
+
+    def _stop_if_empty(self, worker: Worker) -> list[Action]:
+        return [SendWorker(worker.name, Stop())] if worker.retiring and not worker.leases else []
+
     def _fail(self, job: Job, code: Code, reason: str) -> list[Action]:
         self.outcomes[code] += 1
         retry = self._retry_after_s() if code.retryable else None
@@ -454,7 +464,7 @@ class Broker:
         assert set(everywhere) == set(self._jobs()), "an unanswered job is nowhere, or an answered one somewhere"
         assert not any(job.answered for job in everywhere), "an answered job is still held"
         assert self._waiting_bytes == sum(job.payload_bytes for job in waiting), "bytes are miscounted"
-        assert all(self._waiting.values()) and all(self._clients.values()), "an empty container is kept"
+        assert all([*self._waiting.values(), *self._clients.values()]), "an empty container is kept"
         assert all(job.attempts == 0 and job.worker is None for job in waiting), "a suspect waits among the others"
         assert all(0 < job.attempts < self.limits.max_attempts for job in self._suspects), "attempts are miscounted"
         for worker in self._workers.values():

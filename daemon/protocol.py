@@ -290,7 +290,7 @@ def decode(frames: Sequence[Any], kinds: dict[str, type[M]]) -> tuple[M, list[An
 def _header(frame: Any) -> dict[str, Any]:
     view = memoryview(frame)
     if len(view) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"header of {len(view)} bytes: at most {MAX_HEADER_BYTES}; pixels belong into payload frames")
+        raise ProtocolError(f"header of {len(view)} bytes: at most {MAX_HEADER_BYTES}; pixels go into payload frames")
     try:
         header = msgpack.unpackb(view, strict_map_key=True)
     except (ValueError, RecursionError, msgpack.UnpackException) as error:

@@ -35,7 +35,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pass
 
 
-class Model(_Section):
+class Model(_Section, frozen=True):
     """Which network, with which weights, in which arithmetic."""
 
     config: str = "configs/BlendMask/R_50_1x.yaml"  # AdelaiDet's own keys
@@ -44,34 +44,34 @@ class Model(_Section):
     categories: str | None = None  # a COCO `categories` list; default: beside the weights, else COCO's 80, else class_N
 
 
-class Endpoints(_Section):
+class Endpoints(_Section, frozen=True):
     """Where the daemon listens."""
 
     clients: list[str] = msgspec.field(default_factory=lambda: ["ipc:///run/blendmaskd/client.sock"])
     metrics: str | None = "127.0.0.1:9464"  # host:port of /metrics, /healthz, /readyz; null: off
 
 
-class Queue(_Section):
+class Queue(_Section, frozen=True):
     """Bounds on the jobs that wait; over either, a job is answered `busy` at once."""
 
     max_jobs: Count = 256
     max_bytes: Count = 1 << 30  # of image payloads
 
 
-class Limits(_Section):
+class Limits(_Section, frozen=True):
     """Bounds on one image."""
 
     max_image_bytes: Count = 64 << 20  # of one payload, encoded or raw
     max_image_pixels: Count = 50_000_000  # height x width, checked before decoding
 
 
-class Paths(_Section):
+class Paths(_Section, frozen=True):
     """Server-side images: a job may name a file below one of `roots`. Empty: refused."""
 
     roots: list[str] = []
 
 
-class Runtime(_Section):
+class Runtime(_Section, frozen=True):
     """What is applied to a worker process at spawn."""
 
     cpus: Literal["auto"] | dict[str, str] = "auto"  # {"npu:0": "0-15"}; auto: near the device, else an even split
@@ -81,7 +81,7 @@ class Runtime(_Section):
     threads: Literal["auto"] | Count = "auto"  # OMP_NUM_THREADS; auto: one per CPU of the slot's set
 
 
-class Restarts(_Section):
+class Restarts(_Section, frozen=True):
     """How a slot is kept filled."""
 
     first_delay_s: Positive = 0.5  # doubled at each death in a row
@@ -93,7 +93,7 @@ class Restarts(_Section):
     stop_s: Positive = 10.0  # between asking a worker to end and killing it
 
 
-class Timed(_Section):
+class Timed(_Section, frozen=True):
     """The `timed` engine's latency table: batch size to milliseconds (defaults: one Ascend 910, 800x800)."""
 
     latency_ms: dict[Count, NotNegative] = msgspec.field(
@@ -101,7 +101,7 @@ class Timed(_Section):
     )
 
 
-class Settings(_Section):
+class Settings(_Section, frozen=True):
     """The whole tree. Field names are the keys of the YAML file."""
 
     devices: list[str] = msgspec.field(default_factory=lambda: ["npu:0", "npu:1"])
@@ -110,7 +110,7 @@ class Settings(_Section):
     endpoints: Endpoints = Endpoints()
     batch: Literal["auto"] | Annotated[int, Meta(ge=1, le=64)] = "auto"  # auto: the best of the latency table, else 1
     max_wait_ms: NotNegative = 0.0  # how long an idle device waits for a batch to fill
-    warm_up: list[tuple[Count, Count]] = msgspec.field(default_factory=lambda: [(800, 800)])  # (height, width) of images
+    warm_up: list[tuple[Count, Count]] = msgspec.field(default_factory=lambda: [(800, 800)])  # (height, width)
     queue: Queue = Queue()
     limits: Limits = Limits()
     paths: Paths = Paths()

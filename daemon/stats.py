@@ -1,0 +1,140 @@
+"""Stats: what was served, by device and together. Pure: reports and answers in, a snapshot out.
+
+Workers report each second how many images they finished and how long the device was busy since their last report.
+The FPS of a device are the images in the reports of the last `window_s`, over the time that those reports span, up to
+now if they have stopped: an idle device has 0, a silent one falls to 0. **combined FPS = the sum of the devices' FPS**,
+exactly: each is rounded to 0.01 first.
+
+The shell takes one snapshot per second. It has a sequence number, and is what `stats` clients, Prometheus and the
+systemd status line all show, so that they agree. Its form::
+
+    {"seq", "time" (Unix), "window_s", "combined_fps", "degraded", "serving" (devices that can serve),
+     "queue": {"jobs", "bytes"}, "leased", "answered", "failures": {code: n},
+     "stages": {stage: {"buckets": [cumulative counts at STAGE_BOUNDS_S], "count", "sum"}},
+     "devices": [{"device", "slot", "generation", "pid", "state", "reason", "fps", "images", "busy_seconds",
+                  "busy_share", "restarts", "memory_bytes", "device_memory_bytes", "shapes",
+                  "wanted": {"cpus", "task_queue", "preload", "env"}, "actual": {...}}]}
+"""
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from daemon.protocol import Report
+
+STAGES = ("queue", "decode", "wait", "device", "finish", "total")
+STAGE_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+FRESH_S = 2.5  # a report older than this is no longer the present
+
+
+@dataclass(slots=True)
+class DeviceStats:
+    """Counters of one device over all generations, and the window of its present worker."""
+
+    images: int = 0
+    busy_s: float = 0.0
+    window: deque[Report] = field(default_factory=deque)
+
+    def add(self, report: Report) -> None:
+        self.images += report.images
+        self.busy_s += report.busy_s
+        self.window.append(report)
+
+    def rates(self, now: float, window_s: float) -> tuple[float, float]:
+        """Images per second and busy share (0 to 1) over the window."""
+        while self.window and self.window[0].end <= now - window_s:
+            self.window.popleft()
+        if not self.window:
+            return 0.0, 0.0
+        newest = self.window[-1].end
+        end = newest if now - newest < FRESH_S else now
+        span = max(end - self.window[0].start, 1e-9)
+        images = sum(report.images for report in self.window)
+        busy = sum(report.busy_s for report in self.window)
+        return images / span, min(busy / span, 1.0)
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Seconds, counted by `STAGE_BOUNDS_S`; the last bucket is everything above."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(STAGE_BOUNDS_S) + 1))
+    sum: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(STAGE_BOUNDS_S, seconds)] += 1
+        self.sum += seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"buckets": list(accumulate(self.counts)), "count": sum(self.counts), "sum": self.sum}
+
+
+class Stats:
+    """See the module."""
+
+    def __init__(self, window_s: float) -> None:
+        self.window_s = window_s
+        self._seq = 0
+        self._devices: dict[str, DeviceStats] = {}
+        self._stages = {stage: Histogram() for stage in STAGES}
+
+    def report(self, device: str, report: Report) -> None:
+        self._devices.setdefault(device, DeviceStats()).add(report)
+
+    def answered(self, timings: Mapping[str, float]) -> None:
+        for stage, seconds in timings.items():
+            if stage in self._stages:
+                self._stages[stage].observe(seconds)
+
+    def lost(self, device: str) -> None:
+        """The device's worker is gone: what it did is no rate any more."""
+        if device in self._devices:
+            self._devices[device].window.clear()
+
+    def snapshot(
+        self, now: float, unix_time: float, slots: Iterable[Mapping[str, Any]], **totals: Any
+    ) -> dict[str, Any]:
+        """The next snapshot. `slots` and `totals` bring what broker and supervisor know, under the keys above."""
+        self._seq += 1
+        devices = [{**slot, **self._device(slot["device"], now)} for slot in slots]
+        serving = sum(device["state"] == "ready" for device in devices)
+        return {
+            "seq": self._seq,
+            "time": unix_time,
+            "window_s": self.window_s,
+            "combined_fps": round(sum(device["fps"] for device in devices), 2),
+            "degraded": serving < len(devices),
+            "serving": serving,
+            "stages": {stage: histogram.as_dict() for stage, histogram in self._stages.items()},
+            "devices": devices,
+            **totals,
+        }
+
+    def _device(self, device: str, now: float) -> dict[str, Any]:
+        stats = self._devices.get(device, DeviceStats())
+        fps, busy_share = stats.rates(now, self.window_s)
+        newest = stats.window[-1] if stats.window else None
+        return {
+            "fps": round(fps, 2),
+            "images": stats.images,
+            "busy_seconds": stats.busy_s,
+            "busy_share": round(busy_share, 4),
+            "memory_bytes": newest.memory_bytes if newest else 0,
+            "device_memory_bytes": newest.device_memory_bytes if newest else 0,
+            "shapes": [list(shape) for shape in newest.shapes] if newest else [],
+        }
+
+
+def status_line(snapshot: Mapping[str, Any]) -> str:
+    """One line for people: `98.17 FPS = npu:0 49.10 + npu:1 49.07, 3 waiting, seq 17`."""
+    devices = snapshot["devices"]
+    parts = " + ".join(f"{device['device']} {device['fps']:.2f}" for device in devices)
+    line = f"{snapshot['combined_fps']:.2f} FPS = {parts}, {snapshot['queue']['jobs']} waiting, seq {snapshot['seq']}"
+    down = [f"{device['device']} {device['state']}" for device in devices if device["state"] != "ready"]
+    if down:
+        line += f"; {'degraded' if snapshot['serving'] else 'not serving'}: {', '.join(down)}"
+    return line
