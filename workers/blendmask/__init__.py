@@ -1,0 +1,33 @@
+"""The BlendMask network: PyTorch, numpy, Pillow and PyYAML only; it knows nothing of daemons and workers.
+
+`load_config`, `build`, `load_checkpoint`, `load_into` make a network; `prepare`, `segment`, `finish` use it.
+"""
+
+from workers.blendmask.config import Config, ConfigError, load_config
+from workers.blendmask.inference import segment
+from workers.blendmask.model import BlendMask, build
+from workers.blendmask.postprocess import Detections, Instances, finish, paste, paste_one, paste_window
+from workers.blendmask.preprocess import Prepared, collate, prepare
+from workers.blendmask.weights import WeightsError, load_checkpoint, load_into, random_weights
+
+__all__ = [
+    "BlendMask",
+    "Config",
+    "ConfigError",
+    "Detections",
+    "Instances",
+    "Prepared",
+    "WeightsError",
+    "build",
+    "collate",
+    "finish",
+    "load_checkpoint",
+    "load_config",
+    "load_into",
+    "paste",
+    "paste_one",
+    "paste_window",
+    "prepare",
+    "random_weights",
+    "segment",
+]
