@@ -6,7 +6,7 @@ Where a job is:
 
 =========  ===========================================================================================
 waiting    in `_waiting`, by priority and then by arrival
-suspect    in `_suspects`: a worker died with it started; it is leased again alone, to an empty worker
+suspect    in `_suspects`: workers died with it; it is leased again alone, to an empty worker
 leased     in one worker's `leases`
 answered   nowhere
 =========  ===========================================================================================
@@ -15,8 +15,11 @@ A lease outlives its job when the job is answered early (deadline, cancel, clien
 still fills its worker's window, and what the worker says of it later is dropped. So a worker's leases are exactly
 those that it was sent and has not ended yet.
 
-Only a job that its worker had started when it died spends an attempt; its window-mates go back to the head of the
-queue as if nothing had been. No socket, clock, process, thread or logger belongs in here.
+Only a job that its worker had started when it died spends an attempt, and is a suspect from then on; its window-mates
+go back to the head of the queue. A worker may die before it can say what it started (a decoder that crashes), so a job
+that was on `UNSTARTED_LOSSES` dying workers is a suspect too; a suspect's own worker's death always spends an attempt.
+
+No socket, clock, process, thread or logger belongs in here.
 """
 from __future__ import annotations
 
@@ -45,6 +48,7 @@ from daemon.protocol import (
     ToWorker,
 )
 
+UNSTARTED_LOSSES = 3
 SHORTEST_RETRY_S = 0.05
 LONGEST_RETRY_S = 30.0
 
@@ -92,10 +96,15 @@ class Job:
     accepted: float
     deadline: float
     attempts: int = 0  # times it was started on a worker that died
+    losses: int = 0  # times it was leased to a worker that died
     worker: str | None = None  # the holder of its lease
     lease: int = 0
     leased_at: float = 0.0
     answered: bool = False
+
+    @property
+    def suspect(self) -> bool:
+        return self.attempts > 0 or self.losses >= UNSTARTED_LOSSES
 
     @property
     def payload_bytes(self) -> int:
@@ -125,7 +134,7 @@ class Worker:
     @property
     def alone(self) -> bool:
         """It holds a suspect, and nothing may keep that company."""
-        return any(lease.job is not None and lease.job.attempts for lease in self.leases.values())
+        return any(lease.job is not None and lease.job.suspect for lease in self.leases.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,8 +290,9 @@ class Broker:
             if job is None:
                 continue
             job.worker, job.lease = None, 0
-            job.attempts += lease.started
-            if not job.attempts:
+            job.attempts += lease.started or job.suspect
+            job.losses += 1
+            if not job.suspect:
                 self._enqueue(job, first=True)
                 continue
             self._suspects.appendleft(job)
@@ -451,8 +461,9 @@ class Broker:
             worker.progress = now
         worker.leases[number] = HeldLease(job)
         job.worker, job.lease, job.leased_at = worker.name, number, now
-        alone = job.attempts > 0
-        lease = Lease(lease=number, image=job.image, options=job.options, deadline=job.deadline, alone=alone)
+        lease = Lease(
+            lease=number, image=job.image, options=job.options, deadline=job.deadline, alone=job.suspect
+        )
         return SendWorker(worker.name, lease, job.payload)
 
     def check(self) -> None:
@@ -465,8 +476,9 @@ class Broker:
         assert not any(job.answered for job in everywhere), "an answered job is still held"
         assert self._waiting_bytes == sum(job.payload_bytes for job in waiting), "bytes are miscounted"
         assert all([*self._waiting.values(), *self._clients.values()]), "an empty container is kept"
-        assert all(job.attempts == 0 and job.worker is None for job in waiting), "a suspect waits among the others"
-        assert all(0 < job.attempts < self.limits.max_attempts for job in self._suspects), "attempts are miscounted"
+        assert not any(job.suspect or job.worker for job in waiting), "a suspect waits among the others"
+        assert all(job.suspect for job in self._suspects), "an innocent job is suspected"
+        assert all(job.attempts < self.limits.max_attempts for job in everywhere), "attempts are miscounted"
         for worker in self._workers.values():
             assert not worker.alone or len(worker.leases) == 1, "a suspect has company"
             assert len(worker.leases) <= worker.window, "a window is overfull"

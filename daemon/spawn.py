@@ -63,6 +63,7 @@ class Assignment:
     generation: int  # which life of the slot
     endpoint: str  # of the broker's socket for workers
     token: str  # proves to the broker that the daemon started this worker
+    daemon_pid: int  # whose death ends the worker
     settings: Settings
     wanted: dict[str, Any]  # see `LaunchPlan.wanted`
 
@@ -113,7 +114,7 @@ def plan(
         "env": dict(sorted(own.items())),
     }
     local = {"npu": "npu:0", "cuda": "cuda:0", "cpu": "cpu"}[_kind(device)]
-    assigned = Assignment(device, local, generation, endpoint, token, settings, wanted)
+    assigned = Assignment(device, local, generation, endpoint, token, os.getpid(), settings, wanted)
     inherited = {name: value for name, value in base_environment.items() if name not in _dropped(base_environment)}
     return LaunchPlan(
         device=device,

@@ -103,7 +103,7 @@ class Supervisor:
         self.slots = {device: Slot(device) for device in devices}
         self.restarts = restarts
         self.drain_s = drain_s
-        self._draining = False
+        self.draining = False
 
     # -- what the shell may ask -------------------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ class Supervisor:
 
     def drain(self, now: float) -> list[Action]:
         """Every worker finishes what it holds, and none is started any more."""
-        self._draining = True
+        self.draining = True
         return [action for slot in self.slots.values() for action in self._end(slot, now)]
 
     def expire(self, now: float) -> list[Action]:
@@ -275,7 +275,7 @@ class Supervisor:
     def _replace_next(self, now: float) -> list[Action]:
         """The next stale worker is asked to stop, if every other slot is where it will stay for a while."""
         moving = (State.STARTING, State.STOPPING, State.BACKOFF)  # BACKOFF: perhaps what is new does not work
-        if self._draining or any(slot.state in moving for slot in self.slots.values()):
+        if self.draining or any(slot.state in moving for slot in self.slots.values()):
             return []
         for slot in self.slots.values():
             if not slot.stale:
@@ -294,5 +294,5 @@ class Supervisor:
             assert slot.next_signal is None or slot.state is State.STOPPING, slot
             assert slot.state is not State.STOPPING or slot.next_signal is not None, slot
             assert slot.failures <= self.restarts.give_up_after, slot
-            assert not (self._draining and slot.state in (State.READY, State.STARTING, State.BACKOFF)), slot
+            assert not (self.draining and slot.state in (State.READY, State.STARTING, State.BACKOFF)), slot
             assert not (slot.state is State.FAILED and slot.stale), slot

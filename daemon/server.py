@@ -1,0 +1,568 @@
+"""The shell: one loop over sockets, child processes and signals. The cores decide; this does.
+
+It is the only module of the daemon that reads the clock, owns sockets and processes, and logs: one line per state
+change. Each turn reads the workers' socket before it reaps the dead, so that an answer that was sent is not taken for
+a lost one. Signal handlers only wake the loop. Once per second it takes a snapshot, shows it everywhere, and feeds
+systemd's watchdog: a loop that hangs is a daemon that is restarted.
+"""
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import zmq
+
+from daemon import broker, protocol, spawn, supervisor, systemd, topology
+from daemon.metrics import MetricsServer
+from daemon.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError
+from daemon.settings import Settings, SettingsError
+from daemon.stats import Stats, status_line
+
+log = logging.getLogger("blendmaskd")
+
+MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve the others
+TICK_S = 1.0
+SILENT_S = 3.0  # a worker that missed this many reports is not called ready
+
+
+class StartError(RuntimeError):
+    """The daemon cannot start; the text says what to do."""
+
+
+class Server:
+    """`run` serves until it is drained. `load_settings` reads the settings anew, for a reload."""
+
+    def __init__(self, settings: Settings, load_settings: Callable[[], Settings]) -> None:
+        self.settings = settings
+        self._load_settings = load_settings
+        self._token = secrets.token_hex(16)
+        self._notifier = systemd.from_environment()
+        self._stats = Stats(settings.window_s)
+        self._broker = broker.Broker(_limits(settings))
+        self._supervisor = supervisor.Supervisor(settings.devices, settings.restarts, settings.drain_s)
+        self._cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
+        self._preload = spawn.resolve_preload(settings.runtime.preload)
+        self._children: dict[str, _Child] = {}  # by worker name
+        self._fds: dict[int, Callable[[], None]] = {}  # pidfds and the signal pipe
+        self._check: _Child | None = None
+        self._checked: Settings | None = None
+        self._checked_preload: spawn.Preload
+        self._snapshot: dict[str, Any] = {}
+        self._next_tick = 0.0
+        self._told_ready = False
+        self._told_states: dict[str, str] = {}
+        self._told_available = True
+        self._drain_deadline: float | None = None
+        self._exit_code: int | None = None
+
+    def run(self) -> int:
+        """Serve. Returns the exit code: 0 after a drain, 1 when no worker can be started at all."""
+        with _Resources(self.settings, self._token) as resources:
+            self._sockets = resources
+            self._poller = zmq.Poller()
+            self._poller.register(resources.clients, zmq.POLLIN)
+            self._poller.register(resources.workers, zmq.POLLIN)
+            self._watch(resources.signals.fileno(), self._on_signals)
+            log.info("serving %s on %s, engine %s, pid %d", " ".join(self.settings.devices),
+                     " ".join(self.settings.endpoints.clients), self.settings.engine, os.getpid())  # fmt: skip
+            try:
+                self._supervise(self._supervisor.start(time.monotonic()))
+                while self._exit_code is None:
+                    self._turn()
+            finally:
+                self._kill_all()
+        self._notifier.send(STATUS="stopped")
+        return self._exit_code
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        events = dict(self._poller.poll(self._timeout_ms()))
+        self._read_workers()
+        if self._sockets.clients in events:
+            self._read_clients()
+        for fd in [fd for fd in events if fd in self._fds]:
+            self._fds[fd]()
+        now = time.monotonic()
+        self._carry_out(self._broker.expire(now))
+        self._supervise(self._supervisor.expire(now))
+        if now >= self._next_tick:
+            self._tick(now)
+        self._follow(now)
+
+    def _timeout_ms(self) -> int:
+        deadlines = [self._next_tick, self._broker.next_deadline(), self._supervisor.next_deadline()]
+        nearest = min(deadline for deadline in deadlines if deadline is not None)
+        return max(0, int((nearest - time.monotonic()) * 1000) + 1)
+
+    def _tick(self, now: float) -> None:
+        self._next_tick = now + TICK_S
+        self._snapshot = self._stats.snapshot(
+            now,
+            time.time(),
+            [self._describe(slot, now) for slot in self._supervisor.slots.values()],
+            queue={"jobs": self._broker.waiting_jobs, "bytes": self._broker.waiting_bytes},
+            leased=self._broker.leased,
+            answered=self._broker.outcomes["answered"],
+            failures={code: n for code, n in self._broker.outcomes.items() if code != "answered"},
+        )
+        self._broker.served_per_s = self._snapshot["combined_fps"]
+        if self._sockets.metrics:
+            self._sockets.metrics.publish(self._snapshot)
+        self._notifier.send(WATCHDOG="1", STATUS=status_line(self._snapshot))
+
+    def _describe(self, slot: supervisor.Slot, now: float) -> dict[str, Any]:
+        name = _worker_name(slot.name, slot.generation)
+        child = self._children.get(name)
+        heard = self._broker.last_heard(name)
+        silent = slot.state is supervisor.State.READY and heard is not None and now - heard > SILENT_S
+        return {
+            "device": slot.name,
+            "slot": slot.name,
+            "generation": slot.generation,
+            "pid": child.process.pid if child else None,
+            "state": "silent" if silent else slot.state.value,
+            "reason": slot.reason,
+            "restarts": slot.restarts,
+            "wanted": child.wanted if child else {},
+            "actual": child.actual if child else {},
+        }
+
+    def _follow(self, now: float) -> None:
+        """What follows from where things are now: tell of changes, end a drain, give up."""
+        self._tell_states()
+        hopeless = self._supervisor.hopeless and self._drain_deadline is None
+        if hopeless == self._told_available:
+            self._told_available = not hopeless
+            self._carry_out(self._broker.set_available(not hopeless))
+        if self._supervisor.settled and self._supervisor.ready_slots and not self._supervisor.reloading:
+            self._tell_ready()
+        elif hopeless and not self._told_ready:
+            log.error("no worker can be started; see above")
+            self._exit_code = 1
+        if self._drain_deadline is not None:
+            self._follow_drain(now)
+
+    def _follow_drain(self, now: float) -> None:
+        assert self._drain_deadline is not None
+        if now >= self._drain_deadline and self._broker.unanswered:
+            log.warning("drain: %d jobs not done in time, answered as draining", self._broker.unanswered)
+            self._carry_out(self._broker.end_drain())
+        if not self._broker.unanswered and not self._supervisor.draining:
+            self._supervise(self._supervisor.drain(now))
+        if self._supervisor.ended:
+            log.info("drained: every accepted job is answered, every worker has ended")
+            self._exit_code = 0
+
+    # -- clients and workers ----------------------------------------------------------------------------------------
+
+    def _read_clients(self) -> None:
+        for frames in _receive(self._sockets.clients):
+            client = frames[0].bytes
+            message: protocol.FromClient
+            try:
+                message, payload = protocol.decode(frames[1:], FROM_CLIENT)
+            except ProtocolError as error:
+                self._broker.outcomes[Code.BAD_REQUEST] += 1
+                self._send_client(client, protocol.Failed(job=error.job, code=Code.BAD_REQUEST, reason=str(error)))
+                continue
+            now = time.monotonic()
+            match message:
+                case protocol.Submit():
+                    self._carry_out(self._broker.submit(client, message, payload, now))
+                case protocol.Cancel():
+                    self._carry_out(self._broker.cancel(client, message, now))
+                case protocol.GetStats():
+                    self._send_client(client, protocol.Stats(stats=self._snapshot))
+
+    def _read_workers(self) -> None:
+        for frames in _receive(self._sockets.workers):
+            name = frames[0].bytes.decode(errors="replace")
+            if name not in self._children:
+                continue  # of another run, or dead and reaped
+            message: protocol.FromWorker
+            try:
+                message, payload = protocol.decode(frames[1:], FROM_WORKER)
+            except ProtocolError as error:
+                log.error("%s: %s", name, error)
+                continue
+            self._on_worker(self._children[name], message, payload, time.monotonic())
+
+    def _on_worker(self, child: _Child, message: protocol.FromWorker, payload: Sequence[Any], now: float) -> None:
+        name = child.name
+        self._broker.heard(name, now)
+        match message:
+            case protocol.Ready():
+                self._on_ready(child, message, now)
+            case protocol.Started():
+                self._carry_out(self._broker.started(name, message, now))
+            case protocol.Finished():
+                self._carry_out(self._broker.finished(name, message, payload, now))
+            case protocol.FailedLease():
+                self._carry_out(self._broker.failed(name, message, now))
+            case protocol.Report():
+                self._stats.report(child.slot, message)
+
+    def _on_ready(self, child: _Child, message: protocol.Ready, now: float) -> None:
+        if message.token != self._token or message.pid != child.process.pid:
+            log.error("%s: a stranger says it is ready (pid %d)", child.name, message.pid)
+            return
+        child.actual = message.actual
+        for difference in spawn.differences(child.wanted, message.actual):
+            log.warning("%s: %s", child.name, difference)
+        actions = self._supervisor.ready(child.slot, child.generation, now)
+        if self._supervisor.slots[child.slot].state is supervisor.State.READY:
+            self._carry_out(self._broker.ready(child.name, child.slot, message.window, now))
+        self._supervise(actions)
+
+    def _carry_out(self, actions: Iterable[broker.Action]) -> None:
+        for action in actions:
+            match action:
+                case broker.SendClient():
+                    self._send_client(action.client, action.message, action.payload)
+                case broker.SendWorker():
+                    self._send_worker(action.worker, action.message, action.payload)
+                case broker.Evict():
+                    self._evict(action)
+
+    def _send_client(self, client: bytes, message: protocol.ToClient, payload: protocol.Frames = ()) -> None:
+        if isinstance(message, protocol.Result):
+            self._stats.answered(message.timings)
+        try:
+            self._sockets.clients.send_multipart(
+                [client, *protocol.encode(message, payload)], zmq.NOBLOCK, copy=False
+            )
+        except zmq.ZMQError as error:
+            if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
+                raise
+            why = "is gone" if error.errno == errno.EHOSTUNREACH else "does not read its answers"
+            log.info("client %s %s: its jobs are cancelled", client.hex(), why)
+            self._carry_out(self._broker.client_gone(client, time.monotonic()))
+
+    def _send_worker(self, worker: str, message: protocol.ToWorker, payload: protocol.Frames) -> None:
+        try:
+            self._sockets.workers.send_multipart(
+                [worker.encode(), *protocol.encode(message, payload)], zmq.NOBLOCK, copy=False
+            )
+        except zmq.ZMQError as error:
+            if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
+                raise
+            log.warning("%s: not reachable; its death will follow", worker)
+
+    def _evict(self, action: broker.Evict) -> None:
+        child = self._children[action.worker]
+        actions = self._supervisor.evict(child.slot, child.generation, action.reason, time.monotonic())
+        if actions:
+            log.error("%s: %s: aborted", action.worker, action.reason)
+            self._carry_out(self._broker.retire(action.worker))
+            self._supervise(actions)
+
+    # -- processes --------------------------------------------------------------------------------------------------
+
+    def _supervise(self, actions: Iterable[supervisor.Action]) -> None:
+        for action in actions:
+            name = _worker_name(action.slot, action.generation)
+            match action:
+                case supervisor.Spawn():
+                    self._spawn(action.slot, action.generation)
+                case supervisor.Stop():
+                    self._carry_out(self._broker.retire(name))
+                case supervisor.Kill():
+                    log.warning("%s: %s", name, action.signal.name)
+                    self._children[name].process.send_signal(action.signal)
+
+    def _spawn(self, slot: str, generation: int) -> None:
+        plan = self._plan(slot, generation, self.settings, self._preload)
+        for warning in plan.warnings:
+            log.warning("%s", warning)
+        child = _Child(_worker_name(slot, generation), slot, generation, spawn.launch(plan), plan.wanted)
+        self._children[child.name] = child
+        self._watch(child.pidfd, functools.partial(self._reap, child))
+
+    def _plan(
+        self, slot: str, generation: int, settings: Settings, preload: spawn.Preload, *arguments: str
+    ) -> spawn.LaunchPlan:
+        return spawn.plan(
+            slot,
+            generation,
+            settings,
+            self._cpus.get(slot) or topology.available_cpus(),
+            base_environment=os.environ,
+            endpoint=self._sockets.workers_endpoint,
+            token=self._token,
+            preload=preload,
+            arguments=("-m", "workers", *arguments),
+        )
+
+    def _reap(self, child: _Child) -> None:
+        code = child.reap()
+        self._unwatch(child.pidfd)
+        now = time.monotonic()
+        how = _how_it_ended(code)
+        blameless = self._broker.holds_suspect(child.name)
+        self._stats.lost(child.slot)
+        del self._children[child.name]
+        actions = self._supervisor.exited(child.slot, child.generation, how, code, blameless, now)
+        self._carry_out(self._broker.lose(child.name, now, f"{child.name} {how}"))
+        self._supervise(actions)
+
+    def _kill_all(self) -> None:
+        for child in [*self._children.values(), *([self._check] if self._check else [])]:
+            child.process.kill()
+            child.reap()
+
+    def _watch(self, fd: int, handler: Callable[[], None]) -> None:
+        self._poller.register(fd, zmq.POLLIN)
+        self._fds[fd] = handler
+
+    def _unwatch(self, fd: int) -> None:
+        self._poller.unregister(fd)
+        del self._fds[fd]
+
+    # -- signals, reload --------------------------------------------------------------------------------------------
+
+    def _on_signals(self) -> None:
+        for number in self._sockets.signals.recv(64):
+            if number in (signal.SIGTERM, signal.SIGINT):
+                self._drain(signal.Signals(number))
+            elif number == signal.SIGHUP:
+                self._reload()
+
+    def _drain(self, number: signal.Signals) -> None:
+        if self._drain_deadline is not None:
+            log.warning("%s again: not waiting for %d jobs", number.name, self._broker.unanswered)
+            self._drain_deadline = time.monotonic()
+            return
+        log.info("%s: draining, %d jobs to finish", number.name, self._broker.unanswered)
+        self._notifier.send(STOPPING="1")
+        self._drain_deadline = time.monotonic() + self.settings.drain_s
+        self._broker.drain()
+
+    def _reload(self) -> None:
+        """Read the settings anew, and let a process of its own try them together with the weights."""
+        if self._check is not None or self._drain_deadline is not None:
+            log.warning("reload: not now, another reload or a drain is under way")
+            return
+        self._notifier.reloading()
+        try:
+            settings = self._load_settings()
+            _refuse_rebinding(self.settings, settings)
+            self._checked_preload = spawn.resolve_preload(settings.runtime.preload)
+            plan = self._plan("cpu:0", 0, settings, self._checked_preload, "--check")
+        except (SettingsError, spawn.SpawnError, topology.TopologyError) as error:
+            self._end_reload(f"reload refused, nothing changed: {error}")
+            return
+        log.info("reload: checking settings and weights")
+        process = spawn.launch(plan, stderr=subprocess.PIPE)
+        self._check = _Child("check", "check", 0, process, {})
+        self._checked = settings
+        self._watch(self._check.pidfd, self._on_checked)
+
+    def _on_checked(self) -> None:
+        assert self._check is not None and self._checked is not None  # noqa: PT018
+        check, settings = self._check, self._checked
+        self._check = self._checked = None
+        complaint = check.stderr_text()
+        code = check.reap()
+        self._unwatch(check.pidfd)
+        if code != 0:
+            self._end_reload(f"reload refused, nothing changed: {complaint or _how_it_ended(code)}")
+            return
+        log.info("reload: accepted, replacing the workers one at a time")
+        self.settings, self._preload = settings, self._checked_preload
+        self._cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
+        self._broker.limits = _limits(settings)
+        self._stats.window_s = settings.window_s
+        self._told_ready = False
+        self._supervise(self._supervisor.reload(settings.devices, settings.restarts, time.monotonic()))
+
+    def _end_reload(self, text: str) -> None:
+        log.error("%s", text)
+        self._notifier.send(READY="1", STATUS=text)
+
+    # -- telling ----------------------------------------------------------------------------------------------------
+
+    def _tell_states(self) -> None:
+        for slot in self._supervisor.slots.values():
+            told = f"{slot.generation} {slot.state.value}"
+            if self._told_states.get(slot.name) != told:
+                self._told_states[slot.name] = told
+                bad = slot.state in (supervisor.State.BACKOFF, supervisor.State.FAILED)
+                reason = f": {slot.reason}" if slot.reason else ""
+                log.log(logging.ERROR if bad else logging.INFO, "%s.%s%s", slot.name, told, reason)
+
+    def _tell_ready(self) -> None:
+        if self._told_ready or self._drain_deadline is not None:
+            return
+        self._told_ready = True
+        ready, slots = self._supervisor.ready_slots, len(self._supervisor.slots)
+        log.info("ready: %d of %d devices%s", ready, slots, "" if ready == slots else ", degraded")
+        self._notifier.send(READY="1")
+
+
+class _Child:
+    """A process of ours, with a descriptor that tells of its end."""
+
+    def __init__(self, name: str, slot: str, generation: int, process: subprocess.Popen[bytes], wanted: dict[str, Any]):
+        self.name = name
+        self.slot = slot
+        self.generation = generation
+        self.process = process
+        self.wanted = wanted
+        self.actual: dict[str, Any] = {}
+        self.pidfd = os.pidfd_open(process.pid)
+
+    def reap(self) -> int:
+        os.close(self.pidfd)
+        return self.process.wait()
+
+    def stderr_text(self) -> str:
+        assert self.process.stderr is not None
+        with self.process.stderr as pipe:
+            return pipe.read().decode(errors="replace").strip()[-2000:]
+
+
+class _Resources:
+    """What the loop owns and has to give back: sockets, lock, signal handlers."""
+
+    def __init__(self, settings: Settings, token: str) -> None:
+        self._settings = settings
+        self._context = zmq.Context()
+        self._locks: list[IO[str]] = []
+        self._handlers: dict[int, Any] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=os.environ.get("RUNTIME_DIRECTORY"))
+        self.workers_endpoint = f"ipc://{self._folder.name}/workers.sock"
+        self.metrics: MetricsServer | None = None
+
+    def __enter__(self) -> _Resources:
+        try:
+            self.clients = self._router(self._settings.limits.max_image_bytes * 2 + (1 << 20))
+            self.workers = self._router(-1)
+            for endpoint in self._settings.endpoints.clients:
+                self._bind(self.clients, endpoint)
+            self._bind(self.workers, self.workers_endpoint)
+            if self._settings.endpoints.metrics:
+                self.metrics = _metrics(self._settings.endpoints.metrics)
+            self._catch_signals()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._handlers:
+            signal.set_wakeup_fd(-1)
+            self.signals.close()
+            self._wakeup.close()
+        if self.metrics:
+            self.metrics.close()
+        self._context.destroy(linger=2000)  # the last answers are still on their way to their clients
+        for endpoint in self._settings.endpoints.clients:
+            if self._locks and endpoint.startswith("ipc://"):
+                Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+        for lock in self._locks:
+            lock.close()
+        self._folder.cleanup()
+
+    def _router(self, max_message_bytes: int) -> zmq.Socket[bytes]:
+        router = self._context.socket(zmq.ROUTER)
+        router.set(zmq.ROUTER_MANDATORY, 1)
+        router.set(zmq.MAXMSGSIZE, max_message_bytes)
+        return router
+
+    def _bind(self, router: zmq.Socket[bytes], endpoint: str) -> None:
+        if endpoint.startswith("ipc://"):
+            self._lock(Path(endpoint.removeprefix("ipc://")))
+        try:
+            router.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise StartError(f"cannot listen on {endpoint}: {error}") from None
+
+    def _lock(self, path: Path) -> None:
+        """ZeroMQ takes over a socket path that is in use without a word, so a lock beside it keeps a second daemon off."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(f"{path}.lock", "w")  # noqa: SIM115
+        except OSError as error:
+            raise StartError(f"cannot use {path}: {error.strerror}; choose another endpoints.clients") from None
+        self._locks.append(lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._locks.remove(lock)
+            lock.close()
+            raise StartError(f"another daemon serves {path}; stop it first, or choose another endpoint") from None
+
+    def _catch_signals(self) -> None:
+        self.signals, self._wakeup = socket.socketpair()
+        self.signals.setblocking(False)
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self._handlers[number] = signal.signal(number, lambda *_: None)
+
+
+def _receive(router: zmq.Socket[bytes]) -> Iterable[list[zmq.Frame]]:
+    for _ in range(MESSAGES_PER_TURN):
+        try:
+            yield router.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return
+
+
+def _metrics(endpoint: str) -> MetricsServer:
+    try:
+        return MetricsServer(endpoint)
+    except OSError as error:
+        raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {error.strerror}") from None
+
+
+def _limits(settings: Settings) -> broker.Limits:
+    return broker.Limits(
+        max_jobs=settings.queue.max_jobs,
+        max_bytes=settings.queue.max_bytes,
+        max_image_bytes=settings.limits.max_image_bytes,
+        max_attempts=settings.max_attempts,
+        deadline_s=settings.deadline_s,
+        stall_s=settings.restarts.stall_s,
+        paths_allowed=bool(settings.paths.roots),
+    )
+
+
+def _refuse_rebinding(old: Settings, new: Settings) -> None:
+    if old.endpoints != new.endpoints:
+        raise SettingsError("endpoints: a change needs a restart")
+
+
+def _worker_name(slot: str, generation: int) -> str:
+    return f"{slot}.{generation}"
+
+
+def _how_it_ended(code: int) -> str:
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exited with code {code}"
+
+
+def main_loop(settings: Settings, load_settings: Callable[[], Settings]) -> int:
+    """Serve with these settings; see `Server.run`. Says what is wrong, on stderr, when it cannot start."""
+    try:
+        return Server(settings, load_settings).run()
+    except (StartError, SettingsError, spawn.SpawnError, topology.TopologyError) as error:
+        print(f"blendmaskd: {error}", file=sys.stderr)
+        return supervisor.EXIT_CANNOT_BOOT
