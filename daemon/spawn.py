@@ -100,8 +100,8 @@ def plan(
 ) -> LaunchPlan:
     """The launch plan of a slot's next worker.
 
-    `cpus` come from `topology.plan_cpus`, `preload` from `resolve_preload`; `arguments` are what Python runs. Raises
-    `SpawnError` for a device that `base_environment` hides.
+    `cpus` come from `topology.plan_cpus`, `preload` from `resolve_preload`; `arguments` are what Python runs, and
+    the worker's identity is added for `ps` to show. Raises `SpawnError` for a device that `base_environment` hides.
     """
     own, warnings = _own_variables(device, settings, cpus, base_environment)
     preload, variables = _with_preload(preload, base_environment, settings.worker_env)
@@ -187,7 +187,7 @@ def observe(wanted: Mapping[str, Any]) -> dict[str, Any]:
     main = format_cpus(os.sched_getaffinity(os.getpid()))
     return {
         "cpus": main,
-        "thread_cpus": {thread: mask for thread, mask in _thread_masks().items() if mask != main},
+        "thread_cpus": {thread: mask for thread, mask in thread_masks().items() if mask != main},
         "threads": _number(os.environ.get("OMP_NUM_THREADS")),
         "task_queue": _number(os.environ.get("TASK_QUEUE_ENABLE")),
         "preload": wanted["preload"] if wanted["preload"] and _mapped(wanted["preload"]) else None,
@@ -361,7 +361,7 @@ def _elf_identity(path: Path) -> tuple[bytes, bytes] | None:
     return (head[4:6], head[18:20]) if head.startswith(b"\x7fELF") else None
 
 
-def _thread_masks() -> dict[str, str]:
+def thread_masks() -> dict[str, str]:
     """``name/tid`` of every thread of this process to its CPU list."""
     masks = {}
     for task in Path("/proc/self/task").iterdir():
