@@ -106,14 +106,17 @@ class ResNet(nn.Module):
         width = 256 if bottleneck else 64
         self.channels = (2 * width, 4 * width, 8 * width)  # of res3, res4, res5
         self.stem = Stem(STEM_CHANNELS)
-        before = STEM_CHANNELS
-        for stage, (blocks, channels) in enumerate(zip(BLOCKS[depth], (width, *self.channels)), start=2):
-            self.add_module(f"res{stage}", nn.Sequential(*(
-                _block(before if i == 0 else channels, channels, 2 if i == 0 and stage > 2 else 1,
-                       bottleneck, stride_in_1x1)
-                for i in range(blocks)
-            )))
-            before = channels
+
+        def stage(blocks: int, channels_in: int, channels: int, stride: int) -> nn.Sequential:
+            first = _block(channels_in, channels, stride, bottleneck, stride_in_1x1)
+            return nn.Sequential(
+                first, *(_block(channels, channels, 1, bottleneck, stride_in_1x1) for _ in range(blocks - 1)))
+
+        blocks2, blocks3, blocks4, blocks5 = BLOCKS[depth]
+        self.res2 = stage(blocks2, STEM_CHANNELS, width, stride=1)
+        self.res3 = stage(blocks3, width, 2 * width, stride=2)
+        self.res4 = stage(blocks4, 2 * width, 4 * width, stride=2)
+        self.res5 = stage(blocks5, 4 * width, 8 * width, stride=2)
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:
         res2 = self.res2(self.stem(images))  # (N, C, H/4, W/4)

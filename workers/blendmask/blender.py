@@ -45,7 +45,7 @@ def roi_align(bases: Tensor, images: Tensor, boxes: Tensor, resolution: int) -> 
     value = corner(y0, x0, (1 - down) * (1 - right)) + corner(y0, x1, (1 - down) * right)
     value = value + corner(y1, x0, down * (1 - right)) + corner(y1, x1, down * right)
     inside = inside_y[:, :, None] & inside_x[:, None, :]
-    return torch.where(inside[..., None], value, 0.0).permute(0, 3, 1, 2).contiguous()
+    return value.masked_fill(~inside[..., None], 0.0).permute(0, 3, 1, 2).contiguous()
 
 
 def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,7 +54,7 @@ def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Te
     Positions outside, NaN included, come back as pixel 0, so that indices are always valid.
     """
     inside = (position >= -1) & (position <= size)
-    position = torch.where(inside, position, 0.0).clamp(0, size - 1)
+    position = position.masked_fill(~inside, 0.0).clamp(0, size - 1)
     before = position.floor()
     share = position - before
     before = before.long()

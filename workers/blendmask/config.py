@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+SIZE_DIVISOR = 32  # padded heights and widths are multiples of it: the stride of res5 (p6 and p7 do not count)
+
 
 class ConfigError(ValueError):
     """A configuration file that cannot be read, or asks for something this network does not do."""
@@ -20,7 +22,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """All numbers of the network and of its pre- and post-processing. Sizes are in pixels, levels go from p3 upwards."""
+    """All numbers of the network and of its pre- and post-processing. Sizes are in pixels."""
 
     # image
     min_size: int  # shorter side after resizing
@@ -51,11 +53,6 @@ class Config:
     attention_size: int
     resolution: int  # side of an instance's mask before it is pasted
 
-    @property
-    def size_divisor(self) -> int:
-        """Padded heights and widths are multiples of this: the stride of res5 (p6 and p7 do not count)."""
-        return 32
-
 
 def load_config(path: str | Path) -> Config:
     """Read a YAML file in AdelaiDet's form, with `_BASE_` files merged below it.
@@ -68,7 +65,7 @@ def load_config(path: str | Path) -> Config:
             raise ConfigError(f"{path}: unknown key {key} = {given[key]!r}: BlendMask inference does not know it")
     for key, fixed in _FIXED.items():
         value = given.get(key, fixed.default)
-        if value not in fixed.supported:
+        if not _is_among(value, fixed.supported):
             raise _refusal(path, key, value, given, " or ".join(repr(v) for v in fixed.supported))
     fields = {}
     for key, read in _READ.items():
@@ -141,7 +138,7 @@ def _decode(value: Any) -> Any:
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return value
     return tuple(_decode(item) for item in value) if isinstance(value, (list, tuple)) else value
 
@@ -166,6 +163,11 @@ class _Fixed:
     supported: tuple[Any, ...]
 
 
+def _is_among(value: Any, choices: tuple[Any, ...]) -> bool:
+    """Like `in`, but True is not 1 and 2.0 is not 2: a value of another type is a mistake."""
+    return any(type(value) is type(choice) and value == choice for choice in choices)
+
+
 def _is_int(value: Any, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
@@ -179,7 +181,7 @@ def _flag(field: str, default: bool) -> _Read:
 
 
 def _one_of(field: str, default: Any, choices: tuple[Any, ...]) -> _Read:
-    return _Read(field, default, lambda v: v in choices, " or ".join(repr(c) for c in choices))
+    return _Read(field, default, lambda v: _is_among(v, choices), " or ".join(repr(c) for c in choices))
 
 
 def _is_number(value: Any) -> bool:

@@ -86,7 +86,7 @@ class Fcos(nn.Module):
         centreness = output.centreness.flatten(1).sigmoid()[:, :, None]  # (N, HW, 1)
         confidence = probability * centreness  # (N, HW, K)
         thresholded = confidence if self.threshold_with_centreness else probability
-        marked = torch.where(thresholded > self.score_threshold, confidence, NOT_A_CANDIDATE)
+        marked = confidence.masked_fill(~(thresholded > self.score_threshold), NOT_A_CANDIDATE)  # NaN is none either
         count = candidates_of_level(height * width, classes, self.topk)
         best, index = marked.flatten(1).topk(count, dim=1)  # (N, M) each
         cell = torch.div(index, classes, rounding_mode="floor")

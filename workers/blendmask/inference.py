@@ -17,7 +17,7 @@ def segment(model: BlendMask, batch: Sequence[Prepared], device: torch.device | 
 
     For one thread per device. Batch images of equal `padded_size` only, see `collate`.
     """
-    proposals = model.propose(collate(batch, model.config.size_divisor).to(device))
+    proposals = model.propose(collate(batch).to(device))
     packed = proposals.packed.cpu().numpy()
     selections = [select(candidates, proposals.level_sizes, model.config) for candidates in packed]
     probabilities = _masks(model, proposals, selections)

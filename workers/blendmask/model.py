@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from workers.blendmask.backbone import ResNet
 from workers.blendmask.basis import BasisModule
 from workers.blendmask.blender import blend
-from workers.blendmask.config import Config
+from workers.blendmask.config import SIZE_DIVISOR, Config
 from workers.blendmask.fcos import Fcos, FcosHead
 from workers.blendmask.fpn import Fpn
 
@@ -49,7 +49,10 @@ class Proposals:
 
 
 class BlendMask(nn.Module):
-    """The network. Images are float32 (N, 3, H, W), normalised, then padded with zeros to multiples of 32."""
+    """The network. Images are float32 (N, 3, H, W), normalised, then padded with zeros to multiples of 32.
+
+    There is no `forward`: between `propose` and `blend` the host chooses the boxes.
+    """
 
     def __init__(self, config: Config, backbone: Fpn, proposal_generator: Fcos, basis_module: BasisModule,
                  top_layer: nn.Conv2d) -> None:
@@ -64,7 +67,7 @@ class BlendMask(nn.Module):
         """Run everything that does not depend on which boxes are kept."""
         assert images.ndim == 4, images.shape
         assert images.shape[1] == 3, images.shape
-        assert all(side % self.config.size_divisor == 0 for side in images.shape[2:]), images.shape
+        assert all(side % SIZE_DIVISOR == 0 for side in images.shape[2:]), images.shape
         features = self.backbone(images)  # p3..p7
         bases = self.basis_module(features[:3])  # (N, K, H/4, W/4)
         outputs = self.proposal_generator(features)
@@ -90,6 +93,6 @@ def _gather(maps: Sequence[Tensor], images: Tensor, levels: Tensor, cells: Tenso
     gathered = maps[0].new_zeros(len(cells), maps[0].shape[1])
     for level, features in enumerate(maps):
         here = levels == level
-        found = features.flatten(2)[images, :, torch.where(here, cells, 0)]  # (D, C)
+        found = features.flatten(2)[images, :, cells.masked_fill(~here, 0)]  # (D, C)
         gathered = torch.where(here[:, None], found, gathered)
     return gathered

@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from workers.blendmask.preprocess import Prepared
 from workers.blendmask.selection import Floats, Integers
 
 Mask = npt.NDArray[np.bool_]
 MASK_THRESHOLD = 0.5
+PIXELS_AT_ONCE = 2**20  # of a mask, while it is pasted: bounds the memory for large photographs
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,17 @@ def paste_window(probability: Floats, box: Floats, image_size: tuple[int, int]) 
     height, width = image_size
     left, top = (max(int(side) - 1, 0) for side in np.floor(box[:2]))
     right, bottom = (min(int(side) + 1, limit) for side, limit in zip(np.ceil(box[2:]), (width, height)))
-    x0, y0, x1, y1 = torch.from_numpy(box)
+    x0, y0, x1, y1 = torch.tensor(box)
     x = (torch.arange(left, right, dtype=torch.float32) + 0.5 - x0) / (x1 - x0) * 2 - 1
     y = (torch.arange(top, bottom, dtype=torch.float32) + 0.5 - y0) / (y1 - y0) * 2 - 1
+    rows = max(PIXELS_AT_ONCE // len(x), 1)
+    source = torch.tensor(probability)
+    return torch.cat([_reaches_half(source, x, part) for part in y.split(rows)]).numpy(), (top, left)
+
+
+def _reaches_half(probability: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Return where `probability` (R, R), spread over -1..1, is at least one half at columns x (w,) and rows y (h,)."""
     grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=2)  # (h, w, 2)
-    values = F.grid_sample(torch.from_numpy(probability)[None, None], grid[None], mode="bilinear",
-                           padding_mode="zeros", align_corners=False)  # (1, 1, h, w)
-    return (values[0, 0] >= MASK_THRESHOLD).numpy(), (top, left)
+    values = F.grid_sample(probability[None, None], grid[None], mode="bilinear", padding_mode="zeros",
+                           align_corners=False)  # (1, 1, h, w)
+    return values[0, 0] >= MASK_THRESHOLD

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from workers.blendmask.config import Config
+from workers.blendmask.config import SIZE_DIVISOR, Config
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,12 @@ class Prepared:
 
 
 def prepare(image: npt.NDArray[np.uint8], config: Config) -> Prepared:
-    """Resize and normalise a BGR photograph (H, W, 3) uint8. Safe to call from several threads."""
-    assert image.ndim == 3, image.shape
-    assert image.shape[2] == 3, image.shape
-    assert image.dtype == np.uint8, image.dtype
+    """Resize and normalise a BGR photograph (H, W, 3) uint8. Safe to call from several threads.
+
+    Raises ValueError for an array of another kind, or without pixels.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise ValueError(f"expected a uint8 image (H, W, 3) in BGR, got {image.dtype} {image.shape}")
     height, width = resized_size(image.shape[0], image.shape[1], config)
     if config.channel_order == "RGB":
         image = image[:, :, ::-1]
@@ -40,7 +42,7 @@ def prepare(image: npt.NDArray[np.uint8], config: Config) -> Prepared:
         tensor=torch.from_numpy(np.ascontiguousarray(pixels)),
         image_size=(image.shape[0], image.shape[1]),
         net_size=(height, width),
-        padded_size=(_round_up(height, config.size_divisor), _round_up(width, config.size_divisor)),
+        padded_size=(_padded(height), _padded(width)),
     )
 
 
@@ -61,14 +63,14 @@ def resized_size(height: int, width: int, config: Config) -> tuple[int, int]:
     return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
 
 
-def collate(batch: Sequence[Prepared], divisor: int = 32) -> Tensor:
-    """Return the images as one float32 tensor (N, 3, H, W), padded with zeros to the largest, then to `divisor`.
+def collate(batch: Sequence[Prepared]) -> Tensor:
+    """Return the images as one float32 tensor (N, 3, H, W), padded with zeros to the largest, then to multiples of 32.
 
     Where the images' padded sizes differ, their results depend on each other (GroupNorm sees the padding), exactly
     as in the reference: a server batches only images whose `padded_size` is equal.
     """
-    height = _round_up(max(prepared.net_size[0] for prepared in batch), divisor)
-    width = _round_up(max(prepared.net_size[1] for prepared in batch), divisor)
+    height = max(prepared.padded_size[0] for prepared in batch)
+    width = max(prepared.padded_size[1] for prepared in batch)
     images = torch.zeros(len(batch), 3, height, width)
     for image, prepared in zip(images, batch):
         image[:, : prepared.net_size[0], : prepared.net_size[1]] = prepared.tensor
@@ -79,5 +81,5 @@ def _per_channel(values: Sequence[float]) -> npt.NDArray[np.float32]:
     return np.array(values, np.float32)[:, None, None]
 
 
-def _round_up(side: int, divisor: int) -> int:
-    return -(-side // divisor) * divisor
+def _padded(side: int) -> int:
+    return -(-side // SIZE_DIVISOR) * SIZE_DIVISOR

@@ -1,12 +1,13 @@
 """From packed candidates to detections, on the host: threshold, boxes, suppression per class, the best 100.
 
-Rules: numpy only, so that it runs beside the device from any thread; results equal the reference's to the last
-bit, ties and rounding included (AdelaiDet's FCOS, torchvision's `batched_nms` on a CPU). Boxes are xyxy in network
-pixels (those of the resized image, origin at its top left corner) and are not clipped to the image.
+Rules: numpy arithmetic only, so that it runs beside the device from any thread; results equal the reference's
+(AdelaiDet's FCOS, torchvision's `batched_nms` on a CPU) to the last bit, ties and rounding included. Boxes are xyxy in
+network pixels (those of the resized image, origin at its top left corner) and are not clipped to the image.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,8 @@ class Selection:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def __getitem__(self, index: npt.NDArray[np.bool_] | Integers) -> "Selection":
+    def take(self, index: npt.NDArray[Any]) -> "Selection":
+        """Return the boxes at `index`, positions or a mask."""
         return Selection(self.boxes[index], self.scores[index], self.classes[index], self.locations[index],
                          self.levels[index], self.cells[index])
 
@@ -47,14 +49,15 @@ def select(packed: Floats, level_sizes: Sequence[tuple[int, int]], config: Confi
     counts = [candidates_of_level(h * w, config.num_classes, config.pre_nms_topk) for h, w in level_sizes]
     assert packed.shape == (sum(counts), FIELDS)
     levels = np.split(packed, np.cumsum(counts)[:-1])
-    candidates = _concatenate([
-        _decode_level(rows, level, width, config)
-        for level, (rows, (_, width)) in enumerate(zip(levels, level_sizes))
-    ])
-    candidates = candidates[np.isfinite(candidates.boxes).all(axis=1)]
+    with np.errstate(over="ignore", invalid="ignore"):  # of boxes that are not finite
+        candidates = _concatenate([
+            _decode_level(rows, level, width, config)
+            for level, (rows, (_, width)) in enumerate(zip(levels, level_sizes))
+        ])
+    candidates = candidates.take(np.isfinite(candidates.boxes).all(axis=1))
     keep = batched_nms(candidates.boxes, candidates.scores, candidates.classes,
                        config.nms_threshold, config.post_nms_topk)
-    return candidates[keep]
+    return candidates.take(keep)
 
 
 def _decode_level(rows: Floats, level: int, width: int, config: Config) -> Selection:
@@ -85,11 +88,12 @@ def batched_nms(boxes: Floats, scores: Floats, classes: Integers, threshold: flo
     """
     if len(boxes) == 0:
         return np.zeros(0, np.int64)
-    if len(boxes) <= OFFSET_TRICK_LIMIT:
-        step = boxes.max() + np.float32(1)
-        boxes = boxes + (classes.astype(np.float32) * step)[:, None]
-        classes = np.zeros_like(classes)
-    return _suppress(boxes, scores, classes, threshold, topk)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # of vast boxes and of boxes without area
+        if len(boxes) <= OFFSET_TRICK_LIMIT:
+            step = boxes.max() + np.float32(1)
+            boxes = boxes + (classes.astype(np.float32) * step)[:, None]
+            classes = np.zeros_like(classes)
+        return _suppress(boxes, scores, classes, threshold, topk)
 
 
 def _suppress(boxes: Floats, scores: Floats, groups: Integers, threshold: float, topk: int) -> Integers:
@@ -114,5 +118,5 @@ def _iou(box: Floats, area: np.float32, boxes: Floats, areas: Floats) -> npt.NDA
     high = np.minimum(box[2:], boxes[:, 2:])
     sides = np.maximum(high - low, np.float32(0))
     inter = sides[:, 0] * sides[:, 1]
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        return (inter / (area + areas - inter)).astype(np.float64)
+    iou: npt.NDArray[np.float64] = np.divide(inter, area + areas - inter).astype(np.float64)
+    return iou
