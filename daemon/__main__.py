@@ -37,7 +37,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="blendmaskd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--settings", metavar="FILE", help="YAML settings; without it the defaults hold")
-    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="instead of the file's: npu:0 npu:1, cuda:0, cpu:0")
+    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="instead of the file's: npu:0 cuda:0 cpu:0")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as batch=2")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return parser.parse_args(argv)

@@ -482,6 +482,7 @@ class _Resources:
     def _router(self, max_message_bytes: int) -> zmq.Socket[bytes]:
         router = self._context.socket(zmq.ROUTER)
         router.set(zmq.ROUTER_MANDATORY, 1)
+        router.set(zmq.ROUTER_HANDOVER, 1)  # a client that reconnects gets the answers to what it sent before
         router.set(zmq.MAXMSGSIZE, max_message_bytes)
         return router
 
@@ -494,7 +495,7 @@ class _Resources:
             raise StartError(f"cannot listen on {endpoint}: {error}") from None
 
     def _lock(self, path: Path) -> None:
-        """ZeroMQ takes over a socket path that is in use without a word, so a lock beside it keeps a second daemon off."""
+        """ZeroMQ takes over a socket path in use without a word: a lock beside it keeps a second daemon off."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = open(f"{path}.lock", "w")  # noqa: SIM115

@@ -1,0 +1,75 @@
+"""A worker process: `python -m workers`, started by the daemon for one device; not for people.
+
+With ``--check`` it only loads settings and weights, on the CPU, and says on stderr what is wrong with them: the daemon
+tries a reload this way first.
+"""
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+
+from daemon import spawn
+from daemon.settings import Settings
+from daemon.spawn import Assignment, SpawnError
+from daemon.supervisor import EXIT_CANNOT_BOOT
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def main(argv: list[str]) -> int:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    try:
+        assignment = spawn.assignment(os.environ)
+    except SpawnError as error:
+        print(f"workers: {error}", file=sys.stderr)
+        return EXIT_CANNOT_BOOT
+    _die_with(assignment.daemon_pid)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the daemon's business: it drains, then tells its workers
+    return _check(assignment.settings) if "--check" in argv else _work(assignment)
+
+
+def _die_with(daemon_pid: int) -> None:
+    """The kernel kills this process when the daemon dies, however it dies: no orphan keeps a device."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != daemon_pid:
+        os._exit(1)  # it died before the kernel knew
+
+
+def _check(settings: Settings) -> int:
+    from workers import engines
+    from workers.engines import EngineError
+
+    try:
+        engines.make(settings, "cpu").load()
+    except EngineError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CANNOT_BOOT
+    return 0
+
+
+def _work(assignment: Assignment) -> int:
+    log = logging.getLogger(f"blendmaskd.worker.{assignment.identity}")
+    settings = assignment.settings
+    from workers import engines
+    from workers.engines import EngineError
+    from workers.loop import Loop
+
+    engine = engines.make(settings, assignment.local_device)
+    batch = engines.best_batch(settings)
+    try:
+        engine.load()
+        engine.warm_up(settings.warm_up, batch)
+    except EngineError as error:
+        log.error("%s", error)
+        return error.exit_code
+    return Loop(assignment, engine, batch).run()
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    logging.shutdown()
+    os._exit(code)  # pool threads may still be in a long call that nobody waits for

@@ -1,0 +1,303 @@
+"""Engines: what turns a batch of images into detections.
+
+==========  =========================================================================================
+native      `workers.blendmask`: our own network, torch only
+adelaidet   the original, where detectron2 and adelaidet are installed
+timed       sleeps a latency table and answers with a checksum of the image: for load tests
+==========  =========================================================================================
+
+`prepare` and `finish` are host work, and safe to call from several threads; `segment` is the device's, called from one
+thread. So a worker can prepare the next image and finish the last one while the device runs.
+"""
+from __future__ import annotations
+
+import importlib
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from daemon import categories, spawn
+from daemon.categories import CategoriesError
+from daemon.protocol import Options
+from daemon.settings import Settings
+from daemon.supervisor import EXIT_CANNOT_BOOT
+from workers import results
+from workers.results import Window
+
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3) BGR
+
+
+class EngineError(RuntimeError):
+    """An engine that cannot be loaded; the text says what to do. `exit_code` says whether starting again can help."""
+
+    def __init__(self, reason: str, exit_code: int = EXIT_CANNOT_BOOT) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
+class Prepared(Protocol):
+    """An image on its way to the device."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the photograph."""
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """Height and width that the network sees; only images in which these agree are batched together."""
+
+
+class Engine(Protocol):
+    """See the module."""
+
+    def load(self) -> None:
+        """Open the device and load the network. Raises `EngineError`."""
+
+    def actual(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """What took effect in this process of what was wanted at spawn, see `spawn.observe`."""
+
+    def device_memory_bytes(self) -> int:
+        """Bytes held on the device; 0 where that is the host's memory."""
+
+    def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
+        """Run once for each image size (height, width), alone and in a full batch, so that no job pays for it."""
+
+    def prepare(self, image: Pixels) -> Any:
+        """The network's input, a `Prepared`."""
+
+    def segment(self, batch: Sequence[Any]) -> list[Any]:
+        """What the network says of each image of a batch."""
+
+    def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
+        """One image's output as COCO results, see `workers.results`."""
+
+
+def make(settings: Settings, device: str) -> Engine:
+    """The engine that the settings name, for `device` as this process sees it (npu:0, cuda:0, cpu)."""
+    match settings.engine:
+        case "native":
+            return NativeEngine(settings, device)
+        case "adelaidet":
+            return AdelaidetEngine(settings, device)
+        case "timed":
+            return TimedEngine(settings.timed.latency_ms)
+
+
+def best_batch(settings: Settings) -> int:
+    """The batch size to aim at: `batch`, or for ``auto`` the one of most images per second in the latency table."""
+    if settings.batch != "auto":
+        return settings.batch
+    if settings.engine != "timed":
+        return 1
+    latency = settings.timed.latency_ms
+    return max(latency, key=lambda size: size / max(latency[size], 1e-9))
+
+
+class OnDevice:
+    """What the engines that compute share: a device, opened when the network is loaded."""
+
+    def __init__(self, settings: Settings, device: str) -> None:
+        self._settings = settings.model
+        self._device_name = device
+
+    def actual(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        observed: dict[str, Any] = devices().actual(wanted, self.device)
+        return observed
+
+    def device_memory_bytes(self) -> int:
+        return 0 if self._device_name == "cpu" else int(self.device.memory().used)
+
+    def prepare(self, image: Pixels) -> Any:
+        raise NotImplementedError
+
+    def segment(self, batch: Sequence[Any]) -> list[Any]:
+        raise NotImplementedError
+
+    def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
+        for height, width in image_sizes:
+            prepared = self.prepare(np.full((height, width, 3), 127, np.uint8))
+            for size in sorted({1, batch}):
+                self.segment([prepared] * size)
+
+    def _open(self) -> None:
+        try:
+            self.device = devices().open_device(self._device_name, self._settings.precision)
+        except devices().DeviceError as error:
+            raise EngineError(str(error), exit_code=1) from error  # a driver may come back
+
+    def _weights(self) -> str:
+        if self._settings.weights is None:
+            raise EngineError(
+                "model.weights is not set: name a checkpoint of AdelaiDet's BlendMask, or make one of seeded random "
+                "weights for a trial: python scripts/random_weights.py --config CONFIG --output random.pth"
+            )
+        return self._settings.weights
+
+    def _resolve_categories(self, classes: int) -> Sequence[categories.Category]:
+        try:
+            return categories.resolve(classes, self._settings.weights, self._settings.categories)
+        except CategoriesError as error:
+            raise EngineError(str(error)) from error
+
+
+class NativeEngine(OnDevice):
+    """`workers.blendmask` on one device."""
+
+    def load(self) -> None:
+        from workers import blendmask
+
+        weights = self._weights()
+        try:
+            self._config = blendmask.load_config(self._settings.config)
+            self._network = blendmask.build(self._config)
+            blendmask.load_into(self._network, blendmask.load_checkpoint(weights))
+        except (OSError, blendmask.ConfigError, blendmask.WeightsError) as error:
+            raise EngineError(str(error)) from error
+        self._categories = self._resolve_categories(self._config.num_classes)
+        self._open()
+        self._network.to(self.device.torch_device)
+        self._blendmask = blendmask
+
+    def prepare(self, image: Pixels) -> Any:
+        return self._blendmask.prepare(image, self._config)
+
+    def segment(self, batch: Sequence[Any]) -> list[Any]:
+        self.device.use()
+        return list(self._blendmask.segment(self._network, batch, self.device.torch_device))
+
+    def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
+        found = self._blendmask.finish(output, prepared)
+
+        def paste(index: int) -> Window:
+            window: Window = self._blendmask.paste_window(
+                found.probabilities[index], found.boxes[index], found.image_size
+            )
+            return window
+
+        return results.to_coco(
+            found.boxes, found.scores, found.classes, paste, found.image_size, self._categories, options
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AdelaidetInput:
+    """An image resized by detectron2."""
+
+    image: Any  # tensor (3, h, w) float32
+    image_size: tuple[int, int]
+    padded_size: tuple[int, int]
+
+
+class AdelaidetEngine(OnDevice):
+    """AdelaiDet's own BlendMask: the reference that the native engine equals."""
+
+    def load(self) -> None:
+        try:
+            adet_config = importlib.import_module("adet.config")
+            engine = importlib.import_module("detectron2.engine")
+        except ImportError as error:
+            raise EngineError(
+                f"engine adelaidet: {error}. It needs detectron2 and AdelaiDet (adet), built from their sources for "
+                "this torch; engine native gives the same answers without them"
+            ) from error
+        weights = self._weights()
+        self._open()
+        config = adet_config.get_cfg()
+        config.merge_from_file(self._settings.config)
+        config.MODEL.WEIGHTS = weights
+        config.MODEL.DEVICE = str(self.device.torch_device)
+        self._predictor = engine.DefaultPredictor(config)
+        self._categories = self._resolve_categories(config.MODEL.FCOS.NUM_CLASSES)
+
+    def prepare(self, image: Pixels) -> AdelaidetInput:
+        import torch
+
+        height, width = image.shape[:2]
+        original = image[:, :, ::-1] if self._predictor.input_format == "RGB" else image
+        resized = self._predictor.aug.get_transform(original).apply_image(original)
+        tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
+        padded = (-(-tensor.shape[1] // 32) * 32, -(-tensor.shape[2] // 32) * 32)
+        return AdelaidetInput(tensor, (height, width), padded)
+
+    def segment(self, batch: Sequence[AdelaidetInput]) -> list[Any]:
+        import torch
+
+        self.device.use()
+        inputs = [
+            {"image": item.image, "height": item.image_size[0], "width": item.image_size[1]} for item in batch
+        ]
+        with torch.inference_mode():
+            return [output["instances"].to("cpu") for output in self._predictor.model(inputs)]
+
+    def finish(self, output: Any, prepared: AdelaidetInput, options: Options) -> list[dict[str, Any]]:
+        masks = output.pred_masks.numpy()
+        return results.to_coco(
+            output.pred_boxes.tensor.numpy(),
+            output.scores.numpy(),
+            output.pred_classes.numpy(),
+            lambda index: (masks[index], (0, 0)),
+            prepared.image_size,
+            self._categories,
+            options,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TimedInput:
+    """An image of which only the checksum is kept."""
+
+    image_size: tuple[int, int]
+    padded_size: tuple[int, int]
+    checksum: int  # zlib.crc32 of the BGR pixels
+
+
+class TimedEngine:
+    """Takes the time that the table says, in full from the moment it gets a batch; a size between entries is linear."""
+
+    def __init__(self, latency_ms: dict[int, float]) -> None:
+        self._sizes = sorted(latency_ms)
+        self._latency_ms = [latency_ms[size] for size in self._sizes]
+
+    def load(self) -> None:
+        pass
+
+    def actual(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        return spawn.observe(wanted)
+
+    def device_memory_bytes(self) -> int:
+        return 0
+
+    def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
+        pass
+
+    def prepare(self, image: Pixels) -> TimedInput:
+        height, width = image.shape[:2]
+        return TimedInput((height, width), (height, width), zlib.crc32(np.ascontiguousarray(image).data))
+
+    def segment(self, batch: Sequence[TimedInput]) -> list[int]:
+        time.sleep(float(np.interp(len(batch), self._sizes, self._latency_ms)) / 1000)
+        return [item.checksum for item in batch]
+
+    def finish(self, output: int, prepared: TimedInput, options: Options) -> list[dict[str, Any]]:
+        """One detection, the whole image, with the key `checksum` beside the usual ones."""
+        height, width = prepared.image_size
+        found = results.to_coco(
+            np.array([[0, 0, width, height]], np.float32),
+            np.ones(1, np.float32),
+            np.zeros(1, np.int64),
+            lambda _: (np.ones((height, width), np.bool_), (0, 0)),
+            prepared.image_size,
+            [categories.Category(1, "image")],
+            options,
+        )
+        return [{**detection, "checksum": output} for detection in found]
+
+
+def devices() -> Any:
+    """`workers.devices`, which imports torch: not before an engine needs it."""
+    return importlib.import_module("workers.devices")

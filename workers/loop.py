@@ -1,0 +1,339 @@
+"""The worker's loop: receive, decode, batch, run, finish, answer, so that the device does not wait.
+
+Threads, and who may do what:
+
+=========  ==========================================================================================
+main       owns the socket: takes leases in, sends answers and reports out
+host       a small pool: decodes and prepares the next images, finishes the last ones
+device     one: forms batches from what is prepared, runs the engine
+=========  ==========================================================================================
+
+A lease ends with exactly one `Finished` or `FailedLease`, whatever happens to its image; `_end` is the only place that
+sends one. Deadlines and revocations are looked at twice, before decoding and right before the device.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import psutil
+import zmq
+
+from daemon import protocol
+from daemon.protocol import Code
+from daemon.settings import Settings
+from daemon.spawn import Assignment
+from workers import images
+from workers.engines import Engine
+from workers.images import ImageError
+
+log = logging.getLogger("blendmaskd.worker")
+
+REPORT_S = 1.0
+LINGER_MS = 5000  # for the last answers, when the worker stops
+ENGINE_FAILURES_IN_A_ROW = 3  # then the device is taken to be broken rather than the images
+EXIT_ENGINE_BROKEN = 70  # sysexits' EX_SOFTWARE
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """A lease on its way through the worker."""
+
+    lease: protocol.Lease
+    payload: Sequence[Any]
+    received: float
+    prepared: Any = None
+    ready_at: float = 0.0  # when it was prepared
+    revoked: bool = False
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class Loop:
+    """Serves leases with a loaded engine until told to stop. `run` returns the exit code."""
+
+    def __init__(self, assignment: Assignment, engine: Engine, batch: int) -> None:
+        self._assignment = assignment
+        self._settings: Settings = assignment.settings
+        self._engine = engine
+        self._batch = batch
+        self._held: dict[int, Item] = {}  # main thread only
+        self._outbox: deque[tuple[protocol.FromWorker, Sequence[bytes]]] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._prepared = Prepared(batch, self._settings.max_wait_ms / 1000)
+        self._busy = Busy()
+        self._images = 0
+        self._shapes: dict[tuple[int, int, int], None] = {}  # in the order met
+        self._exit_code: int | None = None
+        self._host = ThreadPoolExecutor(_host_threads(), thread_name_prefix="host")
+
+    def run(self) -> int:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as self._socket:
+            self._socket.set(zmq.IDENTITY, self._assignment.identity.encode())
+            self._socket.set(zmq.LINGER, LINGER_MS)
+            self._socket.connect(self._assignment.endpoint)
+            threading.Thread(target=self._run_device, name="device", daemon=True).start()
+            window = 2 * self._batch  # one batch runs, one is already here
+            actual = self._engine.actual(self._assignment.wanted)
+            self._send(protocol.Ready(token=self._assignment.token, pid=os.getpid(), window=window, actual=actual))
+            self._serve()
+        assert self._exit_code is not None
+        return self._exit_code
+
+    # -- main thread ------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake, zmq.POLLIN)
+        reporter = Reporter(self._report)
+        while self._exit_code is None:
+            events = dict(poller.poll(reporter.due_ms()))
+            if self._wake in events:
+                os.eventfd_read(self._wake)
+            self._send_outbox()
+            if self._socket in events:
+                self._receive()
+            reporter.report_if_due()
+        self._send_outbox()
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            message: protocol.ToWorker
+            message, payload = protocol.decode(frames, protocol.TO_WORKER)
+            match message:
+                case protocol.Lease():
+                    item = Item(message, payload, time.monotonic())
+                    self._held[message.lease] = item
+                    self._host.submit(self._prepare, item)
+                case protocol.Revoke():
+                    if message.lease in self._held:
+                        self._held[message.lease].revoked = True
+                case protocol.Stop():
+                    self._exit_code = 0
+
+    def _send_outbox(self) -> None:
+        while self._outbox:
+            message, payload = self._outbox.popleft()
+            if isinstance(message, protocol.Finished | protocol.FailedLease):
+                del self._held[message.lease]
+                self._images += isinstance(message, protocol.Finished)
+            self._send(message, payload)
+
+    def _send(self, message: protocol.FromWorker, payload: Sequence[bytes] = ()) -> None:
+        self._socket.send_multipart(protocol.encode(message, payload), copy=False)
+
+    def _report(self, start: float, end: float) -> None:
+        images, self._images = self._images, 0
+        self._send(
+            protocol.Report(
+                start=start,
+                end=end,
+                images=images,
+                busy_s=self._busy.take(end),
+                memory_bytes=psutil.Process().memory_info().rss,
+                device_memory_bytes=self._engine.device_memory_bytes(),
+                shapes=list(self._shapes),
+            )
+        )
+
+    def _post(self, message: protocol.FromWorker, payload: Sequence[bytes] = ()) -> None:
+        """Send from another thread."""
+        self._outbox.append((message, payload))
+        os.eventfd_write(self._wake, 1)
+
+    # -- host threads -----------------------------------------------------------------------------------------------
+
+    def _prepare(self, item: Item) -> None:
+        if self._overdue(item):
+            return
+        try:
+            item.prepared = self._engine.prepare(self._pixels(item))
+        except ImageError as error:
+            self._fail(item, error.code, error.reason)
+        except Exception as error:
+            log.exception("lease %d: preparing its image failed", item.lease.lease)
+            self._fail(item, Code.ENGINE_FAILED, f"preparing the image: {type(error).__name__}: {error}")
+        else:
+            item.payload = ()
+            item.ready_at = time.monotonic()
+            item.timings["decode"] = item.ready_at - item.received
+            self._prepared.put(item)
+
+    def _pixels(self, item: Item) -> images.Pixels:
+        image, limits = item.lease.image, self._settings.limits
+        match image.kind:
+            case "encoded":
+                return images.decode(item.payload[0].buffer, limits)
+            case "raw":
+                return images.from_raw(item.payload[0].buffer, image.shape or (), image.dtype, image.order, limits)
+            case "path":
+                return images.decode(images.read_path(image.path or "", self._settings.paths.roots, limits), limits)
+
+    def _finish(self, item: Item, output: Any) -> None:
+        start = time.monotonic()
+        try:
+            detections = self._engine.finish(output, item.prepared, item.lease.options)
+        except Exception as error:
+            log.exception("lease %d: finishing its results failed", item.lease.lease)
+            self._fail(item, Code.ENGINE_FAILED, f"finishing the results: {type(error).__name__}: {error}")
+            return
+        height, width = item.prepared.image_size
+        payload = msgpack.packb(detections)
+        item.timings["finish"] = time.monotonic() - start
+        self._post(
+            protocol.Finished(lease=item.lease.lease, width=width, height=height, timings=item.timings), [payload]
+        )
+
+    # -- device thread ----------------------------------------------------------------------------------------------
+
+    def _run_device(self) -> None:
+        try:
+            failures = 0
+            while failures < ENGINE_FAILURES_IN_A_ROW:
+                batch = [item for item in self._prepared.take() if not self._overdue(item)]
+                if batch:
+                    failures = 0 if self._run(batch) else failures + 1
+            log.error("the engine failed %d times in a row: starting anew", failures)
+        except BaseException:
+            log.exception("the device thread died")
+        self._exit_code = EXIT_ENGINE_BROKEN
+        os.eventfd_write(self._wake, 1)
+
+    def _run(self, batch: list[Item]) -> bool:
+        """Run a batch; when the engine raises on several images, each is tried alone. False when all failed."""
+        start = time.monotonic()
+        self._post(protocol.Started(leases=[item.lease.lease for item in batch]))
+        self._shapes.setdefault((len(batch), *batch[0].prepared.padded_size))
+        try:
+            with self._busy:
+                outputs = self._engine.segment([item.prepared for item in batch])
+        except Exception as error:
+            if len(batch) > 1:
+                log.warning("the engine failed on a batch of %d, trying each image alone: %s", len(batch), error)
+                alone = [self._run([item]) for item in batch]
+                return any(alone)
+            log.exception("lease %d: the engine failed", batch[0].lease.lease)
+            self._fail(batch[0], Code.ENGINE_FAILED, f"{type(error).__name__}: {error}")
+            return False
+        end = time.monotonic()
+        for item, output in zip(batch, outputs):
+            item.timings |= {"wait": start - item.ready_at, "device": end - start}
+            self._host.submit(self._finish, item, output)
+        return True
+
+    # -- any thread -------------------------------------------------------------------------------------------------
+
+    def _overdue(self, item: Item) -> bool:
+        """Whether nobody waits for it any more; its lease is ended then."""
+        if item.revoked:
+            self._fail(item, Code.CANCELLED, "revoked")
+        elif time.monotonic() >= item.lease.deadline:
+            self._fail(item, Code.TIMEOUT, "the deadline passed before the device was free")
+        else:
+            return False
+        return True
+
+    def _fail(self, item: Item, code: Code, reason: str) -> None:
+        self._post(protocol.FailedLease(lease=item.lease.lease, code=code, reason=reason))
+
+
+def _host_threads() -> int:
+    """One to decode the next image and one to finish the last, more where the slot has the CPUs."""
+    return min(max(len(os.sched_getaffinity(0)), 2), 4)
+
+
+class Prepared:
+    """Images that are ready for the device, in the order of their arrival here."""
+
+    def __init__(self, batch: int, max_wait_s: float) -> None:
+        self._batch = batch
+        self._max_wait_s = max_wait_s
+        self._items: deque[Item] = deque()
+        self._changed = threading.Condition()
+
+    def put(self, item: Item) -> None:
+        with self._changed:
+            self._items.append(item)
+            self._changed.notify()
+
+    def take(self) -> list[Item]:
+        """Wait for the next batch: the oldest image and those of its padded size, up to the batch size.
+
+        An incomplete batch waits until its oldest image has been ready for `max_wait_s`.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._items)
+            while True:
+                batch = self._matching()
+                left = batch[0].ready_at + self._max_wait_s - time.monotonic()
+                if len(batch) == self._batch or batch[0].lease.alone or left <= 0:
+                    break
+                self._changed.wait(left)
+            for item in batch:
+                self._items.remove(item)
+        return batch
+
+    def _matching(self) -> list[Item]:
+        oldest = self._items[0]
+        if oldest.lease.alone:
+            return [oldest]
+        size = oldest.prepared.padded_size
+        alike = [item for item in self._items if item.prepared.padded_size == size and not item.lease.alone]
+        return alike[: self._batch]
+
+
+class Busy:
+    """How long the device was busy: entered around each run, read by the main thread while one is under way."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._seconds = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            assert self._since is not None
+            self._seconds += time.monotonic() - self._since
+            self._since = None
+
+    def take(self, now: float) -> float:
+        """Seconds since the last call."""
+        with self._lock:
+            if self._since is not None and now > self._since:
+                self._seconds += now - self._since
+                self._since = now
+            seconds, self._seconds = self._seconds, 0.0
+            return seconds
+
+
+class Reporter:
+    """Calls `report(start, end)` once per second, with adjoining bounds."""
+
+    def __init__(self, report: Callable[[float, float], None]) -> None:
+        self._report = report
+        self._start = time.monotonic()
+
+    def due_ms(self) -> int:
+        return max(0, int((self._start + REPORT_S - time.monotonic()) * 1000) + 1)
+
+    def report_if_due(self) -> None:
+        now = time.monotonic()
+        if now - self._start >= REPORT_S:
+            self._report(self._start, now)
+            self._start = now
