@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 # Opacity of the colour where a mask is 0 to 255. Across a mask's border, blurred, it falls from 255 to 0: near the
 # middle of that slope is the line.
 _TINT = [round(0.42 * value) for value in range(256)]
-_LINE = [round(255 * min(max(1.5 - 3 * abs(value / 255 - 0.5), 0), 1)) for value in range(256)]
+_LINE = [round(255 * min(max(2.5 - 5 * abs(value / 255 - 0.5), 0), 1)) for value in range(256)]
 
 # Ten that look well together, then ten that are farthest from all before them (in CIELAB).
 FIRST_COLOURS = (
@@ -87,7 +87,7 @@ def _tint(drawn: Image.Image, mask: Image.Image, own: Colour, thickness: int) ->
     around = 3 * thickness
     left, top = max(found[0] - around, 0), max(found[1] - around, 0)
     inside = mask.crop((left, top, min(found[2] + around, mask.width), min(found[3] + around, mask.height)))
-    line = inside.filter(ImageFilter.GaussianBlur(thickness / 2)).point(_LINE)
+    line = inside.filter(ImageFilter.GaussianBlur(0.6 * thickness)).point(_LINE)
     drawn.paste(own, (left, top), ImageChops.lighter(line, inside.point(_TINT)))
 
 
