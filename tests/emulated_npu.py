@@ -1,0 +1,352 @@
+"""Two emulated "npu" devices that compute on the CPU, for tests only.
+
+`install` registers them with torch's PrivateUse1 hooks as torch.npu, with the names that `workers.devices` uses. A
+tensor on npu:i is a wrapper whose metadata says so and whose data is a CPU tensor, its twin: every operator is run on
+the twins and its results wrapped again, so results equal the CPU's bit for bit. As on the real device, operators
+refuse tensors of two devices, each thread has its own current device, and ASCEND_RT_VISIBLE_DEVICES renumbers the
+physical devices; `torch.npu.get_device_name` tells the physical one.
+
+`host_waits` counts what makes a host wait for a real NPU: copies to the host, scalars read, outputs whose shape
+depends on data. Not emulated: speed, memory (figures are 0), storage aliases between host and device, operators that
+change a tensor's own shape in place. Once installed in a process it stays.
+"""
+from __future__ import annotations
+
+import os
+import threading
+import time
+import types
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import backend_registration
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+PHYSICAL_DEVICES = 2
+MEMORY_BYTES = 32 << 30
+
+aten = torch.ops.aten
+host_waits: Counter[str] = Counter()  # operator to count; clear it before what is to be measured
+
+_current = threading.local()
+_composite: dict[Any, bool] = {}
+_libraries: list[torch.library.Library] = []  # registrations end when these are freed
+
+_FACTORIES = [
+    "empty.memory_format", "empty_strided", "full", "zeros", "ones", "eye", "linspace", "scalar_tensor", "arange",
+    "arange.start", "arange.start_step", "rand", "randn", "randint", "randint.low", "tril_indices", "triu_indices",
+]  # fmt: skip
+_LOWER_PRECISION = ["conv2d", "convolution", "linear", "matmul", "bmm", "addmm", "mm"]
+_COPIES = {aten.copy_.default, aten._to_copy.default, aten._copy_from.default}
+_HOST_INDICES = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}  # indices may be on the host
+_DATA_DEPENDENT = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.unique_consecutive.default,
+    aten.unique_dim.default,
+    aten.equal.default,
+}
+
+
+class NpuTensor(torch.Tensor):
+    """A tensor on an emulated device."""
+
+    __slots__ = ("twin",)
+    twin: torch.Tensor  # on the CPU
+
+    @staticmethod
+    def __new__(cls, twin: torch.Tensor, index: int) -> NpuTensor:
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            twin.size(),
+            strides=twin.stride(),
+            storage_offset=twin.storage_offset(),
+            dtype=twin.dtype,
+            layout=twin.layout,
+            device=torch.device("npu", index),
+        )
+        tensor.twin = twin
+        return tensor
+
+    def numpy(self, *, force: bool = False) -> Any:
+        if force:
+            return self.twin.numpy()
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first.")
+
+    def __repr__(self, **_: Any) -> str:
+        return f"{self.twin!r}"[:-1] + f", device='{self.device}')"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Inference tensors come here with composite operators (aten.to, aten.linear) that are not yet taken apart.
+        if func not in _composite:
+            _composite[func] = torch._C._dispatch_has_kernel_for_dispatch_key(
+                func.name(), "CompositeImplicitAutograd"
+            )
+        if _composite[func]:
+            # torch's own kernel: func.decompose() would prefer decompositions in Python, which round differently
+            return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **(kwargs or {}))
+        return _run(func, args, kwargs or {})
+
+
+def install() -> types.ModuleType:
+    """Register the emulated devices as torch.npu, once."""
+    if hasattr(torch, "npu"):
+        return torch.npu
+    backend_registration._setup_privateuseone_for_python_backend("npu", backend_module=_api())
+    operators = torch.library.Library("aten", "IMPL")
+    for name in _FACTORIES:
+        operators.impl(name, _factory(_operator(name)), "PrivateUse1")
+    operators.impl("_copy_from", _copy_from, "PrivateUse1")
+    fallback = torch.library.Library("_", "IMPL")
+    fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for name in _LOWER_PRECISION:
+        operators.impl(name, _lower_precision(_operator(name)), "AutocastPrivateUse1")
+    _libraries.extend((operators, fallback))
+    torch.Tensor.pin_memory = lambda self, device=None: self  # torch lets no Python backend have a pinned allocator
+    return torch.npu
+
+
+def physical_devices() -> list[int]:
+    """The physical device of each index, by torch_npu's rules: ascending digits, or none at all."""
+    text = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    if text is None:
+        return list(range(PHYSICAL_DEVICES))
+    if not set(text) <= set("0123456789,"):
+        raise RuntimeError(f"ASCEND_RT_VISIBLE_DEVICES={text}: expected digits and commas")
+    visible = [int(part) for part in text.split(",") if part]
+    if visible != sorted(set(visible)):
+        return []
+    return [device for device in visible if device < PHYSICAL_DEVICES]
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator on the twins; results are on the device of its arguments."""
+    flat, spec = tree_flatten((args, kwargs))
+    device = _common_device(func, flat)
+    _count_waits(func, flat, kwargs)
+    wrapped = {id(item.twin): item for item in flat if isinstance(item, NpuTensor)}
+    twin_args, twin_kwargs = tree_unflatten([_to_twin(item) for item in flat], spec)
+    result = func(*twin_args, **twin_kwargs)
+    index = _result_index(func, flat, kwargs, device)
+
+    def wrap(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in wrapped:  # an operator in place, or out=
+            return wrapped[id(tensor)]
+        return tensor if index is None or isinstance(tensor, NpuTensor) else _wrap(tensor, index)
+
+    return tree_map_only(torch.Tensor, wrap, result)
+
+
+def _common_device(func: Any, flat: list[Any]) -> torch.device | None:
+    """The device that the tensors share; scalars on the host go anywhere."""
+    device = None
+    for item in flat:
+        if not isinstance(item, torch.Tensor):
+            continue
+        if item.device.type == "cpu" and (item.dim() == 0 or func in _COPIES or func in _HOST_INDICES):
+            continue
+        if device is None:
+            device = item.device
+        elif item.device != device and func not in _COPIES:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices,"
+                f" {device} and {item.device}!"
+            )
+    return device
+
+
+def _result_index(func: Any, flat: list[Any], kwargs: Any, device: torch.device | None) -> int | None:
+    """The index of the npu device that results are on; None: on the host."""
+    target = kwargs.get("device")
+    if target is not None:
+        return _index(target) if torch.device(target).type == "npu" else None
+    if func is aten.copy_.default:
+        device = flat[0].device
+    if device is None:
+        return _current_device()
+    return device.index if device.type == "npu" else None
+
+
+def _count_waits(func: Any, flat: list[Any], kwargs: Any) -> None:
+    if func in _DATA_DEPENDENT or (func in _HOST_INDICES and _has_mask(flat[1:])):
+        host_waits[func.name()] += 1
+    source = flat[1] if func is aten.copy_.default else flat[0]
+    target = flat[0].device if func is aten.copy_.default else kwargs.get("device")
+    if func in _COPIES and isinstance(source, NpuTensor) and target is not None and torch.device(target).type == "cpu":
+        host_waits["copy to host"] += 1
+
+
+def _has_mask(flat: list[Any]) -> bool:
+    return any(isinstance(item, torch.Tensor) and item.dtype in (torch.bool, torch.uint8) for item in flat)
+
+
+def _to_twin(item: Any) -> Any:
+    if isinstance(item, NpuTensor):
+        return item.twin
+    if isinstance(item, torch.device) and item.type == "npu":
+        return torch.device("cpu")
+    return item
+
+
+def _wrap(twin: torch.Tensor, index: int) -> NpuTensor:
+    if torch.is_inference_mode_enabled() and not twin.is_inference():  # a view of a normal tensor stays a normal one
+        with torch.inference_mode(False):
+            return NpuTensor(twin, index)
+    return NpuTensor(twin, index)
+
+
+def _operator(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(aten, packet), overload or "default")
+
+
+def _factory(operator: Any) -> Callable[..., Any]:
+    """These reach the PrivateUse1 key without any npu tensor among their arguments."""
+    return lambda *args, **kwargs: _run(operator, args, kwargs)
+
+
+def _lower_precision(operator: Any) -> Callable[..., Any]:
+    """What autocast does to float32 arguments of an operator that gains from half precision."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype("npu")
+
+        def cast(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+
+        with torch.amp.autocast("npu", enabled=False):
+            args, kwargs = tree_map_only(torch.Tensor, cast, (args, kwargs))
+            return operator(*args, **kwargs)
+
+    return run
+
+
+def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    _to_twin(target).copy_(_to_twin(source))
+    return target
+
+
+def _current_device() -> int:
+    return getattr(_current, "index", 0)
+
+
+def _index(device: Any) -> int:
+    """The index that a device argument means; RuntimeError where there is no such device."""
+    if device is None:
+        return _current_device()
+    index = device if isinstance(device, int) else torch.device(device).index
+    if index is None:
+        return _current_device()
+    count = len(physical_devices())
+    if not 0 <= index < count:
+        raise RuntimeError(f"invalid npu device ordinal {index}: {count} devices")
+    return index
+
+
+class Event:
+    """A point in a stream's work; here all work is done at once."""
+
+    def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
+        self.time = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.time - self.time) * 1e3
+
+
+class Stream:
+    """A queue of work that is always empty."""
+
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
+        self.device = torch.device("npu", _index(device))
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+class CurrentDevice:
+    """``with torch.npu.device(1):``"""
+
+    def __init__(self, device: Any) -> None:
+        self.index = _index(device)
+
+    def __enter__(self) -> None:
+        self.before, _current.index = _current_device(), self.index
+
+    def __exit__(self, *_: Any) -> None:
+        _current.index = self.before
+
+
+def _api() -> types.ModuleType:
+    """What torch.npu offers: torch_npu's names."""
+    options = {"TASK_QUEUE_ENABLE": int(os.environ.get("TASK_QUEUE_ENABLE", "1"))}
+
+    def set_device(device: Any) -> None:
+        _current.index = _index(device)
+
+    def get_device_name(device: Any = None) -> str:
+        return f"Ascend910-emulated physical {physical_devices()[_index(device)]}"
+
+    api = types.ModuleType("torch.npu")
+    api.__dict__.update(
+        is_available=lambda: bool(physical_devices()),
+        is_initialized=lambda: True,
+        init=lambda: None,
+        _is_in_bad_fork=lambda: False,
+        manual_seed=lambda seed: None,
+        manual_seed_all=lambda seed: None,
+        device_count=lambda: len(physical_devices()),
+        current_device=_current_device,
+        set_device=set_device,
+        device=CurrentDevice,
+        synchronize=lambda device=None: None,
+        Event=Event,
+        Stream=Stream,
+        current_stream=lambda device=None: Stream(device),
+        default_stream=lambda device=None: Stream(device),
+        stream=lambda stream: stream,
+        get_device_name=get_device_name,
+        mem_get_info=lambda device=None: (MEMORY_BYTES, MEMORY_BYTES),
+        memory_allocated=lambda device=None: 0,
+        max_memory_allocated=lambda device=None: 0,
+        memory_reserved=lambda device=None: 0,
+        empty_cache=lambda: None,
+        set_compile_mode=lambda jit_compile=False: options.update(jit_compile=jit_compile),
+        set_option=options.update,
+        get_task_queue_enable=lambda: options["TASK_QUEUE_ENABLE"],
+        conv=types.SimpleNamespace(allow_hf32=True),
+        matmul=types.SimpleNamespace(allow_hf32=False),
+        get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16, torch.float32],
+    )
+    return api

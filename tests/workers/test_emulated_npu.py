@@ -1,0 +1,262 @@
+"""The emulated devices of tests/emulated_npu.py behave as two NPUs and compute what the CPU computes, bit for bit.
+
+The emulation stays in a process once it is installed, so the checks run in a process of their own, in which
+tests/emulated is on PYTHONPATH as it is in a worker.
+"""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parents[2]
+NPU = [torch.device("npu", 0), torch.device("npu", 1)] if hasattr(torch, "npu") else []
+
+
+def same_as_on_the_cpu(compute: Callable[..., Any], *tensors: torch.Tensor) -> None:
+    """`compute` of the tensors on each emulated device is the CPU's result, and stays on its device."""
+    expected = _as_tuple(compute(*tensors))
+    for device in NPU:
+        found = _as_tuple(compute(*(tensor.to(device) for tensor in tensors)))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.device == device
+            assert ours.stride() == theirs.stride()
+            assert torch.equal(ours.cpu(), theirs)
+
+
+def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def check_convolution_and_normalisation() -> None:
+    images, weight = torch.randn(2, 3, 33, 47), torch.randn(8, 3, 3, 3)
+    for stride in (1, 2):
+        same_as_on_the_cpu(lambda x, w, s=stride: F.conv2d(x, w, stride=s, padding=1), images, weight)
+    same_as_on_the_cpu(lambda x: F.group_norm(x, 2), torch.randn(2, 8, 9, 9))
+    same_as_on_the_cpu(
+        lambda x, m, v: F.batch_norm(x, m, v), torch.randn(2, 8, 9, 9), torch.randn(8), torch.rand(8) + 0.5
+    )
+    same_as_on_the_cpu(lambda x: F.max_pool2d(x.relu(), 3, 2, 1), images)
+    same_as_on_the_cpu(lambda x: F.interpolate(x, scale_factor=2, mode="nearest"), images)
+    same_as_on_the_cpu(lambda x: F.interpolate(x, size=(60, 80), mode="bilinear", align_corners=False), images)
+    same_as_on_the_cpu(F.linear, torch.randn(5, 16), torch.randn(7, 16), torch.randn(7))
+    same_as_on_the_cpu(torch.matmul, torch.randn(2, 5, 16), torch.randn(2, 16, 4))
+
+
+def check_selection_and_sampling() -> None:
+    scores, cells = torch.rand(4, 500), torch.randint(0, 500, (4, 20))
+    same_as_on_the_cpu(lambda x: torch.topk(x, 50, dim=1), scores)
+    same_as_on_the_cpu(lambda x: torch.sort(x, descending=True, stable=True), scores)
+    same_as_on_the_cpu(lambda x, i: x.gather(1, i), scores, cells)
+    same_as_on_the_cpu(lambda x, i: x[:, i[0]], scores, cells)
+    same_as_on_the_cpu(lambda x: x[x > 0.5], scores)
+    same_as_on_the_cpu(lambda x, g: F.grid_sample(x, g, align_corners=False), torch.randn(2, 3, 9, 9),
+                       torch.rand(2, 5, 5, 2) * 2 - 1)
+    same_as_on_the_cpu(lambda x: (x.softmax(1), x.sigmoid(), x.cumsum(1), x.std()), scores)
+    same_as_on_the_cpu(lambda x: torch.where(x > 0.5, x, x.new_zeros(())).masked_fill(x > 0.9, 1.0), scores)
+    same_as_on_the_cpu(lambda x: torch.cat([x, x.flip(1), torch.arange(500.0, device=x.device)[None]]), scores)
+    same_as_on_the_cpu(lambda x: torch.einsum("nk,mk->nm", x, x), scores)
+
+
+def check_writes_through_views_reach_their_base() -> None:
+    def write(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[1].fill_(7)
+        x[:, 0] = torch.arange(4.0, device=x.device)
+        x.view(-1)[5:7].mul_(2)
+        return x
+
+    same_as_on_the_cpu(write, torch.randn(4, 5))
+
+
+def check_inference_mode_and_gradients_off() -> None:
+    layer = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).eval()
+    image = torch.randn(1, 3, 9, 9)
+    with torch.inference_mode():
+        expected = layer(image)
+        for device in NPU:
+            assert torch.equal(layer.to(device)(image.to(device)).cpu(), expected)
+
+
+def check_autocast_lowers_precision_as_on_the_cpu() -> None:
+    x, weight = torch.randn(1, 3, 9, 9), torch.randn(4, 3, 3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = F.conv2d(x, weight)
+    with torch.autocast("npu", dtype=torch.bfloat16):
+        found = F.conv2d(x.to("npu:1"), weight.to("npu:1"))
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.cpu(), expected)
+
+
+def check_devices_are_kept_apart() -> None:
+    here, there = torch.ones(3, device="npu:0"), torch.ones(3, device="npu:1")
+    for bad in (
+        lambda: here + there,
+        lambda: here + torch.ones(3),
+        lambda: torch.cat([here, there]),
+        lambda: F.conv2d(torch.ones(1, 1, 3, 3, device="npu:0"), torch.ones(1, 1, 1, 1)),
+    ):
+        with pytest.raises(RuntimeError, match="same device"):
+            bad()
+    assert (here + there.to("npu:0")).device == here.device
+    assert (here + torch.tensor(1.0)).device == here.device
+    with pytest.raises(TypeError, match="numpy"):
+        here.numpy()
+    with pytest.raises(RuntimeError, match="invalid npu device ordinal 2"):
+        torch.ones(3, device="npu:2")
+    with pytest.raises(RuntimeError, match="invalid npu device ordinal 2"):
+        torch.npu.set_device(2)
+
+
+def check_each_thread_has_its_own_current_device() -> None:
+    torch.npu.set_device(1)
+    assert torch.ones(3, device="npu").device == NPU[1]
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(lambda: torch.ones(3, device="npu").device).result() == NPU[0]
+    with torch.npu.device(0):
+        assert torch.npu.current_device() == 0
+    assert torch.npu.current_device() == 1
+    torch.npu.set_device(0)
+
+
+def check_threads_compute_side_by_side() -> None:
+    x, weight = torch.randn(1, 8, 24, 24), torch.randn(8, 8, 3, 3)
+    expected = F.conv2d(x, weight, padding=1)
+    start = threading.Barrier(4)
+
+    def compute(number: int) -> bool:
+        device = NPU[number % 2]
+        torch.npu.set_device(device)
+        start.wait(10)
+        return all(torch.equal(F.conv2d(x.to(device), weight.to(device), padding=1).cpu(), expected) for _ in range(30))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(compute, range(4)))
+
+
+def check_what_a_host_waits_for_is_counted() -> None:
+    import emulated_npu
+
+    x = torch.rand(8, device="npu:0")
+    emulated_npu.host_waits.clear()
+    torch.topk(x * 2, 3)[0][torch.tensor([0, 1], device="npu:0")]
+    assert not emulated_npu.host_waits
+    x.cpu()
+    x[x > 0.5]
+    x.max().item()
+    x.nonzero()
+    torch.empty(8).copy_(x)
+    assert emulated_npu.host_waits == {
+        "copy to host": 2,
+        "aten::index.Tensor": 1,
+        "aten::_local_scalar_dense": 1,
+        "aten::nonzero": 1,
+    }
+
+
+def check_workers_devices_opens_them() -> None:
+    from workers import devices
+
+    device = devices.open_device("npu:1", "fp32")
+    assert device.name() == "Ascend910-emulated physical 1"
+    assert (torch.npu.conv.allow_hf32, torch.npu.matmul.allow_hf32) == (False, False)
+    assert device.memory().total > 0
+    image = torch.randn(3, 4)
+    on_device = device.upload(image)
+    device.synchronize()
+    assert on_device.device == NPU[1]
+    assert torch.equal(on_device.cpu(), image)
+    with pytest.raises(devices.DeviceError, match="2 npu devices are visible"):
+        devices.open_device("npu:2")
+    devices.open_device("npu:0", "hf32")
+    assert (torch.npu.conv.allow_hf32, torch.npu.matmul.allow_hf32) == (True, True)
+
+
+def check_the_network_equals_the_cpus() -> None:
+    import emulated_npu
+
+    from workers.blendmask import config, inference, model, preprocess
+
+    small = config.load_config(ROOT / "tests/golden/small_R18.yaml")
+    torch.manual_seed(0)
+    network = model.build(small)
+    torch.nn.init.constant_(network.proposal_generator.fcos_head.cls_logits.bias, -1.0)  # or nothing would be found
+    batch = [preprocess.prepare(torch.randint(0, 256, (120, 160, 3), dtype=torch.uint8).numpy(), small)] * 2
+    expected = inference.segment(network, batch, "cpu")
+    assert len(expected[0].scores) > 10
+    for device in NPU:
+        network.to(device)
+        emulated_npu.host_waits.clear()
+        found = inference.segment(network, batch, device)
+        assert emulated_npu.host_waits == {"copy to host": 2}  # the candidates, and the masks
+        for ours, theirs in zip(found, expected, strict=True):
+            for field in type(theirs).__dataclass_fields__:
+                assert (getattr(ours, field) == getattr(theirs, field)).all(), (device, field)
+
+
+def check_visible_devices_are_renumbered() -> None:
+    cases = {"0": [0], "1": [1], "0,1": [0, 1], "1,5": [1], "1,0": [], "": []}
+    for visible, physical in cases.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ASCEND_RT_VISIBLE_DEVICES", visible)
+            names = [torch.npu.get_device_name(index) for index in range(torch.npu.device_count())]
+            assert names == [f"Ascend910-emulated physical {number}" for number in physical], visible
+            assert torch.npu.is_available() == bool(physical)
+
+
+CHECKS = [name for name in list(globals()) if name.startswith("check_")]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str]:
+    """Each check's traceback, empty where it passed."""
+    return json.loads(_python(str(Path(__file__))))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_emulation(name: str, outcomes: dict[str, str]) -> None:
+    assert outcomes[name] == "", outcomes[name]
+
+
+def test_a_process_sees_the_device_that_it_was_given() -> None:
+    program = "import torch; print(torch.npu.device_count(), torch.npu.get_device_name('npu:0'))"
+    assert _python("-c", program, ASCEND_RT_VISIBLE_DEVICES="1").strip() == "1 Ascend910-emulated physical 1"
+
+
+def test_a_process_without_torch_does_not_load_it() -> None:
+    assert _python("-c", "import sys; print('torch' in sys.modules)").strip() == "False"
+
+
+def _python(*arguments: str, **variables: str) -> str:
+    """What Python prints where the emulated devices are."""
+    environment = {name: value for name, value in os.environ.items() if name != "ASCEND_RT_VISIBLE_DEVICES"}
+    environment |= {"PYTHONPATH": f"{ROOT / 'tests' / 'emulated'}:{ROOT}", "OMP_NUM_THREADS": "1", **variables}
+    result = subprocess.run(
+        [sys.executable, "-W", "error", *arguments], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def _outcome(name: str) -> str:
+    try:
+        globals()[name]()
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print(json.dumps({name: _outcome(name) for name in CHECKS}))
