@@ -145,8 +145,9 @@ def _places(bbox: Sequence[float], text: str, font: ImageFont.FreeTypeFont, size
 
 def _fitting_font(text: str, letters: int, width: int) -> ImageFont.FreeTypeFont:
     """The font at that size in pixels, or smaller where the tag would be wider than the image."""
-    needed = _tag_size(text, _font(letters, text.isascii()))[0]
-    return _font(letters if needed <= width else max(letters * width // needed, 1), text.isascii())
+    while letters > 1 and _tag_size(text, _font(letters, text.isascii()))[0] > width:
+        letters -= 1  # widths do not shrink in proportion: letters sit on whole pixels
+    return _font(letters, text.isascii())
 
 
 def _tag_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
