@@ -10,10 +10,10 @@ Device numbers are those of `daemon.topology`. The worker sees one device, as in
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ TCMALLOC_PACKAGES = "Debian: libtcmalloc-minimal4 or libgoogle-perftools4; openE
 LIBRARY_FOLDERS = tuple(
     Path(folder)
     for folder in (
-        f"/usr/lib/{sysconfig.get_config_var('MULTIARCH') or 'lib'}",
+        f"/usr/lib/{platform.machine()}-linux-gnu",
         "/usr/lib64",
         "/usr/lib",
         "/usr/local/lib64",
