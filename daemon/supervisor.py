@@ -130,7 +130,7 @@ class Supervisor:
 
     @property
     def reloading(self) -> bool:
-        return any(slot.stale for slot in self.slots.values())
+        return any(slot.stale or slot.wanted_down for slot in self.slots.values())
 
     def is_current(self, name: str, generation: int) -> bool:
         """Whether this generation is the slot's living one."""
@@ -166,10 +166,10 @@ class Supervisor:
         served = slot.ready_since is not None and now - slot.ready_since >= self.restarts.stable_s
         asked, slot.wanted_down = slot.wanted_down, False
         slot.next_signal = slot.deadline = slot.ready_since = None
+        slot.stale = False  # its next life is new anyway
         if slot.ending:
-            slot.state, slot.stale = State.ENDED, False
+            slot.state = State.ENDED
         elif asked:
-            slot.stale = False
             return [self._spawn(slot, now)]
         elif code == EXIT_CANNOT_BOOT:
             slot.state, slot.reason = State.FAILED, f"cannot boot: {how}"
@@ -194,8 +194,10 @@ class Supervisor:
                 actions.append(self._spawn(slot, now))
             elif slot.state is State.STARTING:
                 actions += self._restart_starting(slot, now)
-            else:
+            elif slot.state is State.READY:
                 slot.stale = True
+            else:
+                slot.ending = False  # STOPPING: its next life is new anyway
         for slot in self.slots.values():
             if slot.name not in wanted:
                 actions += self._end(slot, now)
@@ -233,12 +235,12 @@ class Supervisor:
         return Spawn(slot.name, slot.generation)
 
     def _stop(self, slot: Slot, now: float) -> list[Action]:
-        slot.state, slot.wanted_down = State.STOPPING, True
+        slot.state, slot.wanted_down, slot.stale = State.STOPPING, True, False
         slot.deadline, slot.next_signal = now + self.drain_s, signal.SIGABRT
         return [Stop(slot.name, slot.generation)]
 
     def _abort(self, slot: Slot, now: float) -> list[Action]:
-        slot.state, slot.next_signal = State.STOPPING, signal.SIGABRT
+        slot.state, slot.next_signal, slot.stale = State.STOPPING, signal.SIGABRT, False
         return self._harder(slot, now)
 
     def _harder(self, slot: Slot, now: float) -> list[Action]:
@@ -277,13 +279,8 @@ class Supervisor:
         moving = (State.STARTING, State.STOPPING, State.BACKOFF)  # BACKOFF: perhaps what is new does not work
         if self.draining or any(slot.state in moving for slot in self.slots.values()):
             return []
-        for slot in self.slots.values():
-            if not slot.stale:
-                continue
-            if slot.state is State.READY:
-                return self._stop(slot, now)
-            slot.stale = False  # it died meanwhile: its next life is new anyway
-        return []
+        stale = next((slot for slot in self.slots.values() if slot.stale), None)
+        return [] if stale is None else self._stop(stale, now)
 
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
@@ -295,4 +292,4 @@ class Supervisor:
             assert slot.state is not State.STOPPING or slot.next_signal is not None, slot
             assert slot.failures <= self.restarts.give_up_after, slot
             assert not (self.draining and slot.state in (State.READY, State.STARTING, State.BACKOFF)), slot
-            assert not (slot.state is State.FAILED and slot.stale), slot
+            assert not slot.stale or slot.state is State.READY, slot

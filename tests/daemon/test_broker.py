@@ -1,0 +1,298 @@
+"""The broker by example: one history per rule."""
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from daemon.broker import Action, Broker, Evict, Limits, SendClient, SendWorker
+from daemon.protocol import (
+    Cancel,
+    Code,
+    Failed,
+    FailedLease,
+    Finished,
+    Image,
+    Lease,
+    Result,
+    Revoke,
+    Started,
+    Stop,
+    Submit,
+)
+
+LIMITS = Limits(
+    max_jobs=4, max_bytes=1000, max_image_bytes=500, max_attempts=2, deadline_s=10.0, stall_s=5.0, paths_allowed=False
+)
+ANSWER = [b"detections"]
+
+
+def submit(broker: Broker, job: str, now: float = 0.0, client: bytes = b"c", size: int = 10, **fields: Any) -> list[Action]:
+    message = Submit(job=job, image=Image(kind="encoded"), **fields)
+    actions = broker.submit(client, message, [b"x" * size], now)
+    broker.check()
+    return actions
+
+
+def leases(actions: list[Action]) -> list[tuple[str, int]]:
+    """Worker and number of each lease among the actions."""
+    return [(a.worker, a.message.lease) for a in actions if isinstance(a, SendWorker) and isinstance(a.message, Lease)]
+
+
+def answers(actions: list[Action]) -> dict[str, Result | Failed]:
+    return {a.message.job: a.message for a in actions if isinstance(a, SendClient)}  # type: ignore[union-attr,misc]
+
+
+def finish(broker: Broker, worker: str, lease: int, now: float = 1.0) -> list[Action]:
+    message = Finished(lease=lease, width=2, height=1, timings={"device": 0.02})
+    actions = broker.finished(worker, message, ANSWER, now)
+    broker.check()
+    return actions
+
+
+def lose(broker: Broker, worker: str, now: float = 1.0) -> list[Action]:
+    actions = broker.lose(worker, now, f"{worker} killed by SIGKILL")
+    broker.check()
+    return actions
+
+
+@pytest.fixture
+def broker() -> Broker:
+    return Broker(LIMITS)
+
+
+def with_workers(broker: Broker, *names: str, window: int = 2) -> Broker:
+    for name in names:
+        broker.ready(name, name.partition(".")[0], window, 0.0)
+    return broker
+
+
+def test_a_job_is_leased_finished_and_answered(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    [lease] = [a for a in submit(broker, "a") if isinstance(a, SendWorker)]
+    assert (lease.worker, lease.payload) == ("npu:0.1", [b"x" * 10])
+    broker.started("npu:0.1", Started(leases=[lease.message.lease]), 0.5)  # type: ignore[union-attr]
+    [answer] = finish(broker, "npu:0.1", lease.message.lease, now=2.0)  # type: ignore[union-attr]
+    assert answer == SendClient(
+        b"c",
+        Result(job="a", width=2, height=1, device="npu:0", timings={"device": 0.02, "queue": 0.0, "total": 2.0}),
+        ANSWER,
+    )
+    assert broker.outcomes == {"answered": 1}
+    assert (broker.unanswered, broker.leased) == (0, 0)
+
+
+def test_windows_fill_least_loaded_first_then_jobs_wait(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1", "npu:1.1")
+    given = [worker for job in "abcdef" for worker, _ in leases(submit(broker, job))]
+    assert given == ["npu:0.1", "npu:1.1", "npu:0.1", "npu:1.1"]
+    assert broker.waiting_jobs == 2
+
+
+def test_priority_first_then_arrival(broker: Broker) -> None:
+    for job, priority in [("low", -1), ("first", 0), ("second", 0), ("high", 9)]:
+        submit(broker, job, priority=priority)
+    given = []
+    actions = broker.ready("npu:0.1", "npu:0", 1, 0.0)
+    while leases(actions):
+        [(worker, lease)] = leases(actions)
+        actions = finish(broker, worker, lease)
+        given += list(answers(actions))
+    assert given == ["high", "first", "second", "low"]
+
+
+@pytest.mark.parametrize(
+    ("fill", "size", "code"),
+    [(4, 10, Code.BUSY), (1, 450, Code.BUSY), (0, 501, Code.TOO_LARGE)],
+    ids=["jobs", "bytes", "one image"],
+)
+def test_over_a_bound_the_answer_is_at_once(broker: Broker, fill: int, size: int, code: Code) -> None:
+    for number in range(fill):
+        submit(broker, f"waiting {number}", size=10 if size == 10 else 100)
+    if code is Code.BUSY and size == 450:
+        submit(broker, "more", size=460)
+    refusal = answers(submit(broker, "over", size=size))["over"]
+    assert isinstance(refusal, Failed)
+    assert refusal.code is code
+    assert (refusal.retry_after_s is not None) == code.retryable
+    assert broker.outcomes == {code: 1}
+
+
+def test_busy_names_when_half_the_queue_will_be_gone(broker: Broker) -> None:
+    broker.served_per_s = 10.0
+    for number in range(4):
+        submit(broker, f"{number}")
+    refusal = answers(submit(broker, "over"))["over"]
+    assert isinstance(refusal, Failed)
+    assert refusal.retry_after_s == pytest.approx(0.2)
+
+
+def test_a_repeated_submit_of_a_live_job_changes_nothing(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    [(_, lease)] = leases(submit(broker, "a"))
+    assert submit(broker, "a") == []
+    assert leases(submit(broker, "a", client=b"other"))
+    assert list(answers(finish(broker, "npu:0.1", lease))) == ["a"]
+
+
+def test_paths_are_refused_where_none_is_allowed(broker: Broker) -> None:
+    message = Submit(job="p", image=Image(kind="path", path="/etc/passwd"))
+    refusal = answers(broker.submit(b"c", message, [], 0.0))["p"]
+    assert isinstance(refusal, Failed)
+    assert refusal.code is Code.BAD_REQUEST
+
+
+def test_the_deadline_answers_in_the_queue_and_on_the_device(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1", window=1)
+    [(_, lease)] = leases(submit(broker, "on the device", deadline_s=1.0))
+    submit(broker, "in the queue", deadline_s=2.0)
+    assert broker.next_deadline() == 1.0
+    late = broker.expire(1.0)
+    assert answers(late)["on the device"].code is Code.TIMEOUT  # type: ignore[union-attr]
+    assert SendWorker("npu:0.1", Revoke(lease=lease)) in late
+    assert broker.next_deadline() == 2.0
+    assert answers(broker.expire(2.0))["in the queue"].code is Code.TIMEOUT  # type: ignore[union-attr]
+    assert answers(finish(broker, "npu:0.1", lease)) == {}, "a late result is dropped"
+
+
+def test_a_revoked_lease_fills_the_window_until_the_worker_ends_it(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1", window=1)
+    [(_, lease)] = leases(submit(broker, "a"))
+    broker.cancel(b"c", Cancel(job="a"), 0.5)
+    assert leases(submit(broker, "b")) == []
+    freed = broker.failed("npu:0.1", FailedLease(lease=lease, code=Code.CANCELLED, reason="revoked"), 1.0)
+    assert leases(freed)
+    assert answers(freed) == {}
+
+
+def test_cancel_answers_once_and_only_what_is_unanswered(broker: Broker) -> None:
+    submit(broker, "a")
+    assert answers(broker.cancel(b"c", Cancel(job="a"), 0.0))["a"].code is Code.CANCELLED  # type: ignore[union-attr]
+    assert broker.cancel(b"c", Cancel(job="a"), 0.0) == []
+    assert broker.cancel(b"stranger", Cancel(job="a"), 0.0) == []
+
+
+def test_a_client_that_left_is_not_worked_for(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1", window=1)
+    [(_, lease)] = leases(submit(broker, "leased"))
+    submit(broker, "waiting")
+    submit(broker, "stays", client=b"other")
+    actions = broker.client_gone(b"c", 1.0)
+    broker.check()
+    assert actions == [SendWorker("npu:0.1", Revoke(lease=lease))]
+    assert broker.outcomes == {Code.CANCELLED: 2}
+    assert broker.waiting_jobs == 1
+
+
+def test_a_dead_workers_jobs_go_to_the_other_in_their_order(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1", window=3)
+    for job in "abc":
+        submit(broker, job)
+    submit(broker, "d")
+    lose(broker, "npu:0.1")
+    actions = broker.ready("npu:1.1", "npu:1", 4, 1.0)
+    numbers = [lease for _, lease in leases(actions)]
+    assert [next(iter(answers(finish(broker, "npu:1.1", number)))) for number in numbers] == list("abcd")
+
+
+def test_a_job_that_was_started_is_tried_again_alone_then_given_up(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    poison = leases(submit(broker, "poison"))[0][1]
+    submit(broker, "mate")
+    broker.started("npu:0.1", Started(leases=[poison]), 0.5)
+    lose(broker, "npu:0.1")
+    first = broker.ready("npu:0.2", "npu:0", 2, 1.0)
+    broker.check()
+    [lease] = [a.message for a in first if isinstance(a, SendWorker)]
+    assert isinstance(lease, Lease)
+    assert lease.alone
+    assert broker.holds_suspect("npu:0.2")
+    broker.started("npu:0.2", Started(leases=[lease.lease]), 1.5)
+    given_up = answers(lose(broker, "npu:0.2"))["poison"]
+    assert isinstance(given_up, Failed)
+    assert given_up.code is Code.WORKER_LOST
+    assert "npu:0.2 killed by SIGKILL" in given_up.reason
+    third = broker.ready("npu:0.3", "npu:0", 2, 2.0)
+    assert not broker.holds_suspect("npu:0.3")
+    assert list(answers(finish(broker, *leases(third)[0]))) == ["mate"]
+
+
+def test_a_suspect_waits_for_a_worker_that_is_emptied_for_it(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1", "npu:1.1")
+    numbers = dict(leases(submit(broker, "a")) + leases(submit(broker, "b")))
+    (_, second_of_1) = leases([*submit(broker, "c"), *submit(broker, "d")])[1]
+    broker.started("npu:0.1", Started(leases=[numbers["npu:0.1"]]), 0.5)
+    lose(broker, "npu:0.1")
+    submit(broker, "e")
+    assert leases(finish(broker, "npu:1.1", numbers["npu:1.1"])) == [], "it is left to empty"
+    [(worker, suspect)] = leases(finish(broker, "npu:1.1", second_of_1))
+    assert worker == "npu:1.1"
+    assert leases(finish(broker, worker, suspect)), "then the others go on"
+
+
+def test_a_job_that_kills_workers_before_it_starts_becomes_a_suspect(broker: Broker) -> None:
+    submit(broker, "kills the decoder")
+    lost = 0
+    outcome: dict[str, Any] = {}
+    while not outcome:
+        lost += 1
+        assert lost < 10
+        with_workers(broker, f"npu:0.{lost}")
+        outcome = answers(lose(broker, f"npu:0.{lost}"))
+    assert outcome["kills the decoder"].code is Code.WORKER_LOST
+    assert lost == 5, "three losses to be suspected, two attempts alone"
+
+
+def test_a_worker_that_makes_no_progress_is_evicted(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    [(_, lease)] = leases(submit(broker, "a", now=1.0, deadline_s=100))
+    broker.heard("npu:0.1", 5.0)
+    assert broker.expire(5.9) == []
+    broker.heard("npu:0.1", 5.9)
+    [evict] = broker.expire(6.0)
+    assert evict == Evict("npu:0.1", "leases held, none ended for 5 s")
+    finish(broker, "npu:0.1", lease, now=6.0)
+    assert broker.expire(10.9) == []
+    assert broker.expire(11.0) == [Evict("npu:0.1", "no sign of life for 5 s")]
+
+
+def test_a_retiring_worker_finishes_and_is_then_told_to_stop(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    [(_, first)] = leases(submit(broker, "a"))
+    [(_, second)] = leases(submit(broker, "b"))
+    assert broker.retire("npu:0.1") == []
+    assert leases(submit(broker, "c")) == []
+    assert SendWorker("npu:0.1", Stop()) not in finish(broker, "npu:0.1", first)
+    assert SendWorker("npu:0.1", Stop()) in finish(broker, "npu:0.1", second)
+    with_workers(broker, "npu:1.1", window=1)
+    broker.cancel(b"c", Cancel(job="c"), 1.0)
+    with_workers(broker, "npu:2.1")
+    assert broker.retire("npu:2.1") == [SendWorker("npu:2.1", Stop())]
+
+
+def test_draining_refuses_new_jobs_finishes_old_ones_and_ends(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    [(_, lease)] = leases(submit(broker, "old"))
+    submit(broker, "slow")
+    broker.drain()
+    assert answers(submit(broker, "new"))["new"].code is Code.DRAINING  # type: ignore[union-attr]
+    assert isinstance(answers(finish(broker, "npu:0.1", lease))["old"], Result)
+    assert answers(broker.end_drain())["slow"].code is Code.DRAINING  # type: ignore[union-attr]
+    broker.check()
+    assert broker.unanswered == 0
+
+
+def test_when_no_device_can_serve_nothing_waits(broker: Broker) -> None:
+    submit(broker, "waiting")
+    assert answers(broker.set_available(False))["waiting"].code is Code.UNAVAILABLE  # type: ignore[union-attr]
+    assert answers(submit(broker, "new"))["new"].code is Code.UNAVAILABLE  # type: ignore[union-attr]
+    broker.set_available(True)
+    assert answers(submit(broker, "later")) == {}
+
+
+def test_answered_jobs_do_not_pile_up_behind_far_deadlines(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1", window=1)
+    for number in range(1000):
+        [(worker, lease)] = leases(submit(broker, f"{number}", deadline_s=86400.0))
+        finish(broker, worker, lease)
+    assert len(broker._deadlines) < 100

@@ -1,0 +1,278 @@
+"""The supervisor: histories by example, and generated ones against its invariants."""
+from __future__ import annotations
+
+import signal
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from daemon.settings import Restarts
+from daemon.supervisor import EXIT_CANNOT_BOOT, Action, InvalidTransition, Kill, Spawn, State, Stop, Supervisor
+
+RESTARTS = Restarts(
+    first_delay_s=0.5, longest_delay_s=4.0, give_up_after=4, stable_s=60.0, start_timeout_s=100.0, stall_s=9.0, stop_s=2.0
+)
+DRAIN_S = 30.0
+A, B = "npu:0", "npu:1"
+
+
+@pytest.fixture
+def up() -> Supervisor:
+    """Both slots READY at time 0."""
+    supervisor = Supervisor([A, B], RESTARTS, DRAIN_S)
+    assert supervisor.start(0.0) == [Spawn(A, 1), Spawn(B, 1)]
+    supervisor.ready(A, 1, 0.0)
+    supervisor.ready(B, 1, 0.0)
+    supervisor.check()
+    return supervisor
+
+
+def die(supervisor: Supervisor, slot: str, now: float, code: int = -9, blameless: bool = False) -> list[Action]:
+    generation = supervisor.slots[slot].generation
+    actions = supervisor.exited(slot, generation, "killed by SIGKILL", code, blameless, now)
+    supervisor.check()
+    return actions
+
+
+def test_settled_when_every_slot_is_up_or_has_failed_more_than_once() -> None:
+    supervisor = Supervisor([A, B], RESTARTS, DRAIN_S)
+    supervisor.start(0.0)
+    supervisor.ready(A, 1, 1.0)
+    assert not supervisor.settled
+    die(supervisor, B, 1.0)
+    assert not supervisor.settled, "the first back-off is still hope"
+    supervisor.expire(1.5)
+    die(supervisor, B, 1.6)
+    assert supervisor.settled
+    assert supervisor.ready_slots == 1
+
+
+def test_a_dead_worker_is_restarted_after_delays_that_double(up: Supervisor) -> None:
+    now, delays = 0.0, []
+    for generation in range(2, 5):
+        assert die(up, A, now) == []
+        due = up.next_deadline()
+        assert due is not None
+        delays.append(due - now)
+        assert up.expire(due - 0.01) == []
+        assert up.expire(due) == [Spawn(A, generation)]
+        now = due
+    assert delays == [0.5, 1.0, 2.0]
+    assert up.slots[A].restarts == 3
+
+
+def test_a_slot_that_dies_too_often_fails_and_the_other_goes_on(up: Supervisor) -> None:
+    now = 0.0
+    for _ in range(RESTARTS.give_up_after):
+        die(up, A, now)
+        now += 10.0
+        up.expire(now)
+    assert up.slots[A].state is State.FAILED
+    assert "died 4 times in a row" in up.slots[A].reason
+    assert up.slots[B].state is State.READY
+    assert not up.hopeless
+    assert up.expire(1e6) == []
+
+
+def test_stable_service_starts_the_count_anew(up: Supervisor) -> None:
+    now = 0.0
+    for _ in range(3 * RESTARTS.give_up_after):
+        now += RESTARTS.stable_s
+        die(up, A, now)
+        assert up.slots[A].failures == 1
+        [spawn] = up.expire(now + 0.5)
+        assert isinstance(spawn, Spawn)
+        up.ready(A, spawn.generation, now)
+
+
+def test_a_blameless_death_does_not_count(up: Supervisor) -> None:
+    for number in range(2 * RESTARTS.give_up_after):
+        die(up, A, float(number), blameless=True)
+        [spawn] = up.expire(number + 0.5)
+        assert isinstance(spawn, Spawn)
+        up.ready(A, spawn.generation, number + 0.6)
+    assert up.slots[A].failures == 0
+
+
+def test_a_worker_that_cannot_boot_is_not_restarted(up: Supervisor) -> None:
+    die(up, A, 0.0, code=EXIT_CANNOT_BOOT)
+    assert up.slots[A].state is State.FAILED
+    die(up, B, 0.0, code=EXIT_CANNOT_BOOT)
+    assert up.hopeless
+
+
+def test_a_hung_worker_is_aborted_then_killed(up: Supervisor) -> None:
+    assert up.evict(A, 1, "no progress", 10.0) == [Kill(A, 1, signal.SIGABRT)]
+    assert up.evict(A, 1, "again", 10.1) == []
+    assert up.expire(11.9) == []
+    assert up.expire(12.0) == [Kill(A, 1, signal.SIGKILL)]
+    die(up, A, 12.1)
+    assert up.slots[A].failures == 1
+
+
+def test_a_start_that_takes_too_long_is_aborted() -> None:
+    supervisor = Supervisor([A], RESTARTS, DRAIN_S)
+    supervisor.start(0.0)
+    assert supervisor.expire(100.0) == [Kill(A, 1, signal.SIGABRT)]
+    assert supervisor.ready(A, 1, 100.5) == [], "too late"
+    assert supervisor.slots[A].state is State.STOPPING
+
+
+def test_reload_replaces_one_worker_at_a_time(up: Supervisor) -> None:
+    assert up.reload([A, B], RESTARTS, 10.0) == [Stop(A, 1)]
+    assert up.expire(11.0) == []
+    assert die(up, A, 12.0, code=0) == [Spawn(A, 2)]
+    assert up.reloading
+    assert up.ready(A, 2, 13.0) == [Stop(B, 1)]
+    assert die(up, B, 14.0, code=0) == [Spawn(B, 2)]
+    assert up.ready(B, 2, 15.0) == []
+    assert not up.reloading
+    assert up.slots[A].restarts == up.slots[A].failures == 0
+
+
+def test_reload_waits_for_a_new_worker_that_dies(up: Supervisor) -> None:
+    up.reload([A, B], RESTARTS, 10.0)
+    die(up, A, 12.0, code=0)
+    assert die(up, A, 13.0, code=1) == [], "B serves on"
+    [spawn] = up.expire(13.5)
+    assert spawn == Spawn(A, 3)
+    assert up.ready(A, 3, 14.0) == [Stop(B, 1)]
+
+
+def test_a_worker_that_does_not_stop_is_made_to(up: Supervisor) -> None:
+    up.reload([A, B], RESTARTS, 0.0)
+    assert up.expire(DRAIN_S) == [Kill(A, 1, signal.SIGABRT)]
+    assert up.expire(DRAIN_S + 2.0) == [Kill(A, 1, signal.SIGKILL)]
+    assert die(up, A, 33.0) == [Spawn(A, 2)], "it was asked to go: no back-off"
+
+
+def test_reload_gives_a_failed_slot_another_chance_and_follows_the_device_list(up: Supervisor) -> None:
+    die(up, A, 0.0, code=EXIT_CANNOT_BOOT)
+    actions = up.reload([A, "npu:2"], RESTARTS, 1.0)
+    assert actions == [Spawn(A, 2), Spawn("npu:2", 1), Stop(B, 1)]
+    die(up, B, 2.0, code=0)
+    assert up.slots[B].state is State.ENDED
+    up.ready(A, 2, 3.0)
+    up.ready("npu:2", 1, 3.0)
+    assert up.reload([A, B, "npu:2"], RESTARTS, 4.0)[0] == Spawn(B, 2), "generations are never used twice"
+
+
+def test_a_device_taken_out_and_put_back_while_it_stops_is_kept(up: Supervisor) -> None:
+    up.reload([A], RESTARTS, 0.0)
+    assert up.slots[B].state is State.STOPPING
+    up.reload([A, B], RESTARTS, 1.0)
+    assert Spawn(B, 2) in die(up, B, 2.0, code=0)
+
+
+def test_drain_stops_everything_for_good(up: Supervisor) -> None:
+    die(up, B, 0.0)
+    assert up.drain(0.1) == [Stop(A, 1)]
+    up.check()
+    die(up, A, 0.2, code=0)
+    assert up.ended
+    assert up.expire(1e6) == []
+
+
+def test_drain_does_not_wait_for_a_worker_that_still_loads() -> None:
+    supervisor = Supervisor([A], RESTARTS, DRAIN_S)
+    supervisor.start(0.0)
+    assert supervisor.drain(1.0) == [Kill(A, 1, signal.SIGKILL)]
+    die(supervisor, A, 1.1)
+    assert supervisor.ended
+
+
+def test_an_event_that_cannot_be_is_our_fault(up: Supervisor) -> None:
+    with pytest.raises(InvalidTransition, match=r"npu:0\.7"):
+        up.exited(A, 7, "exited", 0, False, 0.0)
+
+
+class SupervisorMachine(RuleBasedStateMachine):
+    """Plays processes and time; at most one process per slot, generations only grow."""
+
+    @initialize(devices=st.lists(st.sampled_from([A, B, "npu:2"]), min_size=1, unique=True))
+    def begin(self, devices: list[str]) -> None:
+        self.now = 0.0
+        self.living: dict[str, int] = {}
+        self.latest: dict[str, int] = {}
+        self.asked: set[str] = set()
+        self.supervisor = Supervisor(devices, RESTARTS, DRAIN_S)
+        self.carry_out(self.supervisor.start(self.now))
+
+    def carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Spawn(slot, generation):
+                    assert slot not in self.living, "two processes in one slot"
+                    assert not self.supervisor.draining
+                    assert generation > self.latest.get(slot, 0)
+                    self.living[slot] = self.latest[slot] = generation
+                case Stop(slot, generation) | Kill(slot, generation, _):
+                    assert self.living.get(slot) == generation
+                    if isinstance(action, Stop) and not self.supervisor.slots[slot].ending:
+                        assert not self.moving(slot), "two are taken down at once"
+                    self.asked.add(slot)
+
+    def moving(self, but: str) -> list[str]:
+        gone = (State.READY, State.FAILED, State.ENDED)
+        return [slot.name for slot in self.supervisor.slots.values() if slot.state not in gone and slot.name != but]
+
+    @precondition(lambda self: self.living)
+    @rule(pick=st.integers(0, 9))
+    def become_ready(self, pick: int) -> None:
+        slot = sorted(self.living)[pick % len(self.living)]
+        self.carry_out(self.supervisor.ready(slot, self.living[slot], self.now))
+
+    @precondition(lambda self: self.living)
+    @rule(pick=st.integers(0, 9), code=st.sampled_from([0, 1, -9, EXIT_CANNOT_BOOT]), blameless=st.booleans())
+    def exit(self, pick: int, code: int, blameless: bool) -> None:
+        slot = sorted(self.living)[pick % len(self.living)]
+        self.asked.discard(slot)
+        generation = self.living.pop(slot)
+        self.carry_out(self.supervisor.exited(slot, generation, "died", code, blameless, self.now))
+
+    @precondition(lambda self: self.living)
+    @rule(pick=st.integers(0, 9))
+    def hang(self, pick: int) -> None:
+        slot = sorted(self.living)[pick % len(self.living)]
+        self.carry_out(self.supervisor.evict(slot, self.living[slot], "hangs", self.now))
+
+    @precondition(lambda self: not self.supervisor.draining)
+    @rule(devices=st.lists(st.sampled_from([A, B, "npu:2"]), min_size=1, unique=True))
+    def reload(self, devices: list[str]) -> None:
+        self.carry_out(self.supervisor.reload(devices, RESTARTS, self.now))
+        assert not any(slot.ending and slot.name in devices for slot in self.supervisor.slots.values())
+
+    @precondition(lambda self: not self.supervisor.draining)
+    @rule()
+    def drain(self) -> None:
+        self.carry_out(self.supervisor.drain(self.now))
+
+    @rule(seconds=st.floats(0.1, 40))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.carry_out(self.supervisor.expire(self.now))
+
+    @invariant()
+    def holds(self) -> None:
+        self.supervisor.check()
+        running = {slot.name: slot.generation for slot in self.supervisor.slots.values() if slot.running}
+        assert running == self.living
+
+    def teardown(self) -> None:
+        """After a drain, when processes end or are killed, everything ends."""
+        if not self.supervisor.draining:
+            self.drain()
+        for _ in range(10):
+            for slot, generation in list(self.living.items()):
+                if slot in self.asked:
+                    del self.living[slot]
+                    self.carry_out(self.supervisor.exited(slot, generation, "ended", 0, False, self.now))
+            self.now += DRAIN_S
+            self.carry_out(self.supervisor.expire(self.now))
+        assert self.supervisor.ended
+
+
+TestSupervisor = SupervisorMachine.TestCase
+TestSupervisor.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
