@@ -7,7 +7,6 @@ network pixels (those of the resized image, origin at its top left corner) and a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ OFFSET_TRICK_LIMIT = 1000  # boxes; up to here torchvision separates classes by 
 
 @dataclass(frozen=True)
 class Selection:
-    """The n boxes that one image keeps, in descending score."""
+    """Boxes of one image; those that `select` returns are in descending score."""
 
     boxes: Floats  # (n, 4) xyxy, network pixels, unclipped
     scores: Floats  # (n,) 0..1
@@ -35,8 +34,8 @@ class Selection:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def take(self, index: npt.NDArray[Any]) -> "Selection":
-        """Return the boxes at `index`, positions or a mask."""
+    def take(self, index: Integers) -> "Selection":
+        """Return the boxes at the positions `index`, in that order."""
         return Selection(self.boxes[index], self.scores[index], self.classes[index], self.locations[index],
                          self.levels[index], self.cells[index])
 
@@ -54,7 +53,7 @@ def select(packed: Floats, level_sizes: Sequence[tuple[int, int]], config: Confi
             _decode_level(rows, level, width, config)
             for level, (rows, (_, width)) in enumerate(zip(levels, level_sizes))
         ])
-    candidates = candidates.take(np.isfinite(candidates.boxes).all(axis=1))
+    candidates = candidates.take(np.flatnonzero(np.isfinite(candidates.boxes).all(axis=1)))
     keep = batched_nms(candidates.boxes, candidates.scores, candidates.classes,
                        config.nms_threshold, config.post_nms_topk)
     return candidates.take(keep)

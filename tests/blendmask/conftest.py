@@ -1,0 +1,36 @@
+"""The small network with its reproducible weights, and the golden files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from workers.blendmask import BlendMask, Config, build, load_config, load_into, random_weights
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def small_config() -> Config:
+    return load_config(GOLDEN / "small_R18.yaml")
+
+
+@pytest.fixture(scope="session")
+def small_model(small_config) -> BlendMask:
+    model = build(small_config)
+    load_into(model, random_weights(model))
+    return model
+
+
+@pytest.fixture(scope="session")
+def photograph():
+    """Return a function from a file name to the BGR pixels (H, W, 3)."""
+    return lambda name: np.asarray(Image.open(GOLDEN / "images" / name).convert("RGB"))[:, :, ::-1]

@@ -1,0 +1,179 @@
+"""The network against recorded outputs of the real AdelaiDet; tests/golden/README.md says what they hold."""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from torch.utils.hooks import RemovableHandle
+
+from workers.blendmask import (
+    BlendMask,
+    Detections,
+    Instances,
+    Prepared,
+    build,
+    collate,
+    finish,
+    load_config,
+    load_into,
+    prepare,
+    random_weights,
+    segment,
+)
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+SCORE_ROUNDING = 2e-6  # scores this close may swap places
+RELATIVE = 1e-4  # bound of scores; of boxes in terms of the image's longer side; of stages in terms of their maximum
+
+CASES = [
+    "small_R18_chelsea", "small_R18_coffee", "small_R18_square", "small_R18_batch2",
+    pytest.param("R_50_1x_chelsea", marks=pytest.mark.slow),
+]
+
+
+@dataclass
+class Run:
+    """One golden case: what was recorded and what the network says now."""
+
+    golden: dict[str, np.ndarray]
+    prepared: list[Prepared]
+    stages: dict[str, np.ndarray]
+    instances: list[Instances]
+    detections: list[Detections]
+
+    def images(self):
+        for i in range(len(self.prepared)):
+            prefix = f"img{i}_"
+            yield i, {k.removeprefix(prefix): v for k, v in self.golden.items() if k.startswith(prefix)}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def run(request, photograph, small_model) -> Run:
+    name = request.param
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        golden = dict(file)
+    model = small_model if name.startswith("small_R18") else r_50_1x()
+    files = [str(golden[f"img{i}_file"]) for i in range(2 if "batch2" in name else 1)]
+    prepared = [prepare(photograph(file), model.config) for file in files]
+    stages = {"net_input": collate(prepared).numpy()}
+    hooks = record_stages(model, stages)
+    instances = segment(model, prepared, "cpu")
+    for hook in hooks:
+        hook.remove()
+    return Run(golden, prepared, stages, instances, [finish(i, p) for i, p in zip(instances, prepared)])
+
+
+def r_50_1x() -> BlendMask:
+    model = build(load_config(ROOT / "configs/BlendMask/R_50_1x.yaml"))
+    load_into(model, random_weights(model))
+    return model
+
+
+def record_stages(model, stages) -> list[RemovableHandle]:
+    """Keep the outputs of the parts of `model` in `stages`, under the names of the golden file."""
+    def keep(names, pick=lambda output: output):
+        def hook(_module, _inputs, output):
+            stages.update((name, tensor.numpy()) for name, tensor in zip(names, pick(output)))
+        return hook
+
+    levels = range(5)
+    def head(name, field):
+        names = [f"head_{name}_{level}" for level in levels]
+        return model.proposal_generator.register_forward_hook(
+            keep(names, lambda output: [getattr(level, field) for level in output]))
+
+    remaining = iter(levels)
+    return [
+        model.backbone.bottom_up.register_forward_hook(keep(["res3", "res4", "res5"])),
+        model.backbone.register_forward_hook(keep([f"p{3 + level}" for level in levels])),
+        model.basis_module.register_forward_hook(keep(["bases"], lambda output: [output])),
+        head("logits", "logits"), head("reg", "distances"), head("ctr", "centreness"),
+        model.top_layer.register_forward_hook(
+            lambda _module, _inputs, output: stages.update({f"head_top_{next(remaining)}": output.numpy()})),
+    ]
+
+
+def statistics(tensor: np.ndarray) -> np.ndarray:
+    flat = tensor.astype(np.float64).ravel()
+    summary = [flat.size, flat.mean(), flat.std(), np.abs(flat).max()]
+    return np.concatenate([summary, flat[:8], flat[:: max(1, flat.size // 64)][:64]])
+
+
+def test_resized_pixels_are_the_references(run):
+    for i, golden in run.images():
+        assert run.prepared[i].image_size == tuple(golden["orig_hw"])
+        assert run.prepared[i].net_size == tuple(golden["net_hw"])
+        mean = np.array([103.53, 116.28, 123.675], np.float32)
+        pixels = (run.prepared[i].tensor.numpy().transpose(1, 2, 0) + mean).round().astype(np.uint8)
+        assert zlib.crc32(pixels.tobytes()) == golden["resized_bgr_uint8_crc32"]
+
+
+def test_every_stage_agrees(run):
+    recorded = {key.removesuffix("_stats") for key in run.golden if key.endswith("_stats") and key[:3] != "img"}
+    assert recorded == set(run.stages)
+    for name in recorded:
+        expected, found = run.golden[f"{name}_stats"], statistics(run.stages[name])
+        if f"{name}_shape" in run.golden:
+            assert run.stages[name].shape == tuple(run.golden[f"{name}_shape"]), name
+        assert found[0] == expected[0], name
+        np.testing.assert_allclose(found, expected, rtol=0, atol=RELATIVE * expected[3], err_msg=name)
+
+
+def align(found, golden) -> list[int]:
+    """Return which found detection is which golden one; only scores within rounding of each other may have swapped."""
+    assert len(found["scores"]) == len(golden["scores"])
+    unused = set(range(len(found["scores"])))
+    places = []
+    for i, score in enumerate(golden["scores"]):
+        near = [j for j in unused if j == i or abs(golden["scores"][j] - score) <= SCORE_ROUNDING]
+        same = [j for j in near if found["classes"][j] == golden["classes"][i]
+                and abs(found["scores"][j] - score) <= RELATIVE * score
+                and np.abs(found["boxes"][j] - golden["boxes"][i]).max() <= RELATIVE * golden["longer_side"]]
+        assert same, f"golden detection {i} is not there"
+        places.append(min(same, key=lambda j: abs(i - j)))
+        unused.remove(places[-1])
+    return places
+
+
+def test_instances_agree_in_network_pixels(run):
+    for i, golden in run.images():
+        found = run.instances[i]
+        order = align(
+            {"scores": found.scores, "classes": found.classes, "boxes": found.boxes},
+            {"scores": golden["raw_scores"], "classes": golden["raw_classes"], "boxes": golden["raw_boxes"],
+             "longer_side": max(golden["net_hw"])})
+        np.testing.assert_array_equal(found.locations[order], golden["raw_locations"])
+        np.testing.assert_array_equal(found.levels[order], golden["raw_levels"])
+        probabilities = found.probabilities[order].astype(np.float64)
+        assert probabilities.size == golden["raw_mask_logits_stats"][0]
+        sampled = probabilities.ravel()[:: max(1, probabilities.size // 64)][:64]
+        np.testing.assert_allclose(sampled, 1 / (1 + np.exp(-golden["raw_mask_logits_stats"][12:])), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
+def test_detections_and_masks_agree_in_the_photograph(run):
+    for i, golden in run.images():
+        found = run.detections[i]
+        assert found.image_size == tuple(golden["orig_hw"])
+        order = align(
+            {"scores": found.scores, "classes": found.classes, "boxes": found.boxes},
+            {"scores": golden["scores"], "classes": golden["pred_classes"], "boxes": golden["pred_boxes"],
+             "longer_side": max(golden["orig_hw"])})
+        masks = [encoded_and_decoded(mask) for mask in found.masks()]
+        size = [int(side) for side in golden["rle_size"]]
+        for i_golden, i_found in enumerate(order):
+            low, high = (decoded(size, golden[key][i_golden]) for key in ("rle_counts_lo", "rle_counts_hi"))
+            assert not (high & ~masks[i_found]).any(), f"mask {i_golden} lacks pixels"
+            assert not (masks[i_found] & ~low).any(), f"mask {i_golden} has pixels too many"
+
+
+def decoded(size, counts) -> np.ndarray:
+    return coco_mask.decode({"size": size, "counts": bytes(counts)}).astype(bool)
+
+
+def encoded_and_decoded(mask: np.ndarray) -> np.ndarray:
+    return coco_mask.decode(coco_mask.encode(np.asfortranarray(mask, np.uint8))).astype(bool)

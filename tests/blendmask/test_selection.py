@@ -1,0 +1,169 @@
+"""Selection and suppression on the host, against one-pair-at-a-time references."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workers.blendmask import selection
+from workers.blendmask.fcos import NOT_A_CANDIDATE
+from workers.blendmask.selection import batched_nms, select
+
+NO_LIMIT = 10**6
+
+
+# ---- references ----
+
+def naive_nms(boxes, scores, threshold: float) -> list[int]:
+    """torchvision's CPU kernel, one pair at a time in float32; the threshold is a double."""
+    order = sorted(range(len(boxes)), key=lambda i: -scores[i])  # stable
+    suppressed = [False] * len(boxes)
+    keep = []
+    for place, i in enumerate(order):
+        if suppressed[i]:
+            continue
+        keep.append(i)
+        for j in order[place + 1:]:
+            suppressed[j] = suppressed[j] or iou(boxes[i], boxes[j]) > threshold
+    return keep
+
+
+def iou(a, b) -> float:
+    zero = np.float32(0)
+    width = max(zero, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(zero, min(a[3], b[3]) - max(a[1], b[1]))
+    inter = width * height
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter))
+
+
+def naive_batched_nms(boxes, scores, classes, threshold, offset_trick: bool) -> list[int]:
+    if offset_trick:
+        step = boxes.max() + np.float32(1)
+        shifted = [[side + np.float32(c) * step for side in box] for box, c in zip(boxes, classes)]
+        return naive_nms(shifted, scores, threshold)
+    keep = []
+    for c in sorted(set(classes.tolist())):
+        mine = [i for i in range(len(boxes)) if classes[i] == c]
+        keep += [mine[i] for i in naive_nms(boxes[mine], scores[mine], threshold)]
+    return sorted(sorted(keep), key=lambda i: -scores[i])
+
+
+def best_with_ties(keep: list[int], scores, topk: int) -> list[int]:
+    if len(keep) <= topk:
+        return keep
+    last = sorted((scores[i] for i in keep), reverse=True)[topk - 1]
+    return [i for i in keep if scores[i] >= last]
+
+
+# ---- suppression ----
+
+@st.composite
+def crowds(draw):
+    """Boxes on a coarse grid, so that equal, touching, empty and negative ones and equal scores are common."""
+    n = draw(st.integers(1, 40))
+    corner, side = st.integers(-40, 40), st.integers(0, 24)
+    rows = draw(st.lists(st.tuples(corner, corner, side, side), min_size=n, max_size=n))
+    boxes = np.array([(x, y, x + w, y + h) for x, y, w, h in rows], np.float32)
+    boxes = boxes * np.float32(draw(st.sampled_from([1, 0.37, 13.1])))
+    scores = np.array(draw(st.lists(st.integers(1, 8), min_size=n, max_size=n)), np.float32) / np.float32(9)
+    classes = np.array(draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)), np.int64)
+    return boxes, scores, classes
+
+
+@given(crowds(), st.sampled_from([0.3, 0.5, 0.6]), st.sampled_from([1, 3, NO_LIMIT]), st.booleans())
+def test_suppression_equals_the_naive_reference(crowd, threshold, topk, offset_trick):
+    boxes, scores, classes = crowd
+    expected = best_with_ties(naive_batched_nms(boxes, scores, classes, threshold, offset_trick), scores, topk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "OFFSET_TRICK_LIMIT", 1000 if offset_trick else 0)
+        found = batched_nms(boxes, scores, classes, threshold, topk)
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize(("fillers", "both_stay"), [(998, False), (999, True)])
+def test_classes_can_meet_only_up_to_a_thousand_boxes(fillers, both_stay):
+    """Shifted by the largest coordinate plus one, the second class's box at negative coordinates lands on the first."""
+    apart = np.arange(fillers, dtype=np.float32)[:, None] * 2 + np.array([0, -900, 1, -899], np.float32)
+    largest = max(apart.max(), np.float32(10))
+    boxes = np.concatenate([np.array([[0, 0, 10, 10]], np.float32),
+                            np.array([[0, 0, 10, 10]], np.float32) - (largest + 1), apart])
+    scores = np.linspace(0.9, 0.1, len(boxes), dtype=np.float32)
+    classes = np.array([0, 1] + [0] * fillers)
+    keep = batched_nms(boxes, scores, classes, 0.6, NO_LIMIT)
+    assert 0 in keep
+    assert (1 in keep) is both_stay
+
+
+def test_overlap_is_compared_with_the_threshold_in_double_precision():
+    """An IoU of float32(0.6) is above the double 0.6; a comparison in float32 would call them equal."""
+    boxes = np.array([[0, 0, 5, 1], [0, 0, 3, 1]], np.float32)
+    assert batched_nms(boxes, np.array([0.9, 0.8], np.float32), np.zeros(2, np.int64), 0.6, NO_LIMIT).tolist() == [0]
+
+
+def test_boxes_without_area_do_not_suppress_each_other():
+    boxes = np.zeros((3, 4), np.float32)
+    assert len(batched_nms(boxes, np.ones(3, np.float32), np.zeros(3, np.int64), 0.6, NO_LIMIT)) == 3
+
+
+def test_suppressing_nothing():
+    assert batched_nms(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), 0.6, 1).size == 0
+
+
+# ---- selection ----
+
+SIZES = [(4, 6), (2, 3), (1, 2), (1, 1), (1, 1)]  # heights and widths of p3..p7
+
+
+def packed_candidates(config, chosen):
+    """Pack `chosen` = {(level, cell, class): (confidence, distances)}; all others are no candidates."""
+    parts = []
+    for level, (height, width) in enumerate(SIZES):
+        rows = np.full((min(height * width * config.num_classes, config.pre_nms_topk), 7), 0, np.float32)
+        rows[:, 0] = NOT_A_CANDIDATE
+        mine = [(key, value) for key, value in chosen.items() if key[0] == level]
+        for row, ((_, cell, c), (confidence, distances)) in zip(rows, mine):
+            row[:] = confidence, c, cell, *distances
+        parts.append(rows)
+    return np.concatenate(parts)
+
+
+def test_boxes_scores_and_locations_of_a_candidate(small_config):
+    packed = packed_candidates(small_config, {(1, 4, 2): (0.25, (1, 2, 3, 4))})
+    found = select(packed, SIZES, small_config)
+    assert found.scores.tolist() == [0.5]
+    assert found.classes.tolist() == [2]
+    assert found.levels.tolist() == [1]
+    assert found.cells.tolist() == [4]
+    assert found.locations.tolist() == [[24, 24]]  # row 1, column 1 at stride 16
+    assert found.boxes.tolist() == [[24 - 16, 24 - 32, 24 + 48, 24 + 64]]
+
+
+def test_equal_scores_keep_the_order_of_level_location_class(small_config):
+    apart = (0.1, 0.1, 0.1, 0.1)
+    chosen = dict.fromkeys([(1, 1, 0), (0, 23, 1), (0, 23, 0), (0, 2, 2), (4, 0, 1)], (0.25, apart))
+    found = select(packed_candidates(small_config, chosen), SIZES, small_config)
+    assert list(zip(found.levels, found.cells, found.classes)) == [
+        (0, 2, 2), (0, 23, 0), (0, 23, 1), (1, 1, 0), (4, 0, 1)]
+
+
+def test_all_that_tie_with_the_last_are_kept(small_config):
+    config = replace(small_config, post_nms_topk=2)
+    apart = (0.1, 0.1, 0.1, 0.1)
+    confidences = [0.5, 0.4, 0.4, 0.4, 0.3]
+    chosen = {(0, cell, 0): (confidence, apart) for cell, confidence in enumerate(confidences)}
+    assert select(packed_candidates(config, chosen), SIZES, config).cells.tolist() == [0, 1, 2, 3]
+
+
+def test_nothing_above_the_threshold(small_config):
+    found = select(packed_candidates(small_config, {}), SIZES, small_config)
+    assert len(found) == 0
+    assert found.boxes.shape == (0, 4)
+
+
+def test_boxes_that_are_not_finite_are_dropped(small_config):
+    chosen = {(0, 0, 0): (0.9, (np.inf, 1, 1, 1)), (0, 1, 0): (0.8, (np.nan, 1, 1, 1)),
+              (0, 2, 0): (0.7, (3e38, 1, 1, 1)), (0, 3, 0): (0.6, (1, 1, 1, 1))}
+    assert select(packed_candidates(small_config, chosen), SIZES, small_config).cells.tolist() == [3]
