@@ -11,6 +11,7 @@ thread. So a worker can prepare the next image and finish the last one while the
 """
 from __future__ import annotations
 
+import functools
 import importlib
 import time
 import zlib
@@ -285,17 +286,21 @@ class TimedEngine:
 
     def finish(self, output: int, prepared: TimedInput, options: Options) -> list[dict[str, Any]]:
         """One detection, the whole image, with the key `checksum` beside the usual ones."""
-        height, width = prepared.image_size
-        found = results.to_coco(
-            np.array([[0, 0, width, height]], np.float32),
-            np.ones(1, np.float32),
-            np.zeros(1, np.int64),
-            lambda _: (np.ones((height, width), np.bool_), (0, 0)),
-            prepared.image_size,
-            [categories.Category(1, "image")],
-            options,
-        )
-        return [{**detection, "checksum": output} for detection in found]
+        return [{**detection, "checksum": output} for detection in _whole_image(prepared.image_size, options)]
+
+
+@functools.lru_cache(maxsize=64)
+def _whole_image(image_size: tuple[int, int], options: Options) -> list[dict[str, Any]]:
+    height, width = image_size
+    return results.to_coco(
+        np.array([[0, 0, width, height]], np.float32),
+        np.ones(1, np.float32),
+        np.zeros(1, np.int64),
+        lambda _: (np.ones(image_size, np.bool_), (0, 0)),
+        image_size,
+        [categories.Category(1, "image")],
+        options,
+    )
 
 
 def devices() -> Any:

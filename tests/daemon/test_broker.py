@@ -27,7 +27,9 @@ LIMITS = Limits(
 ANSWER = [b"detections"]
 
 
-def submit(broker: Broker, job: str, now: float = 0.0, client: bytes = b"c", size: int = 10, **fields: Any) -> list[Action]:
+def submit(
+    broker: Broker, job: str, now: float = 0.0, client: bytes = b"c", size: int = 10, **fields: Any
+) -> list[Action]:
     message = Submit(job=job, image=Image(kind="encoded"), **fields)
     actions = broker.submit(client, message, [b"x" * size], now)
     broker.check()

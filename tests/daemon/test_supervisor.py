@@ -12,7 +12,7 @@ from daemon.settings import Restarts
 from daemon.supervisor import EXIT_CANNOT_BOOT, Action, InvalidTransition, Kill, Spawn, State, Stop, Supervisor
 
 RESTARTS = Restarts(
-    first_delay_s=0.5, longest_delay_s=4.0, give_up_after=4, stable_s=60.0, start_timeout_s=100.0, stall_s=9.0, stop_s=2.0
+    first_delay_s=0.5, longest_delay_s=4.0, give_up_after=4, stable_s=60.0, start_timeout_s=100.0, stop_s=2.0
 )
 DRAIN_S = 30.0
 A, B = "npu:0", "npu:1"
