@@ -12,8 +12,8 @@ BGR order, or a `ServerPath`. A failed job raises `JobFailed` with one of `daemo
 
 Trying again is safe: a job keeps its name and the socket its identity, so the daemon recognises a job that it still
 has and never runs it twice at once. What the daemon says may succeed later (`busy`, `worker-lost`, …) is tried again
-after the time that it names; when the connection comes back, after a restart of the daemon say, what is unanswered is
-sent again. Nothing here imports torch, or numpy.
+after the time that it names, for as long as `timeout_s` allows; when the connection comes back, after a restart of the
+daemon say, what is unanswered is sent again. Nothing here imports torch, or numpy.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +41,9 @@ from daemon.protocol import TO_CLIENT, Code, Failed, GetStats, Options, Result, 
 DEFAULT_ENDPOINT = "ipc:///run/blendmaskd/client.sock"
 LEAST_RETRY_S = 0.05
 RETRIES = 8
+LONGEST_DEADLINE_S = 86400.0  # that the wire allows
+LONGEST_POLL_S = 3600.0  # poll takes no infinite time
+ANSWER_S = 0.5  # that the daemon's `timeout` may take to come, so that the client does not give up just before it
 
 
 class JobFailed(Exception):
@@ -81,6 +84,7 @@ class Job:
     submit: Submit
     payload: list[Any]
     retries_left: int
+    give_up_at: float  # no retry starts after it
     send_at: float  # inf: sent, waiting
     answer: Segmentation | JobFailed | None = None
 
@@ -97,7 +101,8 @@ class Job:
 class Exchange:
     """What is in flight, and what is to be sent when. Pure: no socket, no clock."""
 
-    def __init__(self, retries: int) -> None:
+    def __init__(self, retries: int, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
         self._retries = retries
         self._prefix = secrets.token_hex(8)
         self._numbers = itertools.count(1)
@@ -108,8 +113,10 @@ class Exchange:
         """A new job, to be sent at once. Raises OSError for a file that cannot be read, TypeError for no image."""
         described, payload = describe(image)
         name = f"{self._prefix}-{next(self._numbers)}"
+        if deadline_s is None:
+            deadline_s = min(max(self.timeout_s - ANSWER_S, self.timeout_s / 2), LONGEST_DEADLINE_S)
         submit = Submit(job=name, image=described, options=options, deadline_s=deadline_s, priority=priority)
-        job = self.jobs[name] = Job(submit, payload, self._retries, send_at=now)
+        job = self.jobs[name] = Job(submit, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now)
         return job
 
     def due(self, now: float) -> Iterator[list[Any]]:
@@ -147,9 +154,10 @@ class Exchange:
 
     def _failed(self, job: Job, message: Failed, now: float) -> Job | None:
         may_retry = message.code.retryable and message.code is not Code.TIMEOUT
-        if may_retry and job.retries_left:
+        again_at = now + max(message.retry_after_s or 0.0, LEAST_RETRY_S)
+        if may_retry and job.retries_left and again_at < job.give_up_at:
             job.retries_left -= 1
-            job.send_at = now + max(message.retry_after_s or 0.0, LEAST_RETRY_S)
+            job.send_at = again_at
             return None
         del self.jobs[message.job]
         job.answer = JobFailed(message.code, message.reason, message.retry_after_s)
@@ -179,18 +187,31 @@ class _Connection:
 
     def __init__(self, endpoint: str, timeout_s: float, retries: int) -> None:
         self.endpoint = endpoint
-        self.timeout_s = timeout_s
-        self._exchange = Exchange(retries)
+        self._exchange = Exchange(retries, timeout_s)
+
+    @property
+    def timeout_s(self) -> float:
+        """How long an answer is waited for."""
+        return self._exchange.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, seconds: float) -> None:
+        self._exchange.timeout_s = seconds
 
     def _open(self, socket: zmq.Socket[Any]) -> None:
         socket.set(zmq.IDENTITY, b"c" + secrets.token_bytes(15))  # ROUTERs reserve identities that begin with 0
         socket.set(zmq.LINGER, 0)
+        socket.set(zmq.SNDHWM, 0)  # at a mark a send would block, whatever `timeout_s` says; callers bound themselves
+        socket.set(zmq.RCVHWM, 0)
         socket.set(zmq.RECONNECT_IVL, 50)
         socket.set(zmq.RECONNECT_IVL_MAX, 1000)
-        socket.connect(self.endpoint)
+        try:
+            socket.connect(self.endpoint)
+        except zmq.ZMQError as error:
+            raise ValueError(f"{self.endpoint}: {error}: expected ipc:///PATH or tcp://HOST:PORT") from None
 
     def _add(self, image: Image, deadline_s: float | None, priority: int, options: Mapping[str, Any]) -> Job:
-        return self._exchange.add(image, deadline_s or self.timeout_s, priority, Options(**options), time.monotonic())
+        return self._exchange.add(image, deadline_s, priority, Options(**options), time.monotonic())
 
     def _timed_out(self) -> TimeoutError:
         return TimeoutError(f"no answer from {self.endpoint} within {self.timeout_s:g} s: does the daemon run there?")
@@ -199,8 +220,8 @@ class _Connection:
 class Client(_Connection):
     """Blocking client. Not for several threads at once; each may have its own.
 
-    `timeout_s` bounds each wait for an answer; `retries` how often a job is tried again when the daemon says that this
-    can help.
+    `timeout_s` bounds each wait for an answer, and is the deadline of a job that names none; `retries` bounds how often
+    a job is tried again when the daemon says that this can help. Raises ValueError for an endpoint that is none.
     """
 
     def __init__(self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES) -> None:
@@ -209,7 +230,11 @@ class Client(_Connection):
         self._socket = self._context.socket(zmq.DEALER)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._was_connected = False
-        self._open(self._socket)
+        try:
+            self._open(self._socket)
+        except ValueError:
+            self.close()
+            raise
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -233,12 +258,13 @@ class Client(_Connection):
     def map(
         self, images: Iterable[Image], *, window: int = 16, on_error: Literal["raise", "return"] = "raise",
         deadline_s: float | None = None, priority: int = 0, **options: Any,
-    ) -> Iterator[Segmentation | JobFailed]:  # fmt: skip
+    ) -> Generator[Segmentation | JobFailed, None, None]:  # fmt: skip
         """Segment many images, `window` of them in flight; the results come in the order of the images.
 
         A failed job raises, or with ``on_error="return"`` stands as a `JobFailed` in its place; so does a file that
         cannot be read, as `bad-image`.
         """
+        _check_window(window)
         jobs: deque[Job] = deque()
         source = iter(images)
         try:
@@ -279,7 +305,7 @@ class Client(_Connection):
             if on_error == "raise":
                 raise
             failed = JobFailed(Code.BAD_IMAGE, f"cannot be read: {error.strerror or error}")
-            return Job(Submit(job="-", image=protocol.Image(kind="encoded")), [], 0, math.inf, failed)
+            return Job(Submit(job="-", image=protocol.Image(kind="encoded")), [], 0, 0.0, math.inf, failed)
         self._send_due()
         return job
 
@@ -298,7 +324,8 @@ class Client(_Connection):
         now = time.monotonic()
         if now >= deadline:
             raise self._timed_out()
-        wait_ms = math.ceil((min(deadline, self._exchange.next_send()) - now) * 1000)
+        until = min(deadline, self._exchange.next_send(), now + LONGEST_POLL_S)
+        wait_ms = math.ceil((until - now) * 1000)
         events = dict(self._poller.poll(max(wait_ms, 0)))
         if self._monitor in events:
             self._on_monitor()
@@ -336,13 +363,17 @@ class AsyncClient(_Connection):
     def __init__(self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES) -> None:
         super().__init__(endpoint, timeout_s, retries)
         self._futures: dict[str, asyncio.Future[None]] = {}
-        self._stats_futures: deque[asyncio.Future[dict[str, Any]]] = deque()
+        self._stats_futures: list[asyncio.Future[dict[str, Any]]] = []
 
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._open(self._socket)
+        try:
+            self._open(self._socket)
+        except ValueError:
+            self._disconnect()
+            raise
         self._wake = asyncio.Event()
         self._tasks = [asyncio.create_task(task()) for task in (self._read, self._write, self._watch)]
         return self
@@ -351,12 +382,11 @@ class AsyncClient(_Connection):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name in list(self._futures):
-            await self._abandon(name)
+            await self._close_job(name)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._socket.disable_monitor()
-        self._context.destroy(linger=200)
+        self._disconnect()
 
     async def segment(
         self, image: Image, *, deadline_s: float | None = None, priority: int = 0, **options: Any
@@ -376,8 +406,11 @@ class AsyncClient(_Connection):
                 await self._abandon(name)
         return job.result()
 
-    async def map(self, images: Iterable[Image], *, window: int = 16, **options: Any) -> AsyncIterator[Segmentation]:
+    async def map(
+        self, images: Iterable[Image], *, window: int = 16, **options: Any
+    ) -> AsyncGenerator[Segmentation, None]:
         """As `Client.map`, raising the first failure."""
+        _check_window(window)
         tasks: deque[asyncio.Task[Segmentation]] = deque()
         source = iter(images)
         try:
@@ -407,13 +440,23 @@ class AsyncClient(_Connection):
     async def _read(self) -> None:
         while True:
             job = self._exchange.receive(await self._socket.recv_multipart(copy=False), time.monotonic())
-            if job is not None and job.submit.job in self._futures:
-                self._futures.pop(job.submit.job).set_result(None)
+            if job is not None:
+                self._tell(job)
             while self._exchange.stats:
-                snapshot = self._exchange.stats.popleft()
-                if self._stats_futures and not (future := self._stats_futures.popleft()).done():
-                    future.set_result(snapshot)
+                self._tell_stats(self._exchange.stats.popleft())
             self._wake.set()
+
+    def _tell(self, job: Job) -> None:
+        future = self._futures.pop(job.submit.job, None)
+        if future is not None and not future.done():  # done: its task was cancelled and has not run since
+            future.set_result(None)
+
+    def _tell_stats(self, snapshot: dict[str, Any]) -> None:
+        """To all who wait: an answer that went missing must not leave the next one with the wrong caller."""
+        waiting, self._stats_futures = self._stats_futures, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(snapshot)
 
     async def _write(self) -> None:
         while True:
@@ -435,7 +478,23 @@ class AsyncClient(_Connection):
                     self._wake.set()
                 connected = True
 
+    async def _close_job(self, name: str) -> None:
+        """Whoever still waits for it is told why it ends."""
+        job = self._exchange.jobs[name]
+        job.answer = JobFailed(Code.CANCELLED, "the client was closed")
+        self._tell(job)
+        await self._abandon(name)
+
+    def _disconnect(self) -> None:
+        self._socket.disable_monitor()
+        self._context.destroy(linger=200)  # lets the cancellations leave
+
     async def _abandon(self, name: str) -> None:
         self._futures.pop(name, None)
         if self._exchange.jobs.pop(name, None) is not None:
             await self._socket.send_multipart(protocol.encode(protocol.Cancel(job=name)))
+
+
+def _check_window(window: int) -> None:
+    if window < 1:
+        raise ValueError(f"window = {window}: expected at least 1")
