@@ -1,0 +1,82 @@
+"""The whole daemon with the native engine: on CPUs, and on two emulated NPUs, with answers equal to the bare network's."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from daemon import categories
+from daemon.protocol import Options
+from workers import blendmask, results
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+CONFIG = GOLDEN / "small_R18.yaml"
+EMULATED = {"PYTHONPATH": f"{ROOT / 'tests' / 'emulated'}:{ROOT}"}
+PHOTOGRAPHS = ["chelsea.png", "coffee.png", "rocket.png"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "small_R18.pth"
+    network = blendmask.build(blendmask.load_config(CONFIG))
+    torch.save({"model": blendmask.random_weights(network)}, path)
+    return path
+
+
+def expected(weights: Path, photograph: str) -> list[dict[str, Any]]:
+    """What the network itself says, without any daemon."""
+    config = blendmask.load_config(CONFIG)
+    network = blendmask.build(config)
+    blendmask.load_into(network, blendmask.load_checkpoint(weights))
+    pixels = np.asarray(Image.open(GOLDEN / "images" / photograph).convert("RGB"))[:, :, ::-1]
+    prepared = blendmask.prepare(np.ascontiguousarray(pixels), config)
+    [instances] = blendmask.segment(network, [prepared], "cpu")
+    found = blendmask.finish(instances, prepared)
+    return results.to_coco(
+        found.boxes,
+        found.scores,
+        found.classes,
+        lambda i: blendmask.paste_window(found.probabilities[i], found.boxes[i], found.image_size),
+        found.image_size,
+        categories.resolve(config.num_classes),
+        Options(),
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More threads would sum in another order than the workers' one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "npu"])
+def test_two_devices_answer_as_the_bare_network(daemon, weights, kind) -> None:
+    server = daemon(
+        devices=[f"{kind}:0", f"{kind}:1"],
+        engine="native",
+        model={"config": str(CONFIG), "weights": str(weights)},
+        warm_up=[[64, 96]],
+        runtime={"threads": 1},
+        worker_env=EMULATED if kind == "npu" else {},
+    )
+    wanted = {name: expected(weights, name) for name in PHOTOGRAPHS}
+    jobs = PHOTOGRAPHS * 2
+    answers = list(server.client.map([GOLDEN / "images" / name for name in jobs], window=4))
+    for name, answer in zip(jobs, answers):
+        assert answer.detections == wanted[name]
+    assert {answer.device for answer in answers} == {f"{kind}:0", f"{kind}:1"}
+    devices = server.devices()
+    assert not any(device["restarts"] for device in devices.values())
+    if kind == "npu":
+        names = {name: device["actual"]["device_name"] for name, device in devices.items()}
+        assert names == {"npu:0": "Ascend910-emulated physical 0", "npu:1": "Ascend910-emulated physical 1"}
+        assert {device["actual"]["task_queue"] for device in devices.values()} == {2}
