@@ -29,8 +29,11 @@ $python scripts/submit.py $endpoint tests/golden/images --out $out --wait 120 --
 $python scripts/stats.py $endpoint
 
 echo "Draining and stopping the daemon"
+workers=$(cat "/proc/$daemon/task/$daemon/children")
 kill -TERM $daemon
 wait $daemon
 trap - EXIT
-if pgrep -P $daemon >/dev/null; then echo "a worker was left behind" >&2; exit 1; fi
+for pid in $workers; do
+  if kill -0 "$pid" 2>/dev/null; then echo "worker $pid was left behind" >&2; exit 1; fi
+done
 echo "Done: overlays and results.json are in $out. Next: the README's page on an NPU host."
