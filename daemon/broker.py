@@ -5,7 +5,7 @@ The sentence that all of this defends: **every accepted job gets exactly one ans
 Where a job is:
 
 =========  ===========================================================================================
-waiting    in `_waiting`, by priority and then by arrival
+waiting    in `_waiting`
 suspect    in `_suspects`: workers died with it; it is leased again alone, to an empty worker
 leased     in one worker's `leases`
 answered   nowhere
@@ -17,7 +17,7 @@ those that it was sent and has not ended yet.
 
 Only a job that its worker had started when it died spends an attempt, and is a suspect from then on; its window-mates
 go back to the head of the queue. A worker may die before it can say what it started (a decoder that crashes), so a job
-that was on `UNSTARTED_LOSSES` dying workers is a suspect too; a suspect's own worker's death always spends an attempt.
+that was on `jobs.UNSTARTED_LOSSES` dying workers is a suspect too; a suspect's own worker's death always spends an attempt.
 
 No socket, clock, process, thread or logger belongs in here.
 """
@@ -25,10 +25,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from daemon.jobs import Job, Waiting
 from daemon.protocol import (
     Cancel,
     Code,
@@ -36,9 +37,7 @@ from daemon.protocol import (
     FailedLease,
     Finished,
     Frames,
-    Image,
     Lease,
-    Options,
     Result,
     Revoke,
     Started,
@@ -48,7 +47,6 @@ from daemon.protocol import (
     ToWorker,
 )
 
-UNSTARTED_LOSSES = 3
 SHORTEST_RETRY_S = 0.05
 LONGEST_RETRY_S = 30.0
 
@@ -80,35 +78,6 @@ class Evict:
 
 
 Action = SendClient | SendWorker | Evict
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One image to segment, as long as it has no answer."""
-
-    seq: int
-    client: bytes
-    name: str
-    image: Image
-    options: Options
-    payload: Frames
-    priority: int
-    accepted: float
-    deadline: float
-    attempts: int = 0  # times it was started on a worker that died
-    losses: int = 0  # times it was leased to a worker that died
-    worker: str | None = None  # the holder of its lease
-    lease: int = 0
-    leased_at: float = 0.0
-    answered: bool = False
-
-    @property
-    def suspect(self) -> bool:
-        return self.attempts > 0 or self.losses >= UNSTARTED_LOSSES
-
-    @property
-    def payload_bytes(self) -> int:
-        return sum(len(frame) for frame in self.payload)
 
 
 @dataclass(slots=True, eq=False)
@@ -158,8 +127,7 @@ class Broker:
         self.outcomes: Counter[str] = Counter()  # "answered" or an error code, of accepted and refused jobs alike
         self.served_per_s = 0.0  # told by the shell; only for the retry hint
         self._seq = itertools.count(1)
-        self._waiting: dict[int, OrderedDict[int, Job]] = {}
-        self._waiting_bytes = 0
+        self._waiting = Waiting()
         self._suspects: deque[Job] = deque()
         self._clients: dict[bytes, dict[str, Job]] = {}
         self._workers: dict[str, Worker] = {}
@@ -171,11 +139,11 @@ class Broker:
 
     @property
     def waiting_jobs(self) -> int:
-        return sum(map(len, self._waiting.values())) + len(self._suspects)
+        return len(self._waiting) + len(self._suspects)
 
     @property
     def waiting_bytes(self) -> int:
-        return self._waiting_bytes + sum(job.payload_bytes for job in self._suspects)
+        return self._waiting.payload_bytes + sum(job.payload_bytes for job in self._suspects)
 
     @property
     def unanswered(self) -> int:
@@ -215,7 +183,7 @@ class Broker:
             return [SendClient(client, refusal)]
         self._clients.setdefault(client, {})[job.name] = job
         self._push_deadline(job)
-        self._enqueue(job)
+        self._waiting.put(job)
         return self._assign(now)
 
     def cancel(self, client: bytes, message: Cancel, now: float) -> list[Action]:
@@ -293,7 +261,7 @@ class Broker:
             job.attempts += lease.started or job.suspect
             job.losses += 1
             if not job.suspect:
-                self._enqueue(job, first=True)
+                self._waiting.put(job, first=True)
                 continue
             self._suspects.appendleft(job)
             if job.attempts >= self.limits.max_attempts:
@@ -374,20 +342,6 @@ class Broker:
             return 1.0
         return min(max(self.waiting_jobs / self.served_per_s / 2, SHORTEST_RETRY_S), LONGEST_RETRY_S)
 
-    def _enqueue(self, job: Job, first: bool = False) -> None:
-        queue = self._waiting.setdefault(job.priority, OrderedDict())
-        queue[job.seq] = job
-        if first:
-            queue.move_to_end(job.seq, last=False)
-        self._waiting_bytes += job.payload_bytes
-
-    def _dequeue(self, job: Job) -> None:
-        queue = self._waiting[job.priority]
-        del queue[job.seq]
-        if not queue:
-            del self._waiting[job.priority]
-        self._waiting_bytes -= job.payload_bytes
-
     def _push_deadline(self, job: Job) -> None:
         heapq.heappush(self._deadlines, (job.deadline, job.seq, job))
         if len(self._deadlines) > 2 * self.unanswered + 64:  # answered jobs must not pile up behind a far deadline
@@ -431,7 +385,7 @@ class Broker:
             if job in self._suspects:
                 self._suspects.remove(job)
             else:
-                self._dequeue(job)
+                self._waiting.take(job)
         elif job.lease in self._workers[job.worker].leases:
             self._workers[job.worker].leases[job.lease].job = None
             actions.append(SendWorker(job.worker, Revoke(lease=job.lease)))
@@ -450,8 +404,7 @@ class Broker:
             free = [worker for worker in open_workers if len(worker.leases) < worker.window]
             if not free:
                 break
-            job = next(iter(self._waiting[max(self._waiting)].values()))
-            self._dequeue(job)
+            job = self._waiting.take(self._waiting.first())
             actions.append(self._lease(job, min(free, key=_load), now))
         return actions
 
@@ -468,14 +421,14 @@ class Broker:
 
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
-        waiting = [job for queue in self._waiting.values() for job in queue.values()]
+        self._waiting.check()
+        waiting = list(self._waiting)
         leased = [lease.job for worker in self._workers.values() for lease in worker.leases.values() if lease.job]
         everywhere = [*waiting, *self._suspects, *leased]
         assert len(everywhere) == len(set(everywhere)), "a job is in two places"
         assert set(everywhere) == set(self._jobs()), "an unanswered job is nowhere, or an answered one somewhere"
         assert not any(job.answered for job in everywhere), "an answered job is still held"
-        assert self._waiting_bytes == sum(job.payload_bytes for job in waiting), "bytes are miscounted"
-        assert all([*self._waiting.values(), *self._clients.values()]), "an empty container is kept"
+        assert all(self._clients.values()), "an empty container is kept"
         assert not any(job.suspect or job.worker for job in waiting), "a suspect waits among the others"
         assert all(job.suspect for job in self._suspects), "an innocent job is suspected"
         assert all(job.attempts < self.limits.max_attempts for job in everywhere), "attempts are miscounted"

@@ -8,38 +8,29 @@ systemd's watchdog: a loop that hangs is a daemon that is restarted.
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import zmq
 
 from daemon import broker, protocol, spawn, supervisor, systemd, topology
-from daemon.metrics import MetricsServer
 from daemon.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError
 from daemon.settings import Settings, SettingsError
+from daemon.sockets import Sockets, StartError, receive
 from daemon.stats import Stats, status_line
 
 log = logging.getLogger("blendmaskd")
 
-MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve the others
 TICK_S = 1.0
 SILENT_S = 3.0  # a worker that missed this many reports is not called ready
-
-
-class StartError(RuntimeError):
-    """The daemon cannot start; the text says what to do."""
 
 
 class Server:
@@ -70,12 +61,12 @@ class Server:
 
     def run(self) -> int:
         """Serve. Returns the exit code: 0 after a drain, 1 when no worker can be started at all."""
-        with _Resources(self.settings, self._token) as resources:
-            self._sockets = resources
+        with Sockets(self.settings) as sockets:
+            self._sockets = sockets
             self._poller = zmq.Poller()
-            self._poller.register(resources.clients, zmq.POLLIN)
-            self._poller.register(resources.workers, zmq.POLLIN)
-            self._watch(resources.signals.fileno(), self._on_signals)
+            self._poller.register(sockets.clients, zmq.POLLIN)
+            self._poller.register(sockets.workers, zmq.POLLIN)
+            self._watch(sockets.signals.fileno(), self._on_signals)
             log.info("serving %s on %s, engine %s, pid %d", " ".join(self.settings.devices),
                      " ".join(self.settings.endpoints.clients), self.settings.engine, os.getpid())  # fmt: skip
             try:
@@ -170,7 +161,7 @@ class Server:
     # -- clients and workers ----------------------------------------------------------------------------------------
 
     def _read_clients(self) -> None:
-        for frames in _receive(self._sockets.clients):
+        for frames in receive(self._sockets.clients):
             client = frames[0].bytes
             message: protocol.FromClient
             try:
@@ -189,7 +180,7 @@ class Server:
                     self._send_client(client, protocol.Stats(stats=self._snapshot))
 
     def _read_workers(self) -> None:
-        for frames in _receive(self._sockets.workers):
+        for frames in receive(self._sockets.workers):
             name = frames[0].bytes.decode(errors="replace")
             if name not in self._children:
                 continue  # of another run, or dead and reaped
@@ -433,104 +424,6 @@ class _Child:
         assert self.process.stderr is not None
         with self.process.stderr as pipe:
             return pipe.read().decode(errors="replace").strip()[-2000:]
-
-
-class _Resources:
-    """What the loop owns and has to give back: sockets, lock, signal handlers."""
-
-    def __init__(self, settings: Settings, token: str) -> None:
-        self._settings = settings
-        self._context = zmq.Context()
-        self._locks: list[IO[str]] = []
-        self._handlers: dict[int, Any] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=os.environ.get("RUNTIME_DIRECTORY"))
-        self.workers_endpoint = f"ipc://{self._folder.name}/workers.sock"
-        self.metrics: MetricsServer | None = None
-
-    def __enter__(self) -> _Resources:
-        try:
-            self.clients = self._router(self._settings.limits.max_image_bytes * 2 + (1 << 20))
-            self.workers = self._router(-1)
-            for endpoint in self._settings.endpoints.clients:
-                self._bind(self.clients, endpoint)
-            self._bind(self.workers, self.workers_endpoint)
-            if self._settings.endpoints.metrics:
-                self.metrics = _metrics(self._settings.endpoints.metrics)
-            self._catch_signals()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self._handlers:
-            signal.set_wakeup_fd(-1)
-            self.signals.close()
-            self._wakeup.close()
-        if self.metrics:
-            self.metrics.close()
-        self._context.destroy(linger=2000)  # the last answers are still on their way to their clients
-        for endpoint in self._settings.endpoints.clients:
-            if self._locks and endpoint.startswith("ipc://"):
-                Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
-        for lock in self._locks:
-            lock.close()
-        self._folder.cleanup()
-
-    def _router(self, max_message_bytes: int) -> zmq.Socket[bytes]:
-        router = self._context.socket(zmq.ROUTER)
-        router.set(zmq.ROUTER_MANDATORY, 1)
-        router.set(zmq.ROUTER_HANDOVER, 1)  # a client that reconnects gets the answers to what it sent before
-        router.set(zmq.MAXMSGSIZE, max_message_bytes)
-        return router
-
-    def _bind(self, router: zmq.Socket[bytes], endpoint: str) -> None:
-        if endpoint.startswith("ipc://"):
-            self._lock(Path(endpoint.removeprefix("ipc://")))
-        try:
-            router.bind(endpoint)
-        except zmq.ZMQError as error:
-            raise StartError(f"cannot listen on {endpoint}: {error}") from None
-
-    def _lock(self, path: Path) -> None:
-        """ZeroMQ takes over a socket path in use without a word: a lock beside it keeps a second daemon off."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = open(f"{path}.lock", "w")  # noqa: SIM115
-        except OSError as error:
-            raise StartError(f"cannot use {path}: {error.strerror}; choose another endpoints.clients") from None
-        self._locks.append(lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._locks.remove(lock)
-            lock.close()
-            raise StartError(f"another daemon serves {path}; stop it first, or choose another endpoint") from None
-
-    def _catch_signals(self) -> None:
-        self.signals, self._wakeup = socket.socketpair()
-        self.signals.setblocking(False)
-        self._wakeup.setblocking(False)
-        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self._handlers[number] = signal.signal(number, lambda *_: None)
-
-
-def _receive(router: zmq.Socket[bytes]) -> Iterable[list[zmq.Frame]]:
-    for _ in range(MESSAGES_PER_TURN):
-        try:
-            yield router.recv_multipart(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return
-
-
-def _metrics(endpoint: str) -> MetricsServer:
-    try:
-        return MetricsServer(endpoint)
-    except OSError as error:
-        raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {error.strerror}") from None
 
 
 def _limits(settings: Settings) -> broker.Limits:
