@@ -17,7 +17,7 @@ those that it was sent and has not ended yet.
 
 Only a job that its worker had started when it died spends an attempt, and is a suspect from then on; its window-mates
 go back to the head of the queue. A worker may die before it can say what it started (a decoder that crashes), so a job
-that was on `jobs.UNSTARTED_LOSSES` dying workers is a suspect too; a suspect's own worker's death always spends an attempt.
+that was on `jobs.UNSTARTED_LOSSES` dying workers is a suspect too; its own worker's death always spends an attempt.
 
 No socket, clock, process, thread or logger belongs in here.
 """
