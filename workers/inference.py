@@ -142,11 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(inputs: Sequence[str], output: str | None) -> list[Photograph]:
-    """The photographs that `inputs` (files, folders, patterns) name, each once, and where their overlays go.
+    """The photographs that `inputs` (files, folders, quoted patterns) name, each once, and where their overlays go.
 
     Raises `CannotStart` where an input names nothing, or `output` cannot be meant.
     """
     paths = list(dict.fromkeys(Path(os.path.abspath(path)) for text in inputs for path in _expand(text)))
+    if not any(path.exists() for path in paths):  # one that is missing among others fails when its turn comes
+        raise CannotStart(f"--input {' '.join(inputs)}: no such file or folder")
     names = _names(paths)
     outputs = _outputs(output, names)
     taken = {path.resolve() for path in paths}
@@ -164,15 +166,15 @@ def plan(inputs: Sequence[str], output: str | None) -> list[Photograph]:
 def _expand(text: str) -> list[str]:
     path = Path(text)
     if path.is_dir():
-        found = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        found = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
         if not found:
             raise CannotStart(f"--input {text}: no images in this folder ({' '.join(SUFFIXES)})")
         return found
-    if path.exists():
+    if path.exists() or not glob.has_magic(text):
         return [text]
     matching = sorted(name for name in glob.glob(text, recursive=True) if os.path.isfile(name))
     if not matching:
-        raise CannotStart(f"--input {text}: no such file or folder, and as a pattern it matches no file")
+        raise CannotStart(f"--input {text}: the pattern matches no file")
     return matching
 
 

@@ -104,12 +104,13 @@ def test_a_bad_image_among_many_is_reported_and_the_rest_is_done(
 ) -> None:
     names, results, drawn = tmp_path / "parts.json", tmp_path / "deep" / "out.json", tmp_path / "drawn"
     names.write_text(json.dumps(CLASSES))
-    code = main(["--config", CONFIG, "--weights", weights, "--input", str(folder), "--output", str(drawn),
-                 "--json", str(results), "--categories", str(names)])  # fmt: skip
+    code = main(["--config", CONFIG, "--weights", weights, "--input", str(folder), str(folder / "gone.png"),
+                 "--output", str(drawn), "--json", str(results), "--categories", str(names)])  # fmt: skip
     written = capsys.readouterr()
     assert code == 1
     assert "b.jpg: FAILED: not a JPEG, PNG, WebP, BMP or TIFF image" in written.err
-    assert "2 of 3 images" in written.out
+    assert "gone.png: FAILED: No such file or directory" in written.err
+    assert "2 of 4 images" in written.out
     assert sorted(file.name for file in drawn.iterdir()) == ["a.png", "c.jpg"]
     found = json.loads(results.read_text())
     assert {(result["file_name"], result["image_id"]) for result in found} == {("a.png", 1), ("c.jpg", 3)}
@@ -183,7 +184,7 @@ def test_without_weights_it_says_what_is_missing_and_how_to_get_it(capsys: pytes
         (["--weights", "W", "--config", "absent.yaml"], "absent.yaml: cannot be read"),
         (["--weights", "W", "--config", str(ROOT / "configs/BlendMask/R_50_1x.yaml")], "do not fit the network"),
         (["--weights", "W", "--input", "absent.jpg"], "--input absent.jpg: no such file or folder"),
-        (["--weights", "W", "--input", "absent/*.jpg"], "as a pattern it matches no file"),
+        (["--weights", "W", "--input", "absent/*.jpg"], "the pattern matches no file"),
         (["--weights", "W", "--input", str(ROOT / "daemon")], "no images in this folder"),
         (["--weights", "W", "--categories", "absent.json"], "absent.json"),
         (["--weights", "W", "--device", "tpu"], "expected npu, npu:N"),
