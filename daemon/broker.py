@@ -439,8 +439,10 @@ class Broker:
                 assert lease.job is None or (lease.job.worker, lease.job.lease) == (worker.name, number)
         live = {entry[2] for entry in self._deadlines if not entry[2].answered}
         assert live == set(everywhere), "a job has no deadline"
-        idle = [w for w in self._workers.values() if not w.leases and not w.retiring]
-        assert not (idle and everywhere and len(everywhere) > len(leased)), "a job waits although a worker is idle"
+        open_workers = [w for w in self._workers.values() if not w.retiring and not w.alone]
+        assert not (self._suspects and any(not w.leases for w in open_workers)), "a suspect waits beside an idle worker"
+        free = [w for w in open_workers if len(w.leases) < w.window]
+        assert not waiting or len(free) <= bool(self._suspects), "a job waits although a window is free"
 
 
 _NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, mend, then reload"

@@ -47,6 +47,7 @@ class Model(_Section, frozen=True):
 class Endpoints(_Section, frozen=True):
     """Where the daemon listens."""
 
+    # ipc:///PATH, guarded by the mode of its folder, or tcp://HOST:PORT, open to whoever can reach it
     clients: list[str] = msgspec.field(default_factory=lambda: ["ipc:///run/blendmaskd/client.sock"])
     metrics: str | None = "127.0.0.1:9464"  # host:port of /metrics, /healthz, /readyz; null: off
 
@@ -54,8 +55,8 @@ class Endpoints(_Section, frozen=True):
 class Queue(_Section, frozen=True):
     """Bounds on the jobs that wait; over either, a job is answered `busy` at once."""
 
-    max_jobs: Count = 256
-    max_bytes: Count = 1 << 30  # of image payloads
+    max_jobs: Count = 256  # that wait for a device
+    max_bytes: Count = 1 << 30  # of the images that wait
 
 
 class Limits(_Section, frozen=True):
@@ -68,7 +69,7 @@ class Limits(_Section, frozen=True):
 class Paths(_Section, frozen=True):
     """Server-side images: a job may name a file below one of `roots`. Empty: refused."""
 
-    roots: list[str] = []
+    roots: list[str] = []  # folders below which a job may name a file, links resolved; empty: no job may
 
 
 class Runtime(_Section, frozen=True):
@@ -84,10 +85,10 @@ class Runtime(_Section, frozen=True):
 class Restarts(_Section, frozen=True):
     """How a slot is kept filled."""
 
-    first_delay_s: Positive = 0.5  # doubled at each death in a row
-    longest_delay_s: Positive = 30.0
+    first_delay_s: Positive = 0.5  # before a dead worker is started again; doubled at each death in a row
+    longest_delay_s: Positive = 30.0  # that doubling leads to
     give_up_after: Count = 6  # deaths in a row without `stable_s` of service between them
-    stable_s: Positive = 60.0
+    stable_s: Positive = 60.0  # a worker that served so long is forgiven its earlier deaths
     start_timeout_s: Positive = 900.0  # loading, compiling and warm-up
     stall_s: Positive = 60.0  # leases held and nothing finished, or no sign of life: abort with a stack dump, then kill
     stop_s: Positive = 10.0  # between asking a worker to end and killing it
@@ -96,6 +97,7 @@ class Restarts(_Section, frozen=True):
 class Timed(_Section, frozen=True):
     """The `timed` engine's latency table: batch size to milliseconds (defaults: one Ascend 910, 800x800)."""
 
+    # batch size: milliseconds; sizes between entries are interpolated. For the engine `timed` only
     latency_ms: dict[Count, NotNegative] = msgspec.field(
         default_factory=lambda: {1: 21.79, 2: 38.90, 4: 122.43, 8: 226.38}
     )
@@ -104,13 +106,15 @@ class Timed(_Section, frozen=True):
 class Settings(_Section, frozen=True):
     """The whole tree. Field names are the keys of the YAML file."""
 
+    # npu:N, cuda:N or cpu:N, one worker process each, numbered as the daemon's environment shows them
     devices: list[str] = msgspec.field(default_factory=lambda: ["npu:0", "npu:1"])
-    engine: Literal["native", "adelaidet", "timed"] = "native"
+    engine: Literal["native", "adelaidet", "timed"] = "native"  # adelaidet: where installed; timed: for load tests
     model: Model = Model()
     endpoints: Endpoints = Endpoints()
     batch: Literal["auto"] | Annotated[int, Meta(ge=1, le=64)] = "auto"  # auto: the best of the latency table, else 1
     max_wait_ms: NotNegative = 0.0  # how long an idle device waits for a batch to fill
-    warm_up: list[tuple[Count, Count]] = msgspec.field(default_factory=lambda: [(800, 800)])  # (height, width)
+    # image sizes (height, width) to run, alone and in a full batch, before a worker is ready
+    warm_up: list[tuple[Count, Count]] = msgspec.field(default_factory=lambda: [(800, 800)])
     queue: Queue = Queue()
     limits: Limits = Limits()
     paths: Paths = Paths()

@@ -277,7 +277,7 @@ class Supervisor:
     def _replace_next(self, now: float) -> list[Action]:
         """The next stale worker is asked to stop, if every other slot is where it will stay for a while."""
         moving = (State.STARTING, State.STOPPING, State.BACKOFF)  # BACKOFF: perhaps what is new does not work
-        if self.draining or any(slot.state in moving for slot in self.slots.values()):
+        if any(slot.state in moving for slot in self.slots.values()):
             return []
         stale = next((slot for slot in self.slots.values() if slot.stale), None)
         return [] if stale is None else self._stop(stale, now)

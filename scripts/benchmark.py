@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from workers.benchmark import main  # noqa: E402
+from workers.benchmark import main
 
 sys.exit(main())

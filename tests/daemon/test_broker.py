@@ -209,6 +209,7 @@ def test_a_job_that_was_started_is_tried_again_alone_then_given_up(broker: Broke
     assert isinstance(lease, Lease)
     assert lease.alone
     assert broker.holds_suspect("npu:0.2")
+    assert leases(submit(broker, "later")) == [], "nothing keeps a suspect company"
     broker.started("npu:0.2", Started(leases=[lease.lease]), 1.5)
     given_up = answers(lose(broker, "npu:0.2"))["poison"]
     assert isinstance(given_up, Failed)
@@ -256,6 +257,16 @@ def test_a_worker_that_makes_no_progress_is_evicted(broker: Broker) -> None:
     finish(broker, "npu:0.1", lease, now=6.0)
     assert broker.expire(10.9) == []
     assert broker.expire(11.0) == [Evict("npu:0.1", "no sign of life for 5 s")]
+
+
+def test_each_end_of_a_lease_is_progress(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    [(_, first)] = leases(submit(broker, "a", deadline_s=100))
+    submit(broker, "b", deadline_s=100)
+    finish(broker, "npu:0.1", first, now=4.0)
+    broker.heard("npu:0.1", 8.0)
+    assert broker.expire(8.9) == []
+    assert broker.expire(9.0) == [Evict("npu:0.1", "leases held, none ended for 5 s")]
 
 
 def test_a_retiring_worker_finishes_and_is_then_told_to_stop(broker: Broker) -> None:

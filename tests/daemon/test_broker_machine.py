@@ -165,6 +165,15 @@ class BrokerMachine(RuleBasedStateMachine):
         innocent = {key for key in before if key[1] not in leases.values()}
         assert innocent <= self.owed
 
+    @precondition(lambda self: any(self.held.values()))
+    @rule(pick=index)
+    def die_of_an_image(self, pick: int) -> None:
+        """Likelier than by chance: a job that was started, and a worker that dies and comes back."""
+        self.start(pick)
+        worker, _ = self.some_lease(pick)
+        self.die(sorted(self.held).index(worker))
+        self.ready(window=2)
+
     @precondition(lambda self: self.held)
     @rule(pick=index)
     def retire(self, pick: int) -> None:
@@ -177,17 +186,18 @@ class BrokerMachine(RuleBasedStateMachine):
         self.now += seconds
         self.carry_out(self.broker.expire(self.now))
 
-    @rule(available=st.booleans())
+    @rule(available=st.sampled_from([True] * 5 + [False]))
     def devices_come_and_go(self, available: bool) -> None:
         self.unavailable = not available
         self.carry_out(self.broker.set_available(available))
         assert available or not self.owed
 
     @precondition(lambda self: not self.draining)
-    @rule()
-    def drain(self) -> None:
-        self.draining = True
-        self.broker.drain()
+    @rule(really=st.sampled_from([False] * 9 + [True]))  # else most histories would be over before they began
+    def drain(self, really: bool) -> None:
+        if really:
+            self.draining = True
+            self.broker.drain()
 
     @precondition(lambda self: self.draining)
     @rule()

@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Write docs/settings.md from the settings themselves: `python scripts/settings_reference.py`; a test compares them."""
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from daemon import settings  # noqa: E402
+
+PAGE = ROOT / "docs" / "settings.md"
+HEAD = """# Settings
+
+*Written by `scripts/settings_reference.py` from `daemon/settings.py`; change it there.*
+
+One YAML file, every key optional. Later sources win, key by key: file, environment, flags.
+
+```yaml
+devices: [npu:0, npu:1]
+model:
+  config: configs/BlendMask/R_50_1x.yaml
+  weights: /etc/blendmaskd/R_50_1x.pth
+queue: {max_jobs: 512}
+```
+
+    BLENDMASKD__QUEUE__MAX_JOBS=512 blendmaskd --settings daemon.yaml
+    blendmaskd --settings daemon.yaml --devices cpu:0 cpu:1 --set queue.max_jobs=512
+
+An unknown key or a bad value stops the start (exit code 78) and is named with the reason:
+
+    blendmaskd: queue.max_jobs = -1: Expected `int` >= 1
+
+`kill -HUP` reads all of it again, except `endpoints`, which need a restart. Settings and weights are first tried by a
+process of their own; when they do not work nothing changes. Relative paths are relative to the daemon's directory.
+
+| key | default | meaning |
+|---|---|---|
+"""
+
+
+def page() -> str:
+    """The whole text of docs/settings.md."""
+    source = Path(settings.__file__).read_text(encoding="utf-8")
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    defaults = settings.to_tree(settings.Settings())
+    return HEAD + "\n".join(_rows(classes, classes["Settings"], source.splitlines(), defaults, "")) + "\n"
+
+
+def _rows(classes, section, lines, defaults, prefix):
+    for field in section.body:
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        name, kind = field.target.id, ast.unparse(field.annotation)
+        if kind in classes:
+            yield from _rows(classes, classes[kind], lines, defaults[name], f"{prefix}{name}.")
+        else:
+            comment = lines[field.end_lineno - 1].partition("  # ")[2] or lines[field.lineno - 2].strip(" #")
+            yield f"| `{prefix}{name}` | `{_text(defaults[name])}` | {comment.replace('|', '/')} |"
+
+
+def _text(value):
+    if isinstance(value, float) and value == int(value):
+        return int(value)
+    return "null" if value is None else value
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
