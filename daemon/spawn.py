@@ -294,9 +294,9 @@ def _npu_variables(
         own["CPU_AFFINITY_CONF"], warnings = affinity_conf(conf, device, cpus, os.cpu_count() or 1)
     elif "CPU_AFFINITY_CONF" in base:
         warnings.append(f"{device}: CPU_AFFINITY_CONF of the daemon is not passed on: set runtime.cpu_affinity_conf")
-    if base.get("ASCEND_LAUNCH_BLOCKING", "0") != "0" and settings.runtime.task_queue:
-        warnings.append(f"{device}: ASCEND_LAUNCH_BLOCKING turns the task queue off")
     given = {**base, **settings.worker_env}
+    if given.get("ASCEND_LAUNCH_BLOCKING", "0") != "0" and settings.runtime.task_queue:
+        warnings.append(f"{device}: ASCEND_LAUNCH_BLOCKING turns the task queue off")
     if "PYTORCH_NPU_ALLOC_CONF" not in given and "PYTORCH_ALLOC_CONF" not in given:  # both at once are an error
         own["PYTORCH_NPU_ALLOC_CONF"] = "expandable_segments:True"  # image shapes vary; else memory fragments
     for variable, directory, name in (

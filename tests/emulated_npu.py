@@ -77,6 +77,9 @@ class NpuTensor(torch.Tensor):
             return self.twin.numpy()
         raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first.")
 
+    def tolist(self) -> Any:  # torch refuses it for subclasses
+        return self.cpu().tolist()
+
     def __repr__(self, **_: Any) -> str:
         return f"{self.twin!r}"[:-1] + f", device='{self.device}')"
 

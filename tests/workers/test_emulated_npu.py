@@ -80,13 +80,24 @@ def check_writes_through_views_reach_their_base() -> None:
     same_as_on_the_cpu(write, torch.randn(4, 5))
 
 
-def check_inference_mode_and_gradients_off() -> None:
+def check_inference_mode() -> None:
     layer = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).eval()
     image = torch.randn(1, 3, 9, 9)
     with torch.inference_mode():
         expected = layer(image)
         for device in NPU:
             assert torch.equal(layer.to(device)(image.to(device)).cpu(), expected)
+    normal = torch.ones(4, device="npu:0")
+    with torch.inference_mode():
+        assert not normal.view(2, 2).is_inference()
+        assert (normal + 1).is_inference()
+
+
+def check_in_place_and_out_return_their_tensor() -> None:
+    x, out = torch.ones(4, device="npu:0"), torch.empty(4, device="npu:0")
+    assert x.add_(1) is x
+    assert torch.add(x, x, out=out) is out
+    assert out.tolist() == [4.0] * 4
 
 
 def check_autocast_lowers_precision_as_on_the_cpu() -> None:

@@ -184,24 +184,21 @@ def test_set_up_runs_to_its_end_and_threads_inherit_the_slots_cpus(
     assert found["differences"] == []
 
 
-def test_other_arithmetic_task_queue_and_chip(launcher: Launcher, two_cpus: tuple[int, int]) -> None:
-    plan = launcher.plan(
-        two_cpus[:1],
-        runtime={"task_queue": 0},
-        model={"precision": "hf32"},
-        worker_env={"STUB_SOC": "Ascend910A"},
-    )
+def test_hf32_and_a_blocked_task_queue(launcher: Launcher, two_cpus: tuple[int, int]) -> None:
+    blocking = {"ASCEND_LAUNCH_BLOCKING": "1"}
+    plan = launcher.plan(two_cpus[:1], model={"precision": "hf32"}, worker_env=blocking)
     found = launcher.probe(plan)
 
     assert found["hf32"] == [True, True]
-    assert found["actual"]["task_queue"] == 0
-    assert found["actual"]["device_name"] == "Ascend910A"
-    assert found["differences"] == []
+    assert "turns the task queue off" in plan.warnings[0]
+    assert found["differences"] == ["task_queue: wanted 2, is 0"]
 
 
 def test_float32_is_kept_on_a_910a(launcher: Launcher, two_cpus: tuple[int, int]) -> None:
-    found = launcher.probe(launcher.plan(two_cpus[:1], worker_env={"STUB_SOC": "Ascend910A"}))
+    plan = launcher.plan(two_cpus[:1], runtime={"task_queue": 0}, worker_env={"STUB_SOC": "Ascend910A"})
+    found = launcher.probe(plan)
 
+    assert (found["actual"]["device_name"], found["actual"]["task_queue"]) == ("Ascend910A", 0)
     assert (found["hf32"], found["precision_mode"]) == ([False, False], "must_keep_origin_dtype")
 
 

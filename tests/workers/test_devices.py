@@ -1,0 +1,158 @@
+"""Opening a device and telling what took effect. npu: test_torch_npu_contract.py and test_emulated_npu.py."""
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from daemon import settings, spawn
+from workers import devices
+from workers.devices import DeviceError
+
+ROOT = Path(__file__).parents[2]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def restored_precision() -> Iterator[None]:
+    """TF32 switches are the process's."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu:0", "cpu:1"])
+def test_the_cpu_is_one_device_whatever_its_slot(name: str) -> None:
+    device = devices.open_device(name)
+    device.use()
+    image = torch.arange(6.0)
+    assert device.upload(image) is image
+    device.synchronize()
+    assert (str(device.torch_device), device.name(), device.task_queue()) == ("cpu", "cpu", None)
+
+
+def test_memory_of_the_cpu_is_this_process() -> None:
+    device = devices.open_device("cpu")
+    before = device.memory()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    after = device.memory()
+    assert after.used - before.used > 0.9 * block.numel()
+    assert after.used <= after.peak <= after.total == psutil.virtual_memory().total
+    del block
+    freed = device.memory()
+    assert freed.used < before.used + 0.5 * (64 << 20)
+    assert freed.peak > before.used + 0.9 * (64 << 20)
+
+
+def test_a_cuda_device_that_is_not_there_is_refused() -> None:
+    count = torch.cuda.device_count()
+    with pytest.raises(DeviceError, match=f"cuda:{count}: {count} cuda devices are visible to this process"):
+        devices.open_device(f"cuda:{count}")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_npu") is not None, reason="needs a host without torch_npu")
+def test_an_npu_without_torch_npu_is_refused() -> None:
+    with pytest.raises(DeviceError, match="torch_npu is not installed"):
+        devices.open_device("npu:0")
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("raise ImportError('libhccl.so: cannot open shared object file')", "libhccl.so: cannot open"),
+        ("import a_module_that_it_needs", "No module named 'a_module_that_it_needs'"),
+    ],
+)
+def test_an_npu_whose_torch_npu_cannot_load_is_explained(tmp_path: Path, program: str, reason: str) -> None:
+    (tmp_path / "torch_npu.py").write_text(program)
+    opener = "from workers import devices\ntry: devices.open_device('npu:0')\nexcept devices.DeviceError as e: print(e)"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    answer = subprocess.run([sys.executable, "-c", opener], env=environment, capture_output=True, text=True, check=True)
+    assert "is CANN's set_env.sh sourced?" in answer.stdout
+    assert reason in answer.stdout
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("hf32", True)])
+def test_cuda_rounds_to_tf32_only_when_asked(
+    precision: devices.Precision, allowed: bool, restored_precision: None
+) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not allowed
+    devices._set_up_cuda(precision)
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (allowed, allowed)
+
+
+def test_actual_is_what_the_libraries_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpus = tuple(sorted(os.sched_getaffinity(0)))
+    wanted = spawn.plan(
+        "cpu:0",
+        1,
+        settings.from_tree({"devices": ["cpu:0"], "runtime": {"threads": 1}}),
+        cpus,
+        base_environment={},
+        endpoint="",
+        token="",
+        preload=spawn.Preload(None, "off"),
+    ).wanted
+    for name, value in wanted["env"].items():
+        monkeypatch.setenv(name, value)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        actual = devices.actual(wanted, devices.open_device("cpu"))
+        assert actual["device_name"] == "cpu"
+        assert spawn.differences(wanted, actual) == []
+        assert json.loads(json.dumps(actual)) == actual
+        torch.set_num_threads(2)
+        actual = devices.actual(wanted, devices.open_device("cpu"))
+        assert spawn.differences(wanted, actual) == ["threads: wanted 1, is 2"]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_cpu_workers_process_has_what_its_plan_wants() -> None:
+    """Torch in a real process: one thread per CPU of the slot, all of its threads on these."""
+    cpu = max(os.sched_getaffinity(0))
+    probe = (
+        "import json, os, torch; from daemon import spawn; from workers import devices;"
+        "told = spawn.assignment(os.environ); torch.ones(300, 300) @ torch.ones(300, 300);"
+        "print(json.dumps(devices.actual(told.wanted, devices.open_device(told.local_device))))"
+    )
+    plan = spawn.plan(
+        "cpu:1",
+        1,
+        settings.from_tree({"devices": ["cpu:1"]}),
+        (cpu,),
+        base_environment=os.environ,
+        endpoint="",
+        token="",
+        preload=spawn.resolve_preload("auto"),
+        arguments=("-c", probe),
+    )
+    process = spawn.launch(plan, stdout=subprocess.PIPE, cwd=ROOT)
+    output, _ = process.communicate(timeout=60)
+    actual: dict[str, Any] = json.loads(output)
+    assert spawn.differences(plan.wanted, actual) == []
+    assert (actual["cpus"], actual["threads"]) == (str(cpu), 1)
+
+
+@needs_cuda
+def test_a_cuda_device_works(restored_precision: None) -> None:
+    device = devices.open_device("cuda:0")
+    device.use()
+    image = torch.arange(1 << 20, dtype=torch.float32)
+    on_device = device.upload(image)
+    device.synchronize()
+    assert on_device.device == device.torch_device
+    assert torch.equal(on_device.cpu(), image)
+    memory = device.memory()
+    assert image.nbytes <= memory.used <= memory.peak <= memory.total
+    assert device.name() == torch.cuda.get_device_name(0)
