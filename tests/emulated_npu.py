@@ -128,21 +128,18 @@ def physical_devices() -> list[int]:
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operator on the twins; results are on the device of its arguments."""
+    """Run an operator on the twins; results are on the device of its arguments.
+
+    For an operator in place or with out= torch itself hands back the tensor that it was given.
+    """
     flat, spec = tree_flatten((args, kwargs))
     device = _common_device(func, flat)
     _count_waits(func, flat, kwargs)
-    wrapped = {id(item.twin): item for item in flat if isinstance(item, NpuTensor)}
     twin_args, twin_kwargs = tree_unflatten([_to_twin(item) for item in flat], spec)
     result = func(*twin_args, **twin_kwargs)
     index = _result_index(func, flat, kwargs, device)
 
-    def wrap(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) in wrapped:  # an operator in place, or out=
-            return wrapped[id(tensor)]
-        return tensor if index is None or isinstance(tensor, NpuTensor) else _wrap(tensor, index)
-
-    return tree_map_only(torch.Tensor, wrap, result)
+    return result if index is None else tree_map_only(torch.Tensor, lambda twin: _wrap(twin, index), result)
 
 
 def _common_device(func: Any, flat: list[Any]) -> torch.device | None:

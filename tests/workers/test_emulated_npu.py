@@ -94,10 +94,12 @@ def check_inference_mode() -> None:
 
 
 def check_in_place_and_out_return_their_tensor() -> None:
-    x, out = torch.ones(4, device="npu:0"), torch.empty(4, device="npu:0")
-    assert x.add_(1) is x
-    assert torch.add(x, x, out=out) is out
-    assert out.tolist() == [4.0] * 4
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            x, out = torch.ones(4, device="npu:0"), torch.empty(4, device="npu:0")
+            assert x.add_(1) is x
+            assert torch.add(x, x, out=out) is out
+            assert out.tolist() == [4.0] * 4
 
 
 def check_autocast_lowers_precision_as_on_the_cpu() -> None:
