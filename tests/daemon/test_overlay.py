@@ -9,7 +9,6 @@ from pycocotools import mask as coco_mask
 from daemon.overlay import colour, draw
 
 # pycocotools 2.0.11 hands numpy an array by a protocol that numpy 2.4 warns about.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 GREY = 128
 

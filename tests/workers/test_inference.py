@@ -17,7 +17,6 @@ from workers.blendmask import build, load_config, random_weights
 from workers.inference import CannotStart, main, plan
 
 # pycocotools 2.0.11 hands numpy an array by a protocol that numpy 2.4 warns about.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

@@ -14,7 +14,6 @@ from daemon.protocol import Options
 from workers.results import Window, encode_rle, keep, to_coco, trace_polygons
 
 # pycocotools 2.0.11 hands numpy an array by a protocol that numpy 2.4 warns about.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 HEIGHT, WIDTH = 60, 80
 BOXES = np.array([[1.25, 2.5, 11.0, 22.25], [0, 0, 80, 60], [30, 10, 50, 40]], np.float32)
