@@ -1,0 +1,261 @@
+#!/bin/bash
+# Install or upgrade blendmaskd as a systemd service of this host; --help explains. docs/systemd.md has the rest.
+set -euo pipefail
+umask 022
+
+PREFIX=/opt/blendmaskd # the unit names these places, so they are not options
+SETTINGS=/etc/blendmaskd/daemon.yaml
+ASCEND_ENV=/etc/blendmaskd/ascend.env
+UNITS=/etc/systemd/system
+USER_NAME=blendmaskd
+SOURCE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+usage() {
+    cat <<END
+Usage: [PYTHON=python3.11] scripts/install_service.sh [OPTION]...
+
+Installs blendmaskd as a systemd service, as root. Run it again to upgrade: settings are kept, the rest is replaced.
+
+  $PREFIX/venv        the program, with the packages that constraints.txt pins
+  $PREFIX/configs     the networks' configurations; $PREFIX/weights: checkpoints
+  $SETTINGS   the settings; written once, yours from then on
+  $UNITS/blendmaskd.service and blendmaskd.service.d/ for drop-ins
+  the system user and group $USER_NAME; members of the group may submit jobs
+
+Options:
+  --devices LIST          devices of new settings, such as cpu:0,cpu:1 (default: those of configs/daemon.yaml)
+  --weights FILE          copy this checkpoint (and a categories.json beside it), and name it in new settings
+  --settings FILE         begin with a copy of this file instead of configs/daemon.yaml
+  --constraints FILE      other pins than constraints.txt, such as the torch and torch_npu that your CANN needs
+  --extras LIST           optional parts to install: npu (torch_npu)
+  --system-site-packages  use what PYTHON has (torch, torch_npu, numpy), add only what is missing, and pin nothing
+  --environment DIR       run from this virtual or conda environment, which has blendmaskd and all that it needs;
+                          nothing is installed into it
+  --cann FILE             CANN's set_env.sh (default: looked for below /usr/local/Ascend)
+  --now                   enable the service and start it, or start it anew
+  --help
+
+PYTHON is the interpreter to use, 3.11 or newer, where the service can read it: not below /root or /home. pip's own
+variables hold, such as PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS. Examples:
+
+  scripts/install_service.sh --devices cpu:0,cpu:1 --weights model_final.pth --now
+  PYTHON=/usr/local/python3.11/bin/python3 scripts/install_service.sh --system-site-packages --weights model_final.pth
+END
+}
+
+say() { printf '%s\n' "$*"; }
+note() { printf 'note: %s\n' "$*" >&2; }
+fail() {
+    printf 'install_service.sh: %s\n' "$*" >&2
+    exit 1
+}
+
+parse() {
+    devices='' weights='' first_settings=$SOURCE/configs/daemon.yaml constraints='' extras='' environment='' cann=''
+    system_site='' now=''
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --devices | --weights | --settings | --constraints | --extras | --environment | --cann)
+                [ $# -gt 1 ] || fail "$1 needs a value; see --help"
+                take "$1" "$2"
+                shift
+                ;;
+            --system-site-packages) system_site=--system-site-packages ;;
+            --now) now=yes ;;
+            -h | --help) usage && exit ;;
+            *) fail "$1: unknown option; see --help" ;;
+        esac
+        shift
+    done
+    if [ -n "$environment" ] && [ -n "$system_site$constraints$extras" ]; then
+        fail "--environment installs no packages: leave out --system-site-packages, --constraints and --extras"
+    fi
+}
+
+take() {
+    case $1 in
+        --devices) devices=$2 ;;
+        --weights) weights=$(file "$2") ;;
+        --settings) first_settings=$(file "$2") ;;
+        --constraints) constraints=$(file "$2") ;;
+        --extras) extras=$2 ;;
+        --environment) environment=$(realpath -e "$2") ;;
+        --cann) cann=$(file "$2") ;;
+    esac
+}
+
+file() {
+    [ -f "$1" ] || fail "$1: no such file"
+    realpath "$1"
+}
+
+check_host() {
+    [ "$(id -u)" = 0 ] || fail "run as root: it makes a user, and writes to /opt and /etc"
+    local program
+    for program in systemctl useradd runuser; do
+        command -v "$program" >/dev/null || fail "$program is missing on this host"
+    done
+}
+
+# The service runs as a user of its own, and sees nothing below /root, /home and /tmp.
+check_python() {
+    local python=$1 base
+    base=$("$python" -c 'import os, sys; print(os.path.realpath(sys.base_prefix))') || fail "$python does not run"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$python is older than Python 3.11"
+    case $base/ in
+        /root/* | /home/* | /run/* | /tmp/* | /var/tmp/*)
+            fail "$python belongs to $base, which the service cannot read: choose another with PYTHON=..." ;;
+    esac
+}
+
+make_user() {
+    getent group $USER_NAME >/dev/null || groupadd --system $USER_NAME
+    if ! getent passwd $USER_NAME >/dev/null; then
+        useradd --system --gid $USER_NAME --home-dir /var/lib/$USER_NAME --no-create-home \
+            --shell "$(command -v nologin || echo /bin/false)" --comment 'BlendMask daemon' $USER_NAME
+    fi
+    if getent group HwHiAiUser >/dev/null; then # of Ascend's device files
+        usermod --append --groups HwHiAiUser $USER_NAME
+    fi
+}
+
+make_environment() {
+    mkdir -p $PREFIX
+    if [ -n "$environment" ]; then
+        check_python "$environment/bin/python"
+        rm -rf "${PREFIX:?}/venv"
+        ln -s "$environment" $PREFIX/venv
+    else
+        check_python "$PYTHON"
+        [ ! -L $PREFIX/venv ] || rm $PREFIX/venv # of an earlier --environment, which is not ours to install into
+        "$PYTHON" -m venv $system_site $PREFIX/venv
+        install_packages
+    fi
+    runuser -u $USER_NAME -- $PREFIX/venv/bin/python -P -c 'import daemon.server, workers.loop' ||
+        fail "the user $USER_NAME cannot load blendmaskd from $PREFIX/venv"
+}
+
+# From a copy: a build leaves files beside its sources.
+install_packages() {
+    local sources arguments=()
+    sources=$(mktemp -d)
+    (cd "$SOURCE" && cp -R daemon workers setup.cfg pyproject.toml README.md LICENSE "$sources")
+    if [ -z "$constraints$system_site" ]; then
+        constraints=$SOURCE/constraints.txt
+    fi
+    [ -z "$constraints" ] || arguments=(--constraint "$constraints")
+    $PREFIX/venv/bin/python -m pip install "${arguments[@]}" "$sources${extras:+[$extras]}" ||
+        { rm -rf "$sources" && fail "pip could not install blendmaskd"; }
+    rm -rf "$sources"
+}
+
+install_files() {
+    mkdir -p $PREFIX/configs $PREFIX/docs $PREFIX/weights
+    rm -rf "${PREFIX:?}/configs/BlendMask"
+    cp -R "$SOURCE/configs/BlendMask" $PREFIX/configs/
+    install -m 0644 "$SOURCE/docs/systemd.md" $PREFIX/docs/
+    if [ -n "$weights" ]; then
+        install -m 0644 "$weights" $PREFIX/weights/
+        local beside
+        beside=$(dirname "$weights")/categories.json
+        [ ! -f "$beside" ] || install -m 0644 "$beside" $PREFIX/weights/
+    fi
+}
+
+install_settings() {
+    local wanted_weights=''
+    [ -z "$weights" ] || wanted_weights=weights/$(basename "$weights")
+    mkdir -p "$(dirname $SETTINGS)"
+    if [ ! -e $SETTINGS ]; then
+        install -m 0644 "$first_settings" $SETTINGS.new
+        [ -z "$devices" ] || sed -i "s|^devices:.*|devices: [$devices]|" $SETTINGS.new
+        [ -z "$weights" ] || sed -i -E "s|^  (# *)?weights:.*|  weights: $wanted_weights|" $SETTINGS.new
+        setting $SETTINGS.new devices >/dev/null || { rm $SETTINGS.new && fail "the new settings do not hold"; }
+        mv $SETTINGS.new $SETTINGS
+    fi
+    expect devices "${devices//,/ }"
+    expect model.weights "$wanted_weights"
+    if [ "$(setting $SETTINGS engine)" = native ] && [ "$(setting $SETTINGS model.weights)" = None ]; then
+        note "$SETTINGS names no model.weights: workers cannot start without"
+    fi
+}
+
+# Settings are the administrator's: where they differ from what was asked for, say so.
+expect() {
+    local is
+    is=$(setting $SETTINGS "$1") || fail "$SETTINGS does not hold"
+    [ -z "$2" ] || [ "$is" = "$2" ] || note "$SETTINGS has $1: $is, not $2; it is yours to edit"
+}
+
+setting() {
+    $PREFIX/venv/bin/python -P - "$1" "$2" <<'END'
+import functools
+import sys
+
+from daemon import settings
+
+try:
+    value = functools.reduce(getattr, sys.argv[2].split("."), settings.load(sys.argv[1]))
+except settings.SettingsError as error:
+    sys.exit(str(error))
+print(*value) if isinstance(value, list) else print(value)
+END
+}
+
+# A unit cannot source CANN's set_env.sh: what it exports goes into a file that the unit reads.
+install_ascend_environment() {
+    local root=/usr/local/Ascend candidate
+    for candidate in $root/ascend-toolkit/set_env.sh $root/cann/set_env.sh $root/nnae/set_env.sh $root/nnrt/set_env.sh; do
+        [ -n "$cann" ] || [ ! -r "$candidate" ] || cann=$candidate
+    done
+    [ -n "$cann" ] || return 0
+    {
+        say "# What $cann exports; install_service.sh writes this file anew each time."
+        env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin HOME=/var/lib/$USER_NAME \
+            bash -c ". '$cann' >/dev/null; env -0" |
+            sed -z -E '/^[A-Za-z_][A-Za-z0-9_]*=/!d; /^(HOME|PWD|OLDPWD|SHLVL|_)=/d; /\n/d' |
+            sed -z -E 's/(["\\$`])/\\\1/g; s/:$//; s/^([^=]*)=(.*)$/\1="\2"/' | tr '\0' '\n'
+    } >$ASCEND_ENV
+    say "CANN: $ASCEND_ENV from $cann"
+}
+
+install_units() {
+    local drop_ins=$UNITS/blendmaskd.service.d
+    install -m 0644 "$SOURCE/configs/blendmaskd.service" $UNITS/
+    mkdir -p $drop_ins
+    case $(setting $SETTINGS devices) in
+        *cuda:*) install -m 0644 "$SOURCE/configs/blendmaskd-cuda.conf" $drop_ins/cuda.conf ;;
+        *) rm -f $drop_ins/cuda.conf ;;
+    esac
+    systemctl daemon-reload
+}
+
+finish() {
+    say "installed: $PREFIX, $SETTINGS, $UNITS/blendmaskd.service"
+    if [ -n "$now" ]; then
+        say "starting; this lasts until the workers are warm"
+        systemctl enable blendmaskd
+        systemctl restart blendmaskd
+        say "running; to watch it: systemctl status blendmaskd"
+    elif systemctl is-active --quiet blendmaskd; then
+        say "the old version still runs; next: systemctl restart blendmaskd"
+    else
+        say "next: systemctl enable --now blendmaskd"
+    fi
+    say "to let someone submit jobs: usermod --append --groups $USER_NAME NAME"
+}
+
+main() {
+    PYTHON=${PYTHON:-python3}
+    parse "$@"
+    check_host
+    make_user
+    make_environment
+    install_files
+    install_settings
+    install_ascend_environment
+    install_units
+    finish
+}
+
+main "$@"
