@@ -87,9 +87,8 @@ def test_suppression_equals_the_naive_reference(crowd, threshold, topk, offset_t
 def test_classes_can_meet_only_up_to_a_thousand_boxes(fillers, both_stay):
     """Shifted by the largest coordinate plus one, the second class's box at negative coordinates lands on the first."""
     apart = np.arange(fillers, dtype=np.float32)[:, None] * 2 + np.array([0, -900, 1, -899], np.float32)
-    largest = max(apart.max(), np.float32(10))
-    boxes = np.concatenate([np.array([[0, 0, 10, 10]], np.float32),
-                            np.array([[0, 0, 10, 10]], np.float32) - (largest + 1), apart])
+    first = np.array([[0, 0, 2, 2]], np.float32)
+    boxes = np.concatenate([first, first - (apart.max() + 1), apart])
     scores = np.linspace(0.9, 0.1, len(boxes), dtype=np.float32)
     classes = np.array([0, 1] + [0] * fillers)
     keep = batched_nms(boxes, scores, classes, 0.6, NO_LIMIT)

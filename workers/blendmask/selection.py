@@ -1,8 +1,8 @@
 """From packed candidates to detections, on the host: threshold, boxes, suppression per class, the best 100.
 
-Rules: numpy arithmetic only, so that it runs beside the device from any thread; results equal the reference's
-(AdelaiDet's FCOS, torchvision's `batched_nms` on a CPU) to the last bit, ties and rounding included. Boxes are xyxy in
-network pixels (those of the resized image, origin at its top left corner) and are not clipped to the image.
+Rules: the host's arithmetic only, so that it runs beside the device; results equal the reference's (AdelaiDet's FCOS,
+torchvision's `batched_nms` on a CPU) to the last bit, ties and rounding included. Boxes are xyxy in network pixels
+(those of the resized image, origin at its top left corner) and are not clipped to the image.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from workers.blendmask.config import Config
 from workers.blendmask.fcos import FIELDS, candidates_of_level
@@ -70,7 +71,9 @@ def _decode_level(rows: Floats, level: int, width: int, config: Config) -> Selec
     locations = locations.astype(np.float32)
     distances = rows[:, 3:] * np.float32(stride)  # left, top, right, bottom
     boxes = np.concatenate([locations - distances[:, :2], locations + distances[:, 2:]], axis=1)
-    return Selection(boxes, np.sqrt(rows[:, 0]), classes, locations, np.full(len(rows), level), cells)
+    # PyTorch's square root, which need not round like numpy's: near-equal scores must order as in the reference.
+    scores = torch.from_numpy(rows[:, 0].copy()).sqrt().numpy()
+    return Selection(boxes, scores, classes, locations, np.full(len(rows), level), cells)
 
 
 def _concatenate(parts: Sequence[Selection]) -> Selection:
