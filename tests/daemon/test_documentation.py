@@ -21,7 +21,7 @@ def test_the_settings_page_is_what_the_settings_say() -> None:
 
 
 def test_the_readmes_raw_client_runs_as_it_stands(shared_daemon, tmp_path) -> None:
-    page = (ROOT / "docs" / "client.md").read_text(encoding="utf-8")
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
     [text] = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "import zmq" in block]
     assert len(text.strip().splitlines()) == 10
     assert "daemon" not in text
