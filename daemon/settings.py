@@ -77,7 +77,8 @@ class Runtime(_Section, frozen=True):
 
     cpus: Literal["auto"] | dict[str, str] = "auto"  # {"npu:0": "0-15"}; auto: near the device, else an even split
     task_queue: Literal[0, 1, 2] = 2  # TASK_QUEUE_ENABLE
-    cpu_affinity_conf: str | None = None  # CPU_AFFINITY_CONF of torch_npu; off unless asked for
+    # torch_npu's own binding, CPU_AFFINITY_CONF; ranges name slots (2,npu1:8-15), a bare mode gets the slot's CPUs
+    cpu_affinity_conf: str | None = None
     preload: str = "auto"  # tcmalloc: auto, required, off, or a library's path
     threads: Literal["auto"] | Count = "auto"  # OMP_NUM_THREADS; auto: one per CPU of the slot's set
 
@@ -124,7 +125,7 @@ class Settings(_Section, frozen=True):
     window_s: Positive = 10.0  # over which FPS are counted
     runtime: Runtime = Runtime()
     restarts: Restarts = Restarts()
-    worker_env: dict[str, str] = {}  # added to every worker's environment, over what the daemon sets
+    worker_env: dict[str, str] = {}  # added to every worker's environment, over what the daemon sets; shown by stats
     timed: Timed = Timed()
 
 
