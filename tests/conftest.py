@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 import psutil
 import pytest
 import yaml
+import zmq
 
 from daemon.client import Client
 
@@ -64,6 +65,7 @@ class Daemon:
         self.endpoint: str = self.settings["endpoints"]["clients"][0]
         self._environment = {**os.environ, "TMPDIR": str(folder), **environment}
         self._clients: list[Client] = []
+        self._sockets: list[zmq.Socket[Any]] = []
         self.start()
 
     def rewrite(self, **settings: Any) -> None:
@@ -96,6 +98,15 @@ class Daemon:
         """Another client, closed at the end."""
         self._clients.append(Client(self.endpoint, **{"timeout_s": 20.0, **options}))
         return self._clients[-1]
+
+    def dealer(self) -> zmq.Socket[Any]:
+        """A bare socket to the daemon, as a client in any language has it, closed at the end. It waits 10 s at most."""
+        socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._sockets.append(socket)
+        socket.set(zmq.LINGER, 0)
+        socket.set(zmq.RCVTIMEO, 10_000)
+        socket.connect(self.endpoint)
+        return socket
 
     @property
     def metrics_url(self) -> str:
@@ -152,6 +163,8 @@ class Daemon:
         """Drain and stop; fails when that does not work or leaves a process."""
         for client in self._clients:
             client.close()
+        for socket in self._sockets:
+            socket.close()
         running = self.process.poll() is None
         try:
             if running:

@@ -1,0 +1,49 @@
+"""What must start in milliseconds, or be usable from anywhere, is loaded in a fresh interpreter and says what came along."""
+import pkgutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import daemon
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = sorted(f"daemon.{module.name}" for module in pkgutil.iter_modules(daemon.__path__))
+PURE = ["daemon.broker", "daemon.categories", "daemon.protocol", "daemon.settings", "daemon.stats", "daemon.supervisor"]
+WORKERS = ["workers.engines", "workers.images", "workers.inference", "workers.loop", "workers.random_weights",
+           "workers.results"]  # fmt: skip
+
+
+@cache
+def loaded_with(module: str) -> set[str]:
+    """Top-level modules, and those of our own, after `import module`."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = run.stdout.split()
+    return {name.partition(".")[0] for name in names} | {name for name in names if name.startswith(("daemon", "worke"))}
+
+
+def test_the_package_is_ours_and_not_python_daemon() -> None:
+    assert Path(daemon.__path__[0]) == ROOT / "daemon"
+    assert {"daemon.broker", "daemon.client", "daemon.submit", "daemon.show_stats", "daemon.server"} <= set(ALL)
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_no_module_of_the_daemon_loads_torch_or_workers(module: str) -> None:
+    assert not loaded_with(module) & {"torch", "workers"}
+
+
+@pytest.mark.parametrize("module", WORKERS)
+def test_workers_load_torch_only_when_an_engine_needs_it(module: str) -> None:
+    assert "torch" not in loaded_with(module)
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_a_pure_core_loads_no_socket_process_thread_or_log(module: str) -> None:
+    assert not loaded_with(module) & {"zmq", "subprocess", "socket", "asyncio", "psutil", "logging", "threading"}
+
+
+def test_the_client_loads_no_numpy() -> None:
+    assert "numpy" not in loaded_with("daemon.client")
