@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: a virtual environment in .venv, with the versions of constraints.txt.
 
 venv_install() { # EXTRAS, such as test,dev; may be empty
@@ -10,7 +11,8 @@ venv_install() { # EXTRAS, such as test,dev; may be empty
     }
   fi
   # Installing again is needed only when what is to be installed has changed.
-  local stamp="$1 $(cat setup.cfg constraints.txt | sha256sum)"
+  local stamp
+  stamp="$1 $(cat setup.cfg constraints.txt | sha256sum)"
   if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
     echo "Installing into .venv (torch alone is 200 MB to download, once) ..."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${1:+[$1]}"
