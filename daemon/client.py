@@ -86,14 +86,14 @@ class Job:
     retries_left: int
     give_up_at: float  # no retry starts after it
     send_at: float  # inf: sent, waiting
-    answer: Segmentation | JobFailed | None = None
+    answer: Segmentation | JobFailed | OSError | None = None  # OSError: its file cannot be read
 
     def frames(self) -> list[Any]:
         return protocol.encode(self.submit, self.payload)
 
     def result(self) -> Segmentation:
         assert self.answer is not None
-        if isinstance(self.answer, JobFailed):
+        if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
 
@@ -261,8 +261,8 @@ class Client(_Connection):
     ) -> Generator[Segmentation | JobFailed, None, None]:  # fmt: skip
         """Segment many images, `window` of them in flight; the results come in the order of the images.
 
-        A failed job raises, or with ``on_error="return"`` stands as a `JobFailed` in its place; so does a file that
-        cannot be read, as `bad-image`.
+        In its place a failed job raises, or with ``on_error="return"`` stands as a `JobFailed`; so does a file that
+        cannot be read, as an OSError or as `bad-image`. TimeoutError is raised in any case.
         """
         _check_window(window)
         jobs: deque[Job] = deque()
@@ -302,10 +302,9 @@ class Client(_Connection):
         try:
             job = self._add(image, deadline_s, priority, options)
         except OSError as error:
-            if on_error == "raise":
-                raise
             failed = JobFailed(Code.BAD_IMAGE, f"cannot be read: {error.strerror or error}")
-            return Job(Submit(job="-", image=protocol.Image(kind="encoded")), [], 0, 0.0, math.inf, failed)
+            answer = error if on_error == "raise" else failed
+            return Job(Submit(job="-", image=protocol.Image(kind="encoded")), [], 0, 0.0, math.inf, answer)
         self._send_due()
         return job
 

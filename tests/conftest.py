@@ -218,6 +218,13 @@ def daemon() -> Iterator[MakeDaemon]:
         yield make
 
 
+@pytest.fixture(scope="module")
+def start_daemons() -> Iterator[MakeDaemon]:
+    """As `daemon`, for a fixture that several tests of a module share."""
+    with _daemons() as make:
+        yield make
+
+
 @pytest.fixture(scope="session")
 def shared_daemon() -> Iterator[Daemon]:
     """One daemon for all tests that leave it as it is: two devices, 5 ms an image, batch 1."""
