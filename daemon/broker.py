@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -99,6 +100,7 @@ class Worker:
     heard: float  # when it last said anything
     leases: dict[int, HeldLease] = field(default_factory=dict)
     retiring: bool = False  # gets no new leases
+    evicted: bool = False  # hangs, and is being ended
 
     @property
     def alone(self) -> bool:
@@ -281,6 +283,7 @@ class Broker:
                 actions += self._fail(job, Code.TIMEOUT, f"not done {now - job.accepted:.1f} s after it came, {where}")
         for worker in self._workers.values():
             if now >= self._stall_deadline(worker):
+                worker.evicted = worker.retiring = True
                 silent = now - worker.heard >= self.limits.stall_s
                 what = "no sign of life" if silent else "leases held, none ended"
                 actions.append(Evict(worker.name, f"{what} for {self.limits.stall_s:g} s"))
@@ -291,7 +294,7 @@ class Broker:
         while self._deadlines and self._deadlines[0][2].answered:
             heapq.heappop(self._deadlines)
         times = [self._deadlines[0][0]] if self._deadlines else []
-        times += [self._stall_deadline(worker) for worker in self._workers.values()]
+        times += [self._stall_deadline(worker) for worker in self._workers.values() if not worker.evicted]
         return min(times, default=None)
 
     def drain(self) -> None:
@@ -349,6 +352,8 @@ class Broker:
             heapq.heapify(self._deadlines)
 
     def _stall_deadline(self, worker: Worker) -> float:
+        if worker.evicted:
+            return math.inf
         oldest = min(worker.progress, worker.heard) if worker.leases else worker.heard
         return oldest + self.limits.stall_s
 

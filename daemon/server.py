@@ -258,7 +258,6 @@ class Server:
         actions = self._supervisor.evict(child.slot, child.generation, action.reason, time.monotonic())
         if actions:
             log.error("%s: %s: aborted", action.worker, action.reason)
-            self._carry_out(self._broker.retire(action.worker))
             self._supervise(actions)
 
     # -- processes --------------------------------------------------------------------------------------------------

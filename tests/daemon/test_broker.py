@@ -248,13 +248,20 @@ def test_a_job_that_kills_workers_before_it_starts_becomes_a_suspect(broker: Bro
 
 def test_a_worker_that_makes_no_progress_is_evicted(broker: Broker) -> None:
     with_workers(broker, "npu:0.1")
-    [(_, lease)] = leases(submit(broker, "a", now=1.0, deadline_s=100))
+    submit(broker, "a", now=1.0, deadline_s=100)
     broker.heard("npu:0.1", 5.0)
     assert broker.expire(5.9) == []
     broker.heard("npu:0.1", 5.9)
     [evict] = broker.expire(6.0)
     assert evict == Evict("npu:0.1", "leases held, none ended for 5 s")
-    finish(broker, "npu:0.1", lease, now=6.0)
+    assert broker.expire(7.0) == [], "once is enough"
+    assert broker.next_deadline() == 101.0, "the job's own"
+    assert leases(submit(broker, "b", now=7.0)) == []
+
+
+def test_a_silent_worker_is_evicted(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    broker.heard("npu:0.1", 6.0)
     assert broker.expire(10.9) == []
     assert broker.expire(11.0) == [Evict("npu:0.1", "no sign of life for 5 s")]
 
