@@ -1,0 +1,70 @@
+"""The engines' own rules; what the native one computes is tests/blendmask's subject."""
+from __future__ import annotations
+
+import importlib.util
+import time
+import zlib
+
+import numpy as np
+import pytest
+
+from daemon import settings
+from daemon.protocol import Options
+from daemon.supervisor import EXIT_CANNOT_BOOT
+from workers import engines
+from workers.engines import EngineError
+
+
+def make(*overrides: str) -> engines.Engine:
+    return engines.make(settings.load(None, None, overrides), "cpu")
+
+
+def test_the_timed_engine_sleeps_its_table_in_full_and_answers_with_a_checksum() -> None:
+    engine = make("engine=timed", "timed.latency_ms={1: 20, 4: 50}")
+    images = [np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8) for seed in range(3)]
+    prepared = [engine.prepare(image) for image in images]
+    start = time.perf_counter()
+    outputs = engine.segment(prepared)
+    assert time.perf_counter() - start >= 0.040, "between the entries 1 and 4"
+    for image, item, output in zip(images, prepared, outputs, strict=True):
+        [found] = engine.finish(output, item, Options())
+        assert found["checksum"] == zlib.crc32(image.tobytes())
+        assert found["bbox"] == [0, 0, 8, 6]
+        assert found["segmentation"]["size"] == [6, 8]
+    assert "segmentation" not in engine.finish(outputs[0], prepared[0], Options(mask_format="none"))[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        (["engine=timed"], 2),
+        (["engine=timed", "timed.latency_ms={1: 10, 8: 90}"], 1),
+        (["engine=timed", "batch=4"], 4),
+        (["engine=native"], 1),
+        (["engine=native", "batch=3"], 3),
+    ],
+    ids=["the record's table", "a table without gain", "timed, set", "native", "native, set"],
+)
+def test_the_batch_to_aim_at(overrides: list[str], size: int) -> None:
+    assert engines.best_batch(settings.load(None, None, overrides)) == size
+
+
+@pytest.mark.skipif(importlib.util.find_spec("adet") is not None, reason="needs a Python without AdelaiDet")
+def test_without_adelaidet_its_engine_says_what_it_needs() -> None:
+    with pytest.raises(EngineError, match=r"needs detectron2 and AdelaiDet.*engine native"):
+        make("engine=adelaidet", "model.weights=some.pth").load()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ([], "model.weights is not set"),
+        (["model.weights=/nowhere.pth"], "/nowhere.pth"),
+        (["model.weights=/nowhere.pth", "model.config=/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+    ids=["no weights", "missing weights", "missing config"],
+)
+def test_a_network_that_cannot_be_loaded_is_not_tried_again(overrides: list[str], complaint: str) -> None:
+    with pytest.raises(EngineError, match=complaint) as raised:
+        make(*overrides).load()
+    assert raised.value.exit_code == EXIT_CANNOT_BOOT

@@ -1,0 +1,104 @@
+"""The worker's loop: how batches form, what busy means, and what a real worker does with late and unwanted leases."""
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import zmq
+
+from daemon import protocol
+from daemon.client import JobFailed
+from daemon.protocol import TO_CLIENT, Cancel, Code, Image, Lease, Options, Submit
+from workers.loop import Busy, Item, Prepared
+
+
+def item(name: int, size: tuple[int, int] = (64, 64), alone: bool = False, ready_at: float = 0.0) -> Item:
+    lease = Lease(lease=name, image=Image(kind="encoded"), options=Options(), deadline=0.0, alone=alone)
+    return Item(lease, (), 0.0, prepared=SimpleNamespace(padded_size=size), ready_at=ready_at)
+
+
+def take(prepared: Prepared) -> list[int]:
+    return [each.lease.lease for each in prepared.take()]
+
+
+def test_a_batch_is_the_oldest_image_and_those_of_its_size() -> None:
+    prepared = Prepared(batch=2, max_wait_s=0.0)
+    for each in [item(1), item(2, (64, 96)), item(3), item(4), item(5, (64, 96))]:
+        prepared.put(each)
+    assert [take(prepared) for _ in range(3)] == [[1, 3], [2, 5], [4]]
+
+
+def test_a_suspect_is_never_batched() -> None:
+    prepared = Prepared(batch=3, max_wait_s=0.0)
+    for each in [item(1), item(2, alone=True), item(3), item(4)]:
+        prepared.put(each)
+    assert [take(prepared) for _ in range(2)] == [[1, 3, 4], [2]]
+
+
+def test_an_incomplete_batch_waits_for_a_partner_but_not_longer_than_allowed() -> None:
+    prepared = Prepared(batch=2, max_wait_s=30.0)
+    prepared.put(item(1, ready_at=time.monotonic()))
+    taken: list[list[int]] = []
+    taker = threading.Thread(target=lambda: taken.append(take(prepared)))
+    taker.start()
+    prepared.put(item(2, ready_at=time.monotonic()))
+    taker.join(10)
+    assert taken == [[1, 2]]
+
+    hurried = Prepared(batch=2, max_wait_s=0.05)
+    start = time.monotonic()
+    hurried.put(item(1, ready_at=start))
+    assert take(hurried) == [1]
+    assert time.monotonic() - start >= 0.05
+
+
+def test_busy_counts_the_run_that_is_under_way_and_nothing_twice() -> None:
+    busy = Busy()
+    start = time.monotonic()
+    with busy:
+        middle = time.monotonic()
+        first = busy.take(middle)
+    end = time.monotonic()
+    second = busy.take(end)
+    assert 0 <= first <= middle - start
+    assert first + second <= end - start
+    assert busy.take(time.monotonic()) == 0.0
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    return np.zeros((8, 8, 3), np.uint8)
+
+
+def test_a_deadline_is_looked_at_right_before_the_device(daemon, picture) -> None:
+    server = daemon(devices=["cpu:0"], timed={"latency_ms": {1: 300}})
+    answers = list(server.client.map([picture] * 4, on_error="return", deadline_s=0.45))
+    outcomes = [each.code if isinstance(each, JobFailed) else "answered" for each in answers]
+    assert outcomes[0] == "answered"
+    assert set(outcomes[1:]) == {Code.TIMEOUT}
+    assert server.client.segment(picture).detections
+    assert server.devices()["cpu:0"]["images"] <= 3, "an image was run for nobody"
+
+
+def test_a_revoked_lease_is_not_run(daemon, wait_until, picture) -> None:
+    server = daemon(devices=["cpu:0"], timed={"latency_ms": {1: 300}})
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.connect(server.endpoint)
+        for name in ("runs", "is cancelled", "runs too"):
+            image = Image(kind="raw", shape=picture.shape)
+            socket.send_multipart(protocol.encode(Submit(job=name, image=image), [picture.tobytes()]))
+            if name == "is cancelled":
+                socket.send_multipart(protocol.encode(Cancel(job=name)))
+        answers = []
+        while len(answers) < 3:
+            assert socket.poll(10_000)
+            answers.append(protocol.decode(socket.recv_multipart(), TO_CLIENT)[0])
+    assert [answer.job for answer in answers] == ["is cancelled", "runs", "runs too"]
+    assert answers[0].code is Code.CANCELLED
+    seq = server.client.stats()["seq"]
+    wait_until(lambda: server.client.stats()["seq"] >= seq + 2)
+    assert server.devices()["cpu:0"]["images"] == 2
+    assert server.devices()["cpu:0"]["busy_seconds"] < 0.8
