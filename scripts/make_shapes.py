@@ -1,0 +1,11 @@
+#!/usr/bin/env python3
+"""Render the data set of textured shapes; see `workers/shapes.py`, or --help."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from workers.shapes import main
+
+if __name__ == "__main__":  # the rendering processes import this file
+    sys.exit(main())
