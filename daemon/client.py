@@ -479,10 +479,11 @@ class AsyncClient(_Connection):
 
     async def _close_job(self, name: str) -> None:
         """Whoever still waits for it is told why it ends."""
-        job = self._exchange.jobs[name]
-        job.answer = JobFailed(Code.CANCELLED, "the client was closed")
-        self._tell(job)
-        await self._abandon(name)
+        job = self._exchange.jobs.get(name)
+        if job is not None:  # else it was answered just now
+            job.answer = JobFailed(Code.CANCELLED, "the client was closed")
+            self._tell(job)
+            await self._abandon(name)
 
     def _disconnect(self) -> None:
         self._socket.disable_monitor()
