@@ -1,0 +1,169 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daemon.settings import Settings, SettingsError, from_tree, load, to_tree
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "daemon.yaml"
+    path.write_text(text)
+    return path
+
+
+# -- where values come from -------------------------------------------------------------------------------------------
+
+
+def test_without_anything_the_documented_defaults_hold() -> None:
+    found = load()
+    assert found.devices == ["npu:0", "npu:1"]
+    assert found.engine == "native"
+    assert found.endpoints.clients == ["ipc:///run/blendmaskd/client.sock"]
+    assert found.endpoints.metrics == "127.0.0.1:9464"
+    assert found.timed.latency_ms == {1: 21.79, 2: 38.90, 4: 122.43, 8: 226.38}
+    assert (found.batch, found.window_s, found.runtime.preload, found.runtime.task_queue) == ("auto", 10.0, "auto", 2)
+    assert found.paths.roots == []
+    assert found.runtime.cpu_affinity_conf is None
+
+
+def test_the_shipped_file_is_the_defaults_and_an_empty_one_too(tmp_path: Path) -> None:
+    assert load(ROOT / "configs/daemon.yaml") == load()
+    assert load(write(tmp_path, "# nothing yet\n")) == load()
+
+
+def test_environment_wins_over_the_file_and_flags_over_both(tmp_path: Path) -> None:
+    path = write(tmp_path, "queue: {max_jobs: 1, max_bytes: 11}\nbatch: 1\nmax_attempts: 5\n")
+    environment = {"BLENDMASKD__QUEUE__MAX_JOBS": "2", "BLENDMASKD__BATCH": "2", "BLENDMASKD__DRAIN_S": "2", "X": "1"}
+    found = load(path, environment, ["queue.max_jobs=3", "drain_s=3"])
+    assert (found.queue.max_jobs, found.drain_s) == (3, 3.0)
+    assert found.batch == 2
+    assert (found.queue.max_bytes, found.max_attempts) == (11, 5)
+    assert load(path).batch == 1
+
+
+def test_values_of_environment_and_flags_are_yaml() -> None:
+    environment = {"BLENDMASKD__DEVICES": "[cpu:0, cpu:1]", "BLENDMASKD__ENDPOINTS__METRICS": "null"}
+    found = load(None, environment, ["timed.latency_ms={1: 5, 2: 8.5}", "model.weights=a", "runtime.cpus.cpu:0=0-3"])
+    assert found.devices == ["cpu:0", "cpu:1"]
+    assert found.endpoints.metrics is None
+    assert found.timed.latency_ms == {1: 5.0, 2: 8.5}
+    assert found.model.weights == "a"
+    assert found.runtime.cpus == {"cpu:0": "0-3"}
+
+
+def test_devices_have_a_flag_of_their_own_that_wins() -> None:
+    assert load(None, {}, ["devices=[cpu:7]"], ["cuda:0", "cpu:0"]).devices == ["cuda:0", "cpu:0"]
+
+
+@given(st.fixed_dictionaries({}, optional={
+    "devices": st.lists(st.from_regex(r"(npu|cuda|cpu):[1-9]", fullmatch=True), min_size=1, unique=True),
+    "batch": st.integers(1, 64) | st.just("auto"),
+    "drain_s": st.floats(0.001, 1e6),
+    "queue": st.fixed_dictionaries({"max_jobs": st.integers(1, 10**6)}),
+    "worker_env": st.dictionaries(st.text(max_size=5), st.text(max_size=5)),
+}))  # fmt: skip
+def test_settings_survive_the_way_through_plain_values(tree: dict[str, Any]) -> None:
+    found = from_tree(tree)
+    assert from_tree(to_tree(found)) == found
+    assert from_tree(yaml.safe_load(yaml.safe_dump(to_tree(found)))) == found
+    assert set(to_tree(found)) == set(Settings.__struct_fields__)
+
+
+# -- refusals: key, value, reason -------------------------------------------------------------------------------------
+
+REFUSED = {
+    "unknown key": ({"device": ["npu:0"]}, "device: unknown key"),
+    "unknown key inside": ({"queue": {"max_job": 1}}, "queue.max_job: unknown key"),
+    "section as value": ({"queue": 5}, "queue = 5: Expected `object`, got `int`"),
+    "value as section": ({"drain_s": {}}, "drain_s = {}: Expected `float`"),
+    "text for number": ({"queue": {"max_jobs": "many"}}, "queue.max_jobs = 'many': Expected `int`, got `str`"),
+    "too small": ({"queue": {"max_jobs": 0}}, "queue.max_jobs = 0: Expected `int` >= 1"),
+    "negative bytes": ({"limits": {"max_image_bytes": -1}}, "limits.max_image_bytes = -1: Expected `int` >= 1"),
+    "zero seconds": ({"deadline_s": 0}, "deadline_s = 0: Expected `float` > 0.0"),
+    "no number": ({"drain_s": float("nan")}, "drain_s = nan: Expected `float` > 0.0"),
+    "negative wait": ({"max_wait_ms": -0.5}, "max_wait_ms = -0.5: Expected `float` >= 0.0"),
+    "batch too large": ({"batch": 65}, "batch = 65: Expected `int` <= 64"),
+    "batch of a word": ({"batch": "best"}, "batch = 'best': Invalid enum value 'best'"),
+    "unknown engine": ({"engine": "tensorrt"}, "engine = 'tensorrt': Invalid enum value 'tensorrt'"),
+    "unknown precision": ({"model": {"precision": "fp16"}}, "model.precision = 'fp16': Invalid enum value 'fp16'"),
+    "task queue 3": ({"runtime": {"task_queue": 3}}, "runtime.task_queue = 3: Invalid enum value 3"),
+    "no devices": ({"devices": []}, "devices = []: name at least one"),
+    "unknown device": ({"devices": ["npu:0", "gpu:0"]}, "devices: 'gpu:0': expected npu:N, cuda:N or cpu:N"),
+    "device without number": ({"devices": ["npu"]}, "devices: 'npu': expected npu:N"),
+    "device 01": ({"devices": ["npu:01"]}, "devices: 'npu:01': expected npu:N"),
+    "device twice": ({"devices": ["cpu:0", "cpu:0"]}, "devices = ['cpu:0', 'cpu:0']: a device is named twice"),
+    "device of a number": ({"devices": ["cpu:0", 5]}, "devices[1] = 5: Expected `str`"),
+    "no endpoint": ({"endpoints": {"clients": []}}, "endpoints.clients = []: name at least one"),
+    "endpoint of a path": ({"endpoints": {"clients": ["/x"]}}, "endpoints.clients: '/x': expected ipc:///PATH or tcp://"),
+    "metrics without port": ({"endpoints": {"metrics": "localhost"}}, "endpoints.metrics = 'localhost': expected HOST"),
+    "CPUs of another device": (
+        {"devices": ["cpu:0"], "runtime": {"cpus": {"cpu:1": "0"}}}, "runtime.cpus.cpu:1: not among devices ['cpu:0']"
+    ),
+    "CPUs of words": (
+        {"devices": ["cpu:0"], "runtime": {"cpus": {"cpu:0": "all"}}}, "runtime.cpus.cpu:0 = 'all': expected a CPU list"
+    ),
+    "preload of a name": ({"runtime": {"preload": "jemalloc"}}, "runtime.preload = 'jemalloc': expected auto, re"),
+    "no latency for one": ({"timed": {"latency_ms": {2: 5}}}, "timed.latency_ms: needs an entry for batch size 1"),
+    "negative latency": ({"timed": {"latency_ms": {1: -5}}}, "latency_ms[...] = {1: -5}: Expected `float` >= 0.0"),
+    "no latency for batch": (
+        {"engine": "timed", "batch": 3}, "batch = 3: timed.latency_ms has no entry for it"
+    ),
+    "environment of numbers": ({"worker_env": {"OMP_NUM_THREADS": 4}}, "worker_env[...] = {'OMP_NUM_THREADS': 4}: Expected `str`"),
+    "warm-up of one side": ({"warm_up": [[800]]}, "warm_up[0] = [800]: Expected `array` of length 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tree", "text"), REFUSED.values(), ids=REFUSED)
+def test_a_bad_value_is_refused_with_key_value_and_reason(tree: dict[str, Any], text: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        from_tree(tree)
+    assert text in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "overrides", "text"),
+    [
+        ({"BLENDMASKD__QUEUE__MAX_JOBS": "0"}, [], "queue.max_jobs = 0: Expected"),
+        ({"BLENDMASKD__QUEUES__MAX_JOBS": "1"}, [], "queues: unknown key"),
+        ({"BLENDMASKD__BATCH": "[1"}, [], "BLENDMASKD__BATCH=[1: not a YAML value"),
+        ({}, ["batch"], "--set batch: expected KEY=VALUE"),
+        ({}, ["batch={"], "batch={: not a YAML value"),
+        ({}, ["batch=1", "batch.size=2"], "batch.size: batch is not a section"),
+        ({}, ["queue.max_jobs="], "queue.max_jobs = None: Expected `int`, got `null`"),
+    ],
+)
+def test_so_is_one_of_the_environment_and_of_a_flag(
+    environment: dict[str, str], overrides: list[str], text: str
+) -> None:
+    with pytest.raises(SettingsError) as refused:
+        load(None, environment, overrides)
+    assert text in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("[1, 2]", "expected a mapping of settings, found list"), ("a: [", "daemon.yaml"), ("\x00", "daemon.yaml")],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, reason: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(SettingsError) as refused:
+        load(path)
+    assert str(path) in str(refused.value)
+    assert reason in str(refused.value)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.yaml.*No such file"):
+        load(tmp_path / "nowhere.yaml")
+
+
+def test_the_daemon_does_not_start_with_a_bad_value(daemon: Any, wait_until: Any) -> None:
+    running = daemon(wait=False, queue={"max_jobs": "many"})
+    assert wait_until(lambda: running.process.poll()) == 78
+    assert running.log == "blendmaskd: queue.max_jobs = 'many': Expected `int`, got `str`\n"
