@@ -28,7 +28,6 @@ from daemon.protocol import Options
 from daemon.settings import Settings
 from daemon.supervisor import EXIT_CANNOT_BOOT
 from workers import results
-from workers.results import Window
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) BGR
 
@@ -173,16 +172,8 @@ class NativeEngine(OnDevice):
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
         found = self._blendmask.finish(output, prepared)
-
-        def paste(index: int) -> Window:
-            window: Window = self._blendmask.paste_window(
-                found.probabilities[index], found.boxes[index], found.image_size
-            )
-            return window
-
-        return results.to_coco(
-            found.boxes, found.scores, found.classes, paste, found.image_size, self._categories, options
-        )
+        stretched = results.Stretched(found.probabilities, found.boxes, found.image_size)
+        return results.to_coco(found.boxes, found.scores, found.classes, stretched, self._categories, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +232,7 @@ class AdelaidetEngine(OnDevice):
             output.pred_boxes.tensor.numpy(),
             output.scores.numpy(),
             output.pred_classes.numpy(),
-            lambda index: (masks[index], (0, 0)),
-            prepared.image_size,
+            results.Pasted(lambda index: (masks[index], (0, 0)), prepared.image_size),
             self._categories,
             options,
         )
@@ -296,8 +286,7 @@ def _whole_image(image_size: tuple[int, int], options: Options) -> list[dict[str
         np.array([[0, 0, width, height]], np.float32),
         np.ones(1, np.float32),
         np.zeros(1, np.int64),
-        lambda _: (np.ones(image_size, np.bool_), (0, 0)),
-        image_size,
+        results.Pasted(lambda _: (np.ones(image_size, np.bool_), (0, 0)), image_size),
         [categories.Category(1, "image")],
         options,
     )

@@ -29,7 +29,6 @@ from daemon.protocol import Options
 from daemon.settings import Limits
 from workers import images, results
 from workers.images import ImageError, Pixels
-from workers.results import Window
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 LIMITS = Limits(max_image_bytes=1 << 31, max_image_pixels=500_000_000)  # the images are the user's own
@@ -104,13 +103,8 @@ class Network:
         prepared = blendmask.prepare(pixels, self.config)
         (instances,) = blendmask.segment(self.model, [prepared], self.device)
         found = blendmask.finish(instances, prepared)
-
-        def paste(index: int) -> Window:
-            return blendmask.paste_window(found.probabilities[index], found.boxes[index], found.image_size)
-
-        return results.to_coco(
-            found.boxes, found.scores, found.classes, paste, found.image_size, self.categories, options
-        )
+        stretched = results.Stretched(found.probabilities, found.boxes, found.image_size)
+        return results.to_coco(found.boxes, found.scores, found.classes, stretched, self.categories, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

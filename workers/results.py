@@ -10,8 +10,9 @@ of a large photograph would not fit in memory. Nothing is rounded. Must never im
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,32 +21,66 @@ from pycocotools import mask as coco_mask
 
 from daemon.categories import Category
 from daemon.protocol import Options
-
-Floats = npt.NDArray[np.float32]
-Integers = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
+from workers import masks
+from workers.masks import Floats, Integers, Window
 
 
-# A mask that is false outside a rectangle of its image: the rectangle (h, w), and its top left corner (row, column).
-Window = tuple[Mask, tuple[int, int]]
+class Masks(Protocol):
+    """An image's masks, by the index of their detection; none is computed before it is asked for."""
+
+    def rles(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """COCO's RLEs, ``{"size": [height, width], "counts": str}``."""
+
+    def window(self, index: int) -> Window:
+        """One mask as a bitmap of its window."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretched:
+    """Masks that are probabilities (n, R, R) stretched over boxes (n, 4), in an image of (height, width)."""
+
+    probabilities: Floats
+    boxes: Floats
+    image_size: tuple[int, int]
+
+    def rles(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return masks.encode(self.probabilities[indices], self.boxes[indices], self.image_size)
+
+    def window(self, index: int) -> Window:
+        return masks.window(self.probabilities[index], self.boxes[index], self.image_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Pasted:
+    """Masks that `paste` gives as bitmaps, in an image of (height, width)."""
+
+    paste: Callable[[int], Window]
+    image_size: tuple[int, int]
+
+    def rles(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [encode_rle(self.paste(index), self.image_size) for index in indices]
+
+    def window(self, index: int) -> Window:
+        return self.paste(index)
 
 
 def to_coco(
     boxes: Floats,
     scores: Floats,
     classes: Integers,
-    paste: Callable[[int], Window],
-    image_size: tuple[int, int],
+    found_masks: Masks,
     categories: Sequence[Category],
     options: Options,
 ) -> list[dict[str, Any]]:
     """The results that `options` ask for, in descending score (equal scores keep their order).
 
-    `boxes` (n, 4) x1, y1, x2, y2 in pixels, `scores` (n,), `classes` (n,) indices into `categories`, `image_size`
-    (height, width); `paste(i)` is called for each detection i that is kept, unless the mask format is ``none``.
+    `boxes` (n, 4) x1, y1, x2, y2 in pixels, `scores` (n,), `classes` (n,) indices into `categories`. Masks are asked
+    for those detections only that are kept, and not at all when the mask format is ``none``.
     """
     results = []
-    for index in keep(scores, options):
+    kept = keep(scores, options)
+    rles = found_masks.rles(kept) if options.mask_format == "rle" else []
+    for place, index in enumerate(kept):
         x1, y1, x2, y2 = boxes[index].tolist()
         category = categories[int(classes[index])]
         result = {
@@ -56,9 +91,9 @@ def to_coco(
             "category_name": category.name,
         }
         if options.mask_format == "rle":
-            result["segmentation"] = encode_rle(paste(index), image_size)
+            result["segmentation"] = rles[place]
         elif options.mask_format == "polygon":
-            result["segmentation"] = trace_polygons(paste(index))
+            result["segmentation"] = trace_polygons(found_masks.window(index))
         results.append(result)
     return results
 

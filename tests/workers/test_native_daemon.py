@@ -38,15 +38,9 @@ def expected(weights: Path, photograph: str) -> list[dict[str, Any]]:
     prepared = blendmask.prepare(np.ascontiguousarray(pixels), config)
     [instances] = blendmask.segment(network, [prepared], "cpu")
     found = blendmask.finish(instances, prepared)
-    return results.to_coco(
-        found.boxes,
-        found.scores,
-        found.classes,
-        lambda i: blendmask.paste_window(found.probabilities[i], found.boxes[i], found.image_size),
-        found.image_size,
-        categories.resolve(config.num_classes),
-        Options(),
-    )
+    stretched = results.Stretched(found.probabilities, found.boxes, found.image_size)
+    classes = categories.resolve(config.num_classes)
+    return results.to_coco(found.boxes, found.scores, found.classes, stretched, classes, Options())
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO as CocoDataset
 
 from daemon.categories import COCO
 from daemon.protocol import Options
-from workers.results import Window, encode_rle, keep, to_coco, trace_polygons
+from workers.results import Pasted, Stretched, Window, encode_rle, keep, to_coco, trace_polygons
 
 # pycocotools 2.0.11 hands numpy an array by a protocol that numpy 2.4 warns about.
 
@@ -42,7 +42,7 @@ def coco(options: Options, pasted: list[int] | None = None) -> list[dict]:
             pasted.append(index)
         return np.ones((10, 5), bool), (3, 7 * index)
 
-    return to_coco(BOXES, SCORES, CLASSES, paste, (HEIGHT, WIDTH), COCO, options)
+    return to_coco(BOXES, SCORES, CLASSES, Pasted(paste, (HEIGHT, WIDTH)), COCO, options)
 
 
 def test_a_result_says_box_score_class_and_mask_in_descending_score() -> None:
@@ -105,7 +105,9 @@ def test_equal_scores_keep_their_order() -> None:
 
 def test_no_detections_give_no_results() -> None:
     nothing = np.zeros(0, np.float32)
-    assert to_coco(nothing.reshape(0, 4), nothing, nothing.astype(int), whole, (9, 9), COCO, Options()) == []
+    none = nothing.reshape(0, 4)
+    for masks in (Pasted(whole, (9, 9)), Stretched(np.zeros((0, 5, 5), np.float32), none, (9, 9))):
+        assert to_coco(none, nothing, nothing.astype(int), masks, COCO, Options()) == []
 
 
 @st.composite
