@@ -20,7 +20,7 @@ INSTALL = "/opt/source/scripts/install_service.sh"
 SETTINGS = "/etc/blendmaskd/daemon.yaml"
 UNITS = "/etc/systemd/system"
 
-# Why each: a watchdog of 30 s, and the 2 s before a restart, would be most of the time that these tests take.
+# Why each: a watchdog of 45 s, and the 2 s before a restart, would be most of the time that these tests take.
 DROP_IN = "[Service]\nWatchdogSec=3s\nRestartSec=100ms\n"
 
 FIRST_SETTINGS = """\

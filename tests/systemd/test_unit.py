@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from sandbox import FIRST_SETTINGS, REPOSITORY, UNITS, Service, wait_for
 
-from daemon import spawn
+from daemon import spawn, topology
 from daemon.client import Client
 from daemon.settings import Restarts, Settings
 
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.systemd
 UNIT = REPOSITORY / "configs/blendmaskd.service"
 SETTINGS = FIRST_SETTINGS.replace("npu", "cpu")
 STATUS = r"(\d+\.\d\d) FPS = cpu:0 (\d+\.\d\d) \+ cpu:1 (\d+\.\d\d), \d+ waiting, seq \d+"
+JOBS = 12  # of half a second each, on two devices
 IMAGE = np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)
 
 
@@ -50,9 +51,11 @@ def test_verify_has_nothing_to_say(installed: Service) -> None:
 
 def test_waits_are_longer_than_what_they_wait_for(installed: Service) -> None:
     settings, restarts = Settings(), Restarts()
-    stop_s = _seconds(installed, "TimeoutStopUSec")
-    assert stop_s > settings.drain_s + settings.drain_s + restarts.stop_s
+    assert _seconds(installed, "TimeoutStopUSec") > 2 * settings.drain_s + restarts.stop_s
     assert _seconds(installed, "TimeoutStartUSec") > 2 * (restarts.start_timeout_s + restarts.stop_s)
+    shipped = re.search(r"^WatchdogSec=(\d+)s$", UNIT.read_text(), re.MULTILINE)  # the drop-in hides it from systemd
+    assert shipped
+    assert int(shipped[1]) > 3 * topology.TOOL_TIMEOUT_S
 
 
 def test_start_fails_when_no_worker_can_start(installed: Service) -> None:
@@ -175,11 +178,14 @@ def test_a_hung_daemon_is_killed_and_replaced(service: Service) -> None:
 
 
 def test_stop_drains_and_leaves_nothing(service: Service) -> None:
-    with ThreadPoolExecutor(6) as threads, Client(service.endpoint) as watcher:
-        answers = [threads.submit(_segment, service.endpoint) for _ in range(6)]  # 0.5 s each, on two devices
-        wait_for(lambda: _accepted(watcher.stats()) == 6)
+    with ThreadPoolExecutor(JOBS) as threads, Client(service.endpoint) as watcher:
+        before = _accepted(_next_stats(watcher))  # a new snapshot: the jobs of earlier tests are in it
+        answers = [threads.submit(_segment, service.endpoint) for _ in range(JOBS)]
+        wait_for(lambda: _accepted(watcher.stats()) == before + JOBS)
         service.systemctl("stop")
-        assert {answer.result(timeout=0.5) for answer in answers} <= {"cpu:0", "cpu:1"}
+        assert {answer.result(timeout=5.0) for answer in answers} <= {"cpu:0", "cpu:1"}
+    drained = wait_for(lambda: re.findall(r"draining, (\d+) jobs", service.sandbox.journal()))
+    assert int(drained[-1]) > 0
     assert (service.show("Result"), service.show("ExecMainStatus")) == ("success", "0")
     assert service.pids() == []
     assert not service.sandbox.path("/run/blendmaskd").exists()
@@ -190,8 +196,15 @@ def _segment(endpoint: str) -> str:
         return client.segment(IMAGE).device
 
 
+def _next_stats(client: Client) -> dict[str, Any]:
+    seq = client.stats()["seq"]
+    wait_for(lambda: client.stats()["seq"] > seq)
+    return client.stats()
+
+
 def _accepted(stats: dict[str, Any]) -> int:
-    return stats["queue"]["jobs"] + stats["leased"]
+    """Jobs that the daemon has taken on since it began."""
+    return int(stats["queue"]["jobs"] + stats["leased"] + stats["answered"])
 
 
 def _ready_devices(client: Client) -> list[dict[str, Any]]:
