@@ -1,4 +1,4 @@
-"""FCOS (Tian et al., arXiv:1904.01355), the part that runs on the device: p3..p7 in, a fixed number of candidates out.
+"""FCOS (Tian et al., arXiv:1904.01355), the part that runs on the device: p3.. in, a fixed number of candidates out.
 
 Axes: N images, C channels, H x W one level, K classes, M candidates of a level (fixed by its size and the config).
 Rules: no shape depends on data and nothing is read back: no boolean-mask indexing, `nonzero` or `.item()`, each of
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from workers.blendmask.norms import NaiveGroupNorm
 
 GROUPS = 32  # of GroupNorm in the towers
 NOT_A_CANDIDATE = -1.0  # in place of the confidence: a product of probabilities is never negative
@@ -29,33 +31,69 @@ class LevelOutput:
     box_features: Tensor  # (N, C, H, W) of the box tower: the top layer reads them
 
 
-def tower(channels: int, convs: int) -> nn.Sequential:
-    """`convs` times: 3x3 convolution, GroupNorm, ReLU. GroupNorm sees the padding of a batch."""
-    layers: list[nn.Module] = []
-    for _ in range(convs):
-        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(GROUPS, channels), nn.ReLU()]
-    return nn.Sequential(*layers)
+class Tower(nn.ModuleList):
+    """`convs` times: 3x3 convolution, norm, ReLU; without any it is the identity.
+
+    Group norm ("GN", "NaiveGN") sees the padding of a batch. Batch norm ("BN", "SyncBN") has weights and statistics
+    of its own for each of the `levels`, while they share the convolutions.
+    """
+
+    def __init__(self, channels: int, convs: int, norm: str, levels: int) -> None:
+        layers: list[nn.Module] = []
+        for _ in range(convs):
+            layers += [nn.Conv2d(channels, channels, 3, padding=1), tower_norm(norm, channels, levels), nn.ReLU()]
+        super().__init__(layers)
+
+    def forward(self, x: Tensor, level: int) -> Tensor:
+        for layer in self:
+            x = layer[level](x) if isinstance(layer, nn.ModuleList) else layer(x)
+        return x
+
+
+def tower_norm(norm: str, channels: int, levels: int) -> nn.Module:
+    """Return one norm for all levels, or a list with one for each level."""
+    if norm == "GN":
+        return nn.GroupNorm(GROUPS, channels)
+    if norm == "NaiveGN":
+        return NaiveGroupNorm(GROUPS, channels)
+    assert norm in ("BN", "SyncBN"), norm
+    return nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(levels))
+
+
+class Scale(nn.Module):
+    """A factor that is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
 
 
 class FcosHead(nn.Module):
-    """One head for all levels. Centre-ness hangs on the box tower."""
+    """One head for all levels: towers that share their beginning, then four outputs. Centre-ness hangs on the box
+    tower. With `scaled`, each level multiplies its distances by a factor of its own."""
 
-    def __init__(self, channels: int, classes: int, cls_convs: int, box_convs: int) -> None:
+    def __init__(self, channels: int, classes: int, share_convs: int, cls_convs: int, box_convs: int, norm: str,
+                 levels: int, scaled: bool) -> None:
         super().__init__()
-        self.cls_tower = tower(channels, cls_convs)
-        self.bbox_tower = tower(channels, box_convs)
+        self.share_tower, self.cls_tower, self.bbox_tower = (
+            Tower(channels, convs, norm, levels) for convs in (share_convs, cls_convs, box_convs))
         self.cls_logits = nn.Conv2d(channels, classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(channels, 4, 3, padding=1)
         self.ctrness = nn.Conv2d(channels, 1, 3, padding=1)
+        self.scales = nn.ModuleList(Scale() if scaled else nn.Identity() for _ in range(levels))
 
     def forward(self, features: Sequence[Tensor]) -> list[LevelOutput]:
-        return [self._level(feature) for feature in features]
+        return [self._level(level, feature) for level, feature in enumerate(features)]
 
-    def _level(self, feature: Tensor) -> LevelOutput:
-        box_features = self.bbox_tower(feature)
+    def _level(self, level: int, feature: Tensor) -> LevelOutput:
+        shared = self.share_tower(feature, level)
+        box_features = self.bbox_tower(shared, level)
         return LevelOutput(
-            logits=self.cls_logits(self.cls_tower(feature)),
-            distances=F.relu(self.bbox_pred(box_features)),
+            logits=self.cls_logits(self.cls_tower(shared, level)),
+            distances=F.relu(self.scales[level](self.bbox_pred(box_features))),
             centreness=self.ctrness(box_features),
             box_features=box_features,
         )

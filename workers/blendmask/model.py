@@ -15,23 +15,33 @@ from workers.blendmask.backbone import ResNet
 from workers.blendmask.basis import BasisModule
 from workers.blendmask.blender import blend
 from workers.blendmask.config import SIZE_DIVISOR, Config
+from workers.blendmask.dla import Dla34
 from workers.blendmask.fcos import Fcos, FcosHead
 from workers.blendmask.fpn import Fpn
+from workers.blendmask.norms import BACKBONE_NORMS
 
 
 def build(config: Config) -> "BlendMask":
     """Build the network that `config` describes, in evaluation mode, on the CPU, with PyTorch's initial weights."""
-    bottom_up = ResNet(config.depth, config.stride_in_1x1)
-    channels = config.fpn_channels
-    head = FcosHead(channels, config.num_classes, config.num_cls_convs, config.num_box_convs)
+    bottom_up, channels = build_bottom_up(config), config.fpn_channels
+    head = FcosHead(channels, config.num_classes, config.num_share_convs, config.num_cls_convs, config.num_box_convs,
+                    config.head_norm, len(config.strides), config.use_scale)
     return BlendMask(
         config,
-        backbone=Fpn(bottom_up, bottom_up.channels, channels),
+        backbone=Fpn(bottom_up, bottom_up.channels, channels, coarse_levels=len(config.strides) - 3),
         proposal_generator=Fcos(head, config.score_threshold, config.threshold_with_centreness, config.pre_nms_topk),
         basis_module=BasisModule(channels, config.basis_channels, config.basis_convs, config.num_bases,
                                  config.semantic_classes),
         top_layer=nn.Conv2d(channels, config.num_bases * config.attention_size**2, 3, padding=1),
     ).eval()
+
+
+def build_bottom_up(config: Config) -> Dla34 | ResNet:
+    norm = BACKBONE_NORMS[config.backbone_norm]
+    if config.backbone == "dla":
+        return Dla34(norm)
+    return ResNet(config.depth, norm, config.stem_channels, config.res2_channels, config.res2_width,
+                  config.stride_in_1x1, config.deformable, config.deformable_interval)
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class BlendMask(nn.Module):
         assert images.ndim == 4, images.shape
         assert images.shape[1] == 3, images.shape
         assert all(side % SIZE_DIVISOR == 0 for side in images.shape[2:]), images.shape
-        features = self.backbone(images)  # p3..p7
+        features = self.backbone(images)  # p3 to p5, p6 or p7
         bases = self.basis_module(features[:3])  # (N, K, H/4, W/4)
         outputs = self.proposal_generator(features)
         attentions = [self.top_layer(output.box_features) for output in outputs]

@@ -84,7 +84,7 @@ def _draw(key: str, like: Tensor, seed: int, class_bias: float | None) -> Tensor
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) ^ seed)
     normal = torch.randn(like.shape, generator=generator, dtype=torch.float64)
     if key.endswith("running_var"):
-        return (1 + 0.2 * normal.abs()).to(torch.float32)
+        return ((1 + 0.2 * normal.abs()) * _shared_tower_variance(key)).to(torch.float32)
     mean, spread = _spread(key, like.shape)
     if class_bias is not None and key.endswith("cls_logits.bias"):
         mean = class_bias
@@ -92,6 +92,12 @@ def _draw(key: str, like: Tensor, seed: int, class_bias: float | None) -> Tensor
     if re.fullmatch(_LAST_BASIS_CONV + "weight", key):
         value = value - value.mean(dim=1, keepdim=True)  # so that masks get both signs
     return value.to(torch.float32)
+
+
+def _shared_tower_variance(key: str) -> float:
+    """Return the factor on a running variance; the first norms of a shared tower tame the levels of the pyramid."""
+    match = re.search(r"share_tower\.1\.(\d)\.running_var$", key)
+    return (4.0, 1.8, 0.9, 1.0, 1.0)[int(match[1])] if match else 1.0
 
 
 def _spread(key: str, shape: Sequence[int]) -> tuple[float, float]:
@@ -116,7 +122,10 @@ def _gain(key: str, shape: Sequence[int]) -> float:
 _LAST_BASIS_CONV = r"basis_module\.tower\.[45]\."
 
 _CONVOLUTIONS = (  # the first match counts
-    (r"bottom_up\.stem\.conv1\.weight$", 1 / 64),  # pixels are about +-64
+    (r"bottom_up\.(?:stem\.conv1|base_layer\.0)\.weight$", 1 / 64),  # pixels are about +-64
+    (r"conv2_offset\.weight$", 0.7),
+    (r"bottom_up\.level.*\.conv2\.weight$", 0.5),  # residual sums of DLA, and its roots
+    (r"bottom_up\.level.*\.root\.conv\.weight$", 1.3),
     (r"\.res4\.(?:[6-9]|[1-9]\d)\.conv3\.weight$", 0.2),  # deep stages would grow
     (r"\.fpn_lateral", 0.15),
     (r"\.conv3\.weight$", 0.5),  # keeps residual sums tame
@@ -127,8 +136,9 @@ _CONVOLUTIONS = (  # the first match counts
 )
 
 _VECTORS = (  # pattern, mean, standard deviation; the first match counts
-    (r"\.weight$", 1.0, 0.1),  # of a norm
+    (r"\.(?:weight|scale)$", 1.0, 0.1),  # of a norm, of a level
     (r"\.running_mean$", 0.0, 0.05),
+    (r"conv2_offset\.bias$", 0.0, 0.5),
     (r"cls_logits\.bias$", -4.6, 0.1),
     (r"bbox_pred\.bias$", 4.0, 0.5),
     (r"basis_module\.tower\.4\.bias$", 5.0, 0.5),
