@@ -1,0 +1,307 @@
+"""The submit program as people run it: a process of its own, started from another folder."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from daemon import submit
+from daemon.submit import NoDaemonError, UsageError, find_images, overlay_names, plan, write_json
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "submit.py"
+
+# pycocotools 2.0.11 hands numpy an array by a protocol that numpy 2.4 warns about.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def photo(path: Path, width: int = 40, height: int = 30) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(zlib.crc32(path.name.encode())).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def start(folder: Path, *arguments: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def run(folder: Path, *arguments: Any) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    process = start(folder, *arguments)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_folders_globs_and_files_give_overlays_results_and_fps(shared_daemon: Any, tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/2.jpg", "b/1.png", "b/3.bmp", "c/deep/4.webp"):
+        photo(tmp_path / name)
+    (tmp_path / "a/notes.txt").write_text("no image")
+    code, out, err = run(
+        tmp_path, shared_daemon.endpoint, "a", "b/*.png", tmp_path / "b/3.bmp", "c/**/*.webp", "a/1.png", "--out", "o"
+    )
+    assert code == 0, err
+    found = results(tmp_path / "o")
+    assert [(result["image_id"], result["file_name"]) for result in found] == [
+        (1, "a/1.png"), (2, "a/2.jpg"), (3, "b/1.png"), (4, "b/3.bmp"), (5, "c/deep/4.webp")
+    ]  # fmt: skip
+    drawn = sorted(str(path.relative_to(tmp_path / "o")) for path in (tmp_path / "o").rglob("*.*"))
+    assert drawn == ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/3.jpg", "c/deep/4.jpg", "results.json"]
+    with Image.open(tmp_path / "o/a/1.jpg") as overlay:
+        assert (overlay.format, overlay.size) == ("JPEG", (40, 30))
+    assert "5/5" in err
+    devices = re.findall(r"^(cpu:[01]): (\d) images, (\d+\.\d\d) FPS$", out, re.MULTILINE)
+    combined = re.search(r"^combined: 5 images in \d\.\d s, (\d+\.\d\d) FPS$", out, re.MULTILINE)
+    assert len(devices) + 1 == len(out.splitlines())
+    assert sum(int(images) for _, images, _ in devices) == 5
+    assert combined
+    assert float(combined[1]) == pytest.approx(sum(float(fps) for _, _, fps in devices), abs=0.02)
+
+
+def test_a_result_is_a_coco_result_with_all_its_digits(shared_daemon: Any, tmp_path: Path) -> None:
+    photo(tmp_path / "a.png", 31, 17)
+    assert run(tmp_path, shared_daemon.endpoint, "a.png", "--out", "o")[0] == 0
+    (found,) = results(tmp_path / "o")
+    assert found.pop("checksum") > 0
+    rle = found.pop("segmentation")
+    assert coco_mask.decode(rle).shape == (17, 31)
+    assert coco_mask.decode(rle).all()
+    assert found == {
+        "image_id": 1, "file_name": "a.png", "bbox": [0.0, 0.0, 31.0, 17.0], "score": 1.0, "class_index": 0,
+        "category_id": 1, "category_name": "image",
+    }  # fmt: skip
+    write_json(tmp_path / "x.json", [{"score": 0.30000001192092896}])
+    assert (tmp_path / "x.json").read_text() == '[{"score": 0.30000001192092896}]'
+
+
+def test_options_reach_the_daemon(shared_daemon: Any, tmp_path: Path) -> None:
+    photo(tmp_path / "a.png")
+    options = ["--no-overlays", "--window", 1, "--timeout", 20, "--score-threshold", 0]
+    assert run(tmp_path, shared_daemon.endpoint, "a.png", "--out", "o", "--mask-format", "polygon", *options)[0] == 0
+    assert isinstance(results(tmp_path / "o")[0]["segmentation"], list)
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["results.json"]
+    assert run(tmp_path, shared_daemon.endpoint, "a.png", "--out", "p", "--max-detections", 0, *options)[0] == 0
+    assert results(tmp_path / "p") == []
+
+
+def test_failures_are_listed_and_the_rest_is_kept(shared_daemon: Any, tmp_path: Path) -> None:
+    for name in ("in/a.png", "in/d.png"):
+        photo(tmp_path / name)
+    (tmp_path / "in/b.jpg").write_bytes(b"")
+    (tmp_path / "in/c.jpg").write_text("[no] image")
+    code, out, _ = run(tmp_path, shared_daemon.endpoint, "in", "missing.jpg", "--out", "o")
+    assert code == 1
+    assert "3 failed" in out
+    assert "  in/b.jpg: bad-image: the image is empty (0 bytes)\n" in out
+    assert "  in/c.jpg: bad-image: not a JPEG, PNG, WebP, BMP or TIFF image" in out
+    assert "  missing.jpg: bad-image: cannot be read: No such file or directory\n" in out
+    assert "combined: 2 images" in out
+    kept = [(result["image_id"], result["file_name"]) for result in results(tmp_path / "o")]
+    assert kept == [(1, "a.png"), (4, "d.png")]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["a.jpg", "d.jpg", "results.json"]
+
+
+def test_an_overlay_that_cannot_be_written_is_a_failure_and_the_result_is_kept(
+    shared_daemon: Any, tmp_path: Path
+) -> None:
+    photo(tmp_path / "a.png")
+    (tmp_path / "o/a.jpg").mkdir(parents=True)
+    code, out, _ = run(tmp_path, shared_daemon.endpoint, "a.png", "--out", "o")
+    assert code == 1
+    assert "  a.png: overlay: IsADirectoryError" in out
+    assert len(results(tmp_path / "o")) == 1
+
+
+def test_overlays_are_upright_as_the_daemon_saw_the_image(shared_daemon: Any, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.jpg", exif=exif)
+    assert run(tmp_path, shared_daemon.endpoint, "a.jpg", "--out", "o")[0] == 0
+    assert results(tmp_path / "o")[0]["bbox"] == [0.0, 0.0, 30.0, 40.0]
+    with Image.open(tmp_path / "o/a.jpg") as overlay:
+        assert overlay.size == (30, 40)
+
+
+def test_ids_are_those_of_the_annotations(shared_daemon: Any, tmp_path: Path) -> None:
+    for name in ("val/a.png", "val/b.png", "train/a.png"):
+        photo(tmp_path / name)
+    entries = [{"id": 900, "file_name": "b.png"}, {"id": 7, "file_name": "val/a.png"}, {"id": 8, "file_name": "a.png"}]
+    (tmp_path / "annotations.json").write_text(json.dumps({"images": entries, "annotations": []}))
+    arguments = ["val", "train", "--out", "o", "--no-overlays", "--annotations"]
+    assert run(tmp_path, shared_daemon.endpoint, *arguments, "annotations.json")[0] == 0
+    assert [result["image_id"] for result in results(tmp_path / "o")] == [7, 900, 8]
+    (tmp_path / "other.json").write_text(json.dumps({"images": entries[:1]}))
+    code, _, err = run(tmp_path, shared_daemon.endpoint, *arguments, "other.json")
+    assert (code, err) == (2, "submit: val/a.png: not among the images of other.json\n")
+
+
+# -- daemons that are not there, not yet, or no more ------------------------------------------------------------------
+
+
+def test_no_daemon_is_said_soon(tmp_path: Path) -> None:
+    photo(tmp_path / "a.png")
+    code, out, err = run(tmp_path, f"ipc://{tmp_path}/nobody", "a.png", "--out", "o", "--wait", 0.2)
+    assert code == 3
+    assert f"no daemon answers at ipc://{tmp_path}/nobody within 0.2 s" in err
+    assert "Traceback" not in err + out
+
+
+def test_a_daemon_that_starts_is_waited_for(daemon: Any, wait_until: Any, tmp_path: Path) -> None:
+    photo(tmp_path / "a.png")
+    endpoint = f"ipc://{tmp_path}/s"
+    submitting = start(tmp_path, endpoint, "a.png", "--out", "o", "--wait", 30)
+    daemon(endpoints={"clients": [endpoint], "metrics": None})
+    out, err = submitting.communicate(timeout=30)
+    assert submitting.returncode == 0, err
+    assert "combined: 1 images" in out
+
+
+def test_a_daemon_without_hope_is_not_waited_for() -> None:
+    devices = [{"device": "npu:0", "state": "failed", "reason": "cannot boot: exited with code 78"}]
+    with pytest.raises(NoDaemonError, match="no device that can serve: npu:0 failed: cannot boot: exited with code 78"):
+        submit._refuse_hopeless("ipc:///x", {"devices": devices})
+    submit._refuse_hopeless("ipc:///x", {"devices": [*devices, {"device": "npu:1", "state": "backoff", "reason": ""}]})
+    submit._refuse_hopeless("ipc:///x", {})  # in its first second
+
+
+def test_when_the_daemon_dies_what_was_answered_is_kept(daemon: Any, wait_until: Any, tmp_path: Path) -> None:
+    for number in range(40):
+        photo(tmp_path / f"in/{number:02}.png")
+    running = daemon(timed={"latency_ms": {1: 100}})
+    submitting = start(tmp_path, running.endpoint, "in", "--out", "o", "--timeout", 2, "--window", 4)
+    wait_until(lambda: running.client.stats()["answered"] >= 4)
+    running.kill()
+    out, _ = submitting.communicate(timeout=30)
+    assert submitting.returncode == 1
+    kept = results(tmp_path / "o")
+    assert 1 <= len(kept) < 40
+    assert f"{40 - len(kept)} failed" in out
+    assert f"  in/39.png: no-answer: no answer from {running.endpoint} within 2 s" in out
+
+
+def test_ctrl_c_cancels_and_writes_what_there_is(daemon: Any, wait_until: Any, tmp_path: Path) -> None:
+    for number in range(60):
+        photo(tmp_path / f"in/{number:02}.png")
+    running = daemon(devices=["cpu:0"], timed={"latency_ms": {1: 100}})
+    submitting = start(tmp_path, running.endpoint, "in", "--out", "o")
+    wait_until(lambda: running.client.stats()["answered"] >= 3)
+    submitting.send_signal(signal.SIGINT)
+    out, err = submitting.communicate(timeout=30)
+    assert submitting.returncode == 130
+    assert "interrupted" in out
+    assert "Traceback" not in err
+    kept = results(tmp_path / "o")
+    assert [result["image_id"] for result in kept] == list(range(1, len(kept) + 1))
+    assert 1 <= len(kept) < 60
+    assert f"combined: {len(kept)} images" in out
+    assert len(list((tmp_path / "o").glob("*.jpg"))) == len(kept)
+    idle = wait_until(lambda: (s := running.client.stats())["leased"] + s["queue"]["jobs"] == 0 and s)
+    assert idle["failures"].keys() == {"cancelled"}
+    assert idle["answered"] < 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["nonsense", "a.png", "--out", "o"], "nonsense: Invalid argument"),
+        (["ipc:///x", "empty", "--out", "o"], "empty: no images in this folder"),
+        (["ipc:///x", "*.tif", "--out", "o"], "*.tif: matches no images"),
+        (["ipc:///x", "a.jpg", "--out", "."], "the overlay a.jpg would take the place of that image"),
+        (["ipc:///x", "a.png", "--out", "a.png"], "--out: [Errno 17] File exists: 'a.png'"),
+        (["ipc:///x", "a.png", "--out", "o", "--annotations", "a.png"], "a.png: not COCO annotations"),
+        (["ipc:///x", "a.png", "--out", "o", "--score-threshold", "2"], "2: expected a number from 0 to 1"),
+        (["ipc:///x", "a.png", "--out", "o", "--window", "0"], "0: expected 1 or more"),
+        (["ipc:///x", "a.png", "--out", "o", "--timeout", "nan"], "nan: expected seconds"),
+        (["ipc:///x", "a.png"], "--out"),
+        (["ipc:///x", "--out", "o"], "IMAGE"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_a_reason(
+    arguments: list[str],
+    reason: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    photo(tmp_path / "a.png")
+    photo(tmp_path / "a.jpg")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = submit.main(arguments)
+    except SystemExit as exit:
+        code = exit.code  # type: ignore[assignment]
+    assert code == 2
+    assert reason in capfd.readouterr().err
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("paths", "overlays"),
+    [
+        (["a/1.png", "b/2.jpeg"], ["1.jpg", "2.jpg"]),
+        (["a/1.png", "b/1.png"], ["a/1.jpg", "b/1.jpg"]),
+        (["a/1.png", "a/1.tif", "a/2.png"], ["a/1.png.jpg", "a/1.tif.jpg", "a/2.png.jpg"]),
+        (["a.png", "a.tif", "a.png.bmp"], ["a.png.jpg", "a.tif.jpg", "a.png.bmp.jpg"]),
+        (["no_suffix", "x.y.z.png"], ["no_suffix.jpg", "x.y.z.jpg"]),
+    ],
+)
+def test_no_two_overlays_have_the_same_name(paths: list[str], overlays: list[str]) -> None:
+    assert list(map(str, overlay_names(list(map(Path, paths))))) == overlays
+
+
+def test_the_same_file_is_submitted_once_and_a_link_to_it_is_another(tmp_path: Path) -> None:
+    image = photo(tmp_path / "a.png")
+    os.symlink(image, tmp_path / "b.png")
+    found = find_images([str(image), f"{tmp_path}/../{tmp_path.name}/a.png", str(tmp_path)])
+    assert [path.name for path in found] == ["a.png", "b.png"]
+
+
+def test_names_that_look_like_patterns_are_taken_as_they_are(tmp_path: Path) -> None:
+    image = photo(tmp_path / "a[1].png")
+    assert find_images([str(image)]) == [image]
+    assert find_images([str(tmp_path / "*1*")]) == [image]
+
+
+def test_file_names_are_short_where_they_can_be(tmp_path: Path) -> None:
+    paths = [tmp_path / "x/a/1.png", tmp_path / "x/b/2.png"]
+    assert [source.file_name for source in plan(paths, tmp_path / "o", None)] == ["1.png", "2.png"]
+    paths.append(tmp_path / "x/b/1.png")
+    sources = plan(paths, tmp_path / "o", None)
+    assert [source.file_name for source in sources] == ["a/1.png", "b/2.png", "b/1.png"]
+    assert [source.image_id for source in sources] == [1, 2, 3]
+    assert sources[2].overlay == tmp_path / "o/b/1.jpg"
+    with pytest.raises(UsageError):
+        plan([tmp_path / "o/1.jpg"], tmp_path / "o", None)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_json(path, [1])
+    with pytest.raises(TypeError):
+        write_json(path, [object()])
+    assert path.read_text() == "[1]"
+    write_json(path, [2])
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "[2]"
