@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     except settings.SettingsError as error:
         print(f"blendmaskd: {error}", file=sys.stderr)
         return EXIT_CANNOT_BOOT
+    if arguments.check:
+        return 0
     return server.main_loop(loaded, load)
 
 
@@ -39,6 +41,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--settings", metavar="FILE", help="YAML settings; without it the defaults hold")
     parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="instead of the file's: npu:0 cuda:0 cpu:0")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as batch=2")
+    parser.add_argument("--check", action="store_true", help="only check the settings; exit code 78 when they are bad")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return parser.parse_args(argv)
 

@@ -372,8 +372,10 @@ class Server:
             self._end_reload(f"reload refused, nothing changed: {complaint or _how_it_ended(code)}")
             return
         log.info("reload: accepted, replacing the workers one at a time")
+        placed_anew = (settings.devices, settings.runtime.cpus) != (self.settings.devices, self.settings.runtime.cpus)
+        if placed_anew:  # only then: npu-smi can take seconds, in which no job would move
+            self._cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
         self.settings, self._preload = settings, self._checked_preload
-        self._cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
         self._broker.limits = _limits(settings)
         self._stats.window_s = settings.window_s
         self._told_ready = False
@@ -400,6 +402,7 @@ class Server:
         self._told_ready = True
         ready, slots = self._supervisor.ready_slots, len(self._supervisor.slots)
         log.info("ready: %d of %d devices%s", ready, slots, "" if ready == slots else ", degraded")
+        self._tick(time.monotonic())  # whoever waited for this sees it in the status and at /readyz
         self._notifier.send(READY="1")
 
 

@@ -119,10 +119,10 @@ def test_workers_are_confined(service: Service) -> None:
 
 
 def test_health_is_served(service: Service) -> None:
-    """The unit's network and address families let /readyz answer; it follows READY by a snapshot, a second at most."""
+    """The unit's network and address families let /readyz answer, as soon as systemd says the service is started."""
     ask = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=10).status)"
     command = ("/opt/environment/bin/python", "-c", ask, "http://127.0.0.1:9464/readyz")
-    wait_for(lambda: service.sandbox.run(*command, check=False).stdout == "200\n")
+    assert service.sandbox.run(*command, check=False).stdout == "200\n"
 
 
 @pytest.mark.parametrize(("groups", "answer"), [("--clear-groups", "refused"), ("--groups=blendmaskd", "connected")])
@@ -155,9 +155,8 @@ def test_reload_of_bad_settings_changes_nothing(service: Service) -> None:
     before = service.pids()
     service.settings(SETTINGS + "queue: {max_jobs: many}\n")
     try:
-        service.systemctl("reload", check=False)
-        said = wait_for(lambda: _said(service, "reload refused"))
-        assert "nothing changed: queue.max_jobs = 'many'" in said
+        assert service.systemctl("reload", check=False).returncode != 0
+        wait_for(lambda: _said(service, "queue.max_jobs = 'many'"))
         assert service.pids() == before
         assert service.show("ActiveState") == "active"
         with Client(service.endpoint) as client:
