@@ -187,7 +187,7 @@ def test_when_the_daemon_dies_what_was_answered_is_kept(daemon: Any, wait_until:
     for number in range(40):
         photo(tmp_path / f"in/{number:02}.png")
     running = daemon(timed={"latency_ms": {1: 100}})
-    submitting = start(tmp_path, running.endpoint, "in", "--out", "o", "--timeout", 2, "--window", 4)
+    submitting = start(tmp_path, running.endpoint, "in", "--out", "o", "--timeout", 1, "--window", 4)
     wait_until(lambda: running.client.stats()["answered"] >= 4)
     running.kill()
     out, _ = submitting.communicate(timeout=30)
@@ -195,7 +195,7 @@ def test_when_the_daemon_dies_what_was_answered_is_kept(daemon: Any, wait_until:
     kept = results(tmp_path / "o")
     assert 1 <= len(kept) < 40
     assert f"{40 - len(kept)} failed" in out
-    assert f"  in/39.png: no-answer: no answer from {running.endpoint} within 2 s" in out
+    assert f"  in/39.png: no-answer: no answer from {running.endpoint} within 1 s" in out
 
 
 def test_ctrl_c_cancels_and_writes_what_there_is(daemon: Any, wait_until: Any, tmp_path: Path) -> None:
