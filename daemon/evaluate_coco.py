@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import io
 import json
 import sys
@@ -215,7 +214,7 @@ def _found(truth: COCO, results: Sequence[dict[str, Any]], kind: str) -> COCO:
     For masks, without the boxes: small, medium and large go by the area of the mask.
     """
     left_out = "bbox" if kind == "segm" else "segmentation"
-    kept = [{key: value for key, value in result.items() if key != left_out} for result in copy.deepcopy(results)]
+    kept = [{key: value for key, value in result.items() if key != left_out} for result in results]
     if kept:
         return truth.loadRes(kept)
     found = COCO()
