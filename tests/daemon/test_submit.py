@@ -5,17 +5,20 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from daemon import submit
-from daemon.submit import NoDaemonError, UsageError, find_images, overlay_names, plan, write_json
+from daemon import protocol, submit
+from daemon.client import Client
+from daemon.submit import NoDaemonError, UsageError, find_images, overlay_names, plan, wait_for_daemon, write_json
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "submit.py"
 
@@ -173,6 +176,29 @@ def test_a_daemon_that_starts_is_waited_for(daemon: Any, wait_until: Any, tmp_pa
     out, err = submitting.communicate(timeout=30)
     assert submitting.returncode == 0, err
     assert "combined: 1 images" in out
+
+
+@pytest.mark.parametrize(("wait_s", "asked"), [(20.0, 4), (0.0, 1)])
+def test_a_device_that_starts_is_waited_for_as_long_as_wished(tmp_path: Path, wait_s: float, asked: int) -> None:
+    """A bare socket plays the daemon: its device serves from the fourth snapshot on."""
+    endpoint = f"ipc://{tmp_path}/d"
+    requests = 0
+
+    def serve(router: zmq.Socket[Any]) -> None:
+        nonlocal requests
+        for requests in range(1, asked + 1):
+            client = router.recv_multipart()[0]
+            stats = {"serving": int(requests > 3), "devices": [{"device": "npu:0", "state": "starting"}]}
+            router.send_multipart([client, *protocol.encode(protocol.Stats(stats=stats))])
+
+    with zmq.Context.instance().socket(zmq.ROUTER) as router, Client(endpoint, timeout_s=5) as client:
+        router.set(zmq.RCVTIMEO, 10_000)
+        router.bind(endpoint)
+        thread = threading.Thread(target=serve, args=(router,))
+        thread.start()
+        wait_for_daemon(client, wait_s)
+        thread.join()
+    assert requests == asked
 
 
 def test_a_daemon_without_hope_is_not_waited_for() -> None:
