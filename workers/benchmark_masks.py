@@ -4,7 +4,8 @@
 
 The masks are those of R_50_1x with seeded weights on a photograph, scaled to 800x1200, with the boxes as they are and
 made to cover a tenth and a quarter of the image. The baseline evaluates only each box's window, as detectron2 does on a
-CPU. Pixels that differ are those whose value is exactly 0.5: the reference leaves them to rounding. Both are timed in turns in one run; the ratio of the medians is what is worth quoting.
+CPU. Pixels that differ are those whose value is exactly 0.5: the reference leaves them to rounding. Both are timed in
+turns in one run; the ratio of the medians is what is worth quoting.
 """
 from __future__ import annotations
 
