@@ -4,7 +4,10 @@ Axes: N images, C channels in, H x W the input map, T taps of the kernel (row by
 Plain tensor operations with fixed shapes, so that it runs on every device; the reference has a kernel for CUDA only.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -22,24 +25,23 @@ class DeformableConv(nn.Module):
         nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, x: Tensor, geometry: Tensor) -> Tensor:
-        taps, cells = self.kernel**2, geometry.shape[2:]
-        offsets, modulation = geometry.split((2 * taps, taps), dim=1)
-        # Half precision has no room for a place's fraction.
-        places = regular_places(self.kernel, self.stride, offsets) + offsets.float().unflatten(1, (taps, 2))
+        images, _, *cells = geometry.shape
+        taps = self.kernel**2
+        # In float32: half precision has no room for a place's fraction.
+        offsets = geometry[:, : 2 * taps].float().reshape(images, taps, 2, *cells)
+        places = regular_places(self.kernel, self.stride, cells, x.device) + offsets
         rows, columns = places.flatten(3).transpose(1, 3).unbind(2)  # (N, L, T) each
-        weights = modulation.sigmoid().flatten(2).transpose(1, 2)  # (N, L, T)
+        weights = geometry[:, 2 * taps:].sigmoid().flatten(2).transpose(1, 2)  # (N, L, T)
         samples = sample(x, rows, columns, weights)  # (N, L, T, C)
         kernel = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (T * C, channels out)
-        return (samples.flatten(2) @ kernel).transpose(1, 2).unflatten(2, cells)  # (N, channels out, h, w)
+        return (samples.flatten(2) @ kernel).transpose(1, 2).reshape(images, -1, *cells)  # (N, channels out, h, w)
 
 
-def regular_places(kernel: int, stride: int, like: Tensor) -> Tensor:
-    """Return where an ordinary convolution samples: y and x of each tap for each cell of `like`, (T, 2, h, w)."""
-    height, width = like.shape[2:]
-    taps = torch.arange(kernel, device=like.device)[:, None] - kernel // 2
-    rows = taps + torch.arange(height, device=like.device) * stride  # (kernel, h)
-    columns = taps + torch.arange(width, device=like.device) * stride  # (kernel, w)
-    full = (kernel, kernel, height, width)
+def regular_places(kernel: int, stride: int, cells: Sequence[int], device: torch.device) -> Tensor:
+    """Return where an ordinary convolution samples: y and x of each tap for each of h x w cells, (T, 2, h, w)."""
+    taps = torch.arange(kernel, device=device)[:, None] - kernel // 2
+    rows, columns = (taps + torch.arange(count, device=device) * stride for count in cells)  # (kernel, h or w)
+    full = (kernel, kernel, *cells)
     places = [rows[:, None, :, None].expand(full), columns[None, :, None, :].expand(full)]
     return torch.stack(places, dim=2).flatten(0, 1)
 
@@ -50,26 +52,26 @@ def sample(maps: Tensor, y: Tensor, x: Tensor, weights: Tensor) -> Tensor:
     Pixels have their centres at whole numbers. Outside the map all is 0, also for the interpolation at its border.
     """
     images, channels, height, width = maps.shape
+    rows, row_shares = _neighbours(y, height)
+    columns, column_shares = _neighbours(x, width)
+    image = torch.arange(images, device=maps.device)[:, None, None, None, None]
+    index = (image * height + rows[..., :, None]) * width + columns[..., None, :]  # (N, L, T, 2, 2)
+    shares = row_shares[..., :, None] * column_shares[..., None, :] * weights[..., None, None]
     table = maps.permute(0, 2, 3, 1).reshape(-1, channels)  # (N * H * W, C)
-    image = torch.arange(images, device=maps.device)[:, None, None]
-    y0, down = _before(y, height)
-    x0, right = _before(x, width)
-    total = maps.new_zeros(())
-    for row, row_share in ((y0, 1 - down), (y0 + 1, down)):
-        for column, column_share in ((x0, 1 - right), (x0 + 1, right)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = (image * height + row.clamp(0, height - 1)) * width + column.clamp(0, width - 1)
-            share = (row_share * column_share * weights).masked_fill(~inside, 0.0).to(maps.dtype)
-            total = total + table.index_select(0, index.flatten()).view(*index.shape, -1) * share[..., None]
-    return total
+    samples = F.embedding_bag(index.view(-1, 4), table, mode="sum", per_sample_weights=shares.view(-1, 4).to(maps))
+    return samples.view(*y.shape, channels)
 
 
-def _before(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the pixel before each position (int64), -1 to size - 1, and the share of the pixel after it.
+def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the pixels before and after each position, (..., 2) int64, and their shares, (..., 2).
 
-    What lies a whole pixel outside or further, NaN included, comes back as pixel -2, which no interpolation reads.
+    A pixel outside has no share, nor has anything at a position that is not finite; indices are always valid.
     """
-    near = (position > -1) & (position < size)
-    position = position.masked_fill(~near, -2.0)
+    near = (position > -1) & (position < size)  # no further than a pixel outside
+    position = position.masked_fill(~near, -1.0)
     before = position.floor()
-    return before.long(), position - before
+    after_share = position - before
+    pixels = torch.stack([before, before + 1], dim=-1)
+    shares = torch.stack([1 - after_share, after_share], dim=-1)
+    outside = (pixels < 0) | (pixels >= size)
+    return pixels.clamp(0, size - 1).long(), shares.masked_fill(outside, 0.0)
