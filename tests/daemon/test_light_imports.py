@@ -1,4 +1,4 @@
-"""What must start in milliseconds, or be usable from anywhere, is loaded in a fresh interpreter and says what came along."""
+"""What must start in milliseconds is loaded in a fresh interpreter, which says what came along."""
 import pkgutil
 import subprocess
 import sys
