@@ -1,0 +1,310 @@
+"""Pictures of the reports of the evaluation programs; imports matplotlib, which is optional.
+
+`precision` and `performance` each take a report and return figures by file name. A picture shows the bar that a figure
+is held against, and says in its title what was compared with what.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLUE, GREY, GREEN, RED, ORANGE = "#2b6cb0", "#8a8f98", "#2f855a", "#c53030", "#dd8a1c"
+SMALLEST_ERROR = 1e-9  # what is drawn of an error of zero
+BAR = 0.01
+STABLE_PERCENT = 5.0
+Report = Mapping[str, Any]
+
+
+def precision(report: Report) -> dict[str, Figure]:
+    """``precision_eval``: losses, relative errors, shares over the bar, and the trace where there is one."""
+    run, trace = report["run"], report["trace"]
+    figure = Figure(figsize=(15, 13 if trace else 9), layout="constrained")
+    grid = figure.add_gridspec(3 if trace else 2, 2, width_ratios=(1, 2.4))
+    verdict = "over the bar" if report["failures"] else "within the bar"
+    figure.suptitle(f"{run['device']} ({run['model']}) against {run['reference']}: {verdict}\n"
+                    f"dtype {run['dtype']}, HF32 {run['hf32']}, weights {run['weights']}, "
+                    f"{len(report['scenes'])} scenes", fontsize=13)  # fmt: skip
+    _losses(figure.add_subplot(grid[0, 0]), report)
+    _errors(figure.add_subplot(grid[0, 1]), report)
+    _detections(figure.add_subplot(grid[1, 0]), report)
+    _shares(figure.add_subplot(grid[1, 1]), report)
+    if trace:
+        _trace(figure.add_subplot(grid[2, :]), trace)
+    return {"precision_eval": figure}
+
+
+def _losses(axes: Axes, report: Report) -> None:
+    """The largest relative difference of each loss over the scenes."""
+    rows = [row for scene in report["scenes"] for row in scene["losses"]]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    errors = [max(row["rel_diff"] for row in rows if row["name"] == name) for name in names]
+    bars = axes.barh(names, [max(error, SMALLEST_ERROR) for error in errors], left=SMALLEST_ERROR / 2,
+                     color=[RED if error > BAR else BLUE for error in errors])  # fmt: skip
+    axes.bar_label(bars, [f"{error:.1e}" if error else "equal" for error in errors], padding=4, fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xlim(SMALLEST_ERROR / 2, 10)
+    axes.invert_yaxis()
+    _bar(axes.axvline, BAR)
+    axes.set_title("Training losses: relative difference (largest of the scenes)", fontsize=10)
+    _grid(axes)
+
+
+def _errors(axes: Axes, report: Report) -> None:
+    """Percentiles of the relative error of each tensor, the worst scene's."""
+    names, rows = _worst_scene(report)
+    places = np.arange(len(names))
+    for key, label, marker, colour in (("rel_max", "max", "_", RED), ("p99", "99%", "^", ORANGE),
+                                       ("p90", "90%", "s", BLUE), ("p50", "50%", "o", GREEN)):  # fmt: skip
+        values = [max(row[key], SMALLEST_ERROR) for row in rows]
+        axes.plot(places, values, marker, color=colour, label=f"{label} of elements below", markersize=6)
+    low = [max(row["p50"], SMALLEST_ERROR) for row in rows]
+    axes.vlines(places, low, [max(row["rel_max"], SMALLEST_ERROR) for row in rows], color=GREY, alpha=0.4, lw=1)
+    axes.set_yscale("log")
+    axes.set_ylim(SMALLEST_ERROR / 2, max(10.0, *(2 * row["rel_max"] for row in rows)))
+    axes.set_xticks(places, names, rotation=90, fontsize=8)
+    _bar(axes.axhline, BAR)
+    if not any(row["abs_max"] for row in rows):
+        axes.text(0.5, 0.5, "all equal, bit for bit", transform=axes.transAxes, ha="center", fontsize=14, color=GREEN)
+    axes.set_title("Relative error of features and head outputs (worst scene)", fontsize=10)
+    _grid(axes)
+    axes.legend(fontsize=8, ncol=4, loc="upper right")
+
+
+def _shares(axes: Axes, report: Report) -> None:
+    """Share of elements over the bar in each tensor, the worst scene's."""
+    names, rows = _worst_scene(report)
+    shares = [100 * row["over"] / max(row["of"], 1) for row in rows]
+    bars = axes.bar(names, shares, color=[RED if share > 100 * BAR else GREEN for share in shares])
+    axes.bar_label(bars, [f"{share:.2g}" for share in shares], fontsize=8)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    axes.set_ylim(0, max(2.0, 1.15 * max(shares)))
+    _bar(axes.axhline, 100 * BAR)
+    axes.set_ylabel("% of elements")
+    axes.set_title("Elements with more than 1% relative error (worst scene)", fontsize=10)
+    _grid(axes)
+
+
+def _detections(axes: Axes, report: Report) -> None:
+    """The final boxes and masks as a table."""
+    axes.axis("off")
+    head = ["", *(scene["scene"] for scene in report["scenes"])]
+    found = [scene["detections"] for scene in report["scenes"]]
+    lines = [
+        ["instances, reference", *(str(one["reference"]) for one in found)],
+        ["instances, device", *(str(one["device"]) for one in found)],
+        ["matched", *(str(one["matched"]) for one in found)],
+        ["box, largest diff, px", *(f"{one['box_diff_px']:.2g}" for one in found)],
+        ["score, largest diff", *(f"{one['score_diff']:.2g}" for one in found)],
+        ["mask IoU, mean", *(f"{one['iou_mean']:.4f}" for one in found)],
+        ["mask IoU, least", *(f"{one['iou_min']:.4f}" for one in found)],
+    ]
+    table = axes.table(lines, colLabels=head, loc="center", cellLoc="left")
+    table.auto_set_font_size(False)
+    table.set_fontsize(9)
+    table.scale(1, 1.6)
+    axes.set_title("Final boxes and masks", fontsize=10)
+
+
+def _trace(axes: Axes, trace: Report) -> None:
+    """Mean and largest own error of each module, in the order of the computation."""
+    modules = trace["modules"]
+    places = np.arange(len(modules))
+    shares = [row["over"] / max(row["of"], 1) for row in modules]
+    colours = [RED if share > BAR else BLUE for share in shares]
+    axes.vlines(places, [max(row["rel_mean"], SMALLEST_ERROR) for row in modules],
+                [max(row["rel_max"], SMALLEST_ERROR) for row in modules], color=GREY, alpha=0.35, lw=1)  # fmt: skip
+    axes.scatter(places, [max(row["rel_mean"], SMALLEST_ERROR) for row in modules], s=16, c=colours, zorder=3)
+    axes.set_yscale("log")
+    axes.set_ylim(SMALLEST_ERROR / 2, 1e3)
+    axes.set_xlim(-1, len(modules))
+    _bar(axes.axhline, BAR)
+    names = [row["name"] for row in modules]
+    for key, height in (("first", 0.93), ("worst", 0.82)):
+        if trace[key]:
+            place = names.index(trace[key])
+            axes.annotate(f"{key}: {trace[key]}", (place, max(modules[place]["rel_mean"], SMALLEST_ERROR)),
+                          xytext=(min(place / len(modules) + 0.02, 0.7), height), textcoords="axes fraction",
+                          color=RED if shares[place] > BAR else BLUE, fontsize=10,
+                          arrowprops={"arrowstyle": "->", "color": GREY})  # fmt: skip
+    step = max(1, len(names) // 45)
+    axes.set_xticks(places[::step], [_short(name) for name in names[::step]], rotation=90, fontsize=7)
+    axes.set_title("Trace: each module's own relative error on the reference's input (dot: mean, line: up to the "
+                   "largest; red: more than 1% of its elements are off)", fontsize=10)  # fmt: skip
+    _grid(axes)
+
+
+def _worst_scene(report: Report) -> tuple[list[str], list[Report]]:
+    """For each tensor the row of the scene with the most elements over the bar, then the largest error."""
+    names = list(dict.fromkeys(row["name"] for scene in report["scenes"] for row in scene["tensors"]))
+    rows = [row for scene in report["scenes"] for row in scene["tensors"]]
+    worst = [
+        max((row for row in rows if row["name"] == name), key=lambda row: (row["over"] / max(row["of"], 1), row["p99"]))
+        for name in names
+    ]
+    return names, worst
+
+
+def _short(name: str) -> str:
+    return name if len(name) < 26 else "…" + name[-24:]
+
+
+# ---- performance ------------------------------------------------------------------------------------------------
+
+def performance(report: Report) -> dict[str, Figure]:
+    """``performance``, and ``large_batch`` and ``dual_device`` where these were measured."""
+    figures = {"performance": _performance(report)}
+    if any("fps" in row for row in report["batches"]):
+        figures["large_batch"] = _large_batch(report)
+    if report["together"]:
+        figures["dual_device"] = _dual_device(report)
+    return figures
+
+
+def _performance(report: Report) -> Figure:
+    """Latencies in order, their distribution, and data types and runtime options where measured."""
+    dtypes = [row for row in report["dtypes"] if "fps" in row]
+    options = [row for row in report["runtime_options"] if "fps" in row]
+    panels = 2 + bool(dtypes) + bool(options)
+    figure = Figure(figsize=(14, 9 if panels > 2 else 5), layout="constrained")
+    figure.suptitle(_title("Performance", report), fontsize=13)
+    axes = iter(figure.subplots(1 + (panels > 2), 2).flat)
+    _latencies(next(axes), report)
+    _summary(next(axes), report)
+    if dtypes:
+        _rates(next(axes), dtypes, "dtype", "Data types: FPS of the first device, and gain by the median")
+    if options:
+        _rates(next(axes), options, "options", "Runtime options: FPS of the first device, and gain by the median")
+    for left in axes:
+        left.axis("off")
+    return figure
+
+
+def _latencies(axes: Axes, report: Report) -> None:
+    rows = [row for row in report["latency"] if row["device"] != "CPU"]
+    for row, colour in zip(rows, _colours(rows)):
+        axes.plot(row["latencies_ms"], ".-", color=colour, lw=0.8, ms=4,
+                  label=f"{row['device']}: CoV {row['cv_percent']:.2f}% ({'stable' if row['stable'] else 'unstable'})")
+        median = row["median_ms"]
+        axes.axhspan(median * (1 - STABLE_PERCENT / 100), median * (1 + STABLE_PERCENT / 100), color=colour, alpha=0.1)
+        axes.axhline(median, color=colour, lw=1, ls="--")
+    axes.set_ylim(0, 1.35 * max(max(row["latencies_ms"]) for row in rows))
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("ms")
+    axes.set_title("Latency at batch 1 in order (dashed: median, band: 5% around it)", fontsize=10)
+    axes.legend(fontsize=8)
+    _grid(axes)
+
+
+def _summary(axes: Axes, report: Report) -> None:
+    """Median latencies, from least to largest as whiskers; logarithmic beside a CPU baseline."""
+    rows = report["latency"]
+    names = [row["device"] for row in rows]
+    medians = [row["median_ms"] for row in rows]
+    spread = [[row["median_ms"] - row["min_ms"] for row in rows], [row["max_ms"] - row["median_ms"] for row in rows]]
+    bars = axes.bar(names, medians, yerr=spread, capsize=6, color=_colours(rows), width=0.55, ecolor="#444")
+    speedups = {row["device"]: f"\n{row['speedup']:.2f}x the CPU" for row in report["speedups"]}
+    labels = [f"{row['median_ms']:.2f} ms\n{row['fps']:.2f} FPS{speedups.get(row['device'], '')}" for row in rows]
+    axes.bar_label(bars, labels, padding=6, fontsize=10)
+    if max(medians) > 10 * min(medians):
+        axes.set_yscale("log")
+        axes.set_ylim(min(medians) / 3, 8 * max(medians))
+    else:
+        axes.set_ylim(0, 1.45 * max(row["max_ms"] for row in rows))
+    axes.set_ylabel("ms")
+    axes.set_title("Median latency at batch 1 (whiskers: least and largest)", fontsize=10)
+    _grid(axes)
+
+
+def _rates(axes: Axes, rows: Sequence[Report], name: str, title: str) -> None:
+    names = [row[name].replace(" + ", "\n+ ") for row in rows]
+    colours = [GREY if index == 0 else GREEN if row["gain_percent"] >= 0 else RED for index, row in enumerate(rows)]
+    bars = axes.bar(names, [row["fps"] for row in rows], color=colours, width=0.55)
+    labels = [f"{row['fps']:.2f} FPS\n{row['median_ms']:.2f} ms\n{row['gain_percent']:+.1f}%" for row in rows]
+    axes.bar_label(bars, labels, padding=4, fontsize=9)
+    axes.set_ylim(0, 1.35 * max(row["fps"] for row in rows))
+    axes.set_ylabel("images/s")
+    axes.set_title(title, fontsize=10)
+    _grid(axes)
+
+
+def _large_batch(report: Report) -> Figure:
+    """Throughput by batch size against that of batch 1, and what an image waits for it."""
+    rows = [row for row in report["batches"] if "fps" in row]
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    figure.suptitle(_title("Large batches", report, first=True), fontsize=13)
+    axes = figure.subplots()
+    names = [f"batch {row['batch']}" for row in rows]
+    best = report["best_batch"]
+    bars = axes.bar(names, [row["fps"] for row in rows], width=0.55,
+                    color=[GREEN if row["batch"] == best else BLUE for row in rows])  # fmt: skip
+    labels = [f"{row['fps']:.2f}{' best' if row['batch'] == best else ''}\n{row['fps'] / rows[0]['fps']:.2f}x"
+              for row in rows]  # fmt: skip
+    axes.bar_label(bars, labels, padding=4, fontsize=10)
+    axes.axhline(rows[0]["fps"], color=GREY, ls="--", lw=1)
+    axes.set_ylim(0, 1.3 * max(row["fps"] for row in rows))
+    axes.set_ylabel("images/s")
+    _grid(axes)
+    waits = axes.twinx()
+    waits.plot(names, [row["median_ms"] for row in rows], "o-", color=ORANGE)
+    waits.set_ylim(0, 1.3 * max(row["median_ms"] for row in rows))
+    waits.set_ylabel("median latency of a batch, ms", color=ORANGE)
+    axes.set_title(f"Throughput (bars; factor against batch {rows[0]['batch']}) and latency of a batch (line)",
+                   fontsize=10)  # fmt: skip
+    return figure
+
+
+def _dual_device(report: Report) -> Figure:
+    """Each device's rate alone and beside the others, and their sum against one and against the ideal."""
+    together = report["together"]
+    rows = together["devices"]
+    alone = {row["device"]: row["fps"] for row in report["latency"]}
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    figure.suptitle(_title(f"{len(rows)} devices together", report), fontsize=13)
+    axes = figure.subplots()
+    places = np.arange(len(rows))
+    first = axes.bar(places - 0.2, [alone[row["device"]] for row in rows], 0.38, color=GREY, label="alone")
+    second = axes.bar(places + 0.2, [row["fps"] for row in rows], 0.38, color=BLUE, label="together")
+    axes.bar_label(first, fmt="%.2f", padding=3)
+    axes.bar_label(second, fmt="%.2f", padding=3)
+    bottom = 0.0
+    for row, colour in zip(rows, _colours(rows)):
+        axes.bar(len(rows) + 0.1, row["fps"], 0.55, bottom=bottom, color=colour, alpha=0.85, edgecolor="white")
+        axes.text(len(rows) + 0.1, bottom + row["fps"] / 2, row["device"], ha="center", va="center", color="white")
+        bottom += row["fps"]
+    ideal = len(rows) * together["single_fps"]
+    axes.text(len(rows) + 0.1, bottom, f"{bottom:.2f}\n{together['speedup']:.2f}x one", ha="center", va="bottom",
+              fontsize=12, weight="bold")  # fmt: skip
+    axes.axhline(ideal, color=GREEN, ls="--", lw=1, label=f"ideal: {len(rows)}x {together['single']} alone")
+    axes.set_xticks([*places, len(rows) + 0.1], [*(f"{row['device']}\nCPUs {row['cpus']}" for row in rows), "combined"])
+    axes.set_ylim(0, 1.3 * max(ideal, bottom))
+    axes.set_ylabel("FPS, batch 1 each")
+    axes.legend(loc="upper left")
+    _grid(axes)
+    return figure
+
+
+def _title(what: str, report: Report, first: bool = False) -> str:
+    run = report["run"]
+    device = run["devices"].split()[0] if first else run["devices"]
+    model = next(row["model"] for row in report["latency"] if row["device"] == run["devices"].split()[0])
+    lines = [f"{what}: {device} ({model}), network input {run['network_input']}"]
+    return "\n".join([*lines, run["note"]] if "note" in run else lines)
+
+
+def _colours(rows: Sequence[Report]) -> list[str]:
+    """Grey for the CPU baseline, blues and others for devices."""
+    palette = iter((BLUE, ORANGE, GREEN, RED) * len(rows))
+    return [GREY if row["device"] == "CPU" else next(palette) for row in rows]
+
+
+def _bar(line: Any, value: float) -> None:
+    line(value, color=RED, ls="--", lw=1.2)
+
+
+def _grid(axes: Axes) -> None:
+    axes.set_axisbelow(True)
+    axes.grid(alpha=0.25)
