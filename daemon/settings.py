@@ -22,8 +22,9 @@ ENVIRONMENT_PREFIX = "BLENDMASKD__"
 DEVICE = re.compile(r"^(npu|cuda|cpu):(0|[1-9][0-9]*)$")
 CPU_LIST = re.compile(r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
 
-Positive = Annotated[float, Meta(gt=0)]
-NotNegative = Annotated[float, Meta(ge=0)]
+LARGEST = 1e9  # of seconds and milliseconds: keeps infinity out
+Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
+NotNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
 Count = Annotated[int, Meta(ge=1)]
 
 

@@ -1,4 +1,4 @@
-"""The whole daemon with the native engine: on CPUs, and on two emulated NPUs, with answers equal to the bare network's."""
+"""The whole daemon with the native engine, on CPUs and on emulated NPUs: its answers are the bare network's."""
 from __future__ import annotations
 
 from collections.abc import Iterator
