@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/venv.sh
-venv_install test,dev
+venv_install dev
 export OMP_NUM_THREADS=2
 .venv/bin/ruff check .
 .venv/bin/mypy
