@@ -2,15 +2,14 @@
 
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 from torch.utils.hooks import RemovableHandle
+from zoo import CONFIGS, GOLDEN, crc32
 
 from workers.blendmask import (
-    BlendMask,
     Detections,
     Instances,
     Prepared,
@@ -24,14 +23,40 @@ from workers.blendmask import (
     segment,
 )
 
-ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden"
 SCORE_ROUNDING = 2e-6  # scores this close may swap places
 RELATIVE = 1e-4  # bound of scores; of boxes in terms of the image's longer side; of stages in terms of their maximum
 
+
+
+@dataclass(frozen=True)
+class Case:
+    """A golden file, the network it was made with, the seed of its weights and their CRC-32."""
+
+    name: str
+    network: str
+    crc32: int
+    seed: int = 0
+
+
+def slow(case: Case):
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 CASES = [
-    "small_R18_chelsea", "small_R18_coffee", "small_R18_square", "small_R18_batch2",
-    pytest.param("R_50_1x_chelsea", marks=pytest.mark.slow),
+    Case("small_R18_chelsea", "small_R18", 0xD2F0D8F0),
+    Case("small_R18_coffee", "small_R18", 0xD2F0D8F0),
+    Case("small_R18_square", "small_R18", 0xD2F0D8F0),
+    Case("small_R18_batch2", "small_R18", 0xD2F0D8F0),
+    Case("small_R18_seed1_batch3", "small_R18", 0x2EF1AD94, seed=1),
+    Case("small_R18_scale_rocket", "small_R18_scale", 0x2CA69B06, seed=1),
+    Case("small_R18_naivegn_batch2", "small_R18_naivegn", 0x926FC9F1, seed=1),
+    Case("550_R_50_3x_chelsea", "550_R_50_3x", 0xB42193EC),
+    Case("RT_R_50_4x_syncbn_shtw_coffee", "RT_R_50_4x_syncbn_shtw", 0x0674A809),
+    Case("RT_R_50_4x_bn-head_syncbn_shtw_coffee", "RT_R_50_4x_bn-head_syncbn_shtw", 0x813B080E),
+    Case("DLA_34_syncbn_4x_chelsea", "DLA_34_syncbn_4x", 0x95F24735),
+    slow(Case("R_50_1x_chelsea", "R_50_1x", 0xFDD93771)),
+    slow(Case("R_101_3x_coffee", "R_101_3x", 0x34D77CAC)),
+    slow(Case("R_101_dcni3_5x_chelsea", "R_101_dcni3_5x", 0xD94BD40F)),
 ]
 
 
@@ -51,26 +76,29 @@ class Run:
             yield i, {k.removeprefix(prefix): v for k, v in self.golden.items() if k.startswith(prefix)}
 
 
-@pytest.fixture(scope="module", params=CASES)
-def run(request, photograph, small_model) -> Run:
-    name = request.param
-    with np.load(GOLDEN / f"{name}.npz") as file:
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def run(request, photograph) -> Run:
+    case: Case = request.param
+    with np.load(GOLDEN / f"{case.name}.npz") as file:
         golden = dict(file)
-    model = small_model if name.startswith("small_R18") else r_50_1x()
-    files = [str(golden[f"img{i}_file"]) for i in range(2 if "batch2" in name else 1)]
-    prepared = [prepare(photograph(file), model.config) for file in files]
+    model = build(load_config(CONFIGS[case.network]))
+    weights = random_weights(model, case.seed)
+    assert crc32(weights) == case.crc32
+    load_into(model, weights)
+    prepared = []
+    while f"img{len(prepared)}_file" in golden:
+        prefix = f"img{len(prepared)}_"
+        pixels = photograph(str(golden[prefix + "file"]))
+        if prefix + "crop" in golden:
+            top, left, bottom, right = golden[prefix + "crop"]
+            pixels = pixels[top:bottom, left:right]
+        prepared.append(prepare(pixels, model.config))
     stages = {"net_input": collate(prepared).numpy()}
     hooks = record_stages(model, stages)
     instances = segment(model, prepared, "cpu")
     for hook in hooks:
         hook.remove()
     return Run(golden, prepared, stages, instances, [finish(i, p) for i, p in zip(instances, prepared)])
-
-
-def r_50_1x() -> BlendMask:
-    model = build(load_config(ROOT / "configs/BlendMask/R_50_1x.yaml"))
-    load_into(model, random_weights(model))
-    return model
 
 
 def record_stages(model, stages) -> list[RemovableHandle]:
@@ -80,7 +108,9 @@ def record_stages(model, stages) -> list[RemovableHandle]:
             stages.update((name, tensor.numpy()) for name, tensor in zip(names, pick(output)))
         return hook
 
-    levels = range(5)
+    levels = range(len(model.config.strides))
+    stage = "level" if model.config.backbone == "dla" else "res"
+
     def head(name, field):
         names = [f"head_{name}_{level}" for level in levels]
         return model.proposal_generator.register_forward_hook(
@@ -88,7 +118,9 @@ def record_stages(model, stages) -> list[RemovableHandle]:
 
     remaining = iter(levels)
     return [
-        model.backbone.bottom_up.register_forward_hook(keep(["res3", "res4", "res5"])),
+        model.backbone.bottom_up.register_forward_hook(keep([f"{stage}{number}" for number in (3, 4, 5)])),
+        *(module.register_forward_hook(keep([name], lambda output: [output]))
+          for name, module in model.backbone.bottom_up.named_modules() if name.endswith("conv2_offset")),
         model.backbone.register_forward_hook(keep([f"p{3 + level}" for level in levels])),
         model.basis_module.register_forward_hook(keep(["bases"], lambda output: [output])),
         head("logits", "logits"), head("reg", "distances"), head("ctr", "centreness"),

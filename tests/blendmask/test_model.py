@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from zoo import CONFIGS
 
 import workers.blendmask
-from workers.blendmask import build, collate, finish, load_into, prepare, random_weights, segment
+from workers.blendmask import build, collate, finish, load_config, load_into, prepare, random_weights, segment
 from workers.blendmask.fcos import FIELDS
 from workers.blendmask.model import Proposals
 
@@ -96,21 +97,25 @@ def test_candidates_are_what_the_head_says(small_model, small_config, photograph
     assert start == len(packed)
 
 
-def test_the_device_part_reads_nothing_back_and_has_no_shape_that_depends_on_data(small_config):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_device_part_reads_nothing_back_and_has_no_shape_that_depends_on_data(name):
     """The meta device has shapes and no values: `nonzero`, `.item()` and boolean-mask indexing fail on it."""
+    config = load_config(CONFIGS[name])
     with torch.device("meta"):
-        model = build(small_config)
+        model = build(config)
         images = torch.zeros(2, 3, 256, 320)
         where = torch.zeros(3, dtype=torch.int64)
         boxes = torch.zeros(3, 4)
     with torch.inference_mode():
         proposals = model.propose(images)
         masks = model.blend(proposals, where, where, where, boxes)
-    assert proposals.packed.shape == (2, 1000 + 960 + 240 + 60 + 18, FIELDS)
+    sizes = [(32, 40), (16, 20), (8, 10), (4, 5), (2, 3)][: len(config.strides)]
+    candidates = sum(min(1000, height * width * config.num_classes) for height, width in sizes)
+    assert proposals.packed.shape == (2, candidates, FIELDS)
     assert proposals.packed.dtype == torch.float32
     assert proposals.bases.shape == (2, 4, 64, 80)
-    assert proposals.level_sizes == [(32, 40), (16, 20), (8, 10), (4, 5), (2, 3)]
-    assert masks.shape == (3, 28, 28)
+    assert proposals.level_sizes == sizes
+    assert masks.shape == (3, config.resolution, config.resolution)
 
 
 def test_blend_reads_each_detections_own_image_level_and_cell(small_model, small_config):
@@ -141,7 +146,7 @@ def test_host_functions_may_run_in_several_threads(small_model, small_config, ph
 
 
 def test_the_network_imports_nothing_but_its_few_libraries():
-    allowed = {"torch", "numpy", "yaml", "PIL", "workers"}
+    allowed = {"torch", "numpy", "yaml", "PIL", "pycocotools", "workers"}
     for path in Path(workers.blendmask.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
