@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 import yaml
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from daemon import categories
-from workers import shapes
+from workers import blendmask, shapes
 from workers.shapes import CATEGORIES, Scene
 
 DEMO = Path(__file__).resolve().parents[2] / "configs/demo"
@@ -169,3 +170,10 @@ def test_the_demo_knows_these_categories() -> None:
     config = yaml.safe_load((DEMO / "demo.yaml").read_text())
     assert config["MODEL"]["FCOS"]["NUM_CLASSES"] == len(CATEGORIES)
     assert config["MODEL"]["BASIS_MODULE"]["NUM_CLASSES"] == len(CATEGORIES)
+
+
+def test_the_weights_of_the_demo_are_at_most_12_megabytes() -> None:
+    with torch.device("meta"):
+        network = blendmask.build(blendmask.load_config(DEMO / "demo.yaml"))
+    sizes = [each.numel() * each.element_size() for each in network.state_dict().values()]
+    assert 5e6 < sum(sizes) < 12e6
