@@ -67,11 +67,9 @@ def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
     A pixel outside has no share, nor has anything at a position that is not finite; indices are always valid.
     """
-    near = (position > -1) & (position < size)  # no further than a pixel outside
-    position = position.masked_fill(~near, -1.0)
     before = position.floor()
     after_share = position - before
     pixels = torch.stack([before, before + 1], dim=-1)
     shares = torch.stack([1 - after_share, after_share], dim=-1)
-    outside = (pixels < 0) | (pixels >= size)
-    return pixels.clamp(0, size - 1).long(), shares.masked_fill(outside, 0.0)
+    outside = ~((pixels >= 0) & (pixels < size))
+    return pixels.masked_fill(outside, 0.0).long(), shares.masked_fill(outside, 0.0)
