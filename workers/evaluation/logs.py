@@ -66,14 +66,14 @@ SPEEDUP = Form("{kind} vs CPU speedup: {speedup:.2f}x ({device})")
 BATCH = Form("batch={batch:2d}: {median_ms:.2f}ms | throughput={fps:.2f} imgs/s")
 BATCH_BEST = Form("batch={batch:2d}: {median_ms:.2f}ms | throughput={fps:.2f} imgs/s | best")
 BATCH_FAILED = Form("batch={batch:2d}: failed: {failed}")
-DTYPE = Form("{dtype}: {median_ms:.2f}ms | FPS={fps:.2f} | {gain_percent:+.1f}% against {base}")
+DTYPE = Form("{dtype}: {median_ms:.2f}ms | FPS={fps:.2f} | {gain_percent:+.2f}% against {base}")
 DTYPE_FAILED = Form("{dtype}: failed: {failed}")
 TOGETHER = Form("{device}: avg={avg_ms:.2f}ms, FPS={fps:.2f}, CPUs {cpus}")
 SINGLE = Form("Single FPS: {single_fps:.2f} ({single} alone)")
 COMBINED = Form("Combined FPS: {combined_fps:.2f}")
 TOGETHER_SPEEDUP = Form("Speedup vs single: {speedup:.2f}x")
 OPTIONS = Form(
-    "{options}: {median_ms:.2f}ms | FPS={fps:.2f} | {gain_percent:+.1f}% against {base} | "
+    "{options}: {median_ms:.2f}ms | FPS={fps:.2f} | {gain_percent:+.2f}% against {base} | "
     "CPUs {cpus}, task queue {task_queue}, preload {preload}"
 )
 OPTIONS_SKIPPED = Form("{options}: not measured: {skipped}")

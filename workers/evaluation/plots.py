@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 BLUE, GREY, GREEN, RED, ORANGE = "#2b6cb0", "#8a8f98", "#2f855a", "#c53030", "#dd8a1c"
 SMALLEST_ERROR = 1e-9  # what is drawn of an error of zero
 BAR = 0.01
+LONGEST_TICK = 22  # characters of a module's name
 STABLE_PERCENT = 5.0
 Report = Mapping[str, Any]
 
@@ -64,7 +65,7 @@ def _errors(axes: Axes, report: Report) -> None:
     low = [max(row["p50"], SMALLEST_ERROR) for row in rows]
     axes.vlines(places, low, [max(row["rel_max"], SMALLEST_ERROR) for row in rows], color=GREY, alpha=0.4, lw=1)
     axes.set_yscale("log")
-    axes.set_ylim(SMALLEST_ERROR / 2, max(10.0, *(2 * row["rel_max"] for row in rows)))
+    axes.set_ylim(SMALLEST_ERROR / 2, 100 * max(1.0, *(row["rel_max"] for row in rows)))
     axes.set_xticks(places, names, rotation=90, fontsize=8)
     _bar(axes.axhline, BAR)
     if not any(row["abs_max"] for row in rows):
@@ -102,7 +103,8 @@ def _detections(axes: Axes, report: Report) -> None:
         ["mask IoU, mean", *(f"{one['iou_mean']:.4f}" for one in found)],
         ["mask IoU, least", *(f"{one['iou_min']:.4f}" for one in found)],
     ]
-    table = axes.table(lines, colLabels=head, loc="center", cellLoc="left")
+    table = axes.table(lines, colLabels=head, loc="center", cellLoc="left",
+                       colWidths=[1.6 / (len(found) + 1.6), *[1 / (len(found) + 1.6)] * len(found)])  # fmt: skip
     table.auto_set_font_size(False)
     table.set_fontsize(9)
     table.scale(1, 1.6)
@@ -149,7 +151,10 @@ def _worst_scene(report: Report) -> tuple[list[str], list[Report]]:
 
 
 def _short(name: str) -> str:
-    return name if len(name) < 26 else "…" + name[-24:]
+    """The end of a module's name, whole parts of it."""
+    while len(name) > LONGEST_TICK and "." in name:
+        name = name.partition(".")[2]
+    return name
 
 
 # ---- performance ------------------------------------------------------------------------------------------------

@@ -67,6 +67,10 @@ class Stopwatch:
             self._process.wait()
         self._process.stdout.close()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ready(self) -> None:
         """Wait until the network is loaded. Raises `CannotTime`."""
         answer = self.answer()

@@ -1,0 +1,196 @@
+"""The performance program, on sleeping, emulated and real devices; every process that it starts ends."""
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from daemon import settings as settings_module
+from daemon import topology
+from daemon.spawn import Preload
+from workers.evaluation import logs, performance
+from workers.evaluation.timing import CannotTime, Request, Stopwatch, figures, time_together
+
+ROOT = Path(__file__).resolve().parents[2]
+EMULATED = {"PYTHONPATH": str(ROOT / "tests" / "emulated")}
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    yield
+    assert psutil.Process().children() == []
+
+
+def test_figures() -> None:
+    found = figures([10.0, 20.0, 30.0, 60.0], batch=3)
+    assert found["avg_ms"] == 30
+    assert found["median_ms"] == 25
+    assert (found["min_ms"], found["max_ms"]) == (10, 60)
+    assert found["fps"] == pytest.approx(100)  # 12 images in 120 ms
+    assert found["std_ms"] == pytest.approx(statistics.pstdev([10, 20, 30, 60]))
+    assert found["cv_percent"] == pytest.approx(100 * found["std_ms"] / 30)
+
+
+# ---- one process ------------------------------------------------------------------------------------------------
+
+def stopwatch(*overrides: str, device: str = "npu:0") -> Stopwatch:
+    settings = settings_module.load(None, None, ["engine=timed", *overrides], [device])
+    return Stopwatch(device, settings, topology.available_cpus()[:1], Preload(None, "not wanted"), "64x96")
+
+
+def test_a_device_is_timed_in_a_pinned_process_of_its_own() -> None:
+    with stopwatch("timed.latency_ms={1: 5, 2: 8}") as one:
+        one.ready()
+        assert one.network_input == "64x96"
+        assert one.actual["cpus"] == str(topology.available_cpus()[0])
+        assert one.actual["env"]["ASCEND_RT_VISIBLE_DEVICES"] == "0"
+        for batch, least in ((1, 5), (2, 8)):
+            [latencies_ms] = time_together([one], Request(iterations=4, warm_up=1, batch=batch))
+            assert len(latencies_ms) == 4
+            assert least <= min(latencies_ms) < least + 5
+
+
+def test_all_are_busy_until_the_last_has_finished() -> None:
+    with stopwatch("timed.latency_ms={1: 5}") as fast, stopwatch("timed.latency_ms={1: 60}", device="npu:1") as slow:
+        fast.ready()
+        slow.ready()
+        processes = [psutil.Process(one.pid) for one in (fast, slow)]
+        before = [process.num_ctx_switches().voluntary for process in processes]
+        ours, theirs = time_together([fast, slow], Request(iterations=4, warm_up=1))
+        sleeps = [process.num_ctx_switches().voluntary - first for process, first in zip(processes, before)]
+    assert (len(ours), len(theirs)) == (4, 4)
+    assert sleeps[0] > 20  # 4 iterations of 5 ms, and then many more while the other took 240 ms
+
+
+def test_an_engine_that_cannot_be_loaded_says_why() -> None:
+    with (
+        stopwatch("engine=native", "model.weights=/nowhere.pth", device="cpu:0") as one,
+        pytest.raises(CannotTime, match=r"cpu:0: .*(/nowhere\.pth|R_50_1x)"),
+    ):
+        one.ready()
+
+
+def test_the_death_of_a_process_is_noticed() -> None:
+    with stopwatch("timed.latency_ms={1: 5}") as one:
+        one.ready()
+        psutil.Process(one.pid).kill()
+        with pytest.raises(CannotTime, match=r"npu:0: its process ended with exit code -9"):
+            time_together([one], Request(iterations=1, warm_up=1))
+
+
+# ---- the program ------------------------------------------------------------------------------------------------
+
+def test_two_sleeping_devices_are_twice_as_fast_as_one(tmp_path, parses_back, capsys) -> None:
+    code = performance.main([
+        "--engine", "timed", "--devices", "npu:0", "npu:1", "--batch-sizes", "1", "2", "4", "8", "--iterations", "12",
+        "--warm-up", "1", "--size", "64x64", "--output-dir", str(tmp_path),
+    ])  # fmt: skip
+    assert code == 0
+    report = parses_back(tmp_path, "performance", logs.read_performance, logs.write_performance)
+    together = report["together"]
+    assert together["speedup"] >= 1.95
+    assert together["combined_fps"] == pytest.approx(sum(row["fps"] for row in together["devices"]))
+    if len(topology.available_cpus()) > 1:
+        assert len({row["cpus"] for row in together["devices"]}) == 2
+    assert [row["batch"] for row in report["batches"]] == [1, 2, 4, 8]
+    assert report["best_batch"] == 2
+    assert "shows" in report["run"]["note"] or "show" in report["run"]["note"]
+    log = capsys.readouterr().out
+    assert "note: engine timed" in log
+    assert log.count("| best") == 1
+    for name in ("performance", "large_batch", "dual_device"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.width > 800
+
+
+def test_an_emulated_pair_with_everything_that_can_be_measured(config, script, tmp_path, parses_back) -> None:
+    done = script(
+        "eval_performance", "--config", config, "--random-weights", "0", "--devices", "npu:0", "npu:1",
+        "--batch-sizes", "1", "2", "--dtypes", "fp32", "bf16", "--runtime-options", "--cpu-baseline",
+        "--iterations", "3", "--warm-up", "1", "--size", "96x96", "--output-dir", tmp_path,
+        "--set", "runtime.preload='off'", environment=EMULATED,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = parses_back(tmp_path, "performance", logs.read_performance, logs.write_performance)
+    baseline, *devices = report["latency"]
+    assert (baseline["device"], baseline["model"]) == ("CPU", "cpu")
+    assert [row["model"] for row in devices] == [f"Ascend910-emulated physical {index}" for index in (0, 1)]
+    assert all(len(row["latencies_ms"]) == 3 for row in report["latency"])
+    assert report["speedups"][1]["speedup"] == pytest.approx(baseline["median_ms"] / devices[1]["median_ms"])
+    assert [row["dtype"] for row in report["dtypes"] if row["fps"] > 0] == ["fp32", "bf16"]
+    assert report["together"]["combined_fps"] > 0
+    options = {row["options"]: row for row in report["runtime_options"]}
+    assert "off" in options["tcmalloc"]["skipped"]
+    assert options["none"]["task_queue"] == "1"
+    assert options["task_queue"]["task_queue"] == "2"
+    if len(topology.available_cpus()) > 1:
+        everything = options["affinity + task_queue"]
+        assert everything["cpus"] == report["together"]["devices"][0]["cpus"] != options["none"]["cpus"]
+        assert everything["task_queue"] == "2"
+    assert "NPU vs CPU speedup:" in done.stdout
+
+
+def test_a_data_type_that_a_device_cannot_compute_is_reported_in_its_row(config, script, tmp_path, parses_back) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch\n"
+        "autocast = torch.autocast\n"
+        "def refuse(device, dtype, **more):\n"
+        "    if dtype == torch.float16: raise RuntimeError('no kernel for Half\\non this device')\n"
+        "    return autocast(device, dtype, **more)\n"
+        "torch.autocast = refuse\n"
+    )
+    done = script(
+        "eval_performance", "--config", config, "--random-weights", "0", "--devices", "cpu:0",
+        "--dtypes", "fp16", "fp32", "--iterations", "2", "--warm-up", "1", "--size", "96x96",
+        "--output-dir", tmp_path / "out", "--set", "runtime.threads=1", environment={"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = parses_back(tmp_path / "out", "performance", logs.read_performance, logs.write_performance)
+    assert report["dtypes"][0] == {"dtype": "fp16", "failed": "cpu:0: no kernel for Half"}
+    assert report["dtypes"][1]["base"] == "fp32"
+    assert report["together"] is None
+    assert report["latency"][0]["device"] == "cpu:0"
+
+
+def test_without_matplotlib_there_are_figures_but_no_pictures(script, tmp_path) -> None:
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'matplotlib'\", name='matplotlib')"
+    )
+    done = script("eval_performance", "--engine", "timed", "--devices", "cpu:0", "--iterations", "1", "--warm-up", "1",
+                  "--output-dir", tmp_path / "out", environment={"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'blendmaskd[plots]'" in done.stderr
+    assert sorted(os.listdir(tmp_path / "out")) == ["performance_eval.json", "performance_eval.log"]
+    assert json.loads((tmp_path / "out" / "performance_eval.json").read_text())["latency"]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--devices", "npu:0", "--random-weights", "0"], "torch_npu"),
+    (["--devices", "cpu:0", "--weights", "missing.pth"], "missing.pth"),
+    (["--devices", "gpu:0", "--random-weights", "0"], "gpu:0"),
+    (["--devices", "cpu:0", "--random-weights", "0", "--set", "runtime.preload=/nowhere.so"], "/nowhere.so"),
+])  # fmt: skip
+def test_what_cannot_be_had_is_said(config, tmp_path, capsys, arguments, said) -> None:
+    code = performance.main(["--config", str(config), "--output-dir", str(tmp_path), *arguments])
+    assert code == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--devices", "cpu:0"],
+    ["--devices", "cpu:0", "--engine", "timed", "--cpu-baseline"],
+    ["--devices", "cpu:0", "--engine", "timed", "--size", "800"],
+    ["--devices", "cpu:0", "--engine", "timed", "--iterations", "0"],
+])  # fmt: skip
+def test_what_cannot_be_meant_is_refused(arguments) -> None:
+    with pytest.raises(SystemExit) as ended:
+        performance.main(arguments)
+    assert ended.value.code == 2
