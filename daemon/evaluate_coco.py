@@ -33,19 +33,9 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from daemon import program
 from daemon.client import Client, JobFailed, Segmentation
-from daemon.submit import (
-    ANSWER_S,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_NO_DAEMON,
-    EXIT_USAGE,
-    Failure,
-    NoDaemonError,
-    UsageError,
-    wait_for_daemon,
-    write_json,
-)
+from daemon.program import Failure, UsageError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")  # as COCO's 12 lines
 UNSEEN = -1  # of COCOeval, for a mean over nothing
@@ -96,36 +86,28 @@ class Scores:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    try:
-        truth = read_annotations(arguments.annotations)
-        wanted = plan(truth, arguments.images, arguments.limit)
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        with _connect(arguments) as client:
-            answers = ask(client, wanted, arguments.window)
-        image_ids = [image.image_id for image in wanted]
-        box, mask = (score(truth, answers.results, image_ids, kind) for kind in ("bbox", "segm"))
-        _tell(answers, box, mask, strangers(truth, answers.results))
-        if arguments.json:
-            write_json(arguments.json, report(answers, box, mask))
-    except UsageError as error:
-        print(f"evaluate_coco: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except NoDaemonError as error:
-        print(f"evaluate_coco: {error}", file=sys.stderr)
-        return EXIT_NO_DAEMON
-    except OSError as error:
-        print(f"evaluate_coco: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    return program.guarded("evaluate_coco", lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    truth = read_annotations(arguments.annotations)
+    wanted = plan(truth, arguments.images, arguments.limit)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    with program.connect(arguments) as client:
+        answers = ask(client, wanted, arguments.window)
+    image_ids = [image.image_id for image in wanted]
+    box, mask = (score(truth, answers.results, image_ids, kind) for kind in ("bbox", "segm"))
+    _tell(answers, box, mask, strangers(truth, answers.results))
+    if arguments.json:
+        program.write_json(arguments.json, report(answers, box, mask))
     missed = [
         *_missed("box", box, arguments.require_box_ap),
         *_missed("mask", mask, arguments.require_mask_ap),
     ]
     for line in missed:
         print(line)
-    return EXIT_FAILED if answers.failures or missed else 0
+    return program.EXIT_FAILED if answers.failures or missed else 0
 
 
 # -- the images and their answers -------------------------------------------------------------------------------------
@@ -155,20 +137,6 @@ def plan(truth: COCO, folder: Path, limit: int | None) -> list[Wanted]:
         Wanted(image["id"], folder / image["file_name"], (image["width"], image["height"]))
         for image in truth.dataset["images"][:limit]
     ]
-
-
-def _connect(arguments: argparse.Namespace) -> Client:
-    try:
-        client = Client(arguments.endpoint, timeout_s=arguments.wait)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    try:
-        wait_for_daemon(client, arguments.wait)
-    except BaseException:
-        client.close()
-        raise
-    client.timeout_s = arguments.timeout
-    return client
 
 
 def ask(client: Client, wanted: Sequence[Wanted], window: int) -> Answers:
@@ -270,10 +238,7 @@ def _tell(answers: Answers, box: Scores, mask: Scores, strange: Sequence[str]) -
     console.print(_table(box, mask))
     if strange:
         console.print(f"[yellow]categories of another data set: {escape('; '.join(strange))}")
-    if answers.failures:
-        console.print(f"[red]{len(answers.failures)} failed:")
-        for failure in answers.failures:
-            console.print(f"  {escape(str(failure.path))}: [red]{failure.code}[/]: {escape(failure.reason)}")
+    program.tell_failures(console, answers.failures)
     console.print(
         f"box AP {_shown(box.metrics['AP'])}, mask AP {_shown(mask.metrics['AP'])}; {answers.images.total()} images in"
         f" {answers.seconds:.1f} s, {answers.images_per_s:.2f} images/s"
@@ -307,35 +272,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="where the annotated images are")
     parser.add_argument("--annotations", metavar="FILE", type=Path, required=True, help="COCO instances")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there")
-    parser.add_argument("--limit", metavar="N", type=_positive, help="only the first N images")
-    parser.add_argument("--require-box-ap", metavar="X", type=_percentage, default=0.0, help="percent")
-    parser.add_argument("--require-mask-ap", metavar="Y", type=_percentage, default=0.0, help="percent")
-    parser.add_argument("--window", metavar="N", type=_positive, default=16, help="jobs in flight, default 16")
-    parser.add_argument("--timeout", metavar="S", type=_seconds, default=60.0, help="for an image's answer, default 60")
-    parser.add_argument("--wait", metavar="S", type=_seconds, default=ANSWER_S,
-                        help=f"for a daemon that is starting, default {ANSWER_S:g}")  # fmt: skip
+    parser.add_argument("--limit", metavar="N", type=program.positive, help="only the first N images")
+    parser.add_argument("--require-box-ap", metavar="X", type=program.percentage, default=0.0, help="percent")
+    parser.add_argument("--require-mask-ap", metavar="Y", type=program.percentage, default=0.0, help="percent")
+    program.add_connection(parser)
     return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return value
-
-
-def _percentage(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text}: expected percent, 0 to 100")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text}: expected seconds, more than 0 and at most 86400")
-    return value
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import glob
 import json
 import os
 import sys
@@ -31,22 +30,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from daemon import overlay
+from daemon import overlay, photographs, program
 from daemon.client import Client, JobFailed, Segmentation
+from daemon.program import Failure, UsageError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-ANSWER_S = 3.0  # a daemon that runs answers at once
 OVERLAY_THREADS = 2  # beside the one that keeps the daemon fed
-
-EXIT_FAILED, EXIT_USAGE, EXIT_NO_DAEMON, EXIT_INTERRUPTED = 1, 2, 3, 130
-
-
-class UsageError(ValueError):
-    """Arguments that cannot be followed; the text says why."""
-
-
-class NoDaemonError(RuntimeError):
-    """Nobody serves at the endpoint; the text says what was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +45,6 @@ class Source:
     file_name: str  # in results.json
     image_id: int
     overlay: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An image without a result or without an overlay."""
-
-    path: Path
-    code: str  # of `daemon.protocol.Code`, or `overlay`, or `no-answer`
-    reason: str
 
 
 @dataclass(slots=True)
@@ -101,78 +80,39 @@ class Run:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
+    return program.guarded("submit", lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    sources = plan(photographs.find(arguments.images), arguments.out, arguments.annotations)
     try:
-        sources = plan(find_images(arguments.images), arguments.out, arguments.annotations)
-        with _connect(arguments) as client:
-            run = submit(client, sources, arguments)
-        _tell(run)
-    except UsageError as error:
-        print(f"submit: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except NoDaemonError as error:
-        print(f"submit: {error}", file=sys.stderr)
-        return EXIT_NO_DAEMON
+        arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"submit: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        raise UsageError(f"--out: {error}") from None
+    with program.connect(arguments) as client:
+        run = submit(client, sources, arguments)
+    _tell(run)
     if run.interrupted:
-        return EXIT_INTERRUPTED
-    return EXIT_FAILED if run.failures else 0
+        return program.EXIT_INTERRUPTED
+    return program.EXIT_FAILED if run.failures else 0
 
 
 # -- which images, and what they are called ---------------------------------------------------------------------------
 
 
-def find_images(inputs: Iterable[str]) -> list[Path]:
-    """The files that files, folders and globs name, each once, in order; a folder's and a glob's sorted.
-
-    A named file is taken as it is, and fails later if it is no image. Raises `UsageError` for a folder or a glob with
-    no images.
-    """
-    found: dict[str, Path] = {}
-    for text in inputs:
-        for path in _expand(text):
-            found.setdefault(os.path.abspath(path), path)
-    return list(found.values())
-
-
-def _expand(text: str) -> list[Path]:
-    path = Path(text)
-    if path.is_dir():
-        inside = sorted(file for file in path.iterdir() if _looks_like_image(file))
-        if not inside:
-            raise UsageError(f"{text}: no images in this folder ({' '.join(sorted(IMAGE_SUFFIXES))})")
-        return inside
-    if path.exists() or not glob.has_magic(text):
-        return [path]
-    matched = sorted(file for file in map(Path, glob.glob(text, recursive=True)) if _looks_like_image(file))
-    if not matched:
-        raise UsageError(f"{text}: matches no images")
-    return matched
-
-
-def _looks_like_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-
-
 def plan(paths: Sequence[Path], out: Path, annotations: Path | None) -> list[Source]:
     """What each image is called in results.json, its id there, and where its overlay goes.
 
-    The name is the file's own when no two are the same, else its path below the folder that all images share; the id
-    is the one of its name in the COCO annotations, else its place, from 1. Raises `UsageError` for an image that is
-    not in the annotations and for an overlay that would take the place of an image.
+    The id is the one of its name in the COCO annotations, else its place, from 1. Raises `UsageError` for an image that
+    is not in the annotations and for an overlay that would take the place of an image.
     """
-    below = _below_common_folder(paths)
-    names = next(names for names in ([path.name for path in below], [str(path) for path in below]) if _unique(names))
-    overlays = [out / name for name in overlay_names(below)]
+    overlays = [out / name for name in overlay_names(photographs.below_common_folder(paths))]
     originals = {os.path.realpath(path): path for path in paths}
     for target in overlays:
         if os.path.realpath(target) in originals:
             raise UsageError(f"the overlay {target} would take the place of that image: choose another --out")
     ids = _annotated_ids(paths, annotations) if annotations else range(1, len(paths) + 1)
-    return [Source(*each) for each in zip(paths, names, ids, overlays)]
+    return [Source(*each) for each in zip(paths, photographs.names(paths), ids, overlays)]
 
 
 def overlay_names(below: Sequence[Path]) -> list[Path]:
@@ -186,17 +126,7 @@ def overlay_names(below: Sequence[Path]) -> list[Path]:
         [path.with_suffix(".jpg") for path in below],
         [path.with_name(path.name + ".jpg") for path in below],
     )
-    return next(names for names in choices if _unique(names))
-
-
-def _unique(names: Sequence[Any]) -> bool:
-    return len(set(names)) == len(names)
-
-
-def _below_common_folder(paths: Sequence[Path]) -> list[Path]:
-    absolute = [os.path.abspath(path) for path in paths]
-    common = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    return [Path(os.path.relpath(path, common)) for path in absolute]
+    return next(names for names in choices if photographs.unique(names))
 
 
 def _annotated_ids(paths: Sequence[Path], annotations: Path) -> list[int]:
@@ -221,49 +151,6 @@ def _annotated_id(path: Path, ids: dict[str, int], annotations: Path) -> int:
 # -- the run ----------------------------------------------------------------------------------------------------------
 
 
-def _connect(arguments: argparse.Namespace) -> Client:
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        client = Client(arguments.endpoint, timeout_s=arguments.wait)
-    except OSError as error:
-        raise UsageError(f"--out: {error}") from None
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    try:
-        wait_for_daemon(client, arguments.wait)
-    except BaseException:
-        client.close()
-        raise
-    client.timeout_s = arguments.timeout
-    return client
-
-
-def wait_for_daemon(client: Client, wait_s: float) -> None:
-    """Return when a device can serve, or after `wait_s` when one still may: the daemon keeps the jobs until then.
-
-    Raises `NoDaemonError` when nobody answers within `client.timeout_s`, or when all devices have failed.
-    """
-    deadline = time.monotonic() + wait_s
-    try:
-        while not (snapshot := client.stats()).get("serving"):
-            _refuse_hopeless(client.endpoint, snapshot)
-            if time.monotonic() >= deadline:
-                return
-            time.sleep(0.2)
-    except TimeoutError:
-        raise NoDaemonError(
-            f"no daemon answers at {client.endpoint} within {client.timeout_s:g} s: start one, or check the endpoint "
-            "(endpoints.clients in its settings); --wait S waits longer for one that is starting"
-        ) from None
-
-
-def _refuse_hopeless(endpoint: str, snapshot: dict[str, Any]) -> None:
-    devices = snapshot.get("devices", [])
-    if devices and all(device["state"] in ("failed", "ended") for device in devices):
-        reasons = "; ".join(f"{device['device']} {device['state']}: {device['reason']}" for device in devices)
-        raise NoDaemonError(f"the daemon at {endpoint} has no device that can serve: {reasons}")
-
-
 def submit(client: Client, sources: Sequence[Source], arguments: argparse.Namespace) -> Run:
     """Submit all images and write results.json and the overlays."""
     run = Run()
@@ -280,7 +167,7 @@ def submit(client: Client, sources: Sequence[Source], arguments: argparse.Namesp
         except KeyboardInterrupt:
             run.interrupted = True
         finally:
-            write_json(arguments.out / "results.json", run.results)
+            program.write_json(arguments.out / "results.json", run.results)
     run.failures += _failed_overlays(overlays)
     return run
 
@@ -327,16 +214,6 @@ def _failed_overlays(overlays: Iterable[tuple[Source, Future[None]]]) -> list[Fa
     return [Failure(source.path, "overlay", f"{type(error).__name__}: {error}") for source, error in errors if error]
 
 
-def write_json(path: Path, tree: Any) -> None:
-    """Write it whole or not at all: a reader never sees half a file. Floats keep all their digits."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(tree), encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 # -- telling ----------------------------------------------------------------------------------------------------------
 
 
@@ -366,10 +243,7 @@ def _tell(run: Run) -> None:
     console = Console(highlight=False, soft_wrap=True)
     if run.interrupted:
         console.print("[yellow]interrupted: what was not answered is cancelled")
-    if run.failures:
-        console.print(f"[red]{len(run.failures)} failed:")
-        for failure in run.failures:
-            console.print(f"  {escape(str(failure.path))}: [red]{failure.code}[/]: {escape(failure.reason)}")
+    program.tell_failures(console, run.failures)
     console.print(escape(run.summary()))
 
 
@@ -379,42 +253,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="a file, a folder or a quoted glob")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="for overlays and results.json")
     parser.add_argument("--annotations", metavar="FILE", type=Path, help="COCO annotations whose image ids are used")
-    parser.add_argument("--score-threshold", metavar="S", type=_share, default=0.3, help="0 to 1, default 0.3")
-    parser.add_argument("--max-detections", metavar="N", type=_count, help="per image, the best ones; default: all")
+    parser.add_argument("--score-threshold", metavar="S", type=program.share, default=0.3, help="0 to 1, default 0.3")
+    parser.add_argument("--max-detections", metavar="N", type=program.count, help="the best ones; default: all")
     parser.add_argument("--mask-format", choices=["rle", "polygon", "none"], default="rle")
-    parser.add_argument("--window", metavar="N", type=_positive, default=16, help="jobs in flight, default 16")
-    parser.add_argument("--timeout", metavar="S", type=_seconds, default=60.0, help="for an image's answer, default 60")
-    parser.add_argument("--wait", metavar="S", type=_seconds, default=ANSWER_S,
-                        help=f"for a daemon that is starting, default {ANSWER_S:g}")  # fmt: skip
+    program.add_connection(parser)
     parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="only results.json")
     return parser.parse_args(argv)
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 1")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text}: expected seconds, more than 0 and at most 86400")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
-    return value
-
-
-def _positive(text: str) -> int:
-    if not _count(text):
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return int(text)
 
 
 if __name__ == "__main__":

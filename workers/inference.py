@@ -9,7 +9,6 @@ the network is loaded, so that help and mistakes on the command line answer at o
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
 import re
@@ -23,8 +22,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from daemon import categories, overlay
+from daemon import categories, overlay, photographs
 from daemon.categories import Category
+from daemon.program import UsageError
 from daemon.protocol import Options
 from daemon.settings import Limits
 from workers import images, results
@@ -140,10 +140,13 @@ def plan(inputs: Sequence[str], output: str | None) -> list[Photograph]:
 
     Raises `CannotStart` where an input names nothing, or `output` cannot be meant.
     """
-    paths = list(dict.fromkeys(Path(os.path.abspath(path)) for text in inputs for path in _expand(text)))
+    try:
+        paths = photographs.find(inputs)
+    except UsageError as error:
+        raise CannotStart(f"--input {error}") from None
     if not any(path.exists() for path in paths):  # one that is missing among others fails when its turn comes
         raise CannotStart(f"--input {' '.join(inputs)}: no such file or folder")
-    names = _names(paths)
+    names = photographs.names(paths)
     outputs = _outputs(output, names)
     taken = {path.resolve() for path in paths}
     for place in outputs:
@@ -155,30 +158,6 @@ def plan(inputs: Sequence[str], output: str | None) -> list[Photograph]:
         Photograph(number, path, name, place)
         for number, (path, name, place) in enumerate(zip(paths, names, outputs), start=1)
     ]
-
-
-def _expand(text: str) -> list[str]:
-    path = Path(text)
-    if path.is_dir():
-        found = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-        if not found:
-            raise CannotStart(f"--input {text}: no images in this folder ({' '.join(SUFFIXES)})")
-        return found
-    if path.exists() or not glob.has_magic(text):
-        return [text]
-    matching = sorted(name for name in glob.glob(text, recursive=True) if os.path.isfile(name))
-    if not matching:
-        raise CannotStart(f"--input {text}: the pattern matches no file")
-    return matching
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """File names, or where two are the same, the paths from the folder that all share."""
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        shared = os.path.commonpath([path.parent for path in paths])
-        names = [os.path.relpath(path, shared) for path in paths]
-    return names
 
 
 def _outputs(output: str | None, names: Sequence[str]) -> Sequence[Path | None]:

@@ -16,9 +16,11 @@ import zmq
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from daemon import protocol, submit
+from daemon import program, protocol, submit
 from daemon.client import Client
-from daemon.submit import NoDaemonError, UsageError, find_images, overlay_names, plan, wait_for_daemon, write_json
+from daemon.photographs import find
+from daemon.program import NoDaemonError, UsageError, wait_for_daemon, write_json
+from daemon.submit import overlay_names, plan
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "submit.py"
 
@@ -204,9 +206,9 @@ def test_a_device_that_starts_is_waited_for_as_long_as_wished(tmp_path: Path, wa
 def test_a_daemon_without_hope_is_not_waited_for() -> None:
     devices = [{"device": "npu:0", "state": "failed", "reason": "cannot boot: exited with code 78"}]
     with pytest.raises(NoDaemonError, match="no device that can serve: npu:0 failed: cannot boot: exited with code 78"):
-        submit._refuse_hopeless("ipc:///x", {"devices": devices})
-    submit._refuse_hopeless("ipc:///x", {"devices": [*devices, {"device": "npu:1", "state": "backoff", "reason": ""}]})
-    submit._refuse_hopeless("ipc:///x", {})  # in its first second
+        program._refuse_hopeless("ipc:///x", {"devices": devices})
+    program._refuse_hopeless("ipc:///x", {"devices": [*devices, {"device": "npu:1", "state": "backoff", "reason": ""}]})
+    program._refuse_hopeless("ipc:///x", {})  # in its first second
 
 
 def test_when_the_daemon_dies_what_was_answered_is_kept(daemon: Any, wait_until: Any, tmp_path: Path) -> None:
@@ -300,14 +302,14 @@ def test_no_two_overlays_have_the_same_name(paths: list[str], overlays: list[str
 def test_the_same_file_is_submitted_once_and_a_link_to_it_is_another(tmp_path: Path) -> None:
     image = photo(tmp_path / "a.png")
     os.symlink(image, tmp_path / "b.png")
-    found = find_images([str(image), f"{tmp_path}/../{tmp_path.name}/a.png", str(tmp_path)])
+    found = find([str(image), f"{tmp_path}/../{tmp_path.name}/a.png", str(tmp_path)])
     assert [path.name for path in found] == ["a.png", "b.png"]
 
 
 def test_names_that_look_like_patterns_are_taken_as_they_are(tmp_path: Path) -> None:
     image = photo(tmp_path / "a[1].png")
-    assert find_images([str(image)]) == [image]
-    assert find_images([str(tmp_path / "*1*")]) == [image]
+    assert find([str(image)]) == [image]
+    assert find([str(tmp_path / "*1*")]) == [image]
 
 
 def test_file_names_are_short_where_they_can_be(tmp_path: Path) -> None:
