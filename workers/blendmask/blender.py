@@ -16,9 +16,13 @@ def blend(bases: Tensor, attentions: Tensor, images: Tensor, boxes: Tensor, reso
 
     bases (N, K, H/4, W/4); attentions (D, K, A, A); images (D,) the image of each detection; boxes (D, 4).
     """
-    crops = roi_align(bases, images, boxes, resolution)  # (D, K, R, R)
-    weights = F.interpolate(attentions, size=(resolution, resolution), mode="bilinear", align_corners=False)
-    return (crops * weights.softmax(dim=1)).sum(dim=1).sigmoid()
+    return combine(roi_align(bases, images, boxes, resolution), attentions).sigmoid()
+
+
+def combine(crops: Tensor, attentions: Tensor) -> Tensor:
+    """Return mask logits (D, R, R): the bases' crops (D, K, R, R), weighted by the attentions (D, K, A, A)."""
+    weights = F.interpolate(attentions, size=crops.shape[2:], mode="bilinear", align_corners=False)
+    return (crops * weights.softmax(dim=1)).sum(dim=1)
 
 
 def roi_align(bases: Tensor, images: Tensor, boxes: Tensor, resolution: int) -> Tensor:

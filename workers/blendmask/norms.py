@@ -31,6 +31,10 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:  # as the reference: F.batch_norm would keep x for gradients of its constants
+            scale = self.weight * (self.running_var + EPSILON).rsqrt()
+            shift = self.bias - self.running_mean * scale
+            return x * scale[:, None, None] + shift[:, None, None]
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=EPSILON)
 
 
