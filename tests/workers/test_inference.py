@@ -183,7 +183,7 @@ def test_without_weights_it_says_what_is_missing_and_how_to_get_it(capsys: pytes
         (["--weights", "W", "--config", "absent.yaml"], "absent.yaml: cannot be read"),
         (["--weights", "W", "--config", str(ROOT / "configs/BlendMask/R_50_1x.yaml")], "do not fit the network"),
         (["--weights", "W", "--input", "absent.jpg"], "--input absent.jpg: no such file or folder"),
-        (["--weights", "W", "--input", "absent/*.jpg"], "the pattern matches no file"),
+        (["--weights", "W", "--input", "absent/*.jpg"], "matches no images"),
         (["--weights", "W", "--input", str(ROOT / "daemon")], "no images in this folder"),
         (["--weights", "W", "--categories", "absent.json"], "absent.json"),
         (["--weights", "W", "--device", "tpu"], "expected npu, npu:N"),
