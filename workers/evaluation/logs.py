@@ -68,7 +68,7 @@ BATCH_BEST = Form("batch={batch:2d}: {median_ms:.2f}ms | throughput={fps:.2f} im
 BATCH_FAILED = Form("batch={batch:2d}: failed: {failed}")
 DTYPE = Form("{dtype}: {median_ms:.2f}ms | FPS={fps:.2f} | {gain_percent:+.2f}% against {base}")
 DTYPE_FAILED = Form("{dtype}: failed: {failed}")
-TOGETHER = Form("{device}: avg={avg_ms:.2f}ms, FPS={fps:.2f}, CPUs {cpus}")
+TOGETHER = Form("{device}: avg={avg_ms:.2f}ms, FPS={fps:.2f}, median={median_ms:.2f}ms, CPUs {cpus}")
 SINGLE = Form("Single FPS: {single_fps:.2f} ({single} alone)")
 COMBINED = Form("Combined FPS: {combined_fps:.2f}")
 TOGETHER_SPEEDUP = Form("Speedup vs single: {speedup:.2f}x")

@@ -8,7 +8,7 @@
 It times the network alone: from the prepared image on the host to boxes and mask probabilities on the host, without
 decoding, pasted masks or transport, which the daemon hides behind the device (scripts/benchmark.py shows how well).
 Each device is timed in a process of its own, started as the daemon starts workers: pinned, with its task queue and
-allocator. Latencies that are quoted are medians; FPS and throughput are images over time, so that outliers count.
+allocator. What is quoted is the median latency, and FPS, throughput and speed-ups by it.
 
 Writes performance_eval.log, performance_eval.json and pictures below --output-dir. Exit code: 0 measured, 2 could not.
 """
@@ -70,7 +70,7 @@ def measure(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]
             for device in settings.devices
         ]
         for one in stopwatches:
-            one.ready()
+            _wait_until_ready(one)
         alone = [_latency(one, request) for one in stopwatches]
         batches = _batches(stopwatches[0], request, arguments.batch_sizes)
         dtypes = _dtypes(stopwatches[0], request, arguments.dtypes)
@@ -108,7 +108,7 @@ def _baseline(settings: Settings, preload: Preload, size: str, request: Request)
     """The same on all CPUs of the host."""
     few = dataclasses.replace(request, iterations=min(request.iterations, BASELINE_ITERATIONS), warm_up=1)
     with Stopwatch("cpu:0", settings, topology.available_cpus(), preload, size) as one:
-        one.ready()
+        _wait_until_ready(one)
         return [_latency(one, few, label="CPU")]
 
 
@@ -147,13 +147,13 @@ def _quoted(found: Mapping[str, float]) -> Row:
 
 
 def _with_gain(rows: Sequence[Row], name: str) -> list[Row]:
-    """Each row with the rate that its median latency means, in percent over the first row's that was measured."""
+    """Each row's FPS in percent over those of the first that was measured."""
     first = next((row for row in rows if "fps" in row), None)
     if first is None:
         return list(rows)
 
     def gain(row: Row) -> Row:
-        percent = 100 * (first["median_ms"] / row["median_ms"] - 1)
+        percent = 100 * (row["fps"] / first["fps"] - 1)
         return {**row, "gain_percent": percent, "base": first[name]}
 
     return [gain(row) if "fps" in row else row for row in rows]
@@ -164,7 +164,7 @@ def _together(stopwatches: Sequence[Stopwatch], request: Request, single: Row) -
     rows = []
     for one, latencies_ms in zip(stopwatches, time_together(stopwatches, request)):
         found = figures(latencies_ms)
-        rows.append({"device": one.device, "avg_ms": found["avg_ms"], "fps": found["fps"], "cpus": one.actual["cpus"]})
+        rows.append({"device": one.device, "avg_ms": found["avg_ms"], **_quoted(found), "cpus": one.actual["cpus"]})
     combined = sum(row["fps"] for row in rows)
     return {
         "devices": rows,
@@ -226,7 +226,7 @@ def _in_turns(stopwatches: Mapping[str, Stopwatch], request: Request) -> dict[st
     for turn, (name, one) in itertools.product(range(turns), stopwatches.items()):
         _progress(f"{one.device} with options: {name} ({turn + 1} of {turns})")
         if turn == 0:
-            one.ready()
+            _wait_until_ready(one)
         [latencies_ms] = time_together([one], one_turn)
         latencies[name] += latencies_ms
     return {name: _quoted(figures(latencies_ms)) for name, latencies_ms in latencies.items()}
@@ -293,8 +293,14 @@ def _describe(arguments: argparse.Namespace, one: Stopwatch) -> Row:
         "network_input": one.network_input,
         "iterations": arguments.iterations,
         "warm_up": arguments.warm_up,
-        "quoted": "median latency; FPS and throughput are images over time",
+        "quoted": "medians; FPS, throughput and speed-ups are by the median latency",
     }
+
+
+def _wait_until_ready(one: Stopwatch) -> None:
+    one.ready()
+    for warning in one.warnings():
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _progress(text: str) -> None:

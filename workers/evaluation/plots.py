@@ -58,10 +58,10 @@ def _errors(axes: Axes, report: Report) -> None:
     """Percentiles of the relative error of each tensor, the worst scene's."""
     names, rows = _worst_scene(report)
     places = np.arange(len(names))
-    for key, label, marker, colour in (("rel_max", "max", "_", RED), ("p99", "99%", "^", ORANGE),
-                                       ("p90", "90%", "s", BLUE), ("p50", "50%", "o", GREEN)):  # fmt: skip
+    for key, label, marker, colour in (("rel_max", "largest", "_", RED), ("p99", "99% are below", "^", ORANGE),
+                                       ("p90", "90%", "s", BLUE), ("p50", "half", "o", GREEN)):  # fmt: skip
         values = [max(row[key], SMALLEST_ERROR) for row in rows]
-        axes.plot(places, values, marker, color=colour, label=f"{label} of elements below", markersize=6)
+        axes.plot(places, values, marker, color=colour, label=label, markersize=6)
     low = [max(row["p50"], SMALLEST_ERROR) for row in rows]
     axes.vlines(places, low, [max(row["rel_max"], SMALLEST_ERROR) for row in rows], color=GREY, alpha=0.4, lw=1)
     axes.set_yscale("log")
@@ -80,7 +80,7 @@ def _shares(axes: Axes, report: Report) -> None:
     names, rows = _worst_scene(report)
     shares = [100 * row["over"] / max(row["of"], 1) for row in rows]
     bars = axes.bar(names, shares, color=[RED if share > 100 * BAR else GREEN for share in shares])
-    axes.bar_label(bars, [f"{share:.2g}" for share in shares], fontsize=8)
+    axes.bar_label(bars, [f"{share:.3g}" for share in shares], fontsize=8)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
     axes.set_ylim(0, max(2.0, 1.15 * max(shares)))
     _bar(axes.axhline, 100 * BAR)
@@ -180,9 +180,9 @@ def _performance(report: Report) -> Figure:
     _latencies(next(axes), report)
     _summary(next(axes), report)
     if dtypes:
-        _rates(next(axes), dtypes, "dtype", "Data types: FPS of the first device, and gain by the median")
+        _rates(next(axes), dtypes, "dtype", "Data types: FPS of the first device, and gain")
     if options:
-        _rates(next(axes), options, "options", "Runtime options: FPS of the first device, and gain by the median")
+        _rates(next(axes), options, "options", "Runtime options: FPS of the first device, and gain")
     for left in axes:
         left.axis("off")
     return figure

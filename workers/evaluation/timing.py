@@ -39,20 +39,21 @@ class Request:
 
 
 class Stopwatch:
-    """A process that times one device. Use as a context: it ends the process."""
+    """A process that times one device, for as long as the context lasts."""
 
     def __init__(self, device: str, settings: Settings, cpus: Cpus, preload: Preload, size: str) -> None:
-        """Start it; `size` is the photograph's, HEIGHTxWIDTH. Raises `SpawnError`, see `ready`."""
+        """Plan it; `size` is the photograph's, HEIGHTxWIDTH. Raises `SpawnError` for a device that is hidden."""
         self.device = device
         self.plan = spawn.plan(
             device, 1, settings, cpus, base_environment=os.environ, endpoint="", token="", preload=preload,
             arguments=("-m", "workers.evaluation.stopwatch", size),
         )  # fmt: skip
-        self._process = spawn.launch(self.plan, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CODE)
         self.actual: Mapping[str, Any] = {}  # what took effect, see `spawn.observe`; known once `ready`
         self.network_input = ""  # what the network sees of a photograph of that size, HEIGHTxWIDTH
 
     def __enter__(self) -> Self:
+        """Start it; it is `ready` later. Raises `SpawnError` or OSError."""
+        self._process = spawn.launch(self.plan, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CODE)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,6 +76,11 @@ class Stopwatch:
         """Wait until the network is loaded. Raises `CannotTime`."""
         answer = self.answer()
         self.actual, self.network_input = answer["actual"], answer["network_input"]
+
+    def warnings(self) -> list[str]:
+        """Where the process is not as it was planned, a sentence each; once it is ready."""
+        differences = spawn.differences(self.plan.wanted, self.actual)
+        return [*self.plan.warnings, *(f"{self.device}: {text}" for text in differences)]
 
     @property
     def model(self) -> str:
@@ -117,14 +123,18 @@ def time_together(stopwatches: Sequence[Stopwatch], request: Request) -> list[li
 
 
 def figures(latencies_ms: Sequence[float], batch: int = 1) -> dict[str, float]:
-    """What a measurement comes to: milliseconds, images per second, coefficient of variation in percent."""
+    """What a measurement comes to: milliseconds, images per second, coefficient of variation in percent.
+
+    Images per second are by the median: what else happens on the host for a moment does not count.
+    """
     average, deviation = statistics.fmean(latencies_ms), statistics.pstdev(latencies_ms)
+    median = statistics.median(latencies_ms)
     return {
         "avg_ms": average,
-        "median_ms": statistics.median(latencies_ms),
+        "median_ms": median,
         "std_ms": deviation,
         "min_ms": min(latencies_ms),
         "max_ms": max(latencies_ms),
-        "fps": 1000 * batch / average,
+        "fps": 1000 * batch / median,
         "cv_percent": 100 * deviation / average,
     }
