@@ -1,15 +1,17 @@
 """Differences, and the trace: the module in which an error was planted is the one that is named."""
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from workers import blendmask
-from workers.blendmask import Config, Instances, Prepared
+from workers.blendmask import BlendMask, Instances, Prepared
 from workers.evaluation import comparison, scenes, subjects
 from workers.evaluation.comparison import Difference, compare, compare_detections, compare_losses
 from workers.evaluation.subjects import Subject
@@ -97,38 +99,46 @@ def test_detections_match_by_cell_and_class_and_not_by_order() -> None:
 # ---- trace ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def network(config: Path) -> Config:
-    return blendmask.load_config(config)
+def pair(config: Path) -> tuple[Subject, Subject]:
+    """A reference, and a device equal to it."""
+    network = blendmask.load_config(config)
+    return subjects.load(network, 0, "cpu"), subjects.load(network, 0, "cpu")
 
 
-def trace(network: Config, plant: Callable[[Subject], None]) -> dict[str, Difference]:
-    """The trace of a device that is the reference but for what `plant` does to it."""
-    reference, device = subjects.load(network, 0, "cpu"), subjects.load(network, 0, "cpu")
-    plant(device)
+def trace(pair: tuple[Subject, Subject], *errors: Any) -> dict[str, Difference]:
+    """The trace of the device with errors planted, see `planted`."""
+    reference, device = pair
     differences: dict[str, Difference] = {}
-    prepared = blendmask.prepare(scenes.painted(0)[0].pixels, network)
-    with comparison.traced(reference.model, device.model, device.run, differences):
-        subjects.observe(reference, prepared)
+    prepared = blendmask.prepare(scenes.painted(0)[0].pixels, reference.model.config)
+    with contextlib.ExitStack() as stack:
+        for error in errors:
+            stack.enter_context(error(device.model))
+        with comparison.traced(reference.model, device.model, device.run, differences):
+            subjects.observe(reference, prepared)
     assert "blend" not in vars(reference.model)
-    subjects.observe(reference, prepared)  # and it is a network as before
     return differences
 
 
-def scaled(module: str) -> Callable[[Subject], None]:
-    """Plants an error of 2% in a module's output."""
+def planted(module: str, change: Callable[[Any], Any]) -> Any:
+    """An error in a module's output, for as long as the context lasts that it makes of a network."""
 
-    def plant(device: Subject) -> None:
-        def scale(_module: object, _args: object, output: object) -> object:
-            return [one * 1.02 for one in output] if isinstance(output, list) else output * 1.02  # type: ignore[operator]
-
-        device.model.get_submodule(module).register_forward_hook(scale)
+    @contextlib.contextmanager
+    def plant(model: BlendMask) -> Iterator[None]:
+        handle = model.get_submodule(module).register_forward_hook(lambda _module, _args, output: change(output))
+        yield
+        handle.remove()
 
     return plant
 
 
-def test_equal_devices_have_a_trace_of_zeros_over_all_modules(network: Config) -> None:
-    differences = trace(network, lambda _: None)
-    named = {name for name, _ in subjects.load(network, 0, "cpu").model.named_modules() if name}
+def scaled(output: Any) -> Any:
+    """An error of 2%."""
+    return [one * 1.02 for one in output] if isinstance(output, list) else output * 1.02
+
+
+def test_equal_devices_have_a_trace_of_zeros_over_all_modules(pair) -> None:
+    differences = trace(pair)
+    named = {name for name, _ in pair[0].model.named_modules() if name}
     called = {name for name in named if not name.startswith("basis_module.seg_head") and not name.endswith("refine")}
     assert called - set(differences) <= {"proposal_generator.fcos_head.scales"}  # lists of modules are not called
     assert {"backbone.bottom_up.stem.conv1", "top_layer", "blend"} <= set(differences)
@@ -146,39 +156,36 @@ def test_equal_devices_have_a_trace_of_zeros_over_all_modules(network: Config) -
     "basis_module.tower.3",
     "backbone",  # an operation of its own, in no inner module
 ])  # fmt: skip
-def test_the_module_with_a_planted_error_is_named_and_no_other(network: Config, module: str) -> None:
-    differences = trace(network, scaled(module))
+def test_the_module_with_a_planted_error_is_named_and_no_other(pair, module: str) -> None:
+    differences = trace(pair, planted(module, scaled))
     assert comparison.blamed(differences) == [module]
     assert comparison.worst(differences) == module
 
 
-def test_an_error_in_the_blender_is_named(network: Config) -> None:
-    def plant(device: Subject) -> None:
-        blend = device.model.blend
-        device.model.__dict__["blend"] = lambda *args: blend(*args) * 1.02
+def test_an_error_in_the_blender_is_named(pair) -> None:
+    @contextlib.contextmanager
+    def plant(model: BlendMask) -> Iterator[None]:
+        blend = model.blend
+        model.__dict__["blend"] = lambda *args: blend(*args) * 1.02
+        yield
+        del model.__dict__["blend"]
 
-    assert comparison.blamed(trace(network, plant)) == ["blend"]
-
-
-def test_of_two_errors_the_first_and_the_worst_are_told_apart(network: Config) -> None:
-    def plant(device: Subject) -> None:
-        def some(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor:
-            factor = torch.ones_like(output)
-            factor[:, ::4] = 1.02
-            return output * factor
-
-        device.model.get_submodule("backbone.bottom_up.res2.0.conv1").register_forward_hook(some)
-        scaled("backbone.fpn_output4")(device)
-
-    differences = trace(network, plant)
-    assert comparison.blamed(differences) == ["backbone.bottom_up.res2.0.conv1", "backbone.fpn_output4"]
-    assert comparison.worst(differences) == "backbone.fpn_output4"
+    assert comparison.blamed(trace(pair, plant)) == ["blend"]
 
 
-def test_below_the_bar_the_worst_is_still_named(network: Config) -> None:
-    def plant(device: Subject) -> None:
-        device.model.get_submodule("top_layer").register_forward_hook(lambda _module, _args, output: output * 1.001)
+def test_of_two_errors_the_first_and_the_worst_are_told_apart(pair) -> None:
+    def some_scaled(output: torch.Tensor) -> torch.Tensor:
+        factor = torch.ones_like(output)
+        factor[:, ::4] = 1.02
+        return output * factor
 
-    differences = trace(network, plant)
+    first, second = "backbone.bottom_up.res2.0.conv1", "backbone.fpn_output4"
+    differences = trace(pair, planted(first, some_scaled), planted(second, scaled))
+    assert comparison.blamed(differences) == [first, second]
+    assert comparison.worst(differences) == second
+
+
+def test_below_the_bar_the_worst_is_still_named(pair) -> None:
+    differences = trace(pair, planted("top_layer", lambda output: output * 1.001))
     assert comparison.blamed(differences) == []
     assert comparison.worst(differences) == "top_layer"

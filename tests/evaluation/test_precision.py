@@ -1,6 +1,8 @@
 """The precision program: zeros where a device is equal, a module's name where it is not."""
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from workers.evaluation.subjects import Subject
 ROOT = Path(__file__).resolve().parents[2]
 EMULATED = {"PYTHONPATH": str(ROOT / "tests" / "emulated")}
 LOSSES = {"loss_basis_sem", "loss_mask", "loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
-Plant = Callable[[Subject], None]
 LEVELS = ["p3", "p4", "p5", "p6", "p7"]
 
 
@@ -41,26 +42,26 @@ def run(config: Path, tmp_path: Path, parses_back: Callable[..., Any]) -> Callab
     return run
 
 
-def planted(module: str, factor: float) -> Plant:
-    """Gives a network an error in one module."""
+@contextlib.contextmanager
+def planted(subject: Subject, module: str, factor: float) -> Iterator[None]:
+    """A network with an error in one module."""
+    hooked = subject.model.get_submodule(module)
+    handle = hooked.register_forward_hook(lambda _module, _args, output: output * factor)
+    yield
+    handle.remove()
 
-    def plant(subject: Subject) -> None:
-        subject.model.get_submodule(module).register_forward_hook(lambda _module, _args, output: output * factor)
 
-    return plant
+@pytest.fixture(scope="module")
+def pair(config: Path) -> tuple[Subject, Subject]:
+    """A reference, and a device equal to it."""
+    network = blendmask.load_config(config)
+    return subjects.load(network, 0, "cpu"), subjects.load(network, 0, "cpu")
 
 
-@pytest.fixture
-def evaluate(config: Path) -> Callable[..., Any]:
-    """``evaluate(plant, dtype="bf16")``: the report, with trace, on a CPU that is wrong in that way."""
-
-    def evaluate(plant: Plant, dtype: str = "fp32") -> Any:
-        network = blendmask.load_config(config)
-        reference, device = subjects.load(network, 0, "cpu"), subjects.load(network, 0, "cpu", dtype=dtype)
-        plant(device)
-        return subjects.evaluate(reference, device, subjects.scenes_of([], [], 0)[:1], network, trace=True)
-
-    return evaluate
+def evaluate(reference: Subject, device: Subject) -> Any:
+    """The report on one scene, with the trace."""
+    [scene, _] = subjects.scenes_of([], [], 0)
+    return subjects.evaluate(reference, device, [scene], reference.model.config, trace=True)
 
 
 def test_the_cpu_agrees_with_itself(run, tmp_path) -> None:
@@ -88,11 +89,12 @@ def test_a_layer_with_a_planted_error_is_named(run, monkeypatch) -> None:
     def load_and_plant(config: Any, weights: Any, name: str, *options: Any) -> Subject:
         subject = load(config, weights, name, *options)
         if name == "cpu:1":
-            planted(module, 1.02)(subject)
+            stack.enter_context(planted(subject, module, 1.02))
         return subject
 
     monkeypatch.setattr(subjects, "load", load_and_plant)
-    code, report = run("--device", "cpu:1", "--trace")
+    with contextlib.ExitStack() as stack:
+        code, report = run("--device", "cpu:1", "--trace")
     assert code == 1
     assert report["trace"]["first"] == report["trace"]["worst"] == module
     assert any(failure.startswith(f"module {module}:") for failure in report["failures"])
@@ -100,14 +102,16 @@ def test_a_layer_with_a_planted_error_is_named(run, monkeypatch) -> None:
         assert any(failure.startswith(f"{name} on scene 1") for failure in report["failures"])
 
 
-def test_an_error_that_a_norm_takes_back_is_found_by_the_trace_alone(evaluate) -> None:
+def test_an_error_that_a_norm_takes_back_is_found_by_the_trace_alone(pair) -> None:
     module = "proposal_generator.fcos_head.cls_tower.0"
-    report = evaluate(planted(module, 1.02))
+    with planted(pair[1], module, 1.02):
+        report = evaluate(*pair)
     assert [failure.partition(":")[0] for failure in report["failures"]] == [f"module {module}"]
 
 
-def test_an_error_below_the_bar_is_no_failure_but_reported(evaluate) -> None:
-    report = evaluate(planted("basis_module.tower.3", 1.004))
+def test_an_error_below_the_bar_is_no_failure_but_reported(pair) -> None:
+    with planted(pair[1], "basis_module.tower.3", 1.004):
+        report = evaluate(*pair)
     assert report["failures"] == []
     assert report["trace"]["first"] is None
     assert report["trace"]["worst"] == "basis_module.tower.3"
@@ -116,22 +120,23 @@ def test_an_error_below_the_bar_is_no_failure_but_reported(evaluate) -> None:
     assert bases["p50"] == pytest.approx(0.004, rel=0.01)
 
 
-def test_a_loss_that_differs_is_a_failure_by_itself(evaluate) -> None:
-    report = evaluate(planted("basis_module.seg_head.6", 1.5))  # inference does not run it, nor does the trace
+def test_a_loss_that_differs_is_a_failure_by_itself(pair) -> None:
+    with planted(pair[1], "basis_module.seg_head.6", 1.5):  # inference does not run it, nor does the trace
+        report = evaluate(*pair)
     assert {failure.split()[0] for failure in report["failures"]} == {"loss_basis_sem"}
 
 
-def test_bfloat16_enters_at_the_first_convolution(evaluate) -> None:
-    report = evaluate(lambda _: None, dtype="bf16")
+def test_bfloat16_enters_at_the_first_convolution(pair) -> None:
+    report = evaluate(pair[0], dataclasses.replace(pair[1], dtype="bf16"))
     assert report["trace"]["first"] == "backbone.bottom_up.stem.conv1"
     norms = [row for row in report["trace"]["modules"] if row["name"].endswith(".norm")]
     assert norms
     assert all(row["over"] == 0 for row in norms)  # they are computed in float32, from the reference's input
 
 
-def test_the_losses_are_those_of_training_and_leave_the_network_as_it_was(config: Path) -> None:
-    network = blendmask.load_config(config)
-    subject = subjects.load(network, 0, "cpu")
+def test_the_losses_are_those_of_training_and_leave_the_network_as_it_was(pair) -> None:
+    subject = pair[0]
+    network = subject.model.config
     before = {name: buffer.clone() for name, buffer in subject.model.named_buffers()}
     [scene, _] = subjects.scenes_of([], [], 0)
     prepared = blendmask.prepare(scene.pixels, network)
