@@ -156,6 +156,9 @@ def load(
 
 def from_tree(tree: Mapping[str, Any]) -> Settings:
     """Settings from nested plain values; raises `SettingsError`."""
+    runtime = tree.get("runtime")
+    if isinstance(runtime, dict) and runtime.get("preload") is False:  # YAML reads a bare `off` as false
+        tree = {**tree, "runtime": {**runtime, "preload": "off"}}
     try:
         settings = msgspec.convert(tree, Settings)
     except msgspec.ValidationError as error:

@@ -167,3 +167,7 @@ def test_the_daemon_does_not_start_with_a_bad_value(daemon: Any, wait_until: Any
     running = daemon(wait=False, queue={"max_jobs": "many"})
     assert wait_until(lambda: running.process.poll()) == 78
     assert running.log == "blendmaskd: queue.max_jobs = 'many': Expected `int`, got `str`\n"
+
+
+def test_a_bare_off_is_off() -> None:
+    assert load(None, None, ["runtime.preload=off"]).runtime.preload == "off"
