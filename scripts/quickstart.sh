@@ -1,30 +1,24 @@
 #!/bin/bash
-# From a clone to instance masks on two CPU workers: installs into .venv, serves, submits photographs, stops again.
+# From a clone to instance masks on two CPU workers: installs into .venv, serves, submits pictures, stops again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/venv.sh
 venv_install ""
 
 out=out/quickstart
-config=configs/BlendMask/R_50_1x.yaml
-weights=$out/random.pth
 endpoint=ipc://$out/client.sock # relative, because the path of a socket has at most 107 bytes
 python=.venv/bin/python
 rm -rf "$out"
 mkdir -p "$out"
 
-echo
-echo "These are seeded RANDOM weights: the boxes and masks show that everything works, not what is in the pictures."
-$python scripts/random_weights.py --config $config --output $weights >/dev/null
-
-echo "Starting the daemon on cpu:0 and cpu:1; its log is $out/daemon.log"
-$python -m daemon --devices cpu:0 cpu:1 --set model.config=$config --set model.weights=$weights \
-  --set "endpoints.clients=[$endpoint]" --set endpoints.metrics=null --set "warm_up=[[64, 64]]" \
-  2>$out/daemon.log &
+echo "Starting the daemon on cpu:0 and cpu:1 with the demo model; its log is $out/daemon.log"
+$python -m daemon --devices cpu:0 cpu:1 --set model.config=configs/demo/demo.yaml \
+  --set model.weights=configs/demo/model_final.pth --set "endpoints.clients=[$endpoint]" \
+  --set endpoints.metrics=null --set "warm_up=[[256, 320]]" 2>$out/daemon.log &
 daemon=$!
 trap 'kill $daemon 2>/dev/null || true; wait $daemon 2>/dev/null || true' EXIT
 
-$python scripts/submit.py $endpoint tests/golden/images --out $out --wait 120 --timeout 300 ||
+$python scripts/submit.py $endpoint configs/demo/images --out $out --wait 120 --timeout 300 ||
   { tail -20 $out/daemon.log >&2; exit 1; }
 $python scripts/stats.py $endpoint
 
