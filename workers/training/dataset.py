@@ -30,6 +30,8 @@ from workers.training.config import TrainingConfig
 SMALLEST_SIDE = 1e-5  # network pixels: instances with a narrower box are dropped
 LIMITS = Limits()
 
+Id = int | float | str  # of an image
+
 
 class DataError(ValueError):
     """Annotations or images that cannot be trained on; the text names the file and says why."""
@@ -85,13 +87,19 @@ def read_dataset(annotations: Path, folder: Path, config: TrainingConfig) -> Dat
         raise DataError(str(error)) from error
     index_of = {category.id: index for index, category in enumerate(names)}
     pictures = _list(annotations, tree, "images")
-    grouped: dict[Any, list[Annotation]] = {_field(annotations, image, "id"): [] for image in pictures}
+    grouped: dict[Id, list[Annotation]] = {}
+    sizes: dict[Id, list[Any]] = {}  # height, width
+    for image in pictures:
+        image_id = _id(str(annotations), image, "id")
+        if image_id in grouped:
+            raise DataError(f"{annotations}: image {image_id!r} is there twice")
+        grouped[image_id], sizes[image_id] = [], [image.get("height"), image.get("width")]
     for number, item in enumerate(_list(annotations, tree, "annotations")):
         where = f"{annotations}: annotation {item.get('id', f'number {number}')}"
-        image_id = _field(annotations, item, "image_id")
+        image_id = _id(where, item, "image_id")
         if image_id not in grouped:
             raise DataError(f"{where}: image_id {image_id!r} is not among the images")
-        grouped[image_id].append(_annotation(where, item, index_of, config.mask_format))
+        grouped[image_id].append(_annotation(where, item, index_of, config.mask_format, sizes[image_id]))
     entries = [_entry(annotations, folder, image, grouped[image["id"]]) for image in pictures]
     if config.filter_empty:
         entries = [entry for entry in entries if any(not item.crowd for item in entry.annotations)]
@@ -107,10 +115,11 @@ def _list(path: Path, tree: Any, name: str) -> list[dict[str, Any]]:
     return value
 
 
-def _field(path: Path, item: Mapping[str, Any], name: str) -> Any:
-    if name not in item:
-        raise DataError(f'{path}: no "{name}" in {json.dumps(item)[:200]}')
-    return item[name]
+def _id(where: str, item: Mapping[str, Any], name: str) -> Id:
+    value = item.get(name)
+    if not isinstance(value, int | float | str):
+        raise DataError(f"{where}: {name} {value!r} is neither a number nor a text, in {json.dumps(item)[:200]}")
+    return value
 
 
 def _entry(path: Path, folder: Path, image: dict[str, Any], annotations: list[Annotation]) -> Entry:
@@ -123,13 +132,14 @@ def _entry(path: Path, folder: Path, image: dict[str, Any], annotations: list[An
     raise DataError(f'{path}: image {image["id"]}: expected a "file_name", a "height" and a "width"')
 
 
-def _annotation(where: str, item: dict[str, Any], index_of: Mapping[int, int], mask_format: str) -> Annotation:
+def _annotation(where: str, item: dict[str, Any], index_of: Mapping[int, int], mask_format: str,
+                size: list[Any]) -> Annotation:
     category = item.get("category_id")
     if not isinstance(category, int) or category not in index_of:
         raise DataError(f"{where}: category_id {category!r} is not among the categories")
     crowd = bool(item.get("iscrowd", 0))
     return Annotation(index_of[category], _box(where, item.get("bbox")),
-                      _segmentation(where, item.get("segmentation"), crowd, mask_format), crowd)
+                      _segmentation(where, item.get("segmentation"), crowd, mask_format, size), crowd)
 
 
 def _box(where: str, box: Any) -> tuple[float, float, float, float]:
@@ -141,20 +151,29 @@ def _box(where: str, box: Any) -> tuple[float, float, float, float]:
     raise DataError(f"{where}: bbox {box!r}: expected [x, y, width, height]")
 
 
-def _segmentation(where: str, value: Any, crowd: bool, mask_format: str) -> Any:
+def _segmentation(where: str, value: Any, crowd: bool, mask_format: str, size: list[Any]) -> Any:
+    """Polygons, or the RLE of an image of `size`, height and width."""
     match value:
         case [list(), *_] if all(_is_polygon(part) for part in value):
             return [np.array(part, np.float64) for part in value]
-        case {"size": [int(), int()], "counts": str() | [*_]} if mask_format == "bitmask" or crowd:
-            return value
-        case {"size": _, "counts": _}:
+        case {"size": _, "counts": _} if mask_format != "bitmask" and not crowd:
             raise DataError(f'{where}: its mask is an RLE, which needs INPUT.MASK_FORMAT: "bitmask"')
+        case {"size": [int(), int()] as found, "counts": str() | [*_]} if found != size:
+            raise DataError(f"{where}: segmentation: its RLE has size {found}, the image {size}")
+        case {"size": [int(height), int(width)], "counts": [*runs]} if not _fill(runs, height * width):
+            raise DataError(f"{where}: segmentation: the counts of its RLE do not add up to {height} x {width} pixels")
+        case {"size": [int(), int()], "counts": str() | [*_]}:
+            return value
     raise DataError(f"{where}: segmentation: expected polygons of at least three points, or an RLE")
 
 
 def _is_polygon(part: Any) -> bool:
     return (isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0
             and all(isinstance(value, int | float) and math.isfinite(value) for value in part))
+
+
+def _fill(runs: list[Any], pixels: int) -> bool:
+    return all(isinstance(run, int) and run >= 0 for run in runs) and sum(runs) == pixels
 
 
 # ---- samples ----------------------------------------------------------------------------------------------------
@@ -248,12 +267,12 @@ class _Scene:
         if not isinstance(item.segmentation, dict):
             return _draw(item.segmentation, height, width)
         rle = item.segmentation
-        if list(rle["size"]) != [height, width]:
-            raise DataError(f"{self.entry.path}: the RLE of an instance has size {rle['size']}, the image "
-                            f"{[height, width]}")
         if isinstance(rle["counts"], list):
             rle = coco_mask.frPyObjects(rle, height, width)
-        mask: npt.NDArray[np.bool_] = coco_mask.decode(rle).astype(np.bool_)
+        try:
+            mask: npt.NDArray[np.bool_] = coco_mask.decode(rle).astype(np.bool_)
+        except ValueError as error:
+            raise DataError(f"{self.entry.path}: the RLE of an instance is damaged: {error}") from error
         return mask
 
     def _resize(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:

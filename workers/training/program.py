@@ -97,7 +97,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Trainer, Batches]:
         device = devices.open_device(arguments.device)
         trainer = Trainer(model.to(device.torch_device), config)
         if arguments.resume:
-            trainer.restore(torch.load(checkpoint, map_location=device.torch_device, weights_only=True))
+            _restore(trainer, checkpoint)
         output.mkdir(parents=True, exist_ok=True)
         _write_categories(output, dataset.categories)
         _rewind_log(output, trainer.iteration)
@@ -106,6 +106,24 @@ def prepare(arguments: argparse.Namespace) -> tuple[Trainer, Batches]:
     except TrainingError as error:
         raise CannotStart(str(error)) from error
     return trainer, Batches(dataset, network, config, arguments.seed)
+
+
+def _restore(trainer: Trainer, checkpoint: Path) -> None:
+    """Go on where the checkpoint was saved. Raises `CannotStart`."""
+    import torch
+
+    from workers.training.trainer import TrainingError
+
+    device = next(trainer.model.parameters()).device
+    try:
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged file makes torch.load raise a dozen kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CannotStart(f"{checkpoint}: cannot be read: {reason}") from error
+    try:
+        trainer.restore(state)
+    except TrainingError as error:
+        raise CannotStart(f"{checkpoint}: {error}") from error
 
 
 def run(trainer: Trainer, batches: Batches, output: Path, console: Console) -> bool:
