@@ -24,10 +24,10 @@ from workers.blendmask import Config, ConfigError
 from workers.blendmask.initial import initialise
 from workers.blendmask.losses import semantic_loss
 from workers.training import program
-from workers.training.batches import Batches
+from workers.training.batches import Batch, Batches
 from workers.training.config import TrainingConfig, load_training_config
 from workers.training.dataset import DataError, Dataset, Sample, make_sample, read_dataset
-from workers.training.trainer import Trainer, learning_rate
+from workers.training.trainer import Trainer, TrainingError, learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "tests" / "golden" / "small_R18.yaml"
@@ -106,6 +106,68 @@ def test_weight_decay_and_frozen_stages(tmp_path) -> None:
     assert "backbone.bottom_up.res3.0.conv1.weight" in decay
     frozen = {name.split(".")[2] for name in names.values() if name not in decay}
     assert frozen == {"stem", "res2"}
+
+
+def small_trainer(folder: Path, **solver: Any) -> tuple[Trainer, Batch]:
+    """A trainer of the small network, and a batch of one photograph."""
+    path = configure(folder, {f"SOLVER.{key}": value for key, value in solver.items()})
+    config = replace(load_training_config(path), batch=1, min_sizes=(64,))
+    photo = photographed(folder, "polygon")
+    dataset = photo.read(annotation(rectangle(10, 8, 30, 28), [10, 8, 20, 20]))
+    torch.manual_seed(0)
+    model = blendmask.build(photo.network)
+    initialise(model, 0.01)
+    return Trainer(model, config), Batches(dataset, photo.network, config, 0).load(0)
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("value", torch.inf), ("norm", 2.0)])
+def test_clipping_bounds_each_gradient(tmp_path, kind, norm) -> None:
+    clip = {"ENABLED": True, "CLIP_TYPE": kind, "CLIP_VALUE": 0.001, "NORM_TYPE": 2.0}
+    trainer, batch = small_trainer(tmp_path, CLIP_GRADIENTS=clip)
+    trainer.step(batch)
+    found = [torch.linalg.vector_norm(parameter.grad, norm).item() for parameter in trainer.model.parameters()
+             if parameter.grad is not None]  # fmt: skip
+    assert max(found) == pytest.approx(0.001, rel=1e-2)  # PyTorch leaves a little room to divide by
+    assert sum(value > 0.0005 for value in found) > len(found) / 4  # each by itself: not one norm for all of them
+
+
+def test_losses_that_are_not_finite_end_the_training(tmp_path) -> None:
+    trainer, batch = small_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.model.top_layer.weight.fill_(torch.nan)
+    before = {key: value.clone() for key, value in trainer.model.named_parameters()}
+    with pytest.raises(TrainingError, match=r"iteration 0: .*loss_mask.*SOLVER\.BASE_LR"):
+        trainer.step(batch)
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.named_parameters()
+               if key != "top_layer.weight")  # fmt: skip
+
+
+def test_initial_weights(tmp_path) -> None:
+    model = small_trainer(tmp_path)[0].model
+    head = model.proposal_generator.fcos_head
+    assert head.cls_logits.bias.tolist() == pytest.approx([-math.log(99)] * 3)
+    for conv in (head.cls_tower[0], head.bbox_tower[0], model.top_layer):
+        assert conv.weight.std().item() == pytest.approx(0.01, rel=0.05)
+        assert not conv.bias.any()
+    spreads = {  # by fan in, uniform, and by fan out, normal
+        model.backbone.fpn_lateral5: 1 / math.sqrt(512),
+        model.basis_module.refine[0][0]: 1 / math.sqrt(64 * 9),
+        model.backbone.bottom_up.res4[0].conv1: math.sqrt(2 / (256 * 9)),
+    }
+    for conv, spread in spreads.items():
+        assert conv.weight.std().item() == pytest.approx(spread, rel=0.05)
+
+
+def test_deformable_convolutions_start_as_ordinary_ones(tmp_path) -> None:
+    model = blendmask.build(blendmask.load_config(configure(tmp_path, {
+        "MODEL.RESNETS.DEPTH": 50, "MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, False, False],
+        "MODEL.RESNETS.DEFORM_MODULATED": True, "MODEL.RESNETS.WIDTH_PER_GROUP": 16,
+    })))  # fmt: skip
+    initialise(model, 0.01)
+    block = model.backbone.bottom_up.res3[0]
+    assert not block.conv2_offset.weight.any()
+    assert not block.conv2_offset.bias.any()
+    assert block.conv2.weight.std().item() == pytest.approx(math.sqrt(2 / (32 * 9)), rel=0.05)
 
 
 # -- samples ----------------------------------------------------------------------------------------------------------
@@ -311,6 +373,17 @@ def test_batches_depend_on_seed_and_iteration_only(bitmaps) -> None:
         alone = again.load(iteration)
         assert torch.equal(alone.images, batch.images)
         assert all(torch.equal(one.boxes, two.boxes) for one, two in zip(alone.truths, batch.truths))
+
+
+def test_sizes_and_flips_are_drawn_anew(bitmaps) -> None:
+    dataset = bitmaps.read(instance(block(0, 9, 0, 9)))
+    config = replace(bitmaps.config, batch=1, min_sizes=(HEIGHT, 2 * HEIGHT), flip=True)
+    batches = Batches(dataset, bitmaps.network, config, 0)
+    boxes = [truth.boxes for iteration in range(20) for truth in batches.load(iteration).truths]
+    drawn = {(int(box[0, 3]) // 9, bool(box[0, 0] > 0)) for box in boxes}  # scale, flipped
+    assert drawn == {(scale, flipped) for scale in (1, 2) for flipped in (False, True)}
+    never = Batches(dataset, bitmaps.network, replace(config, flip=False), 0)
+    assert not any(never.load(iteration).truths[0].boxes[0, 0] > 0 for iteration in range(20))
 
 
 def test_a_data_set_smaller_than_a_batch_fills_it(bitmaps) -> None:

@@ -4,6 +4,8 @@ import math
 
 from torch import nn
 
+from workers.blendmask.backbone import DeformableBottleneckBlock
+from workers.blendmask.deformable import DeformableConv
 from workers.blendmask.model import BlendMask
 
 HEAD_SPREAD = 0.01
@@ -19,8 +21,12 @@ def initialise(model: BlendMask, prior: float) -> None:
         nn.init.kaiming_uniform_(conv.weight, a=1)
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
-    for conv in _convolutions(model.backbone.bottom_up):
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    for part in model.backbone.bottom_up.modules():
+        if isinstance(part, nn.Conv2d | DeformableConv):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+    for part in model.backbone.bottom_up.modules():
+        if isinstance(part, DeformableBottleneckBlock):  # samples where an ordinary convolution does, at first
+            nn.init.zeros_(part.conv2_offset.weight)
     for conv in [*_convolutions(model.proposal_generator), model.top_layer]:
         nn.init.normal_(conv.weight, std=HEAD_SPREAD)
         assert conv.bias is not None
