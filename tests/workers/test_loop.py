@@ -1,8 +1,10 @@
 """The worker's loop: how batches form, what busy means, and what a real worker does with late and unwanted leases."""
 from __future__ import annotations
 
+import shutil
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import zmq
 
 from daemon import protocol
-from daemon.client import JobFailed
+from daemon.client import JobFailed, ServerPath
 from daemon.protocol import TO_CLIENT, Cancel, Code, Image, Lease, Options, Submit
 from workers.loop import Busy, Item, Prepared
 
@@ -102,3 +104,17 @@ def test_a_revoked_lease_is_not_run(daemon, wait_until, picture) -> None:
     wait_until(lambda: server.client.stats()["seq"] >= seq + 2)
     assert server.devices()["cpu:0"]["images"] == 2
     assert server.devices()["cpu:0"]["busy_seconds"] < 0.8
+
+
+def test_a_path_below_an_allowed_root_is_read_by_the_worker_and_no_other(daemon, tmp_path) -> None:
+    (tmp_path / "allowed").mkdir()
+    photograph = Path(__file__).parents[1] / "golden" / "images" / "chelsea.png"
+    inside = shutil.copy(photograph, tmp_path / "allowed")
+    outside = shutil.copy(photograph, tmp_path)
+    (tmp_path / "allowed" / "link.png").symlink_to(outside)
+    server = daemon(paths={"roots": [str(tmp_path / "allowed")]})
+    answer = server.client.segment(ServerPath(str(inside)))
+    assert (answer.width, answer.height) == (451, 300)
+    for path in (outside, str(tmp_path / "allowed" / "link.png"), "/etc/passwd"):
+        with pytest.raises(JobFailed, match="bad-request: the path is not below a root"):
+            server.client.segment(ServerPath(str(path)))
