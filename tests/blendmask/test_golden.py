@@ -9,6 +9,7 @@ from pycocotools import mask as coco_mask
 from torch.utils.hooks import RemovableHandle
 from zoo import CONFIGS, GOLDEN, crc32
 
+from workers import masks
 from workers.blendmask import (
     Detections,
     Instances,
@@ -195,12 +196,15 @@ def test_detections_and_masks_agree_in_the_photograph(run):
             {"scores": found.scores, "classes": found.classes, "boxes": found.boxes},
             {"scores": golden["scores"], "classes": golden["pred_classes"], "boxes": golden["pred_boxes"],
              "longer_side": max(golden["orig_hw"])})
-        masks = [encoded_and_decoded(mask) for mask in found.masks()]
+        pasted = [encoded_and_decoded(mask) for mask in found.masks()]
+        served = [coco_mask.decode(rle).astype(bool)
+                  for rle in masks.encode(found.probabilities, found.boxes, found.image_size)]
         size = [int(side) for side in golden["rle_size"]]
         for i_golden, i_found in enumerate(order):
             low, high = (decoded(size, golden[key][i_golden]) for key in ("rle_counts_lo", "rle_counts_hi"))
-            assert not (high & ~masks[i_found]).any(), f"mask {i_golden} lacks pixels"
-            assert not (masks[i_found] & ~low).any(), f"mask {i_golden} has pixels too many"
+            for how, mask in (("pasted", pasted[i_found]), ("served", served[i_found])):
+                assert not (high & ~mask).any(), f"{how} mask {i_golden} lacks pixels"
+                assert not (mask & ~low).any(), f"{how} mask {i_golden} has pixels too many"
 
 
 def decoded(size, counts) -> np.ndarray:
