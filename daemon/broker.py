@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from daemon.jobs import Job, Waiting
 from daemon.protocol import (
     Cancel,
+    CloseRegion,
     Code,
     Failed,
     FailedLease,
@@ -47,6 +48,7 @@ from daemon.protocol import (
     ToClient,
     ToWorker,
 )
+from daemon.regions import Regions
 
 SHORTEST_RETRY_S = 0.05
 LONGEST_RETRY_S = 30.0
@@ -119,6 +121,7 @@ class Limits:
     deadline_s: float
     stall_s: float
     paths_allowed: bool = False
+    shared_memory_bytes: int = 0
 
 
 class Broker:
@@ -126,6 +129,7 @@ class Broker:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        self.regions = Regions(limits.shared_memory_bytes)
         self.outcomes: Counter[str] = Counter()  # "answered" or an error code, of accepted and refused jobs alike
         self.served_per_s = 0.0  # told by the shell; only for the retry hint
         self._seq = itertools.count(1)
@@ -202,6 +206,11 @@ class Broker:
             actions += self._remove(job)
         return actions + self._assign(now)
 
+    def end_region(self, name: str) -> list[Action]:
+        """A region is gone: nobody may keep its memory. Jobs that lie in it are answered when they are read."""
+        self.regions.remove(name)
+        return [SendWorker(worker, CloseRegion(region=name)) for worker in self._workers]
+
     # -- workers ----------------------------------------------------------------------------------------------------
 
     def ready(self, worker: str, device: str, window: int, now: float) -> list[Action]:
@@ -209,6 +218,14 @@ class Broker:
         if worker in self._workers:
             return []
         self._workers[worker] = Worker(worker, device, window, progress=now, heard=now)
+        return self._assign(now)
+
+    def set_window(self, worker: str, window: int, now: float) -> list[Action]:
+        """How many leases a worker wants to hold from now on; those that it has beyond a smaller window run out."""
+        holder = self._workers.get(worker)
+        if holder is None or holder.window == window:
+            return []
+        holder.window = window
         return self._assign(now)
 
     def heard(self, worker: str, now: float) -> None:
@@ -231,7 +248,9 @@ class Broker:
         if job is None:
             return self._after_lease(worker, now)
         device = self._workers[worker].device
-        timings = {**message.timings, "queue": job.leased_at - job.accepted, "total": now - job.accepted}
+        timings = {**message.timings, "queue": job.leased_at - job.accepted}
+        total = now - job.accepted
+        timings |= {"send": max(total - sum(timings.values()), 0.0), "total": total}
         result = Result(job=job.name, width=message.width, height=message.height, device=device, timings=timings)
         self.outcomes["answered"] += 1
         self._remove(job)
@@ -329,6 +348,9 @@ class Broker:
             return refuse(Code.TOO_LARGE, f"{size} bytes: an image has at most {self.limits.max_image_bytes}")
         if job.image.kind == "path" and not self.limits.paths_allowed:
             return refuse(Code.BAD_REQUEST, "images by path are off: the settings name no paths.roots")
+        complaint = self.regions.complaint(job.client, job.image.place) if job.image.place else None
+        if complaint:
+            return refuse(Code.BAD_REQUEST, complaint)
         if self._draining:
             return refuse(Code.DRAINING, "the daemon is stopping", LONGEST_RETRY_S)
         if not self._available:
@@ -415,6 +437,7 @@ class Broker:
 
     def _lease(self, job: Job, worker: Worker, now: float) -> Action:
         number = next(self._seq)
+        assert len(worker.leases) < worker.window, "a window is overfull"
         if not worker.leases:
             worker.progress = now
         worker.leases[number] = HeldLease(job)
@@ -439,7 +462,6 @@ class Broker:
         assert all(job.attempts < self.limits.max_attempts for job in everywhere), "attempts are miscounted"
         for worker in self._workers.values():
             assert not worker.alone or len(worker.leases) == 1, "a suspect has company"
-            assert len(worker.leases) <= worker.window, "a window is overfull"
             for number, lease in worker.leases.items():
                 assert lease.job is None or (lease.job.worker, lease.job.lease) == (worker.name, number)
         live = {entry[2] for entry in self._deadlines if not entry[2].answered}

@@ -11,16 +11,20 @@ detections are payload frames, never inside the header; the broker passes them o
 ``submit``
     ``job`` (str of 1 to 128 characters, the client's own name for the job), ``image`` (map, below), and, as it likes,
     ``options`` (map, below), ``deadline_s`` (seconds from arrival), ``priority`` (-9 to 9, higher first, default 0).
-    Payload: one frame with the image; none for kind ``path``. While a job of the same name from the same client is
+    Payload: one frame with the image; none for kind ``path`` and for an image in shared memory. While a job of the same name from the same client is
     unanswered, a repeated ``submit`` changes nothing: the one answer is still to come.
 ``cancel``
     ``job``. The job is answered `cancelled` if it had no answer yet; an unknown job is ignored.
 ``get-stats``
     Answered by ``stats``.
+``open-region``
+    ``bytes`` (at least 1): shared memory to put images into, please. Answered by ``region`` or ``no-region``.
 
 ``image``: ``kind`` is ``encoded`` (JPEG, PNG, WebP, BMP or TIFF bytes), ``raw`` (``shape`` [height, width, 3],
 ``dtype`` ``uint8``, ``order`` ``bgr`` or ``rgb``, rows from the top, no padding) or ``path`` (``path``: a file on the
-server, below a root that its settings allow).
+server, below a root that its settings allow). An ``encoded`` or ``raw`` image that lies in shared memory names its ``place``: a
+map of ``region`` (str, one of this client's), ``offset`` (bytes from the region's start) and ``bytes`` (which count as
+those of a payload do).
 
 ``options``: ``score_threshold`` (0 to 1; default 0: all that the network keeps), ``max_detections`` (default: all),
 ``mask_format`` (``rle``, ``polygon`` or ``none``; default ``rle``).
@@ -29,18 +33,27 @@ server, below a root that its settings allow).
 
 ``result``
     ``job``, ``width``, ``height`` (pixels of the image), ``device``, ``timings`` (seconds by stage: ``queue``,
-    ``decode``, ``wait``, ``device``, ``finish``, ``total``). Payload: one frame, a msgpack list of COCO results in
-    descending score: ``bbox`` [x, y, width, height], ``score``, ``class_index``, ``category_id``, ``category_name``,
-    ``segmentation`` (``{"size": [h, w], "counts": str}`` as pycocotools reads it, or a list of polygons).
+    ``decode``, ``wait``, ``device``, ``finish``, ``send``, ``total``). Payload: one frame, a msgpack list of COCO
+    results in descending score: ``bbox`` [x, y, width, height], ``score``, ``class_index``, ``category_id``,
+    ``category_name``, ``segmentation`` (``{"size": [h, w], "counts": str}`` as pycocotools reads it, or a list of
+    polygons).
 ``failed``
     ``job``, ``code`` (one of `Code`), ``reason``, and ``retry_after_s`` where trying again can help. A message that
     cannot be read is answered so too, with the job's name if it could be found and an empty one otherwise.
 ``stats``
     ``stats``: the snapshot that ``daemon/stats.py`` describes.
+``region``
+    ``region`` (str, its name), ``path`` (str, a file on this host's /dev/shm), ``bytes`` (its size, which may be less
+    than what was asked for). The region is the client's as long as it keeps the file open and holds a POSIX lock
+    (``fcntl`` F_SETLK, write) on its first byte, to be taken within `GRACE_S` seconds. It gives the region back by
+    closing the file, which the kernel does when it dies. It changes the file's contents, never its size, and an
+    image's bytes not before the job is answered. Closing *any* descriptor of the file in the process drops the lock.
+``no-region``
+    ``reason``: remote client, none left, switched off. Images travel as payloads then.
 
 **Workers** use the same frames on a socket of their own: ``ready``, ``started``, ``finished``, ``failed-lease``,
-``report`` towards the broker; ``lease``, ``revoke``, ``stop`` from it. Each lease gets exactly one ``finished`` or
-``failed-lease``. Times in ``lease`` and ``report`` are CLOCK_MONOTONIC, which all processes of a host share.
+``report`` towards the broker; ``lease``, ``revoke``, ``close-region``, ``stop`` from it. Each lease gets exactly one
+``finished`` or ``failed-lease``. Times in ``lease`` and ``report`` are CLOCK_MONOTONIC, which all processes of a host share.
 
 No pickle anywhere. What cannot be decoded raises `ProtocolError`; beyond `decode` everything is typed.
 """
@@ -57,6 +70,7 @@ from msgspec import Meta
 
 MAGIC = b"BMD1"
 MAX_HEADER_BYTES = 64 << 10
+GRACE_S = 5.0  # for a client to lock its new region
 
 Frames = Sequence[Sized]  # payload frames: bytes or zmq.Frame; the broker asks only for their length
 JobName = Annotated[str, Meta(min_length=1, max_length=128)]
@@ -95,6 +109,15 @@ class ProtocolError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where in shared memory an image lies."""
+
+    region: Annotated[str, Meta(max_length=64)]
+    offset: Annotated[int, Meta(ge=0)]
+    bytes: Annotated[int, Meta(ge=0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
     """How the image of a job travels."""
 
@@ -103,6 +126,7 @@ class Image:
     dtype: str = "uint8"
     order: Literal["bgr", "rgb"] = "bgr"
     path: str | None = None
+    place: Place | None = None  # in shared memory; None: it is the payload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +162,13 @@ class GetStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRegion:
+    """Client to broker: shared memory, please."""
+
+    bytes: Annotated[int, Meta(ge=1)]  # at most, it may get less
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """Broker to client: the answer. Payload: msgpack list of COCO results."""
 
@@ -163,6 +194,22 @@ class Stats:
     """Broker to client: a snapshot."""
 
     stats: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """Broker to client: here is shared memory."""
+
+    region: str  # its name, in `Place.region`
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoRegion:
+    """Broker to client: there is no shared memory for it, now or at all."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +258,9 @@ class Report:
     busy_s: Seconds  # the device's own time
     memory_bytes: int  # resident size of the process
     device_memory_bytes: int  # held on the device; 0 where the host's memory is meant
-    shapes: list[tuple[int, int, int]]  # (batch, height, width) met so far, padded
+    # batch, height, width (padded) met so far, and the median of the last runs in seconds, None before the second run
+    shapes: list[tuple[int, int, int, float | None]]
+    window: Annotated[int, Meta(ge=1)]  # leases it wants to hold by now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,18 +282,25 @@ class Revoke:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CloseRegion:
+    """Broker to worker: this region has ended; its memory is free when nobody has it open any more."""
+
+    region: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
     """Broker to worker: finish what you hold, then exit."""
 
 
-FromClient = Submit | Cancel | GetStats
-ToClient = Result | Failed | Stats
+FromClient = Submit | Cancel | GetStats | OpenRegion
+ToClient = Result | Failed | Stats | Region | NoRegion
 FromWorker = Ready | Started | Finished | FailedLease | Report
-ToWorker = Lease | Revoke | Stop
+ToWorker = Lease | Revoke | CloseRegion | Stop
 Message = FromClient | ToClient | FromWorker | ToWorker
 
-FROM_CLIENT = {"submit": Submit, "cancel": Cancel, "get-stats": GetStats}
-TO_CLIENT = {"result": Result, "failed": Failed, "stats": Stats}
+FROM_CLIENT = {"submit": Submit, "cancel": Cancel, "get-stats": GetStats, "open-region": OpenRegion}
+TO_CLIENT = {"result": Result, "failed": Failed, "stats": Stats, "region": Region, "no-region": NoRegion}
 FROM_WORKER = {
     "ready": Ready,
     "started": Started,
@@ -252,7 +308,7 @@ FROM_WORKER = {
     "failed-lease": FailedLease,
     "report": Report,
 }
-TO_WORKER = {"lease": Lease, "revoke": Revoke, "stop": Stop}
+TO_WORKER = {"lease": Lease, "revoke": Revoke, "close-region": CloseRegion, "stop": Stop}
 _TYPE = {cls: name for kinds in (FROM_CLIENT, TO_CLIENT, FROM_WORKER, TO_WORKER) for name, cls in kinds.items()}
 
 M = TypeVar("M")
@@ -304,10 +360,13 @@ def _header(frame: Any) -> dict[str, Any]:
 
 def _check_submit(message: Submit, payload_frames: int) -> None:
     image = message.image
-    wanted = 0 if image.kind == "path" else 1
+    wanted = 0 if image.kind == "path" or image.place else 1
     if payload_frames != wanted:
-        raise ProtocolError(f"{payload_frames} payload frames: kind {image.kind} takes {wanted}", message.job)
+        what = "an image in shared memory" if image.place else f"kind {image.kind}"
+        raise ProtocolError(f"{payload_frames} payload frames: {what} takes {wanted}", message.job)
     if image.kind == "path" and not image.path:
         raise ProtocolError("image.path: missing", message.job)
+    if image.kind == "path" and image.place:
+        raise ProtocolError("image.place: kind path takes none", message.job)
     if image.kind == "raw" and image.shape is None:
         raise ProtocolError("image.shape: missing", message.job)

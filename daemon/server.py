@@ -23,8 +23,9 @@ import zmq
 
 from daemon import broker, protocol, spawn, supervisor, systemd, topology
 from daemon.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError
+from daemon.regions import RegionError
 from daemon.settings import Settings, SettingsError
-from daemon.sockets import Sockets, StartError, receive
+from daemon.sockets import Sockets, StartError, is_local, receive
 from daemon.stats import Stats, status_line
 
 log = logging.getLogger("blendmaskd")
@@ -69,6 +70,8 @@ class Server:
             self._watch(sockets.signals.fileno(), self._on_signals)
             log.info("serving %s on %s, engine %s, pid %d", " ".join(self.settings.devices),
                      " ".join(self.settings.endpoints.clients), self.settings.engine, os.getpid())  # fmt: skip
+            if sockets.shared_memory and sockets.shared_memory.problem and self.settings.shared_memory_bytes:
+                log.warning("no shared memory, images come by socket: %s", sockets.shared_memory.problem)
             try:
                 self._supervise(self._supervisor.start(time.monotonic()))
                 while self._exit_code is None:
@@ -101,6 +104,8 @@ class Server:
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + TICK_S
+        if self._sockets.shared_memory:
+            self._end_regions(self._sockets.shared_memory.abandoned())
         self._snapshot = self._stats.snapshot(
             now,
             time.time(),
@@ -178,6 +183,25 @@ class Server:
                     self._carry_out(self._broker.cancel(client, message, now))
                 case protocol.GetStats():
                     self._send_client(client, protocol.Stats(stats=self._snapshot))
+                case protocol.OpenRegion():
+                    self._send_client(client, self._open_region(client, message.bytes, is_local(frames[-1])))
+
+    def _open_region(self, client: bytes, wanted: int, local: bool) -> protocol.Region | protocol.NoRegion:
+        if not local or self._sockets.shared_memory is None:
+            return protocol.NoRegion(reason="shared memory is for clients on this host, by an ipc endpoint")
+        try:
+            granted = self._broker.regions.grant(client, wanted)
+            name, path = self._sockets.shared_memory.create(granted)
+        except RegionError as error:
+            return protocol.NoRegion(reason=str(error))
+        self._broker.regions.add(name, client, granted)
+        return protocol.Region(region=name, path=path, bytes=granted)
+
+    def _end_regions(self, names: Iterable[str]) -> None:
+        for name in names:
+            assert self._sockets.shared_memory is not None
+            self._sockets.shared_memory.remove(name)
+            self._carry_out(self._broker.end_region(name))
 
     def _read_workers(self) -> None:
         for frames in receive(self._sockets.workers):
@@ -206,6 +230,7 @@ class Server:
                 self._carry_out(self._broker.failed(name, message, now))
             case protocol.Report():
                 self._stats.report(child.slot, message)
+                self._carry_out(self._broker.set_window(name, message.window, now))
 
     def _on_ready(self, child: _Child, message: protocol.Ready, now: float) -> None:
         if message.token != self._token or message.pid != child.process.pid:
@@ -242,6 +267,7 @@ class Server:
             why = "is gone" if error.errno == errno.EHOSTUNREACH else "does not read its answers"
             log.info("client %s %s: its jobs are cancelled", client.hex(), why)
             self._carry_out(self._broker.client_gone(client, time.monotonic()))
+            self._end_regions(self._broker.regions.of(client))
 
     def _send_worker(self, worker: str, message: protocol.ToWorker, payload: protocol.Frames) -> None:
         try:
@@ -294,6 +320,7 @@ class Server:
             endpoint=self._sockets.workers_endpoint,
             token=self._token,
             preload=preload,
+            regions=self._sockets.shared_memory.folder if self._sockets.shared_memory else "",
             arguments=("-m", "workers", *arguments),
         )
 
@@ -377,6 +404,7 @@ class Server:
             self._cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
         self.settings, self._preload = settings, self._checked_preload
         self._broker.limits = _limits(settings)
+        self._broker.regions.max_bytes = settings.shared_memory_bytes
         self._stats.window_s = settings.window_s
         self._told_ready = False
         self._supervise(self._supervisor.reload(settings.devices, settings.restarts, time.monotonic()))
@@ -437,6 +465,7 @@ def _limits(settings: Settings) -> broker.Limits:
         deadline_s=settings.deadline_s,
         stall_s=settings.restarts.stall_s,
         paths_allowed=bool(settings.paths.roots),
+        shared_memory_bytes=settings.shared_memory_bytes,
     )
 
 

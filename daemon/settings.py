@@ -113,13 +113,20 @@ class Settings(_Section, frozen=True):
     engine: Literal["native", "adelaidet", "timed"] = "native"  # adelaidet: where installed; timed: for load tests
     model: Model = Model()
     endpoints: Endpoints = Endpoints()
-    batch: Literal["auto"] | Annotated[int, Meta(ge=1, le=64)] = "auto"  # auto: the best of the latency table, else 1
-    max_wait_ms: NotNegative = 0.0  # how long an idle device waits for a batch to fill
+    # images per run on the device; auto: as many as give most images per second, learned for each padded size
+    batch: Literal["auto"] | Annotated[int, Meta(ge=1, le=64)] = "auto"
+    # what a device is known to take, batch size: milliseconds; where auto begins. The timed engine's table is known
+    batch_latency_ms: dict[Count, Positive] = {}
+    latency_target_ms: Positive | None = None  # auto never chooses a batch that takes the device longer
+    # how long an idle device waits for a batch to fill; not at all while jobs come one at a time
+    max_wait_ms: NotNegative = 0.0
     # image sizes (height, width) to run, alone and in a full batch, before a worker is ready
     warm_up: list[tuple[Count, Count]] = msgspec.field(default_factory=lambda: [(800, 800)])
     queue: Queue = Queue()
     limits: Limits = Limits()
     paths: Paths = Paths()
+    # of all regions that local clients get on /dev/shm; one client gets a quarter at most. 0: images come by socket only
+    shared_memory_bytes: Annotated[int, Meta(ge=0)] = 1 << 30
     max_attempts: Count = 2  # times a job may have been started when its worker died
     deadline_s: Positive = 60.0  # of a job that names none
     drain_s: Positive = 30.0  # on SIGTERM, for accepted jobs to finish

@@ -26,7 +26,7 @@ from typing import Any
 
 from daemon.protocol import Report
 
-STAGES = ("queue", "decode", "wait", "device", "finish", "total")
+STAGES = ("queue", "decode", "wait", "device", "finish", "send", "total")
 STAGE_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 FRESH_S = 2.5  # a report older than this is no longer the present
 

@@ -59,14 +59,14 @@ def _work(assignment: Assignment) -> int:
     from workers.loop import Loop
 
     engine = engines.make(settings, assignment.local_device)
-    batch = engines.best_batch(settings)
+    batching = engines.batching(settings)
     try:
         engine.load()
-        engine.warm_up(settings.warm_up, batch)
+        engine.warm_up(settings.warm_up, batching.target())
     except EngineError as error:
         log.error("%s", error)
         return error.exit_code
-    return Loop(assignment, engine, batch).run()
+    return Loop(assignment, engine, batching).run()
 
 
 if __name__ == "__main__":

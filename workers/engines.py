@@ -28,7 +28,9 @@ from daemon.protocol import Options
 from daemon.settings import Settings
 from daemon.supervisor import EXIT_CANNOT_BOOT
 from workers import results
+from workers.batching import Batching
 
+MANY = 1000  # as good as infinitely many
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) BGR
 
 
@@ -88,14 +90,22 @@ def make(settings: Settings, device: str) -> Engine:
             return TimedEngine(settings.timed.latency_ms)
 
 
+def batching(settings: Settings) -> Batching:
+    """What decides how many images are run at once, with what the settings know of the device's latency."""
+    table = settings.batch_latency_ms
+    if not table and settings.engine == "timed":
+        table = settings.timed.latency_ms
+    longest_ms = settings.latency_target_ms
+    return Batching(
+        settings.batch,
+        {size: latency / 1000 for size, latency in table.items()},
+        None if longest_ms is None else longest_ms / 1000,
+    )
+
+
 def best_batch(settings: Settings) -> int:
-    """The batch size to aim at: `batch`, or for ``auto`` the one of most images per second in the latency table."""
-    if settings.batch != "auto":
-        return settings.batch
-    if settings.engine != "timed":
-        return 1
-    latency = settings.timed.latency_ms
-    return max(latency, key=lambda size: size / max(latency[size], 1e-9))
+    """The batch size that a worker begins with."""
+    return batching(settings).target()
 
 
 class OnDevice:
@@ -248,11 +258,15 @@ class TimedInput:
 
 
 class TimedEngine:
-    """Takes the time that the table says, in full from the moment it gets a batch; a size between entries is linear."""
+    """Takes the time that the table says, in full from the moment it gets a batch.
+
+    Sizes between entries are interpolated; beyond the last, each image takes as long as in the last.
+    """
 
     def __init__(self, latency_ms: dict[int, float]) -> None:
-        self._sizes = sorted(latency_ms)
-        self._latency_ms = [latency_ms[size] for size in self._sizes]
+        last = max(latency_ms)
+        self._sizes = [*sorted(latency_ms), last * MANY]
+        self._latency_ms = [*(latency_ms[size] for size in self._sizes[:-1]), latency_ms[last] * MANY]
 
     def load(self) -> None:
         pass

@@ -8,6 +8,9 @@ host       a small pool: decodes and prepares the next images, finishes the last
 device     one: forms batches from what is prepared, runs the engine
 =========  ==========================================================================================
 
+A lease that comes while no other is held skips the pool: the device thread does all of it, because nothing could
+overlap and each change of thread costs time.
+
 A lease ends with exactly one `Finished` or `FailedLease`, whatever happens to its image; `_end` is the only place that
 sends one. Deadlines and revocations are looked at twice, before decoding and right before the device.
 """
@@ -29,9 +32,12 @@ import zmq
 
 from daemon import protocol
 from daemon.protocol import Code
+from daemon.regions import RegionError
 from daemon.settings import Settings
+from daemon.shared_memory import Reader
 from daemon.spawn import Assignment
 from workers import images
+from workers.batching import Batching
 from workers.engines import Engine
 from workers.images import ImageError
 
@@ -59,18 +65,19 @@ class Item:
 class Loop:
     """Serves leases with a loaded engine until told to stop. `run` returns the exit code."""
 
-    def __init__(self, assignment: Assignment, engine: Engine, batch: int) -> None:
+    def __init__(self, assignment: Assignment, engine: Engine, batching: Batching) -> None:
         self._assignment = assignment
         self._settings: Settings = assignment.settings
         self._engine = engine
-        self._batch = batch
-        self._held: dict[int, Item] = {}  # main thread only
+        self._batching = batching  # the device thread's; others only read
+        self._held: dict[int, Item] = {}  # changed by the main thread only
+        self._most_held = 0, 0  # at once, in the last second and in this one
         self._outbox: deque[tuple[protocol.FromWorker, Sequence[bytes]]] = deque()
+        self._shared_memory = Reader(assignment.regions)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._prepared = Prepared(batch, self._settings.max_wait_ms / 1000)
+        self._prepared = Prepared(batching, self._settings.max_wait_ms / 1000, lambda: max(self._most_held) <= 1)
         self._busy = Busy()
         self._images = 0
-        self._shapes: dict[tuple[int, int, int], None] = {}  # in the order met
         self._exit_code: int | None = None
         self._host = ThreadPoolExecutor(_host_threads(), thread_name_prefix="host")
 
@@ -80,9 +87,10 @@ class Loop:
             self._socket.set(zmq.LINGER, LINGER_MS)
             self._socket.connect(self._assignment.endpoint)
             threading.Thread(target=self._run_device, name="device", daemon=True).start()
-            window = 2 * self._batch  # one batch runs, one is already here
             actual = self._engine.actual(self._assignment.wanted)
-            self._send(protocol.Ready(token=self._assignment.token, pid=os.getpid(), window=window, actual=actual))
+            self._send(
+                protocol.Ready(token=self._assignment.token, pid=os.getpid(), window=self._window(), actual=actual)
+            )
             self._serve()
         assert self._exit_code is not None
         return self._exit_code
@@ -114,14 +122,26 @@ class Loop:
             message, payload = protocol.decode(frames, protocol.TO_WORKER)
             match message:
                 case protocol.Lease():
-                    item = Item(message, payload, time.monotonic())
-                    self._held[message.lease] = item
-                    self._host.submit(self._prepare, item)
+                    self._accept(Item(message, payload, time.monotonic()))
                 case protocol.Revoke():
                     if message.lease in self._held:
                         self._held[message.lease].revoked = True
+                case protocol.CloseRegion():
+                    self._shared_memory.close(message.region)
                 case protocol.Stop():
                     self._exit_code = 0
+
+    def _accept(self, item: Item) -> None:
+        self._held[item.lease.lease] = item
+        before, now = self._most_held
+        self._most_held = before, max(now, len(self._held))
+        if len(self._held) == 1:
+            self._prepared.put(item)
+        else:
+            self._host.submit(self._prepare_and_put, item)
+
+    def _window(self) -> int:
+        return 2 * self._batching.target()  # one batch runs, one is already here
 
     def _send_outbox(self) -> None:
         while self._outbox:
@@ -136,6 +156,7 @@ class Loop:
 
     def _report(self, start: float, end: float) -> None:
         images, self._images = self._images, 0
+        self._most_held = self._most_held[1], len(self._held)
         self._send(
             protocol.Report(
                 start=start,
@@ -144,7 +165,8 @@ class Loop:
                 busy_s=self._busy.take(end),
                 memory_bytes=psutil.Process().memory_info().rss,
                 device_memory_bytes=self._engine.device_memory_bytes(),
-                shapes=list(self._shapes),
+                shapes=self._batching.seen(),
+                window=self._window(),
             )
         )
 
@@ -153,15 +175,22 @@ class Loop:
         self._outbox.append((message, payload))
         os.eventfd_write(self._wake, 1)
 
-    # -- host threads -----------------------------------------------------------------------------------------------
+    # -- host threads, for a lone lease the device thread -----------------------------------------------------------
 
-    def _prepare(self, item: Item) -> None:
+    def _prepare_and_put(self, item: Item) -> None:
+        if self._prepare(item):
+            self._prepared.put(item)
+
+    def _prepare(self, item: Item) -> bool:
+        """Whether the image is ready for the device; its lease is ended otherwise."""
         if self._overdue(item):
-            return
+            return False
         try:
             item.prepared = self._engine.prepare(self._pixels(item))
         except ImageError as error:
             self._fail(item, error.code, error.reason)
+        except RegionError as error:
+            self._fail(item, Code.BAD_REQUEST, str(error))
         except Exception as error:
             log.exception("lease %d: preparing its image failed", item.lease.lease)
             self._fail(item, Code.ENGINE_FAILED, f"preparing the image: {type(error).__name__}: {error}")
@@ -169,17 +198,23 @@ class Loop:
             item.payload = ()
             item.ready_at = time.monotonic()
             item.timings["decode"] = item.ready_at - item.received
-            self._prepared.put(item)
+            return True
+        return False
 
     def _pixels(self, item: Item) -> images.Pixels:
         image, limits = item.lease.image, self._settings.limits
         match image.kind:
             case "encoded":
-                return images.decode(item.payload[0].buffer, limits)
+                return images.decode(self._payload(item), limits)
             case "raw":
-                return images.from_raw(item.payload[0].buffer, image.shape or (), image.dtype, image.order, limits)
+                return images.from_raw(self._payload(item), image.shape or (), image.dtype, image.order, limits)
             case "path":
                 return images.decode(images.read_path(image.path or "", self._settings.paths.roots, limits), limits)
+
+    def _payload(self, item: Item) -> images.Payload:
+        place = item.lease.image.place
+        buffer: images.Payload = self._shared_memory.read(place) if place else item.payload[0].buffer
+        return buffer
 
     def _finish(self, item: Item, output: Any) -> None:
         start = time.monotonic()
@@ -202,7 +237,7 @@ class Loop:
         try:
             failures = 0
             while failures < ENGINE_FAILURES_IN_A_ROW:
-                batch = [item for item in self._prepared.take() if not self._overdue(item)]
+                batch = [item for item in self._prepared.take() if self._can_run(item)]
                 if batch:
                     failures = 0 if self._run(batch) else failures + 1
             log.error("the engine failed %d times in a row: starting anew", failures)
@@ -211,11 +246,14 @@ class Loop:
         self._exit_code = EXIT_ENGINE_BROKEN
         os.eventfd_write(self._wake, 1)
 
+    def _can_run(self, item: Item) -> bool:
+        return self._prepare(item) if item.prepared is None else not self._overdue(item)
+
     def _run(self, batch: list[Item]) -> bool:
         """Run a batch; when the engine raises on several images, each is tried alone. False when all failed."""
         start = time.monotonic()
         self._post(protocol.Started(leases=[item.lease.lease for item in batch]))
-        self._shapes.setdefault((len(batch), *batch[0].prepared.padded_size))
+        size = batch[0].prepared.padded_size
         try:
             with self._busy:
                 outputs = self._engine.segment([item.prepared for item in batch])
@@ -223,14 +261,20 @@ class Loop:
             if len(batch) > 1:
                 log.warning("the engine failed on a batch of %d, trying each image alone: %s", len(batch), error)
                 alone = [self._run([item]) for item in batch]
+                if all(alone):
+                    self._batching.refuse(size, len(batch))
                 return any(alone)
             log.exception("lease %d: the engine failed", batch[0].lease.lease)
             self._fail(batch[0], Code.ENGINE_FAILED, f"{type(error).__name__}: {error}")
             return False
         end = time.monotonic()
+        self._batching.observe(size, len(batch), end - start)
         for item, output in zip(batch, outputs):
             item.timings |= {"wait": start - item.ready_at, "device": end - start}
-            self._host.submit(self._finish, item, output)
+            if len(self._held) == 1:
+                self._finish(item, output)
+            else:
+                self._host.submit(self._finish, item, output)
         return True
 
     # -- any thread -------------------------------------------------------------------------------------------------
@@ -255,11 +299,16 @@ def _host_threads() -> int:
 
 
 class Prepared:
-    """Images that are ready for the device, in the order of their arrival here."""
+    """Images that are ready for the device, in the order of their arrival here; a lone one may be unprepared.
 
-    def __init__(self, batch: int, max_wait_s: float) -> None:
-        self._batch = batch
+    An incomplete batch waits until its oldest image has been ready for `max_wait_s`, unless `lonely` says that no
+    partner is to be expected.
+    """
+
+    def __init__(self, batching: Batching, max_wait_s: float, lonely: Callable[[], bool]) -> None:
+        self._batching = batching
         self._max_wait_s = max_wait_s
+        self._lonely = lonely
         self._items: deque[Item] = deque()
         self._changed = threading.Condition()
 
@@ -269,29 +318,31 @@ class Prepared:
             self._changed.notify()
 
     def take(self) -> list[Item]:
-        """Wait for the next batch: the oldest image and those of its padded size, up to the batch size.
-
-        An incomplete batch waits until its oldest image has been ready for `max_wait_s`.
-        """
+        """Wait for the next batch: the oldest image and those of its padded size, as many as pay."""
         with self._changed:
             self._changed.wait_for(lambda: self._items)
             while True:
-                batch = self._matching()
+                batch, missing = self._matching()
                 left = batch[0].ready_at + self._max_wait_s - time.monotonic()
-                if len(batch) == self._batch or batch[0].lease.alone or left <= 0:
+                if not missing or left <= 0 or self._lonely():
                     break
                 self._changed.wait(left)
             for item in batch:
                 self._items.remove(item)
         return batch
 
-    def _matching(self) -> list[Item]:
+    def _matching(self) -> tuple[list[Item], bool]:
+        """What may run now, and whether it would pay to have more."""
         oldest = self._items[0]
-        if oldest.lease.alone:
-            return [oldest]
+        if oldest.lease.alone or oldest.prepared is None:
+            return [oldest], False
         size = oldest.prepared.padded_size
-        alike = [item for item in self._items if item.prepared.padded_size == size and not item.lease.alone]
-        return alike[: self._batch]
+        alike = [
+            item
+            for item in self._items
+            if item.prepared is not None and item.prepared.padded_size == size and not item.lease.alone
+        ]
+        return alike[: self._batching.choose(size, len(alike))], len(alike) < self._batching.target(size)
 
 
 class Busy:

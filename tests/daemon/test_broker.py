@@ -77,7 +77,8 @@ def test_a_job_is_leased_finished_and_answered(broker: Broker) -> None:
     [answer] = finish(broker, "npu:0.1", lease.message.lease, now=2.0)  # type: ignore[union-attr]
     assert answer == SendClient(
         b"c",
-        Result(job="a", width=2, height=1, device="npu:0", timings={"device": 0.02, "queue": 0.0, "total": 2.0}),
+        Result(job="a", width=2, height=1, device="npu:0",
+               timings={"device": 0.02, "queue": 0.0, "send": 1.98, "total": 2.0}),  # fmt: skip
         ANSWER,
     )
     assert broker.outcomes == {"answered": 1}
@@ -155,6 +156,18 @@ def test_the_deadline_answers_in_the_queue_and_on_the_device(broker: Broker) -> 
     assert broker.next_deadline() == 2.0
     assert answers(broker.expire(2.0))["in the queue"].code is Code.TIMEOUT  # type: ignore[union-attr]
     assert answers(finish(broker, "npu:0.1", lease)) == {}, "a late result is dropped"
+
+
+def test_a_window_that_grows_is_filled_and_one_that_shrinks_runs_empty(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1", window=1)
+    held = [number for job in "abcd" for _, number in leases(submit(broker, job))]
+    assert len(held) == 1
+    held += [number for _, number in leases(broker.set_window("npu:0.1", 3, 0.5))]
+    broker.check()
+    assert len(held) == 3
+    assert broker.set_window("npu:0.1", 1, 0.6) == []
+    assert [leases(finish(broker, "npu:0.1", number)) != [] for number in held] == [False, False, True]
+    assert broker.set_window("nobody", 2, 0.7) == []
 
 
 def test_a_revoked_lease_fills_the_window_until_the_worker_ends_it(broker: Broker) -> None:

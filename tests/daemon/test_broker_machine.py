@@ -115,6 +115,14 @@ class BrokerMachine(RuleBasedStateMachine):
         self.held[worker], self.started[worker] = {}, set()
         self.carry_out(self.broker.ready(worker, "npu:0", window, self.now))
 
+    @precondition(lambda self: self.held)
+    @rule(pick=index, window=st.integers(1, 4))
+    def change_window(self, pick: int, window: int) -> None:
+        worker = sorted(self.held)[pick % len(self.held)]
+        before = len(self.held[worker])
+        self.carry_out(self.broker.set_window(worker, window, self.now))
+        assert len(self.held[worker]) <= max(before, window), "a window is overfull"
+
     def some_lease(self, pick: int) -> tuple[str, int]:
         every = [(worker, number) for worker, leases in sorted(self.held.items()) for number in leases]
         return every[pick % len(every)]

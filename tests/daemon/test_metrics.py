@@ -42,7 +42,7 @@ def example(*states: str, **more: Any) -> dict[str, Any]:
     slots = []
     for number, state in enumerate(states):
         report = Report(start=0.0, end=1.0, images=number + 1, busy_s=0.25, memory_bytes=100, device_memory_bytes=7,
-                        shapes=[])  # fmt: skip
+                        shapes=[], window=2)  # fmt: skip
         stats.report(f"npu:{number}", report)
         slots.append({"device": f"npu:{number}", "state": state, "restarts": number, "reason": ""})
     stats.answered({"device": 0.03, "total": 99.0})

@@ -74,7 +74,8 @@ MESSAGES: list[tuple[Any, dict[str, type[Any]]]] = [
     (Started(leases=[1, 2]), FROM_WORKER),
     (Finished(lease=1, width=2, height=1, timings={}), FROM_WORKER),
     (FailedLease(lease=1, code=Code.BAD_IMAGE, reason="empty"), FROM_WORKER),
-    (Report(start=1.0, end=2.0, images=3, busy_s=0.5, memory_bytes=4, device_memory_bytes=0, shapes=[(1, 2, 3)]),
+    (Report(start=1.0, end=2.0, images=3, busy_s=0.5, memory_bytes=4, device_memory_bytes=0,
+            shapes=[(1, 2, 3, 0.5), (2, 2, 3, None)], window=4),
      FROM_WORKER),
     (Lease(lease=1, image=Image(kind="raw", shape=(1, 2, 3)), options=Options(), deadline=5.5, alone=True), TO_WORKER),
     (Revoke(lease=1), TO_WORKER),
@@ -119,7 +120,7 @@ def test_a_running_daemon_speaks_these_bytes(shared_daemon: Any) -> None:
     timings = answer.pop("timings")
     assert answer == {"type": "result", "job": "a-1", "width": 2, "height": 1, "device": answer["device"]}
     assert answer["device"] in ("cpu:0", "cpu:1")
-    assert set(timings) == {"queue", "decode", "wait", "device", "finish", "total"}
+    assert set(timings) == {"queue", "decode", "wait", "device", "finish", "send", "total"}
     assert 0.005 <= timings["device"] <= timings["total"]
     assert detections == (
         b"\x91\x87"

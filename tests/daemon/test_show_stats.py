@@ -69,7 +69,7 @@ def test_the_tables_show_every_device(shared_daemon: Any, snapshot: Any) -> None
     assert "combined" in out
     assert "answered" in out
     assert [line.split()[0] for line in out.splitlines() if line.rstrip().endswith(" ms")] == [
-        "queue", "decode", "wait", "device", "finish", "total"
+        "queue", "decode", "wait", "device", "finish", "send", "total"
     ]  # fmt: skip
     assert max(map(len, out.splitlines())) <= 80
 

@@ -9,7 +9,7 @@ from daemon.stats import FRESH_S, STAGE_BOUNDS_S, STAGES, Histogram, Stats, stat
 
 
 def report(start: float, images: int, busy_s: float = 0.0, length_s: float = 1.0, **more: Any) -> Report:
-    values = {"memory_bytes": 0, "device_memory_bytes": 0, "shapes": [], **more}
+    values = {"memory_bytes": 0, "device_memory_bytes": 0, "shapes": [], "window": 2, **more}
     return Report(start=start, end=start + length_s, images=images, busy_s=busy_s, **values)
 
 
@@ -74,11 +74,12 @@ def test_a_lost_worker_s_rate_is_gone_and_its_images_are_not() -> None:
 
 def test_memory_and_shapes_are_those_of_the_newest_report() -> None:
     stats = Stats(10.0)
-    stats.report("npu:0", report(0.0, 1, memory_bytes=1, device_memory_bytes=2, shapes=[(1, 800, 1088)]))
-    stats.report("npu:0", report(1.0, 1, memory_bytes=3, device_memory_bytes=4, shapes=[(1, 800, 1088), (2, 32, 64)]))
+    stats.report("npu:0", report(0.0, 1, memory_bytes=1, device_memory_bytes=2, shapes=[(1, 800, 1088, None)]))
+    shapes = [(1, 800, 1088, 0.5), (2, 32, 64, None)]
+    stats.report("npu:0", report(1.0, 1, memory_bytes=3, device_memory_bytes=4, shapes=shapes))
     found = device(stats, 2.0)
     assert (found["memory_bytes"], found["device_memory_bytes"]) == (3, 4)
-    assert found["shapes"] == [[1, 800, 1088], [2, 32, 64]]
+    assert found["shapes"] == [[1, 800, 1088, 0.5], [2, 32, 64, None]]
 
 
 images = st.lists(st.integers(0, 500), min_size=1, max_size=15)

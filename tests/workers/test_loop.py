@@ -14,6 +14,7 @@ import zmq
 from daemon import protocol
 from daemon.client import JobFailed, ServerPath
 from daemon.protocol import TO_CLIENT, Cancel, Code, Image, Lease, Options, Submit
+from workers.batching import Batching
 from workers.loop import Busy, Item, Prepared
 
 
@@ -22,26 +23,30 @@ def item(name: int, size: tuple[int, int] = (64, 64), alone: bool = False, ready
     return Item(lease, (), 0.0, prepared=SimpleNamespace(padded_size=size), ready_at=ready_at)
 
 
+def gather(batch: int, max_wait_s: float = 0.0, lonely: bool = False) -> Prepared:
+    return Prepared(Batching(batch), max_wait_s, lambda: lonely)
+
+
 def take(prepared: Prepared) -> list[int]:
     return [each.lease.lease for each in prepared.take()]
 
 
 def test_a_batch_is_the_oldest_image_and_those_of_its_size() -> None:
-    prepared = Prepared(batch=2, max_wait_s=0.0)
+    prepared = gather(2)
     for each in [item(1), item(2, (64, 96)), item(3), item(4), item(5, (64, 96))]:
         prepared.put(each)
     assert [take(prepared) for _ in range(3)] == [[1, 3], [2, 5], [4]]
 
 
 def test_a_suspect_is_never_batched() -> None:
-    prepared = Prepared(batch=3, max_wait_s=0.0)
+    prepared = gather(3)
     for each in [item(1), item(2, alone=True), item(3), item(4)]:
         prepared.put(each)
     assert [take(prepared) for _ in range(2)] == [[1, 3, 4], [2]]
 
 
 def test_an_incomplete_batch_waits_for_a_partner_but_not_longer_than_allowed() -> None:
-    prepared = Prepared(batch=2, max_wait_s=30.0)
+    prepared = gather(2, 30.0)
     prepared.put(item(1, ready_at=time.monotonic()))
     taken: list[list[int]] = []
     taker = threading.Thread(target=lambda: taken.append(take(prepared)))
@@ -50,11 +55,26 @@ def test_an_incomplete_batch_waits_for_a_partner_but_not_longer_than_allowed() -
     taker.join(10)
     assert taken == [[1, 2]]
 
-    hurried = Prepared(batch=2, max_wait_s=0.05)
+    hurried = gather(2, 0.05)
     start = time.monotonic()
     hurried.put(item(1, ready_at=start))
     assert take(hurried) == [1]
     assert time.monotonic() - start >= 0.05
+
+
+def test_with_one_lonely_client_nobody_waits_for_a_partner() -> None:
+    prepared = gather(2, 30.0, lonely=True)
+    prepared.put(item(1, ready_at=time.monotonic()))
+    assert take(prepared) == [1]
+
+
+def test_a_lone_image_that_is_not_prepared_yet_is_taken_alone() -> None:
+    prepared = gather(2, 30.0)
+    unprepared = item(1)
+    unprepared.prepared = None
+    for each in [unprepared, item(2), item(3)]:
+        prepared.put(each)
+    assert [take(prepared) for _ in range(2)] == [[1], [2, 3]]
 
 
 def test_busy_counts_the_run_that_is_under_way_and_nothing_twice() -> None:

@@ -1,0 +1,118 @@
+"""How many images to run at once: what the device's own latency says. Pure: no clock, no device.
+
+A device that takes ``latency(n)`` for n images gives ``n / latency(n)`` images per second. `Batching` learns that
+latency for each padded size while the worker serves, and aims at the batch of most images per second. What it knows
+before is the settings' table, whose ratios it keeps when the device turns out to be faster or slower.
+
+Rules for ``auto``: the smallest batch counts as best unless a larger one gives more by `WORTH`. While the best is the
+largest that is known, twice as many are tried, if that many are there at once and the device takes less than
+`LONG_S`: batching saves what a launch costs, and nobody sees that in a quarter of a second. The first run of a new
+size is not counted, because a device may compile for it.
+"""
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+WORTH = 1.01  # a gain below is noise
+LONG_S = 0.25
+LARGEST = 16  # that is tried unasked
+RUNS_TO_KNOW = 3
+RUNS_REMEMBERED = 9
+
+Size = tuple[int, int]  # height, width, padded
+
+
+@dataclass(slots=True)
+class Runs:
+    """What was seen of one batch size."""
+
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RUNS_REMEMBERED))
+    compiled: bool = False  # its first run is over
+    refused: bool = False  # the engine cannot do it
+
+    @property
+    def known(self) -> bool:
+        return len(self.seconds) >= RUNS_TO_KNOW and not self.refused
+
+
+class Batching:
+    """See the module. `batch` is the setting, `table` seconds by batch size, `longest_s` what one run may take."""
+
+    def __init__(
+        self, batch: Literal["auto"] | int, table: Mapping[int, float] | None = None, longest_s: float | None = None
+    ) -> None:
+        self._fixed = None if batch == "auto" else batch
+        self._table = dict(table or {})
+        self._longest_s = longest_s or float("inf")
+        self._runs: dict[Size, dict[int, Runs]] = {}
+
+    def target(self, size: Size | None = None) -> int:
+        """How many images of this padded size to gather: the best batch, or a larger one that is worth a try.
+
+        Without a size: the largest target of the sizes met so far.
+        """
+        if self._fixed is not None:
+            return self._fixed
+        if size is None:
+            return max(map(self.target, self._runs), default=self._best(self._table))
+        return self._next_try(size) or self._best(self._latencies(size))
+
+    def choose(self, size: Size, ready: int) -> int:
+        """How many of `ready` images (at least 1) to run now."""
+        target = self.target(size)
+        if self._fixed is not None or ready >= target:
+            return min(ready, target)
+        return self._best({n: s for n, s in self._latencies(size).items() if n <= ready})
+
+    def observe(self, size: Size, count: int, seconds: float) -> None:
+        """A batch of `count` images took the device so long."""
+        runs = self._of(size, count)
+        if runs.compiled:
+            runs.seconds.append(seconds)
+        runs.compiled = True
+
+    def refuse(self, size: Size, count: int) -> None:
+        """The engine failed on a batch of `count` whose images it can do alone: memory, mostly."""
+        self._of(size, count).refused = True
+
+    def seen(self) -> list[tuple[int, int, int, float | None]]:
+        """Batch sizes run so far: count, height, width, and the median of the last runs in seconds. For any thread."""
+        return [
+            (count, *size, statistics.median(seconds) if (seconds := list(runs.seconds)) else None)
+            for size, counts in list(self._runs.items())
+            for count, runs in list(counts.items())
+        ]
+
+    def _of(self, size: Size, count: int) -> Runs:
+        return self._runs.setdefault(size, {}).setdefault(count, Runs())
+
+    def _latencies(self, size: Size) -> dict[int, float]:
+        """Seconds by batch size, as far as known: seen, or else the table's in proportion."""
+        runs = self._runs.get(size, {})
+        seen = {count: statistics.median(each.seconds) for count, each in runs.items() if each.known}
+        ratios = [seconds / self._table[count] for count, seconds in seen.items() if self._table.get(count)]
+        scale = statistics.median(ratios) if ratios else 1.0
+        refused = min((count for count, each in runs.items() if each.refused), default=LARGEST * LARGEST)
+        expected = {count: seconds * scale for count, seconds in self._table.items() if count < refused}
+        return {**expected, **seen}
+
+    def _best(self, latencies: Mapping[int, float]) -> int:
+        allowed = {n: s for n, s in latencies.items() if n == 1 or s <= self._longest_s}
+        rates = {n: n / max(seconds, 1e-9) for n, seconds in allowed.items()}
+        most = max(rates.values(), default=0.0)
+        return min((n for n, rate in rates.items() if rate * WORTH >= most), default=1)
+
+    def _next_try(self, size: Size) -> int | None:
+        latencies = self._latencies(size)
+        best = self._best(latencies)
+        runs = self._runs.get(size, {})
+        if best not in runs or not runs[best].known or best < max(latencies):
+            return None
+        more = 2 * best
+        if more > LARGEST or runs.get(more, Runs()).refused:
+            return None
+        return more if latencies[best] < LONG_S and 2 * latencies[best] <= self._longest_s else None
