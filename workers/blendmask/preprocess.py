@@ -36,10 +36,12 @@ def prepare(image: npt.NDArray[np.uint8], config: Config) -> Prepared:
     if config.channel_order == "RGB":
         image = image[:, :, ::-1]
     resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(resized).astype(np.float32).transpose(2, 0, 1)  # (3, h, w)
-    pixels = (pixels - _per_channel(config.pixel_mean)) / _per_channel(config.pixel_std)
+    pixels = np.empty((3, height, width), np.float32)
+    pixels[...] = np.asarray(resized).transpose(2, 0, 1)
+    pixels -= _per_channel(config.pixel_mean)
+    pixels /= _per_channel(config.pixel_std)
     return Prepared(
-        tensor=torch.from_numpy(np.ascontiguousarray(pixels)),
+        tensor=torch.from_numpy(pixels),
         image_size=(image.shape[0], image.shape[1]),
         net_size=(height, width),
         padded_size=(_padded(height), _padded(width)),
