@@ -103,6 +103,8 @@ class Timed(_Section, frozen=True):
     latency_ms: dict[Count, NotNegative] = msgspec.field(
         default_factory=lambda: {1: 21.79, 2: 38.90, 4: 122.43, 8: 226.38}
     )
+    # an .npz of the native network's outputs: the host's work is then the native engine's, and each image gets these
+    outputs: str | None = None
 
 
 class Settings(_Section, frozen=True):
@@ -125,7 +127,7 @@ class Settings(_Section, frozen=True):
     queue: Queue = Queue()
     limits: Limits = Limits()
     paths: Paths = Paths()
-    # of all regions that local clients get on /dev/shm; one client gets a quarter at most. 0: images come by socket only
+    # of all regions that local clients get on /dev/shm; one client gets a quarter at most. 0: off, images come by socket
     shared_memory_bytes: Annotated[int, Meta(ge=0)] = 1 << 30
     max_attempts: Count = 2  # times a job may have been started when its worker died
     deadline_s: Positive = 60.0  # of a job that names none

@@ -3,7 +3,7 @@
 ==========  =========================================================================================
 native      `workers.blendmask`: our own network, torch only
 adelaidet   the original, where detectron2 and adelaidet are installed
-timed       sleeps a latency table and answers with a checksum of the image: for load tests
+timed       sleeps a latency table and answers with a checksum of the image, or with given outputs: for load tests
 ==========  =========================================================================================
 
 `prepare` and `finish` are host work, and safe to call from several threads; `segment` is the device's, called from one
@@ -86,6 +86,8 @@ def make(settings: Settings, device: str) -> Engine:
             return NativeEngine(settings, device)
         case "adelaidet":
             return AdelaidetEngine(settings, device)
+        case "timed" if settings.timed.outputs is not None:
+            return ReplayEngine(settings)
         case "timed":
             return TimedEngine(settings.timed.latency_ms)
 
@@ -181,9 +183,18 @@ class NativeEngine(OnDevice):
         return list(self._blendmask.segment(self._network, batch, self.device.torch_device))
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
-        found = self._blendmask.finish(output, prepared)
-        stretched = results.Stretched(found.probabilities, found.boxes, found.image_size)
-        return results.to_coco(found.boxes, found.scores, found.classes, stretched, self._categories, options)
+        return _to_coco(output, prepared, self._categories, options)
+
+
+def _to_coco(
+    output: Any, prepared: Any, names: Sequence[categories.Category], options: Options
+) -> list[dict[str, Any]]:
+    """The COCO results of what our network said about an image."""
+    from workers import blendmask
+
+    found = blendmask.finish(output, prepared)
+    stretched = results.Stretched(found.probabilities, found.boxes, found.image_size)
+    return results.to_coco(found.boxes, found.scores, found.classes, stretched, names, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,12 +296,63 @@ class TimedEngine:
         return TimedInput((height, width), (height, width), zlib.crc32(np.ascontiguousarray(image).data))
 
     def segment(self, batch: Sequence[TimedInput]) -> list[int]:
-        time.sleep(float(np.interp(len(batch), self._sizes, self._latency_ms)) / 1000)
+        self.sleep(len(batch))
         return [item.checksum for item in batch]
+
+    def sleep(self, images: int) -> None:
+        """What the device does for a batch of so many images."""
+        time.sleep(float(np.interp(images, self._sizes, self._latency_ms)) / 1000)
 
     def finish(self, output: int, prepared: TimedInput, options: Options) -> list[dict[str, Any]]:
         """One detection, the whole image, with the key `checksum` beside the usual ones."""
         return [{**detection, "checksum": output} for detection in _whole_image(prepared.image_size, options)]
+
+
+class ReplayEngine:
+    """The timed engine with the native one's work on the host: images are prepared, and given outputs finished.
+
+    The outputs are the fields of `workers.blendmask.Instances` in an .npz; every image gets the same.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._timed = TimedEngine(settings.timed.latency_ms)
+
+    def load(self) -> None:
+        from workers import blendmask
+
+        try:
+            self._config = blendmask.load_config(self._settings.model.config)
+            with np.load(self._settings.timed.outputs or "") as arrays:
+                self._output = blendmask.Instances(**arrays)
+            self._categories = categories.resolve(
+                self._config.num_classes, self._settings.model.weights, self._settings.model.categories
+            )
+        except (OSError, TypeError, ValueError) as error:
+            raise EngineError(f"timed.outputs, model.config: {error}") from error
+
+    def actual(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        return self._timed.actual(wanted)
+
+    def device_memory_bytes(self) -> int:
+        return 0
+
+    def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
+        for height, width in image_sizes:
+            prepared = self.prepare(np.full((height, width, 3), 127, np.uint8))
+            self.finish(self._output, prepared, Options())
+
+    def prepare(self, image: Pixels) -> Any:
+        from workers import blendmask
+
+        return blendmask.prepare(image, self._config)
+
+    def segment(self, batch: Sequence[Any]) -> list[Any]:
+        self._timed.sleep(len(batch))
+        return [self._output] * len(batch)
+
+    def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
+        return _to_coco(output, prepared, self._categories, options)
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,15 +4,20 @@ from __future__ import annotations
 import importlib.util
 import time
 import zlib
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from daemon import settings
 from daemon.protocol import Options
 from daemon.supervisor import EXIT_CANNOT_BOOT
-from workers import engines
+from workers import blendmask, engines
 from workers.engines import EngineError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def make(*overrides: str) -> engines.Engine:
@@ -68,3 +73,32 @@ def test_a_network_that_cannot_be_loaded_is_not_tried_again(overrides: list[str]
     with pytest.raises(EngineError, match=complaint) as raised:
         make(*overrides).load()
     assert raised.value.exit_code == EXIT_CANNOT_BOOT
+
+
+def test_the_timed_engine_with_outputs_does_the_native_engines_work_on_the_host(tmp_path: Path) -> None:
+    config_path = GOLDEN / "small_R18.yaml"
+    network = blendmask.build(blendmask.load_config(config_path))
+    torch.save({"model": blendmask.random_weights(network)}, tmp_path / "weights.pth")
+    native = make(f"model.config={config_path}", f"model.weights={tmp_path}/weights.pth")
+    native.load()
+    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    prepared = native.prepare(image)
+    [output] = native.segment([prepared])
+    np.savez(tmp_path / "outputs.npz", **{field.name: getattr(output, field.name) for field in fields(output)})
+
+    replay = make("engine=timed", f"timed.outputs={tmp_path}/outputs.npz", f"model.config={config_path}")
+    replay.load()
+    start = time.perf_counter()
+    [replayed] = replay.segment([replay.prepare(image)])
+    assert time.perf_counter() - start >= 0.02179
+    found = replay.finish(replayed, replay.prepare(image), Options())
+    assert found == native.finish(output, prepared, Options())
+    assert len(found) > 1
+
+
+@pytest.mark.parametrize("content", [None, b"no arrays"])
+def test_outputs_that_cannot_be_read_are_named(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "outputs.npz").write_bytes(content)
+    with pytest.raises(EngineError, match=r"timed\.outputs"):
+        make("engine=timed", f"timed.outputs={tmp_path}/outputs.npz").load()
