@@ -36,7 +36,7 @@ class Job:
 
     @property
     def payload_bytes(self) -> int:
-        return sum(len(frame) for frame in self.payload)
+        return sum(len(frame) for frame in self.payload) + (self.image.place.bytes if self.image.place else 0)
 
 
 class Waiting:

@@ -11,8 +11,9 @@ detections are payload frames, never inside the header; the broker passes them o
 ``submit``
     ``job`` (str of 1 to 128 characters, the client's own name for the job), ``image`` (map, below), and, as it likes,
     ``options`` (map, below), ``deadline_s`` (seconds from arrival), ``priority`` (-9 to 9, higher first, default 0).
-    Payload: one frame with the image; none for kind ``path`` and for an image in shared memory. While a job of the same name from the same client is
-    unanswered, a repeated ``submit`` changes nothing: the one answer is still to come.
+    Payload: one frame with the image; none for kind ``path`` and for an image in shared memory. While a job of the
+    same name from the same client is unanswered, a repeated ``submit`` changes nothing: the one answer is still to
+    come.
 ``cancel``
     ``job``. The job is answered `cancelled` if it had no answer yet; an unknown job is ignored.
 ``get-stats``
@@ -22,9 +23,9 @@ detections are payload frames, never inside the header; the broker passes them o
 
 ``image``: ``kind`` is ``encoded`` (JPEG, PNG, WebP, BMP or TIFF bytes), ``raw`` (``shape`` [height, width, 3],
 ``dtype`` ``uint8``, ``order`` ``bgr`` or ``rgb``, rows from the top, no padding) or ``path`` (``path``: a file on the
-server, below a root that its settings allow). An ``encoded`` or ``raw`` image that lies in shared memory names its ``place``: a
-map of ``region`` (str, one of this client's), ``offset`` (bytes from the region's start) and ``bytes`` (which count as
-those of a payload do).
+server, below a root that its settings allow). An ``encoded`` or ``raw`` image that lies in shared memory names its
+``place``: a map of ``region`` (str, one of this client's), ``offset`` (bytes from the region's start) and ``bytes``
+(which count as those of a payload do).
 
 ``options``: ``score_threshold`` (0 to 1; default 0: all that the network keeps), ``max_detections`` (default: all),
 ``mask_format`` (``rle``, ``polygon`` or ``none``; default ``rle``).
@@ -53,7 +54,8 @@ those of a payload do).
 
 **Workers** use the same frames on a socket of their own: ``ready``, ``started``, ``finished``, ``failed-lease``,
 ``report`` towards the broker; ``lease``, ``revoke``, ``close-region``, ``stop`` from it. Each lease gets exactly one
-``finished`` or ``failed-lease``. Times in ``lease`` and ``report`` are CLOCK_MONOTONIC, which all processes of a host share.
+``finished`` or ``failed-lease``. Times in ``lease`` and ``report`` are CLOCK_MONOTONIC, which all processes of a host
+share.
 
 No pickle anywhere. What cannot be decoded raises `ProtocolError`; beyond `decode` everything is typed.
 """

@@ -1,4 +1,5 @@
-"""What the daemon owns of the host: its sockets, the locks beside them, the metrics page, the signals' pipe.
+"""What the daemon owns of the host: its sockets, the locks beside them, the metrics page, the signals' pipe, shared
+memory.
 
 Opened on entry, given back on exit; `StartError` says what to do when one cannot be had. Nothing is decided here.
 """
@@ -6,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import socket
 import tempfile
@@ -17,6 +19,7 @@ import zmq
 
 from daemon.metrics import MetricsServer
 from daemon.settings import Settings
+from daemon.shared_memory import SharedMemory
 
 LINGER_MS = 2000  # for the last answers on their way to their clients
 MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve the others
@@ -37,6 +40,7 @@ class Sockets:
         self._folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=os.environ.get("RUNTIME_DIRECTORY"))
         self.workers_endpoint = f"ipc://{self._folder.name}/workers.sock"
         self.metrics: MetricsServer | None = None
+        self.shared_memory: SharedMemory | None = None  # local clients', of whom there are none without an ipc endpoint
 
     def __enter__(self) -> Sockets:
         try:
@@ -47,6 +51,10 @@ class Sockets:
             self._bind(self.workers, self.workers_endpoint)
             if self._settings.endpoints.metrics:
                 self.metrics = _metrics(self._settings.endpoints.metrics)
+            sockets = [endpoint.removeprefix("ipc://") for endpoint in self._settings.endpoints.clients
+                       if endpoint.startswith("ipc://")]  # fmt: skip
+            if sockets:
+                self.shared_memory = SharedMemory(sockets)
             self._catch_signals()
         except BaseException:
             self.__exit__()
@@ -62,6 +70,8 @@ class Sockets:
             self._wakeup.close()
         if self.metrics:
             self.metrics.close()
+        if self.shared_memory:
+            self.shared_memory.close()
         self._context.destroy(linger=LINGER_MS)
         for endpoint in self._settings.endpoints.clients:
             if self._locks and endpoint.startswith("ipc://"):
@@ -107,6 +117,14 @@ class Sockets:
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._handlers[number] = signal.signal(number, lambda *_: None)
+
+
+def is_local(frame: zmq.Frame) -> bool:
+    """Whether a message came by ipc. libzmq says ``name:uid:gid:pid`` of such a peer, and the address of one by tcp."""
+    try:
+        return re.fullmatch(r"[^:]*:\d+:\d+:\d+", str(frame.get("Peer-Address"))) is not None
+    except zmq.ZMQError:  # a libzmq that cannot tell
+        return False
 
 
 def receive(router: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:

@@ -1,0 +1,169 @@
+"""`AsyncClient`, the client for asyncio; `daemon.client` has both and describes them."""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
+
+from daemon import protocol
+from daemon.connection import DEFAULT_ENDPOINT, RETRIES, Connection, Transport, check_window
+from daemon.exchange import Image, Job, JobFailed, Segmentation
+from daemon.protocol import Code, GetStats
+
+
+class AsyncClient(Connection):
+    """The same for asyncio. Any number of tasks of one event loop may share it; use it as ``async with``."""
+
+    def __init__(
+        self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES,
+        transport: Transport = "auto",
+    ) -> None:  # fmt: skip
+        super().__init__(endpoint, timeout_s, retries, transport)
+        self._futures: dict[str, asyncio.Future[None]] = {}
+        self._stats_futures: list[asyncio.Future[dict[str, Any]]] = []
+
+    async def __aenter__(self) -> Self:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        try:
+            self._open(self._socket)
+        except ValueError:
+            self._disconnect()
+            raise
+        self._wake = asyncio.Event()
+        self._tasks = [asyncio.create_task(task()) for task in (self._read, self._write, self._watch)]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in list(self._futures):
+            await self._close_job(name)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._disconnect()
+
+    async def segment(
+        self, image: Image, *, deadline_s: float | None = None, priority: int = 0, **options: Any
+    ) -> Segmentation:
+        """As `Client.segment`. Cancelling the task cancels the job."""
+        job = self._add(image, deadline_s, priority, options)
+        name = job.submit.job
+        future = self._futures[name] = asyncio.get_running_loop().create_future()
+        self._wake.set()
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                await future
+        except TimeoutError:
+            raise self._timed_out() from None
+        finally:
+            if job.answer is None:
+                await self._abandon(name)
+        return job.result()
+
+    async def map(
+        self, images: Iterable[Image], *, window: int = 16, **options: Any
+    ) -> AsyncGenerator[Segmentation, None]:
+        """As `Client.map`, raising the first failure."""
+        check_window(window)
+        tasks: deque[asyncio.Task[Segmentation]] = deque()
+        source = iter(images)
+        try:
+            while True:
+                for image in itertools.islice(source, window - len(tasks)):
+                    tasks.append(asyncio.create_task(self.segment(image, **options)))
+                if not tasks:
+                    return
+                yield await tasks[0]
+                tasks.popleft()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def stats(self) -> dict[str, Any]:
+        """As `Client.stats`."""
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._stats_futures.append(future)
+        await self._socket.send_multipart(protocol.encode(GetStats()))
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await future
+        except TimeoutError:
+            raise self._timed_out() from None
+
+    async def _read(self) -> None:
+        while True:
+            self._exchange.receive(await self._socket.recv_multipart(copy=False), time.monotonic())
+            self._tell_answered()
+            while self._exchange.stats:
+                self._tell_stats(self._exchange.stats.popleft())
+            self._wake.set()
+
+    def _tell_answered(self) -> None:
+        while self._exchange.answered:
+            self._tell(self._exchange.answered.popleft())
+
+    def _tell(self, job: Job) -> None:
+        future = self._futures.pop(job.submit.job, None)
+        if future is not None and not future.done():  # done: its task was cancelled and has not run since
+            future.set_result(None)
+
+    def _tell_stats(self, snapshot: dict[str, Any]) -> None:
+        """To all who wait: an answer that went missing must not leave the next one with the wrong caller."""
+        waiting, self._stats_futures = self._stats_futures, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(snapshot)
+
+    async def _write(self) -> None:
+        while True:
+            self._wake.clear()
+            for frames in self._exchange.due(time.monotonic()):
+                await self._socket.send_multipart(frames, copy=False)
+            self._tell_answered()
+            wait_s = self._exchange.next_send() - time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if math.isinf(wait_s) else max(wait_s, 0)):
+                    await self._wake.wait()
+
+    async def _watch(self) -> None:
+        connected = False
+        while True:
+            event = parse_monitor_message(await self._monitor.recv_multipart())["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                if connected:
+                    self._exchange.reconnected(time.monotonic())
+                    self._wake.set()
+                connected = True
+
+    async def _close_job(self, name: str) -> None:
+        """Whoever still waits for it is told why it ends."""
+        job = self._exchange.jobs.get(name)
+        if job is not None:  # else it was answered just now
+            job.answer = JobFailed(Code.CANCELLED, "the client was closed")
+            self._tell(job)
+            await self._abandon(name)
+
+    def _disconnect(self) -> None:
+        self._socket.disable_monitor()
+        self._context.destroy(linger=200)  # lets the cancellations leave
+        if self._places:
+            self._places.close()
+
+    async def _abandon(self, name: str) -> None:
+        self._futures.pop(name, None)
+        if self._exchange.drop(name):
+            await self._socket.send_multipart(protocol.encode(protocol.Cancel(job=name)))
