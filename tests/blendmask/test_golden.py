@@ -117,7 +117,10 @@ def record_stages(model, stages) -> list[RemovableHandle]:
         return model.proposal_generator.register_forward_hook(
             keep(names, lambda output: [getattr(level, field) for level in output]))
 
-    remaining = iter(levels)
+    def top_layer(_module, _inputs, outputs):
+        """Everywhere, as the reference computes it; the network itself runs it at few cells."""
+        stages.update((f"head_top_{level}", model.top_layer(outputs[level].box_features).numpy()) for level in levels)
+
     return [
         model.backbone.bottom_up.register_forward_hook(keep([f"{stage}{number}" for number in (3, 4, 5)])),
         *(module.register_forward_hook(keep([name], lambda output: [output]))
@@ -125,8 +128,7 @@ def record_stages(model, stages) -> list[RemovableHandle]:
         model.backbone.register_forward_hook(keep([f"p{3 + level}" for level in levels])),
         model.basis_module.register_forward_hook(keep(["bases"], lambda output: [output])),
         head("logits", "logits"), head("reg", "distances"), head("ctr", "centreness"),
-        model.top_layer.register_forward_hook(
-            lambda _module, _inputs, output: stages.update({f"head_top_{next(remaining)}": output.numpy()})),
+        model.proposal_generator.register_forward_hook(top_layer),
     ]
 
 

@@ -119,13 +119,19 @@ def test_the_device_part_reads_nothing_back_and_has_no_shape_that_depends_on_dat
 
 
 def test_blend_reads_each_detections_own_image_level_and_cell(small_model, small_config):
-    cells = [torch.arange(2 * 196 * n, dtype=torch.float32).view(2, 196, 1, n) / 1000 for n in (6, 4, 3, 2, 1)]
-    bases = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(1))
-    images, levels, places = (torch.tensor(v) for v in ([1, 0, 1], [0, 1, 4], [5, 2, 0]))
-    boxes = torch.tensor([[8.0, 8.0, 64.0, 64.0]]).expand(3, 4)
-    together = small_model.blend(Proposals(torch.empty(0), bases, cells), images, levels, places, boxes)
-    for i in range(3):
-        attention = cells[levels[i]][images[i], :, 0, places[i]].view(1, 4, 7, 7)
+    """And the top layer there is what it is everywhere, at corners, at borders and inside."""
+    sizes = [(6, 5), (4, 3), (3, 3), (2, 1), (1, 1)]
+    generator = torch.Generator().manual_seed(1)
+    features = [torch.randn(2, 64, *size, generator=generator) for size in sizes]
+    bases = torch.randn(2, 4, 32, 32, generator=generator)
+    where = [(image, level, cell) for image in range(2) for level, (h, w) in enumerate(sizes) for cell in range(h * w)]
+    images, levels, cells = torch.tensor(where).unbind(1)
+    boxes = torch.tensor([[8.0, 8.0, 64.0, 64.0]]).expand(len(where), 4)
+    with torch.inference_mode():
+        everywhere = [small_model.top_layer(level).flatten(2) for level in features]
+        together = small_model.blend(Proposals(torch.empty(0), bases, features), images, levels, cells, boxes)
+    for i, (image, level, cell) in enumerate(where):
+        attention = everywhere[level][image, :, cell].view(1, 4, 7, 7)
         alone = workers.blendmask.model.blend(bases, attention, images[i: i + 1], boxes[i: i + 1], 28)
         torch.testing.assert_close(together[i], alone[0])
 

@@ -1,6 +1,7 @@
 """ResNet (He et al., Deep Residual Learning, arXiv:1512.03385): images in, res3..res5 out.
 
-Axes: N images, H x W the padded image. Module names are AdelaiDet's, so that its checkpoints load unchanged.
+Axes: N images, H x W the padded image. Module names are AdelaiDet's, so that its checkpoints load unchanged. Sums and
+ReLUs overwrite what a norm gave out, which nothing else reads: new memory would cost more than the arithmetic.
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ class Stem(nn.Module):
         self.conv1 = NormedConv(3, channels, 7, norm, stride=2)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.conv1(images))  # (N, 64, H/2, W/2)
+        x = F.relu_(self.conv1(images))  # (N, 64, H/2, W/2)
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)  # (N, 64, H/4, W/4)
 
 
@@ -57,11 +58,12 @@ class Block(nn.Module):
         self.shortcut = NormedConv(channels_in, channels_out, 1, norm, stride) if changes else None
 
     def residual(self, x: Tensor) -> Tensor:
+        """Return a tensor that is nobody else's."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return F.relu(self.residual(x) + shortcut)
+        return F.relu_(self.residual(x).add_(shortcut))
 
 
 class BasicBlock(Block):
@@ -73,7 +75,7 @@ class BasicBlock(Block):
         self.conv2 = NormedConv(channels_out, channels_out, 3, norm)
 
     def residual(self, x: Tensor) -> Tensor:
-        return self.conv2(F.relu(self.conv1(x)))
+        return self.conv2(F.relu_(self.conv1(x)))
 
 
 class BottleneckBlock(Block):
@@ -87,7 +89,7 @@ class BottleneckBlock(Block):
         self.conv3 = NormedConv(width, channels_out, 1, norm)
 
     def residual(self, x: Tensor) -> Tensor:
-        return self.conv3(F.relu(self.conv2(F.relu(self.conv1(x)))))
+        return self.conv3(F.relu_(self.conv2(F.relu_(self.conv1(x)))))
 
 
 class DeformableBottleneckBlock(Block):
@@ -103,8 +105,8 @@ class DeformableBottleneckBlock(Block):
         self.conv3 = NormedConv(width, channels_out, 1, norm)
 
     def residual(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv1(x))
-        return self.conv3(F.relu(self.conv2(x, self.conv2_offset(x))))
+        x = F.relu_(self.conv1(x))
+        return self.conv3(F.relu_(self.conv2(x, self.conv2_offset(x))))
 
 
 class ResNet(nn.Module):

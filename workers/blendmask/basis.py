@@ -16,7 +16,7 @@ def conv_block(channels_in: int, channels_out: int) -> nn.Sequential:
 
 def _conv_norm_relu(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
-    return conv, nn.BatchNorm2d(channels_out), nn.ReLU()
+    return conv, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True)
 
 
 class BasisModule(nn.Module):

@@ -39,7 +39,7 @@ def roi_align(bases: Tensor, images: Tensor, boxes: Tensor, resolution: int) -> 
     samples = corners[:, :2, None] + steps * bins[:, :, None] + 0.5 * bins[:, :, None]  # (D, 2, R)
     x0, x1, right, inside_x = _neighbours(samples[:, 0], width)
     y0, y1, down, inside_y = _neighbours(samples[:, 1], height)
-    table = bases.permute(0, 2, 3, 1).reshape(-1, bases.shape[1])  # (N * H/4 * W/4, K)
+    table = bases.permute(0, 2, 3, 1).reshape(-1, bases.shape[1]).contiguous()  # (N * H/4 * W/4, K)
 
     def corner(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # (D, R), (D, R), (D, R, R) -> (D, R, R, K)
         index = (images[:, None, None] * height + y[:, :, None]) * width + x[:, None, :]

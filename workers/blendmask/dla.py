@@ -22,7 +22,7 @@ def conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> n
 
 def conv_block(channels_in: int, channels_out: int, kernel: int, stride: int, norm: Norm) -> nn.Sequential:
     """Convolution, norm, ReLU."""
-    return nn.Sequential(conv(channels_in, channels_out, kernel, stride), norm(channels_out), nn.ReLU())
+    return nn.Sequential(conv(channels_in, channels_out, kernel, stride), norm(channels_out), nn.ReLU(inplace=True))
 
 
 class Block(nn.Module):
@@ -36,7 +36,7 @@ class Block(nn.Module):
         self.bn2 = norm(channels)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
+        return F.relu_(self.bn2(self.conv2(F.relu_(self.bn1(self.conv1(x))))).add_(shortcut))
 
 
 class Root(nn.Module):
@@ -48,7 +48,7 @@ class Root(nn.Module):
         self.bn = norm(channels)
 
     def forward(self, *branches: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(torch.cat(branches, dim=1))))
+        return F.relu_(self.bn(self.conv(torch.cat(branches, dim=1))))
 
 
 def projection(channels_in: int, channels: int, norm: Norm) -> nn.Module:

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from workers.blendmask.blender import combine, roi_align
 from workers.blendmask.fcos import LevelOutput
 from workers.blendmask.loss_config import LossConfig
 from workers.blendmask.model import BlendMask
+from workers.blendmask.patches import convolve, patches_at
 from workers.blendmask.targets import GroundTruth, Targets, assign
 
 SMALLEST_NORMALISER = 1e-6  # of losses weighted by centre-ness
@@ -39,7 +40,7 @@ def losses(model: BlendMask, images: Tensor, ground_truths: Sequence[GroundTruth
         logits = model.basis_module.seg_head(features[0])  # (N, classes + 1, H/8, W/8)
         result["loss_basis_sem"] = config.semantic_weight * semantic_loss(logits, ground_truths)
     size = model.config.attention_size
-    attentions = _top_layer_at(model.top_layer, outputs, targets.positives)  # (P, K * A * A)
+    attentions = convolve(model.top_layer, _patches(outputs, targets.positives))  # (P, K * A * A)
     attentions = attentions.view(-1, model.config.num_bases, size, size)
     result["loss_mask"] = config.mask_weight * mask_loss(bases, attentions, targets, ground_truths)
     return result | fcos_losses(outputs, targets, config)
@@ -126,28 +127,16 @@ def semantic_loss(logits: Tensor, ground_truths: Sequence[GroundTruth]) -> Tenso
     return F.cross_entropy(logits, wanted)
 
 
-def _top_layer_at(top_layer: nn.Conv2d, outputs: Sequence[LevelOutput], positives: Tensor) -> Tensor:
-    """Return the top layer's output (P, K * A * A) at the positive locations only: few locations are positive."""
+def _patches(outputs: Sequence[LevelOutput], positives: Tensor) -> Tensor:
+    """Return what the top layer reads at the positive locations, (P, 9, C): few locations are positive."""
     start, found = 0, []
     for output in outputs:
         images, _, height, width = output.box_features.shape
         end = start + images * height * width
         here = positives[(positives >= start) & (positives < end)] - start
-        found.append(_convolve_at(top_layer, output.box_features, here))
+        found.append(patches_at(output.box_features, here // (height * width), here % (height * width)))
         start = end
     return torch.cat(found)
-
-
-def _convolve_at(conv: nn.Conv2d, features: Tensor, cells: Tensor) -> Tensor:
-    """Return a 3x3 convolution's output (p, C') at `cells` (p,), which count through images and then row-major."""
-    _, channels, height, width = features.shape
-    padded = F.pad(features, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # (N, H + 2, W + 2, C)
-    image, cell = cells // (height * width), cells % (height * width)
-    corner = (image * (height + 2) + cell // width) * (width + 2) + cell % width  # (p,)
-    step = torch.arange(3, device=cells.device)
-    patch = corner[:, None] + (step[:, None] * (width + 2) + step).flatten()  # (p, 9)
-    values = padded.reshape(-1, channels).index_select(0, patch.flatten()).view(-1, 9 * channels)
-    return F.linear(values, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 
 def _flatten(levels: Sequence[Tensor]) -> Tensor:

@@ -5,10 +5,8 @@ mask. Inference runs `propose` on the device, `selection.select` on the host wit
 `blend` on the device. Module names are AdelaiDet's, so that its checkpoints load unchanged.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from workers.blendmask.backbone import ResNet
@@ -19,6 +17,7 @@ from workers.blendmask.dla import Dla34
 from workers.blendmask.fcos import Fcos, FcosHead
 from workers.blendmask.fpn import Fpn
 from workers.blendmask.norms import BACKBONE_NORMS
+from workers.blendmask.patches import convolve, patches_of_levels
 
 
 def build(config: Config) -> "BlendMask":
@@ -50,12 +49,12 @@ class Proposals:
 
     packed: Tensor  # (N, sum of M, FIELDS) float32: the candidates, the only thing that the host reads
     bases: Tensor  # (N, K, H/4, W/4)
-    attentions: list[Tensor]  # per level (N, K * A * A, H_l, W_l)
+    box_features: list[Tensor]  # per level (N, C, H_l, W_l): what the top layer reads
 
     @property
     def level_sizes(self) -> list[tuple[int, int]]:
         """Heights and widths of the levels in cells."""
-        return [(level.shape[2], level.shape[3]) for level in self.attentions]
+        return [(level.shape[2], level.shape[3]) for level in self.box_features]
 
 
 class BlendMask(nn.Module):
@@ -81,28 +80,18 @@ class BlendMask(nn.Module):
         features = self.backbone(images)  # p3 to p5, p6 or p7
         bases = self.basis_module(features[:3])  # (N, K, H/4, W/4)
         outputs = self.proposal_generator(features)
-        attentions = [self.top_layer(output.box_features) for output in outputs]
-        return Proposals(self.proposal_generator.candidates(outputs), bases, attentions)
+        box_features = [output.box_features for output in outputs]
+        return Proposals(self.proposal_generator.candidates(outputs), bases, box_features)
 
     def blend(self, proposals: Proposals, images: Tensor, levels: Tensor, cells: Tensor, boxes: Tensor) -> Tensor:
         """Return mask probabilities (D, R, R) of the kept detections of a batch.
 
-        images, levels, cells (D,) int64 say which cell predicted each detection; boxes (D, 4) network pixels.
+        images, levels, cells (D,) int64 say which cell predicted each detection; boxes (D, 4) network pixels. The top
+        layer is run at these cells only: everywhere it would be a seventh of the network's multiplications.
         """
         size = self.config.attention_size
-        attentions = _gather(proposals.attentions, images, levels, cells)  # (D, K * A * A)
+        patches = patches_of_levels(proposals.box_features, images, levels, cells)  # (D, 9, C)
+        attentions = convolve(self.top_layer, patches)  # (D, K * A * A)
         attentions = attentions.view(-1, self.config.num_bases, size, size)
         return blend(proposals.bases, attentions, images, boxes, self.config.resolution)
 
-
-def _gather(maps: Sequence[Tensor], images: Tensor, levels: Tensor, cells: Tensor) -> Tensor:
-    """Return the feature vectors (D, C) at `cells` of `levels` of `images`; maps are (N, C, H_l, W_l).
-
-    Every level is read for every detection, at cell 0 where it is not the detection's: shapes stay fixed.
-    """
-    gathered = maps[0].new_zeros(len(cells), maps[0].shape[1])
-    for level, features in enumerate(maps):
-        here = levels == level
-        found = features.flatten(2)[images, :, cells.masked_fill(~here, 0)]  # (D, C)
-        gathered = torch.where(here[:, None], found, gathered)
-    return gathered

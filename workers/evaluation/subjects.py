@@ -112,8 +112,7 @@ def observe(subject: Subject, prepared: Prepared) -> tuple[Instances, dict[str, 
     """What the network says of an image, and by name what it computes on the way: levels, bases, head outputs."""
     seen: dict[str, list[Any]] = {}
     model = subject.model
-    watched = {"backbone": model.backbone, "bases": model.basis_module, "head": model.proposal_generator,
-               "attentions": model.top_layer}  # fmt: skip
+    watched = {"backbone": model.backbone, "bases": model.basis_module, "head": model.proposal_generator}
     handles = [
         module.register_forward_hook(lambda _module, _args, output, name=name: seen.setdefault(name, []).append(output))
         for name, module in watched.items()
@@ -124,9 +123,10 @@ def observe(subject: Subject, prepared: Prepared) -> tuple[Instances, dict[str, 
         for handle in handles:
             handle.remove()
     [features], [bases], [head] = seen["backbone"], seen["bases"], seen["head"]
+    attentions = subject.run(lambda: [model.top_layer(output.box_features) for output in head])  # segment: few cells
     kinds = {"p": features, "logits.p": [output.logits for output in head],
              "distances.p": [output.distances for output in head],
-             "centreness.p": [output.centreness for output in head], "attentions.p": seen["attentions"]}  # fmt: skip
+             "centreness.p": [output.centreness for output in head], "attentions.p": attentions}  # fmt: skip
     tensors = {
         f"{kind}{level}": tensor
         for kind, levels in kinds.items()
