@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from workers.benchmark import main
+from workers.benchmark.program import main
 
 sys.exit(main())

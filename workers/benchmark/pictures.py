@@ -1,0 +1,99 @@
+"""Pictures: what the jobs of a load ask for, encoded once before it begins.
+
+A synthetic picture is smooth with a little noise, so that its JPEG is about as large as a photograph's. Files are sent
+as paths that the daemon reads itself, or decoded here and sent in another encoding.
+
+A `Template` is a submission of which only the job's name is open: a job costs neither an encoding nor a copy of its
+pixels here.
+"""
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import zmq
+from PIL import Image
+
+from daemon import protocol
+from daemon.program import UsageError
+from daemon.protocol import Options, Submit
+from daemon.settings import Limits
+from workers import images
+from workers.images import ImageError, Pixels
+
+Encoding = Literal["raw", "jpeg", "png", "path"]
+JPEG_QUALITY = 90
+NAME_BYTES = 16
+_OPEN_NAME = "@" * NAME_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One image, as its jobs describe it."""
+
+    image: protocol.Image
+    payload: bytes | None  # None: the daemon reads it by its path
+    checksum: int  # zlib.crc32 of the BGR pixels, as the timed engine answers
+
+    def pixels(self) -> Pixels:
+        """HxWx3 uint8 BGR, as the worker will see them."""
+        payload = Path(self.image.path or "").read_bytes() if self.payload is None else self.payload
+        if self.image.kind == "raw":
+            return np.frombuffer(payload, np.uint8).reshape(self.image.shape or ())
+        return images.decode(payload, Limits())
+
+
+def synthetic(size: tuple[int, int], encoding: Encoding) -> Picture:
+    """The same picture for the same size (height, width)."""
+    height, width = size
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (max(height // 32, 2), max(width // 32, 2), 3), np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.int16)
+    pixels = (smooth + rng.integers(-6, 7, smooth.shape, np.int16)).clip(0, 255).astype(np.uint8)
+    return _encoded(pixels, encoding)
+
+
+def from_file(path: Path, encoding: Encoding) -> Picture:
+    """Raises `UsageError` for a file that is no image."""
+    try:
+        pixels = images.decode(path.read_bytes(), Limits())
+    except ImageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    if encoding != "path":
+        return _encoded(pixels, encoding)
+    return _picture(protocol.Image(kind="path", path=os.path.abspath(path)), None)
+
+
+def _encoded(pixels: Pixels, encoding: Encoding) -> Picture:
+    if encoding == "raw":
+        height, width, _ = pixels.shape
+        return _picture(protocol.Image(kind="raw", shape=(height, width, 3)), pixels.tobytes())
+    file = io.BytesIO()
+    rgb = Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1]))
+    rgb.save(file, encoding, **({"quality": JPEG_QUALITY} if encoding == "jpeg" else {}))
+    return _picture(protocol.Image(kind="encoded"), file.getvalue())
+
+
+def _picture(image: protocol.Image, payload: bytes | None) -> Picture:
+    unchecked = Picture(image, payload, 0)
+    return replace(unchecked, checksum=zlib.crc32(unchecked.pixels().data))
+
+
+class Template:
+    """A submission but for its job's name."""
+
+    def __init__(self, image: protocol.Image, payload: Sequence[Any], options: Options, deadline_s: float) -> None:
+        submit = Submit(job=_OPEN_NAME, image=image, options=options, deadline_s=deadline_s)
+        self._magic, header = protocol.encode(submit)
+        self._head, _, self._tail = header.partition(_OPEN_NAME.encode())
+        self._payload = [zmq.Frame(each, copy=False) for each in payload]  # sent many times: ZeroMQ counts references
+
+    def frames(self, name: str) -> list[Any]:
+        """The frames of a job whose name has `NAME_BYTES` ASCII characters."""
+        return [self._magic, self._head + name.encode() + self._tail, *self._payload]

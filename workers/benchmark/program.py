@@ -1,0 +1,452 @@
+"""Load a daemon and tell what its clients see, as a share of what the devices can do.
+
+It loads a daemon of its own (--devices, --engine, --batch, --set) or one that runs already (--endpoint). The devices'
+limit is measured in the same run, before and after: the same engine in a bare loop, without daemon, transport,
+decoding and masks. Ratios are worth quoting, absolute figures are this machine's.
+
+  python scripts/benchmark.py                                       # two timed devices, 8 clients, 800x800 raw
+  python scripts/benchmark.py --clients 1 2 4 8 16 --plot load.svg  # closed loop: throughput against latency
+  python scripts/benchmark.py --rate 40 60 80 90 --plot load.svg    # open loop: what users wait at a mean rate
+  python scripts/benchmark.py --endpoint ipc:///run/blendmaskd/client.sock --images photos/ --encoding jpeg
+  python scripts/benchmark.py --kill                                # kill -9 a worker under load
+
+two settings against each other, and against the plain ZeroMQ path, in turns in one run:
+
+  python scripts/benchmark.py --compare batch=1 batch=auto --bare
+  python scripts/benchmark.py --compare transport=socket transport=shared
+  python scripts/benchmark.py --clients 1 --devices cpu:0 --size 224x224 --mask-format none --bare \\
+    --transport socket --set 'timed.latency_ms={1: 0}'              # latency for a lone client
+  python scripts/benchmark.py --devices cpu:{0..15} --clients 48    # many devices
+  python scripts/benchmark.py --engine native --images configs/demo/images --set model.config=configs/demo/demo.yaml \\
+    --set model.weights=configs/demo/model_final.pth \\
+    --compare 'devices=[cpu:0];runtime.cpus={"cpu:0": "0"}' 'devices=[cpu:0, cpu:1]'
+
+Exit codes: 0 measured · 1 a wrong answer, or the limit could not be measured · 2 wrong arguments · 3 no daemon ·
+130 Ctrl-C. BENCHMARKS.md says how figures are to be read.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from daemon import photographs, program
+from daemon import settings as settings_module
+from daemon.program import UsageError
+from daemon.protocol import Options
+from daemon.settings import Settings, SettingsError
+from daemon.spawn import SpawnError
+from daemon.topology import TopologyError
+from workers.benchmark import device, load, pictures, report, servers
+from workers.benchmark.device import LimitError
+from workers.benchmark.generator import Generator
+from workers.benchmark.measure import Point, Row, measure
+from workers.benchmark.pictures import Picture
+from workers.benchmark.servers import Server
+
+EXIT_WRONG = 1
+MOST_CLIENTS = 1000  # ZeroMQ's own bound on sockets is 1023
+ANSWER_BYTES = 20_000  # of the plain path, where no daemon was asked before
+WATCH_S = 10.0  # after a killed worker's successor is ready
+DAEMON, BARE = "daemon", "bare ZeroMQ"
+LOAD_OPTIONS = ("clients", "rate", "size", "encoding", "transport", "mask_format")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What is measured in turns with others."""
+
+    name: str
+    arguments: argparse.Namespace  # the load's
+    overrides: tuple[str, ...] = ()
+    settings: Settings | None = None  # None: of a daemon that runs already
+    bare: bool = False
+
+    @property
+    def points(self) -> list[Point]:
+        clients = self.arguments.clients
+        if not self.arguments.rate:
+            return [Point(each) for each in clients]
+        return [Point(max(clients), rate) for rate in self.arguments.rate]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with these arguments (default: the process's); returns its exit code."""
+    arguments = _parse(argv)
+    return program.guarded("benchmark", lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        variants = plan(arguments)
+        if arguments.kill:
+            return _kill(variants[0], console)
+        rows = _measure_all(variants, arguments, console)
+    except (SettingsError, SpawnError, TopologyError) as error:
+        raise UsageError(str(error)) from None
+    except LimitError as error:
+        raise OSError(str(error)) from None
+    _tell(rows, variants, arguments, console)
+    return EXIT_WRONG if any(row["wrong"] for row in rows) else 0
+
+
+def plan(arguments: argparse.Namespace) -> list[Variant]:
+    """The variants. Raises `UsageError`, `SettingsError`."""
+    _refuse_contradictions(arguments)
+    if arguments.endpoint:
+        first = Variant(arguments.endpoint, arguments)
+        variants = [dataclasses.replace(_variant(text, arguments), settings=None) for text in arguments.compare or ()]
+    else:
+        first = _variant("", arguments)
+        variants = [_variant(text, arguments) for text in arguments.compare or ()]
+    variants = variants or [first]
+    if arguments.bare:
+        if first.settings is None or first.settings.engine != "timed":
+            raise UsageError("--bare sleeps the latency table of engine timed: it needs a daemon of its own with that")
+        variants.append(dataclasses.replace(variants[-1], name=BARE, bare=True))
+    return variants
+
+
+def _variant(text: str, arguments: argparse.Namespace) -> Variant:
+    """What KEY=VALUE[;KEY=VALUE…] makes of the arguments: of the load, or else settings of the daemon."""
+    arguments = copy.copy(arguments)
+    overrides = [f"devices=[{', '.join(arguments.devices)}]", f"engine={arguments.engine}", f"batch={arguments.batch}",
+                 *arguments.set]  # fmt: skip
+    for pair in filter(None, text.split(";")):
+        key, equals, value = pair.strip().partition("=")
+        if not equals:
+            raise UsageError(f"--compare {text}: expected KEY=VALUE, several of them with ; between")
+        if key.replace("-", "_") in LOAD_OPTIONS:
+            option = _load_parser().parse_args([f"--{key.replace('_', '-')}", *value.split(",")])
+            setattr(arguments, key.replace("-", "_"), getattr(option, key.replace("-", "_")))
+        elif arguments.endpoint:
+            raise UsageError(f"--compare {text}: {key} is a setting of the daemon; with --endpoint only the load can "
+                             f"differ: {', '.join(LOAD_OPTIONS)}")  # fmt: skip
+        else:
+            overrides.append(pair.strip())
+    if arguments.images and _encoding(arguments) == "path":
+        folders = sorted({os.path.dirname(os.path.abspath(path)) for path in photographs.find(arguments.images)})
+        overrides.insert(0, f"paths.roots={folders}")
+    settings = settings_module.load(None, None, overrides)
+    return Variant(text or DAEMON, arguments, tuple(overrides), settings)
+
+
+def _refuse_contradictions(arguments: argparse.Namespace) -> None:
+    if arguments.encoding == "path" and not arguments.images:
+        raise UsageError("--encoding path sends the names of files: name them by --images")
+    if arguments.endpoint and (arguments.set or arguments.kill):
+        raise UsageError("--set and --kill need a daemon of our own: leave --endpoint out")
+    if arguments.rate and len(arguments.clients) > 1:
+        raise UsageError("--rate is an open loop: --clients is then the number of connections, one value")
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install 'blendmaskd[plots]'")
+    for file in filter(None, (arguments.json, arguments.plot)):
+        if not file.absolute().parent.is_dir():
+            raise UsageError(f"{file}: the folder {file.absolute().parent} does not exist")
+
+
+# ---- rounds -----------------------------------------------------------------------------------------------------
+
+def _measure_all(variants: Sequence[Variant], arguments: argparse.Namespace, console: Console) -> list[Row]:
+    rows: list[Row] = []
+    with _progress(variants, arguments) as progress:
+        for number in range(1, arguments.rounds + 1):
+            for variant in variants:
+                answer_bytes = next((row["answer_bytes"] for row in reversed(rows) if row["answer_bytes"]), 0)
+                for row in _round(variant, number, answer_bytes or ANSWER_BYTES, progress):
+                    rows.append(row)
+                    progress.print(escape(report.line(row)))
+    return rows
+
+
+def _round(variant: Variant, number: int, answer_bytes: int, progress: Told) -> Iterator[Row]:
+    """A row for each load, with the devices' limit before and after."""
+    arguments = variant.arguments
+    sent = _pictures(arguments)
+    rows = []
+    limits = [_limit(variant, sent[0], progress)]
+    with _server(variant, answer_bytes) as server:
+        for point in variant.points:
+            progress.describe(f"round {number}: {variant.name}, {point}")
+            options = Options(mask_format=arguments.mask_format)
+            with Generator(server.endpoint, sent, point.clients, options, arguments.timeout) as generator:
+                row = measure(server, generator, point, arguments.warm_up, arguments.seconds, progress.tick)
+            rows.append({"round": number, "variant": variant.name, **row})
+    limits.append(_limit(variant, sent[0], progress))
+    for row in rows:
+        yield row | _share(row, [limit for limit in limits if limit], variant)
+
+
+def _limit(variant: Variant, picture: Picture, progress: Told) -> device.Limit | None:
+    seconds = variant.arguments.limit_seconds
+    if variant.settings is None or not seconds or _takes_no_time(variant.settings):
+        return None
+    progress.describe("the devices' limit")
+    found = device.limit(variant.settings, picture.pixels(), seconds)
+    progress.advance(seconds)
+    return found
+
+
+def _takes_no_time(settings: Settings) -> bool:
+    return settings.engine == "timed" and not max(servers.seconds_by_batch(settings))
+
+
+def _share(row: Row, limits: Sequence[device.Limit], variant: Variant) -> Row:
+    if not limits or variant.settings is None:
+        return {}
+    fps = sum(limit.fps for limit in limits) / len(limits)
+    devices = len(variant.settings.devices)
+    return {
+        "limit_devices": devices,
+        "limit_fps": devices * fps,
+        "limit_ms_per_image": 1000 / fps,
+        "limit_batch": limits[0].batch,
+        "utilisation": row["fps"] / (devices * fps),
+    }
+
+
+@contextlib.contextmanager
+def _server(variant: Variant, answer_bytes: int) -> Iterator[Server]:
+    if variant.settings is None:
+        yield servers.running_daemon(variant.arguments.endpoint, variant.arguments.wait)
+    elif variant.bare:
+        with servers.bare_path(variant.settings, answer_bytes) as server:
+            yield server
+    else:
+        with servers.own_daemon(variant.overrides, variant.settings) as server:
+            yield server
+
+
+def _pictures(arguments: argparse.Namespace) -> list[Picture]:
+    if not arguments.images:
+        return [pictures.synthetic(arguments.size, _encoding(arguments))]
+    return [pictures.from_file(path, _encoding(arguments)) for path in photographs.find(arguments.images)]
+
+
+def _encoding(arguments: argparse.Namespace) -> pictures.Encoding:
+    chosen: pictures.Encoding = arguments.encoding or ("path" if arguments.images else "raw")
+    return chosen
+
+
+# ---- kill -------------------------------------------------------------------------------------------------------
+
+def _kill(variant: Variant, console: Console) -> int:
+    """kill -9 of the first device's worker under load, watched until 10 s after its successor is ready."""
+    arguments = variant.arguments
+    rows = []
+    for number in range(1, arguments.rounds + 1):
+        with _server(variant, ANSWER_BYTES) as server:
+            sent, [point] = _pictures(arguments), variant.points
+            with Generator(server.endpoint, sent, point.clients, Options(mask_format=arguments.mask_format),
+                           arguments.timeout) as generator:  # fmt: skip
+                row = {"round": number, **_kill_one(generator, point, arguments)}
+        rows.append(row)
+        console.print(_kill_line(row))
+    if arguments.json:
+        program.write_json(arguments.json, report.plain({"machine": report.machine(), "kills": rows}))
+    return EXIT_WRONG if any(row["wrong"] for row in rows) else 0
+
+
+def _kill_one(generator: Generator, point: Point, arguments: argparse.Namespace) -> Row:
+    generator.begin(point.schedule(time.monotonic()))
+    generator.run(arguments.warm_up)
+    start = time.monotonic()
+    generator.run(arguments.seconds)
+    [first, *_] = generator.stats()["devices"]
+    killed = time.monotonic()
+    os.kill(first["pid"], signal.SIGKILL)
+    while (snapshot := generator.stats())["devices"][0]["generation"] == first["generation"] or snapshot["degraded"]:
+        generator.run(0.02)
+    ready = time.monotonic()
+    generator.run(WATCH_S)
+    generator.drain()
+    samples, half = generator.samples, WATCH_S / 2
+    figures = load.figures(samples, start, ready + WATCH_S)
+    return {
+        "before_fps": load.rate(samples, start, killed),
+        "meanwhile_fps": load.rate(samples, killed, ready),
+        "first_half_fps": load.rate(samples, ready, ready + half),
+        "second_half_fps": load.rate(samples, ready + half, ready + WATCH_S),
+        "ready_s": ready - killed,
+        **{key: figures[key] for key in ("jobs", "failures", "wrong", "max_ms")},
+    }
+
+
+def _kill_line(row: Row) -> str:
+    failures = ", ".join(f"{number} {code}" for code, number in row["failures"].items()) or "none failed"
+    return (
+        f"round {row['round']}: before {row['before_fps']:.2f} images/s; successor ready (and seen so) after "
+        f"{row['ready_s']:.2f} s, meanwhile {row['meanwhile_fps']:.2f}; first {WATCH_S / 2:g} s "
+        f"{row['first_half_fps']:.2f}, next {row['second_half_fps']:.2f}; of {row['jobs']} jobs {failures}, "
+        f"{row['wrong']} answers wrong; the longest took {row['max_ms']:.0f} ms"
+    )
+
+
+# ---- telling ----------------------------------------------------------------------------------------------------
+
+def _tell(
+    rows: Sequence[Row], variants: Sequence[Variant], arguments: argparse.Namespace, console: Console
+) -> None:
+    found = [ratio for above, below in _pairs(variants) for ratio in report.ratios(rows, above, below)]
+    middle = report.medians(rows)
+    if arguments.markdown:
+        print(report.markdown(rows, found))
+    else:
+        console.print(*report.tables(middle), *(escape(report.ratio_text(each)) for each in found), sep="\n")
+    tree = {
+        "machine": report.machine(),
+        "variants": {each.name: _as_dict(each) for each in variants},
+        "rows": rows,
+        "medians": middle,
+        "ratios": found,
+    }
+    if arguments.json:
+        program.write_json(arguments.json, report.plain(tree))
+    if arguments.plot:
+        from workers.benchmark import plot
+
+        plot.save(arguments.plot, tree)
+
+
+def _pairs(variants: Sequence[Variant]) -> Iterator[tuple[str, str]]:
+    """Which variant is said as a multiple of which: the second of the first, each of the plain path."""
+    served = [variant.name for variant in variants if not variant.bare]
+    if len(served) == 2:
+        yield served[1], served[0]
+    for variant in variants:
+        if variant.bare:
+            yield from ((name, variant.name) for name in served)
+
+
+def _as_dict(variant: Variant) -> dict[str, Any]:
+    options = {name: getattr(variant.arguments, name) for name in (*LOAD_OPTIONS, "images", "seconds", "warm_up")}
+    return {"load": options, "settings": list(variant.overrides), "bare": variant.bare}
+
+
+class Told:
+    """Progress of a long run: a bar on a terminal, redrawn by us alone, because a thread would disturb the load."""
+
+    def __init__(self, progress: Progress, total_s: float) -> None:
+        self._progress = progress
+        self._task = progress.add_task("starting", total=total_s)
+        self.print: Callable[[str], None] = progress.console.print
+
+    def describe(self, text: str) -> None:
+        self._progress.update(self._task, description=escape(text), refresh=True)
+
+    def tick(self) -> None:
+        self.advance(1.0)
+
+    def advance(self, seconds: float) -> None:
+        self._progress.update(self._task, advance=seconds, refresh=True)
+
+
+@contextlib.contextmanager
+def _progress(variants: Sequence[Variant], arguments: argparse.Namespace) -> Iterator[Told]:
+    total_s = arguments.rounds * sum(
+        len(variant.points) * (arguments.warm_up + arguments.seconds) + 2 * arguments.limit_seconds
+        for variant in variants
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with Progress(*columns, console=console, auto_refresh=False, transient=True,
+                  disable=not console.is_terminal) as progress:  # fmt: skip
+        yield Told(progress, total_s)
+
+
+# ---- arguments --------------------------------------------------------------------------------------------------
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmark", description=__doc__, parents=[_load_parser()],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    daemon = parser.add_argument_group("the daemon")
+    daemon.add_argument("--endpoint", metavar="E", help="one that runs already; default: one of our own")
+    daemon.add_argument("--devices", nargs="+", default=["cpu:0", "cpu:1"], metavar="DEVICE")
+    daemon.add_argument("--engine", default="timed", choices=["native", "adelaidet", "timed"])
+    daemon.add_argument("--batch", default="1", help="as the setting: auto or a number; default 1")
+    daemon.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting")
+    daemon.add_argument("--wait", metavar="S", type=program.seconds, default=program.ANSWER_S,
+                        help="for the daemon at --endpoint")  # fmt: skip
+    run = parser.add_argument_group("the run")
+    run.add_argument("--seconds", type=program.seconds, default=10.0, help="measured of each load; default 10")
+    run.add_argument("--warm-up", metavar="S", type=program.seconds, default=2.0,
+                     help="of load before; not counted; default 2")  # fmt: skip
+    run.add_argument("--rounds", type=program.positive, default=3, help="what counts is their median; default 3")
+    run.add_argument("--limit-seconds", metavar="S", type=_not_negative, default=3.0,
+                     help="of the bare loop, before and after each round; 0: not measured; default 3")  # fmt: skip
+    run.add_argument("--timeout", metavar="S", type=program.seconds, default=60.0, help="a job's deadline, default 60")
+    run.add_argument("--compare", nargs=2, metavar="KEY=VALUE",
+                     help="two variants in turns: settings, or options of the load, several with ; between")
+    run.add_argument("--bare", action="store_true", help="also a plain ZeroMQ proxy with workers that only sleep")
+    run.add_argument("--kill", action="store_true", help="kill -9 a worker under load instead")
+    out = parser.add_argument_group("results")
+    out.add_argument("--json", metavar="FILE", type=Path, help="all figures, with their names in BENCHMARKS.md")
+    out.add_argument("--markdown", action="store_true", help="print a Markdown table, a row for each round")
+    out.add_argument("--plot", metavar="FILE", type=Path, help="throughput against latency (.svg, .png, .pdf)")
+    return parser.parse_args(argv)
+
+
+def _load_parser() -> argparse.ArgumentParser:
+    """The options that a variant of --compare may have of its own."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("the load")
+    group.add_argument("--clients", nargs="+", type=_clients, default=[8], metavar="N",
+                       help="closed loop: each with one job in flight; several values: one after the other; default 8")
+    group.add_argument("--rate", nargs="+", type=_rate, metavar="R",
+                       help="open loop instead: jobs per second at random (Poisson), over --clients connections")
+    group.add_argument("--size", type=_size, default=(800, 800), metavar="HEIGHTxWIDTH", help="default 800x800")
+    group.add_argument("--encoding", choices=["raw", "jpeg", "png", "path"],
+                       help="what is sent; default raw, or with --images path: the daemon reads the files")
+    group.add_argument("--images", nargs="+", metavar="IMAGE", help="files, folders or globs, in turn, "
+                       "instead of a synthetic picture")
+    group.add_argument("--mask-format", choices=["rle", "polygon", "none"], default="rle")
+    group.add_argument("--transport", choices=["socket"], default="socket")
+    return parser
+
+
+def _clients(text: str) -> int:
+    value = program.positive(text)
+    if value > MOST_CLIENTS:
+        raise argparse.ArgumentTypeError(f"{text}: at most {MOST_CLIENTS}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text}: expected jobs per second, more than 0 and at most 100000")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text}: expected seconds, 0 to 3600")
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if not found or not all(map(int, found.groups())):
+        raise argparse.ArgumentTypeError(f"{text}: expected HEIGHTxWIDTH in pixels, such as 800x1200")
+    return int(found[1]), int(found[2])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
