@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -20,9 +21,10 @@ import msgpack
 import zmq
 
 from daemon import protocol
-from daemon.protocol import TO_CLIENT, Failed, GetStats, Options, Result, Stats
+from daemon.protocol import TO_CLIENT, Failed, GetStats, Place, Result, Stats
+from workers.benchmark.connection import NAME_BYTES, Connection, Sending
 from workers.benchmark.load import NO_ANSWER, Sample, Schedule
-from workers.benchmark.pictures import NAME_BYTES, Picture, Template
+from workers.benchmark.pictures import Picture
 
 GRACE_S = 1.0  # for the daemon's own `timeout` to arrive
 NAP_S = 0.0002  # polls count in whole milliseconds; the last one before a send is spent in naps
@@ -37,43 +39,55 @@ class InFlight:
     picture: int
     intended: float
     sent: float
+    place: Place | None
 
 
 class Generator:
     """Loads `endpoint` with `pictures` in turn, from `clients` connections; use it as ``with``.
 
-    `samples` are the jobs that have ended. `timeout_s` is the jobs' deadline. Times are of `time.monotonic`.
+    `samples` are the jobs that have ended. Times are of `time.monotonic`. Entering raises `UsageError` when the images
+    must go by shared memory and cannot.
     """
 
-    def __init__(
-        self, endpoint: str, pictures: Sequence[Picture], clients: int, options: Options, timeout_s: float
-    ) -> None:
+    def __init__(self, endpoint: str, pictures: Sequence[Picture], clients: int, sending: Sending) -> None:
         self.samples: list[Sample] = []
         self.answer_bytes = 0  # of the last result
         self.checked = 0  # results that could be compared with their image
         self._endpoint = endpoint
         self._pictures = pictures
-        self._timeout_s = timeout_s
+        self._sending = sending
         self._clients = clients
         self._schedule: Schedule | None = None
         self._number = 0
         self._in_flight: dict[str, InFlight] = {}
+        self._held: list[deque[float]] = [deque() for _ in range(clients)]  # no place for their images yet
         self._right = [b""] * len(pictures)  # the last payload that was found right
         self._stats: dict[str, Any] | None = None
-        self._templates = [
-            Template(each.image, [] if each.payload is None else [each.payload], options, timeout_s)
-            for each in pictures
-        ]
+        self._connections: list[Connection] = []
 
     def __enter__(self) -> Self:
         self._context = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, max(1023, 2 * self._clients))
         self._poller = zmq.Poller()
-        self._sockets = [self._socket() for _ in range(self._clients)]
-        self._control = self._socket()
+        try:
+            for _ in range(self._clients):
+                self._connections.append(Connection(self._socket(), self._pictures, self._sending))
+                self._connections[-1].open_region(self._endpoint)
+            self._control = self._socket()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._context.destroy(linger=0)
+        for connection in self._connections:
+            connection.close()
+
+    @property
+    def by_shared_memory(self) -> bool:
+        """Whether images go that way, all of them."""
+        return all(connection.region is not None for connection in self._connections)
 
     def begin(self, schedule: Schedule) -> None:
         """From now on jobs are sent as the schedule says, whenever `run` is called. Forgets earlier samples."""
@@ -97,21 +111,24 @@ class Generator:
         """The daemon's latest snapshot; the load goes on meanwhile. TimeoutError when none comes."""
         self._stats = None
         self._control.send_multipart(protocol.encode(GetStats()))
-        end = time.monotonic() + self._timeout_s
+        end = time.monotonic() + self._sending.deadline_s
         while self._stats is None:
             if time.monotonic() >= end:
-                raise TimeoutError(f"{self._endpoint} gave no stats within {self._timeout_s:g} s")
+                raise TimeoutError(f"{self._endpoint} gave no stats within {self._sending.deadline_s:g} s")
             self._turn(end)
         return self._stats
 
     def drain(self) -> None:
         """Send nothing more, and wait for what is in flight. What then has no answer has failed: `no-answer`."""
         self._schedule = None
-        end = time.monotonic() + self._timeout_s + GRACE_S
+        end = time.monotonic() + self._sending.deadline_s + GRACE_S
         while self._in_flight and time.monotonic() < end:
             self._turn(end)
         self.samples += [Sample(job.intended, job.sent, math.inf, NO_ANSWER) for job in self._in_flight.values()]
         self._in_flight.clear()
+        for held in self._held:
+            self.samples += [Sample(intended, end, math.inf, NO_ANSWER) for intended in held]
+            held.clear()
 
     def _socket(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)
@@ -137,10 +154,13 @@ class Generator:
     def _send(self, client: int, intended: float | None) -> None:
         self._number += 1
         name = f"{self._number:0{NAME_BYTES}}"
-        picture = self._number % len(self._templates)
-        sent = time.monotonic()
-        self._in_flight[name] = InFlight(client, picture, sent if intended is None else intended, sent)
-        self._sockets[client].send_multipart(self._templates[picture].frames(name), copy=False)
+        picture = self._number % len(self._pictures)
+        begun = time.monotonic()
+        sent, place = self._connections[client].send(name, picture)
+        if sent:
+            self._in_flight[name] = InFlight(client, picture, begun if intended is None else intended, begun, place)
+        else:
+            self._held[client].append(begun if intended is None else intended)
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
         while True:
@@ -163,6 +183,11 @@ class Generator:
         job = self._in_flight.pop(name, None)
         if job is None:
             return  # given up in an earlier `drain`
+        connection = self._connections[job.client]
+        if job.place is not None and connection.region is not None:
+            connection.region.give_back(job.place)
+        if self._held[job.client]:
+            self._send(job.client, self._held[job.client].popleft())
         if self._schedule is not None:
             self._schedule.answered(job.client, now, bool(code))
         wrong = not code and self._is_wrong(job.picture, payload)

@@ -6,6 +6,7 @@ Keys of a row beside those of `load.figures` (what is not known is missing):
 load                   {"clients": n} in a closed loop, {"rate": jobs per second} in an open one
 checked                results that could be compared with their image by its checksum
 answer_bytes           payload of the last result
+shared_memory          whether all images went by it
 devices                how many
 busy_share             0 to 1: of the devices' time, by the daemon's own stats
 busy_ms_per_image      device time for an image, by the same
@@ -74,6 +75,7 @@ def measure(
     return row | {
         "checked": generator.checked,
         "answer_bytes": generator.answer_bytes,
+        "shared_memory": generator.by_shared_memory,
         **({} if before is None or after is None else _by_the_stats(before, after, row["fps"])),
         "cpu_s_per_1000": {name: spent * per_1000 for name, spent in {**cpu, "generator": own}.items()},
         "generator_share": own / (end - start),

@@ -2,35 +2,27 @@
 
 A synthetic picture is smooth with a little noise, so that its JPEG is about as large as a photograph's. Files are sent
 as paths that the daemon reads itself, or decoded here and sent in another encoding.
-
-A `Template` is a submission of which only the job's name is open: a job costs neither an encoding nor a copy of its
-pixels here.
 """
 from __future__ import annotations
 
 import io
 import os
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import zmq
 from PIL import Image
 
 from daemon import protocol
 from daemon.program import UsageError
-from daemon.protocol import Options, Submit
 from daemon.settings import Limits
 from workers import images
 from workers.images import ImageError, Pixels
 
 Encoding = Literal["raw", "jpeg", "png", "path"]
 JPEG_QUALITY = 90
-NAME_BYTES = 16
-_OPEN_NAME = "@" * NAME_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +75,3 @@ def _encoded(pixels: Pixels, encoding: Encoding) -> Picture:
 def _picture(image: protocol.Image, payload: bytes | None) -> Picture:
     unchecked = Picture(image, payload, 0)
     return replace(unchecked, checksum=zlib.crc32(unchecked.pixels().data))
-
-
-class Template:
-    """A submission but for its job's name."""
-
-    def __init__(self, image: protocol.Image, payload: Sequence[Any], options: Options, deadline_s: float) -> None:
-        submit = Submit(job=_OPEN_NAME, image=image, options=options, deadline_s=deadline_s)
-        self._magic, header = protocol.encode(submit)
-        self._head, _, self._tail = header.partition(_OPEN_NAME.encode())
-        self._payload = [zmq.Frame(each, copy=False) for each in payload]  # sent many times: ZeroMQ counts references
-
-    def frames(self, name: str) -> list[Any]:
-        """The frames of a job whose name has `NAME_BYTES` ASCII characters."""
-        return [self._magic, self._head + name.encode() + self._tail, *self._payload]

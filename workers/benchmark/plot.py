@@ -55,7 +55,7 @@ def _curve(axes: Axes, middle: Sequence[Row], rounds: Sequence[Row], colour: str
         same = [each for each in rounds if each["load"] == row["load"]]
         axes.plot([min(each["fps"] for each in same), max(each["fps"] for each in same)], [row["p50_ms"]] * 2,
                   color=colour, lw=5, alpha=0.35, solid_capstyle="butt")  # fmt: skip
-        axes.annotate(report.load_text(row), (row["fps"], row["p50_ms"]), xytext=(0, -16), ha="center",
+        axes.annotate(report.load_text(row), (row["fps"], row["p50_ms"]), xytext=(-9, 7), ha="right",
                       textcoords="offset points", fontsize=9, color=colour)  # fmt: skip
 
 

@@ -32,27 +32,25 @@ import copy
 import dataclasses
 import importlib.util
 import os
-import re
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from daemon import photographs, program
+from daemon import photographs, places, program
 from daemon import settings as settings_module
 from daemon.program import UsageError
 from daemon.protocol import Options
 from daemon.settings import Settings, SettingsError
 from daemon.spawn import SpawnError
 from daemon.topology import TopologyError
-from workers.benchmark import device, load, pictures, report, servers
+from workers.benchmark import device, kill, pictures, report, servers
+from workers.benchmark.arguments import LOAD_OPTIONS, load_parser, parse
+from workers.benchmark.connection import Sending, Transport
 from workers.benchmark.device import LimitError
 from workers.benchmark.generator import Generator
 from workers.benchmark.measure import Point, Row, measure
@@ -60,11 +58,8 @@ from workers.benchmark.pictures import Picture
 from workers.benchmark.servers import Server
 
 EXIT_WRONG = 1
-MOST_CLIENTS = 1000  # ZeroMQ's own bound on sockets is 1023
 ANSWER_BYTES = 20_000  # of the plain path, where no daemon was asked before
-WATCH_S = 10.0  # after a killed worker's successor is ready
 DAEMON, BARE = "daemon", "bare ZeroMQ"
-LOAD_OPTIONS = ("clients", "rate", "size", "encoding", "transport", "mask_format")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +82,7 @@ class Variant:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments (default: the process's); returns its exit code."""
-    arguments = _parse(argv)
+    arguments = parse(argv, __doc__ or "")
     return program.guarded("benchmark", lambda: _main(arguments))
 
 
@@ -133,7 +128,7 @@ def _variant(text: str, arguments: argparse.Namespace) -> Variant:
         if not equals:
             raise UsageError(f"--compare {text}: expected KEY=VALUE, several of them with ; between")
         if key.replace("-", "_") in LOAD_OPTIONS:
-            option = _load_parser().parse_args([f"--{key.replace('_', '-')}", *value.split(",")])
+            option = load_parser().parse_args([f"--{key.replace('_', '-')}", *value.split(",")])
             setattr(arguments, key.replace("-", "_"), getattr(option, key.replace("-", "_")))
         elif arguments.endpoint:
             raise UsageError(f"--compare {text}: {key} is a setting of the daemon; with --endpoint only the load can "
@@ -154,6 +149,8 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         raise UsageError("--set and --kill need a daemon of our own: leave --endpoint out")
     if arguments.rate and len(arguments.clients) > 1:
         raise UsageError("--rate is an open loop: --clients is then the number of connections, one value")
+    if arguments.kill and (arguments.bare or arguments.compare or len(arguments.rate or arguments.clients) > 1):
+        raise UsageError("--kill looks at one load of one daemon: leave --bare and --compare out, name one load")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install 'blendmaskd[plots]'")
     for file in filter(None, (arguments.json, arguments.plot)):
@@ -184,8 +181,7 @@ def _round(variant: Variant, number: int, answer_bytes: int, progress: Told) -> 
     with _server(variant, answer_bytes) as server:
         for point in variant.points:
             progress.describe(f"round {number}: {variant.name}, {point}")
-            options = Options(mask_format=arguments.mask_format)
-            with Generator(server.endpoint, sent, point.clients, options, arguments.timeout) as generator:
+            with Generator(server.endpoint, sent, point.clients, _sending(variant, point)) as generator:
                 row = measure(server, generator, point, arguments.warm_up, arguments.seconds, progress.tick)
             rows.append({"round": number, "variant": variant.name, **row})
     limits.append(_limit(variant, sent[0], progress))
@@ -224,13 +220,25 @@ def _share(row: Row, limits: Sequence[device.Limit], variant: Variant) -> Row:
 @contextlib.contextmanager
 def _server(variant: Variant, answer_bytes: int) -> Iterator[Server]:
     if variant.settings is None:
-        yield servers.running_daemon(variant.arguments.endpoint, variant.arguments.wait)
+        try:
+            server = servers.running_daemon(variant.arguments.endpoint, variant.arguments.wait)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        yield server
     elif variant.bare:
         with servers.bare_path(variant.settings, answer_bytes) as server:
             yield server
     else:
         with servers.own_daemon(variant.overrides, variant.settings) as server:
             yield server
+
+
+def _sending(variant: Variant, point: Point) -> Sending:
+    """The plain path knows no shared memory."""
+    arguments = variant.arguments
+    transport: Transport = "socket" if variant.bare else arguments.transport
+    held = 1 if point.rate is None else places.PLACES
+    return Sending(transport, Options(mask_format=arguments.mask_format), arguments.timeout, held)
 
 
 def _pictures(arguments: argparse.Namespace) -> list[Picture]:
@@ -244,58 +252,19 @@ def _encoding(arguments: argparse.Namespace) -> pictures.Encoding:
     return chosen
 
 
-# ---- kill -------------------------------------------------------------------------------------------------------
-
 def _kill(variant: Variant, console: Console) -> int:
-    """kill -9 of the first device's worker under load, watched until 10 s after its successor is ready."""
-    arguments = variant.arguments
+    """Each round with a daemon of its own."""
+    arguments, [point] = variant.arguments, variant.points
     rows = []
     for number in range(1, arguments.rounds + 1):
-        with _server(variant, ANSWER_BYTES) as server:
-            sent, [point] = _pictures(arguments), variant.points
-            with Generator(server.endpoint, sent, point.clients, Options(mask_format=arguments.mask_format),
-                           arguments.timeout) as generator:  # fmt: skip
-                row = {"round": number, **_kill_one(generator, point, arguments)}
-        rows.append(row)
-        console.print(_kill_line(row))
+        with _server(variant, ANSWER_BYTES) as server, Generator(
+            server.endpoint, _pictures(arguments), point.clients, _sending(variant, point)
+        ) as generator:
+            rows.append({"round": number, **kill.kill_one(generator, point, arguments.warm_up, arguments.seconds)})
+        console.print(kill.line(rows[-1]))
     if arguments.json:
         program.write_json(arguments.json, report.plain({"machine": report.machine(), "kills": rows}))
     return EXIT_WRONG if any(row["wrong"] for row in rows) else 0
-
-
-def _kill_one(generator: Generator, point: Point, arguments: argparse.Namespace) -> Row:
-    generator.begin(point.schedule(time.monotonic()))
-    generator.run(arguments.warm_up)
-    start = time.monotonic()
-    generator.run(arguments.seconds)
-    [first, *_] = generator.stats()["devices"]
-    killed = time.monotonic()
-    os.kill(first["pid"], signal.SIGKILL)
-    while (snapshot := generator.stats())["devices"][0]["generation"] == first["generation"] or snapshot["degraded"]:
-        generator.run(0.02)
-    ready = time.monotonic()
-    generator.run(WATCH_S)
-    generator.drain()
-    samples, half = generator.samples, WATCH_S / 2
-    figures = load.figures(samples, start, ready + WATCH_S)
-    return {
-        "before_fps": load.rate(samples, start, killed),
-        "meanwhile_fps": load.rate(samples, killed, ready),
-        "first_half_fps": load.rate(samples, ready, ready + half),
-        "second_half_fps": load.rate(samples, ready + half, ready + WATCH_S),
-        "ready_s": ready - killed,
-        **{key: figures[key] for key in ("jobs", "failures", "wrong", "max_ms")},
-    }
-
-
-def _kill_line(row: Row) -> str:
-    failures = ", ".join(f"{number} {code}" for code, number in row["failures"].items()) or "none failed"
-    return (
-        f"round {row['round']}: before {row['before_fps']:.2f} images/s; successor ready (and seen so) after "
-        f"{row['ready_s']:.2f} s, meanwhile {row['meanwhile_fps']:.2f}; first {WATCH_S / 2:g} s "
-        f"{row['first_half_fps']:.2f}, next {row['second_half_fps']:.2f}; of {row['jobs']} jobs {failures}, "
-        f"{row['wrong']} answers wrong; the longest took {row['max_ms']:.0f} ms"
-    )
 
 
 # ---- telling ----------------------------------------------------------------------------------------------------
@@ -368,84 +337,6 @@ def _progress(variants: Sequence[Variant], arguments: argparse.Namespace) -> Ite
     with Progress(*columns, console=console, auto_refresh=False, transient=True,
                   disable=not console.is_terminal) as progress:  # fmt: skip
         yield Told(progress, total_s)
-
-
-# ---- arguments --------------------------------------------------------------------------------------------------
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmark", description=__doc__, parents=[_load_parser()],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    daemon = parser.add_argument_group("the daemon")
-    daemon.add_argument("--endpoint", metavar="E", help="one that runs already; default: one of our own")
-    daemon.add_argument("--devices", nargs="+", default=["cpu:0", "cpu:1"], metavar="DEVICE")
-    daemon.add_argument("--engine", default="timed", choices=["native", "adelaidet", "timed"])
-    daemon.add_argument("--batch", default="1", help="as the setting: auto or a number; default 1")
-    daemon.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting")
-    daemon.add_argument("--wait", metavar="S", type=program.seconds, default=program.ANSWER_S,
-                        help="for the daemon at --endpoint")  # fmt: skip
-    run = parser.add_argument_group("the run")
-    run.add_argument("--seconds", type=program.seconds, default=10.0, help="measured of each load; default 10")
-    run.add_argument("--warm-up", metavar="S", type=program.seconds, default=2.0,
-                     help="of load before; not counted; default 2")  # fmt: skip
-    run.add_argument("--rounds", type=program.positive, default=3, help="what counts is their median; default 3")
-    run.add_argument("--limit-seconds", metavar="S", type=_not_negative, default=3.0,
-                     help="of the bare loop, before and after each round; 0: not measured; default 3")  # fmt: skip
-    run.add_argument("--timeout", metavar="S", type=program.seconds, default=60.0, help="a job's deadline, default 60")
-    run.add_argument("--compare", nargs=2, metavar="KEY=VALUE",
-                     help="two variants in turns: settings, or options of the load, several with ; between")
-    run.add_argument("--bare", action="store_true", help="also a plain ZeroMQ proxy with workers that only sleep")
-    run.add_argument("--kill", action="store_true", help="kill -9 a worker under load instead")
-    out = parser.add_argument_group("results")
-    out.add_argument("--json", metavar="FILE", type=Path, help="all figures, with their names in BENCHMARKS.md")
-    out.add_argument("--markdown", action="store_true", help="print a Markdown table, a row for each round")
-    out.add_argument("--plot", metavar="FILE", type=Path, help="throughput against latency (.svg, .png, .pdf)")
-    return parser.parse_args(argv)
-
-
-def _load_parser() -> argparse.ArgumentParser:
-    """The options that a variant of --compare may have of its own."""
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("the load")
-    group.add_argument("--clients", nargs="+", type=_clients, default=[8], metavar="N",
-                       help="closed loop: each with one job in flight; several values: one after the other; default 8")
-    group.add_argument("--rate", nargs="+", type=_rate, metavar="R",
-                       help="open loop instead: jobs per second at random (Poisson), over --clients connections")
-    group.add_argument("--size", type=_size, default=(800, 800), metavar="HEIGHTxWIDTH", help="default 800x800")
-    group.add_argument("--encoding", choices=["raw", "jpeg", "png", "path"],
-                       help="what is sent; default raw, or with --images path: the daemon reads the files")
-    group.add_argument("--images", nargs="+", metavar="IMAGE", help="files, folders or globs, in turn, "
-                       "instead of a synthetic picture")
-    group.add_argument("--mask-format", choices=["rle", "polygon", "none"], default="rle")
-    group.add_argument("--transport", choices=["socket"], default="socket")
-    return parser
-
-
-def _clients(text: str) -> int:
-    value = program.positive(text)
-    if value > MOST_CLIENTS:
-        raise argparse.ArgumentTypeError(f"{text}: at most {MOST_CLIENTS}")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 100_000:
-        raise argparse.ArgumentTypeError(f"{text}: expected jobs per second, more than 0 and at most 100000")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"{text}: expected seconds, 0 to 3600")
-    return value
-
-
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if not found or not all(map(int, found.groups())):
-        raise argparse.ArgumentTypeError(f"{text}: expected HEIGHTxWIDTH in pixels, such as 800x1200")
-    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

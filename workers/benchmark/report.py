@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 Row = Mapping[str, Any]
-RATIOS = {"images/s": "fps", "p50": "p50_ms", "p99": "p99_ms", "server CPU": "server_cpu"}
+RATIOS = {"images/s": "fps", "p50": "p50_ms", "p99": "p99_ms", "server CPU": "server_cpu", "broker CPU": "broker_cpu"}
 
 
 def machine() -> dict[str, Any]:
@@ -63,12 +63,6 @@ def ratios(rows: Sequence[Row], above: str, below: str) -> list[dict[str, Any]]:
     return [{"above": above, "below": below, "load": text, **_ratios(both)} for text, both in pairs.items()]
 
 
-def server_cpu(row: Row) -> float | None:
-    """CPU seconds of broker and workers for 1000 images."""
-    spent = row["cpu_s_per_1000"]
-    return spent["broker"] + spent["workers"] if "broker" in spent and "workers" in spent else None
-
-
 def load_text(row: Row) -> str:
     if "rate" in row["load"]:
         return f"{row['load']['rate']:g} jobs/s"
@@ -101,11 +95,8 @@ def remarks(row: Row) -> list[str]:
 
 
 Columns = Mapping[str, Callable[[Row], str]]
-NAMES: Columns = {
-    "variant": lambda row: row["variant"],
-    "load": load_text,
-    "round": lambda row: str(row["round"]),
-}
+NAMES: Columns = {"variant": lambda row: row["variant"], "load": load_text}
+ROUND: Columns = {"round": lambda row: str(row["round"])}
 SEEN: Columns = {
     "images/s": lambda row: f"{row['fps']:.2f}",
     "of the limit": lambda row: f"{100 * row['utilisation']:.2f}%" if "utilisation" in row else "",
@@ -128,12 +119,12 @@ LEFT = ("variant", "load", "remarks")
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """For a terminal: what clients saw, what it cost, and where an image's time went."""
+    """Of medians, for a terminal: what clients saw, what it cost, and where an image's time went."""
     kind = next((row["memory_mb"]["kind"] for row in rows if row["memory_mb"]), "")
     stages = list(dict.fromkeys(stage for row in rows for stage in row.get("stages_ms", {})))
     times: Columns = {stage: functools.partial(_stage, stage=stage) for stage in stages}
     return [
-        _table(rows, {**NAMES, **SEEN, **REMARKS}, "what clients saw", "limit: the engine in a bare loop"),
+        _table(rows, {**NAMES, **SEEN, **REMARKS}, "medians: what clients saw", "limit: the engine in a bare loop"),
         _table(rows, {**NAMES, **COST}, "what it cost", f"CPU: seconds for 1000 images; generator: its share of a core "
                                                         f"in brackets; MB: {kind}"),
         _table(rows, {**NAMES, **times}, "where an image's time went", "mean ms, by the daemon's stats"),
@@ -153,7 +144,7 @@ def _table(rows: Sequence[Row], columns: Columns, title: str, caption: str) -> T
 def markdown(rows: Sequence[Row], found: Sequence[Mapping[str, Any]]) -> str:
     """A row for each round and the medians, and the ratios below; for `BENCHMARKS.md`."""
     everything = [*rows, *medians(rows)]
-    columns = {**NAMES, **SEEN, **COST, **REMARKS}
+    columns = {**NAMES, **ROUND, **SEEN, **COST, **REMARKS}
     shown = _shown(everything, columns)
     lines = [shown, ["---" if name in LEFT else "---:" for name in shown]]
     for row in everything:
@@ -209,10 +200,19 @@ def _middle(values: Sequence[Any]) -> Any:
 def _ratios(both: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
     found = {}
     for key in RATIOS.values():
-        pairs = [_quotient(*(server_cpu(row) if key == "server_cpu" else row[key] for row in pair)) for pair in both]
+        pairs = [_quotient(*(_value(row, key) for row in pair)) for pair in both]
         known = [value for value in pairs if value is not None]
         found[key] = {"pairs": known, "median": statistics.median(known) if known else None}
     return found
+
+
+def _value(row: Row, key: str) -> float | None:
+    spent: Mapping[str, float] = row["cpu_s_per_1000"]
+    parts = {"broker_cpu": ("broker",), "server_cpu": ("broker", "workers")}.get(key)
+    if parts is None:
+        value: float = row[key]
+        return value
+    return sum(spent[part] for part in parts) if spent.keys() >= set(parts) else None
 
 
 def _quotient(above: float | None, below: float | None) -> float | None:

@@ -97,7 +97,7 @@ def seconds_by_batch(settings: Settings) -> list[float]:
 
 
 def cpu_seconds(server: Server) -> dict[str, float]:
-    """CPU time so far of ``broker`` and ``workers``, as far as known."""
+    """CPU time so far of ``broker`` and ``workers``, as far as known. Raises `NoDaemonError` when one has ended."""
     return {name: sum(map(_cpu_seconds, part)) for name, part in server.parts.items() if part}
 
 
@@ -113,7 +113,10 @@ def memory_mb(server: Server) -> dict[str, float | str]:
 
 
 def _cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        raise NoDaemonError(f"process {process.pid} of the server ended while it was measured; see its log") from None
     return float(times.user + times.system)
 
 
