@@ -155,6 +155,9 @@ class Client(Connection):
     def _turn(self, deadline: float) -> None:
         """Send what is due, take in what comes, until something did or the deadline passes."""
         self._send_due()
+        if self._exchange.answered:  # without a message: there is no shared memory, and it is required
+            self._exchange.answered.clear()
+            return
         now = time.monotonic()
         if now >= deadline:
             raise self._timed_out()
@@ -165,7 +168,7 @@ class Client(Connection):
             self._on_monitor()
         if self._socket in events:
             self._exchange.receive(self._socket.recv_multipart(copy=False), time.monotonic())
-        self._exchange.answered.clear()  # whoever waits for a job looks at the job
+        self._exchange.answered.clear()  # whoever waits for a job looks at that job
 
     def _send_due(self) -> None:
         for frames in self._exchange.due(time.monotonic()):

@@ -120,7 +120,9 @@ class Exchange:
             yield protocol.encode(request)
 
     def next_send(self) -> float:
-        return min((job.send_at for job in self.jobs.values()), default=math.inf)
+        """When `due` has something to send."""
+        request = self._places.next_request() if self._places else math.inf
+        return min([request, *(job.send_at for job in self.jobs.values())])
 
     def reconnected(self, now: float) -> None:
         """Whoever is at the other end now may not know of what was sent before."""

@@ -13,10 +13,11 @@ program. Touches files, but no socket and no clock.
 from __future__ import annotations
 
 import fcntl
+import math
 import mmap
 import os
 import stat
-from dataclasses import dataclass
+from collections import deque
 from typing import Any
 
 from daemon import protocol
@@ -89,14 +90,6 @@ def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
-@dataclass(slots=True)
-class _Wish:
-    """What is asked of the daemon."""
-
-    place_bytes: int
-    asked: bool = False
-
-
 class Places:
     """A client's shared memory. `required`: images never go by socket because there is none."""
 
@@ -107,15 +100,21 @@ class Places:
         self._socket = socket
         self._region: Region | None = None
         self._old: dict[str, Region] = {}  # retired, with jobs unanswered
-        self._wish: _Wish | None = None
+        self._wanted = 0  # places of how many bytes are to be asked for; 0: none are
+        self._asked: deque[int] = deque()  # and were, without an answer so far
         self._ask_from = 0.0
+
+    def next_request(self) -> float:
+        """When `request` has something to ask."""
+        return self._ask_from if self._wanted else math.inf
 
     def request(self, now: float) -> protocol.OpenRegion | None:
         """What is to be asked of the daemon now."""
-        if self._wish is None or self._wish.asked or now < self._ask_from:
+        if not self._wanted or now < self._ask_from:
             return None
-        self._wish.asked = True
-        return protocol.OpenRegion(bytes=PLACES * self._wish.place_bytes)
+        self._asked.append(self._wanted)
+        self._wanted = 0
+        return protocol.OpenRegion(bytes=PLACES * self._asked[-1])
 
     def put(self, payload: Any) -> protocol.Place | None:
         """Copy an image in. None: there is no place for it, now or, when `problem` says why, at all."""
@@ -128,34 +127,41 @@ class Places:
         if self._region.full:
             return None
         try:
-            return self._region.put(view.cast("B"))
+            place = self._region.put(view.cast("B"))
         except OSError as error:
             self.problem = f"/dev/shm: {error.strerror}"
             return None
+        self.problem = ""
+        return place
 
     def _want(self, nbytes: int) -> None:
-        if self._wish is None or nbytes > self._wish.place_bytes:
-            self._wish = _Wish(max(1 << (nbytes - 1).bit_length(), SMALLEST_BYTES))
+        if nbytes > max([self._wanted, *self._asked]):
+            self._wanted = max(1 << (nbytes - 1).bit_length(), SMALLEST_BYTES)
 
     def opened(self, message: protocol.Region, now: float) -> None:
         """The daemon's answer to the request."""
-        wish, self._wish = self._wish, None
-        if wish is None:
+        if not self._asked:
             return  # of before we were connected anew; nobody locks it, so it ends
-        if message.bytes < wish.place_bytes:
-            self.refused(f"the daemon grants {message.bytes} bytes, an image needs {wish.place_bytes}", now)
+        place_bytes = self._asked.popleft()
+        if message.bytes < place_bytes:
+            self._refuse(f"the daemon grants {message.bytes} bytes, an image needs {place_bytes}", now)
             return
         try:
-            region = Region(message, wish.place_bytes, os.stat(self._socket).st_uid)
+            region = Region(message, place_bytes, os.stat(self._socket).st_uid)
         except (OSError, ValueError) as error:
-            self.refused(str(error), now)
+            self._refuse(str(error), now)
             return
         self.retire()
         self._region = region
         self.problem = ""
 
     def refused(self, reason: str, now: float) -> None:
-        self._wish = None
+        """The daemon's other answer."""
+        if self._asked:
+            self._asked.popleft()
+        self._refuse(reason, now)
+
+    def _refuse(self, reason: str, now: float) -> None:
         self._ask_from = now + ASK_AGAIN_S
         self.problem = reason
 
@@ -183,8 +189,10 @@ class Places:
     def reconnected(self) -> None:
         """Whoever is at the other end now may not know of our region, and of what was asked."""
         self.retire()
-        self._wish = None
+        self._wanted = 0
+        self._asked.clear()
         self._ask_from = 0.0
+        self.problem = ""
 
     def close(self) -> None:
         self.retire()

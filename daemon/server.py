@@ -105,7 +105,7 @@ class Server:
     def _tick(self, now: float) -> None:
         self._next_tick = now + TICK_S
         if self._sockets.shared_memory:
-            self._end_regions(self._sockets.shared_memory.abandoned())
+            self._end_regions(self._sockets.shared_memory.abandoned(now))
         self._snapshot = self._stats.snapshot(
             now,
             time.time(),
@@ -191,7 +191,7 @@ class Server:
             return protocol.NoRegion(reason="shared memory is for clients on this host, by an ipc endpoint")
         try:
             granted = self._broker.regions.grant(client, wanted)
-            name, path = self._sockets.shared_memory.create(granted)
+            name, path = self._sockets.shared_memory.create(granted, time.monotonic())
         except RegionError as error:
             return protocol.NoRegion(reason=str(error))
         self._broker.regions.add(name, client, granted)

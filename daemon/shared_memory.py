@@ -25,7 +25,6 @@ import secrets
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ PREFIX = "blendmaskd-"
 class _File:
     descriptor: int
     size: int
-    lock_by: float  # CLOCK_MONOTONIC; until then its client may not have locked it yet
+    lock_by: float  # until then its client may not have locked it yet
 
 
 class SharedMemory:
@@ -58,7 +57,7 @@ class SharedMemory:
         except OSError as error:
             self.problem = f"{PARENT}: {error.strerror}"
 
-    def create(self, size: int) -> tuple[str, str]:
+    def create(self, size: int, now: float) -> tuple[str, str]:
         """A new region of `size` bytes: its name and path. Raises `RegionError`."""
         if not self.folder:
             raise RegionError(self.problem)
@@ -66,7 +65,7 @@ class SharedMemory:
         path = f"{self.folder}/{name}"
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self._files[name] = _File(descriptor, size, time.monotonic() + GRACE_S)
+            self._files[name] = _File(descriptor, size, now + GRACE_S)
             os.ftruncate(descriptor, size)
             os.fchmod(descriptor, _mode(self._sockets))
         except OSError as error:
@@ -82,9 +81,8 @@ class SharedMemory:
                 os.unlink(f"{self.folder}/{name}")
             os.close(file.descriptor)
 
-    def abandoned(self) -> list[str]:
+    def abandoned(self, now: float) -> list[str]:
         """The regions whose clients have gone, never came, or do not keep to the size."""
-        now = time.monotonic()
         return [name for name, file in self._files.items() if _is_abandoned(file, now)]
 
     def close(self) -> None:

@@ -11,7 +11,8 @@ import daemon
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = sorted(f"daemon.{module.name}" for module in pkgutil.iter_modules(daemon.__path__))
-PURE = ["daemon.broker", "daemon.categories", "daemon.protocol", "daemon.settings", "daemon.stats", "daemon.supervisor"]
+PURE = ["daemon.broker", "daemon.categories", "daemon.exchange", "daemon.protocol", "daemon.regions", "daemon.settings",
+        "daemon.stats", "daemon.supervisor"]  # fmt: skip
 WORKERS = ["workers.engines", "workers.images", "workers.inference", "workers.loop", "workers.random_weights",
            "workers.results"]  # fmt: skip
 

@@ -16,6 +16,7 @@ from daemon.protocol import (
     TO_CLIENT,
     TO_WORKER,
     Cancel,
+    CloseRegion,
     Code,
     Failed,
     FailedLease,
@@ -23,9 +24,13 @@ from daemon.protocol import (
     GetStats,
     Image,
     Lease,
+    NoRegion,
+    OpenRegion,
     Options,
+    Place,
     ProtocolError,
     Ready,
+    Region,
     Report,
     Result,
     Revoke,
@@ -38,13 +43,14 @@ from daemon.protocol import (
 )
 
 ENCODED = {"kind": "encoded"}
+PLACE = {"region": "r", "offset": 0, "bytes": 1}
 SUBMIT = {"type": "submit", "job": "a", "image": ENCODED}
 
 SUBMIT_BYTES = [
     b"BMD1",
     (b"\x86"
     b"\xa3job\xa3a-1"
-    b"\xa5image\x85\xa4kind\xa3raw\xa5shape\x93\x01\x02\x03\xa5dtype\xa5uint8\xa5order\xa3bgr\xa4path\xc0"
+    b"\xa5image\x86\xa4kind\xa3raw\xa5shape\x93\x01\x02\x03\xa5dtype\xa5uint8\xa5order\xa3bgr\xa4path\xc0\xa5place\xc0"
     b"\xa7options\x83\xafscore_threshold\xcb\x3f\xe0\x00\x00\x00\x00\x00\x00\xaemax_detections\x64"
     b"\xabmask_format\xa3rle"
     b"\xaadeadline_s\xcb\x40\x24\x00\x00\x00\x00\x00\x00"
@@ -63,10 +69,29 @@ RESULT_BYTES = [
     b"\x90",
 ]
 
+OPEN_REGION_BYTES = [b"BMD1", b"\x82\xa5bytes\xce\x00\x01\x00\x00\xa4type\xabopen-region"]
+REGION_BYTES = [
+    b"BMD1",
+    (b"\x84"
+    b"\xa6region\xa40a1b\xa4path\xb1/dev/shm/bmd/0a1b\xa5bytes\xcd\x10\x00"
+    b"\xa4type\xa6region"),
+]
+PLACED_BYTES = [
+    b"BMD1",
+    (b"\x83"
+    b"\xa3job\xa3a-1"
+    b"\xa5image\x82\xa4kind\xa7encoded\xa5place\x83\xa6region\xa40a1b\xa6offset\xcd\x10\x00\xa5bytes\x03"
+    b"\xa4type\xa6submit"),
+]
+
 MESSAGES: list[tuple[Any, dict[str, type[Any]]]] = [
     (Submit(job="a", image=Image(kind="path", path="/data/a.jpg")), FROM_CLIENT),
     (Cancel(job="a"), FROM_CLIENT),
     (GetStats(), FROM_CLIENT),
+    (Submit(job="a", image=Image(kind="encoded", place=Place(region="r", offset=4096, bytes=3))), FROM_CLIENT),
+    (OpenRegion(bytes=1), FROM_CLIENT),
+    (Region(region="r", path="/dev/shm/r", bytes=4096), TO_CLIENT),
+    (NoRegion(reason="off"), TO_CLIENT),
     (Result(job="a", width=2, height=1, device="npu:0", timings={"total": 0.5}), TO_CLIENT),
     (Failed(job="a", code=Code.BUSY, reason="full", retry_after_s=0.5), TO_CLIENT),
     (Stats(stats={"seq": 1, "devices": [{"fps": 0.25}]}), TO_CLIENT),
@@ -79,6 +104,7 @@ MESSAGES: list[tuple[Any, dict[str, type[Any]]]] = [
      FROM_WORKER),
     (Lease(lease=1, image=Image(kind="raw", shape=(1, 2, 3)), options=Options(), deadline=5.5, alone=True), TO_WORKER),
     (Revoke(lease=1), TO_WORKER),
+    (CloseRegion(region="r"), TO_WORKER),
     (Stop(), TO_WORKER),
 ]  # fmt: skip
 
@@ -109,6 +135,17 @@ def test_a_result_is_these_bytes() -> None:
     message = Result(job="a-1", width=2, height=1, device="npu:0", timings={"total": 0.03125})
     assert encode(message, [b"\x90"]) == RESULT_BYTES
     assert decode(RESULT_BYTES, TO_CLIENT) == (message, [b"\x90"])
+
+
+def test_asking_for_shared_memory_and_using_it_is_these_bytes() -> None:
+    assert encode(OpenRegion(bytes=1 << 16)) == OPEN_REGION_BYTES
+    assert decode(OPEN_REGION_BYTES, FROM_CLIENT) == (OpenRegion(bytes=1 << 16), [])
+    region = Region(region="0a1b", path="/dev/shm/bmd/0a1b", bytes=4096)
+    assert encode(region) == REGION_BYTES
+    assert decode(REGION_BYTES, TO_CLIENT) == (region, [])
+    placed = Submit(job="a-1", image=Image(kind="encoded", place=Place(region="0a1b", offset=4096, bytes=3)))
+    assert decode(PLACED_BYTES, FROM_CLIENT) == (placed, [])
+    assert decode(encode(placed), FROM_CLIENT) == (placed, [])
 
 
 def test_a_running_daemon_speaks_these_bytes(shared_daemon: Any) -> None:
@@ -204,6 +241,15 @@ MALFORMED: dict[str, tuple[list[bytes], str, str]] = {  # frames, the job that c
     "shape of fractions": (submit(image={"kind": "raw", "shape": [1.5, 1, 3]}), "a", "shape"),
     "no path": ([MAGIC, header(**{**SUBMIT, "image": {"kind": "path"}})], "a", "image.path: missing"),
     "path and payload": (submit(image={"kind": "path", "path": "/a"}), "a", "1 payload frames: kind path takes 0"),
+    "path in a place": (submit(image={"kind": "path", "path": "/a", "place": PLACE})[:2], "a", "kind path takes none"),
+    "place and payload": (submit(image={**ENCODED, "place": PLACE}), "a", "an image in shared memory takes 0"),
+    "place without bytes": (submit(image={**ENCODED, "place": {"region": "r", "offset": 0}})[:2], "a", "bytes"),
+    "place without region": (submit(image={**ENCODED, "place": {"offset": 0, "bytes": 1}})[:2], "a", "region"),
+    "place before the region": (submit(image={**ENCODED, "place": {**PLACE, "offset": -1}})[:2], "a", "offset"),
+    "place of less than nothing": (submit(image={**ENCODED, "place": {**PLACE, "bytes": -1}})[:2], "a", "bytes"),
+    "place in a long name": (submit(image={**ENCODED, "place": {**PLACE, "region": "r" * 65}})[:2], "a", "region"),
+    "region of nothing": ([MAGIC, header(type="open-region", bytes=0)], "", "bytes"),
+    "region of no size": ([MAGIC, header(type="open-region")], "", "bytes"),
     "no payload": (submit()[:2], "a", "0 payload frames"),
     "two payloads": ([*submit(), b"x"], "a", "2 payload frames"),
     "threshold above 1": (submit(options={"score_threshold": 1.01}), "a", "score_threshold"),
