@@ -140,6 +140,19 @@ except PermissionError:
     assert done.stdout.strip() == answer, done.stderr
 
 
+def test_a_member_of_the_group_hands_images_over_in_shared_memory(service: Service) -> None:
+    """Another user than the service's makes, locks and fills places in a file of the service's."""
+    segment = """
+import numpy
+from daemon.client import Client
+with Client("ipc:///run/blendmaskd/client.sock", transport="shared") as client:
+    print(client.segment(numpy.zeros((48, 64, 3), numpy.uint8)).width)
+"""
+    member = ("setpriv", "--reuid=65534", "--regid=65534", "--groups=blendmaskd")
+    done = service.sandbox.run(*member, "/opt/environment/bin/python", "-c", segment)
+    assert done.stdout == "64\n", done.stderr
+
+
 def test_reload_replaces_the_workers_before_it_returns(service: Service) -> None:
     main, before = service.main_pid(), service.workers()
     service.systemctl("reload")
