@@ -6,7 +6,7 @@
 `zmq.proxy` between a ROUTER and a DEALER in a process of its own, and a process for each device that only sleeps:
 no queue of its own, no deadlines, nobody who notices a death. It takes the frames that the daemon takes and answers
 with as many bytes, so the same generator loads both. The numbers are seconds by batch size, from 1 on; a batch is what
-is there when the device is free.
+is there when the device is free. Each process prints a line when it is ready.
 """
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def proxy(front: str, back: str) -> None:
     with context.socket(zmq.ROUTER) as clients, context.socket(zmq.DEALER) as workers:
         clients.bind(front)
         workers.bind(back)
+        print("ready", flush=True)
         zmq.proxy(clients, workers)
 
 
@@ -56,12 +57,21 @@ def work(back: str, seconds: list[float], answer_bytes: int) -> None:
     magic, header, payload = protocol.encode(answer, [msgpack.packb([{"padding": bytes(answer_bytes)}])])
     head, _, tail = header.partition(_OPEN_NAME.encode())
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.connect(back)
+        _connect(socket, back)
+        print("ready", flush=True)
         while True:
             batch = _take(socket, len(seconds))
             time.sleep(seconds[len(batch) - 1])
             for client, job in batch:
                 socket.send_multipart([client, magic, head + job + tail, payload], copy=False)
+
+
+def _connect(socket: zmq.Socket[bytes], back: str) -> None:
+    """Return when the proxy may give us jobs."""
+    monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    socket.connect(back)
+    monitor.recv_multipart()
+    socket.disable_monitor()
 
 
 def _take(socket: zmq.Socket[bytes], most: int) -> list[tuple[Any, bytes]]:

@@ -80,6 +80,7 @@ class Generator:
         return self
 
     def __exit__(self, *_: object) -> None:
+        gc.unfreeze()
         self._context.destroy(linger=0)
         for connection in self._connections:
             connection.close()

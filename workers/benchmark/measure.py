@@ -76,14 +76,14 @@ def measure(
         "checked": generator.checked,
         "answer_bytes": generator.answer_bytes,
         "shared_memory": generator.by_shared_memory,
-        **({} if before is None or after is None else _by_the_stats(before, after, row["fps"])),
+        **({} if before is None or after is None else by_the_stats(before, after, row["fps"])),
         "cpu_s_per_1000": {name: spent * per_1000 for name, spent in {**cpu, "generator": own}.items()},
         "generator_share": own / (end - start),
         "memory_mb": servers.memory_mb(server),
     }
 
 
-def _by_the_stats(before: Snapshot, after: Snapshot, fps: float) -> Row:
+def by_the_stats(before: Snapshot, after: Snapshot, fps: float) -> Row:
     """What the daemon says of itself, between two snapshots.
 
     Workers report each second, so the snapshots' counters end at other times than the measurement. Their quotients
@@ -99,14 +99,12 @@ def _by_the_stats(before: Snapshot, after: Snapshot, fps: float) -> Row:
         then = before["stages"].get(stage, {"count": 0, "sum": 0.0})
         if now["count"] > then["count"]:
             stages[stage] = 1000 * (now["sum"] - then["sum"]) / (now["count"] - then["count"])
-    busy_s = new["busy_seconds"] / max(new["images"], 1)
     devices = len(after["devices"])
-    return {
-        "devices": devices,
-        "busy_share": busy_s * fps / devices,
-        "busy_ms_per_image": 1000 * busy_s,
-        "stages_ms": stages,
-    }
+    row: Row = {"devices": devices, "stages_ms": stages}
+    if new["images"]:  # else the measurement was shorter than the time between two reports
+        busy_s = new["busy_seconds"] / new["images"]
+        row |= {"busy_share": busy_s * fps / devices, "busy_ms_per_image": 1000 * busy_s}
+    return row
 
 
 def _difference(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:

@@ -52,10 +52,10 @@ def synthetic(size: tuple[int, int], encoding: Encoding) -> Picture:
 
 
 def from_file(path: Path, encoding: Encoding) -> Picture:
-    """Raises `UsageError` for a file that is no image."""
+    """Raises `UsageError` for a file that cannot be read or is no image."""
     try:
         pixels = images.decode(path.read_bytes(), Limits())
-    except ImageError as error:
+    except (ImageError, OSError) as error:
         raise UsageError(f"{path}: {error}") from None
     if encoding != "path":
         return _encoded(pixels, encoding)

@@ -75,17 +75,19 @@ def bare_path(settings: Settings, answer_bytes: int) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="blendmaskd-benchmark-") as folder:
         front, back = (f"ipc://{folder}/{name}.sock" for name in ("front", "back"))
         program_argv = [sys.executable, "-m", "workers.benchmark.bare"]
-        processes = [subprocess.Popen([*program_argv, "proxy", front, back])]
+        worker = [*program_argv, "worker", back, json.dumps(seconds_by_batch(settings)), str(answer_bytes)]
+        processes: list[subprocess.Popen[bytes]] = []
         try:
-            for _ in settings.devices:
-                argv = [*program_argv, "worker", back, json.dumps(seconds_by_batch(settings)), str(answer_bytes)]
-                processes.append(subprocess.Popen(argv))
+            for argv in [[*program_argv, "proxy", front, back], *([worker] * len(settings.devices))]:
+                processes.append(subprocess.Popen(argv, stdout=subprocess.PIPE))
+            for process in processes:
+                _wait_for_line(process)
             broker, *workers = (psutil.Process(process.pid) for process in processes)
             yield Server(front, broker, tuple(workers), tells_stats=False)
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
+                process.communicate()
 
 
 def seconds_by_batch(settings: Settings) -> list[float]:
@@ -142,6 +144,12 @@ def _devices(client: Client) -> list[dict[str, Any]]:
         return list(client.stats().get("devices", []))
     except TimeoutError:
         return []
+
+
+def _wait_for_line(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdout is not None
+    if not process.stdout.readline():
+        raise NoDaemonError(f"{' '.join(map(str, process.args))} ended; see above")  # type: ignore[arg-type]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
