@@ -16,8 +16,9 @@ still fills its worker's window, and what the worker says of it later is dropped
 those that it was sent and has not ended yet.
 
 Only a job that its worker had started when it died spends an attempt, and is a suspect from then on; its window-mates
-go back to the head of the queue. A worker may die before it can say what it started (a decoder that crashes), so a job
-that was on `jobs.UNSTARTED_LOSSES` dying workers is a suspect too; its own worker's death always spends an attempt.
+go back to the head of the queue. A worker's only lease counts as started: nothing else was there to die of. A worker
+may die before it can say what it started (a decoder that crashes), so a job that was on `jobs.UNSTARTED_LOSSES` dying
+workers is a suspect too; its own worker's death always spends an attempt.
 
 No socket, clock, process, thread or logger belongs in here.
 """
@@ -279,7 +280,7 @@ class Broker:
             if job is None:
                 continue
             job.worker, job.lease = None, 0
-            job.attempts += lease.started or job.suspect
+            job.attempts += lease.started or job.suspect or len(holder.leases) == 1
             job.losses += 1
             if not job.suspect:
                 self._waiting.put(job, first=True)

@@ -1,15 +1,14 @@
 """The worker's loop: receive, decode, batch, run, finish, answer, so that the device does not wait.
 
-Threads, and who may do what:
-
 =========  ==========================================================================================
-main       owns the socket: takes leases in, sends answers and reports out
-host       a small pool: decodes and prepares the next images, finishes the last ones
+main       takes leases in, reports each second
+host       a small pool: decodes and prepares the next images, finishes and answers the last ones
 device     one: forms batches from what is prepared, runs the engine
 =========  ==========================================================================================
 
-A lease that comes while no other is held skips the pool: the device thread does all of it, because nothing could
-overlap and each change of thread costs time.
+A lease that comes while no other is held is lone: the device thread does all of it, because nothing could overlap and
+each change of thread costs time. It is not reported as started as long as it is the only one: if the worker dies, the
+daemon knows what it died of.
 
 A lease ends with exactly one `Finished` or `FailedLease`, whatever happens to its image; `_end` is the only place that
 sends one. Deadlines and revocations are looked at twice, before decoding and right before the device.
@@ -28,7 +27,6 @@ from typing import Any
 
 import msgpack
 import psutil
-import zmq
 
 from daemon import protocol
 from daemon.protocol import Code
@@ -38,13 +36,13 @@ from daemon.shared_memory import Reader
 from daemon.spawn import Assignment
 from workers import images
 from workers.batching import Batching
+from workers.channel import Channel
 from workers.engines import Engine
 from workers.images import ImageError
 
 log = logging.getLogger("blendmaskd.worker")
 
 REPORT_S = 1.0
-LINGER_MS = 5000  # for the last answers, when the worker stops
 ENGINE_FAILURES_IN_A_ROW = 3  # then the device is taken to be broken rather than the images
 EXIT_ENGINE_BROKEN = 70  # sysexits' EX_SOFTWARE
 
@@ -58,6 +56,7 @@ class Item:
     received: float
     prepared: Any = None
     ready_at: float = 0.0  # when it was prepared
+    lone: bool = False  # not reported as started, because it is the only one
     revoked: bool = False
     timings: dict[str, float] = field(default_factory=dict)
 
@@ -70,94 +69,71 @@ class Loop:
         self._settings: Settings = assignment.settings
         self._engine = engine
         self._batching = batching  # the device thread's; others only read
-        self._held: dict[int, Item] = {}  # changed by the main thread only
+        self._lock = threading.Lock()  # for the next two
+        self._held: dict[int, Item] = {}
+        self._images = 0  # finished since the last report
         self._most_held = 0, 0  # at once, in the last second and in this one
-        self._outbox: deque[tuple[protocol.FromWorker, Sequence[bytes]]] = deque()
+        self._channel = Channel(assignment.identity, assignment.endpoint)
         self._shared_memory = Reader(assignment.regions)
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._prepared = Prepared(batching, self._settings.max_wait_ms / 1000, lambda: max(self._most_held) <= 1)
         self._busy = Busy()
-        self._images = 0
         self._exit_code: int | None = None
         self._host = ThreadPoolExecutor(_host_threads(), thread_name_prefix="host")
 
     def run(self) -> int:
-        with zmq.Context() as context, context.socket(zmq.DEALER) as self._socket:
-            self._socket.set(zmq.IDENTITY, self._assignment.identity.encode())
-            self._socket.set(zmq.LINGER, LINGER_MS)
-            self._socket.connect(self._assignment.endpoint)
+        with self._channel:
             threading.Thread(target=self._run_device, name="device", daemon=True).start()
             actual = self._engine.actual(self._assignment.wanted)
-            self._send(
+            self._channel.send(
                 protocol.Ready(token=self._assignment.token, pid=os.getpid(), window=self._window(), actual=actual)
             )
-            self._serve()
-        assert self._exit_code is not None
+            reporter = Reporter(self._report)
+            while self._exit_code is None:
+                self._receive()
+                reporter.report_if_due()
+                self._channel.wait(reporter.due_ms())
         return self._exit_code
 
     # -- main thread ------------------------------------------------------------------------------------------------
 
-    def _serve(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._wake, zmq.POLLIN)
-        reporter = Reporter(self._report)
-        while self._exit_code is None:
-            events = dict(poller.poll(reporter.due_ms()))
-            if self._wake in events:
-                os.eventfd_read(self._wake)
-            self._send_outbox()
-            if self._socket in events:
-                self._receive()
-            reporter.report_if_due()
-        self._send_outbox()
-
     def _receive(self) -> None:
-        while True:
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            message: protocol.ToWorker
-            message, payload = protocol.decode(frames, protocol.TO_WORKER)
+        for message, payload in self._channel.receive():
             match message:
                 case protocol.Lease():
                     self._accept(Item(message, payload, time.monotonic()))
                 case protocol.Revoke():
-                    if message.lease in self._held:
-                        self._held[message.lease].revoked = True
+                    item = self._held.get(message.lease)
+                    if item is not None:
+                        item.revoked = True
                 case protocol.CloseRegion():
                     self._shared_memory.close(message.region)
                 case protocol.Stop():
                     self._exit_code = 0
+                    self._channel.wake()
 
     def _accept(self, item: Item) -> None:
-        self._held[item.lease.lease] = item
+        with self._lock:
+            others = list(self._held.values())
+            self._held[item.lease.lease] = item
         before, now = self._most_held
-        self._most_held = before, max(now, len(self._held))
-        if len(self._held) == 1:
+        self._most_held = before, max(now, len(others) + 1)
+        if not others:
+            item.lone = True
             self._prepared.put(item)
-        else:
-            self._host.submit(self._prepare_and_put, item)
+            return
+        for lone in [other for other in others if other.lone]:
+            lone.lone = False
+            self._channel.send(protocol.Started(leases=[lone.lease.lease]))
+        self._host.submit(self._prepare_and_put, item)
 
     def _window(self) -> int:
         return 2 * self._batching.target()  # one batch runs, one is already here
 
-    def _send_outbox(self) -> None:
-        while self._outbox:
-            message, payload = self._outbox.popleft()
-            if isinstance(message, protocol.Finished | protocol.FailedLease):
-                del self._held[message.lease]
-                self._images += isinstance(message, protocol.Finished)
-            self._send(message, payload)
-
-    def _send(self, message: protocol.FromWorker, payload: Sequence[bytes] = ()) -> None:
-        self._socket.send_multipart(protocol.encode(message, payload), copy=False)
-
     def _report(self, start: float, end: float) -> None:
-        images, self._images = self._images, 0
+        with self._lock:
+            images, self._images = self._images, 0
         self._most_held = self._most_held[1], len(self._held)
-        self._send(
+        self._channel.send(
             protocol.Report(
                 start=start,
                 end=end,
@@ -169,11 +145,6 @@ class Loop:
                 window=self._window(),
             )
         )
-
-    def _post(self, message: protocol.FromWorker, payload: Sequence[bytes] = ()) -> None:
-        """Send from another thread."""
-        self._outbox.append((message, payload))
-        os.eventfd_write(self._wake, 1)
 
     # -- host threads, for a lone lease the device thread -----------------------------------------------------------
 
@@ -227,7 +198,7 @@ class Loop:
         height, width = item.prepared.image_size
         payload = msgpack.packb(detections)
         item.timings["finish"] = time.monotonic() - start
-        self._post(
+        self._end(
             protocol.Finished(lease=item.lease.lease, width=width, height=height, timings=item.timings), [payload]
         )
 
@@ -244,7 +215,7 @@ class Loop:
         except BaseException:
             log.exception("the device thread died")
         self._exit_code = EXIT_ENGINE_BROKEN
-        os.eventfd_write(self._wake, 1)
+        self._channel.wake()
 
     def _can_run(self, item: Item) -> bool:
         return self._prepare(item) if item.prepared is None else not self._overdue(item)
@@ -252,7 +223,8 @@ class Loop:
     def _run(self, batch: list[Item]) -> bool:
         """Run a batch; when the engine raises on several images, each is tried alone. False when all failed."""
         start = time.monotonic()
-        self._post(protocol.Started(leases=[item.lease.lease for item in batch]))
+        if not batch[0].lone:
+            self._channel.send(protocol.Started(leases=[item.lease.lease for item in batch]))
         size = batch[0].prepared.padded_size
         try:
             with self._busy:
@@ -290,7 +262,13 @@ class Loop:
         return True
 
     def _fail(self, item: Item, code: Code, reason: str) -> None:
-        self._post(protocol.FailedLease(lease=item.lease.lease, code=code, reason=reason))
+        self._end(protocol.FailedLease(lease=item.lease.lease, code=code, reason=reason))
+
+    def _end(self, message: protocol.Finished | protocol.FailedLease, payload: Sequence[bytes] = ()) -> None:
+        with self._lock:
+            del self._held[message.lease]
+            self._images += isinstance(message, protocol.Finished)
+        self._channel.send(message, payload)
 
 
 def _host_threads() -> int:

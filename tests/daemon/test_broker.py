@@ -248,6 +248,7 @@ def test_a_suspect_waits_for_a_worker_that_is_emptied_for_it(broker: Broker) -> 
 
 def test_a_job_that_kills_workers_before_it_starts_becomes_a_suspect(broker: Broker) -> None:
     submit(broker, "kills the decoder")
+    submit(broker, "mate")
     lost = 0
     outcome: dict[str, Any] = {}
     while not outcome:
@@ -255,8 +256,18 @@ def test_a_job_that_kills_workers_before_it_starts_becomes_a_suspect(broker: Bro
         assert lost < 10
         with_workers(broker, f"npu:0.{lost}")
         outcome = answers(lose(broker, f"npu:0.{lost}"))
-    assert outcome["kills the decoder"].code is Code.WORKER_LOST
+    assert {job: answer.code for job, answer in outcome.items()} == {"kills the decoder": Code.WORKER_LOST}
     assert lost == 5, "three losses to be suspected, two attempts alone"
+    [(_, lease)] = leases(broker.ready("npu:0.6", "npu:0", 2, 1.0))
+    assert isinstance(answers(finish(broker, "npu:0.6", lease))["mate"], Result)
+
+
+def test_the_only_lease_of_a_worker_that_dies_counts_as_started(broker: Broker) -> None:
+    submit(broker, "poison")
+    for life in (1, 2):
+        with_workers(broker, f"npu:0.{life}")
+        outcome = answers(lose(broker, f"npu:0.{life}"))
+    assert outcome["poison"].code is Code.WORKER_LOST
 
 
 def test_a_worker_that_makes_no_progress_is_evicted(broker: Broker) -> None:
