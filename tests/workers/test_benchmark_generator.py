@@ -139,7 +139,7 @@ def test_the_answer_to_one_image_is_wrong_for_another(peer: MakePeer) -> None:
         load_closed(generator, 1, 0.1)
     wrong = [sample.wrong for sample in generator.samples]
     assert len(wrong) > 3
-    assert wrong == [number % 2 == 1 for number in range(1, len(wrong) + 1)]  # the first job asks for the second picture
+    assert wrong == [number % 2 == 1 for number in range(1, len(wrong) + 1)]  # picture 1 first
 
 
 def test_a_failure_is_a_failure(peer: MakePeer) -> None:
