@@ -17,6 +17,7 @@ from workers.blendmask import (
     build,
     collate,
     finish,
+    for_inference,
     load_config,
     load_into,
     prepare,
@@ -37,6 +38,10 @@ class Case:
     network: str
     crc32: int
     seed: int = 0
+    as_trained: bool = False  # the network before it is made one for inference, which is what is served
+
+    def __str__(self) -> str:
+        return self.name + "-as_trained" * self.as_trained
 
 
 def slow(case: Case):
@@ -55,6 +60,9 @@ CASES = [
     Case("RT_R_50_4x_syncbn_shtw_coffee", "RT_R_50_4x_syncbn_shtw", 0x0674A809),
     Case("RT_R_50_4x_bn-head_syncbn_shtw_coffee", "RT_R_50_4x_bn-head_syncbn_shtw", 0x813B080E),
     Case("DLA_34_syncbn_4x_chelsea", "DLA_34_syncbn_4x", 0x95F24735),
+    Case("small_R18_chelsea", "small_R18", 0xD2F0D8F0, as_trained=True),
+    Case("small_R18_seed1_batch3", "small_R18", 0x2EF1AD94, seed=1, as_trained=True),
+    Case("550_R_50_3x_chelsea", "550_R_50_3x", 0xB42193EC, as_trained=True),
     slow(Case("R_50_1x_chelsea", "R_50_1x", 0xFDD93771)),
     slow(Case("R_101_3x_coffee", "R_101_3x", 0x34D77CAC)),
     slow(Case("R_101_dcni3_5x_chelsea", "R_101_dcni3_5x", 0xD94BD40F)),
@@ -77,7 +85,7 @@ class Run:
             yield i, {k.removeprefix(prefix): v for k, v in self.golden.items() if k.startswith(prefix)}
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def run(request, photograph) -> Run:
     case: Case = request.param
     with np.load(GOLDEN / f"{case.name}.npz") as file:
@@ -86,6 +94,8 @@ def run(request, photograph) -> Run:
     weights = random_weights(model, case.seed)
     assert crc32(weights) == case.crc32
     load_into(model, weights)
+    if not case.as_trained:
+        model = for_inference(model, channels_last=True)
     prepared = []
     while f"img{len(prepared)}_file" in golden:
         prefix = f"img{len(prepared)}_"

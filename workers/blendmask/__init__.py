@@ -1,11 +1,13 @@
 """The BlendMask network: PyTorch, numpy, Pillow and PyYAML only; it knows nothing of daemons and workers.
 
-`load_config`, `build`, `load_checkpoint`, `load_into` make a network; `prepare`, `segment`, `finish` use it.
+`load_config`, `build`, `load_checkpoint`, `load_into` make a network, `for_inference` makes it fast; `prepare`,
+`segment`, `finish` use it.
 """
 
 from workers.blendmask.config import Config, ConfigError, load_config
 from workers.blendmask.inference import segment
 from workers.blendmask.model import BlendMask, build
+from workers.blendmask.optimise import for_inference
 from workers.blendmask.postprocess import Detections, Instances, finish, paste, paste_one, paste_window
 from workers.blendmask.preprocess import Prepared, collate, prepare
 from workers.blendmask.weights import WeightsError, load_checkpoint, load_into, random_weights
@@ -21,6 +23,7 @@ __all__ = [
     "build",
     "collate",
     "finish",
+    "for_inference",
     "load_checkpoint",
     "load_config",
     "load_into",

@@ -16,7 +16,7 @@ def blend(bases: Tensor, attentions: Tensor, images: Tensor, boxes: Tensor, reso
 
     bases (N, K, H/4, W/4); attentions (D, K, A, A); images (D,) the image of each detection; boxes (D, 4).
     """
-    return combine(roi_align(bases, images, boxes, resolution), attentions).sigmoid()
+    return combine(roi_align(bases.float(), images, boxes, resolution), attentions).sigmoid()
 
 
 def combine(crops: Tensor, attentions: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ class DeformableConv(nn.Module):
         super().__init__()
         self.kernel, self.stride = kernel, stride
         self.weight = nn.Parameter(torch.empty(channels_out, channels_in, kernel, kernel))
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None)  # of a norm that was folded in, see `optimise`
         nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, x: Tensor, geometry: Tensor) -> Tensor:
@@ -31,10 +33,11 @@ class DeformableConv(nn.Module):
         offsets = geometry[:, : 2 * taps].float().reshape(images, taps, 2, *cells)
         places = regular_places(self.kernel, self.stride, cells, x.device) + offsets
         rows, columns = places.flatten(3).transpose(1, 3).unbind(2)  # (N, L, T) each
-        weights = geometry[:, 2 * taps:].sigmoid().flatten(2).transpose(1, 2)  # (N, L, T)
+        weights = geometry[:, 2 * taps:].float().sigmoid().flatten(2).transpose(1, 2)  # (N, L, T)
         samples = sample(x, rows, columns, weights)  # (N, L, T, C)
-        kernel = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (T * C, channels out)
-        return (samples.flatten(2) @ kernel).transpose(1, 2).reshape(images, -1, *cells)  # (N, channels out, h, w)
+        kernel = self.weight.permute(0, 2, 3, 1).flatten(1)  # (channels out, T * C)
+        convolved = F.linear(samples.flatten(2), kernel, self.bias)  # (N, L, channels out)
+        return convolved.transpose(1, 2).reshape(images, -1, *cells)  # (N, channels out, h, w)
 
 
 def regular_places(kernel: int, stride: int, cells: Sequence[int], device: torch.device) -> Tensor:

@@ -120,17 +120,17 @@ class Fcos(nn.Module):
     def _level_candidates(self, output: LevelOutput) -> Tensor:
         images, classes, height, width = output.logits.shape
         assert height * width < LARGEST_EXACT_INTEGER
-        probability = output.logits.permute(0, 2, 3, 1).reshape(images, -1, classes).sigmoid()  # (N, HW, K)
-        centreness = output.centreness.flatten(1).sigmoid()[:, :, None]  # (N, HW, 1)
+        probability = output.logits.permute(0, 2, 3, 1).reshape(images, -1, classes).float().sigmoid()  # (N, HW, K)
+        centreness = output.centreness.flatten(1).float().sigmoid()[:, :, None]  # (N, HW, 1)
         confidence = probability * centreness  # (N, HW, K)
         thresholded = confidence if self.threshold_with_centreness else probability
         marked = confidence.masked_fill(~(thresholded > self.score_threshold), NOT_A_CANDIDATE)  # NaN is none either
         count = candidates_of_level(height * width, classes, self.topk)
         best, index = marked.flatten(1).topk(count, dim=1)  # (N, M) each
         cell = torch.div(index, classes, rounding_mode="floor")
-        distances = output.distances.flatten(2).gather(2, cell[:, None].expand(-1, 4, -1))  # (N, 4, M)
+        distances = output.distances.flatten(2).gather(2, cell[:, None].expand(-1, 4, -1)).float()  # (N, 4, M)
         fields = [best[:, None], (index - cell * classes)[:, None].float(), cell[:, None].float(), distances]
-        return torch.cat([field.float() for field in fields], dim=1).transpose(1, 2)  # (N, M, FIELDS)
+        return torch.cat(fields, dim=1).transpose(1, 2)  # (N, M, FIELDS)
 
 
 def candidates_of_level(cells: int, classes: int, topk: int) -> int:

@@ -77,7 +77,7 @@ class BlendMask(nn.Module):
         assert images.ndim == 4, images.shape
         assert images.shape[1] == 3, images.shape
         assert all(side % SIZE_DIVISOR == 0 for side in images.shape[2:]), images.shape
-        features = self.backbone(images)  # p3 to p5, p6 or p7
+        features = self.backbone(images.to(self.backbone.fpn_lateral3.weight.dtype))  # p3 to p5, p6 or p7
         bases = self.basis_module(features[:3])  # (N, K, H/4, W/4)
         outputs = self.proposal_generator(features)
         box_features = [output.box_features for output in outputs]
