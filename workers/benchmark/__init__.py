@@ -12,6 +12,7 @@
 ``servers``     what is loaded: a daemon, or the plain ZeroMQ path; processes, CPU time, memory
 ``bare``        the processes of the plain ZeroMQ path
 ``device``      the bare loop of an engine in a process of its own: the devices' limit
+``replay``      outputs of a network for the timed engine
 ``report``      medians, ratios, tables, JSON
 ``plot``        throughput against latency; needs matplotlib
 ==============  =====================================================================================

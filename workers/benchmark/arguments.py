@@ -21,6 +21,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     daemon.add_argument("--devices", nargs="+", default=["cpu:0", "cpu:1"], metavar="DEVICE")
     daemon.add_argument("--engine", default="timed", choices=["native", "adelaidet", "timed"])
     daemon.add_argument("--batch", default="1", help="as the setting: auto or a number; default 1")
+    daemon.add_argument("--replay", metavar="IMAGE", type=Path, help="engine timed does the native engine's work on "
+                        "the host: prepares images, and finishes what a network with seeded weights says of this one")
     daemon.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting")
     daemon.add_argument("--wait", metavar="S", type=program.seconds, default=program.ANSWER_S,
                         help="for the daemon at --endpoint")  # fmt: skip

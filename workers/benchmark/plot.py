@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from workers.benchmark import report
 
@@ -32,31 +32,32 @@ def draw(tree: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(row["variant"] for row in tree["medians"]))
-    for name, colour in zip(names, COLOURS * len(names)):
+    for number, name in enumerate(names):
         middle = [row for row in tree["medians"] if row["variant"] == name]
         rounds = [row for row in tree["rows"] if row["variant"] == name]
-        _curve(axes, middle, rounds, colour, f"{name}: " if len(names) > 1 else "")
+        _curve(axes, middle, rounds, number, f"{name}, " if len(names) > 1 else "")
     _scales(axes, tree)
     _limits(axes, tree["medians"])
-    figure.suptitle("Throughput against latency", x=0.012, ha="left", fontsize=17, color=INK, weight="bold")
-    axes.set_title(_subtitle(tree), loc="left", fontsize=10, color=GREY)
-    axes.legend(fontsize=10.5, loc="upper left", frameon=False)
+    axes.set_title("Throughput against latency", loc="left", fontsize=17, color=INK, weight="bold", pad=26)
+    axes.text(0, 1.025, _subtitle(tree), transform=axes.transAxes, fontsize=10, color=GREY)
+    axes.legend(fontsize=10.5, loc="upper left", frameon=False, labelcolor=INK)
     return figure
 
 
-def _curve(axes: Axes, middle: Sequence[Row], rounds: Sequence[Row], colour: str, name: str) -> None:
-    """p50 with its loads named, p99, and what lies between."""
+def _curve(axes: Axes, middle: Sequence[Row], rounds: Sequence[Row], number: int, name: str) -> None:
+    """p50 with its loads named, p99, and what lies between. Variants have their labels on different sides."""
+    colour = COLOURS[number % len(COLOURS)]
     fps = [row["fps"] for row in middle]
     p50, p99 = ([row[key] for row in middle] for key in ("p50_ms", "p99_ms"))
     axes.fill_between(fps, p50, p99, color=colour, alpha=0.10, lw=0)
-    axes.plot(fps, p99, "o--", color=colour, lw=1.3, ms=5, mfc="white", label=f"{name}p99, 99 of 100 are faster")
-    axes.plot(fps, p50, "o-", color=colour, lw=2.4, ms=7, label=f"{name}p50, half are faster")
+    axes.plot(fps, p50, "o-", color=colour, lw=2.4, ms=7, label=f"{name}p50: half of the images are faster", zorder=3)
+    axes.plot(fps, p99, "o--", color=colour, lw=1.3, ms=5, mfc="white", label=f"{name}p99: 99 of 100 are faster")
+    side: dict[str, Any] = {"xytext": (-9, 6), "ha": "right"} if number % 2 == 0 else {"xytext": (9, -13), "ha": "left"}
     for row in middle:
-        same = [each for each in rounds if each["load"] == row["load"]]
-        axes.plot([min(each["fps"] for each in same), max(each["fps"] for each in same)], [row["p50_ms"]] * 2,
-                  color=colour, lw=5, alpha=0.35, solid_capstyle="butt")  # fmt: skip
-        axes.annotate(report.load_text(row), (row["fps"], row["p50_ms"]), xytext=(-9, 7), ha="right",
-                      textcoords="offset points", fontsize=9, color=colour)  # fmt: skip
+        same = [each["fps"] for each in rounds if each["load"] == row["load"]]
+        axes.plot([min(same), max(same)], [row["p50_ms"]] * 2, color=colour, lw=6, alpha=0.30, solid_capstyle="butt")
+        text = report.load_text(row) if row is middle[0] else report.load_text(row).split()[0]
+        axes.annotate(text, (row["fps"], row["p50_ms"]), textcoords="offset points", fontsize=9.5, color=colour, **side)
 
 
 def _scales(axes: Axes, tree: Mapping[str, Any]) -> None:
@@ -66,6 +67,7 @@ def _scales(axes: Axes, tree: Mapping[str, Any]) -> None:
     if max(latencies) > STEEP * min(latencies):
         axes.set_yscale("log")
         axes.set_ylim(min(latencies) / 1.8, max(latencies) * 2.5)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
@@ -86,9 +88,9 @@ def _limits(axes: Axes, middle: Sequence[Row]) -> None:
             continue
         seen.append(limit)
         axes.axvline(limit, color=GREEN, lw=1.6, ls=(0, (5, 3)))
-        name = f"{_plural(row['limit_devices'], 'device')} alone, batch {row['limit_batch']:g}"
-        axes.text(limit, 0.03, f" {name}: {limit:.1f}/s", transform=axes.get_xaxis_transform(), rotation=90,
-                  ha="left", va="bottom", fontsize=10, color=GREEN)  # fmt: skip
+        name = f"{_plural(row['limit_devices'], 'device')} alone, batch {row['limit_batch']:g}: {limit:.1f}/s"
+        axes.annotate(name, (limit, 0.03), xycoords=axes.get_xaxis_transform(), xytext=(6, 0), ha="left", va="bottom",
+                      textcoords="offset points", rotation=90, fontsize=10, color=GREEN)  # fmt: skip
 
 
 def _subtitle(tree: Mapping[str, Any]) -> str:
@@ -102,5 +104,5 @@ def _subtitle(tree: Mapping[str, Any]) -> str:
             f"{sent['seconds']:g} s, bars span them; {machine['cpus']} x {machine['cpu']}")  # fmt: skip
 
 
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _plural(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"

@@ -9,6 +9,7 @@ decoding and masks. Ratios are worth quoting, absolute figures are this machine'
   python scripts/benchmark.py --rate 40 60 80 90 --plot load.svg    # open loop: what users wait at a mean rate
   python scripts/benchmark.py --endpoint ipc:///run/blendmaskd/client.sock --images photos/ --encoding jpeg
   python scripts/benchmark.py --kill                                # kill -9 a worker under load
+  python scripts/benchmark.py --encoding jpeg --replay photo.jpg    # decoding, resizing and mask encoding are real
 
 two settings against each other, and against the plain ZeroMQ path, in turns in one run:
 
@@ -33,6 +34,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +50,7 @@ from daemon.protocol import Options
 from daemon.settings import Settings, SettingsError
 from daemon.spawn import SpawnError
 from daemon.topology import TopologyError
-from workers.benchmark import device, kill, pictures, report, servers
+from workers.benchmark import device, kill, pictures, replay, report, servers
 from workers.benchmark.arguments import LOAD_OPTIONS, load_parser, parse
 from workers.benchmark.connection import Sending, Transport
 from workers.benchmark.device import LimitError
@@ -89,10 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     try:
-        variants = plan(arguments)
-        if arguments.kill:
-            return _kill(variants[0], console)
-        rows = _measure_all(variants, arguments, console)
+        with tempfile.TemporaryDirectory(prefix="blendmaskd-benchmark-") as folder:
+            variants = plan(_replayed(arguments, Path(folder) / "outputs.npz"))
+            if arguments.kill:
+                return _kill(variants[0], console)
+            rows = _measure_all(variants, arguments, console)
     except (SettingsError, SpawnError, TopologyError) as error:
         raise UsageError(str(error)) from None
     except LimitError as error:
@@ -101,9 +104,18 @@ def _main(arguments: argparse.Namespace) -> int:
     return EXIT_WRONG if any(row["wrong"] for row in rows) else 0
 
 
+def _replayed(arguments: argparse.Namespace, file: Path) -> argparse.Namespace:
+    """The arguments, with outputs for the timed engine where --replay asks for them."""
+    _refuse_contradictions(arguments)
+    if not arguments.replay:
+        return arguments
+    settings = settings_module.load(None, None, arguments.set)
+    replay.write(arguments.replay, file, settings.model.config, arguments.size)
+    return argparse.Namespace(**{**vars(arguments), "set": [*arguments.set, f"timed.outputs={file}"]})
+
+
 def plan(arguments: argparse.Namespace) -> list[Variant]:
     """The variants. Raises `UsageError`, `SettingsError`."""
-    _refuse_contradictions(arguments)
     if arguments.endpoint:
         first = Variant(arguments.endpoint, arguments)
         variants = [dataclasses.replace(_variant(text, arguments), settings=None) for text in arguments.compare or ()]
@@ -147,6 +159,8 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         raise UsageError("--encoding path sends the names of files: name them by --images")
     if arguments.endpoint and (arguments.set or arguments.kill):
         raise UsageError("--set and --kill need a daemon of our own: leave --endpoint out")
+    if arguments.replay and (arguments.engine != "timed" or arguments.endpoint):
+        raise UsageError("--replay gives outputs to engine timed: it needs a daemon of its own with that")
     if arguments.rate and len(arguments.clients) > 1:
         raise UsageError("--rate is an open loop: --clients is then the number of connections, one value")
     if arguments.kill and (arguments.bare or arguments.compare or len(arguments.rate or arguments.clients) > 1):

@@ -123,13 +123,14 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     kind = next((row["memory_mb"]["kind"] for row in rows if row["memory_mb"]), "")
     stages = list(dict.fromkeys(stage for row in rows for stage in row.get("stages_ms", {})))
     times: Columns = {stage: functools.partial(_stage, stage=stage) for stage in stages}
+    names: Columns = {"load": load_text} if len({row["variant"] for row in rows}) == 1 else NAMES
     made = [
-        _table(rows, {**NAMES, **SEEN, **REMARKS}, "medians: what clients saw", "limit: the engine in a bare loop"),
-        _table(rows, {**NAMES, **COST}, "what it cost", f"CPU: seconds for 1000 images; generator: its share of a core "
+        _table(rows, {**names, **SEEN, **REMARKS}, "medians: what clients saw", "limit: the engine in a bare loop"),
+        _table(rows, {**names, **COST}, "what it cost", f"CPU: seconds for 1000 images; generator: its share of a core "
                                                         f"in brackets; MB: {kind}"),
     ]  # fmt: skip
     if times:
-        made.append(_table(rows, {**NAMES, **times}, "where an image's time went", "mean ms, by the daemon's stats"))
+        made.append(_table(rows, {**names, **times}, "where an image's time went", "mean ms, by the daemon's stats"))
     return made
 
 
