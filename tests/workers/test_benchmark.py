@@ -113,8 +113,8 @@ def test_files_are_read_by_the_daemon_and_shown_in_a_picture(tmp_path: Path) -> 
 def test_the_hosts_work_is_real_with_a_networks_outputs(tmp_path: Path) -> None:
     file, photo = tmp_path / "run.json", tmp_path / "photo.jpg"
     photo.write_bytes(pictures.synthetic((64, 64), "jpeg").payload or b"")
-    assert run("--devices", "cpu:0", "--encoding", "jpeg", "--clients", "2", "--replay", str(photo), "--json", str(file),
-               "--set", "model.config=tests/golden/small_R18.yaml", "--warm-up", "1") == 0  # fmt: skip
+    assert run("--devices", "cpu:0", "--encoding", "jpeg", "--clients", "2", "--warm-up", "1", "--json", str(file),
+               "--replay", str(photo), "--set", "model.config=tests/golden/small_R18.yaml") == 0  # fmt: skip
     [row] = saved(file)["rows"]
     assert row["failures"] == {}
     assert row["images"] > 3
