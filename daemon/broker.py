@@ -108,7 +108,10 @@ class Worker:
     @property
     def alone(self) -> bool:
         """It holds a suspect, and nothing may keep that company."""
-        return any(lease.job is not None and lease.job.suspect for lease in self.leases.values())
+        if len(self.leases) != 1:
+            return False
+        [lease] = self.leases.values()
+        return lease.job is not None and lease.job.suspect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -421,6 +424,8 @@ class Broker:
         return actions
 
     def _assign(self, now: float) -> list[Action]:
+        if not self._waiting and not self._suspects:
+            return []
         actions: list[Action] = []
         open_workers = [worker for worker in self._workers.values() if not worker.retiring and not worker.alone]
         while self._suspects and (empty := [worker for worker in open_workers if not worker.leases]):
@@ -462,7 +467,8 @@ class Broker:
         assert all(job.suspect for job in self._suspects), "an innocent job is suspected"
         assert all(job.attempts < self.limits.max_attempts for job in everywhere), "attempts are miscounted"
         for worker in self._workers.values():
-            assert not worker.alone or len(worker.leases) == 1, "a suspect has company"
+            suspects = [lease.job for lease in worker.leases.values() if lease.job and lease.job.suspect]
+            assert not suspects or len(worker.leases) == 1, "a suspect has company"
             for number, lease in worker.leases.items():
                 assert lease.job is None or (lease.job.worker, lease.job.lease) == (worker.name, number)
         live = {entry[2] for entry in self._deadlines if not entry[2].answered}

@@ -25,7 +25,7 @@ from daemon import broker, protocol, spawn, supervisor, systemd, topology
 from daemon.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError
 from daemon.regions import RegionError
 from daemon.settings import Settings, SettingsError
-from daemon.sockets import Sockets, StartError, is_local, receive
+from daemon.sockets import Sockets, StartError, is_local, receive, send
 from daemon.stats import Stats, status_line
 
 log = logging.getLogger("blendmaskd")
@@ -57,6 +57,7 @@ class Server:
         self._told_ready = False
         self._told_states: dict[str, str] = {}
         self._told_available = True
+        self._unsettled = True  # states of slots may have changed
         self._drain_deadline: float | None = None
         self._exit_code: int | None = None
 
@@ -84,23 +85,31 @@ class Server:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        events = dict(self._poller.poll(self._timeout_ms()))
-        self._read_workers()
+        due = self._due()
+        events = dict(self._poller.poll(max(0, int((due - time.monotonic()) * 1000) + 1)))
+        others = [fd for fd in events if fd in self._fds]
+        if others or self._sockets.workers in events:
+            self._read_workers()
         if self._sockets.clients in events:
             self._read_clients()
-        for fd in [fd for fd in events if fd in self._fds]:
+        for fd in others:
             self._fds[fd]()
         now = time.monotonic()
+        if others or now >= due or self._unsettled or self._drain_deadline is not None:
+            self._keep_house(now)
+
+    def _due(self) -> float:
+        deadlines = [self._next_tick, self._broker.next_deadline(), self._supervisor.next_deadline()]
+        return min(deadline for deadline in deadlines if deadline is not None)
+
+    def _keep_house(self, now: float) -> None:
+        """What time and changes ask for, rather than messages."""
+        self._unsettled = False
         self._carry_out(self._broker.expire(now))
         self._supervise(self._supervisor.expire(now))
         if now >= self._next_tick:
             self._tick(now)
         self._follow(now)
-
-    def _timeout_ms(self) -> int:
-        deadlines = [self._next_tick, self._broker.next_deadline(), self._supervisor.next_deadline()]
-        nearest = min(deadline for deadline in deadlines if deadline is not None)
-        return max(0, int((nearest - time.monotonic()) * 1000) + 1)
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + TICK_S
@@ -236,6 +245,7 @@ class Server:
         if message.token != self._token or message.pid != child.process.pid:
             log.error("%s: a stranger says it is ready (pid %d)", child.name, message.pid)
             return
+        self._unsettled = True
         child.actual = message.actual
         for difference in spawn.differences(child.wanted, message.actual):
             log.warning("%s: %s", child.name, difference)
@@ -258,9 +268,7 @@ class Server:
         if isinstance(message, protocol.Result):
             self._stats.answered(message.timings)
         try:
-            self._sockets.clients.send_multipart(
-                [client, *protocol.encode(message, payload)], zmq.NOBLOCK, copy=False
-            )
+            send(self._sockets.clients, client, protocol.encode(message, payload))
         except zmq.ZMQError as error:
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise
@@ -271,9 +279,7 @@ class Server:
 
     def _send_worker(self, worker: str, message: protocol.ToWorker, payload: protocol.Frames) -> None:
         try:
-            self._sockets.workers.send_multipart(
-                [worker.encode(), *protocol.encode(message, payload)], zmq.NOBLOCK, copy=False
-            )
+            send(self._sockets.workers, worker.encode(), protocol.encode(message, payload))
         except zmq.ZMQError as error:
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise
@@ -290,6 +296,7 @@ class Server:
 
     def _supervise(self, actions: Iterable[supervisor.Action]) -> None:
         for action in actions:
+            self._unsettled = True
             name = _worker_name(action.slot, action.generation)
             match action:
                 case supervisor.Spawn():

@@ -11,7 +11,7 @@ import re
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -130,10 +130,22 @@ def is_local(frame: zmq.Frame) -> bool:
 def receive(router: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:
     """The messages that are here, at most `MESSAGES_PER_TURN`."""
     for _ in range(MESSAGES_PER_TURN):
-        try:
-            yield router.recv_multipart(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
+        if not int(router.get(zmq.EVENTS)) & zmq.POLLIN:  # a third of what an exception costs
             return
+        yield router.recv_multipart(zmq.NOBLOCK, copy=False)
+
+
+def send(router: zmq.Socket[bytes], to: bytes, frames: Sequence[Any]) -> None:
+    """Send a message without waiting; its payload is not copied.
+
+    Raises ZMQError: EHOSTUNREACH for a peer that has left, EAGAIN for one that does not read.
+    """
+    head, payload = (to, *frames[:2]), frames[2:]
+    for frame in head[:-1]:
+        router.send(frame, zmq.NOBLOCK | zmq.SNDMORE)
+    router.send(head[-1], zmq.NOBLOCK | (zmq.SNDMORE if payload else 0))
+    for place, frame in enumerate(payload, start=1):
+        router.send(frame, zmq.NOBLOCK | (zmq.SNDMORE if place < len(payload) else 0), copy=False)
 
 
 def _metrics(endpoint: str) -> MetricsServer:
