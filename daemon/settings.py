@@ -41,7 +41,10 @@ class Model(_Section, frozen=True):
 
     config: str = "configs/BlendMask/R_50_1x.yaml"  # AdelaiDet's own keys
     weights: str | None = None  # a checkpoint: {"model": state_dict}
-    precision: Literal["fp32", "hf32"] = "fp32"  # hf32 lets an NPU use HF32 and CUDA TF32; the same as fp32 on a CPU
+    # fp32: exact; hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs with AVX512-BF16 or AMX, else fp32; fp16: no CPU
+    precision: Literal["fp32", "hf32", "bf16", "fp16", "auto"] = "fp32"
+    # record the network's launches for each size of warm_up; npu and cuda. Never run on hardware by this project
+    graphs: bool = False
     categories: str | None = None  # a COCO `categories` list; default: beside the weights, else COCO's 80, else class_N
 
 
@@ -238,10 +241,23 @@ def _check(settings: Settings) -> None:
     preload = settings.runtime.preload
     if preload not in ("auto", "required", "off") and not preload.startswith("/"):
         raise SettingsError(f"runtime.preload = {preload!r}: expected auto, required, off or an absolute path")
+    _check_model(settings)
     if 1 not in settings.timed.latency_ms:
         raise SettingsError("timed.latency_ms: needs an entry for batch size 1")
     if settings.batch != "auto" and settings.engine == "timed" and settings.batch not in settings.timed.latency_ms:
         raise SettingsError(f"batch = {settings.batch}: timed.latency_ms has no entry for it")
+
+
+def _check_model(settings: Settings) -> None:
+    """What an engine or a device could only refuse when it is too late for a reload."""
+    precision, graphs = settings.model.precision, settings.model.graphs
+    if settings.engine == "adelaidet" and precision not in ("fp32", "hf32"):
+        raise SettingsError(f"model.precision = {precision!r}: the engine adelaidet computes in fp32 or hf32")
+    if settings.engine == "adelaidet" and graphs:
+        raise SettingsError("model.graphs = True: the engine adelaidet has none")
+    cpus = [device for device in settings.devices if device.startswith("cpu:")]
+    if settings.engine == "native" and graphs and cpus:
+        raise SettingsError(f"model.graphs = True: {cpus[0]} is a CPU, which has none")
 
 
 def _check_devices(devices: list[str]) -> None:

@@ -62,7 +62,7 @@ def _rows(classes, section, lines, defaults, prefix):
 def _text(value):
     if isinstance(value, float) and value == int(value):
         return int(value)
-    return "null" if value is None else value
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
 
 
 if __name__ == "__main__":

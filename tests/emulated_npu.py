@@ -7,8 +7,10 @@ refuse tensors of two devices, each thread has its own current device, and ASCEN
 physical devices; `torch.npu.get_device_name` tells the physical one.
 
 `host_waits` counts what makes a host wait for a real NPU: copies to the host, scalars read, outputs whose shape
-depends on data. Not emulated: speed, memory (figures are 0), storage aliases between host and device, operators that
-change a tensor's own shape in place. Once installed in a process it stays.
+depends on data. A non-blocking upload in a stream of its own happens only when somebody waits for that stream; till
+then the tensor holds NaN. A graph replays the operators that ran while it was recorded, into the same tensors. Not
+emulated: speed, memory (figures are 0), storage aliases between host and device, operators that change a tensor's own
+shape in place, streams otherwise. Once installed in a process it stays.
 """
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ import os
 import threading
 import time
 import types
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +31,7 @@ MEMORY_BYTES = 32 << 30
 
 aten = torch.ops.aten
 host_waits: Counter[str] = Counter()  # operator to count; clear it before what is to be measured
+kept_for_streams: list[torch.Tensor] = []  # what record_stream was called on
 
 _current = threading.local()
 _composite: dict[Any, bool] = {}
@@ -76,6 +79,10 @@ class NpuTensor(torch.Tensor):
         if force:
             return self.twin.numpy()
         raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first.")
+
+    def record_stream(self, stream: Stream) -> None:
+        assert isinstance(stream, Stream)
+        kept_for_streams.append(self)
 
     def tolist(self) -> Any:  # torch refuses it for subclasses
         return self.cpu().tolist()
@@ -136,8 +143,12 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     device = _common_device(func, flat)
     _count_waits(func, flat, kwargs)
     twin_args, twin_kwargs = tree_unflatten([_to_twin(item) for item in flat], spec)
+    if func is aten.copy_.default and not isinstance(flat[1], NpuTensor):
+        return _copy_from(flat[1], flat[0], len(flat) > 2 and flat[2])
     result = func(*twin_args, **twin_kwargs)
     index = _result_index(func, flat, kwargs, device)
+    if recording := getattr(_current, "graph", None):
+        recording.record(func, twin_args, twin_kwargs, result)
 
     return result if index is None else tree_map_only(torch.Tensor, lambda twin: _wrap(twin, index), result)
 
@@ -174,11 +185,17 @@ def _result_index(func: Any, flat: list[Any], kwargs: Any, device: torch.device 
 
 def _count_waits(func: Any, flat: list[Any], kwargs: Any) -> None:
     if func in _DATA_DEPENDENT or (func in _HOST_INDICES and _has_mask(flat[1:])):
-        host_waits[func.name()] += 1
+        _wait(func.name())
     source = flat[1] if func is aten.copy_.default else flat[0]
     target = flat[0].device if func is aten.copy_.default else kwargs.get("device")
     if func in _COPIES and isinstance(source, NpuTensor) and target is not None and torch.device(target).type == "cpu":
-        host_waits["copy to host"] += 1
+        _wait("copy to host")
+
+
+def _wait(why: str) -> None:
+    if hasattr(_current, "graph"):
+        raise RuntimeError(f"{why} is not permitted while a graph is recorded")
+    host_waits[why] += 1
 
 
 def _has_mask(flat: list[Any]) -> bool:
@@ -227,7 +244,12 @@ def _lower_precision(operator: Any) -> Callable[..., Any]:
 
 
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    _to_twin(target).copy_(_to_twin(source))
+    to, stream = _to_twin(target), _current_stream()
+    if non_blocking and stream.aside and not isinstance(source, NpuTensor):
+        to.fill_(torch.nan)
+        stream.uploads.append(lambda: to.copy_(source))
+    else:
+        to.copy_(_to_twin(source))
     return target
 
 
@@ -248,20 +270,29 @@ def _index(device: Any) -> int:
     return index
 
 
+def _current_stream(device: Any = None) -> Stream:
+    if not hasattr(_current, "stream"):
+        _current.stream = Stream(device, aside=False)
+    return _current.stream
+
+
 class Event:
-    """A point in a stream's work; here all work is done at once."""
+    """A point in a stream's work; here all work but uploads is done at once."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self.time = 0.0
+        self.stream: Stream | None = None
 
-    def record(self, stream: Any = None) -> None:
+    def record(self, stream: Stream | None = None) -> None:
         self.time = time.perf_counter()
+        self.stream = stream
 
     def synchronize(self) -> None:
-        pass
+        if self.stream:
+            self.stream.synchronize()
 
     def wait(self, stream: Any = None) -> None:
-        pass
+        self.synchronize()
 
     def query(self) -> bool:
         return True
@@ -271,28 +302,62 @@ class Event:
 
 
 class Stream:
-    """A queue of work that is always empty."""
+    """A queue of work that is empty but for uploads; of the default stream's not even these wait."""
 
-    def __init__(self, device: Any = None, priority: int = 0) -> None:
+    def __init__(self, device: Any = None, priority: int = 0, aside: bool = True) -> None:
         self.device = torch.device("npu", _index(device))
+        self.aside = aside
+        self.uploads: deque[Callable[[], Any]] = deque()
 
     def synchronize(self) -> None:
-        pass
+        while self.uploads:
+            self.uploads.popleft()()
 
-    def wait_stream(self, stream: Any) -> None:
-        pass
+    def wait_stream(self, stream: Stream) -> None:
+        stream.synchronize()
 
-    def wait_event(self, event: Any) -> None:
-        pass
+    def wait_event(self, event: Event) -> None:
+        event.synchronize()
 
     def query(self) -> bool:
-        return True
+        return not self.uploads
 
     def __enter__(self) -> Stream:
+        self.outer, _current.stream = _current_stream(), self
         return self
 
     def __exit__(self, *_: Any) -> None:
-        pass
+        _current.stream = self.outer
+
+
+class Graph:
+    """What ran while it was recorded, to be run again."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Take in a call on twins."""
+        self.calls.append((func, args, kwargs, result))
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_flatten(result)[0], tree_flatten(again)[0], strict=True):
+                old.copy_(new)
+
+
+class Recording:
+    """``with torch.npu.graph(graph):``"""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def __enter__(self) -> None:
+        _current.graph = self.graph
+
+    def __exit__(self, *_: Any) -> None:
+        del _current.graph
 
 
 class CurrentDevice:
@@ -333,8 +398,10 @@ def _api() -> types.ModuleType:
         synchronize=lambda device=None: None,
         Event=Event,
         Stream=Stream,
-        current_stream=lambda device=None: Stream(device),
-        default_stream=lambda device=None: Stream(device),
+        current_stream=_current_stream,
+        default_stream=lambda device=None: Stream(device, aside=False),
+        NPUGraph=Graph,
+        graph=Recording,
         stream=lambda stream: stream,
         get_device_name=get_device_name,
         mem_get_info=lambda device=None: (MEMORY_BYTES, MEMORY_BYTES),

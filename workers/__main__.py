@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 
+import msgspec
+
 from daemon import spawn
 from daemon.settings import Settings
 from daemon.spawn import Assignment, SpawnError
@@ -43,8 +45,11 @@ def _check(settings: Settings) -> int:
     from workers import engines
     from workers.engines import EngineError
 
+    on_cpus = any(device.startswith("cpu:") for device in settings.devices)
+    precision = settings.model.precision if on_cpus else "fp32"  # another device's is not for a CPU to judge
+    model = msgspec.structs.replace(settings.model, precision=precision)
     try:
-        engines.make(settings, "cpu").load()
+        engines.make(msgspec.structs.replace(settings, model=model), "cpu").load()
     except EngineError as error:
         print(error, file=sys.stderr)
         return EXIT_CANNOT_BOOT

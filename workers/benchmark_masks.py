@@ -54,7 +54,7 @@ def instances(config_path: str, image_path: str) -> tuple[Floats, Floats]:
     with Image.open(image_path) as image:
         pixels = np.asarray(image.convert("RGB").resize(SIZE[::-1]))[:, :, ::-1]
     prepared = blendmask.prepare(np.ascontiguousarray(pixels), config)
-    [found] = blendmask.segment(network, [prepared], "cpu")
+    [found] = blendmask.segment(network, [prepared])
     detections = blendmask.finish(found, prepared)
     return detections.boxes, detections.probabilities
 

@@ -7,7 +7,7 @@ timed       sleeps a latency table and answers with a checksum of the image, or 
 ==========  =========================================================================================
 
 `prepare` and `finish` are host work, and safe to call from several threads; `segment` is the device's, called from one
-thread. So a worker can prepare the next image and finish the last one while the device runs.
+thread. So a worker can prepare the next image, send it to the device, and finish the last one while the device runs.
 """
 from __future__ import annotations
 
@@ -139,6 +139,8 @@ class OnDevice:
     def _open(self) -> None:
         try:
             self.device = devices().open_device(self._device_name, self._settings.precision)
+        except devices().UnsupportedError as error:
+            raise EngineError(f"model.precision = {self._settings.precision}: {error}") from error
         except devices().DeviceError as error:
             raise EngineError(str(error), exit_code=1) from error  # a driver may come back
 
@@ -157,6 +159,16 @@ class OnDevice:
             raise EngineError(str(error)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """An image that is on its way to the device, padded, and what `workers.blendmask.finish` needs of it."""
+
+    staged: Any  # workers.devices.Staged, (1, 3, H, W) float32
+    image_size: tuple[int, int]
+    net_size: tuple[int, int]
+    padded_size: tuple[int, int]
+
+
 class NativeEngine(OnDevice):
     """`workers.blendmask` on one device."""
 
@@ -166,21 +178,38 @@ class NativeEngine(OnDevice):
         weights = self._weights()
         try:
             self._config = blendmask.load_config(self._settings.config)
-            self._network = blendmask.build(self._config)
-            blendmask.load_into(self._network, blendmask.load_checkpoint(weights))
+            trained = blendmask.build(self._config)
+            blendmask.load_into(trained, blendmask.load_checkpoint(weights))
         except (OSError, blendmask.ConfigError, blendmask.WeightsError) as error:
             raise EngineError(str(error)) from error
         self._categories = self._resolve_categories(self._config.num_classes)
         self._open()
-        self._network.to(self.device.torch_device)
+        network = blendmask.for_inference(trained, self.device.dtype, self.device.channels_last)
+        self._network = network.to(self.device.torch_device)
+        self._graphs: dict[tuple[int, ...], Any] = {}  # by the shape of a batch
         self._blendmask = blendmask
 
-    def prepare(self, image: Pixels) -> Any:
-        return self._blendmask.prepare(image, self._config)
+    def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
+        if self._settings.graphs:
+            for height, width in image_sizes:
+                image = self.prepare(np.full((height, width, 3), 127, np.uint8)).staged.take()
+                for size in sorted({1, batch}):
+                    images = image.expand(size, -1, -1, -1)
+                    self._graphs[images.shape] = self._blendmask.capture(self._network, self.device.graph, images)
+        super().warm_up(image_sizes, batch)
 
-    def segment(self, batch: Sequence[Any]) -> list[Any]:
+    def prepare(self, image: Pixels) -> Sent:
+        prepared = self._blendmask.prepare(image, self._config)
+        staged = self.device.stage(self._blendmask.collate([prepared]))
+        return Sent(staged, prepared.image_size, prepared.net_size, prepared.padded_size)
+
+    def segment(self, batch: Sequence[Sent]) -> list[Any]:
         self.device.use()
-        return list(self._blendmask.segment(self._network, batch, self.device.torch_device))
+        images = [item.staged.take() for item in batch]
+        return list(self._blendmask.segment_images(self._network, images, self.device.upload, self._propose))
+
+    def _propose(self, images: Any) -> Any:
+        return self._graphs.get(images.shape, self._network.propose)(images)
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
         return _to_coco(output, prepared, self._categories, options)
@@ -301,7 +330,9 @@ class TimedEngine:
 
     def sleep(self, images: int) -> None:
         """What the device does for a batch of so many images."""
-        time.sleep(float(np.interp(images, self._sizes, self._latency_ms)) / 1000)
+        seconds = float(np.interp(images, self._sizes, self._latency_ms)) / 1000
+        if seconds:  # sleeping for no time takes 0.08 ms
+            time.sleep(seconds)
 
     def finish(self, output: int, prepared: TimedInput, options: Options) -> list[dict[str, Any]]:
         """One detection, the whole image, with the key `checksum` beside the usual ones."""

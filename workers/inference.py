@@ -89,19 +89,22 @@ class Network:
                 blendmask.load_into(model, blendmask.load_checkpoint(arguments.weights))
             else:
                 blendmask.load_into(model, blendmask.random_weights(model, arguments.random_weights))
-            self.device = devices.open_device(arguments.device, arguments.precision).torch_device
+            self.device = devices.open_device(arguments.device, arguments.precision)
         except (blendmask.ConfigError, blendmask.WeightsError, categories.CategoriesError) as error:
             raise CannotStart(str(error)) from error
+        except devices.UnsupportedError as error:
+            raise CannotStart(f"--precision {arguments.precision}: {error}") from error
         except devices.DeviceError as error:
             raise CannotStart(f"--device {arguments.device}: {error}; --device cpu runs everywhere") from error
-        self.model = model.to(self.device)
+        optimised = blendmask.for_inference(model, self.device.dtype, self.device.channels_last)
+        self.model = optimised.to(self.device.torch_device)
 
     def segment(self, pixels: Pixels, options: Options) -> list[dict[str, Any]]:
         """The COCO results of an image, see `workers.results`."""
         from workers import blendmask
 
         prepared = blendmask.prepare(pixels, self.config)
-        (instances,) = blendmask.segment(self.model, [prepared], self.device)
+        (instances,) = blendmask.segment(self.model, [prepared], self.device.upload)
         found = blendmask.finish(instances, prepared)
         stretched = results.Stretched(found.probabilities, found.boxes, found.image_size)
         return results.to_coco(found.boxes, found.scores, found.classes, stretched, self.categories, options)
@@ -263,8 +266,9 @@ def _parser() -> argparse.ArgumentParser:
         help="keep instances of at least this score (default: 0.3; 0: all that the network returns)")
     add("--categories", metavar="FILE", help="names of the classes, a COCO categories list (default: categories.json "
         "beside the weights, else COCO's names for 80 classes)")
-    add("--precision", choices=("fp32", "hf32"), default="fp32",
-        help="hf32 lets an NPU use HF32 and CUDA TF32 (default: fp32, exact)")
+    add("--precision", choices=("fp32", "hf32", "bf16", "fp16", "auto"), default="fp32",
+        help="hf32 lets an NPU use HF32 and CUDA TF32; bf16 and fp16 are half precision; auto is bf16 on a CPU that "
+        "multiplies it (AVX512-BF16, AMX), else fp32 (default: fp32, exact)")
     return parser
 
 

@@ -106,7 +106,7 @@ def run(request, photograph) -> Run:
         prepared.append(prepare(pixels, model.config))
     stages = {"net_input": collate(prepared).numpy()}
     hooks = record_stages(model, stages)
-    instances = segment(model, prepared, "cpu")
+    instances = segment(model, prepared)
     for hook in hooks:
         hook.remove()
     return Run(golden, prepared, stages, instances, [finish(i, p) for i, p in zip(instances, prepared)])

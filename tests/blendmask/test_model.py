@@ -24,7 +24,7 @@ def noise(height: int, width: int, seed: int = 0):
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3000), (3000, 2), (31, 33)])
 def test_odd_sizes(small_model, small_config, height, width):
     prepared = prepare(noise(height, width), small_config)
-    [instances] = segment(small_model, [prepared], "cpu")
+    [instances] = segment(small_model, [prepared])
     found = finish(instances, prepared)
     assert len(found.scores) > 0
     assert (np.diff(found.scores) <= 0).all()
@@ -37,7 +37,7 @@ def test_an_image_on_which_nothing_is_found(small_config):
     model = build(small_config)
     load_into(model, random_weights(model, class_bias=-50.0))
     prepared = prepare(noise(40, 50), small_config)
-    for instances in segment(model, [prepared, prepared], "cpu"):
+    for instances in segment(model, [prepared, prepared]):
         assert instances.boxes.shape == (0, 4)
         assert instances.probabilities.shape == (0, 28, 28)
         found = finish(instances, prepared)
@@ -48,9 +48,9 @@ def test_a_batch_in_which_only_some_images_have_detections(small_config):
     model = build(small_config)
     load_into(model, random_weights(model, class_bias=-5.5))
     images = [prepare(noise(64, 64, seed), small_config) for seed in range(4)]
-    alone = [segment(model, [image], "cpu")[0] for image in images]
+    alone = [segment(model, [image])[0] for image in images]
     assert [len(one.scores) for one in alone] == [0, 1, 1, 0]
-    for one, together in zip(alone, segment(model, images, "cpu")):
+    for one, together in zip(alone, segment(model, images)):
         assert_same(one, together)
 
 
@@ -60,8 +60,8 @@ def test_images_of_equal_padded_size_do_not_depend_on_their_batch(small_model, s
     assert len({image.net_size for image in images}) == 3
     assert {image.padded_size for image in images} == {(256, 384), (256, 416)}
     images = [image for image in images if image.padded_size == (256, 384)]
-    for image, together in zip(images, segment(small_model, images, "cpu")):
-        assert_same(segment(small_model, [image], "cpu")[0], together)
+    for image, together in zip(images, segment(small_model, images)):
+        assert_same(segment(small_model, [image])[0], together)
 
 
 def assert_same(one, other) -> None:
@@ -139,7 +139,7 @@ def test_blend_reads_each_detections_own_image_level_and_cell(small_model, small
 def test_host_functions_may_run_in_several_threads(small_model, small_config, photograph):
     image = photograph("chelsea.png")
     prepared = prepare(image, small_config)
-    [instances] = segment(small_model, [prepared], "cpu")
+    [instances] = segment(small_model, [prepared])
     expected = [mask.sum() for mask in finish(instances, prepared).masks()]
 
     def work(_: int) -> bool:

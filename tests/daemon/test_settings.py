@@ -91,7 +91,19 @@ REFUSED = {
     "batch too large": ({"batch": 65}, "batch = 65: Expected `int` <= 64"),
     "batch of a word": ({"batch": "best"}, "batch = 'best': Invalid enum value 'best'"),
     "unknown engine": ({"engine": "tensorrt"}, "engine = 'tensorrt': Invalid enum value 'tensorrt'"),
-    "unknown precision": ({"model": {"precision": "fp16"}}, "model.precision = 'fp16': Invalid enum value 'fp16'"),
+    "unknown precision": ({"model": {"precision": "fp8"}}, "model.precision = 'fp8': Invalid enum value 'fp8'"),
+    "a precision that the engine has not": (
+        {"engine": "adelaidet", "model": {"precision": "bf16"}},
+        "model.precision = 'bf16': the engine adelaidet computes in fp32 or hf32",
+    ),
+    "graphs that the engine has not": (
+        {"engine": "adelaidet", "model": {"graphs": True}},
+        "model.graphs = True: the engine adelaidet has none",
+    ),
+    "graphs on a CPU": (
+        {"devices": ["npu:0", "cpu:0"], "model": {"graphs": True}},
+        "model.graphs = True: cpu:0 is a CPU, which has none",
+    ),
     "task queue 3": ({"runtime": {"task_queue": 3}}, "runtime.task_queue = 3: Invalid enum value 3"),
     "no devices": ({"devices": []}, "devices = []: name at least one"),
     "unknown device": ({"devices": ["npu:0", "gpu:0"]}, "devices: 'gpu:0': expected npu:N, cuda:N or cpu:N"),

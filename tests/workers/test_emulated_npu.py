@@ -196,6 +196,84 @@ def check_workers_devices_opens_them() -> None:
     assert (torch.npu.conv.allow_hf32, torch.npu.matmul.allow_hf32) == (True, True)
 
 
+def check_an_upload_beside_the_computation_arrives_when_it_is_taken() -> None:
+    import emulated_npu
+
+    from workers import devices
+
+    device = devices.open_device("npu:1")
+    image = torch.randn(1, 3, 8, 8)
+    with ThreadPoolExecutor(1) as host:
+        staged = host.submit(device.stage, image).result()
+    assert staged.tensor.device == NPU[1]
+    assert staged.tensor.twin.isnan().all(), "nobody has waited yet"
+    emulated_npu.kept_for_streams.clear()
+    for _ in range(2):
+        assert torch.equal(staged.take().cpu(), image)
+    assert emulated_npu.kept_for_streams[0] is staged.tensor
+    assert torch.equal(devices.open_device("cpu").stage(image).take(), image)
+
+
+def check_a_graph_computes_again_what_was_recorded() -> None:
+    from workers import devices
+    from workers.blendmask import capture, config, model, random_weights
+
+    small = config.load_config(ROOT / "tests/golden/small_R18.yaml")
+    network = model.build(small)
+    network.load_state_dict(random_weights(network))
+    device = devices.open_device("npu:0")
+    network.to(device.torch_device)
+    first, second = torch.randn(2, 1, 3, 96, 64).mul(60).to(device.torch_device)
+    replay = capture(network, device.graph, first)
+    with torch.inference_mode():
+        for images in (second, first):
+            found, expected = replay(images), network.propose(images)
+            assert torch.equal(found.packed.cpu(), expected.packed.cpu())
+            assert torch.equal(found.bases.cpu(), expected.bases.cpu())
+            for ours, theirs in zip(found.box_features, expected.box_features, strict=True):
+                assert torch.equal(ours.cpu(), theirs.cpu())
+    with pytest.raises(RuntimeError, match="not permitted while a graph is recorded"):
+        device.graph(lambda x: x.max().item(), first)
+    with pytest.raises(devices.UnsupportedError, match="cpu: graphs need an npu or cuda device"):
+        devices.open_device("cpu").graph(network.propose, first)
+
+
+def check_the_engine_serves_what_the_network_says() -> None:
+    """With uploads beside the computation, with graphs for the size of warm-up and without for another, in half too."""
+    import tempfile
+
+    import numpy as np
+
+    from daemon import settings
+    from daemon.protocol import Options
+    from workers import blendmask, engines
+
+    config = blendmask.load_config(ROOT / "tests/golden/small_R18.yaml")
+    network = blendmask.build(config)
+    blendmask.load_into(network, blendmask.random_weights(network))
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, size, np.uint8) for size in ((64, 96, 3), (64, 96, 3), (96, 64, 3))]
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        torch.save({"model": network.state_dict()}, file)
+        file.flush()
+        for precision, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.float32}.items():
+            model = {"config": str(ROOT / "tests/golden/small_R18.yaml"), "weights": file.name}
+            chosen = settings.from_tree(
+                {"devices": ["npu:0"], "model": {**model, "precision": precision, "graphs": precision == "fp32"}})
+            engine = engines.make(chosen, "npu:0")
+            engine.load()
+            engine.warm_up([(64, 96)], 2)
+            assert len(engine._graphs) == 2 * (precision == "fp32")  # type: ignore[attr-defined]
+            bare = blendmask.for_inference(network, dtype)
+            prepared = [engine.prepare(image) for image in images]
+            outputs = engine.segment(prepared[:2]) + engine.segment(prepared[2:])
+            expected = [blendmask.segment(bare, [blendmask.prepare(image, config)]) for image in images]
+            for output, item, [instances] in zip(outputs, prepared, expected, strict=True):
+                assert len(output.scores) > 10
+                np.testing.assert_allclose(output.scores, instances.scores, rtol=1e-4)
+                assert engine.finish(output, item, Options())
+
+
 def check_the_network_equals_the_cpus() -> None:
     import emulated_npu
 
@@ -206,12 +284,12 @@ def check_the_network_equals_the_cpus() -> None:
     network = model.build(small)
     torch.nn.init.constant_(network.proposal_generator.fcos_head.cls_logits.bias, -1.0)  # or nothing would be found
     batch = [preprocess.prepare(torch.randint(0, 256, (120, 160, 3), dtype=torch.uint8).numpy(), small)] * 2
-    expected = inference.segment(network, batch, "cpu")
+    expected = inference.segment(network, batch)
     assert len(expected[0].scores) > 10
     for device in NPU:
         network.to(device)
         emulated_npu.host_waits.clear()
-        found = inference.segment(network, batch, device)
+        found = inference.segment(network, batch, lambda tensor, device=device: tensor.to(device))
         assert emulated_npu.host_waits == {"copy to host": 2}  # the candidates, and the masks
         for ours, theirs in zip(found, expected, strict=True):
             for field in type(theirs).__dataclass_fields__:

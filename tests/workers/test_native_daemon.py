@@ -29,14 +29,15 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
-def expected(weights: Path, photograph: str) -> list[dict[str, Any]]:
-    """What the network itself says, without any daemon."""
+def expected(weights: Path, photograph: str, kind: str) -> list[dict[str, Any]]:
+    """What the network itself says, without any daemon, in the memory format of the kind of device."""
     config = blendmask.load_config(CONFIG)
     network = blendmask.build(config)
     blendmask.load_into(network, blendmask.load_checkpoint(weights))
+    network = blendmask.for_inference(network, channels_last=kind == "cpu")
     pixels = np.asarray(Image.open(GOLDEN / "images" / photograph).convert("RGB"))[:, :, ::-1]
     prepared = blendmask.prepare(np.ascontiguousarray(pixels), config)
-    [instances] = blendmask.segment(network, [prepared], "cpu")
+    [instances] = blendmask.segment(network, [prepared])
     found = blendmask.finish(instances, prepared)
     stretched = results.Stretched(found.probabilities, found.boxes, found.image_size)
     classes = categories.resolve(config.num_classes)
@@ -62,7 +63,7 @@ def test_two_devices_answer_as_the_bare_network(daemon, weights, kind) -> None:
         runtime={"threads": 1},
         worker_env=EMULATED if kind == "npu" else {},
     )
-    wanted = {name: expected(weights, name) for name in PHOTOGRAPHS}
+    wanted = {name: expected(weights, name, kind) for name in PHOTOGRAPHS}
     jobs = PHOTOGRAPHS * 2
     answers = list(server.client.map([GOLDEN / "images" / name for name in jobs], window=4))
     for name, answer in zip(jobs, answers):

@@ -5,7 +5,7 @@
 """
 
 from workers.blendmask.config import Config, ConfigError, load_config
-from workers.blendmask.inference import segment
+from workers.blendmask.inference import capture, segment, segment_images
 from workers.blendmask.model import BlendMask, build
 from workers.blendmask.optimise import for_inference
 from workers.blendmask.postprocess import Detections, Instances, finish, paste, paste_one, paste_window
@@ -21,6 +21,7 @@ __all__ = [
     "Prepared",
     "WeightsError",
     "build",
+    "capture",
     "collate",
     "finish",
     "for_inference",
@@ -33,4 +34,5 @@ __all__ = [
     "prepare",
     "random_weights",
     "segment",
+    "segment_images",
 ]

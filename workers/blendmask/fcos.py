@@ -41,7 +41,8 @@ class Tower(nn.ModuleList):
     def __init__(self, channels: int, convs: int, norm: str, levels: int) -> None:
         layers: list[nn.Module] = []
         for _ in range(convs):
-            layers += [nn.Conv2d(channels, channels, 3, padding=1), tower_norm(norm, channels, levels), nn.ReLU(inplace=True)]
+            conv = nn.Conv2d(channels, channels, 3, padding=1)
+            layers += [conv, tower_norm(norm, channels, levels), nn.ReLU(inplace=True)]
         super().__init__(layers)
 
     def forward(self, x: Tensor, level: int) -> Tensor:

@@ -8,6 +8,7 @@ weights are loaded before. Must know nothing of devices.
 
 import copy
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def for_inference(network: BlendMask, dtype: torch.dtype = torch.float32, channe
     return optimised.to(memory_format=torch.channels_last) if channels_last else optimised  # type: ignore[call-overload]
 
 
-def _normed(module: nn.Module) -> Iterator[tuple[Conv, nn.Module, str]]:
+def _normed(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str]]:
     """Yield the convolutions of `module` itself that a batch norm follows, and where that norm is: parent and name."""
     match module:
         case NormedConv() | NormedDeformableConv():
@@ -53,25 +54,27 @@ def _normed(module: nn.Module) -> Iterator[tuple[Conv, nn.Module, str]]:
         case dla.Root():
             yield module.conv, module, "bn"
         case nn.Sequential():
-            layers = list(module)
-            for place, (conv, norm) in enumerate(zip(layers, layers[1:])):
+            for place, (conv, norm) in enumerate(pairwise(module)):
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNorm):
                     yield conv, module, str(place + 1)
 
 
 def _fold_tower(tower: Tower) -> None:
     """Give a tower with a batch norm for each level a convolution for each level."""
-    layers = list(tower)
-    for place, (conv, norms) in enumerate(zip(layers, layers[1:])):
+    for place, (conv, norms) in enumerate(pairwise(list(tower))):
         if isinstance(norms, nn.ModuleList):
-            convs = [copy.deepcopy(conv) for _ in norms]
+            convs = nn.ModuleList(copy.deepcopy(conv) for _ in norms)
             for of_level, norm in zip(convs, norms):
                 _fold(of_level, norm)
-            tower[place], tower[place + 1] = nn.ModuleList(convs), nn.Identity()
+            tower[place], tower[place + 1] = convs, nn.Identity()
 
 
-def _fold(conv: Conv, norm: BatchNorm) -> None:
+def _fold(conv: nn.Module, norm: nn.Module) -> None:
     """Scale and shift what `conv` gives as `norm` would, in float64 up to the last rounding."""
+    assert isinstance(conv, Conv), conv
+    assert isinstance(norm, BatchNorm), norm
+    assert norm.running_var is not None  # of an nn.BatchNorm2d that keeps statistics
+    assert norm.running_mean is not None
     epsilon = norm.eps if isinstance(norm, nn.BatchNorm2d) else EPSILON
     scale = norm.weight.double() / (norm.running_var.double() + epsilon).sqrt()
     bias = torch.zeros_like(scale) if conv.bias is None else conv.bias.double()

@@ -118,7 +118,7 @@ def observe(subject: Subject, prepared: Prepared) -> tuple[Instances, dict[str, 
         for name, module in watched.items()
     ]
     try:
-        [instances] = subject.run(lambda: blendmask.segment(model, [prepared], subject.device.torch_device))
+        [instances] = subject.run(lambda: blendmask.segment(model, [prepared], subject.device.upload))
     finally:
         for handle in handles:
             handle.remove()
