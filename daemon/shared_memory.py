@@ -5,7 +5,7 @@ divides it into *places*, one for each image in flight. Rules that keep everybod
 
 - **Workers copy** what they need by pread, and never map the file: a client that truncates or rewrites its region under
   a worker gets a clear answer to that job. A mapped file would kill the worker with SIGBUS, or change between the
-  check of an image and its decoding. The copy costs a fifth of what the socket does.
+  check of an image and its decoding. The copy costs a fraction of what the socket does.
 - **A region ends with its client.** The client holds a POSIX lock on the file, which the kernel drops when it closes
   the file or dies; once a second the daemon tries all locks. Ending means: unlinked, and workers close it.
 - **A folder ends with its daemon.** It is removed when the daemon stops; what a killed one left is swept by the next,

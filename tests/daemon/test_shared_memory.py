@@ -517,10 +517,11 @@ with conftest._daemons() as make:
 
 
 def _in_own_shm(mount: str) -> str:
-    if os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+    unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]  # so that nothing outlives it
+    if os.geteuid() != 0 or subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount (CAP_SYS_ADMIN)")
     done = subprocess.run(
-        ["unshare", "--mount", "bash", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, SMALL],
+        [*unshare, "bash", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, SMALL],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -547,12 +548,20 @@ class Peer:
     """The other end, which grants a region and then does as the test wants."""
 
     def __init__(self, folder: Path) -> None:
+        self.endpoint = f"ipc://{folder}/p"
+        self.bind()
+        self.memory = SharedMemory([f"{folder}/p"])
+
+    def bind(self) -> None:
         self.socket = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.set(zmq.LINGER, 0)
         self.socket.set(zmq.RCVTIMEO, 10_000)
-        self.endpoint = f"ipc://{folder}/p"
         self.socket.bind(self.endpoint)
-        self.memory = SharedMemory([f"{folder}/p"])
+
+    def bind_again(self) -> None:
+        """As a daemon that was started anew."""
+        self.socket.close()
+        self.bind()
 
     def receive(self) -> tuple[Any, list[bytes]]:
         self.client, *frames = self.socket.recv_multipart()
@@ -653,19 +662,66 @@ def test_until_the_region_comes_images_go_by_socket(peer: Peer) -> None:
     assert answers[0].width == 1
 
 
-def test_a_file_that_is_no_region_is_not_written_to(peer: Peer, tmp_path: Path) -> None:
-    secret = tmp_path / "secret"
-    secret.write_bytes(b"\0" * (PLACES << 18))
-    link = tmp_path / "link"
-    link.symlink_to(secret)
-    (tmp_path / "twice").hardlink_to(secret)
-    size = PLACES << 18
-    for path in (link, secret, tmp_path, tmp_path / "no"):
-        with segmenting(peer, pixels(1)) as answers:
-            assert isinstance(peer.receive()[0], OpenRegion)
-            peer.send(Region(region="r", path=str(path), bytes=size))
-        assert isinstance(answers[0], SharedMemoryError), path
-        assert not secret.read_bytes().strip(b"\0")
+def _write_region(path: Path, size: int = PLACES << 18) -> Path:
+    path.write_bytes(b"\0" * size)
+    return path
+
+
+def _link(path: Path) -> Path:
+    path.symlink_to(_write_region(path.with_suffix(".target")))
+    return path
+
+
+def _hard_link(path: Path) -> Path:
+    path.with_suffix(".twice").hardlink_to(_write_region(path))
+    return path
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def _of_another(path: Path) -> Path:
+    if os.geteuid():
+        pytest.skip("needs root, to give a file away")
+    os.chown(_write_region(path), 65534, -1)
+    return path
+
+
+@pytest.mark.parametrize(
+    "make",
+    [_link, _hard_link, _folder, _of_another, lambda path: _write_region(path, 4 * MB), lambda path: path],
+    ids=["a link", "of two names", "a folder", "of another user", "of another size", "missing"],
+)
+def test_a_file_that_is_no_region_is_not_written_to(peer: Peer, tmp_path: Path, make: Any) -> None:
+    path = make(tmp_path / "file")
+    with segmenting(peer, pixels(1)) as answers:
+        assert isinstance(peer.receive()[0], OpenRegion)
+        peer.send(Region(region="r", path=str(path), bytes=PLACES << 18))
+    assert isinstance(answers[0], SharedMemoryError)
+    assert not path.is_file() or not path.read_bytes().strip(b"\0")
+
+
+def test_a_file_that_is_a_region_is_written_to(peer: Peer, tmp_path: Path) -> None:
+    """Or the test before could not fail."""
+    path = _write_region(tmp_path / "file")
+    with segmenting(peer, pixels(1)):
+        assert isinstance(peer.receive()[0], OpenRegion)
+        peer.send(Region(region="r", path=str(path), bytes=PLACES << 18))
+        peer.finish(peer.receive()[0].job)
+    assert path.read_bytes()[:180_000] == pixels(1).tobytes()
+
+
+def test_after_a_new_connection_images_are_sent_again_by_socket(peer: Peer) -> None:
+    with segmenting(peer, pixels(1)) as answers:
+        peer.grant()
+        placed, _ = peer.receive()
+        peer.bind_again()
+        again, payload = peer.receive()
+        assert (again.job, payload) == (placed.job, [pixels(1).tobytes()])
+        peer.finish(placed.job)
+    assert answers[0].width == 1
 
 
 def test_too_little_is_as_good_as_none(peer: Peer) -> None:
