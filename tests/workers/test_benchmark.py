@@ -36,8 +36,9 @@ def test_a_daemon_of_its_own_is_measured_beside_its_devices_and_the_plain_path(t
     file = tmp_path / "run.json"
     assert run("--compare", "batch=1", "batch=auto", "--bare", "--json", str(file)) == 0
     tree = saved(file)
-    assert [row["variant"] for row in tree["rows"]] == ["batch=1", "batch=auto", "bare ZeroMQ"]
-    one, two, bare = tree["rows"]
+    plain = ["bare ZeroMQ, batch=1", "bare ZeroMQ, batch=auto"]
+    assert [row["variant"] for row in tree["rows"]] == ["batch=1", "batch=auto", *plain]
+    one, two, bare, _ = tree["rows"]
     assert set(one) - BUSY_KEYS == set(two) - BUSY_KEYS == ROW_KEYS | STATS_KEYS | LIMIT_KEYS
     assert set(bare) == ROW_KEYS | LIMIT_KEYS
     for row in tree["rows"]:
@@ -50,7 +51,7 @@ def test_a_daemon_of_its_own_is_measured_beside_its_devices_and_the_plain_path(t
     assert (one["limit_batch"], two["limit_batch"]) == (1, 2)
     assert bare["answer_bytes"] >= one["answer_bytes"]
     pairs = {(ratio["above"], ratio["below"]) for ratio in tree["ratios"]}
-    assert pairs == {("batch=auto", "batch=1"), ("batch=1", "bare ZeroMQ"), ("batch=auto", "bare ZeroMQ")}
+    assert pairs == {("batch=auto", "batch=1"), ("batch=1", plain[0]), ("batch=auto", plain[1])}
     assert set(tree) == {"machine", "variants", "rows", "medians", "ratios"}
     said = capsys.readouterr()
     assert "what clients saw" in said.out
@@ -70,7 +71,7 @@ def test_one_that_runs_is_measured_in_an_open_loop(shared_daemon: Any, tmp_path:
     assert {row["devices"] for row in rows} == {2}
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 2 + 4 + 2
-    assert table[0].startswith("| variant | load | round | images/s |")
+    assert table[0].startswith("| load | round | images/s | p50 ms | p99 |")
 
 
 def test_a_device_is_busy_for_at_least_what_it_sleeps(shared_daemon: Any, tmp_path: Path) -> None:
@@ -153,6 +154,13 @@ def test_the_limit_of_a_device_is_what_its_engine_does_alone() -> None:
 def test_an_engine_that_cannot_load_is_told_of(capfd: Any) -> None:
     assert run("--engine", "native", "--devices", "cpu:0") == 1
     assert re.search(r"model\.weights is not set[\s\S]*the bare loop of engine native ended", capfd.readouterr().err)
+
+
+def test_variants_that_differ_only_in_their_transport_share_a_plain_path() -> None:
+    arguments = program.parse(["--compare", "transport=socket", "transport=shared", "--bare"], "")
+    assert [variant.name for variant in program.plan(arguments)] == [
+        "transport=socket", "transport=shared", "bare ZeroMQ",
+    ]  # fmt: skip
 
 
 def test_the_plain_path_takes_as_long_as_the_timed_engine() -> None:

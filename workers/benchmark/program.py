@@ -127,8 +127,25 @@ def plan(arguments: argparse.Namespace) -> list[Variant]:
     if arguments.bare:
         if first.settings is None or first.settings.engine != "timed":
             raise UsageError("--bare sleeps the latency table of engine timed: it needs a daemon of its own with that")
-        variants.append(dataclasses.replace(variants[-1], name=BARE, bare=True))
+        variants += _bare(variants)
     return variants
+
+
+def _bare(variants: Sequence[Variant]) -> list[Variant]:
+    """The plain path for each of these; one where it would be the same for all."""
+    paths = {_path(variant): variant for variant in reversed(variants)}
+    return [
+        dataclasses.replace(variant, name=BARE if len(paths) == 1 else f"{BARE}, {variant.name}", bare=True)
+        for variant in reversed(paths.values())
+    ]
+
+
+def _path(variant: Variant) -> str:
+    """What the plain path makes of a variant: devices and their latencies, and what is sent to them."""
+    settings, arguments = variant.settings, variant.arguments
+    assert settings is not None
+    load = (arguments.clients, arguments.rate, arguments.size, _encoding(arguments), arguments.images)
+    return repr((settings.devices, servers.seconds_by_batch(settings), *load))
 
 
 def _variant(text: str, arguments: argparse.Namespace) -> Variant:
@@ -310,12 +327,12 @@ def _tell(
 
 def _pairs(variants: Sequence[Variant]) -> Iterator[tuple[str, str]]:
     """Which variant is said as a multiple of which: the second of the first, each of the plain path."""
-    served = [variant.name for variant in variants if not variant.bare]
+    served = [variant for variant in variants if not variant.bare]
     if len(served) == 2:
-        yield served[1], served[0]
-    for variant in variants:
-        if variant.bare:
-            yield from ((name, variant.name) for name in served)
+        yield served[1].name, served[0].name
+    for bare in variants:
+        if bare.bare:
+            yield from ((variant.name, bare.name) for variant in served if _path(variant) == _path(bare))
 
 
 def _as_dict(variant: Variant) -> dict[str, Any]:

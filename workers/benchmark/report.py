@@ -123,7 +123,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     kind = next((row["memory_mb"]["kind"] for row in rows if row["memory_mb"]), "")
     stages = list(dict.fromkeys(stage for row in rows for stage in row.get("stages_ms", {})))
     times: Columns = {stage: functools.partial(_stage, stage=stage) for stage in stages}
-    names: Columns = {"load": load_text} if len({row["variant"] for row in rows}) == 1 else NAMES
+    names = _names(rows) or {"load": load_text}
     made = [
         _table(rows, {**names, **SEEN, **REMARKS}, "medians: what clients saw", "limit: the engine in a bare loop"),
         _table(rows, {**names, **COST}, "what it cost", f"CPU: seconds for 1000 images; generator: its share of a core "
@@ -135,7 +135,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def _table(rows: Sequence[Row], columns: Columns, title: str, caption: str) -> Table:
-    made = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
+    made = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
+                 pad_edge=False, collapse_padding=True)  # fmt: skip
     shown = _shown(rows, columns)
     for name in shown:
         made.add_column(name, justify="left" if name in LEFT else "right")
@@ -145,9 +146,10 @@ def _table(rows: Sequence[Row], columns: Columns, title: str, caption: str) -> T
 
 
 def markdown(rows: Sequence[Row], found: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each round and the medians, and the ratios below; for `BENCHMARKS.md`."""
+    """A row for each round and the medians, and the ratios below; for `BENCHMARKS.md`. p90 and max are left out."""
     everything = [*rows, *medians(rows)]
-    columns = {**NAMES, **ROUND, **SEEN, **COST, **REMARKS}
+    seen = {name: cell for name, cell in SEEN.items() if name not in ("p90", "max")}
+    columns = {**_names(rows), **ROUND, **seen, **COST, **REMARKS}
     shown = _shown(everything, columns)
     lines = [shown, ["---" if name in LEFT else "---:" for name in shown]]
     for row in everything:
@@ -220,6 +222,11 @@ def _value(row: Row, key: str) -> float | None:
 
 def _quotient(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below and math.isfinite(above) and math.isfinite(below) else None
+
+
+def _names(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """The columns that tell rows apart."""
+    return {name: cell for name, cell in NAMES.items() if len({cell(row) for row in rows}) > 1}
 
 
 def _shown(rows: Sequence[Row], columns: Columns) -> list[str]:
