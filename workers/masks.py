@@ -22,7 +22,6 @@ Integers = npt.NDArray[np.int64]
 Window = tuple[npt.NDArray[np.bool_], tuple[int, int]]  # the part that can be true, its top left (y, x)
 
 THRESHOLD = np.float32(0.5)
-MOST_GROUPS = 7  # of five bits: counts up to 2^34
 COLUMNS_AT_ONCE = 2048  # their nodes stay in the processor's cache
 
 
@@ -78,13 +77,17 @@ def _edges(
 
 def _crossings(nodes: Floats, first: Integers, share: Floats, offset: int) -> tuple[Integers, Integers, Floats]:
     """Column, node before and distance from it (0 to 1) of each crossing of 0.5, column by column, downwards."""
-    values = nodes[first]  # (c, S)
-    values += (nodes[first + 1] - values) * share[:, None]
+    values = nodes.take(first, axis=0)  # (c, S)
+    steps = nodes.take(first + 1, axis=0)
+    steps -= values
+    steps *= share[:, None]
+    values += steps
     inside = values >= THRESHOLD
-    place = np.flatnonzero(inside[:, 1:] != inside[:, :-1])
-    column, node = np.divmod(place, inside.shape[1] - 1)
-    above, below = values[column, node], values[column, node + 1]
-    return column + offset, node, (THRESHOLD - above) / (below - above)
+    place = np.flatnonzero(inside[:, 1:] != inside[:, :-1]).astype(np.int32)
+    column = place // np.int32(inside.shape[1] - 1)
+    flat = place + column  # in values, which are one longer per column
+    above, below = values.ravel().take(flat), values.ravel().take(flat + 1)
+    return column + offset, flat - column * inside.shape[1], (THRESHOLD - above) / (below - above)
 
 
 def _first_row(
@@ -98,49 +101,48 @@ def _first_row(
 
 def _strings(owners: Integers, positions: Integers, masks: int, pixels: int) -> list[str]:
     """COCO's compressed strings from the places where pixels change."""
-    owners, positions = _without_empty_runs(owners, positions)
-    # A mask's counts are the distances between its edges, from 0 and up to the last pixel.
-    edges_of = np.bincount(owners, minlength=masks)
-    ends = np.cumsum(edges_of + 1)  # behind each mask's counts
-    starts = ends - edges_of - 1
-    counts = np.zeros(ends[-1] if masks else 0, np.int64)
-    is_last = np.zeros(len(counts), bool)
-    is_last[ends - 1] = True
-    counts[~is_last] = positions
-    counts[is_last] = pixels
-    previous = np.concatenate([[0], counts[:-1]])
-    previous[starts] = 0
-    counts -= previous
-    keep = ~(is_last & (counts == 0) & (np.arange(len(counts)) > np.repeat(starts, edges_of + 1)))
-    place = np.arange(len(counts)) - np.repeat(starts, edges_of + 1)
+    stride = pixels + 1  # a change may be behind a mask's last pixel, which is not the next mask's first
+    places = _without_empty_runs(owners * stride + positions)
+    borders = np.arange(masks) * stride + pixels
+    edges_before = np.searchsorted(places, borders, side="right")
+    counts = np.diff(np.insert(places, edges_before, borders), prepend=-1)
+    last = edges_before + np.arange(masks)
+    first = np.concatenate([[0], last[:-1] + 1])
+    counts[first] -= 1
     # From the fourth on, counts are written as differences from the one but one before.
-    deltas = counts.copy()
-    late = np.flatnonzero(place > 2)
-    deltas[late] -= counts[late - 2]
-    return _base32(deltas[keep], np.add.reduceat(keep, starts) if masks else np.zeros(0, np.int64))
+    numbers = counts.copy()
+    numbers[2:] -= counts[:-2]
+    for place in range(3):
+        early = (first + place)[first + place <= last]
+        numbers[early] = counts[early]
+    # An edge behind the last pixel leaves a run of no length, which is not written.
+    superfluous = (counts[last] == 0) & (last > first)
+    return _base32(np.delete(numbers, last[superfluous]), last - first + 1 - superfluous)
 
 
-def _without_empty_runs(owners: Integers, positions: Integers) -> tuple[Integers, Integers]:
+def _without_empty_runs(places: Integers) -> Integers:
     """Two changes at one place are none: an edge that leaves again before the next pixel, or at a column's end."""
-    key_changes = np.ones(len(positions) + 1, bool)
-    key_changes[1:-1] = (positions[1:] != positions[:-1]) | (owners[1:] != owners[:-1])
-    starts = np.flatnonzero(key_changes)
-    odd = starts[:-1][np.diff(starts) % 2 == 1]
-    return owners[odd], positions[odd]
+    starts = np.flatnonzero(np.diff(places, prepend=-1))
+    odd = np.diff(starts, append=len(places)) % 2 == 1
+    kept: Integers = places[starts[odd]]
+    return kept
 
 
 def _base32(numbers: Integers, lengths: Integers) -> list[str]:
     """Each number in groups of five bits, least first, with a flag that more follow; cut into strings of `lengths`."""
     magnitude = numbers ^ (numbers >> 63)
-    groups = np.ones(len(numbers), np.int64)
-    for more in range(MOST_GROUPS - 1):
-        groups += magnitude >= 16 << 5 * more
-    ends = np.cumsum(groups)
+    groups = np.ones(len(numbers), np.int8)
+    bound = 16
+    while (longer := magnitude >= bound).any():
+        groups += longer
+        bound <<= 5
+    ends = np.cumsum(groups, dtype=np.int64)
     text = np.empty(ends[-1] if len(ends) else 0, np.uint8)
-    for group in range(int(groups.max(initial=0))):
-        having = np.flatnonzero(groups > group)
-        follow = (groups[having] > group + 1) << 5
-        text[ends[having] - groups[having] + group] = (numbers[having] >> 5 * group & 31) + follow + 48
+    where = ends - groups
+    while len(where):
+        more = groups > 1
+        text[where] = (numbers & 31) + (more * 32 + 48)
+        where, numbers, groups = where[more] + 1, numbers[more] >> 5, groups[more] - 1
     whole = text.tobytes().decode("ascii")
     cuts = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(lengths)])].tolist()
     return [whole[start:end] for start, end in pairwise(cuts)]
