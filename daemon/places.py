@@ -36,10 +36,9 @@ class Region:
     """A region of ours: locked, so that the daemon knows we live, and mapped."""
 
     def __init__(self, message: protocol.Region, place_bytes: int, owner: int) -> None:
-        """Raises OSError when the file is not there or not what the daemon of the user `owner` would make."""
+        """Raises OSError or ValueError when the file is not there or not what the daemon of `owner` would make."""
         self.name = message.region
         self.place_bytes = place_bytes
-        self.retired = False  # gets no more images; closed when all places are free
         self._file = open(message.path, "r+b", buffering=0, opener=_no_link)  # noqa: SIM115
         try:
             self._check(message, owner)
@@ -81,7 +80,7 @@ class Region:
         """A hostile daemon must not make us write to another file of ours. Lock what is right."""
         fcntl.lockf(self._file, fcntl.LOCK_EX, 1)
         found = os.fstat(self._file.fileno())
-        right = stat.S_ISREG(found.st_mode) and found.st_uid == owner and found.st_size == message.bytes
+        right = stat.S_ISREG(found.st_mode) and found.st_uid == owner
         if not right or found.st_nlink != 1:  # 0: the daemon ended it, because the lock came too late
             raise OSError(f"{message.path} is not, or no longer, a region of the daemon's")
 

@@ -450,10 +450,10 @@ def test_a_worker_killed_costs_no_answer_and_none_comes_twice(daemon: Any, wait_
     client = server.connect(transport="shared")
     images = [pixels(number) for number in range(400)]
     seen: list[Any] = []
-    thread = threading.Thread(target=lambda: seen.extend(client.map(images)))
+    thread = threading.Thread(target=lambda: [seen.append(answer) for answer in client.map(images)])
     before = server.pids()
     thread.start()
-    wait_until(lambda: server.client.stats()["answered"] > 20)
+    wait_until(lambda: len(seen) > 20)
     os.kill(before["cpu:0"], signal.SIGKILL)
     thread.join(60)
     assert checksums(seen) == expected(images)
@@ -469,11 +469,12 @@ def test_a_daemon_killed_is_swept_by_the_next_and_its_jobs_are_sent_again(daemon
     client = server.connect(transport="shared")
     images = [pixels(number) for number in range(100)]
     seen: list[Any] = []
-    thread = threading.Thread(target=lambda: seen.extend(client.map(images, window=12)))
+    thread = threading.Thread(target=lambda: [seen.append(answer) for answer in client.map(images, window=12)])
     thread.start()
-    wait_until(lambda: server.client.stats().get("answered", 0) > 4)
+    wait_until(lambda: len(seen) > 4)
     old = folder(server)
     server.kill()
+    assert len(seen) < 80
     assert list(old.iterdir())
     wait_until(lambda: not server.processes())
     server.start()
@@ -593,14 +594,15 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
 
 
 @contextlib.contextmanager
-def segmenting(peer: Peer, image: Any, transport: Any = "shared") -> Iterator[list[Any]]:
-    """A client segments an image meanwhile; its answer or error is in the list afterwards."""
+def segmenting(peer: Peer, *images: Any, transport: Any = "shared") -> Iterator[list[Any]]:
+    """A client segments images meanwhile, one by one; the answers, or the first error, are in the list afterwards."""
     answers: list[Any] = []
 
     def work() -> None:
         with Client(peer.endpoint, timeout_s=10, transport=transport) as client:
             try:
-                answers.append(client.segment(image))
+                for image in images:
+                    answers.append(client.segment(image))
             except Exception as error:
                 answers.append(error)
 
@@ -653,7 +655,7 @@ def test_a_retry_finds_the_image_where_it_was(peer: Peer) -> None:
 
 
 def test_until_the_region_comes_images_go_by_socket(peer: Peer) -> None:
-    with segmenting(peer, pixels(1), "auto") as answers:
+    with segmenting(peer, pixels(1), transport="auto") as answers:
         submitted, payload = peer.receive()
         assert submitted.image.place is None
         assert payload == [pixels(1).tobytes()]
@@ -714,18 +716,22 @@ def test_a_file_that_is_a_region_is_written_to(peer: Peer, tmp_path: Path) -> No
 
 
 def test_after_a_new_connection_images_are_sent_again_by_socket(peer: Peer) -> None:
-    with segmenting(peer, pixels(1)) as answers:
+    with segmenting(peer, pixels(1), pixels(2)) as answers:
         peer.grant()
         placed, _ = peer.receive()
         peer.bind_again()
         again, payload = peer.receive()
         assert (again.job, payload) == (placed.job, [pixels(1).tobytes()])
         peer.finish(placed.job)
-    assert answers[0].width == 1
+        region = peer.grant()  # the old one means nothing to whoever is there now
+        placed, _ = peer.receive()
+        assert placed.image.place == Place(region=region.region, offset=0, bytes=180_000)
+        peer.finish(placed.job)
+    assert [answer.width for answer in answers] == [1, 1]
 
 
 def test_too_little_is_as_good_as_none(peer: Peer) -> None:
-    with segmenting(peer, pixels(1), "shared") as answers:
+    with segmenting(peer, pixels(1)) as answers:
         assert isinstance(peer.receive()[0], OpenRegion)
         name, path = peer.memory.create(4096, 0.0)
         peer.send(Region(region=name, path=path, bytes=4096))
