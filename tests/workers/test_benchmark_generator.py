@@ -19,7 +19,7 @@ from daemon.protocol import FROM_CLIENT, Code, Failed, Options, Result, Submit, 
 from workers.benchmark import pictures
 from workers.benchmark.connection import Sending
 from workers.benchmark.generator import Generator
-from workers.benchmark.load import ClosedLoop, OpenLoop
+from workers.benchmark.load import FAILED_PAUSE_S, ClosedLoop, OpenLoop
 from workers.benchmark.pictures import Picture
 
 RAW = pictures.synthetic((32, 48), "raw")
@@ -70,9 +70,13 @@ def result(message: Submit, checksum: int) -> tuple[ToClient, list[bytes]]:
     return answer, [msgpack.packb([{"checksum": checksum}])]
 
 
-def load_closed(generator: Generator, clients: int, seconds: float) -> None:
+def load_closed(generator: Generator, clients: int, jobs: int) -> None:
+    """Until so many jobs have ended, and those that are then in flight."""
     generator.begin(ClosedLoop(clients, time.monotonic()))
-    generator.run(seconds)
+    deadline = time.monotonic() + 20
+    while len(generator.samples) < jobs:
+        assert time.monotonic() < deadline
+        generator.run(0.02)
     generator.drain()
 
 
@@ -83,9 +87,8 @@ def test_a_daemon_answers_each_image_with_its_checksum(shared_daemon: Any, trans
     sending = Sending(transport, Options(mask_format="none"), deadline_s=10.0, places=1)
     shared_daemon.wait_ready()
     with Generator(shared_daemon.endpoint, sent, 2, sending) as generator:
-        load_closed(generator, 2, 0.3)
+        load_closed(generator, 2, jobs=6)
     assert generator.by_shared_memory is (transport == "shared")
-    assert len(generator.samples) > 5
     assert not [sample for sample in generator.samples if sample.code or sample.wrong]
     assert generator.checked == len(generator.samples)
 
@@ -126,9 +129,8 @@ def test_stats_come_while_the_load_goes_on(shared_daemon: Any) -> None:
 def test_another_images_answer_is_wrong(peer: MakePeer) -> None:
     endpoint = peer(lambda message: result(message, RAW.checksum + (int(message.job) % 3 == 0)))
     with Generator(endpoint, [RAW], 1, SOCKET) as generator:
-        load_closed(generator, 1, 0.2)
+        load_closed(generator, 1, jobs=4)
     wrong = [sample.wrong for sample in generator.samples]
-    assert len(wrong) > 3
     assert wrong == [number % 3 == 0 for number in range(1, len(wrong) + 1)]
 
 
@@ -136,24 +138,26 @@ def test_the_answer_to_one_image_is_wrong_for_another(peer: MakePeer) -> None:
     other = Picture(RAW.image, RAW.payload, RAW.checksum + 1)
     endpoint = peer(lambda message: result(message, RAW.checksum))
     with Generator(endpoint, [RAW, other], 1, SOCKET) as generator:
-        load_closed(generator, 1, 0.1)
+        load_closed(generator, 1, jobs=4)
     wrong = [sample.wrong for sample in generator.samples]
-    assert len(wrong) > 3
     assert wrong == [number % 2 == 1 for number in range(1, len(wrong) + 1)]  # picture 1 first
 
 
 def test_a_failure_is_a_failure(peer: MakePeer) -> None:
     endpoint = peer(lambda message: (Failed(job=message.job, code=Code.BUSY, reason="full", retry_after_s=0.0), []))
     with Generator(endpoint, [RAW], 1, SOCKET) as generator:
-        load_closed(generator, 1, 0.25)
+        begun = time.monotonic()
+        load_closed(generator, 1, jobs=3)
     assert {sample.code for sample in generator.samples} == {"busy"}
-    assert len(generator.samples) <= 4  # and does not become a flood of jobs
+    assert time.monotonic() - begun >= 2 * FAILED_PAUSE_S  # and does not become a flood of jobs
 
 
 def test_what_is_never_answered_has_failed(peer: MakePeer) -> None:
     sending = Sending("socket", Options(), deadline_s=0.1, places=1)
     with Generator(peer(lambda _: None), [RAW], 2, sending) as generator:
-        load_closed(generator, 2, 0.05)
+        generator.begin(ClosedLoop(2, time.monotonic()))
+        generator.run(0.05)
+        generator.drain()
     assert [sample.code for sample in generator.samples] == ["no-answer"] * 2
 
 
