@@ -21,7 +21,8 @@ from daemon import spawn
 
 Precision = Literal["fp32", "hf32", "bf16", "fp16", "auto"]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_BF16 = frozenset({"avx512_bf16", "amx_bf16"})  # flags in /proc/cpuinfo of CPUs that multiply bfloat16
+CPUINFO = Path("/proc/cpuinfo")
+CPU_BF16 = frozenset({"avx512_bf16", "amx_bf16"})  # its flags of CPUs that multiply bfloat16
 GRAPHS = {"cuda": "CUDAGraph", "npu": "NPUGraph"}
 
 T = TypeVar("T")
@@ -190,13 +191,14 @@ def open_device(name: str, precision: Precision = "fp32") -> Device:
 def actual(wanted: Mapping[str, Any], device: Device) -> dict[str, Any]:
     """What took effect in this process, by the libraries' own account where they give one; see `spawn.observe`."""
     observed = spawn.observe(wanted) | {"threads": torch.get_num_threads(), "device_name": device.name()}
+    observed["dtype"] = str(device.dtype).removeprefix("torch.")
     queue = device.task_queue()
     return observed if queue is None else observed | {"task_queue": queue}
 
 
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has AVX512-BF16 or AMX; others take longer in bfloat16 than in float32."""
-    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+    flags = set(CPUINFO.read_text(encoding="utf-8", errors="replace").split())
     return bool(flags & CPU_BF16)
 
 

@@ -40,6 +40,38 @@ def test_the_cpu_is_one_device_whatever_its_slot(name: str) -> None:
     assert (str(device.torch_device), device.name(), device.task_queue()) == ("cpu", "cpu", None)
 
 
+def cpu_with(flags: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu sse2 {flags}\nbugs\t\t:\n")
+    monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+
+
+@pytest.mark.parametrize(
+    ("precision", "plain", "able"),
+    [
+        ("fp32", torch.float32, torch.float32),
+        ("hf32", torch.float32, torch.float32),
+        ("auto", torch.float32, torch.bfloat16),
+        ("bf16", "has neither AVX512-BF16 nor AMX", torch.bfloat16),
+        ("fp16", "some forty times slower", "some forty times slower"),
+    ],
+)
+def test_what_a_cpu_computes_in(
+    precision: devices.Precision, plain: Any, able: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for flags, wanted in {"avx512f": plain, "avx512f avx512_bf16": able, "amx_tile amx_bf16": able}.items():
+        cpu_with(flags, monkeypatch, tmp_path)
+        if isinstance(wanted, str):
+            with pytest.raises(devices.UnsupportedError, match=wanted):
+                devices.open_device("cpu:0", precision)
+        else:
+            assert devices.open_device("cpu:0", precision).dtype == wanted
+
+
+def test_this_cpus_own_description_can_be_read() -> None:
+    assert devices.cpu_multiplies_bf16() in (True, False)
+    assert devices.open_device("cpu", "auto").dtype in (torch.float32, torch.bfloat16)
+
+
 def test_memory_of_the_cpu_is_this_process() -> None:
     device = devices.open_device("cpu")
     before = device.memory()
