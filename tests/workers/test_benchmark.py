@@ -161,6 +161,16 @@ def test_variants_that_differ_only_in_their_transport_share_a_plain_path() -> No
     ]  # fmt: skip
 
 
+def test_a_variant_may_have_a_name_several_settings_and_options_of_the_load() -> None:
+    one = 'one: devices=[cpu:0];runtime.cpus={"cpu:0": "0"};clients=2,3'
+    first, second = program.plan(program.parse(["--compare", one, "batch=2"], ""))
+    assert (first.name, second.name) == ("one", "batch=2")
+    assert first.settings is not None
+    assert first.settings.runtime.cpus == {"cpu:0": "0"}
+    assert [point.clients for point in first.points] == [2, 3]
+    assert [point.clients for point in second.points] == [8]
+
+
 def test_the_plain_path_takes_as_long_as_the_timed_engine() -> None:
     settings = settings_module.load(None, None, ["engine=timed", "batch=4", "timed.latency_ms={1: 10, 4: 40}"])
     assert servers.seconds_by_batch(settings) == pytest.approx([0.01, 0.02, 0.03, 0.04])

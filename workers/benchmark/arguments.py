@@ -35,7 +35,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
                      help="of the bare loop, before and after each round; 0: not measured; default 3")  # fmt: skip
     run.add_argument("--timeout", metavar="S", type=program.seconds, default=60.0, help="a job's deadline, default 60")
     run.add_argument("--compare", nargs=2, metavar="KEY=VALUE",
-                     help="two variants in turns: settings, or options of the load, several with ; between")
+                     help="two variants in turns: settings, or options of the load, several with ; between; "
+                     "'NAME: KEY=VALUE' gives one a short name")
     run.add_argument("--bare", action="store_true", help="also a plain ZeroMQ proxy with workers that only sleep")
     run.add_argument("--kill", action="store_true", help="kill -9 a worker under load instead")
     out = parser.add_argument_group("results")

@@ -31,7 +31,7 @@ class Picture:
 
     image: protocol.Image
     payload: bytes | None  # None: the daemon reads it by its path
-    checksum: int  # zlib.crc32 of the BGR pixels, as the timed engine answers
+    checksum: int  # as the timed engine answers
 
     def pixels(self) -> Pixels:
         """HxWx3 uint8 BGR, as the worker will see them."""
@@ -74,4 +74,4 @@ def _encoded(pixels: Pixels, encoding: Encoding) -> Picture:
 
 def _picture(image: protocol.Image, payload: bytes | None) -> Picture:
     unchecked = Picture(image, payload, 0)
-    return replace(unchecked, checksum=zlib.crc32(unchecked.pixels().data))
+    return replace(unchecked, checksum=engines.checksum(unchecked.pixels()))

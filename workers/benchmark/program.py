@@ -20,7 +20,7 @@ two settings against each other, and against the plain ZeroMQ path, in turns in 
   python scripts/benchmark.py --devices cpu:{0..15} --clients 48    # many devices
   python scripts/benchmark.py --engine native --images configs/demo/images --set model.config=configs/demo/demo.yaml \\
     --set model.weights=configs/demo/model_final.pth \\
-    --compare 'devices=[cpu:0];runtime.cpus={"cpu:0": "0"}' 'devices=[cpu:0, cpu:1]'
+    --compare 'one: devices=[cpu:0];runtime.cpus={"cpu:0": "0"}' 'two: devices=[cpu:0, cpu:1]'
 
 Exit codes: 0 measured · 1 a wrong answer, or the limit could not be measured · 2 wrong arguments · 3 no daemon ·
 130 Ctrl-C. BENCHMARKS.md says how figures are to be read.
@@ -149,11 +149,14 @@ def _path(variant: Variant) -> str:
 
 
 def _variant(text: str, arguments: argparse.Namespace) -> Variant:
-    """What KEY=VALUE[;KEY=VALUE…] makes of the arguments: of the load, or else settings of the daemon."""
+    """What [NAME: ]KEY=VALUE[;KEY=VALUE…] makes of the arguments: of the load, or else settings of the daemon."""
     arguments = copy.copy(arguments)
+    name, colon, pairs = text.partition(": ")
+    if not colon or "=" in name:
+        name = pairs = text
     overrides = [f"devices=[{', '.join(arguments.devices)}]", f"engine={arguments.engine}", f"batch={arguments.batch}",
                  *arguments.set]  # fmt: skip
-    for pair in filter(None, text.split(";")):
+    for pair in filter(None, pairs.split(";")):
         key, equals, value = pair.strip().partition("=")
         if not equals:
             raise UsageError(f"--compare {text}: expected KEY=VALUE, several of them with ; between")
@@ -169,7 +172,7 @@ def _variant(text: str, arguments: argparse.Namespace) -> Variant:
         folders = sorted({os.path.dirname(os.path.abspath(path)) for path in photographs.find(arguments.images)})
         overrides.insert(0, f"paths.roots={folders}")
     settings = settings_module.load(None, None, overrides)
-    return Variant(text or DAEMON, arguments, tuple(overrides), settings)
+    return Variant(name or DAEMON, arguments, tuple(overrides), settings)
 
 
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
