@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from daemon import settings, spawn, topology
+from workers.devices import GRAPHS
 
 VERSION = "2.13.0"
 ROOT = Path(__file__).parents[2]
@@ -37,12 +38,14 @@ told = spawn.assignment(os.environ)
 device = devices.open_device(told.local_device, told.settings.model.precision)
 image = torch.arange(12.0).reshape(3, 4)
 on_device = device.upload(image)
+staged = device.stage(image)
 device.synchronize()
 npu, options = torch.npu, sys.modules["torch_npu"]._C._npu_getOption
 actual = devices.actual(told.wanted, device)
 print(json.dumps({
     "device": str(on_device.device),
     "copied": torch.equal(on_device.cpu(), image),
+    "staged": torch.equal(staged.take().cpu(), image),
     "missing": [name for name in NAMES if not hasattr(npu, name)],
     "hf32": [npu.conv.allow_hf32, npu.matmul.allow_hf32],
     "precision_mode": options("ACL_PRECISION_MODE").decode(),
@@ -154,7 +157,7 @@ def _api_names() -> list[str]:
                 names.add(name)
             case ast.Call(func=ast.Name(id="getattr"), args=[ast.Attribute(attr="api"), ast.Constant(value=name), *_]):
                 names.add(name)
-    return sorted(names)
+    return sorted(names | {GRAPHS["npu"]})
 
 
 def _own_threads(found: dict[str, Any]) -> dict[str, str]:
@@ -170,7 +173,7 @@ def test_set_up_runs_to_its_end_and_threads_inherit_the_slots_cpus(
 
     cpu = str(two_cpus[1])
     assert found["missing"] == []
-    assert (found["device"], found["copied"]) == ("npu:0", True)
+    assert (found["device"], found["copied"], found["staged"]) == ("npu:0", True, True)
     assert found["hf32"] == [False, False]
     assert found["precision_mode"] == "must_keep_origin_dtype"
     assert found["jit_compile"] == "disable"
