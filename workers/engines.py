@@ -30,6 +30,7 @@ from daemon.supervisor import EXIT_CANNOT_BOOT
 from workers import results
 from workers.batching import Batching
 
+CHECKED_BYTES = 64 << 10
 MANY = 1000  # as good as infinitely many
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) BGR
 
@@ -290,11 +291,11 @@ class AdelaidetEngine(OnDevice):
 
 @dataclass(frozen=True, slots=True)
 class TimedInput:
-    """An image of which only the checksum is kept."""
+    """An image of which only the `checksum` is kept."""
 
     image_size: tuple[int, int]
     padded_size: tuple[int, int]
-    checksum: int  # zlib.crc32 of the BGR pixels
+    checksum: int
 
 
 class TimedEngine:
@@ -322,7 +323,7 @@ class TimedEngine:
 
     def prepare(self, image: Pixels) -> TimedInput:
         height, width = image.shape[:2]
-        return TimedInput((height, width), (height, width), zlib.crc32(np.ascontiguousarray(image).data))
+        return TimedInput((height, width), (height, width), checksum(image))
 
     def segment(self, batch: Sequence[TimedInput]) -> list[int]:
         self.sleep(len(batch))
@@ -337,6 +338,12 @@ class TimedEngine:
     def finish(self, output: int, prepared: TimedInput, options: Options) -> list[dict[str, Any]]:
         """One detection, the whole image, with the key `checksum` beside the usual ones."""
         return [{**detection, "checksum": output} for detection in _whole_image(prepared.image_size, options)]
+
+
+def checksum(image: Pixels) -> int:
+    """zlib.crc32 of the BGR pixels, of a large image every n-th row: enough to know it by, and cheap beside serving."""
+    step = max(image.nbytes // CHECKED_BYTES, 1)
+    return zlib.crc32(np.ascontiguousarray(image[::step]).data)
 
 
 class ReplayEngine:

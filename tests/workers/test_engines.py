@@ -102,3 +102,16 @@ def test_outputs_that_cannot_be_read_are_named(tmp_path: Path, content: bytes | 
         (tmp_path / "outputs.npz").write_bytes(content)
     with pytest.raises(EngineError, match=r"timed\.outputs"):
         make("engine=timed", f"timed.outputs={tmp_path}/outputs.npz").load()
+
+
+def test_a_large_image_is_known_by_a_part_of_its_rows() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (800, 800, 3), np.uint8)
+    rows = {row for row in range(0, 800, 7) if engines.checksum(changed(image, row)) != engines.checksum(image)}
+    assert 0 in rows
+    assert engines.checksum(image[:20]) == zlib.crc32(image[:20].data), "a small one by all"
+
+
+def changed(image: np.ndarray, row: int) -> np.ndarray:
+    other = image.copy()
+    other[row] += 1
+    return other

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ from PIL import Image
 from daemon import protocol
 from daemon.program import UsageError
 from daemon.settings import Limits
-from workers import images
+from workers import engines, images
 from workers.images import ImageError, Pixels
 
 Encoding = Literal["raw", "jpeg", "png", "path"]
