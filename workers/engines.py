@@ -383,7 +383,9 @@ class ReplayEngine:
     def prepare(self, image: Pixels) -> Any:
         from workers import blendmask
 
-        return blendmask.prepare(image, self._config)
+        prepared = blendmask.prepare(image, self._config)
+        blendmask.collate([prepared])  # what the native engine sends to the device
+        return prepared
 
     def segment(self, batch: Sequence[Any]) -> list[Any]:
         self._timed.sleep(len(batch))

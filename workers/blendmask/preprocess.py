@@ -73,6 +73,8 @@ def collate(batch: Sequence[Prepared]) -> Tensor:
     """
     height = max(prepared.padded_size[0] for prepared in batch)
     width = max(prepared.padded_size[1] for prepared in batch)
+    if len(batch) == 1 and batch[0].net_size == (height, width):
+        return batch[0].tensor[None]
     images = torch.zeros(len(batch), 3, height, width)
     for image, prepared in zip(images, batch):
         image[:, : prepared.net_size[0], : prepared.net_size[1]] = prepared.tensor
