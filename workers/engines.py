@@ -31,7 +31,7 @@ from workers import results
 from workers.batching import Batching
 
 CHECKED_BYTES = 64 << 10
-MANY = 1000  # as good as infinitely many
+LARGEST_BATCH = 64  # that the settings allow
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) BGR
 
 
@@ -305,9 +305,11 @@ class TimedEngine:
     """
 
     def __init__(self, latency_ms: dict[int, float]) -> None:
-        last = max(latency_ms)
-        self._sizes = [*sorted(latency_ms), last * MANY]
-        self._latency_ms = [*(latency_ms[size] for size in self._sizes[:-1]), latency_ms[last] * MANY]
+        sizes = sorted(latency_ms)
+        counts = np.arange(LARGEST_BATCH + 1)
+        milliseconds = np.interp(counts, sizes, [latency_ms[size] for size in sizes])
+        milliseconds[sizes[-1] :] = latency_ms[sizes[-1]] / sizes[-1] * counts[sizes[-1] :]
+        self._seconds: list[float] = (milliseconds / 1000).tolist()
 
     def load(self) -> None:
         pass
@@ -331,9 +333,8 @@ class TimedEngine:
 
     def sleep(self, images: int) -> None:
         """What the device does for a batch of so many images."""
-        seconds = float(np.interp(images, self._sizes, self._latency_ms)) / 1000
-        if seconds:  # sleeping for no time takes 0.08 ms
-            time.sleep(seconds)
+        if self._seconds[images]:  # sleeping for no time takes 0.08 ms
+            time.sleep(self._seconds[images])
 
     def finish(self, output: int, prepared: TimedInput, options: Options) -> list[dict[str, Any]]:
         """One detection, the whole image, with the key `checksum` beside the usual ones."""

@@ -61,7 +61,8 @@ def work(back: str, seconds: list[float], answer_bytes: int) -> None:
         print("ready", flush=True)
         while True:
             batch = _take(socket, len(seconds))
-            time.sleep(seconds[len(batch) - 1])
+            if seconds[len(batch) - 1]:  # as the timed engine: sleeping for no time takes 0.08 ms
+                time.sleep(seconds[len(batch) - 1])
             for client, job in batch:
                 socket.send_multipart([client, magic, head + job + tail, payload], copy=False)
 
