@@ -89,7 +89,7 @@ def _limits(axes: Axes, middle: Sequence[Row]) -> None:
         seen.append(limit)
         axes.axvline(limit, color=GREEN, lw=1.6, ls=(0, (5, 3)))
         name = f"{_plural(row['limit_devices'], 'device')} alone, batch {row['limit_batch']:g}: {limit:.1f}/s"
-        axes.annotate(name, (limit, 0.03), xycoords=axes.get_xaxis_transform(), xytext=(6, 0), ha="left", va="bottom",
+        axes.annotate(name, (limit, 0.98), xycoords=axes.get_xaxis_transform(), xytext=(6, 0), ha="left", va="top",
                       textcoords="offset points", rotation=90, fontsize=10, color=GREEN)  # fmt: skip
 
 
