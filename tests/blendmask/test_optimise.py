@@ -65,6 +65,10 @@ def test_half_precision_keeps_what_chooses_and_attends_in_float32(trained):
     assert half[-1].dtype == torch.float32
     assert optimised.top_layer.weight.dtype == torch.float32
     assert all(factor.dtype == torch.float32 for factor in optimised.proposal_generator.fcos_head.scales.parameters())
+    with torch.inference_mode():
+        outputs = optimised.proposal_generator(half[:-2])
+    confidences = [(output.logits.float().sigmoid() * output.centreness.float().sigmoid()).max() for output in outputs]
+    assert half[-1][..., 0].max() == max(confidences)
     for found, expected in zip(half[:-1], run(trained)):
         error = (found.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert error < 0.1

@@ -14,6 +14,7 @@ import torch
 from daemon import settings
 from daemon.protocol import Options
 from daemon.supervisor import EXIT_CANNOT_BOOT
+from workers import __main__ as program
 from workers import blendmask, engines
 from workers.engines import EngineError
 
@@ -73,6 +74,18 @@ def test_a_network_that_cannot_be_loaded_is_not_tried_again(overrides: list[str]
     with pytest.raises(EngineError, match=complaint) as raised:
         make(*overrides).load()
     assert raised.value.exit_code == EXIT_CANNOT_BOOT
+
+
+@pytest.mark.parametrize(("device", "says"), [("npu:0", ""), ("cpu:0", "model.precision = fp16: cpu: float16")])
+def test_a_reload_is_checked_on_the_cpu_but_for_the_arithmetic_of_other_devices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str, says: str
+) -> None:
+    config = GOLDEN / "small_R18.yaml"
+    torch.save({"model": blendmask.build(blendmask.load_config(config)).state_dict()}, tmp_path / "weights.pth")
+    model = {"config": str(config), "weights": str(tmp_path / "weights.pth"), "precision": "fp16"}
+    code = program._check(settings.from_tree({"devices": [device], "model": model}))
+    assert code == (EXIT_CANNOT_BOOT if says else 0)
+    assert says in capsys.readouterr().err
 
 
 def test_the_timed_engine_with_outputs_does_the_native_engines_work_on_the_host(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def convolve(conv: nn.Conv2d, patches: Tensor) -> Tensor:
 def patches_at(features: Tensor, images: Tensor, cells: Tensor) -> Tensor:
     """Return what a 3x3 convolution reads at `cells` (D,), row-major, of `images` (D,): (D, 9, C), zero outside.
 
-    `features` (N, C, H, W) may have either memory layout; neither is copied.
+    `features` (N, C, H, W) may have either memory layout; neither is copied. A cell beyond the last is not an error.
     """
     height, width = features.shape[2:]
     step = torch.arange(-1, 2, device=cells.device)
@@ -33,11 +33,10 @@ def patches_at(features: Tensor, images: Tensor, cells: Tensor) -> Tensor:
 def patches_of_levels(maps: Sequence[Tensor], images: Tensor, levels: Tensor, cells: Tensor) -> Tensor:
     """Return `patches_at` for cells that lie on several levels, (D, 9, C); maps are (N, C, H_l, W_l).
 
-    Every level is read for every cell, at cell 0 where it is not the cell's: shapes stay fixed.
+    Every level is read for every cell, somewhere where it is not the cell's: shapes stay fixed.
     """
     gathered = maps[0].new_zeros(len(cells), 9, maps[0].shape[1])
     for level, features in enumerate(maps):
-        here = levels == level
-        found = patches_at(features, images, cells.masked_fill(~here, 0))
-        gathered = torch.where(here[:, None, None], found, gathered)
+        here = (levels == level)[:, None, None]
+        gathered = torch.where(here, patches_at(features, images, cells), gathered)
     return gathered
