@@ -111,7 +111,7 @@ def test_shared_memory_that_cannot_be_had_is_said(tmp_path: Path) -> None:
         "tcp://127.0.0.1:9", [RAW], 1, sending
     ):
         pass
-    with pytest.raises(UsageError, match="does not answer"), Generator(f"ipc://{tmp_path}/none", [RAW], 1, sending):
+    with pytest.raises(UsageError, match="--transport shared"), Generator(f"ipc://{tmp_path}/none", [RAW], 1, sending):
         pass
 
 
