@@ -106,6 +106,8 @@ def _strings(owners: Integers, positions: Integers, masks: int, pixels: int) -> 
     borders = np.arange(masks) * stride + pixels
     edges_before = np.searchsorted(places, borders, side="right")
     counts = np.diff(np.insert(places, edges_before, borders), prepend=-1)
+    if pixels < 2**31:
+        counts = counts.astype(np.int32)  # half the work of the rest
     last = edges_before + np.arange(masks)
     first = np.concatenate([[0], last[:-1] + 1])
     counts[first] -= 1
@@ -122,15 +124,16 @@ def _strings(owners: Integers, positions: Integers, masks: int, pixels: int) -> 
 
 def _without_empty_runs(places: Integers) -> Integers:
     """Two changes at one place are none: an edge that leaves again before the next pixel, or at a column's end."""
-    starts = np.flatnonzero(np.diff(places, prepend=-1))
-    odd = np.diff(starts, append=len(places)) % 2 == 1
-    kept: Integers = places[starts[odd]]
-    return kept
+    is_first = np.ones(len(places) + 1, bool)
+    np.not_equal(places[1:], places[:-1], out=is_first[1:-1])
+    starts = np.flatnonzero(is_first)
+    odd = np.flatnonzero(np.diff(starts) & 1)
+    return places.take(starts.take(odd))
 
 
 def _base32(numbers: Integers, lengths: Integers) -> list[str]:
     """Each number in groups of five bits, least first, with a flag that more follow; cut into strings of `lengths`."""
-    magnitude = numbers ^ (numbers >> 63)
+    magnitude = np.maximum(numbers, ~numbers)
     groups = np.ones(len(numbers), np.int8)
     bound = 16
     while (longer := magnitude >= bound).any():
@@ -141,8 +144,12 @@ def _base32(numbers: Integers, lengths: Integers) -> list[str]:
     where = ends - groups
     while len(where):
         more = groups > 1
-        text[where] = (numbers & 31) + (more * 32 + 48)
-        where, numbers, groups = where[more] + 1, numbers[more] >> 5, groups[more] - 1
+        digits = (numbers & 31).astype(np.uint8)
+        digits += 48
+        digits += more.view(np.uint8) << 5
+        text[where] = digits
+        left = np.flatnonzero(more)
+        where, numbers, groups = where.take(left) + 1, numbers.take(left) >> 5, groups.take(left) - 1
     whole = text.tobytes().decode("ascii")
     cuts = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(lengths)])].tolist()
     return [whole[start:end] for start, end in pairwise(cuts)]

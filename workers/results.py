@@ -80,15 +80,14 @@ def to_coco(
     results = []
     kept = keep(scores, options)
     rles = found_masks.rles(kept) if options.mask_format == "rle" else []
-    for place, index in enumerate(kept):
-        x1, y1, x2, y2 = boxes[index].tolist()
-        category = categories[int(classes[index])]
+    rows = zip(kept, boxes[kept].tolist(), scores[kept].tolist(), classes[kept].tolist())
+    for place, (index, (x1, y1, x2, y2), score, class_index) in enumerate(rows):
         result = {
             "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "score": float(scores[index]),
-            "class_index": int(classes[index]),
-            "category_id": category.id,
-            "category_name": category.name,
+            "score": score,
+            "class_index": class_index,
+            "category_id": categories[class_index].id,
+            "category_name": categories[class_index].name,
         }
         if options.mask_format == "rle":
             result["segmentation"] = rles[place]

@@ -35,9 +35,8 @@ def prepare(image: npt.NDArray[np.uint8], config: Config) -> Prepared:
     height, width = resized_size(image.shape[0], image.shape[1], config)
     if config.channel_order == "RGB":
         image = image[:, :, ::-1]
-    resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR)
     pixels = np.empty((3, height, width), np.float32)
-    pixels[...] = np.asarray(resized).transpose(2, 0, 1)
+    pixels[...] = _resize(image, height, width).transpose(2, 0, 1)
     pixels -= _per_channel(config.pixel_mean)
     pixels /= _per_channel(config.pixel_std)
     return Prepared(
@@ -46,6 +45,12 @@ def prepare(image: npt.NDArray[np.uint8], config: Config) -> Prepared:
         net_size=(height, width),
         padded_size=(_padded(height), _padded(width)),
     )
+
+
+def _resize(image: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+    if image.shape[:2] == (height, width):  # Pillow would copy it three times
+        return image
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def resized_size(height: int, width: int, config: Config) -> tuple[int, int]:
