@@ -75,11 +75,9 @@ def test_a_job_is_leased_finished_and_answered(broker: Broker) -> None:
     assert (lease.worker, lease.payload) == ("npu:0.1", [b"x" * 10])
     broker.started("npu:0.1", Started(leases=[lease.message.lease]), 0.5)  # type: ignore[union-attr]
     [answer] = finish(broker, "npu:0.1", lease.message.lease, now=2.0)  # type: ignore[union-attr]
+    timings = {"device": 0.02, "queue": 0.0, "send": 1.98, "total": 2.0}
     assert answer == SendClient(
-        b"c",
-        Result(job="a", width=2, height=1, device="npu:0",
-               timings={"device": 0.02, "queue": 0.0, "send": 1.98, "total": 2.0}),  # fmt: skip
-        ANSWER,
+        b"c", Result(job="a", width=2, height=1, device="npu:0", timings=timings), ANSWER
     )
     assert broker.outcomes == {"answered": 1}
     assert (broker.unanswered, broker.leased) == (0, 0)
