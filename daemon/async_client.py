@@ -42,6 +42,8 @@ class AsyncClient(Connection):
             self._disconnect()
             raise
         self._wake = asyncio.Event()
+        if self._places:
+            asyncio.get_running_loop().add_reader(self._places.fileno(), self._read_memory)
         self._tasks = [asyncio.create_task(task()) for task in (self._read, self._write, self._watch)]
         return self
 
@@ -112,6 +114,10 @@ class AsyncClient(Connection):
                 self._tell_stats(self._exchange.stats.popleft())
             self._wake.set()
 
+    def _read_memory(self) -> None:
+        self._exchange.receive_memory(time.monotonic())
+        self._wake.set()
+
     def _tell_answered(self) -> None:
         while self._exchange.answered:
             self._tell(self._exchange.answered.popleft())
@@ -161,6 +167,7 @@ class AsyncClient(Connection):
         self._socket.disable_monitor()
         self._context.destroy(linger=200)  # lets the cancellations leave
         if self._places:
+            asyncio.get_running_loop().remove_reader(self._places.fileno())
             self._places.close()
 
     async def _abandon(self, name: str) -> None:

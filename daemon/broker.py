@@ -49,7 +49,7 @@ from daemon.protocol import (
     ToClient,
     ToWorker,
 )
-from daemon.regions import Regions
+from daemon.regions import Memory, Regions
 
 SHORTEST_RETRY_S = 0.05
 LONGEST_RETRY_S = 30.0
@@ -210,6 +210,11 @@ class Broker:
             actions += self._remove(job)
         return actions + self._assign(now)
 
+    def open_region(self, name: str, memory: Memory) -> list[Action]:
+        """Images may lie in this memory from now on. Raises `RegionError` when they may not."""
+        self.regions.add(name, memory)
+        return [SendWorker(worker, self.regions.opening(name)) for worker in self._workers]
+
     def end_region(self, name: str) -> list[Action]:
         """A region is gone: nobody may keep its memory. Jobs that lie in it are answered when they are read."""
         self.regions.remove(name)
@@ -222,7 +227,7 @@ class Broker:
         if worker in self._workers:
             return []
         self._workers[worker] = Worker(worker, device, window, progress=now, heard=now)
-        return self._assign(now)
+        return [*(SendWorker(worker, opening) for opening in self.regions), *self._assign(now)]
 
     def set_window(self, worker: str, window: int, now: float) -> list[Action]:
         """How many leases a worker wants to hold from now on; those that it has beyond a smaller window run out."""
@@ -352,7 +357,7 @@ class Broker:
             return refuse(Code.TOO_LARGE, f"{size} bytes: an image has at most {self.limits.max_image_bytes}")
         if job.image.kind == "path" and not self.limits.paths_allowed:
             return refuse(Code.BAD_REQUEST, "images by path are off: the settings name no paths.roots")
-        complaint = self.regions.complaint(job.client, job.image.place) if job.image.place else None
+        complaint = self.regions.complaint(job.image.place) if job.image.place else None
         if complaint:
             return refuse(Code.BAD_REQUEST, complaint)
         if self._draining:

@@ -35,8 +35,7 @@ from zmq.utils.monitor import parse_monitor_message
 from daemon import protocol
 from daemon.async_client import AsyncClient
 from daemon.connection import DEFAULT_ENDPOINT, RETRIES, Connection, Transport, check_window
-from daemon.exchange import Image, Job, JobFailed, Segmentation, ServerPath
-from daemon.places import SharedMemoryError
+from daemon.exchange import Image, Job, JobFailed, Segmentation, ServerPath, SharedMemoryError
 from daemon.protocol import Code, GetStats, Submit
 
 __all__ = [
@@ -71,6 +70,8 @@ class Client(Connection):
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
+        if self._places:
+            self._poller.register(self._places.fileno(), zmq.POLLIN)
 
     def segment(
         self,
@@ -168,6 +169,8 @@ class Client(Connection):
             self._on_monitor()
         if self._socket in events:
             self._exchange.receive(self._socket.recv_multipart(copy=False), time.monotonic())
+        if self._places and self._places.fileno() in events:
+            self._exchange.receive_memory(time.monotonic())
         self._exchange.answered.clear()  # whoever waits for a job looks at that job
 
     def _send_due(self) -> None:

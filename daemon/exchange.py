@@ -10,13 +10,15 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from daemon import protocol
-from daemon.places import Places, SharedMemoryError
-from daemon.protocol import TO_CLIENT, Code, Failed, NoRegion, Options, Place, Region, Result, Stats, Submit
+from daemon.protocol import TO_CLIENT, Code, Failed, Options, Place, Result, Stats, Submit
+
+if TYPE_CHECKING:
+    from daemon.places import Places
 
 LEAST_RETRY_S = 0.05
 LONGEST_DEADLINE_S = 86400.0  # that the wire allows
@@ -31,6 +33,10 @@ class JobFailed(Exception):
         self.code = code
         self.reason = reason
         self.retry_after_s = retry_after_s
+
+
+class SharedMemoryError(RuntimeError):
+    """A client that demands shared memory cannot have it; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,7 @@ class Job:
 
 
 class Exchange:
-    """What is in flight, and what is to be sent when. Pure, but for `places`, which copies images to shared memory.
+    """What is in flight, and what is to be sent when. Pure, but for `places`, which are shared memory.
 
     An image goes by shared memory as soon as there is a place for it, and by socket otherwise; only where `places` are
     required it waits. It goes by socket for good once it was refused (the region may have ended), or sent to whom we
@@ -113,21 +119,15 @@ class Exchange:
         for job in list(self.jobs.values()):
             if job.send_at <= now:
                 job.send_at = math.inf
-                if self._placed(job):
+                if self._placed(job, now):
                     yield job.frames()
-        request = self._places.request(now) if self._places else None
-        if request is not None:
-            yield protocol.encode(request)
 
     def next_send(self) -> float:
         """When `due` has something to send."""
-        request = self._places.next_request() if self._places else math.inf
-        return min([request, *(job.send_at for job in self.jobs.values())])
+        return min((job.send_at for job in self.jobs.values()), default=math.inf)
 
     def reconnected(self, now: float) -> None:
         """Whoever is at the other end now may not know of what was sent before."""
-        if self._places:
-            self._places.reconnected()
         for job in self.jobs.values():
             job.by_socket = job.by_socket or job.place is not None
             job.send_at = min(job.send_at, now)
@@ -152,10 +152,15 @@ class Exchange:
                 self._answer(self.jobs[message.job], answer)
             case Failed() if message.job in self.jobs:
                 self._failed(self.jobs[message.job], message, now)
-            case Region() if self._places:
-                self._places.opened(message, now)
-            case NoRegion() if self._places:
-                self._places.refused(message.reason, now)
+        self._release(now)
+
+    def receive_memory(self, now: float) -> None:
+        """The daemon says something of our shared memory."""
+        assert self._places is not None
+        self._places.receive(now)
+        self._release(now)
+
+    def _release(self, now: float) -> None:
         for job in self._held:
             job.send_at = now  # there may be a place now
         self._held.clear()
@@ -185,16 +190,17 @@ class Exchange:
             self._places.give_back(job.place)
             job.place = None
 
-    def _placed(self, job: Job) -> bool:
+    def _placed(self, job: Job, now: float) -> bool:
         """Put its image to where it travels from. False: it is not to be sent now."""
         if self._places is None or job.place is not None or job.by_socket or not job.payload:
             return True
-        job.place = self._places.put(job.payload[0])
+        job.place = self._places.put(job.payload[0], now)
         if job.place is not None or not self._places.required:
             return True
         if self._places.problem:
             self._answer(job, SharedMemoryError(f"shared memory is required: {self._places.problem}"))
         else:
+            job.send_at = self._places.again_at
             self._held.append(job)
         return False
 

@@ -18,13 +18,11 @@ detections are payload frames, never inside the header; the broker passes them o
     ``job``. The job is answered `cancelled` if it had no answer yet; an unknown job is ignored.
 ``get-stats``
     Answered by ``stats``.
-``open-region``
-    ``bytes`` (at least 1): shared memory to put images into, please. Answered by ``region`` or ``no-region``.
 
 ``image``: ``kind`` is ``encoded`` (JPEG, PNG, WebP, BMP or TIFF bytes), ``raw`` (``shape`` [height, width, 3],
 ``dtype`` ``uint8``, ``order`` ``bgr`` or ``rgb``, rows from the top, no padding) or ``path`` (``path``: a file on the
 server, below a root that its settings allow). An ``encoded`` or ``raw`` image that lies in shared memory names its
-``place``: a map of ``region`` (str, one of this client's), ``offset`` (bytes from the region's start) and ``bytes``
+``place``: a map of ``region`` (str, its name, see below), ``offset`` (bytes from the region's start) and ``bytes``
 (which count as those of a payload do).
 
 ``options``: ``score_threshold`` (0 to 1; default 0: all that the network keeps), ``max_detections`` (default: all),
@@ -43,19 +41,19 @@ server, below a root that its settings allow). An ``encoded`` or ``raw`` image t
     cannot be read is answered so too, with the job's name if it could be found and an empty one otherwise.
 ``stats``
     ``stats``: the snapshot that ``daemon/stats.py`` describes.
-``region``
-    ``region`` (str, its name), ``path`` (str, a file on this host's /dev/shm), ``bytes`` (its size, which may be less
-    than what was asked for). The region is the client's as long as it keeps the file open and holds a POSIX lock
-    (``fcntl`` F_SETLK, write) on its first byte, to be taken within `GRACE_S` seconds. It gives the region back by
-    closing the file, which the kernel does when it dies. It changes the file's contents, never its size, and an
-    image's bytes not before the job is answered. Closing *any* descriptor of the file in the process drops the lock.
-``no-region``
-    ``reason``: remote client, none left, switched off. Images travel as payloads then.
+
+**Shared memory** does without ZeroMQ, which passes no descriptors. Beside each ipc socket the daemon listens at a path
+that ends in `MEMORY_SUFFIX` more, a Unix socket of type SOCK_SEQPACKET. A client on the same host connects and sends
+one message: ``BMD1``, and with it (SCM_RIGHTS) the descriptor of a memory file (``memfd_create``), which it has sealed
+with F_SEAL_SHRINK so that it can never be cut short. One message comes back, a msgpack map: ``region``, the name of
+what is a region from now on; or ``reason``, why it is none, with ``left``, how many bytes could be one. The region
+lasts as long as the connection, which the kernel closes when the client dies; nothing more may be sent over it. An
+image's bytes must not change before its job is answered. The name is a secret: who knows it may use the region.
 
 **Workers** use the same frames on a socket of their own: ``ready``, ``started``, ``finished``, ``failed-lease``,
-``report`` towards the broker; ``lease``, ``revoke``, ``close-region``, ``stop`` from it. Each lease gets exactly one
-``finished`` or ``failed-lease``. Times in ``lease`` and ``report`` are CLOCK_MONOTONIC, which all processes of a host
-share.
+``report`` towards the broker; ``lease``, ``revoke``, ``open-region``, ``close-region``, ``stop`` from it. Each lease
+gets exactly one ``finished`` or ``failed-lease``. Times in ``lease`` and ``report`` are CLOCK_MONOTONIC, which all
+processes of a host share.
 
 No pickle anywhere. What cannot be decoded raises `ProtocolError`; beyond `decode` everything is typed.
 """
@@ -72,7 +70,7 @@ from msgspec import Meta
 
 MAGIC = b"BMD1"
 MAX_HEADER_BYTES = 64 << 10
-GRACE_S = 5.0  # for a client to lock its new region
+MEMORY_SUFFIX = ".fd"
 
 Frames = Sequence[Sized]  # payload frames: bytes or zmq.Frame; the broker asks only for their length
 JobName = Annotated[str, Meta(min_length=1, max_length=128)]
@@ -164,13 +162,6 @@ class GetStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpenRegion:
-    """Client to broker: shared memory, please."""
-
-    bytes: Annotated[int, Meta(ge=1)]  # at most, it may get less
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """Broker to client: the answer. Payload: msgpack list of COCO results."""
 
@@ -196,22 +187,6 @@ class Stats:
     """Broker to client: a snapshot."""
 
     stats: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Region:
-    """Broker to client: here is shared memory."""
-
-    region: str  # its name, in `Place.region`
-    path: str
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoRegion:
-    """Broker to client: there is no shared memory for it, now or at all."""
-
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,6 +259,16 @@ class Revoke:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRegion:
+    """Broker to worker: images may lie in this memory."""
+
+    region: str
+    descriptor: int  # of the daemon's process
+    inode: int  # of the file; if the descriptor has another by now, the region has ended
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CloseRegion:
     """Broker to worker: this region has ended; its memory is free when nobody has it open any more."""
 
@@ -295,14 +280,14 @@ class Stop:
     """Broker to worker: finish what you hold, then exit."""
 
 
-FromClient = Submit | Cancel | GetStats | OpenRegion
-ToClient = Result | Failed | Stats | Region | NoRegion
+FromClient = Submit | Cancel | GetStats
+ToClient = Result | Failed | Stats
 FromWorker = Ready | Started | Finished | FailedLease | Report
-ToWorker = Lease | Revoke | CloseRegion | Stop
+ToWorker = Lease | Revoke | OpenRegion | CloseRegion | Stop
 Message = FromClient | ToClient | FromWorker | ToWorker
 
-FROM_CLIENT = {"submit": Submit, "cancel": Cancel, "get-stats": GetStats, "open-region": OpenRegion}
-TO_CLIENT = {"result": Result, "failed": Failed, "stats": Stats, "region": Region, "no-region": NoRegion}
+FROM_CLIENT = {"submit": Submit, "cancel": Cancel, "get-stats": GetStats}
+TO_CLIENT = {"result": Result, "failed": Failed, "stats": Stats}
 FROM_WORKER = {
     "ready": Ready,
     "started": Started,
@@ -310,7 +295,13 @@ FROM_WORKER = {
     "failed-lease": FailedLease,
     "report": Report,
 }
-TO_WORKER = {"lease": Lease, "revoke": Revoke, "close-region": CloseRegion, "stop": Stop}
+TO_WORKER = {
+    "lease": Lease,
+    "revoke": Revoke,
+    "open-region": OpenRegion,
+    "close-region": CloseRegion,
+    "stop": Stop,
+}
 _TYPE = {cls: name for kinds in (FROM_CLIENT, TO_CLIENT, FROM_WORKER, TO_WORKER) for name, cls in kinds.items()}
 
 M = TypeVar("M")

@@ -1,76 +1,87 @@
-"""Regions of shared memory: whose each is, and how many bytes are left for whom. Pure; `daemon/shared_memory.py` has
-the files.
+"""Regions of shared memory: which are open, and what may become one. Pure; `daemon/shared_memory.py` does the rest.
 
-A region is granted in full when it is opened, although its pages take memory only when they are written to: the bound
-holds whatever the clients do. No client gets more than a share, so that one cannot take all.
+A region counts in full, although its pages take memory only when its client writes to them: the bound holds whatever
+the clients do. No region and no process gets more than a share, so that one cannot take all.
 """
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from daemon.protocol import Place
+from daemon.protocol import OpenRegion, Place
 
-MOST_REGIONS = 256  # each is a file that the daemon and the workers hold open
-MOST_OF_A_CLIENT = 4  # one in use, and those that it replaced, until their jobs are answered
-SHARES = 4  # of all bytes a client gets at most one part in so many
+MOST_REGIONS = 256  # each is two descriptors of the daemon's and a mapping in each worker
+SHARES = 4  # of all bytes a region, and of all regions a process, is at most one part in so many
 PAGE = 4096
 
 
 class RegionError(RuntimeError):
-    """Shared memory that cannot be had, or read; the text says why."""
+    """Shared memory that cannot be had, or read; the text says why, `left` how many bytes could be had instead."""
+
+    def __init__(self, reason: str, left: int = 0) -> None:
+        super().__init__(reason)
+        self.left = left
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
-    """What a client was granted."""
+class Memory:
+    """A memory file that a client handed over, as the kernel describes it."""
 
-    client: bytes
-    size: int  # bytes
+    descriptor: int  # the daemon's
+    inode: int
+    bytes: int
+    seals: int
+    page_bytes: int
+    pid: int  # of its client; 0: of another namespace
 
 
 class Regions:
-    """All regions that are open, by name. `max_bytes` bounds their sum; 0: none are granted."""
+    """All regions that are open, by name. `max_bytes` bounds their sum; 0: there are none."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._regions: dict[str, Region] = {}
+        self._regions: dict[str, Memory] = {}
 
     def __len__(self) -> int:
         return len(self._regions)
 
-    @property
-    def granted(self) -> int:
-        """Bytes, of all regions."""
-        return sum(region.size for region in self._regions.values())
+    def __iter__(self) -> Iterator[OpenRegion]:
+        """What a worker must know of each."""
+        for name in self._regions:
+            yield self.opening(name)
 
-    def of(self, client: bytes) -> list[str]:
-        """The names of a client's regions."""
-        return [name for name, region in self._regions.items() if region.client == client]
+    def opening(self, name: str) -> OpenRegion:
+        memory = self._regions[name]
+        return OpenRegion(region=name, descriptor=memory.descriptor, inode=memory.inode, bytes=memory.bytes)
 
-    def grant(self, client: bytes, wanted: int) -> int:
-        """How many bytes, whole pages, a new region of this client has. Raises `RegionError` when it gets none."""
+    def add(self, name: str, memory: Memory) -> None:
+        """Open a region. Raises `RegionError` when this memory cannot be one."""
         if not self.max_bytes:
             raise RegionError("shared memory is off (shared_memory_bytes: 0)")
-        own = [self._regions[name].size for name in self.of(client)]
-        if len(own) >= MOST_OF_A_CLIENT:
-            raise RegionError(f"a client has at most {MOST_OF_A_CLIENT} regions")
-        left = min(self.max_bytes - self.granted, self.max_bytes // SHARES - sum(own))
-        size = min(-(-wanted // PAGE), left // PAGE) * PAGE
-        if size <= 0 or len(self) >= MOST_REGIONS:
-            raise RegionError("no shared memory is left (shared_memory_bytes)")
-        return size
-
-    def add(self, name: str, client: bytes, size: int) -> None:
-        self._regions[name] = Region(client, size)
+        if not memory.seals & fcntl.F_SEAL_SHRINK:
+            raise RegionError("the memory is not sealed against shrinking (F_SEAL_SHRINK): workers could not map it")
+        if memory.page_bytes != PAGE:
+            raise RegionError("huge pages: reading where none is left would kill a worker")
+        if memory.bytes < 1:
+            raise RegionError("the memory has no bytes")
+        siblings = sum(other.pid == memory.pid for other in self._regions.values()) if memory.pid else 0
+        if len(self) >= MOST_REGIONS or siblings >= MOST_REGIONS // SHARES:
+            raise RegionError(f"all {MOST_REGIONS} regions, or the {MOST_REGIONS // SHARES} of a process, are taken")
+        granted = sum(other.bytes for other in self._regions.values())
+        left = max(min(self.max_bytes - granted, self.max_bytes // SHARES), 0)
+        if memory.bytes > left:
+            raise RegionError(f"{memory.bytes} bytes: {left} are left for a region (shared_memory_bytes)", left)
+        self._regions[name] = memory
 
     def remove(self, name: str) -> None:
-        self._regions.pop(name, None)
+        del self._regions[name]
 
-    def complaint(self, client: bytes, place: Place) -> str | None:
-        """Why a client's image cannot lie there; None: it can."""
+    def complaint(self, place: Place) -> str | None:
+        """Why an image cannot lie there; None: it can."""
         region = self._regions.get(place.region)
-        if region is None or region.client != client:  # in the same words: names are secrets
-            return f"region {place.region!r}: this client has none of that name, or has it no more"
-        if place.offset + place.bytes > region.size:
-            return f"{place.bytes} bytes at {place.offset}: the region has {region.size}"
+        if region is None:
+            return f"region {place.region!r}: there is none of that name, or it has ended"
+        if place.offset + place.bytes > region.bytes:
+            return f"{place.bytes} bytes at {place.offset}: the region has {region.bytes}"
         return None

@@ -25,7 +25,8 @@ from daemon import broker, protocol, spawn, supervisor, systemd, topology
 from daemon.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError
 from daemon.regions import RegionError
 from daemon.settings import Settings, SettingsError
-from daemon.sockets import Sockets, StartError, is_local, receive, send
+from daemon.shared_memory import Ended, Offered
+from daemon.sockets import Sockets, StartError, receive, send
 from daemon.stats import Stats, status_line
 
 log = logging.getLogger("blendmaskd")
@@ -69,10 +70,11 @@ class Server:
             self._poller.register(sockets.clients, zmq.POLLIN)
             self._poller.register(sockets.workers, zmq.POLLIN)
             self._watch(sockets.signals.fileno(), self._on_signals)
+            self._watch(sockets.shared_memory.fileno(), self._on_shared_memory)
             log.info("serving %s on %s, engine %s, pid %d", " ".join(self.settings.devices),
                      " ".join(self.settings.endpoints.clients), self.settings.engine, os.getpid())  # fmt: skip
-            if sockets.shared_memory and sockets.shared_memory.problem and self.settings.shared_memory_bytes:
-                log.warning("no shared memory, images come by socket: %s", sockets.shared_memory.problem)
+            if sockets.no_memory:
+                log.warning("no shared memory, images come by socket: %s", sockets.no_memory)
             try:
                 self._supervise(self._supervisor.start(time.monotonic()))
                 while self._exit_code is None:
@@ -113,8 +115,7 @@ class Server:
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + TICK_S
-        if self._sockets.shared_memory:
-            self._end_regions(self._sockets.shared_memory.abandoned(now))
+        self._sockets.shared_memory.expire(now)
         self._snapshot = self._stats.snapshot(
             now,
             time.time(),
@@ -192,25 +193,23 @@ class Server:
                     self._carry_out(self._broker.cancel(client, message, now))
                 case protocol.GetStats():
                     self._send_client(client, protocol.Stats(stats=self._snapshot))
-                case protocol.OpenRegion():
-                    self._send_client(client, self._open_region(client, message.bytes, is_local(frames[-1])))
 
-    def _open_region(self, client: bytes, wanted: int, local: bool) -> protocol.Region | protocol.NoRegion:
-        if not local or self._sockets.shared_memory is None:
-            return protocol.NoRegion(reason="shared memory is for clients on this host, by an ipc endpoint")
+    def _on_shared_memory(self) -> None:
+        for event in self._sockets.shared_memory.receive(time.monotonic()):
+            match event:
+                case Offered():
+                    self._open_region(event)
+                case Ended():
+                    self._carry_out(self._broker.end_region(event.region))
+
+    def _open_region(self, offered: Offered) -> None:
+        name = secrets.token_hex(16)
         try:
-            granted = self._broker.regions.grant(client, wanted)
-            name, path = self._sockets.shared_memory.create(granted, time.monotonic())
+            self._carry_out(self._broker.open_region(name, offered.memory))
         except RegionError as error:
-            return protocol.NoRegion(reason=str(error))
-        self._broker.regions.add(name, client, granted)
-        return protocol.Region(region=name, path=path, bytes=granted)
-
-    def _end_regions(self, names: Iterable[str]) -> None:
-        for name in names:
-            assert self._sockets.shared_memory is not None
-            self._sockets.shared_memory.remove(name)
-            self._carry_out(self._broker.end_region(name))
+            self._sockets.shared_memory.refuse(offered, error)
+        else:
+            self._sockets.shared_memory.accept(offered, name)
 
     def _read_workers(self) -> None:
         for frames in receive(self._sockets.workers):
@@ -275,7 +274,6 @@ class Server:
             why = "is gone" if error.errno == errno.EHOSTUNREACH else "does not read its answers"
             log.info("client %s %s: its jobs are cancelled", client.hex(), why)
             self._carry_out(self._broker.client_gone(client, time.monotonic()))
-            self._end_regions(self._broker.regions.of(client))
 
     def _send_worker(self, worker: str, message: protocol.ToWorker, payload: protocol.Frames) -> None:
         try:
@@ -327,7 +325,6 @@ class Server:
             endpoint=self._sockets.workers_endpoint,
             token=self._token,
             preload=preload,
-            regions=self._sockets.shared_memory.folder if self._sockets.shared_memory else "",
             arguments=("-m", "workers", *arguments),
         )
 

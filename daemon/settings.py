@@ -130,7 +130,7 @@ class Settings(_Section, frozen=True):
     queue: Queue = Queue()
     limits: Limits = Limits()
     paths: Paths = Paths()
-    # of all that local clients get on /dev/shm; one client gets a quarter at most. 0: off, images come by socket
+    # of all shared memory of local clients; a region has at most a quarter. 0: off, images come by socket
     shared_memory_bytes: Annotated[int, Meta(ge=0)] = 1 << 30
     max_attempts: Count = 2  # times a job may have been started when its worker died
     deadline_s: Positive = 60.0  # of a job that names none

@@ -1,185 +1,186 @@
-"""Shared memory for local clients: regions, files on /dev/shm that clients write images to and workers read.
+"""Shared memory as the daemon gets it: clients hand over memory files on a socket beside each ipc socket.
 
-The daemon makes a region's file at a client's request and tells the client its path (`protocol.Region`); the client
-divides it into *places*, one for each image in flight. Rules that keep everybody alive and nothing behind:
+`protocol` specifies the exchange. Rules that keep everybody alive and nothing behind:
 
-- **Workers copy** what they need by pread, and never map the file: a client that truncates or rewrites its region under
-  a worker gets a clear answer to that job. A mapped file would kill the worker with SIGBUS, or change between the
-  check of an image and its decoding. The copy costs a fraction of what the socket does.
-- **A region ends with its client.** The client holds a POSIX lock on the file, which the kernel drops when it closes
-  the file or dies; once a second the daemon tries all locks. Ending means: unlinked, and workers close it.
-- **A folder ends with its daemon.** It is removed when the daemon stops; what a killed one left is swept by the next,
-  which knows by a lock on the folder that nobody lives there.
-- **Who may connect may read and write.** A file's mode is that of the clients' ipc sockets: their `w` bits as `rw`. The
-  folder cannot be listed, and the names are 128 random bits, so a client knows only its own.
+- **The memory is the client's.** It is charged to the client, and gone when the last who has it open closes it: there
+  is no file to leave behind, whoever dies.
+- **It is sealed against shrinking**, so that workers can map it: reading a file that was truncated would kill them.
+  What is no memory file is refused before anything is asked of it that its file system could delay.
+- **A region ends with its connection**, which the kernel closes when the client dies.
+- **Who may connect to the ipc socket may connect here**: the same folder, the same umask. The name of a region is 128
+  random bits, and whoever knows it may name it.
+- **Nobody is waited for.** Closing what a peer has sent may take as long as the peer likes (a socket that lingers, a
+  file of a slow file system), so a thread does it; when that has too much to do, nothing more is taken in.
 
-No mmap belongs in here, and no path that a client named. Not `multiprocessing.shared_memory`, whose resource tracker
-unlinks at exit what a process has only attached to.
+What may become a region is decided in `daemon/regions.py`.
 """
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
-import secrets
-import shutil
-import stat
-import tempfile
-from collections.abc import Iterable
+import queue
+import select
+import socket
+import struct
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from daemon.protocol import GRACE_S, Place
-from daemon.regions import RegionError
+import msgpack
 
-PARENT = "/dev/shm"
-PREFIX = "blendmaskd-"
+from daemon.protocol import MAGIC
+from daemon.regions import Memory, RegionError
+
+MOST_UNANSWERED = 32  # connections; for one more, the oldest of them is closed
+ANSWER_BY_S = 3.0  # that a client may take to send its memory
+MOST_CLOSING = 64  # connections and descriptors that wait to be closed
+ACCEPT_AT_ONCE = 64
+LISTEN = select.EPOLLIN | select.EPOLLET  # when descriptors run out, the loop must not turn in circles
 
 
-@dataclass(slots=True)
-class _File:
-    descriptor: int
-    size: int
-    lock_by: float  # until then its client may not have locked it yet
+@dataclass(slots=True, eq=False)
+class Peer:
+    """A client's connection, open as long as its region is."""
+
+    socket: socket.socket
+    pid: int
+    silent_until: float
+    descriptor: int = -1
+    region: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A client hands over memory: `accept` or `refuse` it."""
+
+    peer: Peer
+    memory: Memory
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The client of this region has closed it, or died."""
+
+    region: str
 
 
 class SharedMemory:
-    """The daemon's folder of regions. Where there can be none, `folder` is empty and `problem` says why."""
+    """Listens at `listen`'s paths. `fileno()` is readable when `receive` has something to tell."""
 
-    def __init__(self, sockets: Iterable[str]) -> None:
-        """`sockets` are the paths of the ipc sockets that clients connect to."""
-        self._sockets = list(sockets)
-        self._files: dict[str, _File] = {}
-        self.folder = self.problem = ""
-        try:
-            sweep()
-            self.folder, self._lock = _make_folder()
-        except OSError as error:
-            self.problem = f"{PARENT}: {error.strerror}"
+    def __init__(self) -> None:
+        self._events = select.epoll()  # one descriptor for the daemon's poller, however many clients there are
+        self._listeners: dict[int, socket.socket] = {}
+        self._peers: dict[int, Peer] = {}
+        self._closing: queue.SimpleQueue[socket.socket | int | None] = queue.SimpleQueue()
+        threading.Thread(target=_close, args=(self._closing,), name="close", daemon=True).start()
 
-    def create(self, size: int, now: float) -> tuple[str, str]:
-        """A new region of `size` bytes: its name and path. Raises `RegionError`."""
-        if not self.folder:
-            raise RegionError(self.problem)
-        name = secrets.token_hex(16)
-        path = f"{self.folder}/{name}"
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self._files[name] = _File(descriptor, size, now + GRACE_S)
-            os.ftruncate(descriptor, size)
-            os.fchmod(descriptor, _mode(self._sockets))
-        except OSError as error:
-            self.remove(name)
-            raise RegionError(f"{path}: {error.strerror}") from None
-        return name, path
+    def fileno(self) -> int:
+        return self._events.fileno()
 
-    def remove(self, name: str) -> None:
-        """End a region. Its memory is free when nobody has it open any more."""
-        file = self._files.pop(name, None)
-        if file is not None:
-            with contextlib.suppress(FileNotFoundError):  # a logout may clear /dev/shm (logind's RemoveIPC)
-                os.unlink(f"{self.folder}/{name}")
-            os.close(file.descriptor)
+    def listen(self, path: str) -> None:
+        """Raises OSError."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        self._listeners[listener.fileno()] = listener
+        listener.bind(path)
+        listener.listen()
+        self._events.register(listener, LISTEN)
 
-    def abandoned(self, now: float) -> list[str]:
-        """The regions whose clients have gone, never came, or do not keep to the size."""
-        return [name for name, file in self._files.items() if _is_abandoned(file, now)]
+    def receive(self, now: float) -> Iterator[Offered | Ended]:
+        """What has happened."""
+        for number, _ in self._events.poll(0):
+            if number in self._listeners:
+                self._take_in(self._listeners[number], now)
+            elif number in self._peers:
+                yield from self._read(self._peers[number])
+
+    def expire(self, now: float) -> None:
+        """Close what has been silent for too long; to be called each second."""
+        for peer in [peer for peer in self._peers.values() if not peer.region and now >= peer.silent_until]:
+            self._drop(peer)
+        for listener in self._listeners.values():
+            self._take_in(listener, now)
+
+    def accept(self, offered: Offered, name: str) -> None:
+        """It is a region now, of this name."""
+        offered.peer.region = name
+        self._answer(offered.peer, region=name)
+
+    def refuse(self, offered: Offered, error: RegionError) -> None:
+        self._answer(offered.peer, reason=str(error), left=error.left)
+        self._drop(offered.peer)
 
     def close(self) -> None:
-        for name in list(self._files):
-            self.remove(name)
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._lock)
+        for listener in self._listeners.values():
+            listener.close()
+        for peer in list(self._peers.values()):
+            self._drop(peer)
+        self._closing.put(None)
+        self._events.close()
 
+    def _take_in(self, listener: socket.socket, now: float) -> None:
+        if self._closing.qsize() >= MOST_CLOSING:
+            return
+        with contextlib.suppress(OSError):  # none is left, or no descriptor is
+            for _ in range(ACCEPT_AT_ONCE):
+                accepted, _ = listener.accept()
+                accepted.setblocking(False)
+                unanswered = [peer for peer in self._peers.values() if not peer.region]
+                if len(unanswered) >= MOST_UNANSWERED:
+                    self._drop(unanswered[0])
+                pid = struct.unpack("iII", accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+                self._peers[accepted.fileno()] = Peer(accepted, pid, now + ANSWER_BY_S)
+                self._events.register(accepted, select.EPOLLIN)
+            self._events.modify(listener, LISTEN)  # there may be more: tell it again
 
-class Reader:
-    """A worker's way to regions: by name, below the daemon's folder. Keeps them open. For any thread."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self._open: dict[str, _Descriptor] = {}
-
-    def read(self, place: Place) -> bytes:
-        """A copy of what lies there. Raises `RegionError` when the region has ended or has lost bytes."""
-        file = self._open.get(place.region) or self._open_region(place.region)
+    def _read(self, peer: Peer) -> Iterator[Offered | Ended]:
+        if peer.region:  # it has said all that it may: it is gone, or breaks the rules
+            self._drop(peer)
+            yield Ended(peer.region)
+            return
         try:
-            found = os.pread(file.number, place.bytes, place.offset)
-        except OSError as error:
-            raise RegionError(f"region {place.region}: {error.strerror}") from None
-        if len(found) != place.bytes:
-            raise RegionError(f"region {place.region} was truncated: {len(found)} bytes where {place.bytes} should be")
-        return found
-
-    def close(self, region: str) -> None:
-        """It has ended. A read that is under way keeps it open until it is done."""
-        self._open.pop(region, None)
-
-    def _open_region(self, name: str) -> _Descriptor:
+            message, descriptors, flags, _ = socket.recv_fds(peer.socket, 16, 1, socket.MSG_CMSG_CLOEXEC)
+        except OSError:
+            message, descriptors, flags = b"", [], 0
+        peer.descriptor = descriptors[0] if descriptors else -1
         try:
-            number = os.open(f"{self._folder}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise RegionError(f"region {name} has ended: {error.strerror}") from None
-        file = self._open[name] = _Descriptor(number)
-        if os.fstat(number).st_nlink == 0:  # it ended just now; the word to close it may have come before this
-            self.close(name)
-        return file
+            if message != MAGIC or not descriptors or flags & socket.MSG_CTRUNC:
+                raise RegionError(f"expected {MAGIC.decode()} with one descriptor")
+            memory = _examine(peer)
+        except RegionError as error:
+            self._answer(peer, reason=str(error), left=0)
+            self._drop(peer)
+        else:
+            yield Offered(peer, memory)
+
+    def _answer(self, peer: Peer, **fields: Any) -> None:
+        with contextlib.suppress(OSError):  # it is gone, which its connection will tell
+            peer.socket.send(msgpack.packb(fields))
+
+    def _drop(self, peer: Peer) -> None:
+        del self._peers[peer.socket.fileno()]
+        self._events.unregister(peer.socket)
+        self._closing.put(peer.socket)
+        if peer.region:
+            os.close(peer.descriptor)  # which is memory: at once, whatever else waits
+        elif peer.descriptor >= 0:
+            self._closing.put(peer.descriptor)
 
 
-class _Descriptor:
-    """Closed when the last who uses it has let go, so that its number is not another file's under a reader."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        os.close(self.number)
+def _close(closing: queue.SimpleQueue[socket.socket | int | None]) -> None:
+    while (found := closing.get()) is not None:
+        if isinstance(found, int):
+            os.close(found)
+        else:
+            found.close()
 
 
-def sweep() -> None:
-    """Remove the folders that killed daemons of this user left."""
-    for path in Path(PARENT).glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # another's, or another daemon was quicker
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                if os.fstat(descriptor).st_uid == os.geteuid():
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path)
-            finally:
-                os.close(descriptor)
-
-
-def _make_folder() -> tuple[str, int]:
-    """A folder, and the descriptor that holds its lock for as long as this daemon lives."""
-    while True:
-        folder = tempfile.mkdtemp(prefix=PREFIX, dir=PARENT)
-        with contextlib.suppress(FileNotFoundError, BlockingIOError):  # another daemon sweeps it before it is locked
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.chmod(folder, 0o711)
-            except OSError:
-                os.close(lock)
-                raise
-            return folder, lock
-
-
-def _mode(sockets: Iterable[str]) -> int:
-    """Who may connect to one of the sockets (its `w` bits) may read and write; the owner always may."""
-    writers = 0o200
-    for path in sockets:
-        with contextlib.suppress(OSError):
-            writers |= stat.S_IMODE(os.stat(path).st_mode) & 0o222
-    return writers | writers << 1
-
-
-def _is_abandoned(file: _File, now: float) -> bool:
-    if os.fstat(file.descriptor).st_size != file.size:
-        return True
+def _examine(peer: Peer) -> Memory:
     try:
-        fcntl.lockf(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
-    except OSError:  # EAGAIN or EACCES: it is held
-        file.lock_by = now  # from now on its freedom means that the client has gone
-        return False
-    fcntl.lockf(file.descriptor, fcntl.LOCK_UN, 1)
-    return now > file.lock_by
+        seals = fcntl.fcntl(peer.descriptor, fcntl.F_GET_SEALS)
+    except OSError:
+        raise RegionError("the descriptor is not a memory file's (memfd_create)") from None
+    found = os.fstat(peer.descriptor)
+    page = os.fstatvfs(peer.descriptor).f_bsize
+    return Memory(peer.descriptor, found.st_ino, found.st_size, seals, page, peer.pid)

@@ -1,13 +1,12 @@
-"""What the daemon owns of the host: its sockets, the locks beside them, the metrics page, the signals' pipe, shared
-memory.
+"""What the daemon owns of the host: its sockets, the locks beside them, the metrics page, the signals' pipe.
 
 Opened on entry, given back on exit; `StartError` says what to do when one cannot be had. Nothing is decided here.
 """
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
-import re
 import signal
 import socket
 import tempfile
@@ -18,6 +17,7 @@ from typing import IO, Any
 import zmq
 
 from daemon.metrics import MetricsServer
+from daemon.protocol import MEMORY_SUFFIX
 from daemon.settings import Settings
 from daemon.shared_memory import SharedMemory
 
@@ -30,17 +30,21 @@ class StartError(RuntimeError):
 
 
 class Sockets:
-    """`clients` and `workers` are ROUTERs, `signals` reads the numbers of SIGTERM, SIGINT and SIGHUP."""
+    """`clients` and `workers` are ROUTERs, `signals` reads the numbers of SIGTERM, SIGINT and SIGHUP.
+
+    `no_memory` says why there is no shared memory, where there is none although there is an ipc endpoint.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._context = zmq.Context()
-        self._locks: list[IO[str]] = []
+        self._locks: dict[str, IO[str]] = {}  # by path
         self._handlers: dict[int, Any] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=os.environ.get("RUNTIME_DIRECTORY"))
         self.workers_endpoint = f"ipc://{self._folder.name}/workers.sock"
         self.metrics: MetricsServer | None = None
-        self.shared_memory: SharedMemory | None = None  # local clients', of whom there are none without an ipc endpoint
+        self.shared_memory = SharedMemory()
+        self.no_memory = ""
 
     def __enter__(self) -> Sockets:
         try:
@@ -51,10 +55,6 @@ class Sockets:
             self._bind(self.workers, self.workers_endpoint)
             if self._settings.endpoints.metrics:
                 self.metrics = _metrics(self._settings.endpoints.metrics)
-            sockets = [endpoint.removeprefix("ipc://") for endpoint in self._settings.endpoints.clients
-                       if endpoint.startswith("ipc://")]  # fmt: skip
-            if sockets:
-                self.shared_memory = SharedMemory(sockets)
             self._catch_signals()
         except BaseException:
             self.__exit__()
@@ -70,13 +70,10 @@ class Sockets:
             self._wakeup.close()
         if self.metrics:
             self.metrics.close()
-        if self.shared_memory:
-            self.shared_memory.close()
+        self.shared_memory.close()
         self._context.destroy(linger=LINGER_MS)
-        for endpoint in self._settings.endpoints.clients:
-            if self._locks and endpoint.startswith("ipc://"):
-                Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
-        for lock in self._locks:
+        for path, lock in self._locks.items():
+            _unlink(path)
             lock.close()
         self._folder.cleanup()
 
@@ -89,26 +86,31 @@ class Sockets:
 
     def _bind(self, router: zmq.Socket[bytes], endpoint: str) -> None:
         if endpoint.startswith("ipc://"):
-            self._lock(Path(endpoint.removeprefix("ipc://")))
+            path = endpoint.removeprefix("ipc://")
+            self._lock(path)
+            _unlink(path)
+            try:
+                self.shared_memory.listen(f"{path}{MEMORY_SUFFIX}")
+            except OSError as error:
+                self.no_memory = f"{path}{MEMORY_SUFFIX}: {error}"
         try:
             router.bind(endpoint)
         except zmq.ZMQError as error:
             raise StartError(f"cannot listen on {endpoint}: {error}") from None
 
-    def _lock(self, path: Path) -> None:
+    def _lock(self, path: str) -> None:
         """ZeroMQ takes over a socket path in use without a word: a lock beside it keeps a second daemon off."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             lock = open(f"{path}.lock", "w")  # noqa: SIM115
         except OSError as error:
             raise StartError(f"cannot use {path}: {error.strerror}; choose another endpoints.clients") from None
-        self._locks.append(lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._locks.remove(lock)
             lock.close()
             raise StartError(f"another daemon serves {path}; stop it first, or choose another endpoint") from None
+        self._locks[path] = lock
 
     def _catch_signals(self) -> None:
         self.signals, self._wakeup = socket.socketpair()
@@ -119,12 +121,11 @@ class Sockets:
             self._handlers[number] = signal.signal(number, lambda *_: None)
 
 
-def is_local(frame: zmq.Frame) -> bool:
-    """Whether a message came by ipc. libzmq says ``name:uid:gid:pid`` of such a peer, and the address of one by tcp."""
-    try:
-        return re.fullmatch(r"[^:]*:\d+:\d+:\d+", str(frame.get("Peer-Address"))) is not None
-    except zmq.ZMQError:  # a libzmq that cannot tell
-        return False
+def _unlink(path: str) -> None:
+    """In this order: where an ipc socket is without the other one, its daemon has no shared memory."""
+    for socket_path in (path, f"{path}{MEMORY_SUFFIX}"):
+        with contextlib.suppress(OSError):  # who listens there next says what is wrong
+            os.unlink(socket_path)
 
 
 def receive(router: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:

@@ -66,7 +66,6 @@ class Assignment:
     daemon_pid: int  # whose death ends the worker
     settings: Settings
     wanted: dict[str, Any]  # see `LaunchPlan.wanted`
-    regions: str = ""  # the daemon's folder of shared memory; empty: there is none
 
     @property
     def identity(self) -> str:
@@ -97,7 +96,6 @@ def plan(
     endpoint: str,
     token: str,
     preload: Preload,
-    regions: str = "",
     arguments: Sequence[str] = ("-m", "workers"),
 ) -> LaunchPlan:
     """The launch plan of a slot's next worker.
@@ -116,7 +114,7 @@ def plan(
         "env": dict(sorted(own.items())),
     }
     local = {"npu": "npu:0", "cuda": "cuda:0", "cpu": "cpu"}[_kind(device)]
-    assigned = Assignment(device, local, generation, endpoint, token, os.getpid(), settings, wanted, regions)
+    assigned = Assignment(device, local, generation, endpoint, token, os.getpid(), settings, wanted)
     inherited = {name: value for name, value in base_environment.items() if name not in _dropped(base_environment)}
     return LaunchPlan(
         device=device,

@@ -4,19 +4,26 @@
 main       takes leases in, reports each second
 host       a small pool: decodes and prepares the next images, finishes and answers the last ones
 device     one: forms batches from what is prepared, runs the engine
+teller     one: tells the daemon which batch has started
 =========  ==========================================================================================
 
 A lease that comes while no other is held is lone: the device thread does all of it, because nothing could overlap and
 each change of thread costs time. It is not reported as started as long as it is the only one: if the worker dies, the
 daemon knows what it died of.
 
+While the device waits, its thread must do nothing that gives the interpreter lock away, such as sending: taking the
+lock back can last as long as a host thread's longest step. So a batch's start is told by a thread of its own, and only
+what must be done lies between two runs.
+
 A lease ends with exactly one `Finished` or `FailedLease`, whatever happens to its image; `_end` is the only place that
 sends one. Deadlines and revocations are looked at twice, before decoding and right before the device.
 """
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -32,17 +39,18 @@ from daemon import protocol
 from daemon.protocol import Code
 from daemon.regions import RegionError
 from daemon.settings import Settings
-from daemon.shared_memory import Reader
 from daemon.spawn import Assignment
 from workers import images
 from workers.batching import Batching
 from workers.channel import Channel
 from workers.engines import Engine
 from workers.images import ImageError
+from workers.regions import Regions
 
 log = logging.getLogger("blendmaskd.worker")
 
 REPORT_S = 1.0
+SWITCH_S = 0.0005  # how long a thread that needs the interpreter lock waits until it asks for it; Python's own is 5 ms
 ENGINE_FAILURES_IN_A_ROW = 3  # then the device is taken to be broken rather than the images
 EXIT_ENGINE_BROKEN = 70  # sysexits' EX_SOFTWARE
 
@@ -74,15 +82,19 @@ class Loop:
         self._images = 0  # finished since the last report
         self._most_held = 0, 0  # at once, in the last second and in this one
         self._channel = Channel(assignment.identity, assignment.endpoint)
-        self._shared_memory = Reader(assignment.regions)
+        self._regions = Regions(assignment.daemon_pid)
         self._prepared = Prepared(batching, self._settings.max_wait_ms / 1000, lambda: max(self._most_held) <= 1)
         self._busy = Busy()
         self._exit_code: int | None = None
         self._host = ThreadPoolExecutor(_host_threads(), thread_name_prefix="host")
+        self._teller = ThreadPoolExecutor(1, thread_name_prefix="teller")
 
     def run(self) -> int:
         with self._channel:
             threading.Thread(target=self._run_device, name="device", daemon=True).start()
+            sys.setswitchinterval(SWITCH_S)
+            gc.collect()
+            gc.freeze()  # a collection that looks through all of torch would hold every thread up for 0.1 s
             actual = self._engine.actual(self._assignment.wanted)
             self._channel.send(
                 protocol.Ready(token=self._assignment.token, pid=os.getpid(), window=self._window(), actual=actual)
@@ -105,8 +117,10 @@ class Loop:
                     item = self._held.get(message.lease)
                     if item is not None:
                         item.revoked = True
+                case protocol.OpenRegion():
+                    self._regions.open(message)
                 case protocol.CloseRegion():
-                    self._shared_memory.close(message.region)
+                    self._regions.close(message.region)
                 case protocol.Stop():
                     self._exit_code = 0
                     self._channel.wake()
@@ -175,6 +189,8 @@ class Loop:
     def _pixels(self, item: Item) -> images.Pixels:
         image, limits = item.lease.image, self._settings.limits
         match image.kind:
+            case "encoded" if image.place:  # a copy: no decoder may see bytes that change after it has checked them
+                return images.decode(bytes(self._payload(item)), limits)
             case "encoded":
                 return images.decode(self._payload(item), limits)
             case "raw":
@@ -184,7 +200,7 @@ class Loop:
 
     def _payload(self, item: Item) -> images.Payload:
         place = item.lease.image.place
-        buffer: images.Payload = self._shared_memory.read(place) if place else item.payload[0].buffer
+        buffer: images.Payload = self._regions.view(place) if place else item.payload[0].buffer
         return buffer
 
     def _finish(self, item: Item, output: Any) -> None:
@@ -224,7 +240,7 @@ class Loop:
         """Run a batch; when the engine raises on several images, each is tried alone. False when all failed."""
         start = time.monotonic()
         if not batch[0].lone:
-            self._channel.send(protocol.Started(leases=[item.lease.lease for item in batch]))
+            self._teller.submit(self._channel.send, protocol.Started(leases=[item.lease.lease for item in batch]))
         size = batch[0].prepared.padded_size
         try:
             with self._busy:

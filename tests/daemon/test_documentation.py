@@ -36,12 +36,12 @@ def test_the_readmes_raw_client_runs_as_it_stands(shared_daemon, tmp_path) -> No
 
 def test_the_raw_client_through_shared_memory_runs_as_it_stands(shared_daemon, tmp_path) -> None:
     page = (ROOT / "docs" / "client.md").read_text(encoding="utf-8")
-    [text] = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "import zmq" in block]
+    [text] = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "memfd_create" in block]
     assert "from daemon" not in text
     (tmp_path / "raw_client.py").write_text(text)
     photograph = ROOT / "tests" / "golden" / "images" / "chelsea.png"
     done = subprocess.run(
-        [sys.executable, "-I", "raw_client.py", shared_daemon.endpoint, photograph],
+        [sys.executable, "-I", "raw_client.py", shared_daemon.endpoint.removeprefix("ipc://"), photograph],
         cwd=tmp_path, capture_output=True, text=True, timeout=30, check=True,
     )  # fmt: skip
     assert "'bbox': [0.0, 0.0, 451.0, 300.0]" in done.stdout

@@ -24,13 +24,11 @@ from daemon.protocol import (
     GetStats,
     Image,
     Lease,
-    NoRegion,
     OpenRegion,
     Options,
     Place,
     ProtocolError,
     Ready,
-    Region,
     Report,
     Result,
     Revoke,
@@ -69,13 +67,6 @@ RESULT_BYTES = [
     b"\x90",
 ]
 
-OPEN_REGION_BYTES = [b"BMD1", b"\x82\xa5bytes\xce\x00\x01\x00\x00\xa4type\xabopen-region"]
-REGION_BYTES = [
-    b"BMD1",
-    (b"\x84"
-    b"\xa6region\xa40a1b\xa4path\xb1/dev/shm/bmd/0a1b\xa5bytes\xcd\x10\x00"
-    b"\xa4type\xa6region"),
-]
 PLACED_BYTES = [
     b"BMD1",
     (b"\x83"
@@ -89,9 +80,6 @@ MESSAGES: list[tuple[Any, dict[str, type[Any]]]] = [
     (Cancel(job="a"), FROM_CLIENT),
     (GetStats(), FROM_CLIENT),
     (Submit(job="a", image=Image(kind="encoded", place=Place(region="r", offset=4096, bytes=3))), FROM_CLIENT),
-    (OpenRegion(bytes=1), FROM_CLIENT),
-    (Region(region="r", path="/dev/shm/r", bytes=4096), TO_CLIENT),
-    (NoRegion(reason="off"), TO_CLIENT),
     (Result(job="a", width=2, height=1, device="npu:0", timings={"total": 0.5}), TO_CLIENT),
     (Failed(job="a", code=Code.BUSY, reason="full", retry_after_s=0.5), TO_CLIENT),
     (Stats(stats={"seq": 1, "devices": [{"fps": 0.25}]}), TO_CLIENT),
@@ -104,6 +92,7 @@ MESSAGES: list[tuple[Any, dict[str, type[Any]]]] = [
      FROM_WORKER),
     (Lease(lease=1, image=Image(kind="raw", shape=(1, 2, 3)), options=Options(), deadline=5.5, alone=True), TO_WORKER),
     (Revoke(lease=1), TO_WORKER),
+    (OpenRegion(region="r", descriptor=7, inode=1 << 40, bytes=4096), TO_WORKER),
     (CloseRegion(region="r"), TO_WORKER),
     (Stop(), TO_WORKER),
 ]  # fmt: skip
@@ -137,12 +126,7 @@ def test_a_result_is_these_bytes() -> None:
     assert decode(RESULT_BYTES, TO_CLIENT) == (message, [b"\x90"])
 
 
-def test_asking_for_shared_memory_and_using_it_is_these_bytes() -> None:
-    assert encode(OpenRegion(bytes=1 << 16)) == OPEN_REGION_BYTES
-    assert decode(OPEN_REGION_BYTES, FROM_CLIENT) == (OpenRegion(bytes=1 << 16), [])
-    region = Region(region="0a1b", path="/dev/shm/bmd/0a1b", bytes=4096)
-    assert encode(region) == REGION_BYTES
-    assert decode(REGION_BYTES, TO_CLIENT) == (region, [])
+def test_an_image_in_shared_memory_is_these_bytes() -> None:
     placed = Submit(job="a-1", image=Image(kind="encoded", place=Place(region="0a1b", offset=4096, bytes=3)))
     assert decode(PLACED_BYTES, FROM_CLIENT) == (placed, [])
     assert decode(encode(placed), FROM_CLIENT) == (placed, [])
@@ -248,8 +232,6 @@ MALFORMED: dict[str, tuple[list[bytes], str, str]] = {  # frames, the job that c
     "place before the region": (submit(image={**ENCODED, "place": {**PLACE, "offset": -1}})[:2], "a", "offset"),
     "place of less than nothing": (submit(image={**ENCODED, "place": {**PLACE, "bytes": -1}})[:2], "a", "bytes"),
     "place in a long name": (submit(image={**ENCODED, "place": {**PLACE, "region": "r" * 65}})[:2], "a", "region"),
-    "region of nothing": ([MAGIC, header(type="open-region", bytes=0)], "", "bytes"),
-    "region of no size": ([MAGIC, header(type="open-region")], "", "bytes"),
     "no payload": (submit()[:2], "a", "0 payload frames"),
     "two payloads": ([*submit(), b"x"], "a", "2 payload frames"),
     "threshold above 1": (submit(options={"score_threshold": 1.01}), "a", "score_threshold"),

@@ -3,17 +3,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import io
+import mmap
 import os
 import signal
+import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +35,15 @@ from PIL import Image as PillowImage
 from daemon import protocol, regions, shared_memory
 from daemon.client import AsyncClient, Client, JobFailed, Segmentation, SharedMemoryError
 from daemon.places import PLACES, SMALLEST_BYTES
-from daemon.protocol import FROM_CLIENT, TO_CLIENT, Code, Failed, Image, NoRegion, OpenRegion, Place, Region, Submit
-from daemon.regions import RegionError, Regions
-from daemon.shared_memory import Reader, SharedMemory
+from daemon.protocol import FROM_CLIENT, MAGIC, MEMORY_SUFFIX, TO_CLIENT, Code, Failed, Image, OpenRegion, Place, Submit
+from daemon.regions import Memory, RegionError
+from daemon.shared_memory import Ended, Offered, SharedMemory
+from workers import engines
+from workers.regions import Regions as WorkerRegions
 
 ROOT = Path(__file__).resolve().parents[2]
 MB = 1 << 20
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 
 Pixels = npt.NDArray[np.uint8]
@@ -57,53 +65,90 @@ def checksums(answers: list[Any]) -> list[int]:
 
 
 def expected(images: list[Pixels]) -> list[int]:
-    return [zlib.crc32(image.data) for image in images]
+    return [engines.checksum(image) for image in images]
 
 
-def folder(daemon: Any) -> Path:
-    """Where a running daemon has its regions: it holds that folder open."""
-    return next(path for path in _open_in_shm(daemon.process.pid) if path.parent == Path(shared_memory.PARENT))
+def memory_file(size: int, seals: int = SEALS, flags: int = 0) -> int:
+    descriptor = os.memfd_create("test", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC | flags)
+    os.ftruncate(descriptor, size)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return descriptor
 
 
-def _open_in_shm(pid: int) -> list[Path]:
+def memory_of(pid: int) -> list[os.stat_result]:
+    """The memory files that a process has open."""
     found = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
-            found.append(link.readlink())
-    return [path for path in found if path.is_relative_to(shared_memory.PARENT)]
+            if str(link.readlink()).startswith("/memfd:"):
+                found.append(link.stat())
+    return found
 
 
-def files(daemon: Any) -> list[Path]:
-    return list(folder(daemon).iterdir())
+def held(daemon: Any) -> list[str]:
+    """What a daemon and its workers have of shared memory: descriptors and mappings."""
+    found = []
+    for process in daemon.processes():
+        found += [f"{process.pid} has {file.st_ino}" for file in memory_of(process.pid)]
+        maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        found += [f"{process.pid} maps {line}" for line in maps if "/memfd:" in line]
+    return found
 
 
-def memory(daemon: Any) -> int:
-    """Bytes that its regions take."""
-    return sum(path.stat().st_blocks * 512 for path in files(daemon))
+def descriptors(daemon: Any) -> list[str]:
+    """What it has open."""
+    found = []
+    for link in Path(f"/proc/{daemon.process.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(str(link.readlink()))
+    return found
 
 
-def regions_open(daemon: Any) -> list[Path]:
-    """By the daemon and its workers, deleted ones too."""
-    return [path for process in daemon.processes() for path in _open_in_shm(process.pid) if path != folder(daemon)]
+def sizes(daemon: Any) -> list[int]:
+    """Of its regions, in bytes."""
+    return sorted(file.st_size for file in memory_of(daemon.process.pid))
+
+
+def taken(daemon: Any) -> int:
+    """Bytes of memory that its regions take."""
+    return sum(file.st_blocks * 512 for file in memory_of(daemon.process.pid))
 
 
 class Bare:
     """A client by hand."""
 
     def __init__(self, daemon: Any) -> None:
-        self.socket = daemon.dealer()
-        self.files: list[io.FileIO] = []
+        self.daemon = daemon
+        self.path = daemon.endpoint.removeprefix("ipc://") + MEMORY_SUFFIX
+        self.connections: list[socket.socket] = []
 
-    def open_region(self, size: int) -> Region:
-        region = self.ask(size)
-        assert isinstance(region, Region), region
-        self.files.append(io.FileIO(region.path, "r+"))
-        fcntl.lockf(self.files[-1], fcntl.LOCK_EX, 1)
-        return region
+    @cached_property
+    def socket(self) -> zmq.Socket[Any]:
+        socket: zmq.Socket[Any] = self.daemon.dealer()
+        return socket
 
-    def ask(self, size: int) -> Region | NoRegion:
-        self.socket.send_multipart(protocol.encode(OpenRegion(bytes=size)))
-        return self.receive()
+    def connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.connections.append(connection)
+        connection.settimeout(10)
+        deadline = time.monotonic() + 10
+        while connection.connect_ex(self.path) == errno.EAGAIN:  # as many as the kernel queues are queued
+            assert time.monotonic() < deadline
+        return connection
+
+    def hand_over(self, *descriptors: int, message: bytes = MAGIC) -> dict[str, Any]:
+        """The daemon's answer."""
+        connection = self.connect()
+        socket.send_fds(connection, [message], descriptors)
+        answer: dict[str, Any] = msgpack.unpackb(connection.recv(4096))
+        return answer
+
+    def open_region(self, size: int) -> tuple[str, int]:
+        """Its name, and a descriptor."""
+        descriptor = memory_file(size)
+        answer = self.hand_over(descriptor)
+        assert len(answer.get("region", "")) == 32, answer
+        return answer["region"], descriptor
 
     def submit(self, place: Place, job: str = "1", **image: Any) -> None:
         described = Image(**{"kind": "encoded", **image}, place=place)
@@ -116,14 +161,26 @@ class Bare:
         self.submit(place, **image)
         return self.receive()
 
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
-
     def refusal(self, place: Place, **image: Any) -> tuple[Code, str]:
         answer = self.answer(place, **image)
         assert isinstance(answer, Failed), answer
         return answer.code, answer.reason
+
+    def close(self) -> None:
+        for opened in [*self.connections, *([self.socket] if "socket" in vars(self) else [])]:
+            opened.close()
+
+
+@pytest.fixture
+def own() -> Iterator[Callable[[int], int]]:
+    """Closes the descriptors that it is given, at the end."""
+    with contextlib.ExitStack() as closing:
+
+        def add(descriptor: int) -> int:
+            closing.callback(os.close, descriptor)
+            return descriptor
+
+        yield add
 
 
 @pytest.fixture
@@ -138,10 +195,13 @@ def fast_daemon(start_daemons: Any) -> Any:
 
 
 @pytest.fixture
-def server(fast_daemon: Any, wait_until: Any) -> Any:
-    """A daemon that these tests share; it has no region when a test begins."""
-    wait_until(lambda: files(fast_daemon) == [], 15)
-    return fast_daemon
+def server(fast_daemon: Any, wait_until: Any) -> Iterator[Any]:
+    """A daemon that these tests share; it has nothing of a region when a test begins, and no more when it has ended."""
+    wait_until(lambda: held(fast_daemon) == [])
+    fast_daemon.client.stats()  # connected
+    before = descriptors(fast_daemon)
+    yield fast_daemon
+    wait_until(lambda: len(descriptors(fast_daemon)) <= len(before), 15)
 
 
 # -- what a user sees -------------------------------------------------------------------------------------------------
@@ -162,13 +222,14 @@ def test_answers_are_those_of_the_socket(shared_daemon: Any, make: Any) -> None:
 def test_by_default_large_images_go_through_shared_memory_and_small_ones_do_not(server: Any, wait_until: Any) -> None:
     with Client(server.endpoint, timeout_s=20) as client:
         list(client.map([pixels(number, 100, 200) for number in range(40)]))
-        assert files(server) == []
+        assert held(server) == []
         images = [pixels(number) for number in range(40)]
         assert checksums(list(client.map(images, window=4))) == expected(images)
-        assert len(files(server)) == 1
+        assert sizes(server) == [PLACES << 18]
         # Places are used again, and only those that were used take memory.
-        assert 180_000 <= memory(server) <= 4 * (180_000 + 4096)
-    wait_until(lambda: files(server) == [] and regions_open(server) == [])
+        assert 180_000 <= taken(server) <= 4 * (180_000 + 4096)
+        assert any("maps" in line for line in held(server)), "or `held` would see nothing"
+    wait_until(lambda: held(server) == [])
 
 
 def test_an_async_client_goes_through_shared_memory_too(server: Any) -> None:
@@ -178,19 +239,36 @@ def test_an_async_client_goes_through_shared_memory_too(server: Any) -> None:
         async with AsyncClient(server.endpoint, timeout_s=20, transport=transport) as client:
             answers = await asyncio.gather(*(client.segment(image) for image in images))
             answers += await asyncio.gather(*(client.segment(image) for image in images))
-            assert memory(server) >= 10 * 180_000
+            assert taken(server) >= 10 * 180_000
             return answers
 
     assert checksums(asyncio.run(run("auto"))) == expected(images) * 2
     assert checksums(asyncio.run(run("shared"))) == expected(images) * 2  # more at once than there are places
 
 
+def test_an_async_client_may_be_entered_again(server: Any) -> None:
+    async def run() -> None:
+        client = AsyncClient(server.endpoint, timeout_s=20, transport="shared")
+        for _ in range(2):
+            async with client:
+                assert checksums([await client.segment(pixels(0))]) == expected([pixels(0)])
+
+    asyncio.run(run())
+
+
 def test_larger_images_get_a_larger_region_and_the_old_one_goes(server: Any, wait_until: Any) -> None:
     images = [pixels(number, 200 * (1 + number % 4), 300) for number in range(24)]
     with Client(server.endpoint, timeout_s=20, transport="shared") as client:
         assert checksums(list(client.map(images, window=6))) == expected(images)
-        wait_until(lambda: [path.stat().st_size for path in files(server)] == [PLACES * MB])  # for images of 720 kB
+        wait_until(lambda: sizes(server) == [PLACES * MB])  # for images of 720 kB
         assert checksums(list(client.map(images, window=6))) == expected(images)
+
+
+def test_where_less_is_left_there_are_fewer_places(daemon: Any) -> None:
+    server = daemon(shared_memory_bytes=4 * 3 * MB)
+    images = [pixels(number, 800) for number in range(12)]
+    assert checksums(list(server.connect(transport="shared").map(images))) == expected(images)
+    assert sizes(server) == [3 * MB]
 
 
 def test_shared_is_refused_where_it_cannot_be(daemon: Any) -> None:
@@ -210,25 +288,38 @@ def test_shared_is_refused_where_it_cannot_be(daemon: Any) -> None:
         asyncio.run(run())
     images = [pixels(number) for number in range(8)]
     assert checksums(list(server.client.map(images))) == expected(images)
-    assert files(server) == []
+    assert held(server) == []
 
 
-def test_a_client_by_tcp_gets_none(daemon: Any) -> None:
-    port = _free_port()
-    server = daemon(endpoints={"clients": [f"tcp://127.0.0.1:{port}"], "metrics": None})
-    assert isinstance(Bare(server).ask(MB), NoRegion)
-    assert _open_in_shm(server.process.pid) == []
+def test_a_daemon_that_knows_no_shared_memory_is_served_by_socket(daemon: Any) -> None:
+    server = daemon()
+    (server.folder / "client.sock.fd").unlink()
     images = [pixels(number) for number in range(8)]
     assert checksums(list(server.client.map(images))) == expected(images)
+    with pytest.raises(SharedMemoryError, match=r"required: .*client\.sock\.fd: No such file or directory"):
+        server.connect(transport="shared").segment(pixels(0))
 
 
-def test_beside_an_ipc_endpoint_a_client_by_tcp_gets_none_either(daemon: Any, tmp_path: Path) -> None:
-    port = _free_port()
-    clients = [f"ipc://{tmp_path}/s", f"tcp://127.0.0.1:{port}"]
+def test_a_path_that_is_too_long_for_the_second_socket_is_said(daemon: Any, tmp_path: Path) -> None:
+    path = str(tmp_path / "x")
+    server = daemon(endpoints={"clients": [f"ipc://{path.ljust(106, 'x')}"], "metrics": None})
+    assert "no shared memory, images come by socket: " in server.log
+    assert "AF_UNIX path too long" in server.log
+    images = [pixels(number) for number in range(8)]
+    assert checksums(list(server.client.map(images))) == expected(images)
+    with pytest.raises(SharedMemoryError, match="AF_UNIX path too long"):
+        server.connect(transport="shared").segment(pixels(0))
+
+
+def test_a_client_by_tcp_uses_the_socket(daemon: Any, tmp_path: Path) -> None:
+    clients = [f"ipc://{tmp_path}/s", f"tcp://127.0.0.1:{_free_port()}"]
     server = daemon(endpoints={"clients": clients, "metrics": None})
-    assert isinstance(Bare(server).ask(MB), Region)
+    server.connect(transport="shared").segment(pixels(0))
+    assert len(sizes(server)) == 1
     server.endpoint = clients[1]
-    assert Bare(server).ask(MB) == NoRegion(reason="shared memory is for clients on this host, by an ipc endpoint")
+    images = [pixels(number) for number in range(8)]
+    assert checksums(list(server.connect().map(images))) == expected(images)
+    assert len(sizes(server)) == 1
 
 
 def _free_port() -> int:
@@ -236,182 +327,274 @@ def _free_port() -> int:
         return socket.bind_to_random_port("tcp://127.0.0.1")
 
 
-def test_a_reload_switches_it_on_and_off(daemon: Any, wait_until: Any) -> None:
+def test_a_reload_switches_it_on(daemon: Any, wait_until: Any, own: Any) -> None:
     server = daemon(shared_memory_bytes=0)
-    client = Bare(server)
-    assert isinstance(client.ask(MB), NoRegion)
-    server.rewrite(shared_memory_bytes=8 * MB)
-    server.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: isinstance(client.ask(MB), Region), 20)
+    with contextlib.closing(Bare(server)) as client:
+        assert client.hand_over(own(memory_file(MB)))["reason"] == "shared memory is off (shared_memory_bytes: 0)"
+        server.rewrite(shared_memory_bytes=8 * MB)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "region" in client.hand_over(own(memory_file(MB))), 20)
+
+
+def test_a_worker_that_starts_later_reads_regions_too(daemon: Any, wait_until: Any) -> None:
+    server = daemon(devices=["cpu:0"])
+    client = server.connect(transport="shared")
+    client.segment(pixels(0))
+    pid = server.pids()["cpu:0"]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: server.pids()["cpu:0"] not in (None, pid))
+    assert checksums([client.segment(pixels(1))]) == expected([pixels(1)])
+    assert len(sizes(server)) == 1
+    assert server.client.stats()["failures"] == {}
 
 
 # -- what a bad client can do -----------------------------------------------------------------------------------------
 
 
-def test_a_truncated_region_is_a_refusal_and_the_workers_live(shared_daemon: Any, bare: Bare) -> None:
-    pids = shared_daemon.pids()
-    region = bare.open_region(MB)
-    image = pixels(1)
-    bare.files[0].write(image.data)
-    place = Place(region=region.region, offset=0, bytes=image.nbytes)
-    assert bare.answer(place, kind="raw", shape=image.shape).width == 300
-    os.truncate(region.path, 1000)
-    code, reason = bare.refusal(place, kind="raw", shape=image.shape)
-    assert code is Code.BAD_REQUEST
-    assert "1000 bytes where 180000 should be" in reason or "has it no more" in reason
-    assert shared_daemon.pids() == pids
-    assert shared_daemon.client.segment(image).width == 300
+def _pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(writer)
+    return reader
 
 
-def test_truncating_and_rewriting_under_the_workers_harms_nobody_else(server: Any) -> None:
+def _huge() -> int:
+    try:
+        return memory_file(2 * MB, flags=os.MFD_HUGETLB)
+    except OSError:
+        pytest.skip("this kernel has no huge pages")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (_pipe, "the descriptor is not a memory file's (memfd_create)"),
+        (lambda: os.open("/", os.O_RDONLY), "the descriptor is not a memory file's (memfd_create)"),
+        (lambda: os.open(__file__, os.O_RDONLY), "the descriptor is not a memory file's (memfd_create)"),
+        (lambda: os.open("/dev/zero", os.O_RDWR), "the descriptor is not a memory file's (memfd_create)"),
+        (lambda: os.open("/proc/self/exe", os.O_PATH), "the descriptor is not a memory file's (memfd_create)"),
+        (lambda: socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).detach(), "the descriptor is not a memory file's"),
+        (lambda: memory_file(MB, 0), "not sealed against shrinking"),
+        (lambda: memory_file(MB, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL), "not sealed against shrinking"),
+        (lambda: memory_file(0), "the memory has no bytes"),
+        (lambda: memory_file(256 * MB + 4096), f"{256 * MB + 4096} bytes: {256 * MB} are left for a region"),
+        (_huge, "huge pages"),
+    ],
+    ids=["pipe", "folder", "file", "device", "path", "socket", "unsealed", "shrinking", "empty", "large", "huge"],
+)
+def test_what_cannot_be_a_region_is_refused_and_let_go(
+    shared_daemon: Any, bare: Bare, own: Any, wait_until: Any, make: Any, reason: str
+) -> None:
+    process = psutil.Process(shared_daemon.process.pid)
+    shared_daemon.client.stats()
+    before = process.num_fds()
+    assert reason in bare.hand_over(own(make()))["reason"]
+    assert bare.connections[0].recv(1) == b""
+    wait_until(lambda: process.num_fds() <= before)
+
+
+@pytest.mark.parametrize(
+    ("message", "count"), [(MAGIC, 0), (MAGIC, 2), (MAGIC, 200), (b"BMD2", 1), (MAGIC + b"x", 1), (b"x" * 5000, 1)]
+)
+def test_what_breaks_the_rules_is_refused_and_let_go(
+    shared_daemon: Any, bare: Bare, own: Any, wait_until: Any, message: bytes, count: int
+) -> None:
+    process = psutil.Process(shared_daemon.process.pid)
+    shared_daemon.client.stats()
+    before = process.num_fds()
+    answer = bare.hand_over(*[own(memory_file(4096)) for _ in range(count)], message=message)
+    assert answer["reason"] == "expected BMD1 with one descriptor"
+    wait_until(lambda: process.num_fds() <= before)
+
+
+def test_nothing_more_may_be_said_when_there_is_a_region(bare: Bare, own: Any) -> None:
+    name, descriptor = bare.open_region(MB)
+    own(descriptor)
+    assert bare.refusal(Place(region=name, offset=0, bytes=10))[0] is Code.BAD_IMAGE
+    socket.send_fds(bare.connections[0], [MAGIC], [descriptor])
+    with contextlib.suppress(ConnectionResetError):
+        assert bare.connections[0].recv(1) == b""
+    assert bare.refusal(Place(region=name, offset=0, bytes=10))[0] is Code.BAD_REQUEST
+
+
+def test_the_silent_are_closed_and_keep_nobody_out(server: Any, wait_until: Any) -> None:
+    before = len(descriptors(server))
+    with contextlib.closing(Bare(server)) as silent:
+        for _ in range(300):
+            silent.connect()
+        wait_until(lambda: len(descriptors(server)) == before + shared_memory.MOST_UNANSWERED)
+        images = [pixels(number) for number in range(8)]
+        with Client(server.endpoint, 20, transport="shared") as client:
+            assert checksums(list(client.map(images))) == expected(images)
+        wait_until(lambda: len(descriptors(server)) <= before, shared_memory.ANSWER_BY_S + 5)
+
+
+def test_descriptors_that_are_slow_to_close_do_not_stop_the_daemon(server: Any) -> None:
+    with contextlib.closing(Bare(server)) as client, lingering() as hand_over:
+        for _ in range(3):
+            connection = client.connect()
+            server.process.send_signal(signal.SIGSTOP)
+            hand_over(connection)
+            server.process.send_signal(signal.SIGCONT)
+            assert "not a memory file" in msgpack.unpackb(connection.recv(4096))["reason"]
+            start = time.monotonic()
+            server.client.stats()
+            assert time.monotonic() - start < 0.5
+
+
+def test_while_too_much_waits_to_be_closed_nobody_is_taken_in(
+    peer: Peer, own: Any, monkeypatch: pytest.MonkeyPatch, wait_until: Any
+) -> None:
+    monkeypatch.setattr(shared_memory, "MOST_CLOSING", 2)
+    with contextlib.closing(Bare(peer)) as client, lingering() as hand_over:
+        for _ in range(2):
+            hand_over(client.connect())
+            assert list(peer.memory.receive(0.0)) == []  # a connection
+            assert list(peer.memory.receive(0.0)) == []  # what it said, and it is dropped
+        socket.send_fds(client.connect(), [MAGIC], [own(memory_file(4096))])
+        for _ in range(2):
+            assert list(peer.memory.receive(0.0)) == []
+        assert wait_until(lambda: peer.memory.expire(0.0) or list(peer.memory.receive(0.0)))
+
+
+@contextlib.contextmanager
+def lingering() -> Iterator[Callable[[socket.socket], None]]:
+    """Hands over sockets that take a second to close, because their peer does not read."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hand_over(connection: socket.socket) -> None:
+            with socket.create_connection(listener.getsockname()) as slow:
+                slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 1))
+                slow.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        slow.send(b"x" * 65536)
+                socket.send_fds(connection, [MAGIC], [slow.fileno()])
+
+        yield hand_over
+
+
+def test_rewriting_and_punching_holes_under_the_workers_harms_nobody_else(server: Any, own: Any) -> None:
     pids = server.pids()
-    client = Bare(server)
-    encoded = jpeg(1)
     stop = threading.Event()
-    region = client.open_region(MB)
-
-    def rewrite() -> None:
-        while not stop.is_set():
-            os.truncate(region.path, 100)
-            os.truncate(region.path, region.bytes)
-            os.pwrite(client.files[0].fileno(), encoded, 0)
-
-    thread = threading.Thread(target=rewrite)
-    thread.start()
-    answers = [client.answer(Place(region=region.region, offset=0, bytes=len(encoded))) for _ in range(200)]
-    stop.set()
-    thread.join()
-    client.close()
-    failures = {answer.code for answer in answers if isinstance(answer, Failed)}
-    assert failures
-    assert failures <= {Code.BAD_IMAGE, Code.BAD_REQUEST}
-    assert server.pids() == pids
-    assert server.connect(transport="socket").segment(encoded).width == 300
-
-
-def test_a_region_that_its_client_enlarges_is_ended(server: Any, wait_until: Any) -> None:
+    encoded = jpeg(1)
     with contextlib.closing(Bare(server)) as client:
-        region = client.open_region(4096)
-        os.truncate(region.path, 64 * MB)
-        wait_until(lambda: files(server) == [])
+        name, descriptor = client.open_region(MB)
+        own(descriptor)
+
+        def rewrite() -> None:
+            while not stop.is_set():
+                with pytest.raises(PermissionError):
+                    os.ftruncate(descriptor, 0)
+                _punch(descriptor, MB)
+                os.pwrite(descriptor, encoded, 0)
+
+        thread = threading.Thread(target=rewrite)
+        thread.start()
+        kinds: list[dict[str, Any]] = [{}, {"kind": "raw", "shape": (100, len(encoded) // 300, 3)}]
+        place = Place(region=name, offset=0, bytes=len(encoded) // 300 * 300)
+        answers = [client.answer(place, **kinds[number % 2]) for number in range(200)]
+        stop.set()
+        thread.join()
+    failures = {answer.code for answer in answers if isinstance(answer, Failed)}
+    assert failures <= {Code.BAD_IMAGE}
+    assert len([answer for answer in answers if not isinstance(answer, Failed)]) >= 100
+    assert server.pids() == pids
+    with Client(server.endpoint, 20, transport="socket") as other:
+        assert other.segment(encoded).width == 300
 
 
-def test_another_clients_region_is_unknown(shared_daemon: Any, bare: Bare) -> None:
-    region = bare.open_region(MB)
-    place = Place(region=region.region, offset=0, bytes=10)
-    code, reason = Bare(shared_daemon).refusal(place)
-    assert code is Code.BAD_REQUEST
-    assert reason == f"region {region.region!r}: this client has none of that name, or has it no more"
-    assert bare.refusal(place)[0] is Code.BAD_IMAGE  # the owner's zeros are no image
+def _punch(descriptor: int, size: int) -> None:
+    """fallocate(2) with FALLOC_FL_PUNCH_HOLE, by way of madvise."""
+    with mmap.mmap(descriptor, size) as view:
+        view.madvise(mmap.MADV_REMOVE)
+
+
+def test_pixels_never_written_are_black(bare: Bare, own: Any) -> None:
+    name, descriptor = bare.open_region(MB)
+    own(descriptor)
+    assert bare.answer(Place(region=name, offset=0, bytes=180_000), kind="raw", shape=(200, 300, 3)).width == 300
+
+
+def test_who_knows_a_regions_name_may_use_it(shared_daemon: Any, bare: Bare, own: Any) -> None:
+    name, descriptor = bare.open_region(MB)
+    own(descriptor)
+    os.pwrite(descriptor, jpeg(1), 4096)
+    place = Place(region=name, offset=4096, bytes=len(jpeg(1)))
+    assert Bare(shared_daemon).answer(place).width == 300
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../../etc/passwd", "/etc/passwd", "a\0b", "none"])
-def test_a_region_is_no_path(bare: Bare, name: str) -> None:
-    bare.open_region(4096)
+def test_an_unknown_region_is_refused(bare: Bare, name: str) -> None:
     code, reason = bare.refusal(Place(region=name, offset=0, bytes=10))
     assert code is Code.BAD_REQUEST
-    assert "none of that name" in reason
+    assert reason == f"region {name!r}: there is none of that name, or it has ended"
 
 
 @pytest.mark.parametrize(("offset", "count"), [(0, MB + 1), (MB, 1), (2**63, 1), (2**64 - 1, 2**64 - 1), (1, MB)])
-def test_a_place_outside_the_region_is_refused(bare: Bare, offset: int, count: int) -> None:
-    region = bare.open_region(MB)
-    code, reason = bare.refusal(Place(region=region.region, offset=offset, bytes=count))
+def test_a_place_outside_the_region_is_refused(bare: Bare, own: Any, offset: int, count: int) -> None:
+    name, descriptor = bare.open_region(MB)
+    own(descriptor)
+    code, reason = bare.refusal(Place(region=name, offset=offset, bytes=count))
     assert code in (Code.BAD_REQUEST, Code.TOO_LARGE)
     assert code is Code.TOO_LARGE or reason == f"{count} bytes at {offset}: the region has {MB}"
 
 
-def test_lies_about_the_size_are_answered_as_by_socket(bare: Bare) -> None:
-    region = bare.open_region(MB)
-    place = Place(region=region.region, offset=0, bytes=1000)
-    assert bare.refusal(place, kind="raw", shape=(200, 300, 3)) == (
+def test_lies_about_the_size_are_answered_as_by_socket(bare: Bare, own: Any) -> None:
+    name, descriptor = bare.open_region(MB)
+    own(descriptor)
+    assert bare.refusal(Place(region=name, offset=0, bytes=1000), kind="raw", shape=(200, 300, 3)) == (
         Code.BAD_IMAGE, "shape (200, 300, 3) of uint8: expected 180000 bytes, found 1000"
     )  # fmt: skip
-    assert bare.refusal(Place(region=region.region, offset=MB, bytes=0)) == (
+    assert bare.refusal(Place(region=name, offset=MB, bytes=0)) == (
         Code.BAD_IMAGE, "the image is empty (0 bytes)"
     )  # fmt: skip
 
 
-def test_bounds_on_bytes_hold_as_by_socket(daemon: Any, wait_until: Any) -> None:
+def test_bounds_on_bytes_hold_as_by_socket(daemon: Any, own: Any) -> None:
     server = daemon(
         devices=["cpu:0"], timed={"latency_ms": {1: 300}}, limits={"max_image_bytes": 200_000},
         queue={"max_bytes": 400_000},
     )  # fmt: skip
-    client = Bare(server)
-    region = client.open_region(MB)
-    assert client.refusal(Place(region=region.region, offset=0, bytes=200_001))[0] is Code.TOO_LARGE
-    for job in range(5):  # one runs, one is at the worker, two wait
-        client.submit(Place(region=region.region, offset=0, bytes=180_000), str(job), kind="raw", shape=(200, 300, 3))
-    answers = [client.receive() for _ in range(5)]
+    with contextlib.closing(Bare(server)) as client:
+        name, descriptor = client.open_region(MB)
+        own(descriptor)
+        assert client.refusal(Place(region=name, offset=0, bytes=200_001))[0] is Code.TOO_LARGE
+        for job in range(5):  # one runs, one is at the worker, two wait
+            client.submit(Place(region=name, offset=0, bytes=180_000), str(job), kind="raw", shape=(200, 300, 3))
+        answers = [client.receive() for _ in range(5)]
     assert [answer.code for answer in answers if isinstance(answer, Failed)] == [Code.BUSY]
-    client.close()
-
-
-def test_one_client_gets_a_share_and_all_together_the_limit(daemon: Any) -> None:
-    server = daemon(shared_memory_bytes=16 * MB)
-    clients = [Bare(server) for _ in range(6)]
-    granted = [client.ask(64 * MB) for client in clients]
-    assert [getattr(region, "bytes", 0) for region in granted] == [4 * MB] * 4 + [0, 0]
-    assert isinstance(clients[0].ask(4096), NoRegion)
 
 
 # -- who may ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("socket_mode", "mode"), [(0o755, 0o600), (0o775, 0o660), (0o770, 0o660), (0o777, 0o666)])
-def test_who_may_connect_may_read_and_write(tmp_path: Path, socket_mode: int, mode: int) -> None:
-    (tmp_path / "socket").touch()
-    (tmp_path / "socket").chmod(socket_mode)
-    with contextlib.closing(SharedMemory([str(tmp_path / "socket"), f"{tmp_path}/gone"])) as memory:
-        _, path = memory.create(4096, 0.0)
-        assert stat.S_IMODE(os.stat(path).st_mode) == mode
-        assert stat.S_IMODE(os.stat(memory.folder).st_mode) == 0o711
+def test_who_may_connect_to_the_one_socket_may_to_the_other(shared_daemon: Any) -> None:
+    modes = [os.stat(shared_daemon.folder / name).st_mode for name in ("client.sock", "client.sock.fd")]
+    assert modes[0] == modes[1]
+    assert stat.S_ISSOCK(modes[0])
 
 
 @as_root
-def test_another_user_cannot_open_a_region_but_a_member_of_the_group_can(tmp_path: Path) -> None:
-    (tmp_path / "socket").touch()
-    (tmp_path / "socket").chmod(0o770)
-    with contextlib.closing(SharedMemory([str(tmp_path / "socket")])) as memory:
-        _, path = memory.create(4096, 0.0)
-        os.chown(path, 0, 61001)  # as if the daemon ran with this group
-        assert _opens_as_nobody(path, 61001) == "opened"
-        assert _opens_as_nobody(path, 61002) == "PermissionError"
-        assert _opens_as_nobody(memory.folder, 61001) == "PermissionError", "names must not be listed"
-
-
-def _opens_as_nobody(path: str, group: int) -> str:
-    code = (
-        f"import os; os.setgroups([{group}]); os.setgid(65534); os.setuid(65534)\n"
-        f"try: os.open({path!r}, os.O_RDONLY if os.path.isdir({path!r}) else os.O_RDWR); print('opened')\n"
-        "except OSError as error: print(type(error).__name__)"
-    )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
-@as_root
-def test_a_client_that_cannot_open_its_region_uses_the_socket(daemon: Any) -> None:
+def test_another_user_cannot_connect_and_uses_the_socket(daemon: Any) -> None:
     server = daemon()
     server.folder.chmod(0o755)
-    (server.folder / "client.sock").chmod(0o700)
-    client = server.connect()
-    client.segment(pixels(0, 1, 1))  # connected
+    (server.folder / "client.sock").chmod(0o777)
     images = [pixels(number) for number in range(8)]
-    os.seteuid(65534)
-    try:
-        assert checksums(list(client.map(images))) == expected(images)
-    finally:
-        os.seteuid(0)
-    with pytest.raises(SharedMemoryError, match="Permission denied"):
-        _as_nobody(server)
+    with _as_nobody():
+        assert checksums(list(server.connect().map(images))) == expected(images)
+        client = server.connect(transport="shared")
+        with pytest.raises(SharedMemoryError, match="Permission denied"):
+            client.segment(pixels(0))
+    (server.folder / "client.sock.fd").chmod(0o777)
+    with _as_nobody():
+        assert checksums(list(server.connect(transport="shared").map(images))) == expected(images)
 
 
-def _as_nobody(server: Any) -> None:
-    client = server.connect(transport="shared")
-    client.stats()
+@contextlib.contextmanager
+def _as_nobody() -> Iterator[None]:
     os.seteuid(65534)
     try:
-        client.segment(pixels(0))
+        yield
     finally:
         os.seteuid(0)
 
@@ -438,9 +621,9 @@ def test_a_client_killed_leaves_nothing(server: Any, wait_until: Any, images: in
         assert client.stdout is not None
         for _ in range(4):
             assert client.stdout.readline() == b"300\n"
-        assert memory(server) > 0
+        assert taken(server) > 0
         client.kill()
-    wait_until(lambda: files(server) == [] and regions_open(server) == [], 15)
+    wait_until(lambda: held(server) == [])
     wait_until(lambda: server.client.stats()["leased"] == 0)
     server.wait_ready()
 
@@ -464,7 +647,9 @@ def test_a_worker_killed_costs_no_answer_and_none_comes_twice(daemon: Any, wait_
     assert server.pids()["cpu:0"] != before["cpu:0"]
 
 
-def test_a_daemon_killed_is_swept_by_the_next_and_its_jobs_are_sent_again(daemon: Any, wait_until: Any) -> None:
+def test_after_a_daemon_was_killed_jobs_are_sent_again_and_its_successor_gets_a_region(
+    daemon: Any, wait_until: Any
+) -> None:
     server = daemon(timed={"latency_ms": {1: 20}})
     client = server.connect(transport="shared")
     images = [pixels(number) for number in range(100)]
@@ -472,86 +657,62 @@ def test_a_daemon_killed_is_swept_by_the_next_and_its_jobs_are_sent_again(daemon
     thread = threading.Thread(target=lambda: [seen.append(answer) for answer in client.map(images, window=12)])
     thread.start()
     wait_until(lambda: len(seen) > 4)
-    old = folder(server)
     server.kill()
     assert len(seen) < 80
-    assert list(old.iterdir())
     wait_until(lambda: not server.processes())
     server.start()
     thread.join(60)
     assert checksums(seen) == expected(images)
-    assert not old.exists()
-    assert memory(server) > 0, "the client went back to shared memory"
+    assert taken(server) > 0, "the client went back to shared memory"
 
 
-def test_a_stopped_daemon_leaves_no_folder(daemon: Any) -> None:
+def test_a_stopped_daemon_leaves_no_socket(daemon: Any) -> None:
     server = daemon()
     server.connect(transport="shared").segment(pixels(0))
-    left = folder(server)
+    assert (server.folder / "client.sock.fd").exists()
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(20) == 0
-    assert not left.exists()
+    assert not list(server.folder.glob("client.sock*.fd"))
+    assert not (server.folder / "client.sock").exists()
 
 
-def test_a_new_daemon_leaves_the_folders_of_living_ones(daemon: Any, shared_daemon: Any) -> None:
-    daemon()
-    assert folder(shared_daemon).exists()
-
-
-# -- when /dev/shm is not as it should be -----------------------------------------------------------------------------
-
-SMALL = """
-import sys, numpy
-sys.path.insert(0, "tests")
-import conftest
-with conftest._daemons() as make:
-    server = make()
-    images = [numpy.full((200, 300, 3), n, numpy.uint8) for n in range(40)]
-    for transport in ("auto", "shared"):
-        client = server.connect(transport=transport)
-        try:
-            print(transport, len(list(client.map(images, window=16))))
-        except Exception as error:
-            print(transport, error)
-    print(server.log)
-"""
-
-
-def _in_own_shm(mount: str) -> str:
-    unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]  # so that nothing outlives it
-    if os.geteuid() != 0 or subprocess.run([*unshare, "true"], capture_output=True).returncode:
-        pytest.skip("needs the right to mount (CAP_SYS_ADMIN)")
-    done = subprocess.run(
-        [*unshare, "bash", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, SMALL],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_when_dev_shm_is_full_images_go_by_socket() -> None:
-    printed = _in_own_shm("mount -t tmpfs -o size=1m tmpfs /dev/shm")
-    assert "auto 40" in printed
-    assert "shared shared memory is required: /dev/shm: No space left on device" in printed
-
-
-def test_without_dev_shm_images_go_by_socket_and_the_log_says_so() -> None:
-    printed = _in_own_shm("mount -t tmpfs -o ro tmpfs /dev/shm")
-    assert "no shared memory, images come by socket: /dev/shm: Read-only file system" in printed
-    assert "auto 40" in printed
-    assert "shared shared memory is required: /dev/shm: Read-only file system" in printed
+def test_a_second_daemon_leaves_the_sockets_of_the_first(shared_daemon: Any, daemon: Any) -> None:
+    other = daemon(wait=False, endpoints={"clients": [f"ipc://{shared_daemon.folder}/2.sock", shared_daemon.endpoint]})
+    other.process.wait(20)
+    assert "another daemon serves" in other.log
+    other.endpoint = shared_daemon.endpoint
+    assert checksums([other.connect(transport="shared").segment(pixels(0))]) == expected([pixels(0)])
 
 
 # -- the client against a bare socket ---------------------------------------------------------------------------------
 
 
+def test_a_client_without_memory_uses_the_socket(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)  # no machine's memory is to be used up here
+    images = [pixels(number) for number in range(40)]
+    with Client(server.endpoint, 20) as client:
+        assert checksums(list(client.map(images))) == expected(images)
+    with Client(server.endpoint, 20, transport="shared") as client, pytest.raises(
+        SharedMemoryError, match="required: no memory: No space left on device"
+    ):
+        client.segment(images[0])
+
+
 class Peer:
-    """The other end, which grants a region and then does as the test wants."""
+    """The other end, which takes regions in and then does as the test wants."""
 
     def __init__(self, folder: Path) -> None:
         self.endpoint = f"ipc://{folder}/p"
+        self.path = f"{folder}/p.fd"
+        self.listen()
         self.bind()
-        self.memory = SharedMemory([f"{folder}/p"])
+
+    def listen(self) -> None:
+        self.memory = SharedMemory()
+        self.memory.listen(self.path)
 
     def bind(self) -> None:
         self.socket = zmq.Context.instance().socket(zmq.ROUTER)
@@ -559,9 +720,12 @@ class Peer:
         self.socket.set(zmq.RCVTIMEO, 10_000)
         self.socket.bind(self.endpoint)
 
-    def bind_again(self) -> None:
-        """As a daemon that was started anew."""
+    def start_again(self) -> None:
+        """As a daemon that was killed and started anew."""
         self.socket.close()
+        self.memory.close()
+        os.unlink(self.path)
+        self.listen()
         self.bind()
 
     def receive(self) -> tuple[Any, list[bytes]]:
@@ -574,13 +738,18 @@ class Peer:
     def finish(self, job: str) -> None:
         self.send(protocol.Result(job=job, width=1, height=1, device="npu:0", timings={}), b"\x90")
 
-    def grant(self) -> Region:
-        request = self.receive()[0]
-        assert isinstance(request, OpenRegion), request
-        name, path = self.memory.create(request.bytes, 0.0)
-        region = Region(region=name, path=path, bytes=request.bytes)
-        self.send(region)
-        return region
+    def offer(self) -> Offered:
+        """The next memory that is handed over."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for event in self.memory.receive(0.0):
+                if isinstance(event, Offered):
+                    return event
+        raise TimeoutError
+
+    def grant(self, name: str = "r") -> str:
+        self.memory.accept(self.offer(), name)
+        return name
 
     def close(self) -> None:
         self.socket.close()
@@ -619,7 +788,7 @@ def test_a_bad_request_is_tried_once_by_socket_before_it_counts(peer: Peer) -> N
     with segmenting(peer, image) as answers:
         region = peer.grant()
         placed, payload = peer.receive()
-        assert placed.image.place == Place(region=region.region, offset=0, bytes=image.nbytes)
+        assert placed.image.place == Place(region=region, offset=0, bytes=image.nbytes)
         assert payload == []
         peer.send(Failed(job=placed.job, code=Code.BAD_REQUEST, reason="it has ended"))
         again, payload = peer.receive()
@@ -629,19 +798,19 @@ def test_a_bad_request_is_tried_once_by_socket_before_it_counts(peer: Peer) -> N
     assert answers[0].reason == "really"
 
 
-def test_a_region_lost_is_not_used_again(peer: Peer) -> None:
-    with segmenting(peer, pixels(1)) as answers:
-        peer.grant()
+def test_a_region_that_workers_cannot_read_is_not_used_again(peer: Peer) -> None:
+    with segmenting(peer, pixels(1), pixels(2)) as answers:
+        peer.grant("first")
         placed, _ = peer.receive()
-        peer.send(Failed(job=placed.job, code=Code.BAD_REQUEST, reason="it has ended"))
+        peer.send(Failed(job=placed.job, code=Code.BAD_REQUEST, reason="Permission denied"))
         assert peer.receive()[1]
+        assert [event.region for event in peer.memory.receive(0.0) if isinstance(event, Ended)] == ["first"]
         peer.finish(placed.job)
-    assert answers[0].width == 1
-    assert len(_regions_open_here(peer.memory)) == 1, "by the client too, when it has no use for it any more"
-
-
-def _regions_open_here(memory: SharedMemory) -> list[Path]:
-    return [path for path in _open_in_shm(os.getpid()) if path.parent == Path(memory.folder)]
+        peer.grant("second")
+        placed, _ = peer.receive()
+        assert placed.image.place.region == "second"
+        peer.finish(placed.job)
+    assert [answer.width for answer in answers] == [1, 1]
 
 
 def test_a_retry_finds_the_image_where_it_was(peer: Peer) -> None:
@@ -654,215 +823,140 @@ def test_a_retry_finds_the_image_where_it_was(peer: Peer) -> None:
     assert answers[0].width == 1
 
 
-def test_until_the_region_comes_images_go_by_socket(peer: Peer) -> None:
+def test_until_the_region_is_there_images_go_by_socket(peer: Peer) -> None:
     with segmenting(peer, pixels(1), transport="auto") as answers:
         submitted, payload = peer.receive()
         assert submitted.image.place is None
         assert payload == [pixels(1).tobytes()]
-        assert peer.receive()[0] == OpenRegion(bytes=PLACES << 18)
+        assert peer.offer().memory.bytes == PLACES << 18
         peer.finish(submitted.job)
     assert answers[0].width == 1
 
 
-def _write_region(path: Path, size: int = PLACES << 18) -> Path:
-    path.write_bytes(b"\0" * size)
-    return path
-
-
-def _link(path: Path) -> Path:
-    path.symlink_to(_write_region(path.with_suffix(".target")))
-    return path
-
-
-def _hard_link(path: Path) -> Path:
-    path.with_suffix(".twice").hardlink_to(_write_region(path))
-    return path
-
-
-def _folder(path: Path) -> Path:
-    path.mkdir()
-    return path
-
-
-def _of_another(path: Path) -> Path:
-    if os.geteuid():
-        pytest.skip("needs root, to give a file away")
-    os.chown(_write_region(path), 65534, -1)
-    return path
-
-
-@pytest.mark.parametrize(
-    "make",
-    [_link, _hard_link, _folder, _of_another, lambda path: _write_region(path, 4 * MB), lambda path: path],
-    ids=["a link", "of two names", "a folder", "of another user", "of another size", "missing"],
-)
-def test_a_file_that_is_no_region_is_not_written_to(peer: Peer, tmp_path: Path, make: Any) -> None:
-    path = make(tmp_path / "file")
-    with segmenting(peer, pixels(1)) as answers:
-        assert isinstance(peer.receive()[0], OpenRegion)
-        peer.send(Region(region="r", path=str(path), bytes=PLACES << 18))
-    assert isinstance(answers[0], SharedMemoryError)
-    assert not path.is_file() or not path.read_bytes().strip(b"\0")
-
-
-def test_a_file_that_is_a_region_is_written_to(peer: Peer, tmp_path: Path) -> None:
-    """Or the test before could not fail."""
-    path = _write_region(tmp_path / "file")
+def test_what_a_client_hands_over_cannot_change_its_size(peer: Peer) -> None:
     with segmenting(peer, pixels(1)):
-        assert isinstance(peer.receive()[0], OpenRegion)
-        peer.send(Region(region="r", path=str(path), bytes=PLACES << 18))
+        offered = peer.offer()
+        assert offered.memory.seals == SEALS
+        assert offered.memory.pid == os.getpid()
+        peer.memory.refuse(offered, RegionError("enough"))
+
+
+def test_a_client_that_is_refused_says_why(peer: Peer) -> None:
+    with segmenting(peer, pixels(1)) as answers:
+        peer.memory.refuse(peer.offer(), RegionError("no shared memory today"))
+    assert str(answers[0]) == "shared memory is required: no shared memory today"
+
+
+def test_a_client_that_is_refused_offers_what_is_left(peer: Peer) -> None:
+    with segmenting(peer, pixels(1)) as answers:
+        peer.memory.refuse(peer.offer(), RegionError("too much", left=3 << 18))
+        offered = peer.offer()
+        assert offered.memory.bytes == 3 << 18
+        peer.memory.refuse(offered, RegionError("too much", left=(1 << 18) - 1))
+    assert str(answers[0]) == "shared memory is required: too much"
+
+
+def test_a_client_that_needs_shared_memory_waits_for_its_daemon(peer: Peer) -> None:
+    peer.socket.close()
+    peer.memory.close()
+    for path in (peer.endpoint.removeprefix("ipc://"), peer.path):
+        os.unlink(path)
+    with segmenting(peer, pixels(1)) as answers:
+        peer.listen()
+        peer.bind()
+        peer.grant()
         peer.finish(peer.receive()[0].job)
-    assert path.read_bytes()[:180_000] == pixels(1).tobytes()
+    assert answers[0].width == 1
 
 
 def test_after_a_new_connection_images_are_sent_again_by_socket(peer: Peer) -> None:
     with segmenting(peer, pixels(1), pixels(2)) as answers:
-        peer.grant()
+        peer.grant("old")
         placed, _ = peer.receive()
-        peer.bind_again()
+        peer.start_again()
         again, payload = peer.receive()
         assert (again.job, payload) == (placed.job, [pixels(1).tobytes()])
         peer.finish(placed.job)
-        region = peer.grant()  # the old one means nothing to whoever is there now
+        peer.grant("new")  # the old one means nothing to whoever is there now
         placed, _ = peer.receive()
-        assert placed.image.place == Place(region=region.region, offset=0, bytes=180_000)
+        assert placed.image.place == Place(region="new", offset=0, bytes=180_000)
         peer.finish(placed.job)
     assert [answer.width for answer in answers] == [1, 1]
 
 
-def test_too_little_is_as_good_as_none(peer: Peer) -> None:
-    with segmenting(peer, pixels(1)) as answers:
-        assert isinstance(peer.receive()[0], OpenRegion)
-        name, path = peer.memory.create(4096, 0.0)
-        peer.send(Region(region=name, path=path, bytes=4096))
-    assert "the daemon grants 4096 bytes, an image needs 262144" in str(answers[0])
-
-
 # -- the daemon's and the worker's parts ------------------------------------------------------------------------------
 
-SIZES = st.integers(1, 40 * MB)
+OURS = Memory(descriptor=0, inode=1, bytes=4096, seals=SEALS, page_bytes=4096, pid=7)
 
 
-@given(st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c", b"d", b"e"]), SIZES, st.booleans()), max_size=60))
-def test_grants_never_exceed_their_bounds(steps: list[tuple[bytes, int, bool]]) -> None:
-    table = Regions(64 * MB)
-    for number, (client, wanted, remove) in enumerate(steps):
-        if remove:
-            for name in table.of(client)[:1]:
-                table.remove(name)
+@given(st.lists(st.tuples(st.integers(1, 40 * MB), st.booleans()), max_size=60))
+def test_regions_never_exceed_their_bounds(steps: list[tuple[int, bool]]) -> None:
+    table = regions.Regions(64 * MB)
+    kept: dict[str, int] = {}
+    for number, (size, remove) in enumerate(steps):
+        if remove and kept:
+            name = next(iter(kept))
+            table.remove(name)
+            del kept[name]
             continue
-        own = sum(table._regions[name].size for name in table.of(client))
-        try:
-            size = table.grant(client, wanted)
-        except RegionError:
-            assert len(table.of(client)) == regions.MOST_OF_A_CLIENT or own == 16 * MB or table.granted == 64 * MB
-            continue
-        assert 0 < size < wanted + regions.PAGE
-        assert size % regions.PAGE == 0
-        table.add(str(number), client, size)
-        assert own + size <= 16 * MB
-        assert table.granted <= 64 * MB
+        left = min(16 * MB, 64 * MB - sum(kept.values()))
+        if size > left:
+            with pytest.raises(RegionError) as refused:
+                table.add(str(number), replace(OURS, bytes=size))
+            assert refused.value.left == left
+        else:
+            table.add(str(number), replace(OURS, bytes=size))
+            kept[str(number)] = size
+        assert {opening.region: opening.bytes for opening in table} == kept
 
 
 def test_there_is_an_end_to_the_number_of_regions() -> None:
-    table = Regions(1 << 40)
+    table = regions.Regions(1 << 40)
+    for number in range(regions.MOST_REGIONS // regions.SHARES):
+        table.add(str(number), OURS)
+    with pytest.raises(RegionError, match="all 256 regions, or the 64 of a process, are taken"):
+        table.add("one more of it", OURS)
+    for number in range(len(table), regions.MOST_REGIONS):
+        table.add(str(number), replace(OURS, pid=1000 + number))
+    with pytest.raises(RegionError, match="are taken"):
+        table.add("one more", replace(OURS, pid=1))
+
+
+def test_processes_of_other_namespaces_are_not_taken_for_one() -> None:
+    table = regions.Regions(1 << 40)
     for number in range(regions.MOST_REGIONS):
-        client = str(number).encode()
-        table.add(str(number), client, table.grant(client, 1))
-    with pytest.raises(RegionError, match="no shared memory is left"):
-        table.grant(b"one more", 1)
+        table.add(str(number), replace(OURS, pid=0))
 
 
-@pytest.fixture
-def memory_of_ours() -> Iterator[SharedMemory]:
-    with contextlib.closing(SharedMemory([])) as memory:
-        yield memory
+def test_a_worker_sees_what_is_there_now_and_lets_go_of_what_has_ended(own: Any) -> None:
+    descriptor = own(memory_file(8192))
+    opened = WorkerRegions(os.getpid())
+    place = Place(region="r", offset=100, bytes=3)
+    opened.open(OpenRegion(region="r", descriptor=descriptor, inode=os.fstat(descriptor).st_ino, bytes=8192))
+    view = opened.view(place)
+    assert view.readonly
+    assert bytes(view) == b"\0\0\0"
+    os.pwrite(descriptor, b"abc", 100)
+    assert bytes(view) == b"abc"
+    opened.close("r")
+    assert bytes(view) == b"abc"  # until the last has looked
+    with pytest.raises(RegionError, match="region r: it has ended"):
+        opened.view(place)
+    del view
+    assert "/memfd:test" not in Path("/proc/self/maps").read_text()
+    assert [file.st_ino for file in memory_of(os.getpid())].count(os.fstat(descriptor).st_ino) == 1
+    opened.close("never opened")
 
 
-def test_a_region_that_is_not_locked_in_time_is_abandoned(memory_of_ours: SharedMemory) -> None:
-    name, _ = memory_of_ours.create(4096, 100.0)
-    assert memory_of_ours.abandoned(100.0 + protocol.GRACE_S) == []
-    assert memory_of_ours.abandoned(100.1 + protocol.GRACE_S) == [name]
-
-
-def test_a_region_that_is_locked_is_not_until_it_is_free(memory_of_ours: SharedMemory) -> None:
-    name, path = memory_of_ours.create(4096, 0.0)
-    code = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, 2, 1); print(flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        assert memory_of_ours.abandoned(1.0) == []
-        assert memory_of_ours.abandoned(1e6) == []
-        other.kill()
-        other.wait()
-    assert memory_of_ours.abandoned(1e6 + 1) == [name]
-
-
-def test_a_reader_sees_what_is_there_now_and_lets_go_of_what_has_ended(memory_of_ours: SharedMemory) -> None:
-    name, path = memory_of_ours.create(4096, 0.0)
-    reader = Reader(memory_of_ours.folder)
-    place = Place(region=name, offset=100, bytes=3)
-    assert reader.read(place) == b"\0\0\0"
-    with open(path, "r+b") as file:
-        file.seek(100)
-        file.write(b"abc")
-    assert reader.read(place) == b"abc"
-    memory_of_ours.remove(name)
-    assert reader.read(place) == b"abc"  # until it is told
-    reader.close(name)
-    assert not [path for path in _open_in_shm(os.getpid()) if name in path.name]
-    with pytest.raises(RegionError, match="has ended"):
-        reader.read(place)
-    reader.close("never opened")
-
-
-def test_a_reader_follows_no_link(memory_of_ours: SharedMemory, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_bytes(b"secret")
-    os.symlink(tmp_path / "secret", f"{memory_of_ours.folder}/name")
-    with pytest.raises(RegionError):
-        Reader(memory_of_ours.folder).read(Place(region="name", offset=0, bytes=6))
-
-
-def test_folders_of_the_dead_are_swept_and_those_of_the_living_are_not(memory_of_ours: SharedMemory) -> None:
-    code = """
-import os, sys
-from daemon.shared_memory import SharedMemory
-memory = SharedMemory([])
-memory.create(4096, 0.0)
-print(memory.folder, flush=True)
-sys.stdin.read()
-"""
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        left = Path(other.stdout.readline().strip())
-        shared_memory.sweep()
-        assert left.exists()
-        other.kill()
-        other.wait()
-        assert left.exists()
-    shared_memory.sweep()
-    assert not left.exists()
-    assert Path(memory_of_ours.folder).exists()
-
-
-def test_looking_after_hundreds_of_regions_is_cheap(memory_of_ours: SharedMemory) -> None:
-    for _ in range(regions.MOST_REGIONS):
-        memory_of_ours.create(4096, 0.0)
-    start = time.process_time()
-    assert memory_of_ours.abandoned(1.0) == []  # still in their time of grace
-    assert time.process_time() - start < 0.02
-
-
-def test_a_folder_that_somebody_removed_is_a_refusal(memory_of_ours: SharedMemory) -> None:
-    name, _ = memory_of_ours.create(4096, 0.0)
-    subprocess.run(["rm", "-r", memory_of_ours.folder], check=True)
-    with pytest.raises(RegionError, match="No such file"):
-        memory_of_ours.create(4096, 0.0)
-    memory_of_ours.remove(name)
+def test_a_worker_that_comes_too_late_maps_no_other_file(own: Any) -> None:
+    opened = WorkerRegions(os.getpid())
+    other = own(memory_file(4096))
+    opened.open(OpenRegion(region="r", descriptor=other, inode=os.fstat(other).st_ino + 1, bytes=4096))
+    opened.open(OpenRegion(region="s", descriptor=9999, inode=1, bytes=4096))
+    with pytest.raises(RegionError, match="region r: it has ended"):
+        opened.view(Place(region="r", offset=0, bytes=1))
+    with pytest.raises(RegionError, match=r"region s: .*No such file"):
+        opened.view(Place(region="s", offset=0, bytes=1))
 
 
 def test_small_images_are_not_worth_a_place() -> None:

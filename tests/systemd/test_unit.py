@@ -141,7 +141,7 @@ except PermissionError:
 
 
 def test_a_member_of_the_group_hands_images_over_in_shared_memory(service: Service) -> None:
-    """Another user than the service's makes, locks and fills places in a file of the service's."""
+    """Another user than the service's makes the memory; the workers find the daemon in a /proc that hides others."""
     segment = """
 import numpy
 from daemon.client import Client

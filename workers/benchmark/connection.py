@@ -5,7 +5,6 @@ the latency of a job and to what this program takes. A place is free again when 
 """
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,7 +13,7 @@ import zmq
 
 from daemon import places, protocol
 from daemon.program import UsageError
-from daemon.protocol import TO_CLIENT, NoRegion, OpenRegion, Options, Place, Submit
+from daemon.protocol import Options, Place, Submit
 from workers.benchmark.pictures import Picture
 
 Transport = Literal["auto", "socket", "shared"]
@@ -69,7 +68,7 @@ class Connection:
             return
         try:
             self.region = self._opened(endpoint, -(-largest // PAGE) * PAGE)
-        except (OSError, ValueError) as error:
+        except (OSError, UsageError) as error:
             if transport == "shared":
                 raise UsageError(f"--transport shared: {error}") from None
 
@@ -98,17 +97,15 @@ class Connection:
 
     def _opened(self, endpoint: str, place_bytes: int) -> places.Region:
         if not endpoint.startswith("ipc://"):
-            raise ValueError(f"it needs the daemon on this host, by an ipc endpoint; {endpoint} is none")
-        self.socket.send_multipart(protocol.encode(OpenRegion(bytes=self._sending.places * place_bytes)))
-        if not self.socket.poll(int(1000 * self._sending.deadline_s)):
-            raise ValueError(f"the daemon at {endpoint} does not answer")
-        message: protocol.ToClient
-        message, _ = protocol.decode(self.socket.recv_multipart(), TO_CLIENT)
-        match message:
-            case protocol.Region() if message.bytes >= place_bytes:
-                return places.Region(message, place_bytes, os.stat(endpoint.removeprefix("ipc://")).st_uid)
-            case protocol.Region():
-                raise ValueError(f"the daemon grants {message.bytes} bytes, an image needs {place_bytes}")
-            case NoRegion():
-                raise ValueError(message.reason)
-        raise ValueError(f"the daemon at {endpoint} knows no shared memory")
+            raise UsageError(f"it needs the daemon on this host, by an ipc endpoint; {endpoint} is none")
+        region = places.Region(place_bytes, self._sending.places)
+        try:
+            region.offer(endpoint.removeprefix("ipc://"))
+            region.socket.settimeout(self._sending.deadline_s)
+            answer = region.answer()
+            if not region.name:
+                raise UsageError(answer["reason"])
+        except BaseException:
+            region.close()
+            raise
+        return region
