@@ -1,6 +1,7 @@
 """The broker under generated histories: every accepted job gets exactly one answer, and `check()` always holds."""
 from __future__ import annotations
 
+import fcntl
 from collections import Counter
 
 from hypothesis import settings
@@ -10,20 +11,26 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from daemon.broker import Action, Broker, Evict, Limits, SendClient, SendWorker
 from daemon.protocol import (
     Cancel,
+    CloseRegion,
     Code,
     Failed,
     FailedLease,
     Finished,
     Image,
     Lease,
+    OpenRegion,
     Result,
     Revoke,
     Started,
     Stop,
     Submit,
 )
+from daemon.regions import PAGE, Memory
 
-LIMITS = Limits(max_jobs=6, max_bytes=60, max_image_bytes=30, max_attempts=2, deadline_s=20.0, stall_s=8.0)
+LIMITS = Limits(
+    max_jobs=6, max_bytes=60, max_image_bytes=30, max_attempts=2, deadline_s=20.0, stall_s=8.0,
+    shared_memory_bytes=64 * PAGE,
+)  # fmt: skip
 CLIENTS = st.sampled_from([b"a", b"b"])
 REFUSALS = {Code.BUSY, Code.TOO_LARGE, Code.DRAINING, Code.UNAVAILABLE}
 index = st.integers(0, 1000)
@@ -40,6 +47,8 @@ class BrokerMachine(RuleBasedStateMachine):
         self.held: dict[str, dict[int, str]] = {}  # worker: lease: job
         self.started: dict[str, set[int]] = {}
         self.stopped: set[str] = set()
+        self.regions: set[str] = set()
+        self.mapped: dict[str, set[str]] = {}  # worker: regions
         self.jobs = 0
         self.generation = 0
         self.spent: Counter[str] = Counter()  # deaths of a worker that had started the job
@@ -60,6 +69,11 @@ class BrokerMachine(RuleBasedStateMachine):
                     self.held[worker][lease.lease] = bytes(payload[0]).decode().strip()
                 case SendWorker(worker, Revoke(lease=number)):
                     assert number in self.held[worker], "revoked what the worker does not hold"
+                case SendWorker(worker, OpenRegion(region=name)):
+                    assert name not in self.mapped[worker], "opened twice"
+                    self.mapped[worker].add(name)
+                case SendWorker(worker, CloseRegion(region=name)):
+                    self.mapped[worker].remove(name)
                 case SendWorker(worker, Stop()):
                     assert not self.held[worker], "told to stop with leases held"
                     self.stopped.add(worker)
@@ -105,6 +119,21 @@ class BrokerMachine(RuleBasedStateMachine):
         self.owed = {key for key in self.owed if key[0] != client}
         self.carry_out(self.broker.client_gone(client, self.now))
 
+    @precondition(lambda self: len(self.regions) < 4)
+    @rule()
+    def open_region(self) -> None:
+        self.jobs += 1
+        memory = Memory(descriptor=7, inode=self.jobs, bytes=PAGE, seals=fcntl.F_SEAL_SHRINK, page_bytes=PAGE, pid=1)
+        self.regions.add(f"r{self.jobs}")
+        self.carry_out(self.broker.open_region(f"r{self.jobs}", memory))
+
+    @precondition(lambda self: self.regions)
+    @rule(pick=index)
+    def end_region(self, pick: int) -> None:
+        name = sorted(self.regions)[pick % len(self.regions)]
+        self.regions.remove(name)
+        self.carry_out(self.broker.end_region(name))
+
     # -- workers
 
     @precondition(lambda self: len(self.held) < 3)
@@ -112,7 +141,7 @@ class BrokerMachine(RuleBasedStateMachine):
     def ready(self, window: int) -> None:
         self.generation += 1
         worker = f"npu:0.{self.generation}"
-        self.held[worker], self.started[worker] = {}, set()
+        self.held[worker], self.started[worker], self.mapped[worker] = {}, set(), set()
         self.carry_out(self.broker.ready(worker, "npu:0", window, self.now))
 
     @precondition(lambda self: self.held)
@@ -217,6 +246,7 @@ class BrokerMachine(RuleBasedStateMachine):
     def holds(self) -> None:
         self.broker.check()
         assert self.broker.unanswered == len(self.owed)
+        assert all(self.mapped[worker] == self.regions for worker in self.held), "a worker has other regions"
         assert self.broker.leased == sum(map(len, self.held.values()))
         assert self.broker.waiting_bytes <= LIMITS.max_bytes + 3 * 3 * LIMITS.max_image_bytes
 
