@@ -8,11 +8,12 @@ import math
 import secrets
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgpack
+import msgspec
 
 from daemon import protocol
 from daemon.protocol import TO_CLIENT, Code, Failed, Options, Place, Result, Stats, Submit
@@ -76,7 +77,8 @@ class Job:
     def frames(self) -> list[Any]:
         if self.place is None or self.by_socket:
             return protocol.encode(self.submit, self.payload)
-        return protocol.encode(replace(self.submit, image=replace(self.submit.image, place=self.place)))
+        image = msgspec.structs.replace(self.submit.image, place=self.place)
+        return protocol.encode(msgspec.structs.replace(self.submit, image=image))
 
     def result(self) -> Segmentation:
         assert self.answer is not None

@@ -59,8 +59,9 @@ No pickle anywhere. What cannot be decoded raises `ProtocolError`; beyond `decod
 """
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -108,8 +109,11 @@ class ProtocolError(ValueError):
         self.job = job
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class _Message(msgspec.Struct, tag_field="type", frozen=True):
+    """What travels as a header: a map with the key ``type``."""
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
     """Where in shared memory an image lies."""
 
     region: Annotated[str, Meta(max_length=64)]
@@ -117,8 +121,7 @@ class Place:
     bytes: Annotated[int, Meta(ge=0)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Image:
+class Image(msgspec.Struct, frozen=True, kw_only=True):
     """How the image of a job travels."""
 
     kind: Literal["encoded", "raw", "path"]
@@ -129,8 +132,7 @@ class Image:
     place: Place | None = None  # in shared memory; None: it is the payload
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What of the network's output a job wants back."""
 
     score_threshold: Annotated[float, Meta(ge=0, le=1)] = 0.0
@@ -138,31 +140,27 @@ class Options:
     mask_format: Literal["rle", "polygon", "none"] = "rle"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submit:
+class Submit(_Message, tag="submit", frozen=True, kw_only=True):
     """Client to broker: one job."""
 
     job: JobName
     image: Image
-    options: Options = field(default_factory=Options)
+    options: Options = msgspec.field(default_factory=Options)
     deadline_s: Annotated[float, Meta(gt=0, le=86400)] | None = None  # from arrival; None: the daemon's own
     priority: Annotated[int, Meta(ge=-9, le=9)] = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cancel:
+class Cancel(_Message, tag="cancel", frozen=True, kw_only=True):
     """Client to broker: the job is no longer wanted."""
 
     job: JobName
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GetStats:
+class GetStats(_Message, tag="get-stats", frozen=True, kw_only=True):
     """Client to broker: the latest snapshot, please."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class Result(_Message, tag="result", frozen=True, kw_only=True):
     """Broker to client: the answer. Payload: msgpack list of COCO results."""
 
     job: str
@@ -172,8 +170,7 @@ class Result:
     timings: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failed:
+class Failed(_Message, tag="failed", frozen=True, kw_only=True):
     """Broker to client: the other answer."""
 
     job: str
@@ -182,15 +179,13 @@ class Failed:
     retry_after_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stats:
+class Stats(_Message, tag="stats", frozen=True, kw_only=True):
     """Broker to client: a snapshot."""
 
     stats: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
+class Ready(_Message, tag="ready", frozen=True, kw_only=True):
     """Worker to broker: loaded and warm."""
 
     token: str  # of this run of the daemon, so that no orphan of another run is taken on
@@ -199,15 +194,13 @@ class Ready:
     actual: dict[str, Any]  # what took effect of what was wanted at spawn
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
+class Started(_Message, tag="started", frozen=True, kw_only=True):
     """Worker to broker: these leases are about to enter the device."""
 
     leases: list[int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
+class Finished(_Message, tag="finished", frozen=True, kw_only=True):
     """Worker to broker: a lease's result. Payload: as in `Result`."""
 
     lease: int
@@ -216,8 +209,7 @@ class Finished:
     timings: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FailedLease:
+class FailedLease(_Message, tag="failed-lease", frozen=True, kw_only=True):
     """Worker to broker: a lease that ended without a result."""
 
     lease: int
@@ -225,8 +217,7 @@ class FailedLease:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Report(_Message, tag="report", frozen=True, kw_only=True):
     """Worker to broker, each second: what was done since the last report."""
 
     start: float  # CLOCK_MONOTONIC
@@ -240,8 +231,7 @@ class Report:
     window: Annotated[int, Meta(ge=1)]  # leases it wants to hold by now
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lease:
+class Lease(_Message, tag="lease", frozen=True, kw_only=True):
     """Broker to worker: segment this image. Payload: as in `Submit`."""
 
     lease: int
@@ -251,15 +241,13 @@ class Lease:
     alone: bool = False  # its worker died before: never batched with others
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Revoke:
+class Revoke(_Message, tag="revoke", frozen=True, kw_only=True):
     """Broker to worker: nobody waits for this lease any more; skip it if it has not started."""
 
     lease: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenRegion:
+class OpenRegion(_Message, tag="open-region", frozen=True, kw_only=True):
     """Broker to worker: images may lie in this memory."""
 
     region: str
@@ -268,15 +256,13 @@ class OpenRegion:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CloseRegion:
+class CloseRegion(_Message, tag="close-region", frozen=True, kw_only=True):
     """Broker to worker: this region has ended; its memory is free when nobody has it open any more."""
 
     region: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stop:
+class Stop(_Message, tag="stop", frozen=True, kw_only=True):
     """Broker to worker: finish what you hold, then exit."""
 
 
@@ -286,60 +272,66 @@ FromWorker = Ready | Started | Finished | FailedLease | Report
 ToWorker = Lease | Revoke | OpenRegion | CloseRegion | Stop
 Message = FromClient | ToClient | FromWorker | ToWorker
 
-FROM_CLIENT = {"submit": Submit, "cancel": Cancel, "get-stats": GetStats}
-TO_CLIENT = {"result": Result, "failed": Failed, "stats": Stats}
-FROM_WORKER = {
-    "ready": Ready,
-    "started": Started,
-    "finished": Finished,
-    "failed-lease": FailedLease,
-    "report": Report,
-}
-TO_WORKER = {
-    "lease": Lease,
-    "revoke": Revoke,
-    "open-region": OpenRegion,
-    "close-region": CloseRegion,
-    "stop": Stop,
-}
-_TYPE = {cls: name for kinds in (FROM_CLIENT, TO_CLIENT, FROM_WORKER, TO_WORKER) for name, cls in kinds.items()}
-
 M = TypeVar("M")
+
+
+class Kinds(dict[str, type[M]]):
+    """What one side may say, by type."""
+
+    def __init__(self, *messages: type[M]) -> None:
+        super().__init__({_tag(message): message for message in messages})
+        self.decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(functools.reduce(operator.or_, messages))
+
+
+def _tag(message: Any) -> str:
+    return str(message.__struct_config__.tag)
+
+
+FROM_CLIENT: Kinds[FromClient] = Kinds(Submit, Cancel, GetStats)
+TO_CLIENT: Kinds[ToClient] = Kinds(Result, Failed, Stats)
+FROM_WORKER: Kinds[FromWorker] = Kinds(Ready, Started, Finished, FailedLease, Report)
+TO_WORKER: Kinds[ToWorker] = Kinds(Lease, Revoke, OpenRegion, CloseRegion, Stop)
 
 
 def encode(message: Message, payload: Frames = ()) -> list[Any]:
     """Frames of a message; the payload's frames are passed on as they are."""
-    header = msgspec.to_builtins(message)
-    header["type"] = _TYPE[type(message)]
-    return [MAGIC, msgpack.packb(header), *payload]
+    return [MAGIC, msgspec.msgpack.encode(message), *payload]
 
 
-def decode(frames: Sequence[Any], kinds: dict[str, type[M]]) -> tuple[M, list[Any]]:
-    """The message of these frames and its payload. `kinds` is the table of what the sender may say.
+def decode(frames: Sequence[Any], kinds: Kinds[M]) -> tuple[M, list[Any]]:
+    """The message of these frames and its payload. `kinds` is what the sender may say.
 
     Raises `ProtocolError` for anything else; its `job` names the job where that could be read.
     """
     if len(frames) < 2 or bytes(memoryview(frames[0])) != MAGIC:
         raise ProtocolError(f"expected frames [{MAGIC.decode()}, header, payload...]")
-    header = _header(frames[1])
-    job = header.get("job")
-    job = job if isinstance(job, str) and len(job) <= 128 else ""
-    kind = kinds.get(header.get("type"))  # type: ignore[arg-type]
-    if kind is None:
-        raise ProtocolError(f"type {header.get('type')!r:.80}: expected one of {', '.join(kinds)}", job)
+    header = memoryview(frames[1])
+    if len(header) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"header of {len(header)} bytes: at most {MAX_HEADER_BYTES}; pixels go into payload frames")
     try:
-        message = msgspec.convert(header, kind)
-    except msgspec.ValidationError as error:
-        raise ProtocolError(f"{header['type']}: {error}", job) from None
+        message = kinds.decoder.decode(header)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        message = _read_in_steps(header, kinds)
     if isinstance(message, Submit):
         _check_submit(message, len(frames) - 2)
     return message, list(frames[2:])
 
 
-def _header(frame: Any) -> dict[str, Any]:
-    view = memoryview(frame)
-    if len(view) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"header of {len(view)} bytes: at most {MAX_HEADER_BYTES}; pixels go into payload frames")
+def _read_in_steps(view: memoryview, kinds: Kinds[M]) -> M:
+    """Read a header that was refused once more, for a clear reason and the name of its job: raises `ProtocolError`."""
+    header = _header(view)
+    job = header.get("job")
+    job = job if isinstance(job, str) and len(job) <= 128 else ""
+    kind = kinds.get(header["type"])
+    if kind is None:
+        raise ProtocolError(f"type {header['type']!r:.80}: expected one of {', '.join(kinds)}", job)
+    try:
+        return msgspec.convert(header, kind)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"{header['type']}: {error}", job) from None
+
+
+def _header(view: memoryview) -> dict[str, Any]:
     try:
         header = msgpack.unpackb(view, strict_map_key=True)
     except (ValueError, RecursionError, msgpack.UnpackException) as error:

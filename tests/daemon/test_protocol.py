@@ -47,23 +47,23 @@ SUBMIT = {"type": "submit", "job": "a", "image": ENCODED}
 SUBMIT_BYTES = [
     b"BMD1",
     (b"\x86"
+    b"\xa4type\xa6submit"
     b"\xa3job\xa3a-1"
     b"\xa5image\x86\xa4kind\xa3raw\xa5shape\x93\x01\x02\x03\xa5dtype\xa5uint8\xa5order\xa3bgr\xa4path\xc0\xa5place\xc0"
     b"\xa7options\x83\xafscore_threshold\xcb\x3f\xe0\x00\x00\x00\x00\x00\x00\xaemax_detections\x64"
     b"\xabmask_format\xa3rle"
     b"\xaadeadline_s\xcb\x40\x24\x00\x00\x00\x00\x00\x00"
-    b"\xa8priority\xff"
-    b"\xa4type\xa6submit"),
+    b"\xa8priority\xff"),
     b"\x01\x02\x03\x04\x05\x06",
 ]
 RESULT_BYTES = [
     b"BMD1",
     (b"\x86"
+    b"\xa4type\xa6result"
     b"\xa3job\xa3a-1"
     b"\xa5width\x02\xa6height\x01"
     b"\xa6device\xa5npu:0"
-    b"\xa7timings\x81\xa5total\xcb\x3f\xa0\x00\x00\x00\x00\x00\x00"
-    b"\xa4type\xa6result"),
+    b"\xa7timings\x81\xa5total\xcb\x3f\xa0\x00\x00\x00\x00\x00\x00"),
     b"\x90",
 ]
 
@@ -75,7 +75,7 @@ PLACED_BYTES = [
     b"\xa4type\xa6submit"),
 ]
 
-MESSAGES: list[tuple[Any, dict[str, type[Any]]]] = [
+MESSAGES: list[tuple[Any, protocol.Kinds[Any]]] = [
     (Submit(job="a", image=Image(kind="path", path="/data/a.jpg")), FROM_CLIENT),
     (Cancel(job="a"), FROM_CLIENT),
     (GetStats(), FROM_CLIENT),
@@ -155,7 +155,7 @@ def test_a_running_daemon_speaks_these_bytes(shared_daemon: Any) -> None:
 
 
 @pytest.mark.parametrize(("message", "kinds"), MESSAGES)
-def test_every_message_comes_back_as_it_was(message: Any, kinds: dict[str, type[Any]]) -> None:
+def test_every_message_comes_back_as_it_was(message: Any, kinds: protocol.Kinds[Any]) -> None:
     payload = [b"pixels"] if isinstance(message, Result | Finished | Lease) else []
     assert decode(encode(message, payload), kinds) == (message, payload)
 
@@ -294,7 +294,7 @@ plain = st.recursive(
 tables = st.sampled_from([FROM_CLIENT, TO_CLIENT, FROM_WORKER, TO_WORKER])
 
 
-def check(frames: list[bytes], kinds: dict[str, type[Any]]) -> None:
+def check(frames: list[bytes], kinds: protocol.Kinds[Any]) -> None:
     """Either a message of the table, or a ProtocolError; nothing else is raised."""
     try:
         message, _ = decode(frames, kinds)
@@ -311,7 +311,7 @@ def check(frames: list[bytes], kinds: dict[str, type[Any]]) -> None:
 @example([MAGIC, b"\xd6\xff\xff\xff\xff\xff"], FROM_CLIENT)  # a timestamp
 @example([MAGIC, b"\x81\xa4type\xc7\x0c\xff" + b"\xff" * 12], FROM_CLIENT)  # one with too many nanoseconds
 @example([MAGIC, b"\xdd\xff\xff\xff\xff"], FROM_CLIENT)  # a list of four billion
-def test_no_bytes_raise_anything_but_protocol_error(frames: list[bytes], kinds: dict[str, type[Any]]) -> None:
+def test_no_bytes_raise_anything_but_protocol_error(frames: list[bytes], kinds: protocol.Kinds[Any]) -> None:
     check(frames, kinds)
     check([MAGIC, *frames], kinds)
 

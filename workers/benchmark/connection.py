@@ -6,9 +6,10 @@ the latency of a job and to what this program takes. A place is free again when 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 import zmq
 
 from daemon import places, protocol
@@ -92,7 +93,8 @@ class Connection:
     def _at(self, place: Place, picture: int) -> Template:
         key = (picture, place.offset)
         if key not in self._by_place:
-            self._by_place[key] = Template(replace(self._pictures[picture].image, place=place), [], self._sending)
+            image = msgspec.structs.replace(self._pictures[picture].image, place=place)
+            self._by_place[key] = Template(image, [], self._sending)
         return self._by_place[key]
 
     def _opened(self, endpoint: str, place_bytes: int) -> places.Region:
