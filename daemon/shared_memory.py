@@ -36,6 +36,7 @@ from daemon.regions import Memory, RegionError
 MOST_UNANSWERED = 32  # connections; for one more, the oldest of them is closed
 ANSWER_BY_S = 3.0  # that a client may take to send its memory
 MOST_CLOSING = 64  # connections and descriptors that wait to be closed
+MOST_SENT = 253  # descriptors that the kernel lets pass with one message; what is not received, it closes at once
 ACCEPT_AT_ONCE = 64
 LISTEN = select.EPOLLIN | select.EPOLLET  # when descriptors run out, the loop must not turn in circles
 
@@ -47,7 +48,7 @@ class Peer:
     socket: socket.socket
     pid: int
     silent_until: float
-    descriptor: int = -1
+    descriptors: list[int]
     region: str = ""
 
 
@@ -120,7 +121,7 @@ class SharedMemory:
         self._events.close()
 
     def _take_in(self, listener: socket.socket, now: float) -> None:
-        if self._closing.qsize() >= MOST_CLOSING:
+        if self._is_full():
             return
         with contextlib.suppress(OSError):  # none is left, or no descriptor is
             for _ in range(ACCEPT_AT_ONCE):
@@ -130,7 +131,7 @@ class SharedMemory:
                 if len(unanswered) >= MOST_UNANSWERED:
                     self._drop(unanswered[0])
                 pid = struct.unpack("iII", accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-                self._peers[accepted.fileno()] = Peer(accepted, pid, now + ANSWER_BY_S)
+                self._peers[accepted.fileno()] = Peer(accepted, pid, now + ANSWER_BY_S, [])
                 self._events.register(accepted, select.EPOLLIN)
             self._events.modify(listener, LISTEN)  # there may be more: tell it again
 
@@ -139,13 +140,15 @@ class SharedMemory:
             self._drop(peer)
             yield Ended(peer.region)
             return
+        if self._is_full():
+            self._drop(peer)
+            return
         try:
-            message, descriptors, flags, _ = socket.recv_fds(peer.socket, 16, 1, socket.MSG_CMSG_CLOEXEC)
+            message, peer.descriptors, _, _ = socket.recv_fds(peer.socket, 16, MOST_SENT, socket.MSG_CMSG_CLOEXEC)
         except OSError:
-            message, descriptors, flags = b"", [], 0
-        peer.descriptor = descriptors[0] if descriptors else -1
+            message = b""
         try:
-            if message != MAGIC or not descriptors or flags & socket.MSG_CTRUNC:
+            if message != MAGIC or len(peer.descriptors) != 1:
                 raise RegionError(f"expected {MAGIC.decode()} with one descriptor")
             memory = _examine(peer)
         except RegionError as error:
@@ -158,14 +161,18 @@ class SharedMemory:
         with contextlib.suppress(OSError):  # it is gone, which its connection will tell
             peer.socket.send(msgpack.packb(fields))
 
+    def _is_full(self) -> bool:
+        return self._closing.qsize() >= MOST_CLOSING
+
     def _drop(self, peer: Peer) -> None:
         del self._peers[peer.socket.fileno()]
         self._events.unregister(peer.socket)
         self._closing.put(peer.socket)
-        if peer.region:
-            os.close(peer.descriptor)  # which is memory: at once, whatever else waits
-        elif peer.descriptor >= 0:
-            self._closing.put(peer.descriptor)
+        for descriptor in peer.descriptors:
+            if peer.region:  # it is memory: at once, whatever else waits
+                os.close(descriptor)
+            else:
+                self._closing.put(descriptor)
 
 
 def _close(closing: queue.SimpleQueue[socket.socket | int | None]) -> None:
@@ -177,10 +184,11 @@ def _close(closing: queue.SimpleQueue[socket.socket | int | None]) -> None:
 
 
 def _examine(peer: Peer) -> Memory:
+    [descriptor] = peer.descriptors
     try:
-        seals = fcntl.fcntl(peer.descriptor, fcntl.F_GET_SEALS)
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     except OSError:
         raise RegionError("the descriptor is not a memory file's (memfd_create)") from None
-    found = os.fstat(peer.descriptor)
-    page = os.fstatvfs(peer.descriptor).f_bsize
-    return Memory(peer.descriptor, found.st_ino, found.st_size, seals, page, peer.pid)
+    found = os.fstat(descriptor)
+    page = os.fstatvfs(descriptor).f_bsize
+    return Memory(descriptor, found.st_ino, found.st_size, seals, page, peer.pid)

@@ -428,14 +428,18 @@ def test_the_silent_are_closed_and_keep_nobody_out(server: Any, wait_until: Any)
         wait_until(lambda: len(descriptors(server)) <= before, shared_memory.ANSWER_BY_S + 5)
 
 
-def test_descriptors_that_are_slow_to_close_do_not_stop_the_daemon(server: Any) -> None:
+@pytest.mark.parametrize(("before", "reason"), [(0, "not a memory file"), (1, "expected BMD1 with one descriptor")])
+def test_descriptors_that_are_slow_to_close_do_not_stop_the_daemon(
+    server: Any, own: Any, before: int, reason: str
+) -> None:
+    others = [own(memory_file(4096)) for _ in range(before)]
     with contextlib.closing(Bare(server)) as client, lingering() as hand_over:
-        for _ in range(3):
+        for _ in range(2):
             connection = client.connect()
             server.process.send_signal(signal.SIGSTOP)
-            hand_over(connection)
+            hand_over(connection, *others)
             server.process.send_signal(signal.SIGCONT)
-            assert "not a memory file" in msgpack.unpackb(connection.recv(4096))["reason"]
+            assert reason in msgpack.unpackb(connection.recv(4096))["reason"]
             start = time.monotonic()
             server.client.stats()
             assert time.monotonic() - start < 0.5
@@ -448,6 +452,7 @@ def test_while_too_much_waits_to_be_closed_nobody_is_taken_in(
     with contextlib.closing(Bare(peer)) as client, lingering() as hand_over:
         for _ in range(2):
             hand_over(client.connect())
+            wait_until(lambda: peer.memory._closing.qsize() == 0)  # all but what is being closed
             assert list(peer.memory.receive(0.0)) == []  # a connection
             assert list(peer.memory.receive(0.0)) == []  # what it said, and it is dropped
         socket.send_fds(client.connect(), [MAGIC], [own(memory_file(4096))])
@@ -457,18 +462,18 @@ def test_while_too_much_waits_to_be_closed_nobody_is_taken_in(
 
 
 @contextlib.contextmanager
-def lingering() -> Iterator[Callable[[socket.socket], None]]:
-    """Hands over sockets that take a second to close, because their peer does not read."""
+def lingering() -> Iterator[Callable[..., None]]:
+    """Hands over sockets that take a second to close, because their peer does not read, behind other descriptors."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def hand_over(connection: socket.socket) -> None:
+        def hand_over(connection: socket.socket, *others: int) -> None:
             with socket.create_connection(listener.getsockname()) as slow:
                 slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 1))
                 slow.setblocking(False)
                 with contextlib.suppress(BlockingIOError):
                     while True:
                         slow.send(b"x" * 65536)
-                socket.send_fds(connection, [MAGIC], [slow.fileno()])
+                socket.send_fds(connection, [MAGIC], [*others, slow.fileno()])
 
         yield hand_over
 
