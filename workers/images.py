@@ -63,6 +63,7 @@ def decode(payload: Payload, limits: Limits) -> Pixels:
     if len(encoded) == 0:
         raise ImageError(Code.BAD_IMAGE, "the image is empty (0 bytes)")
     try:
+        # BytesIO copies: a client may change its shared memory, and no decoder may see that after it has checked it.
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             _check_pixels(image.height, image.width, limits)
             return _bgr(image)

@@ -8,8 +8,8 @@ teller     one: tells the daemon which batch has started
 =========  ==========================================================================================
 
 A lease that comes while no other is held is lone: the device thread does all of it, because nothing could overlap and
-each change of thread costs time. It is not reported as started as long as it is the only one: if the worker dies, the
-daemon knows what it died of.
+each change of thread costs time; while such leases are quick, the main thread does. It is not reported as started as
+long as it is the only one: if the worker dies, the daemon knows what it died of.
 
 While the device waits, its thread must do nothing that gives the interpreter lock away, such as sending: taking the
 lock back can last as long as a host thread's longest step. So a batch's start is told by a thread of its own, and only
@@ -50,6 +50,7 @@ from workers.regions import Regions
 log = logging.getLogger("blendmaskd.worker")
 
 REPORT_S = 1.0
+QUICK_S = 0.002  # so long the main thread may be kept from receiving
 SWITCH_S = 0.0005  # how long a thread that needs the interpreter lock waits until it asks for it; Python's own is 5 ms
 ENGINE_FAILURES_IN_A_ROW = 3  # then the device is taken to be broken rather than the images
 EXIT_ENGINE_BROKEN = 70  # sysexits' EX_SOFTWARE
@@ -81,6 +82,7 @@ class Loop:
         self._held: dict[int, Item] = {}
         self._images = 0  # finished since the last report
         self._most_held = 0, 0  # at once, in the last second and in this one
+        self._lone_is_quick = False  # as the last one was
         self._channel = Channel(assignment.identity, assignment.endpoint)
         self._regions = Regions(assignment.daemon_pid)
         self._prepared = Prepared(batching, self._settings.max_wait_ms / 1000, lambda: max(self._most_held) <= 1)
@@ -133,7 +135,10 @@ class Loop:
         self._most_held = before, max(now, len(others) + 1)
         if not others:
             item.lone = True
-            self._prepared.put(item)
+            if not self._lone_is_quick:
+                self._prepared.put(item)
+            elif self._can_run(item):  # nobody else uses the device: all that is held is this
+                self._run([item])
             return
         for lone in [other for other in others if other.lone]:
             lone.lone = False
@@ -189,8 +194,6 @@ class Loop:
     def _pixels(self, item: Item) -> images.Pixels:
         image, limits = item.lease.image, self._settings.limits
         match image.kind:
-            case "encoded" if image.place:  # a copy: no decoder may see bytes that change after it has checked them
-                return images.decode(bytes(self._payload(item)), limits)
             case "encoded":
                 return images.decode(self._payload(item), limits)
             case "raw":
@@ -257,6 +260,7 @@ class Loop:
             return False
         end = time.monotonic()
         self._batching.observe(size, len(batch), end - start)
+        self._lone_is_quick = batch[0].lone and end - batch[0].received < QUICK_S
         for item, output in zip(batch, outputs):
             item.timings |= {"wait": start - item.ready_at, "device": end - start}
             if len(self._held) == 1:

@@ -37,8 +37,9 @@ from daemon.client import AsyncClient, Client, JobFailed, Segmentation, SharedMe
 from daemon.places import PLACES, SMALLEST_BYTES
 from daemon.protocol import FROM_CLIENT, MAGIC, MEMORY_SUFFIX, TO_CLIENT, Code, Failed, Image, OpenRegion, Place, Submit
 from daemon.regions import Memory, RegionError
+from daemon.settings import Limits
 from daemon.shared_memory import Ended, Offered, SharedMemory
-from workers import engines
+from workers import engines, images
 from workers.regions import Regions as WorkerRegions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -506,6 +507,19 @@ def test_rewriting_and_punching_holes_under_the_workers_harms_nobody_else(server
     assert server.pids() == pids
     with Client(server.endpoint, 20, transport="socket") as other:
         assert other.segment(encoded).width == 300
+
+
+def test_no_decoder_sees_bytes_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = bytearray(jpeg(1))
+    expected = images.decode(payload, Limits())
+    real = PillowImage.open
+
+    def rewritten(file: Any, **options: Any) -> Any:
+        payload[:] = bytes(len(payload))
+        return real(file, **options)
+
+    monkeypatch.setattr(images.Image, "open", rewritten)
+    assert np.array_equal(images.decode(memoryview(payload), Limits()), expected)
 
 
 def _punch(descriptor: int, size: int) -> None:
