@@ -29,7 +29,8 @@ import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+
+import msgspec
 
 from daemon.jobs import Job, Waiting
 from daemon.protocol import (
@@ -55,8 +56,7 @@ SHORTEST_RETRY_S = 0.05
 LONGEST_RETRY_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class SendClient:
+class SendClient(msgspec.Struct, frozen=True):
     """Send this to a client."""
 
     client: bytes
@@ -64,8 +64,7 @@ class SendClient:
     payload: Frames = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SendWorker:
+class SendWorker(msgspec.Struct, frozen=True):
     """Send this to a worker."""
 
     worker: str
@@ -73,8 +72,7 @@ class SendWorker:
     payload: Frames = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Evict:
+class Evict(msgspec.Struct, frozen=True):
     """This worker hangs: end it. `lose` follows when it is gone."""
 
     worker: str
@@ -84,16 +82,14 @@ class Evict:
 Action = SendClient | SendWorker | Evict
 
 
-@dataclass(slots=True, eq=False)
-class HeldLease:
+class HeldLease(msgspec.Struct, eq=False):
     """What a worker was sent and has not ended."""
 
     job: Job | None  # None: answered early
     started: bool = False
 
 
-@dataclass(slots=True, eq=False)
-class Worker:
+class Worker(msgspec.Struct, eq=False):
     """A worker that is ready."""
 
     name: str
@@ -101,7 +97,7 @@ class Worker:
     window: int
     progress: float  # when it last ended or started a lease, or went from idle to busy
     heard: float  # when it last said anything
-    leases: dict[int, HeldLease] = field(default_factory=dict)
+    leases: dict[int, HeldLease] = {}
     retiring: bool = False  # gets no new leases
     evicted: bool = False  # hangs, and is being ended
 
@@ -114,8 +110,7 @@ class Worker:
         return lease.job is not None and lease.job.suspect
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds, from settings."""
 
     max_jobs: int

@@ -3,15 +3,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from daemon.protocol import Frames, Image, Options
 
 UNSTARTED_LOSSES = 3
 
 
-@dataclass(slots=True, eq=False)
-class Job:
+class Job(msgspec.Struct, eq=False):
     """One image to segment, as long as it has no answer."""
 
     seq: int

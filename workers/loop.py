@@ -83,6 +83,7 @@ class Loop:
         self._images = 0  # finished since the last report
         self._most_held = 0, 0  # at once, in the last second and in this one
         self._lone_is_quick = False  # as the last one was
+        self._failures = 0  # of the engine, in a row
         self._channel = Channel(assignment.identity, assignment.endpoint)
         self._regions = Regions(assignment.daemon_pid)
         self._prepared = Prepared(batching, self._settings.max_wait_ms / 1000, lambda: max(self._most_held) <= 1)
@@ -138,7 +139,7 @@ class Loop:
             if not self._lone_is_quick:
                 self._prepared.put(item)
             elif self._can_run(item):  # nobody else uses the device: all that is held is this
-                self._run([item])
+                self._run_and_count([item])
             return
         for lone in [other for other in others if other.lone]:
             lone.lone = False
@@ -225,14 +226,20 @@ class Loop:
 
     def _run_device(self) -> None:
         try:
-            failures = 0
-            while failures < ENGINE_FAILURES_IN_A_ROW:
-                batch = [item for item in self._prepared.take() if self._can_run(item)]
-                if batch:
-                    failures = 0 if self._run(batch) else failures + 1
-            log.error("the engine failed %d times in a row: starting anew", failures)
+            while self._exit_code is None:
+                self._run_and_count([item for item in self._prepared.take() if self._can_run(item)])
         except BaseException:
             log.exception("the device thread died")
+            self._break()
+
+    def _run_and_count(self, batch: list[Item]) -> None:
+        if batch:
+            self._failures = 0 if self._run(batch) else self._failures + 1
+        if self._failures >= ENGINE_FAILURES_IN_A_ROW:
+            log.error("the engine failed %d times in a row: starting anew", self._failures)
+            self._break()
+
+    def _break(self) -> None:
         self._exit_code = EXIT_ENGINE_BROKEN
         self._channel.wake()
 
@@ -242,6 +249,7 @@ class Loop:
     def _run(self, batch: list[Item]) -> bool:
         """Run a batch; when the engine raises on several images, each is tried alone. False when all failed."""
         start = time.monotonic()
+        self._lone_is_quick = False
         if not batch[0].lone:
             self._teller.submit(self._channel.send, protocol.Started(leases=[item.lease.lease for item in batch]))
         size = batch[0].prepared.padded_size

@@ -150,9 +150,12 @@ def test_an_engine_that_raises_fails_that_image_only(daemon, loaded, wait_until)
     assert server.pids() == pids
 
 
-def test_an_engine_that_only_raises_is_started_anew(daemon, wait_until) -> None:
-    server = daemon(**FAULTY, devices=["cpu:0"])
+@pytest.mark.parametrize("latency_ms", [5, 0], ids=["on the device's thread", "on the main thread"])
+def test_an_engine_that_only_raises_is_started_anew(daemon, wait_until, latency_ms) -> None:
+    server = daemon(**FAULTY, devices=["cpu:0"], timed={"latency_ms": {1: latency_ms}})
     pid = server.pids()["cpu:0"]
+    for _ in range(3):
+        assert server.client.segment(picture()).detections
     for _ in range(3):
         with pytest.raises(JobFailed, match="not to the engine's taste"):
             server.client.segment(picture(RAISES))
