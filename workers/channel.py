@@ -17,6 +17,7 @@ import zmq
 
 from daemon import protocol
 
+LARGE_BYTES = 64 << 10  # below, copying costs less than not to
 LINGER_MS = 5000  # for the last answers, when the worker stops
 
 
@@ -49,7 +50,9 @@ class Channel:
         """For any thread."""
         frames = protocol.encode(message, payload)
         with self._lock:
-            self._socket.send_multipart(frames, copy=False)
+            for frame in frames[:-1]:
+                self._socket.send(frame, zmq.SNDMORE)
+            self._socket.send(frames[-1], copy=len(frames[-1]) < LARGE_BYTES)
             if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 self.wake()
 
@@ -66,10 +69,11 @@ class Channel:
         """What has come: messages and their payloads."""
         while True:
             with self._lock:
-                try:
-                    frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-                except zmq.Again:
+                if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                     return
+                frames = [self._socket.recv(zmq.NOBLOCK, copy=False)]
+                while frames[-1].more:
+                    frames.append(self._socket.recv(zmq.NOBLOCK, copy=False))
             message: protocol.ToWorker
             message, payload = protocol.decode(frames, protocol.TO_WORKER)
             yield message, payload
