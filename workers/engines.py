@@ -6,8 +6,8 @@ adelaidet   the original, where detectron2 and adelaidet are installed
 timed       sleeps a latency table and answers with a checksum of the image, or with given outputs: for load tests
 ==========  =========================================================================================
 
-`prepare` and `finish` are host work, and safe to call from several threads; `segment` is the device's, called from one
-thread. So a worker can prepare the next image, send it to the device, and finish the last one while the device runs.
+`prepare` and `finish` are host work, and safe to call from several threads; `segment` is the device's, and never called
+by two threads at once. So a worker can prepare the next image, send it to the device, and finish the last one while the device runs.
 """
 from __future__ import annotations
 
