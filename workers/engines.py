@@ -7,7 +7,8 @@ timed       sleeps a latency table and answers with a checksum of the image, or 
 ==========  =========================================================================================
 
 `prepare` and `finish` are host work, and safe to call from several threads; `segment` is the device's, and never called
-by two threads at once. So a worker can prepare the next image, send it to the device, and finish the last one while the device runs.
+by two threads at once. So a worker can prepare the next image, send it to the device, and finish the last one while the
+device runs.
 """
 from __future__ import annotations
 
