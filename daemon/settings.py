@@ -26,6 +26,7 @@ LARGEST = 1e9  # of seconds and milliseconds: keeps infinity out
 Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
 NotNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
 Count = Annotated[int, Meta(ge=1)]
+BatchSize = Annotated[int, Meta(ge=1, le=64)]
 
 
 class SettingsError(ValueError):
@@ -103,7 +104,7 @@ class Timed(_Section, frozen=True):
     """The `timed` engine's latency table: batch size to milliseconds (defaults: one Ascend 910, 800x800)."""
 
     # batch size: milliseconds; sizes between entries are interpolated. For the engine `timed` only
-    latency_ms: dict[Count, NotNegative] = msgspec.field(
+    latency_ms: dict[BatchSize, NotNegative] = msgspec.field(
         default_factory=lambda: {1: 21.79, 2: 38.90, 4: 122.43, 8: 226.38}
     )
     # an .npz of the native network's outputs: the host's work is then the native engine's, and each image gets these
@@ -119,9 +120,9 @@ class Settings(_Section, frozen=True):
     model: Model = Model()
     endpoints: Endpoints = Endpoints()
     # images per run on the device; auto: as many as give most images per second, learned for each padded size
-    batch: Literal["auto"] | Annotated[int, Meta(ge=1, le=64)] = "auto"
+    batch: Literal["auto"] | BatchSize = "auto"
     # what a device is known to take, batch size: milliseconds; where auto begins. The timed engine's table is known
-    batch_latency_ms: dict[Count, Positive] = {}
+    batch_latency_ms: dict[BatchSize, Positive] = {}
     latency_target_ms: Positive | None = None  # auto never chooses a batch that takes the device longer
     # how long an idle device waits for a batch to fill; not at all while jobs come one at a time
     max_wait_ms: NotNegative = 0.0

@@ -183,3 +183,9 @@ def test_the_daemon_does_not_start_with_a_bad_value(daemon: Any, wait_until: Any
 
 def test_a_bare_off_is_off() -> None:
     assert load(None, None, ["runtime.preload=off"]).runtime.preload == "off"
+
+
+@pytest.mark.parametrize("key", ["timed.latency_ms", "batch_latency_ms"])
+def test_a_latency_table_ends_where_batches_do(key: str) -> None:
+    with pytest.raises(SettingsError, match=key):
+        load(None, None, [f"{key}={{1: 10, 65: 20}}"])
