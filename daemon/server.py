@@ -13,7 +13,6 @@ import logging
 import os
 import secrets
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import zmq
 
 from daemon import broker, protocol, spawn, supervisor, systemd, topology
+from daemon.children import Candidate, Child, Launcher, how_it_ended, worker_name
 from daemon.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError
 from daemon.regions import RegionError
 from daemon.settings import Settings, SettingsError
@@ -41,18 +41,14 @@ class Server:
     def __init__(self, settings: Settings, load_settings: Callable[[], Settings]) -> None:
         self.settings = settings
         self._load_settings = load_settings
-        self._token = secrets.token_hex(16)
         self._notifier = systemd.from_environment()
         self._stats = Stats(settings.window_s)
         self._broker = broker.Broker(_limits(settings))
         self._supervisor = supervisor.Supervisor(settings.devices, settings.restarts, settings.drain_s)
-        self._cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
-        self._preload = spawn.resolve_preload(settings.runtime.preload)
-        self._children: dict[str, _Child] = {}  # by worker name
+        self._launcher = Launcher(settings, dict(os.environ))
+        self._children: dict[str, Child] = {}  # by worker name
         self._fds: dict[int, Callable[[], None]] = {}  # pidfds and the signal pipe
-        self._check: _Child | None = None
-        self._checked: Settings | None = None
-        self._checked_preload: spawn.Preload
+        self._candidate: Candidate | None = None  # for a reload
         self._snapshot: dict[str, Any] = {}
         self._next_tick = 0.0
         self._told_ready = False
@@ -131,7 +127,7 @@ class Server:
         self._notifier.send(WATCHDOG="1", STATUS=status_line(self._snapshot))
 
     def _describe(self, slot: supervisor.Slot, now: float) -> dict[str, Any]:
-        name = _worker_name(slot.name, slot.generation)
+        name = worker_name(slot.name, slot.generation)
         child = self._children.get(name)
         heard = self._broker.last_heard(name)
         silent = slot.state is supervisor.State.READY and heard is not None and now - heard > SILENT_S
@@ -224,7 +220,7 @@ class Server:
                 continue
             self._on_worker(self._children[name], message, payload, time.monotonic())
 
-    def _on_worker(self, child: _Child, message: protocol.FromWorker, payload: Sequence[Any], now: float) -> None:
+    def _on_worker(self, child: Child, message: protocol.FromWorker, payload: Sequence[Any], now: float) -> None:
         name = child.name
         self._broker.heard(name, now)
         match message:
@@ -240,8 +236,8 @@ class Server:
                 self._stats.report(child.slot, message)
                 self._carry_out(self._broker.set_window(name, message.window, now))
 
-    def _on_ready(self, child: _Child, message: protocol.Ready, now: float) -> None:
-        if message.token != self._token or message.pid != child.process.pid:
+    def _on_ready(self, child: Child, message: protocol.Ready, now: float) -> None:
+        if message.token != self._launcher.token or message.pid != child.process.pid:
             log.error("%s: a stranger says it is ready (pid %d)", child.name, message.pid)
             return
         self._unsettled = True
@@ -295,7 +291,7 @@ class Server:
     def _supervise(self, actions: Iterable[supervisor.Action]) -> None:
         for action in actions:
             self._unsettled = True
-            name = _worker_name(action.slot, action.generation)
+            name = worker_name(action.slot, action.generation)
             match action:
                 case supervisor.Spawn():
                     self._spawn(action.slot, action.generation)
@@ -306,33 +302,17 @@ class Server:
                     self._children[name].process.send_signal(action.signal)
 
     def _spawn(self, slot: str, generation: int) -> None:
-        plan = self._plan(slot, generation, self.settings, self._preload)
-        for warning in plan.warnings:
+        child = self._launcher.worker(slot, generation, self._sockets.workers_endpoint)
+        for warning in child.warnings:
             log.warning("%s", warning)
-        child = _Child(_worker_name(slot, generation), slot, generation, spawn.launch(plan), plan.wanted)
         self._children[child.name] = child
         self._watch(child.pidfd, functools.partial(self._reap, child))
 
-    def _plan(
-        self, slot: str, generation: int, settings: Settings, preload: spawn.Preload, *arguments: str
-    ) -> spawn.LaunchPlan:
-        return spawn.plan(
-            slot,
-            generation,
-            settings,
-            self._cpus.get(slot) or topology.available_cpus(),
-            base_environment=os.environ,
-            endpoint=self._sockets.workers_endpoint,
-            token=self._token,
-            preload=preload,
-            arguments=("-m", "workers", *arguments),
-        )
-
-    def _reap(self, child: _Child) -> None:
-        code = child.reap()
+    def _reap(self, child: Child) -> None:
         self._unwatch(child.pidfd)
+        code = child.reap()
         now = time.monotonic()
-        how = _how_it_ended(code)
+        how = how_it_ended(code)
         blameless = self._broker.holds_suspect(child.name)
         self._stats.lost(child.slot)
         del self._children[child.name]
@@ -341,7 +321,7 @@ class Server:
         self._supervise(actions)
 
     def _kill_all(self) -> None:
-        for child in [*self._children.values(), *([self._check] if self._check else [])]:
+        for child in [*self._children.values(), *([self._candidate.child] if self._candidate else [])]:
             child.process.kill()
             child.reap()
 
@@ -374,39 +354,32 @@ class Server:
 
     def _reload(self) -> None:
         """Read the settings anew, and let a process of its own try them together with the weights."""
-        if self._check is not None or self._drain_deadline is not None:
+        if self._candidate is not None or self._drain_deadline is not None:
             log.warning("reload: not now, another reload or a drain is under way")
             return
         self._notifier.reloading()
         try:
             settings = self._load_settings()
             _refuse_rebinding(self.settings, settings)
-            self._checked_preload = spawn.resolve_preload(settings.runtime.preload)
-            plan = self._plan("cpu:0", 0, settings, self._checked_preload, "--check")
+            self._candidate = self._launcher.try_out(settings, self._sockets.workers_endpoint)
         except (SettingsError, spawn.SpawnError, topology.TopologyError) as error:
             self._end_reload(f"reload refused, nothing changed: {error}")
             return
         log.info("reload: checking settings and weights")
-        process = spawn.launch(plan, stderr=subprocess.PIPE)
-        self._check = _Child("check", "check", 0, process, {})
-        self._checked = settings
-        self._watch(self._check.pidfd, self._on_checked)
+        self._watch(self._candidate.child.pidfd, self._on_tried)
 
-    def _on_checked(self) -> None:
-        assert self._check is not None and self._checked is not None  # noqa: PT018
-        check, settings = self._check, self._checked
-        self._check = self._checked = None
-        complaint = check.stderr_text()
-        code = check.reap()
-        self._unwatch(check.pidfd)
+    def _on_tried(self) -> None:
+        assert self._candidate is not None
+        candidate, self._candidate = self._candidate, None
+        complaint = candidate.child.stderr_text()
+        self._unwatch(candidate.child.pidfd)
+        code = candidate.child.reap()
         if code != 0:
-            self._end_reload(f"reload refused, nothing changed: {complaint or _how_it_ended(code)}")
+            self._end_reload(f"reload refused, nothing changed: {complaint or how_it_ended(code)}")
             return
         log.info("reload: accepted, replacing the workers one at a time")
-        placed_anew = (settings.devices, settings.runtime.cpus) != (self.settings.devices, self.settings.runtime.cpus)
-        if placed_anew:  # only then: npu-smi can take seconds, in which no job would move
-            self._cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
-        self.settings, self._preload = settings, self._checked_preload
+        self._launcher.adopt(candidate)
+        self.settings = settings = candidate.settings
         self._broker.limits = _limits(settings)
         self._broker.regions.max_bytes = settings.shared_memory_bytes
         self._stats.window_s = settings.window_s
@@ -438,28 +411,6 @@ class Server:
         self._notifier.send(READY="1")
 
 
-class _Child:
-    """A process of ours, with a descriptor that tells of its end."""
-
-    def __init__(self, name: str, slot: str, generation: int, process: subprocess.Popen[bytes], wanted: dict[str, Any]):
-        self.name = name
-        self.slot = slot
-        self.generation = generation
-        self.process = process
-        self.wanted = wanted
-        self.actual: dict[str, Any] = {}
-        self.pidfd = os.pidfd_open(process.pid)
-
-    def reap(self) -> int:
-        os.close(self.pidfd)
-        return self.process.wait()
-
-    def stderr_text(self) -> str:
-        assert self.process.stderr is not None
-        with self.process.stderr as pipe:
-            return pipe.read().decode(errors="replace").strip()[-2000:]
-
-
 def _limits(settings: Settings) -> broker.Limits:
     return broker.Limits(
         max_jobs=settings.queue.max_jobs,
@@ -476,16 +427,6 @@ def _limits(settings: Settings) -> broker.Limits:
 def _refuse_rebinding(old: Settings, new: Settings) -> None:
     if old.endpoints != new.endpoints:
         raise SettingsError("endpoints: a change needs a restart")
-
-
-def _worker_name(slot: str, generation: int) -> str:
-    return f"{slot}.{generation}"
-
-
-def _how_it_ended(code: int) -> str:
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return f"exited with code {code}"
 
 
 def main_loop(settings: Settings, load_settings: Callable[[], Settings]) -> int:

@@ -1,0 +1,114 @@
+"""Child processes of the daemon: the workers, and the process that tries new settings before they are taken on.
+
+A `Launcher` knows everything that a start needs; a `Child` is a process with a descriptor that tells of its end.
+Whether and when one is started or killed is not decided here.
+"""
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import signal
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+from daemon import spawn, topology
+from daemon.settings import Settings
+
+
+class Child:
+    """A process of ours; `pidfd` becomes readable when it has ended."""
+
+    def __init__(self, slot: str, generation: int, plan: spawn.LaunchPlan, stderr: int | None = None) -> None:
+        self.name = worker_name(slot, generation)
+        self.slot = slot
+        self.generation = generation
+        self.process = spawn.launch(plan, stderr=stderr)
+        self.wanted = plan.wanted
+        self.warnings = plan.warnings
+        self.actual: dict[str, Any] = {}
+        self.pidfd = os.pidfd_open(self.process.pid)
+
+    def reap(self) -> int:
+        """Its exit code, negative for a signal; waits for its end."""
+        os.close(self.pidfd)
+        return self.process.wait()
+
+    def stderr_text(self) -> str:
+        """The end of what it said, where its stderr is a pipe; waits for its end."""
+        assert self.process.stderr is not None
+        with self.process.stderr as pipe:
+            return pipe.read().decode(errors="replace").strip()[-2000:]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """New settings, and the process that tries them together with the weights."""
+
+    settings: Settings
+    cpus: dict[str, topology.Cpus]
+    preload: spawn.Preload
+    child: Child
+
+
+class Launcher:
+    """Starts processes by `settings`. Raises what `spawn` and `topology` raise, also when it is made."""
+
+    def __init__(self, settings: Settings, base_environment: dict[str, str]) -> None:
+        self.settings = settings
+        self.token = secrets.token_hex(16)  # a worker proves with it that this run of the daemon started it
+        self._environment = base_environment
+        self._cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
+        self._preload = spawn.resolve_preload(settings.runtime.preload)
+
+    def worker(self, slot: str, generation: int, endpoint: str) -> Child:
+        """Start a worker, which connects to `endpoint`."""
+        return Child(slot, generation, self._plan(slot, generation, endpoint, self.settings, self._preload))
+
+    def try_out(self, settings: Settings, endpoint: str) -> Candidate:
+        """Start a process that loads these settings and weights on the CPU; it ends with 0 when both are good."""
+        preload = spawn.resolve_preload(settings.runtime.preload)
+        cpus, old = self._cpus, self.settings
+        if (settings.devices, settings.runtime.cpus) != (old.devices, old.runtime.cpus):
+            # only then: npu-smi can take seconds, in which no job would move
+            cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
+        plan = self._plan("cpu:0", 0, endpoint, settings, preload, ["--check"])
+        return Candidate(settings, cpus, preload, Child("check", 0, plan, stderr=subprocess.PIPE))
+
+    def adopt(self, candidate: Candidate) -> None:
+        """Workers are started by these settings from now on."""
+        self.settings, self._cpus, self._preload = candidate.settings, candidate.cpus, candidate.preload
+
+    def _plan(
+        self,
+        slot: str,
+        generation: int,
+        endpoint: str,
+        settings: Settings,
+        preload: spawn.Preload,
+        arguments: Sequence[str] = (),
+    ) -> spawn.LaunchPlan:
+        return spawn.plan(
+            slot,
+            generation,
+            settings,
+            self._cpus.get(slot) or topology.available_cpus(),
+            base_environment=self._environment,
+            endpoint=endpoint,
+            token=self.token,
+            preload=preload,
+            arguments=("-m", "workers", *arguments),
+        )
+
+
+def worker_name(slot: str, generation: int) -> str:
+    """Its identity on the wire, never used twice."""
+    return f"{slot}.{generation}"
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code, as of `subprocess`, in words."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exited with code {code}"
