@@ -4,12 +4,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +20,8 @@ from daemon.client import Client
 ANSWER_S = 3.0  # a daemon that runs answers at once
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NO_DAEMON, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+T = TypeVar("T")
 
 
 class UsageError(ValueError):
@@ -103,6 +106,38 @@ def _refuse_hopeless(endpoint: str, snapshot: dict[str, Any]) -> None:
     if devices and all(device["state"] in ("failed", "ended") for device in devices):
         reasons = "; ".join(f"{device['device']} {device['state']}: {device['reason']}" for device in devices)
         raise NoDaemonError(f"the daemon at {endpoint} has no device that can serve: {reasons}")
+
+
+class Interruptible:
+    """Within it Ctrl-C raises KeyboardInterrupt only in what `wait` runs; what comes elsewhere is kept for the next.
+
+    So it cannot land between the parts of a step, such as an answer's result and its overlay. For main threads.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = self._interrupted = False
+
+    def __enter__(self) -> Self:
+        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def wait(self, run: Callable[[], T]) -> T:
+        """What `run` returns, unless Ctrl-C comes or has come."""
+        self._waiting = True
+        try:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            return run()
+        finally:
+            self._waiting = False
+
+    def _on_signal(self, *_: object) -> None:
+        self._interrupted = True
+        if self._waiting:
+            raise KeyboardInterrupt
 
 
 def write_json(path: Path, tree: Any) -> None:

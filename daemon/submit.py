@@ -32,7 +32,7 @@ from rich.text import Text
 
 from daemon import overlay, photographs, program
 from daemon.client import Client, JobFailed, Segmentation
-from daemon.program import Failure, UsageError
+from daemon.program import Failure, Interruptible, UsageError
 
 OVERLAY_THREADS = 2  # beside the one that keeps the daemon fed
 
@@ -158,8 +158,9 @@ def submit(client: Client, sources: Sequence[Source], arguments: argparse.Namesp
     with _progress() as progress, ThreadPoolExecutor(OVERLAY_THREADS) as pool:
         task = progress.add_task("", total=len(sources))
         try:
-            with contextlib.closing(_answers(client, sources, arguments, run)) as answers:
-                for source, answer in answers:
+            with contextlib.closing(_answers(client, sources, arguments, run)) as answers, Interruptible() as ctrl_c:
+                while (answered := ctrl_c.wait(lambda: next(answers, None))) is not None:
+                    source, answer = answered
                     run.take(source, answer)
                     if isinstance(answer, Segmentation) and arguments.overlays:
                         overlays.append((source, pool.submit(draw_overlay, source, answer)))

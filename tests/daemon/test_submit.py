@@ -247,6 +247,31 @@ def test_ctrl_c_cancels_and_writes_what_there_is(daemon: Any, wait_until: Any, t
     assert idle["answered"] < 60
 
 
+@pytest.mark.parametrize("part", ["take", "draw"])
+def test_ctrl_c_cannot_part_an_answer_s_result_from_its_overlay(
+    shared_daemon: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """It comes just before or just after the third answer is taken."""
+    for number in range(8):
+        photo(tmp_path / f"in/{number}.png")
+    take, taken = submit.Run.take, []
+
+    def take_interrupted(run: submit.Run, source: submit.Source, answer: Any) -> None:
+        taken.append(source)
+        if part == "take" and len(taken) == 3:
+            signal.raise_signal(signal.SIGINT)
+        take(run, source, answer)
+        if part == "draw" and len(taken) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(submit.Run, "take", take_interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert submit.main([shared_daemon.endpoint, str(tmp_path / "in"), "--out", str(tmp_path / "o")]) == 130
+    assert [result["image_id"] for result in results(tmp_path / "o")] == [1, 2, 3]
+    assert sorted(path.name for path in (tmp_path / "o").glob("*.jpg")) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
