@@ -20,6 +20,11 @@ go back to the head of the queue. A worker's only lease counts as started: nothi
 may die before it can say what it started (a decoder that crashes), so a job that was on `jobs.UNSTARTED_LOSSES` dying
 workers is a suspect too; its own worker's death always spends an attempt.
 
+Clients share. They take turns (`jobs.Waiting`). None may have more than `SHARE` times as many waiting as places are
+free, so whoever comes next finds room. A job whose client has nothing on a device goes ahead of those whose client has
+several there: it may take one place beyond a worker's window, and its worker runs it next. So a client with one job at
+a time is served at nearly the pace of an idle daemon, however many jobs the others have.
+
 No socket, clock, process, thread or logger belongs in here.
 """
 from __future__ import annotations
@@ -32,7 +37,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from daemon.jobs import Job, Waiting
+from daemon.jobs import Account, Job, Waiting
 from daemon.protocol import (
     Cancel,
     CloseRegion,
@@ -54,6 +59,7 @@ from daemon.regions import Memory, Regions
 
 SHORTEST_RETRY_S = 0.05
 LONGEST_RETRY_S = 30.0
+SHARE = 7  # of the queue one client alone can fill 7 of 8 parts, two 7 of 15 each
 
 
 class SendClient(msgspec.Struct, frozen=True):
@@ -121,6 +127,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     stall_s: float
     paths_allowed: bool = False
     shared_memory_bytes: int = 0
+    max_jobs_per_client: float = math.inf  # unanswered, waiting or leased
+    max_bytes_per_client: float = math.inf
 
 
 class Broker:
@@ -134,7 +142,7 @@ class Broker:
         self._seq = itertools.count(1)
         self._waiting = Waiting()
         self._suspects: deque[Job] = deque()
-        self._clients: dict[bytes, dict[str, Job]] = {}
+        self._clients: dict[bytes, Account] = {}
         self._workers: dict[str, Worker] = {}
         self._deadlines: list[tuple[float, int, Job]] = []
         self._draining = False
@@ -152,7 +160,7 @@ class Broker:
 
     @property
     def unanswered(self) -> int:
-        return sum(map(len, self._clients.values()))
+        return sum(len(account.jobs) for account in self._clients.values())
 
     @property
     def leased(self) -> int:
@@ -169,7 +177,7 @@ class Broker:
 
     def submit(self, client: bytes, message: Submit, payload: Frames, now: float) -> list[Action]:
         """Accept a job, or answer at once why not."""
-        if message.job in self._clients.get(client, ()):
+        if message.job in self._jobs_of(client):
             return []  # its one answer is still to come
         job = Job(
             seq=next(self._seq),
@@ -186,13 +194,13 @@ class Broker:
         if refusal is not None:
             self.outcomes[refusal.code] += 1
             return [SendClient(client, refusal)]
-        self._clients.setdefault(client, {})[job.name] = job
+        self._clients.setdefault(client, Account()).add(job)
         self._push_deadline(job)
         self._waiting.put(job)
-        return self._assign(now)
+        return self._assign(now) or self._lease_ahead(job, now)
 
     def cancel(self, client: bytes, message: Cancel, now: float) -> list[Action]:
-        job = self._clients.get(client, {}).get(message.job)
+        job = self._jobs_of(client).get(message.job)
         if job is None:
             return []
         return self._fail(job, Code.CANCELLED, "cancelled by its client") + self._assign(now)
@@ -200,7 +208,7 @@ class Broker:
     def client_gone(self, client: bytes, now: float) -> list[Action]:
         """Nobody waits for this client's jobs any more."""
         actions: list[Action] = []
-        for job in list(self._clients.get(client, {}).values()):
+        for job in list(self._jobs_of(client).values()):
             self.outcomes[Code.CANCELLED] += 1
             actions += self._remove(job)
         return actions + self._assign(now)
@@ -283,6 +291,7 @@ class Broker:
             if job is None:
                 continue
             job.worker, job.lease = None, 0
+            self._clients[job.client].end_lease(job)
             job.attempts += lease.started or job.suspect or len(holder.leases) == 1
             job.losses += 1
             if not job.suspect:
@@ -340,8 +349,12 @@ class Broker:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _jobs(self) -> Iterator[Job]:
-        for jobs in self._clients.values():
-            yield from jobs.values()
+        for account in self._clients.values():
+            yield from account.jobs.values()
+
+    def _jobs_of(self, client: bytes) -> dict[str, Job]:
+        account = self._clients.get(client)
+        return {} if account is None else account.jobs
 
     def _refusal(self, job: Job) -> Failed | None:
         def refuse(code: Code, reason: str, retry_after_s: float | None = None) -> Failed:
@@ -363,7 +376,23 @@ class Broker:
             return refuse(Code.BUSY, f"{self.waiting_jobs} jobs are waiting", self._retry_after_s())
         if self.waiting_bytes + size > self.limits.max_bytes:
             return refuse(Code.BUSY, f"{self.waiting_bytes} bytes are waiting", self._retry_after_s())
-        return None
+        greed = self._greed(job)
+        return refuse(Code.BUSY, f"this client has {greed}", self._retry_after_s()) if greed else None
+
+    def _greed(self, job: Job) -> str:
+        """What of its client's is too much for one client; empty: nothing."""
+        account, limits = self._clients.get(job.client), self.limits
+        if account is None:
+            return ""
+        if account.waiting >= SHARE * (limits.max_jobs - self.waiting_jobs):
+            return f"{account.waiting} jobs waiting: the last places are for others"
+        if account.waiting and account.waiting_bytes >= SHARE * (limits.max_bytes - self.waiting_bytes):
+            return f"{account.waiting_bytes} bytes waiting: the last are for others"
+        if len(account.jobs) >= limits.max_jobs_per_client:
+            return f"{len(account.jobs)} jobs unanswered, as many as one client may"
+        if account.bytes + job.payload_bytes > limits.max_bytes_per_client:
+            return f"{account.bytes} bytes unanswered: one client may have {limits.max_bytes_per_client}"
+        return ""
 
     def _retry_after_s(self) -> float:
         """When about half of the queue will be gone."""
@@ -406,9 +435,9 @@ class Broker:
 
     def _remove(self, job: Job) -> list[Action]:
         """Take an answered job out of wherever it is; its worker is told if it still has it."""
-        jobs = self._clients[job.client]
-        del jobs[job.name]
-        if not jobs:
+        account = self._clients[job.client]
+        account.remove(job)
+        if not account.jobs:
             del self._clients[job.client]
         job.answered = True
         actions: list[Action] = []
@@ -417,9 +446,11 @@ class Broker:
                 self._suspects.remove(job)
             else:
                 self._waiting.take(job)
-        elif job.lease in self._workers[job.worker].leases:
-            self._workers[job.worker].leases[job.lease].job = None
-            actions.append(SendWorker(job.worker, Revoke(lease=job.lease)))
+        else:
+            account.end_lease(job)
+            if job.lease in self._workers[job.worker].leases:
+                self._workers[job.worker].leases[job.lease].job = None
+                actions.append(SendWorker(job.worker, Revoke(lease=job.lease)))
         job.payload = ()
         return actions
 
@@ -437,19 +468,35 @@ class Broker:
             free = [worker for worker in open_workers if len(worker.leases) < worker.window]
             if not free:
                 break
-            job = self._waiting.take(self._waiting.first())
-            actions.append(self._lease(job, min(free, key=_load), now))
+            actions.append(self._lease(self._waiting.next(), min(free, key=_load), now))
         return actions
+
+    def _lease_ahead(self, job: Job, now: float) -> list[Action]:
+        """Give this job, which waits, the one place beyond a window, if it goes ahead of what is there."""
+        if self._suspects or job.priority < 0:
+            return []
+        open_workers = [worker for worker in self._workers.values() if not worker.retiring and not worker.alone]
+        room = [w for w in open_workers if len(w.leases) == w.window and self._goes_ahead(job, w)]
+        return [self._lease(self._waiting.take(job), min(room, key=_load), now)] if room else []
+
+    def _goes_ahead(self, job: Job, worker: Worker) -> bool:
+        """Whether its client has nothing on a device, while another has several jobs on this one."""
+        if self._clients[job.client].leases or job.priority < 0:
+            return False
+        held = Counter(lease.job.client for lease in worker.leases.values() if lease.job)
+        return max(held.values(), default=0) > 1
 
     def _lease(self, job: Job, worker: Worker, now: float) -> Action:
         number = next(self._seq)
-        assert len(worker.leases) < worker.window, "a window is overfull"
+        assert len(worker.leases) <= worker.window, "a window is overfull"
+        ahead = self._goes_ahead(job, worker)
+        self._clients[job.client].lease(job)
         if not worker.leases:
             worker.progress = now
         worker.leases[number] = HeldLease(job)
         job.worker, job.lease, job.leased_at = worker.name, number, now
         lease = Lease(
-            lease=number, image=job.image, options=job.options, deadline=job.deadline, alone=job.suspect
+            lease=number, image=job.image, options=job.options, deadline=job.deadline, alone=job.suspect, ahead=ahead
         )
         return SendWorker(worker.name, lease, job.payload)
 
@@ -462,7 +509,9 @@ class Broker:
         assert len(everywhere) == len(set(everywhere)), "a job is in two places"
         assert set(everywhere) == set(self._jobs()), "an unanswered job is nowhere, or an answered one somewhere"
         assert not any(job.answered for job in everywhere), "an answered job is still held"
-        assert all(self._clients.values()), "an empty container is kept"
+        assert all(account.jobs for account in self._clients.values()), "an empty account is kept"
+        for account in self._clients.values():
+            account.check()
         assert not any(job.suspect or job.worker for job in waiting), "a suspect waits among the others"
         assert all(job.suspect for job in self._suspects), "an innocent job is suspected"
         assert all(job.attempts < self.limits.max_attempts for job in everywhere), "attempts are miscounted"

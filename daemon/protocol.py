@@ -10,7 +10,8 @@ detections are payload frames, never inside the header; the broker passes them o
 
 ``submit``
     ``job`` (str of 1 to 128 characters, the client's own name for the job), ``image`` (map, below), and, as it likes,
-    ``options`` (map, below), ``deadline_s`` (seconds from arrival), ``priority`` (-9 to 9, higher first, default 0).
+    ``options`` (map, below), ``deadline_s`` (seconds from arrival), ``priority`` (-9 to 9, default 0; of one
+    client's jobs the higher go first, and those below 0 let all others' pass).
     Payload: one frame with the image; none for kind ``path`` and for an image in shared memory. While a job of the
     same name from the same client is unanswered, a repeated ``submit`` changes nothing: the one answer is still to
     come.
@@ -239,6 +240,7 @@ class Lease(_Message, tag="lease", frozen=True, kw_only=True):
     options: Options
     deadline: float  # CLOCK_MONOTONIC
     alone: bool = False  # its worker died before: never batched with others
+    ahead: bool = False  # it goes before those that are not: its client has no other job on a device
 
 
 class Revoke(_Message, tag="revoke", frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import math
 import os
 import secrets
 import signal
@@ -415,6 +416,8 @@ def _limits(settings: Settings) -> broker.Limits:
     return broker.Limits(
         max_jobs=settings.queue.max_jobs,
         max_bytes=settings.queue.max_bytes,
+        max_jobs_per_client=settings.queue.max_jobs_per_client or math.inf,
+        max_bytes_per_client=settings.queue.max_bytes_per_client or math.inf,
         max_image_bytes=settings.limits.max_image_bytes,
         max_attempts=settings.max_attempts,
         deadline_s=settings.deadline_s,

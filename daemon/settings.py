@@ -58,10 +58,15 @@ class Endpoints(_Section, frozen=True):
 
 
 class Queue(_Section, frozen=True):
-    """Bounds on the jobs that wait; over either, a job is answered `busy` at once."""
+    """Bounds on jobs; over any, a job is answered `busy` at once.
+
+    One client alone fills seven eighths of the queue: the rest is for others.
+    """
 
     max_jobs: Count = 256  # that wait for a device
     max_bytes: Count = 1 << 30  # of the images that wait
+    max_jobs_per_client: Count | None = None  # unanswered, waiting or on a device; null: as many as the queue lets it
+    max_bytes_per_client: Count | None = None  # of the images of its unanswered jobs
 
 
 class Limits(_Section, frozen=True):

@@ -307,6 +307,7 @@ def _host_threads() -> int:
 class Prepared:
     """Images that are ready for the device, in the order of their arrival here; a lone one may be unprepared.
 
+    Those that go ahead are run first, in batches of their own: company would make them wait for its share of the time.
     An incomplete batch waits until its oldest image has been ready for `max_wait_s`, unless `lonely` says that no
     partner is to be expected.
     """
@@ -320,7 +321,8 @@ class Prepared:
 
     def put(self, item: Item) -> None:
         with self._changed:
-            self._items.append(item)
+            place = sum(other.lease.ahead for other in self._items) if item.lease.ahead else len(self._items)
+            self._items.insert(place, item)
             self._changed.notify()
 
     def take(self) -> list[Item]:
@@ -342,12 +344,16 @@ class Prepared:
         oldest = self._items[0]
         if oldest.lease.alone or oldest.prepared is None:
             return [oldest], False
-        size = oldest.prepared.padded_size
+        size, ahead = oldest.prepared.padded_size, oldest.lease.ahead
         alike = [
             item
             for item in self._items
-            if item.prepared is not None and item.prepared.padded_size == size and not item.lease.alone
+            if item.prepared is not None
+            and (item.prepared.padded_size, item.lease.ahead) == (size, ahead)
+            and not item.lease.alone
         ]
+        if ahead:
+            return alike[: self._batching.choose(size, len(alike))], False
         return alike[: self._batching.choose(size, len(alike))], len(alike) < self._batching.target(size)
 
 

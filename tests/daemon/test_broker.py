@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from daemon.broker import Action, Broker, Evict, Limits, SendClient, SendWorker
@@ -100,6 +101,111 @@ def test_priority_first_then_arrival(broker: Broker) -> None:
         actions = finish(broker, worker, lease)
         given += list(answers(actions))
     assert given == ["high", "first", "second", "low"]
+
+
+def serve_all(broker: Broker, actions: list[Action]) -> list[str]:
+    """Finish one lease after the other, all in one worker, until nothing waits; the jobs in their order."""
+    given = []
+    held = leases(actions)
+    while held:
+        [(worker, lease), *held] = held
+        actions = finish(broker, worker, lease)
+        given += list(answers(actions))
+        held += leases(actions)
+    return given
+
+
+def test_clients_take_turns_whatever_each_has_waiting() -> None:
+    broker = Broker(msgspec.structs.replace(LIMITS, max_jobs=100))
+    for number in range(6):
+        submit(broker, f"a{number}", client=b"a")
+    for client in (b"b", b"c"):
+        for number in range(2):
+            submit(broker, f"{client.decode()}{number}", client=client)
+    given = serve_all(broker, broker.ready("npu:0.1", "npu:0", 1, 0.0))
+    assert given == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "a3", "a4", "a5"]
+
+
+def test_a_client_can_step_back_but_not_push_in(broker: Broker) -> None:
+    for job, client, priority in [("a9", b"a", 9), ("a8", b"a", 8), ("b0", b"b", 0), ("c-1", b"c", -1)]:
+        submit(broker, job, client=client, priority=priority)
+    assert serve_all(broker, broker.ready("npu:0.1", "npu:0", 1, 0.0)) == ["a9", "b0", "a8", "c-1"]
+
+
+def test_a_dead_workers_jobs_keep_their_clients_turn() -> None:
+    broker = Broker(msgspec.structs.replace(LIMITS, max_jobs=100))
+    with_workers(broker, "npu:0.1")
+    for job in ("a0", "a1", "a2"):
+        submit(broker, job, client=b"a")
+    submit(broker, "b0", client=b"b")
+    lose(broker, "npu:0.1")
+    assert serve_all(broker, broker.ready("npu:0.2", "npu:0", 1, 0.0)) == ["a0", "b0", "a1", "a2"]
+
+
+@pytest.mark.parametrize("unit", ["jobs", "bytes"])
+def test_one_client_leaves_room_for_the_next(unit: str) -> None:
+    size = 10 if unit == "jobs" else 100
+    bounds = {"max_jobs": 64} if unit == "jobs" else {"max_jobs": 1000, "max_bytes": 6400}
+    broker = Broker(msgspec.structs.replace(LIMITS, **bounds))
+    taken = {}
+    for client in (b"a", b"b", b"c"):
+        replies = [answers(submit(broker, f"{number}", client=client, size=size)) for number in range(64)]
+        taken[client] = replies.index(next(filter(None, replies)))
+        [refusal] = next(filter(None, replies)).values()
+        assert isinstance(refusal, Failed)
+        assert (refusal.code, unit in refusal.reason, refusal.retry_after_s) == (Code.BUSY, True, 1.0)
+    assert taken == {b"a": 56, b"b": 7, b"c": 1}
+
+
+def test_one_clients_own_bounds_count_what_is_on_a_device_too() -> None:
+    limits = msgspec.structs.replace(LIMITS, max_jobs=100, max_jobs_per_client=3, max_bytes_per_client=100)
+    broker = with_workers(Broker(limits), "npu:0.1")
+    for job in ("1", "2", "3"):
+        submit(broker, job)
+    refusal = answers(submit(broker, "4"))["4"]
+    assert isinstance(refusal, Failed)
+    assert (refusal.code, refusal.reason) == (Code.BUSY, "this client has 3 jobs unanswered, as many as one client may")
+    submit(broker, "large", client=b"other", size=500)  # its only one: how large one may be is another bound
+    refusal = answers(submit(broker, "more", client=b"other", size=1))["more"]
+    assert isinstance(refusal, Failed)
+    assert (refusal.code, refusal.reason) == (
+        Code.BUSY, "this client has 500 bytes unanswered: one client may have 100"
+    )  # fmt: skip
+
+
+def leased_ahead(actions: list[Action]) -> list[bool]:
+    return [a.message.ahead for a in actions if isinstance(a, SendWorker) and isinstance(a.message, Lease)]
+
+
+def test_a_client_with_nothing_on_a_device_goes_ahead_of_one_with_several() -> None:
+    broker = with_workers(Broker(msgspec.structs.replace(LIMITS, max_jobs=100)), "npu:0.1", "npu:1.1")
+    for number in range(10):
+        assert True not in leased_ahead(submit(broker, f"a{number}", client=b"a"))
+    assert leased_ahead(submit(broker, "b0", client=b"b")) == [True]  # beyond the window
+    assert leased_ahead(submit(broker, "b1", client=b"b")) == []  # it has one by now
+    assert leased_ahead(submit(broker, "c-1", client=b"c", priority=-1)) == []  # steps back
+    assert leased_ahead(submit(broker, "d0", client=b"d")) == [True]  # the other worker's place beyond the window
+    assert leased_ahead(submit(broker, "e0", client=b"e")) == []  # there is no third
+    assert broker.leased == 6
+
+
+def test_clients_with_one_job_each_are_all_alike(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    for client in (b"a", b"b", b"c"):
+        assert True not in leased_ahead(submit(broker, "only", client=client))
+    assert broker.leased == 2
+
+
+def test_nothing_goes_ahead_into_a_worker_that_is_kept_for_a_suspect() -> None:
+    broker = with_workers(Broker(msgspec.structs.replace(LIMITS, max_jobs=100)), "npu:0.1")
+    [(worker, lease)] = leases(submit(broker, "killer", client=b"a"))
+    broker.started(worker, Started(leases=[lease]), 0.0)
+    broker.ready("npu:1.1", "npu:1", 2, 0.0)
+    for number in range(4):
+        submit(broker, f"a{number}", client=b"a")
+    lose(broker, worker)
+    assert leased_ahead(submit(broker, "b0", client=b"b")) == []
+    assert broker.leased == 2
 
 
 @pytest.mark.parametrize(

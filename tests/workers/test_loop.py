@@ -18,8 +18,8 @@ from workers.batching import Batching
 from workers.loop import Busy, Item, Prepared
 
 
-def item(name: int, size: tuple[int, int] = (64, 64), alone: bool = False, ready_at: float = 0.0) -> Item:
-    lease = Lease(lease=name, image=Image(kind="encoded"), options=Options(), deadline=0.0, alone=alone)
+def item(name: int, size: tuple[int, int] = (64, 64), ready_at: float = 0.0, **fields: bool) -> Item:
+    lease = Lease(lease=name, image=Image(kind="encoded"), options=Options(), deadline=0.0, **fields)
     return Item(lease, (), 0.0, prepared=SimpleNamespace(padded_size=size), ready_at=ready_at)
 
 
@@ -43,6 +43,13 @@ def test_a_suspect_is_never_batched() -> None:
     for each in [item(1), item(2, alone=True), item(3), item(4)]:
         prepared.put(each)
     assert [take(prepared) for _ in range(2)] == [[1, 3, 4], [2]]
+
+
+def test_what_goes_ahead_is_run_next_and_in_company_of_its_kind_only() -> None:
+    prepared = gather(2, 30.0)
+    for each in [item(1), item(2), item(3, ahead=True), item(4), item(5, ahead=True), item(6, ahead=True)]:
+        prepared.put(each)
+    assert [take(prepared) for _ in range(3)] == [[3, 5], [6], [1, 2]]
 
 
 def test_an_incomplete_batch_waits_for_a_partner_but_not_longer_than_allowed() -> None:
