@@ -131,6 +131,18 @@ def test_a_kill_under_load_costs_no_job(tmp_path: Path, capsys: Any) -> None:
     assert "none failed, 0 answers wrong" in capsys.readouterr().out
 
 
+def test_beside_a_flood_no_job_of_a_polite_client_fails(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "run.json"
+    assert run("--flood", "--size", "64x64", "--json", str(file)) == 0
+    [flood] = saved(file)["floods"]
+    for figures in (flood["lonely"], flood["flooded"]):
+        assert figures["jobs"] > 0
+        assert (figures["failures"], figures["wrong"]) == ({}, 0)
+    assert flood["flood_fps"] > 0
+    assert flood["refused_per_s"] > 0
+    assert "0 failed; the flood got" in capsys.readouterr().out
+
+
 def test_no_limit_of_devices_that_take_no_time(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     assert run("--clients", "1", "--mask-format", "none", "--set", "timed.latency_ms={1: 0}", "--bare", "--json",
@@ -191,6 +203,7 @@ def test_the_plain_path_takes_as_long_as_the_timed_engine() -> None:
         (["--engine", "native", "--bare"], "--bare sleeps"),
         (["--rate", "5", "--clients", "1", "2"], "--rate is an open loop"),
         (["--kill", "--bare"], "--kill"),
+        (["--flood", "--rate", "5"], "--flood is a load of its own"),
         (["--replay", "photo.jpg", "--engine", "native"], "--replay"),
         (["--json", "/nowhere/run.json"], "/nowhere does not exist"),
         (["--plot", "/nowhere/run.svg"], "/nowhere does not exist"),

@@ -9,6 +9,7 @@ decoding and masks. Ratios are worth quoting, absolute figures are this machine'
   python scripts/benchmark.py --rate 40 60 80 90 --plot load.svg    # open loop: what users wait at a mean rate
   python scripts/benchmark.py --endpoint ipc:///run/blendmaskd/client.sock --images photos/ --encoding jpeg
   python scripts/benchmark.py --kill                                # kill -9 a worker under load
+  python scripts/benchmark.py --flood --size 224x224                # a polite client beside one that floods
   python scripts/benchmark.py --encoding jpeg --replay photo.jpg    # decoding, resizing and mask encoding are real
 
 two settings against each other, and against the plain ZeroMQ path, in turns in one run:
@@ -51,7 +52,7 @@ from daemon.protocol import Options
 from daemon.settings import Settings, SettingsError
 from daemon.spawn import SpawnError
 from daemon.topology import TopologyError
-from workers.benchmark import device, kill, pictures, replay, report, servers
+from workers.benchmark import device, flood, kill, pictures, replay, report, servers
 from workers.benchmark.arguments import LOAD_OPTIONS, load_parser, parse
 from workers.benchmark.connection import Sending, Transport
 from workers.benchmark.device import LimitError
@@ -96,6 +97,8 @@ def _main(arguments: argparse.Namespace) -> int:
             variants = plan(_replayed(arguments, Path(folder) / "outputs.npz"))
             if arguments.kill:
                 return _kill(variants[0], console)
+            if arguments.flood:
+                return _flood(variants[0], console)
             rows = _measure_all(variants, arguments, console)
     except (SettingsError, SpawnError, TopologyError) as error:
         raise UsageError(str(error)) from None
@@ -178,14 +181,16 @@ def _variant(text: str, arguments: argparse.Namespace) -> Variant:
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
     if arguments.encoding == "path" and not arguments.images:
         raise UsageError("--encoding path sends the names of files: name them by --images")
-    if arguments.endpoint and (arguments.set or arguments.kill):
-        raise UsageError("--set and --kill need a daemon of our own: leave --endpoint out")
+    if arguments.endpoint and (arguments.set or arguments.kill or arguments.flood):
+        raise UsageError("--set, --kill and --flood need a daemon of our own: leave --endpoint out")
     if arguments.replay and (arguments.engine != "timed" or arguments.endpoint):
         raise UsageError("--replay gives outputs to engine timed: it needs a daemon of its own with that")
     if arguments.rate and len(arguments.clients) > 1:
         raise UsageError("--rate is an open loop: --clients is then the number of connections, one value")
     if arguments.kill and (arguments.bare or arguments.compare or len(arguments.rate or arguments.clients) > 1):
         raise UsageError("--kill looks at one load of one daemon: leave --bare and --compare out, name one load")
+    if arguments.flood and (arguments.bare or arguments.compare or arguments.rate or arguments.kill):
+        raise UsageError("--flood is a load of its own: leave --bare, --compare, --rate and --kill out")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install 'blendmaskd[plots]'")
     for file in filter(None, (arguments.json, arguments.plot)):
@@ -300,6 +305,21 @@ def _kill(variant: Variant, console: Console) -> int:
     if arguments.json:
         program.write_json(arguments.json, report.plain({"machine": report.machine(), "kills": rows}))
     return EXIT_WRONG if any(row["wrong"] for row in rows) else 0
+
+
+def _flood(variant: Variant, console: Console) -> int:
+    """Each round with a daemon of its own."""
+    arguments, rows = variant.arguments, []
+    for number in range(1, arguments.rounds + 1):
+        with _server(variant, ANSWER_BYTES) as server, Generator(
+            server.endpoint, _pictures(arguments), flood.POLITE.clients, _sending(variant, flood.POLITE)
+        ) as generator:
+            row = flood.flood_one(generator, server.endpoint, arguments.size, arguments.warm_up, arguments.seconds)
+        rows.append({"round": number, **row})
+        console.print(flood.line(rows[-1]))
+    if arguments.json:
+        program.write_json(arguments.json, report.plain({"machine": report.machine(), "floods": rows}))
+    return EXIT_WRONG if any(row[each]["wrong"] for row in rows for each in ("lonely", "flooded")) else 0
 
 
 # ---- telling ----------------------------------------------------------------------------------------------------
