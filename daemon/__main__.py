@@ -1,7 +1,8 @@
-"""Start the daemon.
+"""Start the daemon, or check first whether this host can serve.
 
-    python -m daemon --settings configs/daemon.yaml
-    python -m daemon --devices cpu:0 cpu:1 --set model.weights=model_final.pth
+    blendmaskd check --settings configs/daemon.yaml        # see blendmaskd check --help
+    blendmaskd --settings configs/daemon.yaml              # or python -m daemon
+    blendmaskd --devices cpu:0 cpu:1 --set model.weights=model_final.pth
 
 Settings come from the file, then the environment (BLENDMASKD__QUEUE__MAX_JOBS=64), then flags; README.md lists them.
 Signals: SIGTERM and SIGINT drain and stop (a second one does not wait), SIGHUP reloads settings and weights.
@@ -13,17 +14,19 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 from daemon import server, settings
 from daemon.supervisor import EXIT_CANNOT_BOOT
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["check"]:
+        return _check(argv[1:])
     arguments = _parse(argv)
     logging.basicConfig(level=arguments.log_level.upper(), stream=sys.stderr, format=_log_format())
-    load = functools.partial(
-        settings.load, arguments.settings, os.environ, arguments.set, devices=arguments.devices
-    )
+    load = _loader(arguments)
     try:
         loaded = load()
     except settings.SettingsError as error:
@@ -34,16 +37,36 @@ def main(argv: list[str] | None = None) -> int:
     return server.main_loop(loaded, load)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def _check(argv: list[str]) -> int:
+    from daemon import check  # what it needs, serving does not
+
+    parser = _parser("blendmaskd check", check.__doc__)
+    parser.add_argument("--json", action="store_true", help="for programs")
+    arguments = parser.parse_args(argv)
+    return check.main(_loader(arguments), arguments.json)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _parser("blendmaskd", __doc__)
+    parser.add_argument("--check", action="store_true", help="only check the settings; exit code 78 when they are bad")
+    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    return parser.parse_args(argv)
+
+
+def _parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """With the flags that say what the settings are."""
     parser = argparse.ArgumentParser(
-        prog="blendmaskd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--settings", metavar="FILE", help="YAML settings; without it the defaults hold")
     parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="instead of the file's: npu:0 cuda:0 cpu:0")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as batch=2")
-    parser.add_argument("--check", action="store_true", help="only check the settings; exit code 78 when they are bad")
-    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
-    return parser.parse_args(argv)
+    return parser
+
+
+def _loader(arguments: argparse.Namespace) -> Callable[[], settings.Settings]:
+    """Reads the settings that the flags mean, anew at each call."""
+    return functools.partial(settings.load, arguments.settings, os.environ, arguments.set, devices=arguments.devices)
 
 
 def _log_format() -> str:

@@ -88,9 +88,9 @@ def visible_id(device: str, environment: Mapping[str, str]) -> str:
 def discover(devices: Collection[str], environment: Mapping[str, str], sysfs: Path = SYSFS) -> dict[str, Cpus]:
     """The CPUs near each device, for those of which the host tells them: a CPU device is near to none."""
     near: dict[str, Cpus] = {}
-    for kind, ask in (("npu", _near_npu), ("cuda", _near_cuda)):
+    for kind, find in (("npu", _near_npu), ("cuda", _near_cuda)):
         ids = {device: visible_id(device, environment) for device in devices if device.startswith(kind)}
-        found = ask(environment, sysfs) if ids else {}
+        found = find(environment, sysfs) if ids else {}
         near.update({device: found[name] for device, name in ids.items() if name in found})
     return near
 
@@ -226,22 +226,23 @@ def _split(pool: frozenset[int], shares: int, cores: Iterable[Cpus]) -> list[Cpu
 
 def _near_npu(environment: Mapping[str, str], sysfs: Path) -> dict[str, Cpus]:
     """By logic id. The PCI address leads to the kernel's own answer; npu-smi's table is asked where that fails."""
-    addresses = parse_npu_addresses(_ask(["npu-smi", "info"], environment))
-    chips = parse_npu_map(_ask(["npu-smi", "info", "-m"], environment))
+    addresses = parse_npu_addresses(ask_tool(["npu-smi", "info"], environment))
+    chips = parse_npu_map(ask_tool(["npu-smi", "info", "-m"], environment))
     near = {i: pci_cpus(addresses[chip], sysfs) for i, chip in chips.items() if chip in addresses}
     near = {i: cpus for i, cpus in near.items() if cpus}
     if not chips or len(near) < len(chips):
-        near = parse_npu_affinity(_ask(["npu-smi", "info", "-t", "topo"], environment)) | near
+        near = parse_npu_affinity(ask_tool(["npu-smi", "info", "-t", "topo"], environment)) | near
     return {str(i): cpus for i, cpus in near.items()}
 
 
 def _near_cuda(environment: Mapping[str, str], sysfs: Path) -> dict[str, Cpus]:
     query = ["nvidia-smi", "--query-gpu=index,uuid,pci.bus_id", "--format=csv,noheader"]
-    found = {name: pci_cpus(address, sysfs) for name, address in parse_cuda_addresses(_ask(query, environment)).items()}
+    addresses = parse_cuda_addresses(ask_tool(query, environment))
+    found = {name: pci_cpus(address, sysfs) for name, address in addresses.items()}
     return {name: cpus for name, cpus in found.items() if cpus}
 
 
-def _ask(argv: Sequence[str], environment: Mapping[str, str]) -> str:
+def ask_tool(argv: Sequence[str], environment: Mapping[str, str]) -> str:
     """What a vendor's tool prints; empty when it is absent, fails or hangs."""
     try:
         answer = subprocess.run(

@@ -1,7 +1,8 @@
 """A worker process: `python -m workers`, started by the daemon for one device; not for people.
 
 With ``--check`` it only loads settings and weights, on the CPU, and says on stderr what is wrong with them: the daemon
-tries a reload this way first.
+tries a reload this way first. With ``--probe`` it only opens its device and prints what it found, as JSON; `blendmaskd
+check` asks so.
 """
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def main(argv: list[str]) -> int:
     _die_with(assignment.daemon_pid)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon's business: it drains, then tells its workers
-    return _check(assignment.settings) if "--check" in argv else _work(assignment)
+    if "--check" in argv:
+        return _check(assignment.settings)
+    return _probe(assignment) if "--probe" in argv else _work(assignment)
 
 
 def _die_with(daemon_pid: int) -> None:
@@ -53,6 +56,26 @@ def _check(settings: Settings) -> int:
     except EngineError as error:
         print(error, file=sys.stderr)
         return EXIT_CANNOT_BOOT
+    return 0
+
+
+def _probe(assignment: Assignment) -> int:
+    from workers import devices
+    from workers.devices import DeviceError
+
+    try:
+        device = devices.open_device(assignment.local_device, assignment.settings.model.precision)
+    except DeviceError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CANNOT_BOOT
+    found = {
+        "name": device.name(),
+        "memory_bytes": device.memory().total,
+        "bf16": device.multiplies_bf16(),
+        "differences": spawn.differences(assignment.wanted, devices.actual(assignment.wanted, device)),
+    }
+    sys.stdout.buffer.write(msgspec.json.encode(found))
+    sys.stdout.flush()
     return 0
 
 

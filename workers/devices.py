@@ -102,6 +102,10 @@ class Device:
         """The device's model, such as ``Ascend910B3``."""
         return "cpu"
 
+    def multiplies_bf16(self) -> bool | None:
+        """Whether it computes in bfloat16 by itself; None where it does not tell."""
+        return cpu_multiplies_bf16()
+
     def task_queue(self) -> int | None:
         """The task queue's level that torch_npu really uses; None where there is none."""
         return None
@@ -157,6 +161,10 @@ class Accelerator(Device):
 
     def name(self) -> str:
         return str(self.api.get_device_name(self.torch_device))
+
+    def multiplies_bf16(self) -> bool | None:
+        ask = getattr(self.api, "is_bf16_supported", None)
+        return bool(ask()) if ask else None
 
     def task_queue(self) -> int | None:
         read = getattr(self.api, "get_task_queue_enable", None)  # torch_npu before 2.13 cannot tell
