@@ -19,7 +19,7 @@ from daemon.client import Client
 
 ANSWER_S = 3.0  # a daemon that runs answers at once
 
-EXIT_FAILED, EXIT_USAGE, EXIT_NO_DAEMON, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_NO_DAEMON, EXIT_OUTPUT, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 T = TypeVar("T")
 
@@ -30,6 +30,10 @@ class UsageError(ValueError):
 
 class NoDaemonError(RuntimeError):
     """Nobody serves at the endpoint; the text says what was found."""
+
+
+class OutputError(RuntimeError):
+    """What a program should keep cannot be written; the text says which file and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,9 @@ def guarded(name: str, run: Callable[[], int]) -> int:
         print(f"{name}: {error}", file=sys.stderr)
     except NoDaemonError as error:
         code = EXIT_NO_DAEMON
+        print(f"{name}: {error}", file=sys.stderr)
+    except OutputError as error:
+        code = EXIT_OUTPUT
         print(f"{name}: {error}", file=sys.stderr)
     except OSError as error:
         code = EXIT_FAILED

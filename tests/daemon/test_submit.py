@@ -70,7 +70,7 @@ def test_folders_globs_and_files_give_overlays_results_and_fps(shared_daemon: An
         (1, "a/1.png"), (2, "a/2.jpg"), (3, "b/1.png"), (4, "b/3.bmp"), (5, "c/deep/4.webp")
     ]  # fmt: skip
     drawn = sorted(str(path.relative_to(tmp_path / "o")) for path in (tmp_path / "o").rglob("*.*"))
-    assert drawn == ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/3.jpg", "c/deep/4.jpg", "results.json"]
+    assert drawn == ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/3.jpg", "c/deep/4.jpg", "journal.jsonl", "results.json"]
     with Image.open(tmp_path / "o/a/1.jpg") as overlay:
         assert (overlay.format, overlay.size) == ("JPEG", (40, 30))
     assert "5/5" in err
@@ -103,7 +103,7 @@ def test_options_reach_the_daemon(shared_daemon: Any, tmp_path: Path) -> None:
     options = ["--no-overlays", "--window", 1, "--timeout", 20, "--score-threshold", 0]
     assert run(tmp_path, shared_daemon.endpoint, "a.png", "--out", "o", "--mask-format", "polygon", *options)[0] == 0
     assert isinstance(results(tmp_path / "o")[0]["segmentation"], list)
-    assert [path.name for path in (tmp_path / "o").iterdir()] == ["results.json"]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["journal.jsonl", "results.json"]
     assert run(tmp_path, shared_daemon.endpoint, "a.png", "--out", "p", "--max-detections", 0, *options)[0] == 0
     assert results(tmp_path / "p") == []
 
@@ -122,7 +122,7 @@ def test_failures_are_listed_and_the_rest_is_kept(shared_daemon: Any, tmp_path: 
     assert "combined: 2 images" in out
     kept = [(result["image_id"], result["file_name"]) for result in results(tmp_path / "o")]
     assert kept == [(1, "a.png"), (4, "d.png")]
-    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["a.jpg", "d.jpg", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["a.jpg", "d.jpg", "journal.jsonl", "results.json"]
 
 
 def test_an_overlay_that_cannot_be_written_is_a_failure_and_the_result_is_kept(
@@ -256,11 +256,11 @@ def test_ctrl_c_cannot_part_an_answer_s_result_from_its_overlay(
         photo(tmp_path / f"in/{number}.png")
     take, taken = submit.Run.take, []
 
-    def take_interrupted(run: submit.Run, source: submit.Source, answer: Any) -> None:
+    def take_interrupted(run: submit.Run, source: submit.Source, *answer: Any) -> None:
         taken.append(source)
         if part == "take" and len(taken) == 3:
             signal.raise_signal(signal.SIGINT)
-        take(run, source, answer)
+        take(run, source, *answer)
         if part == "draw" and len(taken) == 3:
             signal.raise_signal(signal.SIGINT)
 
@@ -280,6 +280,7 @@ def test_ctrl_c_cannot_part_an_answer_s_result_from_its_overlay(
         (["ipc:///x", "*.tif", "--out", "o"], "*.tif: matches no images"),
         (["ipc:///x", "a.jpg", "--out", "."], "the overlay a.jpg would take the place of that image"),
         (["ipc:///x", "a.png", "--out", "a.png"], "--out: [Errno 17] File exists: 'a.png'"),
+        (["ipc:///x", "a.png", "--out", "o", "--resume", "--anew"], "not allowed with argument"),
         (["ipc:///x", "a.png", "--out", "o", "--annotations", "a.png"], "a.png: not COCO annotations"),
         (["ipc:///x", "a.png", "--out", "o", "--score-threshold", "2"], "2: expected a number from 0 to 1"),
         (["ipc:///x", "a.png", "--out", "o", "--window", "0"], "0: expected 1 or more"),
