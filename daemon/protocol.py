@@ -52,9 +52,9 @@ lasts as long as the connection, which the kernel closes when the client dies; n
 image's bytes must not change before its job is answered. The name is a secret: who knows it may use the region.
 
 **Workers** use the same frames on a socket of their own: ``ready``, ``started``, ``finished``, ``failed-lease``,
-``report`` towards the broker; ``lease``, ``revoke``, ``open-region``, ``close-region``, ``stop`` from it. Each lease
-gets exactly one ``finished`` or ``failed-lease``. Times in ``lease`` and ``report`` are CLOCK_MONOTONIC, which all
-processes of a host share.
+``report``, ``preview`` towards the broker; ``lease``, ``revoke``, ``open-region``, ``close-region``, ``stop`` from it.
+Each lease gets exactly one ``finished`` or ``failed-lease``. Times in ``lease`` and ``report`` are CLOCK_MONOTONIC,
+which all processes of a host share.
 
 No pickle anywhere. What cannot be decoded raises `ProtocolError`; beyond `decode` everything is typed.
 """
@@ -232,6 +232,10 @@ class Report(_Message, tag="report", frozen=True, kw_only=True):
     window: Annotated[int, Meta(ge=1)]  # leases it wants to hold by now
 
 
+class Preview(_Message, tag="preview", frozen=True, kw_only=True):
+    """Worker to broker: the last segmented image, where `show_last_image` is on. Payload: a JPEG."""
+
+
 class Lease(_Message, tag="lease", frozen=True, kw_only=True):
     """Broker to worker: segment this image. Payload: as in `Submit`."""
 
@@ -270,7 +274,7 @@ class Stop(_Message, tag="stop", frozen=True, kw_only=True):
 
 FromClient = Submit | Cancel | GetStats
 ToClient = Result | Failed | Stats
-FromWorker = Ready | Started | Finished | FailedLease | Report
+FromWorker = Ready | Started | Finished | FailedLease | Report | Preview
 ToWorker = Lease | Revoke | OpenRegion | CloseRegion | Stop
 Message = FromClient | ToClient | FromWorker | ToWorker
 
@@ -291,7 +295,7 @@ def _tag(message: Any) -> str:
 
 FROM_CLIENT: Kinds[FromClient] = Kinds(Submit, Cancel, GetStats)
 TO_CLIENT: Kinds[ToClient] = Kinds(Result, Failed, Stats)
-FROM_WORKER: Kinds[FromWorker] = Kinds(Ready, Started, Finished, FailedLease, Report)
+FROM_WORKER: Kinds[FromWorker] = Kinds(Ready, Started, Finished, FailedLease, Report, Preview)
 TO_WORKER: Kinds[ToWorker] = Kinds(Lease, Revoke, OpenRegion, CloseRegion, Stop)
 
 

@@ -51,6 +51,11 @@ class Regions:
         for name in self._regions:
             yield self.opening(name)
 
+    @property
+    def bytes(self) -> int:
+        """Of all that are open."""
+        return sum(memory.bytes for memory in self._regions.values())
+
     def opening(self, name: str) -> OpenRegion:
         memory = self._regions[name]
         return OpenRegion(region=name, descriptor=memory.descriptor, inode=memory.inode, bytes=memory.bytes)
@@ -68,8 +73,7 @@ class Regions:
         siblings = sum(other.pid == memory.pid for other in self._regions.values()) if memory.pid else 0
         if len(self) >= MOST_REGIONS or siblings >= MOST_REGIONS // SHARES:
             raise RegionError(f"all {MOST_REGIONS} regions, or the {MOST_REGIONS // SHARES} of a process, are taken")
-        granted = sum(other.bytes for other in self._regions.values())
-        left = max(min(self.max_bytes - granted, self.max_bytes // SHARES), 0)
+        left = max(min(self.max_bytes - self.bytes, self.max_bytes // SHARES), 0)
         if memory.bytes > left:
             raise RegionError(f"{memory.bytes} bytes: {left} are left for a region (shared_memory_bytes)", left)
         self._regions[name] = memory

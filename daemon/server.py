@@ -22,17 +22,19 @@ from typing import Any
 import zmq
 
 from daemon import broker, protocol, spawn, supervisor, systemd, topology
+from daemon.access import Identities, Verdict
 from daemon.children import Candidate, Child, Launcher, how_it_ended, worker_name
 from daemon.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError
 from daemon.regions import RegionError
 from daemon.settings import Settings, SettingsError
 from daemon.shared_memory import Ended, Offered
-from daemon.sockets import Sockets, StartError, receive, send
+from daemon.sockets import Sockets, StartError, is_loopback, receive, send
 from daemon.stats import Stats, status_line
 
 log = logging.getLogger("blendmaskd")
 
 TICK_S = 1.0
+REFUSED_S = 10.0  # between two lines about connections that were turned away
 SILENT_S = 3.0  # a worker that missed this many reports is not called ready
 
 
@@ -50,7 +52,11 @@ class Server:
         self._children: dict[str, Child] = {}  # by worker name
         self._fds: dict[int, Callable[[], None]] = {}  # pidfds and the signal pipe
         self._candidate: Candidate | None = None  # for a reload
+        self._identities: Identities | None = None  # where keys are needed
+        self._tell_refused_at = 0.0
         self._snapshot: dict[str, Any] = {}
+        self._started = time.time()
+        self._last_image: dict[str, Any] | None = None
         self._next_tick = 0.0
         self._told_ready = False
         self._told_states: dict[str, str] = {}
@@ -70,6 +76,10 @@ class Server:
             self._watch(sockets.shared_memory.fileno(), self._on_shared_memory)
             log.info("serving %s on %s, engine %s, pid %d", " ".join(self.settings.devices),
                      " ".join(self.settings.endpoints.clients), self.settings.engine, os.getpid())  # fmt: skip
+            self._open_gate()
+            if not is_loopback(self.settings.endpoints.metrics):
+                log.warning("endpoints.metrics %s: open to whoever reaches the port; 127.0.0.1 is this host's alone, and "
+                            "a firewall or proxy can guard another", self.settings.endpoints.metrics)  # fmt: skip
             if sockets.no_memory:
                 log.warning("no shared memory, images come by socket: %s", sockets.no_memory)
             try:
@@ -89,6 +99,9 @@ class Server:
         others = [fd for fd in events if fd in self._fds]
         if others or self._sockets.workers in events:
             self._read_workers()
+        if self._sockets.gate and not events.keys().isdisjoint(self._sockets.gate.sockets):
+            self._sockets.gate.receive()
+            self._on_keys()
         if self._sockets.clients in events:
             self._read_clients()
         for fd in others:
@@ -113,18 +126,29 @@ class Server:
     def _tick(self, now: float) -> None:
         self._next_tick = now + TICK_S
         self._sockets.shared_memory.expire(now)
+        self._watch_gate(now)
         self._snapshot = self._stats.snapshot(
             now,
             time.time(),
             [self._describe(slot, now) for slot in self._supervisor.slots.values()],
-            queue={"jobs": self._broker.waiting_jobs, "bytes": self._broker.waiting_bytes},
+            started=self._started,
+            engine=self.settings.engine,
+            draining=self._drain_deadline is not None,
+            queue={
+                "jobs": self._broker.waiting_jobs,
+                "bytes": self._broker.waiting_bytes,
+                "max_jobs": self.settings.queue.max_jobs,
+                "max_bytes": self.settings.queue.max_bytes,
+            },
+            regions={"count": len(self._broker.regions), "bytes": self._broker.regions.bytes},
+            last_image=self._last_image,
             leased=self._broker.leased,
             answered=self._broker.outcomes["answered"],
             failures={code: n for code, n in self._broker.outcomes.items() if code != "answered"},
         )
         self._broker.served_per_s = self._snapshot["combined_fps"]
-        if self._sockets.metrics:
-            self._sockets.metrics.publish(self._snapshot)
+        if self._sockets.pages:
+            self._sockets.pages.publish(self._snapshot)
         self._notifier.send(WATCHDOG="1", STATUS=status_line(self._snapshot))
 
     def _describe(self, slot: supervisor.Slot, now: float) -> dict[str, Any]:
@@ -170,11 +194,14 @@ class Server:
             log.info("drained: every accepted job is answered, every worker has ended")
             self._exit_code = 0
 
-    # -- clients and workers ----------------------------------------------------------------------------------------
+    # -- clients ----------------------------------------------------------------------------------------------------
 
     def _read_clients(self) -> None:
         for frames in receive(self._sockets.clients):
             client = frames[0].bytes
+            if self._sockets.gate and (verdict := self._judge(client, frames[-1])) is not Verdict.WELCOME:
+                self._turn_away(client, frames, verdict)
+                continue
             message: protocol.FromClient
             try:
                 message, payload = protocol.decode(frames[1:], FROM_CLIENT)
@@ -190,6 +217,70 @@ class Server:
                     self._carry_out(self._broker.cancel(client, message, now))
                 case protocol.GetStats():
                     self._send_client(client, protocol.Stats(stats=self._snapshot))
+
+    # -- strangers, see daemon/access.py ----------------------------------------------------------------------------
+
+    def _open_gate(self) -> None:
+        sockets = self._sockets
+        if sockets.gate is None:
+            return
+        for socket in sockets.gate.sockets:
+            self._poller.register(socket, zmq.POLLIN)
+        if sockets.allowed is None:
+            log.warning("insecure_tcp: whoever reaches the tcp endpoint can submit jobs and read the traffic")
+            return
+        self._identities = Identities(sockets.allowed, self._broker.has_jobs)
+        self._on_keys()
+        if not sockets.allowed.names:
+            log.warning("no client may connect by tcp yet: %s holds no keys", sockets.allowed.folder)
+
+    def _judge(self, client: bytes, frame: zmq.Frame) -> Verdict:
+        assert self._sockets.gate is not None
+        user = self._sockets.gate.user(frame)
+        return self._identities.judge(client, user) if self._identities else Verdict.WELCOME
+
+    def _turn_away(self, client: bytes, frames: Sequence[zmq.Frame], verdict: Verdict) -> None:
+        assert self._sockets.gate is not None
+        self._broker.outcomes[Code.UNAUTHORISED] += 1
+        if verdict is Verdict.UNKNOWN:
+            self._sockets.gate.close(frames[-1])  # the handshake of its next connection tells it why
+            return
+        if verdict is Verdict.TAKEN:
+            log.warning("client %s: another key has taken its identity, so its jobs are cancelled", client.hex()[:8])
+            self._carry_out(self._broker.client_gone(client, time.monotonic()))
+        try:
+            message: protocol.FromClient
+            message, _ = protocol.decode(frames[1:], FROM_CLIENT)
+            job = getattr(message, "job", "")
+        except ProtocolError as error:
+            job = error.job
+        self._send_client(client, protocol.Failed(job=job, code=Code.UNAUTHORISED, reason=verdict.value))
+
+    def _watch_gate(self, now: float) -> None:
+        if self._sockets.gate is None:
+            return
+        self._sockets.gate.refresh()
+        self._on_keys()
+        if self._identities:
+            self._identities.forget_idle()
+        if now >= self._tell_refused_at and (refused := self._sockets.gate.take_refused()):
+            self._tell_refused_at = now + REFUSED_S
+            log.warning("tcp connections turned away: %s", refused)
+
+    def _on_keys(self) -> None:
+        """Keys have come or gone, perhaps."""
+        assert self._sockets.gate is not None
+        for change in self._sockets.gate.take_changes():
+            for complaint in change.complaints:
+                log.error("curve.client_keys: %s", complaint)
+            for name in change.added.values():
+                log.info("client key %s: may connect", name)
+            for name in change.removed.values():
+                log.info("client key %s: shut out", name)
+            for client in self._identities.of(change.removed) if self._identities else ():
+                self._carry_out(self._broker.shut_out(client, Verdict.UNKNOWN.value, time.monotonic()))
+
+    # -- shared memory and workers ----------------------------------------------------------------------------------
 
     def _on_shared_memory(self) -> None:
         for event in self._sockets.shared_memory.receive(time.monotonic()):
@@ -236,6 +327,13 @@ class Server:
             case protocol.Report():
                 self._stats.report(child.slot, message)
                 self._carry_out(self._broker.set_window(name, message.window, now))
+            case protocol.Preview() if self.settings.show_last_image:
+                self._show_image({"device": child.slot, "time": time.time()}, payload[0].bytes)
+
+    def _show_image(self, last: dict[str, Any] | None, jpeg: bytes | None) -> None:
+        self._last_image = last
+        if self._sockets.pages:
+            self._sockets.pages.show_image(jpeg)
 
     def _on_ready(self, child: Child, message: protocol.Ready, now: float) -> None:
         if message.token != self._launcher.token or message.pid != child.process.pid:
@@ -263,13 +361,15 @@ class Server:
     def _send_client(self, client: bytes, message: protocol.ToClient, payload: protocol.Frames = ()) -> None:
         if isinstance(message, protocol.Result):
             self._stats.answered(message.timings)
+        elif isinstance(message, protocol.Failed):
+            self._stats.failed(time.time(), message.job, message.code, message.reason)
         try:
             send(self._sockets.clients, client, protocol.encode(message, payload))
         except zmq.ZMQError as error:
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise
             why = "is gone" if error.errno == errno.EHOSTUNREACH else "does not read its answers"
-            log.info("client %s %s: its jobs are cancelled", client.hex(), why)
+            log.info("client %s %s: its jobs are cancelled", client.hex()[:8], why)  # the whole is a secret
             self._carry_out(self._broker.client_gone(client, time.monotonic()))
 
     def _send_worker(self, worker: str, message: protocol.ToWorker, payload: protocol.Frames) -> None:
@@ -384,6 +484,8 @@ class Server:
         self._broker.limits = _limits(settings)
         self._broker.regions.max_bytes = settings.shared_memory_bytes
         self._stats.window_s = settings.window_s
+        if not settings.show_last_image:
+            self._show_image(None, None)
         self._told_ready = False
         self._supervise(self._supervisor.reload(settings.devices, settings.restarts, time.monotonic()))
 
@@ -428,8 +530,11 @@ def _limits(settings: Settings) -> broker.Limits:
 
 
 def _refuse_rebinding(old: Settings, new: Settings) -> None:
-    if old.endpoints != new.endpoints:
-        raise SettingsError("endpoints: a change needs a restart")
+    for key in ("endpoints", "curve", "insecure_tcp"):
+        if getattr(old, key) != getattr(new, key):
+            raise SettingsError(f"{key}: a change needs a restart")
+    if old.limits.max_connections != new.limits.max_connections:
+        raise SettingsError("limits.max_connections: a change needs a restart")
 
 
 def main_loop(settings: Settings, load_settings: Callable[[], Settings]) -> int:

@@ -52,9 +52,16 @@ class Model(_Section, frozen=True):
 class Endpoints(_Section, frozen=True):
     """Where the daemon listens."""
 
-    # ipc:///PATH, guarded by the mode of its folder, or tcp://HOST:PORT, open to whoever can reach it
+    # ipc:///PATH, guarded by the mode of its folder, or tcp://HOST:PORT, guarded by keys (curve)
     clients: list[str] = msgspec.field(default_factory=lambda: ["ipc:///run/blendmaskd/client.sock"])
-    metrics: str | None = "127.0.0.1:9464"  # host:port of /metrics, /healthz, /readyz; null: off
+    metrics: str | None = "127.0.0.1:9464"  # host:port of the status page, /metrics, /healthz, /readyz; null: off
+
+
+class Curve(_Section, frozen=True):
+    """Keys for tcp:// endpoints: encryption, and who may connect. `blendmaskd-keys` makes them."""
+
+    server_key: str | None = None  # the daemon's server.key_secret, of mode 0600; needed for tcp://
+    client_keys: str | None = None  # folder of the public keys that may connect; watched, no restart for a change
 
 
 class Queue(_Section, frozen=True):
@@ -74,6 +81,7 @@ class Limits(_Section, frozen=True):
 
     max_image_bytes: Count = 64 << 20  # of one payload, encoded or raw
     max_image_pixels: Count = 50_000_000  # height x width, checked before decoding
+    max_connections: Count = 512  # over tcp://, at most half of the descriptors that the process may have
 
 
 class Paths(_Section, frozen=True):
@@ -124,6 +132,8 @@ class Settings(_Section, frozen=True):
     engine: Literal["native", "adelaidet", "timed"] = "native"  # adelaidet: where installed; timed: for load tests
     model: Model = Model()
     endpoints: Endpoints = Endpoints()
+    curve: Curve = Curve()
+    insecure_tcp: bool = False  # tcp:// without keys: whoever reaches the port can submit, and read the traffic
     # images per run on the device; auto: as many as give most images per second, learned for each padded size
     batch: Literal["auto"] | BatchSize = "auto"
     # what a device is known to take, batch size: milliseconds; where auto begins. The timed engine's table is known
@@ -142,6 +152,8 @@ class Settings(_Section, frozen=True):
     deadline_s: Positive = 60.0  # of a job that names none
     drain_s: Positive = 30.0  # on SIGTERM, for accepted jobs to finish
     window_s: Positive = 10.0  # over which FPS are counted
+    # on the status page, with its results drawn in: whoever can open the page sees a client's image every few seconds
+    show_last_image: bool = False
     runtime: Runtime = Runtime()
     restarts: Restarts = Restarts()
     worker_env: dict[str, str] = {}  # added to every worker's environment, over what the daemon sets; shown by stats
@@ -237,6 +249,7 @@ def _explain(error: str, tree: Any) -> str:
 def _check(settings: Settings) -> None:
     _check_devices(settings.devices)
     _check_endpoints(settings.endpoints)
+    _check_keys(settings)
     cpus = settings.runtime.cpus
     if isinstance(cpus, dict):
         for device, ranges in cpus.items():
@@ -284,3 +297,19 @@ def _check_endpoints(endpoints: Endpoints) -> None:
             raise SettingsError(f"endpoints.clients: {endpoint!r}: expected ipc:///PATH or tcp://HOST:PORT")
     if endpoints.metrics is not None and not re.match(r"^.+:\d{1,5}$", endpoints.metrics):
         raise SettingsError(f"endpoints.metrics = {endpoints.metrics!r}: expected HOST:PORT")
+
+
+def _check_keys(settings: Settings) -> None:
+    curve = settings.curve
+    if bool(curve.server_key) != bool(curve.client_keys):
+        given, missing = ("server_key", "client_keys") if curve.server_key else ("client_keys", "server_key")
+        raise SettingsError(f"curve.{given} is set, curve.{missing} is not: `blendmaskd-keys server FOLDER` makes both")
+    tcp = [endpoint for endpoint in settings.endpoints.clients if endpoint.startswith("tcp://")]
+    if tcp and not curve.server_key and not settings.insecure_tcp:
+        raise SettingsError(
+            f"endpoints.clients: {tcp[0]!r} without keys is open to whoever reaches it: make keys with "
+            "`blendmaskd-keys server FOLDER` and set curve.server_key and curve.client_keys to them; or accept it with "
+            "insecure_tcp: true"
+        )
+    if curve.server_key and settings.insecure_tcp:
+        raise SettingsError("insecure_tcp = True: with curve.server_key set, tcp:// is not insecure; leave one out")

@@ -1,27 +1,35 @@
-"""What the daemon owns of the host: its sockets, the locks beside them, the metrics page, the signals' pipe.
+"""What the daemon owns of the host: its sockets, the locks beside them, the pages, the signals' pipe.
 
-Opened on entry, given back on exit; `StartError` says what to do when one cannot be had. Nothing is decided here.
+Opened on entry, given back on exit; `StartError` says what to do when one cannot be had. Nothing is decided here, but
+one thing: what an ipc endpoint makes is never open to others than its owner and group, whatever the umask; the umask
+may narrow it further, and the mode of the folder guards it again.
 """
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import ipaddress
 import os
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import zmq
 
-from daemon.metrics import MetricsServer
+from daemon.access import AllowedKeys
+from daemon.gate import Gate
+from daemon.keys import KeyFileError, read_pair
+from daemon.pages import Pages
 from daemon.protocol import MEMORY_SUFFIX
 from daemon.settings import Settings
 from daemon.shared_memory import SharedMemory
 
 LINGER_MS = 2000  # for the last answers on their way to their clients
+NOT_FOR_OTHERS = 0o007
 MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve the others
 
 
@@ -31,6 +39,9 @@ class StartError(RuntimeError):
 
 class Sockets:
     """`clients` and `workers` are ROUTERs, `signals` reads the numbers of SIGTERM, SIGINT and SIGHUP.
+
+    `gate` watches over tcp:// endpoints, and is None without; `allowed` are the keys that may connect there, None
+    where no keys are needed.
 
     `no_memory` says why there is no shared memory, where there is none although there is an ipc endpoint.
     """
@@ -42,19 +53,24 @@ class Sockets:
         self._handlers: dict[int, Any] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=os.environ.get("RUNTIME_DIRECTORY"))
         self.workers_endpoint = f"ipc://{self._folder.name}/workers.sock"
-        self.metrics: MetricsServer | None = None
+        self.pages: Pages | None = None
         self.shared_memory = SharedMemory()
         self.no_memory = ""
+        self.gate: Gate | None = None
+        self.allowed: AllowedKeys | None = None
 
     def __enter__(self) -> Sockets:
         try:
             self.clients = self._router(self._settings.limits.max_image_bytes * 2 + (1 << 20))
             self.workers = self._router(-1)
-            for endpoint in self._settings.endpoints.clients:
-                self._bind(self.clients, endpoint)
-            self._bind(self.workers, self.workers_endpoint)
+            endpoints = self._settings.endpoints.clients
+            with _umask(NOT_FOR_OTHERS):
+                for endpoint in (each for each in endpoints if not _is_tcp(each)):
+                    self._bind(self.clients, endpoint)
+                self._bind(self.workers, self.workers_endpoint)
+            self._bind_tcp([each for each in endpoints if _is_tcp(each)])  # last: it changes the socket's options
             if self._settings.endpoints.metrics:
-                self.metrics = _metrics(self._settings.endpoints.metrics)
+                self.pages = _pages(self._settings.endpoints.metrics)
             self._catch_signals()
         except BaseException:
             self.__exit__()
@@ -68,8 +84,8 @@ class Sockets:
             signal.set_wakeup_fd(-1)
             self.signals.close()
             self._wakeup.close()
-        if self.metrics:
-            self.metrics.close()
+        if self.pages:
+            self.pages.close()
         self.shared_memory.close()
         self._context.destroy(linger=LINGER_MS)
         for path, lock in self._locks.items():
@@ -93,10 +109,25 @@ class Sockets:
                 self.shared_memory.listen(f"{path}{MEMORY_SUFFIX}")
             except OSError as error:
                 self.no_memory = f"{path}{MEMORY_SUFFIX}: {error}"
-        try:
-            router.bind(endpoint)
-        except zmq.ZMQError as error:
-            raise StartError(f"cannot listen on {endpoint}: {error}") from None
+        _listen(endpoint, router.bind)
+
+    def _bind_tcp(self, endpoints: Sequence[str]) -> None:
+        if not endpoints:
+            return
+        keys = None
+        if self._settings.curve.server_key and self._settings.curve.client_keys:
+            try:
+                keys = read_pair(self._settings.curve.server_key)
+            except KeyFileError as error:
+                raise StartError(f"curve.server_key: {error}") from None
+            self.allowed = AllowedKeys(self._settings.curve.client_keys)
+            if not self.allowed.folder.is_dir():
+                folder = self.allowed.folder
+                raise StartError(f"curve.client_keys: {folder}: no such folder; `blendmaskd-keys server` makes it")
+        self.gate = Gate(self._context, self.clients, self.allowed, self._settings.limits.max_connections)
+        self.gate.refresh()
+        for endpoint in endpoints:
+            _listen(endpoint, functools.partial(self.gate.bind, keys=keys))
 
     def _lock(self, path: str) -> None:
         """ZeroMQ takes over a socket path in use without a word: a lock beside it keeps a second daemon off."""
@@ -119,6 +150,39 @@ class Sockets:
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._handlers[number] = signal.signal(number, lambda *_: None)
+
+
+def is_loopback(endpoint: str | None) -> bool:
+    """Whether HOST:PORT is this host's alone; so is None, which is not listened to."""
+    if endpoint is None:
+        return True
+    host = endpoint.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _is_tcp(endpoint: str) -> bool:
+    return endpoint.startswith("tcp://")
+
+
+@contextlib.contextmanager
+def _umask(bits: int) -> Iterator[None]:
+    """Take these permissions away from new files, beside those that are taken away already."""
+    before = os.umask(0o777)
+    os.umask(before | bits)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _listen(endpoint: str, bind: Callable[[str], object]) -> None:
+    try:
+        bind(endpoint)
+    except zmq.ZMQError as error:
+        raise StartError(f"cannot listen on {endpoint}: {error}") from None
 
 
 def _unlink(path: str) -> None:
@@ -152,8 +216,8 @@ def send(router: zmq.Socket[bytes], to: bytes, frames: Sequence[Any]) -> None:
         router.send(frame, zmq.NOBLOCK | (zmq.SNDMORE if place < len(payload) else 0), copy=False)
 
 
-def _metrics(endpoint: str) -> MetricsServer:
+def _pages(endpoint: str) -> Pages:
     try:
-        return MetricsServer(endpoint)
+        return Pages(endpoint)
     except OSError as error:
         raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {error.strerror}") from None

@@ -8,17 +8,22 @@ exactly: each is rounded to 0.01 first.
 The shell takes one snapshot per second. It has a sequence number, and is what `stats` clients, Prometheus and the
 systemd status line all show, so that they agree. Its form::
 
-    {"seq", "time" (Unix), "window_s", "combined_fps", "degraded", "serving" (devices that can serve),
-     "queue": {"jobs", "bytes"}, "leased", "answered", "failures": {code: n},
+    {"seq", "time", "started" (both Unix), "engine", "window_s", "combined_fps", "degraded", "draining",
+     "serving" (devices that can serve), "queue": {"jobs", "bytes", "max_jobs", "max_bytes"}, "leased",
+     "regions": {"count", "bytes"} (shared memory), "answered", "failures": {code: n},
+     "recent_failures": [{"time" (Unix), "job", "code", "reason"}] (newest first),
      "stages": {stage: {"buckets": [cumulative counts at STAGE_BOUNDS_S], "count", "sum"}},
+     "latency": {"count", "p50", "p99" (seconds; None: no answer), "stages": {stage: mean seconds}} (of the window),
+     "last_image": {"device", "time"} or None,
      "devices": [{"device", "slot", "generation", "pid", "state", "reason", "fps", "images", "busy_seconds",
                   "busy_share", "restarts", "memory_bytes", "device_memory_bytes", "shapes",
                   "wanted": {"cpus", "task_queue", "preload", "env"}, "actual": {...}}]}
 """
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -29,6 +34,9 @@ from daemon.protocol import Report
 STAGES = ("queue", "decode", "wait", "device", "finish", "send", "total")
 STAGE_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 FRESH_S = 2.5  # a report older than this is no longer the present
+RESOLUTION = 1.04  # latencies are told apart when one is this many times the other
+FAILURES_OF_A_CODE, FAILURES = 5, 20  # that are remembered: a flood of `busy` must not wash the others away
+LONGEST_TEXT = 160  # of what is remembered of a failure: a snapshot is the header of one message
 
 
 @dataclass(slots=True)
@@ -73,6 +81,61 @@ class Histogram:
         return {"buckets": list(accumulate(self.counts)), "count": sum(self.counts), "sum": self.sum}
 
 
+@dataclass(slots=True)
+class Second:
+    """The answers between two snapshots."""
+
+    end: float = math.inf
+    totals: Counter[int] = field(default_factory=Counter)  # by the power of `RESOLUTION` that is just above
+    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds by stage
+
+
+class Latency:
+    """How long the answers of the last `window_s` took."""
+
+    def __init__(self) -> None:
+        self._past: deque[Second] = deque()
+        self._present = Second()
+
+    def add(self, timings: Mapping[str, float]) -> None:
+        total = timings.get("total", 0.0)
+        self._present.totals[math.ceil(math.log(max(total, 1e-6), RESOLUTION))] += 1
+        sums = self._present.sums
+        for stage, seconds in timings.items():
+            sums[stage] += seconds
+
+    def take(self, now: float, window_s: float) -> dict[str, Any]:
+        """The window up to now; see `latency` in the module."""
+        self._present.end = now
+        self._past.append(self._present)
+        self._present = Second()
+        while self._past[0].end <= now - window_s:
+            self._past.popleft()
+        totals: Counter[int] = Counter()
+        sums: defaultdict[str, float] = defaultdict(float)
+        for second in self._past:
+            totals.update(second.totals)
+            for stage, seconds in second.sums.items():
+                sums[stage] += seconds
+        count = totals.total()
+        ordered = sorted(totals.items())
+        return {
+            "count": count,
+            "p50": _quantile(ordered, count * 0.5),
+            "p99": _quantile(ordered, count * 0.99),
+            "stages": {stage: sums[stage] / count for stage in STAGES if stage in sums},
+        }
+
+
+def _quantile(ordered: Iterable[tuple[int, int]], rank: float) -> float | None:
+    """The upper bound of the bucket that holds the `rank`-th latency, in seconds; None when there is none."""
+    for power, count in ordered:
+        rank -= count
+        if rank <= 0:
+            return float(f"{RESOLUTION**power:.3g}")
+    return None
+
+
 class Stats:
     """See the module."""
 
@@ -81,6 +144,8 @@ class Stats:
         self._seq = 0
         self._devices: dict[str, DeviceStats] = {}
         self._stages = {stage: Histogram() for stage in STAGES}
+        self._latency = Latency()
+        self._failures: dict[str, deque[dict[str, Any]]] = {}
 
     def report(self, device: str, report: Report) -> None:
         self._devices.setdefault(device, DeviceStats()).add(report)
@@ -89,6 +154,14 @@ class Stats:
         for stage, seconds in timings.items():
             if stage in self._stages:
                 self._stages[stage].observe(seconds)
+        self._latency.add(timings)
+
+    def failed(self, unix_time: float, job: str, code: str, reason: str) -> None:
+        """Remember a failure for people to look at; the counts are the broker's."""
+        failures = self._failures.setdefault(code, deque(maxlen=FAILURES_OF_A_CODE))
+        failures.append(
+            {"time": unix_time, "job": job[:LONGEST_TEXT], "code": str(code), "reason": reason[:LONGEST_TEXT]}
+        )
 
     def lost(self, device: str) -> None:
         """The device's worker is gone: what it did is no rate any more."""
@@ -110,9 +183,15 @@ class Stats:
             "degraded": serving < len(devices),
             "serving": serving,
             "stages": {stage: histogram.as_dict() for stage, histogram in self._stages.items()},
+            "latency": self._latency.take(now, self.window_s),
+            "recent_failures": self._recent_failures(),
             "devices": devices,
             **totals,
         }
+
+    def _recent_failures(self) -> list[dict[str, Any]]:
+        kept = [failure for failures in self._failures.values() for failure in failures]
+        return sorted(kept, key=lambda failure: -failure["time"])[:FAILURES]
 
     def _device(self, device: str, now: float) -> dict[str, Any]:
         stats = self._devices.get(device, DeviceStats())

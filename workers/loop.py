@@ -5,6 +5,7 @@ main       takes leases in, reports each second
 host       a small pool: decodes and prepares the next images, finishes and answers the last ones
 device     one: forms batches from what is prepared, runs the engine
 teller     one: tells the daemon which batch has started
+preview    one, where `show_last_image` is on: draws a picture now and then
 =========  ==========================================================================================
 
 A lease that comes while no other is held is lone: the device thread does all of it, because nothing could overlap and
@@ -45,6 +46,7 @@ from workers.batching import Batching
 from workers.channel import Channel
 from workers.engines import Engine
 from workers.images import ImageError
+from workers.preview import Previews
 from workers.regions import Regions
 
 log = logging.getLogger("blendmaskd.worker")
@@ -67,6 +69,7 @@ class Item:
     ready_at: float = 0.0  # when it was prepared
     lone: bool = False  # not reported as started, because it is the only one
     revoked: bool = False
+    preview: images.Pixels | None = None  # to be drawn once its results are known
     timings: dict[str, float] = field(default_factory=dict)
 
 
@@ -86,6 +89,7 @@ class Loop:
         self._failures = 0  # of the engine, in a row
         self._channel = Channel(assignment.identity, assignment.endpoint)
         self._regions = Regions(assignment.daemon_pid)
+        self._previews = Previews(self._send_preview) if self._settings.show_last_image else None
         self._prepared = Prepared(batching, self._settings.max_wait_ms / 1000, lambda: max(self._most_held) <= 1)
         self._busy = Busy()
         self._exit_code: int | None = None
@@ -177,7 +181,9 @@ class Loop:
         if self._overdue(item):
             return False
         try:
-            item.prepared = self._engine.prepare(self._pixels(item))
+            pixels = self._pixels(item)
+            item.preview = self._previews.take(pixels) if self._previews else None
+            item.prepared = self._engine.prepare(pixels)
         except ImageError as error:
             self._fail(item, error.code, error.reason)
         except RegionError as error:
@@ -221,6 +227,11 @@ class Loop:
         self._end(
             protocol.Finished(lease=item.lease.lease, width=width, height=height, timings=item.timings), [payload]
         )
+        if self._previews and item.preview is not None:
+            self._previews.draw(item.preview, detections)
+
+    def _send_preview(self, jpeg: bytes) -> None:
+        self._channel.send(protocol.Preview(), [jpeg])
 
     # -- device thread ----------------------------------------------------------------------------------------------
 

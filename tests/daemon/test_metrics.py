@@ -17,8 +17,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from daemon.client import Client
-from daemon.metrics import STALE_S, MetricsServer, health, render
-from daemon.protocol import Report
+from daemon.metrics import STALE_S, health, render
+from daemon.pages import Pages
+from daemon.protocol import Code, Report
 from daemon.stats import STAGE_BOUNDS_S, Stats
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)
@@ -46,7 +47,11 @@ def example(*states: str, **more: Any) -> dict[str, Any]:
         stats.report(f"npu:{number}", report)
         slots.append({"device": f"npu:{number}", "state": state, "restarts": number, "reason": ""})
     stats.answered({"device": 0.03, "total": 99.0})
-    totals = {"queue": {"jobs": 5, "bytes": 600}, "answered": 3, "failures": {"busy": 2, "worker-lost": 1}}
+    totals = {
+        "queue": {"jobs": 5, "bytes": 600, "max_jobs": 50, "max_bytes": 6000}, "leased": 4, "draining": False,
+        "regions": {"count": 2, "bytes": 8192}, "started": 123.5,
+        "answered": 3, "failures": {"busy": 2, "worker-lost": 1},
+    }  # fmt: skip
     return stats.snapshot(1.0, 0.0, slots, **{**totals, **more})
 
 
@@ -59,6 +64,13 @@ def test_metrics_have_the_documented_names_and_the_snapshot_s_values() -> None:
     assert found["blendmaskd_combined_fps", ""] == 3.0
     assert found["blendmaskd_queue_jobs", ""] == 5
     assert found["blendmaskd_queue_bytes", ""] == 600
+    assert found["blendmaskd_queue_jobs_limit", ""] == 50
+    assert found["blendmaskd_queue_bytes_limit", ""] == 6000
+    assert found["blendmaskd_leased_jobs", ""] == 4
+    assert found["blendmaskd_regions", ""] == 2
+    assert found["blendmaskd_region_bytes", ""] == 8192
+    assert found["blendmaskd_draining", ""] == 0
+    assert found["blendmaskd_start_time_seconds", ""] == 123.5
     for number in (0, 1):
         device = f"npu:{number}"
         assert found["blendmaskd_device_fps", device] == number + 1
@@ -70,7 +82,7 @@ def test_metrics_have_the_documented_names_and_the_snapshot_s_values() -> None:
         assert found["blendmaskd_worker_memory_bytes", device] == 100
         assert found["blendmaskd_device_memory_bytes", device] == 7
     outcomes = {label: value for (name, label), value in found.items() if name == "blendmaskd_jobs_total"}
-    assert outcomes == {"answered": 3, "busy": 2, "worker-lost": 1}
+    assert outcomes == {**dict.fromkeys(Code, 0.0), "answered": 3, "busy": 2, "worker-lost": 1}
 
 
 def test_stages_are_a_histogram() -> None:
@@ -87,20 +99,23 @@ OK, DOWN = HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE
 
 
 @pytest.mark.parametrize(
-    ("states", "failed", "healthz", "readyz", "text"),
+    ("states", "draining", "healthz", "readyz", "text"),
     [
         (["ready", "ready"], False, OK, OK, "ok\n"),
         (["ready", "silent"], False, OK, OK, "degraded\n"),
         (["failed", "ready"], False, OK, OK, "degraded\n"),
         (["starting", "backoff"], False, OK, DOWN, "no device is up yet\n"),
         (["silent", "silent"], False, OK, DOWN, "no device is up yet\n"),
-        (["failed", "failed"], True, DOWN, DOWN, "all devices have failed\n"),
+        (["failed", "failed"], False, DOWN, DOWN, "all devices have failed\n"),
+        (["ready", "ready"], True, OK, DOWN, "draining\n"),
+        (["ready", "stopping"], True, OK, DOWN, "draining\n"),
+        (["failed", "ended"], True, OK, DOWN, "draining\n"),
     ],
 )
-def test_health(states: list[str], failed: bool, healthz: HTTPStatus, readyz: HTTPStatus, text: str) -> None:
-    snapshot = example(*states)
-    assert health(snapshot, 1.0, failed)[:2] == (healthz, readyz)
-    body = health(snapshot, 1.0, failed)[2]
+def test_health(states: list[str], draining: bool, healthz: HTTPStatus, readyz: HTTPStatus, text: str) -> None:
+    snapshot = example(*states, draining=draining)
+    assert health(snapshot, 1.0)[:2] == (healthz, readyz)
+    body = health(snapshot, 1.0)[2]
     assert body.startswith(text)
     assert "seq 1" in body
 
@@ -116,7 +131,7 @@ def get(port: int, path: str) -> tuple[int, str]:
 
 def test_health_is_the_loop_s_own() -> None:
     now = 100.0
-    server = MetricsServer("127.0.0.1:0", clock=lambda: now)
+    server = Pages("127.0.0.1:0", clock=lambda: now)
     try:
         assert [get(server.port, path) for path in ("/healthz", "/readyz", "/metrics")] == [
             (200, "starting\n"), (503, "starting\n"), (503, "starting\n")
@@ -129,7 +144,7 @@ def test_health_is_the_loop_s_own() -> None:
             assert (status, body.startswith("the serving loop has hung for 6 s\n")) == (503, True)
         server.publish(example("ready"))
         assert get(server.port, "/readyz")[0] == 200
-        assert get(server.port, "/")[0] == get(server.port, "/metrics/x")[0] == 404
+        assert get(server.port, "/metrics/x")[0] == 404
     finally:
         server.close()
 
