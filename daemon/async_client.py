@@ -16,7 +16,16 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from daemon import protocol
-from daemon.connection import DEFAULT_ENDPOINT, RETRIES, Connection, Transport, check_window
+from daemon.connection import (
+    DEFAULT_ENDPOINT,
+    EVENTS,
+    RETRIES,
+    Connection,
+    HandshakeError,
+    KeyFile,
+    Transport,
+    check_window,
+)
 from daemon.exchange import Image, Job, JobFailed, Segmentation
 from daemon.protocol import Code, GetStats
 
@@ -26,16 +35,16 @@ class AsyncClient(Connection):
 
     def __init__(
         self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES,
-        transport: Transport = "auto",
+        transport: Transport = "auto", server_key: KeyFile = None, key: KeyFile = None,
     ) -> None:  # fmt: skip
-        super().__init__(endpoint, timeout_s, retries, transport)
+        super().__init__(endpoint, timeout_s, retries, transport, server_key, key)
         self._futures: dict[str, asyncio.Future[None]] = {}
         self._stats_futures: list[asyncio.Future[dict[str, Any]]] = []
 
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._monitor = self._socket.get_monitor_socket(EVENTS)
         try:
             self._open(self._socket)
         except ValueError:
@@ -61,6 +70,7 @@ class AsyncClient(Connection):
         self, image: Image, *, deadline_s: float | None = None, priority: int = 0, **options: Any
     ) -> Segmentation:
         """As `Client.segment`. Cancelling the task cancels the job."""
+        self._renew(self._socket)
         job = self._add(image, deadline_s, priority, options)
         name = job.submit.job
         future = self._futures[name] = asyncio.get_running_loop().create_future()
@@ -97,11 +107,12 @@ class AsyncClient(Connection):
 
     async def stats(self) -> dict[str, Any]:
         """As `Client.stats`."""
+        self._renew(self._socket)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._stats_futures.append(future)
-        await self._socket.send_multipart(protocol.encode(GetStats()))
         try:
             async with asyncio.timeout(self.timeout_s):
+                await self._socket.send_multipart(protocol.encode(GetStats()))
                 return await future
         except TimeoutError:
             raise self._timed_out() from None
@@ -148,12 +159,21 @@ class AsyncClient(Connection):
     async def _watch(self) -> None:
         connected = False
         while True:
-            event = parse_monitor_message(await self._monitor.recv_multipart())["event"]
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            if self._on_event(parse_monitor_message(await self._monitor.recv_multipart())["event"]):
                 if connected:
                     self._exchange.reconnected(time.monotonic())
                     self._wake.set()
                 connected = True
+            if self._refused:
+                self._tell_refused(HandshakeError(self._refused))
+
+    def _tell_refused(self, error: HandshakeError) -> None:
+        """To all who wait."""
+        waiting: list[asyncio.Future[Any]] = [*self._futures.values(), *self._stats_futures]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(error)
+        self._stats_futures.clear()
 
     async def _close_job(self, name: str) -> None:
         """Whoever still waits for it is told why it ends."""
@@ -172,5 +192,5 @@ class AsyncClient(Connection):
 
     async def _abandon(self, name: str) -> None:
         self._futures.pop(name, None)
-        if self._exchange.drop(name):
+        if self._exchange.drop(name) and not self._refused:  # else there is no pipe to send into
             await self._socket.send_multipart(protocol.encode(protocol.Cancel(job=name)))

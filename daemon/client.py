@@ -34,12 +34,21 @@ from zmq.utils.monitor import parse_monitor_message
 
 from daemon import protocol
 from daemon.async_client import AsyncClient
-from daemon.connection import DEFAULT_ENDPOINT, RETRIES, Connection, Transport, check_window
+from daemon.connection import (
+    DEFAULT_ENDPOINT,
+    EVENTS,
+    RETRIES,
+    Connection,
+    HandshakeError,
+    KeyFile,
+    Transport,
+    check_window,
+)
 from daemon.exchange import Image, Job, JobFailed, Segmentation, ServerPath, SharedMemoryError
 from daemon.protocol import Code, GetStats, Submit
 
 __all__ = [
-    "DEFAULT_ENDPOINT", "AsyncClient", "Client", "Image", "JobFailed", "Segmentation", "ServerPath",
+    "DEFAULT_ENDPOINT", "AsyncClient", "Client", "HandshakeError", "Image", "JobFailed", "Segmentation", "ServerPath",
     "SharedMemoryError",
 ]  # fmt: skip
 
@@ -50,17 +59,20 @@ class Client(Connection):
     """Blocking client. Not for several threads at once; each may have its own.
 
     `timeout_s` bounds each wait for an answer, and is the deadline of a job that names none; `retries` bounds how often
-    a job is tried again when the daemon says that this can help. Raises ValueError for an endpoint that is none.
+    a job is tried again when the daemon says that this can help. A tcp:// endpoint takes keys, see `daemon.keys`:
+    `server_key` is the file of the daemon's public key, `key` that of our own secret one.
+    Raises ValueError for an endpoint that is none and for keys that cannot be used; each call that waits for the
+    daemon raises `HandshakeError` when it does not let us in.
     """
 
     def __init__(
         self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES,
-        transport: Transport = "auto",
+        transport: Transport = "auto", server_key: KeyFile = None, key: KeyFile = None,
     ) -> None:  # fmt: skip
-        super().__init__(endpoint, timeout_s, retries, transport)
+        super().__init__(endpoint, timeout_s, retries, transport, server_key, key)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._monitor = self._socket.get_monitor_socket(EVENTS)
         self._was_connected = False
         try:
             self._open(self._socket)
@@ -85,6 +97,7 @@ class Client(Connection):
 
         Raises `JobFailed`, TimeoutError when no answer comes, OSError for a file that cannot be read.
         """
+        self._renew(self._socket)
         job = self._add(image, deadline_s, priority, options)
         self._wait_for(job)
         return job.result()
@@ -99,6 +112,7 @@ class Client(Connection):
         cannot be read, as an OSError or as `bad-image`. TimeoutError is raised in any case.
         """
         check_window(window)
+        self._renew(self._socket)
         jobs: deque[Job] = deque()
         source = iter(images)
         try:
@@ -116,8 +130,9 @@ class Client(Connection):
 
     def stats(self) -> dict[str, Any]:
         """The daemon's latest snapshot; its keys are described in `daemon/stats.py`."""
+        self._renew(self._socket)
         self._exchange.stats.clear()
-        self._socket.send_multipart(protocol.encode(GetStats()))
+        self._send(protocol.encode(GetStats()))
         deadline = time.monotonic() + self.timeout_s
         while not self._exchange.stats:
             self._turn(deadline)
@@ -175,14 +190,27 @@ class Client(Connection):
 
     def _send_due(self) -> None:
         for frames in self._exchange.due(time.monotonic()):
-            self._socket.send_multipart(frames, copy=False)
+            self._send(frames)
+
+    def _send(self, frames: list[Any]) -> None:
+        """Never blocks but for a connection that was refused: its pipe is gone, and the event that says why is near."""
+        while True:
+            try:
+                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                if not self._monitor.poll(int(self.timeout_s * 1000)):
+                    raise self._timed_out() from None
+                self._on_monitor()
+            else:
+                return
 
     def _on_monitor(self) -> None:
-        event = parse_monitor_message(self._monitor.recv_multipart())["event"]
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        if self._on_event(parse_monitor_message(self._monitor.recv_multipart())["event"]):
             if self._was_connected:
                 self._exchange.reconnected(time.monotonic())
             self._was_connected = True
+        if self._refused:
+            raise HandshakeError(self._refused)
 
     def _abandon(self, job: Job) -> None:
         if self._exchange.drop(job.submit.job):

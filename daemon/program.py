@@ -15,8 +15,9 @@ from typing import Any, Self, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from daemon.client import Client
+from daemon.client import Client, HandshakeError
 
+SERVER_KEY_VARIABLE, KEY_VARIABLE = "BLENDMASKD_SERVER_KEY", "BLENDMASKD_KEY"
 ANSWER_S = 3.0  # a daemon that runs answers at once
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NO_DAEMON, EXIT_OUTPUT, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
@@ -72,12 +73,32 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", metavar="S", type=seconds, default=60.0, help="for an image's answer, default 60")
     parser.add_argument("--wait", metavar="S", type=seconds, default=ANSWER_S,
                         help=f"for a daemon that is starting, default {ANSWER_S:g}")  # fmt: skip
+    add_keys(parser)
+
+
+def add_keys(parser: argparse.ArgumentParser) -> None:
+    """The keys among the arguments of `make_client`."""
+    parser.add_argument("--server-key", metavar="FILE", help="the daemon's public key, server.key, for a tcp endpoint; "
+                        f"default: ${SERVER_KEY_VARIABLE}")  # fmt: skip
+    parser.add_argument("--key", metavar="FILE", help="your own secret key, NAME.key_secret, see blendmaskd-keys; "
+                        f"default: ${KEY_VARIABLE}")  # fmt: skip
+
+
+def make_client(arguments: argparse.Namespace, timeout_s: float) -> Client:
+    """A client with the keys of flags, or for a tcp endpoint of the environment. Raises ValueError as `Client` does."""
+    tcp = arguments.endpoint.startswith("tcp://")
+    return Client(
+        arguments.endpoint,
+        timeout_s=timeout_s,
+        server_key=arguments.server_key or (os.environ.get(SERVER_KEY_VARIABLE) if tcp else None),
+        key=arguments.key or (os.environ.get(KEY_VARIABLE) if tcp else None),
+    )
 
 
 def connect(arguments: argparse.Namespace) -> Client:
-    """A client of a daemon that can serve. Raises `UsageError` for a bad endpoint, and `NoDaemonError`."""
+    """A client of a daemon that can serve. Raises `UsageError` for a bad endpoint or key, and `NoDaemonError`."""
     try:
-        client = Client(arguments.endpoint, timeout_s=arguments.wait)
+        client = make_client(arguments, arguments.wait)
     except ValueError as error:
         raise UsageError(str(error)) from None
     try:
@@ -104,8 +125,10 @@ def wait_for_daemon(client: Client, wait_s: float) -> None:
     except TimeoutError:
         raise NoDaemonError(
             f"no daemon answers at {client.endpoint} within {client.timeout_s:g} s: start one, or check the endpoint "
-            "(endpoints.clients in its settings); --wait S waits longer for one that is starting"
+            f"(endpoints.clients in its settings); --wait S waits longer for one that is starting{client.hint}"
         ) from None
+    except HandshakeError as error:
+        raise NoDaemonError(str(error)) from None
 
 
 def _refuse_hopeless(endpoint: str, snapshot: dict[str, Any]) -> None:

@@ -78,8 +78,8 @@ class Server:
                      " ".join(self.settings.endpoints.clients), self.settings.engine, os.getpid())  # fmt: skip
             self._open_gate()
             if not is_loopback(self.settings.endpoints.metrics):
-                log.warning("endpoints.metrics %s: open to whoever reaches the port; 127.0.0.1 is this host's alone, and "
-                            "a firewall or proxy can guard another", self.settings.endpoints.metrics)  # fmt: skip
+                log.warning("endpoints.metrics %s: open to whoever reaches the port; 127.0.0.1 is this host's alone",
+                            self.settings.endpoints.metrics)  # fmt: skip
             if sockets.no_memory:
                 log.warning("no shared memory, images come by socket: %s", sockets.no_memory)
             try:

@@ -27,7 +27,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from daemon.client import DEFAULT_ENDPOINT, Client
+from daemon.client import DEFAULT_ENDPOINT, Client, HandshakeError
+from daemon.program import add_keys, make_client
 from daemon.spawn import differences
 from daemon.stats import STAGE_BOUNDS_S
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     show = _print_json if arguments.json else _print_tables
     try:
-        with Client(arguments.endpoint, timeout_s=ANSWER_S) as client, contextlib.suppress(KeyboardInterrupt):
+        with make_client(arguments, ANSWER_S) as client, contextlib.suppress(KeyboardInterrupt):
             snapshot = first_snapshot(client)
             if arguments.watch:
                 _watch(client, snapshot, show)
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"stats: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except TimeoutError as error:
+    except (TimeoutError, HandshakeError) as error:
         print(f"stats: {error}", file=sys.stderr)
         return EXIT_NO_DAEMON
     return 0
@@ -232,6 +233,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("endpoint", metavar="ENDPOINT", nargs="?", default=DEFAULT_ENDPOINT,
                         help=f"of the daemon, default {DEFAULT_ENDPOINT}")  # fmt: skip
+    add_keys(parser)
     parser.add_argument("--watch", action="store_true", help="refresh each second until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="the snapshot as one line of JSON")
     return parser.parse_args(argv)
