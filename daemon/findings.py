@@ -211,12 +211,14 @@ def nodes(facts: Sequence[NodeFacts], opened: bool, user: str) -> list[Finding]:
 
 
 def _shut_out(facts: Sequence[NodeFacts]) -> list[Finding]:
-    """Groups of nodes that this user may use and the service's may not."""
+    """This user may use the nodes: may the service's?"""
     groups = sorted({node.group for node in facts if node.there and node.service_may is False})
     findings = []
     for group in groups:
         text = f"the service's user blendmaskd is not in the group {group} of the device nodes"
         findings.append(_error("permissions", text, f"usermod --append --groups {group} blendmaskd"))
+    if not findings and any(node.there for node in facts):
+        findings = [_ok("permissions", "device nodes")]
     return findings
 
 

@@ -1,0 +1,92 @@
+"""What npu-smi prints and what CANN, driver and firmware leave, on real hosts; which versions belong together."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from daemon import ascend
+from daemon.ascend import Card
+
+SAMPLES = Path(__file__).parents[1] / "data" / "npu-smi"
+DRIVER = """Version=24.1.rc3
+ascendhal_version=7.35.23
+aicpu_version=1.0
+Innerversion=V100R001C19SPC001B124
+compatible_version=[V100R001C13],[V100R001C15],[V100R001C17],[V100R001C18],[V100R001C19]
+compatible_version_fw=[7.0.0,7.5.99]
+package_version=24.1.rc3
+"""
+FIRMWARE = "Version=7.5.0.1.129\nfirmware_version=1.0\npackage_version=24.1.rc3\n"
+
+
+def sample(name: str) -> str:
+    return (SAMPLES / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "cards"),
+    [
+        ("info_910B3_8npu", {(npu, 0): Card("910B3", "OK") for npu in range(8)}),
+        ("info_910A_8npu_procs", {(npu, 0): Card("xxx", "OK") for npu in range(8)}),
+        ("info_A3_Ascend910_dualdie_excerpt", {(0, chip): Card("Ascend910", "OK") for chip in (0, 1)}),
+        ("info_A3_Ascend910_dualdie_v25_excerpt", {(0, chip): Card("Ascend910", "OK") for chip in (0, 1)}),
+        ("info_m_910A", {}),
+    ],
+)
+def test_npu_smi_tells_name_and_health(name: str, cards: dict[ascend.Chip, Card]) -> None:
+    assert ascend.parse_npu_cards(sample(name)) == cards
+
+
+def test_a_sick_card_is_told_apart() -> None:
+    row = "| 1     910B3               | "
+    cards = ascend.parse_npu_cards(sample("info_910B3_8npu").replace(f"{row}OK ", f"{row}Alarm "))
+    assert [chip for chip, card in cards.items() if card.health == "Alarm"] == [(1, 0)]
+
+
+def test_npu_smi_tells_who_uses_a_card() -> None:
+    users = ascend.parse_npu_processes(sample("info_910A_8npu_procs"))
+    assert users[0, 0] == [(139667, "python")]
+    assert len(users) == 8
+    assert ascend.parse_npu_processes(sample("info_910B3_8npu")) == {}
+    assert ascend.parse_npu_processes("| Process id |\n| No running processes found in NPU 0 |\n") == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", "dcmi module initialize failed. ret is -8005\n", "|||\n| 1 |\n", "| 1 a | b |"]
+)
+def test_what_is_not_understood_tells_nothing(text: str) -> None:
+    assert ascend.parse_npu_cards(text) == {}
+    assert ascend.parse_npu_processes(text) == {}
+    assert ascend.parse_version(text) == ""
+    assert ascend.parse_firmware_ranges(text) == []
+
+
+def test_version_files_are_read() -> None:
+    assert ascend.parse_version(DRIVER) == "24.1.rc3"
+    assert ascend.parse_version(FIRMWARE) == "7.5.0.1.129"
+    assert ascend.parse_version("package_name=Ascend-cann-toolkit\nversion=8.3.RC1\narch=aarch64\n") == "8.3.RC1"
+    assert ascend.parse_firmware_ranges(DRIVER) == [("7.0.0", "7.5.99")]
+    two = "compatible_version_fw=[6.4.0,6.4.99],[7.0.0,8.9.9]"
+    assert ascend.parse_firmware_ranges(two) == [("6.4.0", "6.4.99"), ("7.0.0", "8.9.9")]
+
+
+@pytest.mark.parametrize(
+    ("version", "inside"), [("7.5.0.1.129", True), ("7.0.0", True), ("6.9.9", False), ("7.6.0.1", False)]
+)
+def test_firmware_is_in_the_drivers_range_or_not(version: str, inside: bool) -> None:
+    assert ascend.within(version, ascend.parse_firmware_ranges(DRIVER)) is inside
+
+
+def test_versions_have_an_order() -> None:
+    told = ["7.0.0", "8.0.RC1", "8.0.RC3", "8.0.0", "8.1.RC1", "8.2.RC1", "8.5.0", "9.0.0", "9.1.0", "10.0.0"]
+    assert sorted(sorted(told), key=ascend.order) == told
+    assert ascend.order("8.3.rc1") == ascend.order("8.3.RC1")
+    assert ascend.order("not known") == ()
+
+
+def test_a_release_of_torch_npu_has_its_cann() -> None:
+    assert ascend.cann_for("2.9.0.post2") == "9.0.0"
+    assert ascend.cann_for("2.9.0") == "8.5.0"
+    assert ascend.cann_for("2.6.0+git1234") == "8.2.RC1"
+    assert ascend.cann_for("2.13.0") == ""

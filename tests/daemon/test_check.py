@@ -1,0 +1,181 @@
+"""`blendmaskd check` on this host: green where it can serve, each fault told, a daemon of ours told from a stranger."""
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = ROOT / "tests" / "data" / "npu-smi"
+DEMO = {"config": "configs/demo/demo.yaml", "weights": "configs/demo/model_final.pth"}
+EMULATED = {"PYTHONPATH": f"{ROOT / 'tests' / 'emulated'}:{ROOT}"}
+
+Check = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Check:
+    """Runs it with ``--json``: the report, with its exit code as ``rc``. Sections go over settings that are sound."""
+
+    def run(environment: Mapping[str, str] | None = None, **settings: Any) -> dict[str, Any]:
+        sound = {
+            "devices": ["cpu:0", "cpu:1"],
+            "engine": "timed",
+            "endpoints": {"clients": [f"ipc://{tmp_path}/client.sock"], "metrics": None},
+        }
+        file = tmp_path / "daemon.yaml"
+        file.write_text(yaml.safe_dump({**sound, **settings}))
+        argv = [sys.executable, "-m", "daemon", "check", "--settings", str(file), "--json"]
+        done = subprocess.run(
+            argv, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, timeout=120
+        )
+        assert done.stderr == ""
+        report: dict[str, Any] = json.loads(done.stdout)
+        return {**report, "rc": done.returncode}
+
+    return run
+
+
+def told(report: Mapping[str, Any], area: str) -> list[tuple[str, str]]:
+    return [(line["level"], line["text"]) for line in report["findings"] if line["area"] == area]
+
+
+@pytest.fixture
+def npu_smi(tmp_path: Path) -> Callable[[Mapping[str, str]], dict[str, str]]:
+    """Puts a program on PATH that answers as a sample does; returns that environment."""
+
+    def install(answers: Mapping[str, str]) -> dict[str, str]:
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        lines = ["#!/bin/sh"]
+        for number, (arguments, text) in enumerate(answers.items()):
+            (folder / f"answer.{number}").write_text(text)
+            lines.append(f'[ "$*" = "{arguments}" ] && exec cat "{folder}/answer.{number}"')
+        (folder / "npu-smi").write_text("\n".join([*lines, "exit 1", ""]))
+        (folder / "npu-smi").chmod(0o755)
+        return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+    return install
+
+
+def test_a_cpu_host_is_green_in_a_few_lines(check: Check) -> None:
+    report = check(engine="native", model=DEMO)
+    assert (report["rc"], report["error"]) == (0, 0)
+    assert len(report["findings"]) < 15
+    [(level, text)] = told(report, "weights")
+    assert level == "ok"
+    assert text.startswith("configs/demo/model_final.pth: matches the config")
+    assert [text.partition(",")[0] for _, text in told(report, "device")] == ["cpu:0: cpu", "cpu:1: cpu"]
+    assert told(report, "versions")[0][0] == "ok"
+
+
+def test_the_text_names_the_remedy(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "daemon", "check", "--devices", "cpu:0", "--set", "engine=timed"]
+    argv += ["--set", f"endpoints.clients=[ipc://{tmp_path}/{'x' * 120}]", "--set", "endpoints.metrics=null"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "error    endpoint     endpoints.clients: a path of" in done.stdout
+    assert "-> a shorter path" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("1 errors")
+
+
+def test_settings_that_do_not_hold_are_the_only_line(check: Check) -> None:
+    report = check(queue={"max_jobs": -1})
+    assert report["rc"] == 1
+    assert [(line["area"], line["text"]) for line in report["findings"]] == [
+        ("settings", "queue.max_jobs = -1: Expected `int` >= 1")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "complaint"),
+    [
+        ({**DEMO, "weights": "/nowhere.pth"}, "/nowhere.pth"),
+        ({"config": "configs/BlendMask/R_50_1x.yaml", "weights": DEMO["weights"]}, "do not fit the network"),
+    ],
+)
+def test_weights_that_do_not_fit_are_told(check: Check, model: dict[str, str], complaint: str) -> None:
+    report = check(engine="native", model=model, devices=["cpu:0"])
+    [(level, text)] = told(report, "weights")
+    assert (report["rc"], level) == (1, "error")
+    assert complaint in text
+
+
+def test_a_precision_that_the_device_lacks_is_told(check: Check) -> None:
+    report = check(engine="native", model={**DEMO, "precision": "fp16"}, devices=["cpu:0"])
+    assert any(level == "error" and "float16" in text for level, text in told(report, "device"))
+
+
+def test_cpus_that_are_not_there_are_told(check: Check) -> None:
+    report = check(devices=["cpu:0"], runtime={"cpus": {"cpu:0": "4000"}})
+    assert report["rc"] == 1
+    assert "CPUs 4000 are not available" in told(report, "cpus")[0][1]
+
+
+def test_a_running_daemon_of_ours_is_told_from_a_stranger(check: Check, daemon: Any, tmp_path: Path) -> None:
+    serving = daemon()
+    metrics = serving.metrics_url.removeprefix("http://")
+    report = check(endpoints={"clients": [serving.endpoint], "metrics": metrics})
+    assert report["rc"] == 0
+    pid = serving.process.pid
+    assert told(report, "endpoint") == [
+        ("ok", f"endpoints.clients: {serving.endpoint}: served by a running blendmaskd (pid {pid})"),
+        ("ok", f"endpoints.metrics: {metrics}: served by a running blendmaskd (pid {pid})"),
+    ]
+    with socket.create_server(("127.0.0.1", 0)) as stranger, (tmp_path / "client.sock.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        port = stranger.getsockname()[1]
+        report = check(endpoints={"clients": [f"ipc://{tmp_path}/client.sock"], "metrics": f"127.0.0.1:{port}"})
+    assert report["rc"] == 1
+    endpoints = told(report, "endpoint")
+    assert [level for level, _ in endpoints] == ["error"] * 2
+    assert all(f"(pid {os.getpid()})" in text for _, text in endpoints), endpoints
+
+
+def test_the_rights_on_the_folder_of_the_socket_are_told(check: Check, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("needs a user other than root")
+    (tmp_path / "shut").mkdir(mode=0o500)
+    report = check(endpoints={"clients": [f"ipc://{tmp_path}/shut/client.sock"], "metrics": None})
+    assert "this user cannot make" in told(report, "endpoint")[0][1]
+
+
+def test_emulated_npus_open_and_npu_smi_tells_their_health(check: Check, npu_smi: Any) -> None:
+    row = "| 1     910B3               | "
+    text = (SAMPLES / "info_910B3_8npu.txt").read_text().replace(f"{row}OK ", f"{row}Warning ")
+    answers = {
+        "info": text,
+        "info -m": (SAMPLES / "info_m_910B3_mcu.txt").read_text(),
+        "info -t topo": (SAMPLES / "constructed_topo_2npu_shared.txt").read_text(),
+    }
+    report = check(npu_smi(answers), engine="native", model=DEMO, devices=["npu:0", "npu:1"], worker_env=EMULATED)
+    devices = told(report, "device")
+    assert (report["rc"], devices[0][0]) == (0, "ok")
+    assert devices[0][1].startswith("npu:0: ")
+    assert devices[0][1].endswith("health OK, fp32")
+    assert devices[1] == ("warning", "npu:1: 910B3, health Warning")
+    assert [(level, text.rpartition(", ")[2]) for level, text in told(report, "cpus")] == [("ok", "near it")] * 2
+
+
+def test_an_npu_host_without_cann_and_card_says_what_is_missing(check: Check, npu_smi: Any) -> None:
+    environment = npu_smi({"info": (SAMPLES / "info_910B3_8npu.txt").read_text()})
+    report = check(environment, engine="native", model=DEMO, devices=["npu:0", "npu:9"])
+    assert report["rc"] == 1
+    assert ("error", "npu:9: npu-smi lists 8 devices, not this one") in told(report, "device")
+    assert any("not there: " in text and "/dev/davinci9" in text for _, text in told(report, "permissions"))
+    assert any("ASCEND_HOME_PATH is not set" in text for _, text in told(report, "versions"))
+
+
+def test_a_device_that_the_environment_hides_is_told(check: Check, npu_smi: Any) -> None:
+    environment = {**npu_smi({}), "ASCEND_RT_VISIBLE_DEVICES": ""}
+    report = check(environment, engine="native", model=DEMO, devices=["npu:0"])
+    assert told(report, "device") == [("error", "npu:0: not visible, ASCEND_RT_VISIBLE_DEVICES=")]

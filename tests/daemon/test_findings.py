@@ -1,0 +1,233 @@
+"""Planted faults: each line that `blendmaskd check` can complain with, and that sound facts bring no complaint."""
+from __future__ import annotations
+
+import ast
+import errno
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon import findings
+from daemon.ascend import Card
+from daemon.findings import (
+    DeviceFacts,
+    EndpointFacts,
+    Finding,
+    FolderFacts,
+    Holder,
+    LimitFacts,
+    NodeFacts,
+    Probe,
+    VersionFacts,
+)
+from daemon.spawn import Preload
+
+OPENED = Probe(name="Ascend910B3", memory_bytes=64 << 30, bf16=True)
+
+
+def npu(precision: str = "fp32", **facts: Any) -> list[Finding]:
+    sound = {"device": "npu:1", "tool": "npu-smi", "cards": 8, "card": Card("910B3", "OK"), "probe": OPENED}
+    return findings.device(DeviceFacts(**{**sound, **facts}), precision)
+
+
+def broken(error: str) -> list[Finding]:
+    return npu(probe=Probe(error=error))
+
+
+def nodes(opened: bool = False, **facts: Any) -> list[Finding]:
+    sound = {"path": "/dev/davinci1", "there": True, "usable": True, "group": "HwHiAiUser", "member": True}
+    return findings.nodes([NodeFacts(**{**sound, **facts})], opened, "alice")
+
+
+def versions(**facts: Any) -> list[Finding]:
+    sound = {"python": "3.11.7", "torch": "2.9.0", "torch_npu": "2.9.0", "machine": "aarch64", "cann": "8.5.0",
+             "cann_home": "/usr/local/Ascend/cann", "driver": "25.3.rc1", "firmware": "7.8.0.2.212",
+             "firmware_ranges": [("7.0.0", "8.9.9")]}  # fmt: skip
+    return findings.versions(VersionFacts(**{**sound, **facts}), npu=True)
+
+
+def allocator(choice: str = "auto", path: str | None = None, complaint: str = "", apt: bool = False,
+              dnf: bool = False) -> list[Finding]:  # fmt: skip
+    preload = None if complaint else Preload(path)
+    return findings.allocator(choice, preload, complaint, apt, dnf)
+
+
+def ipc(path: str = "/run/user/1/bmd.sock", **facts: Any) -> list[Finding]:
+    return findings.endpoint(EndpointFacts(setting="endpoints.clients", endpoint=f"ipc://{path}", **facts))
+
+
+def tcp(**facts: Any) -> list[Finding]:
+    return findings.endpoint(EndpointFacts(setting="endpoints.metrics", endpoint="127.0.0.1:9464", **facts))
+
+
+def folder(**facts: Any) -> list[Finding]:
+    sound = {"setting": "paths.roots", "path": "/data", "there": True, "usable": True}
+    return findings.folder(FolderFacts(**{**sound, **facts}))
+
+
+def limits(**facts: Any) -> list[Finding]:
+    sound = {"files": 1024, "hard_files": 1 << 20, "locked_bytes": None, "available_bytes": 8 << 30,
+             "promised_bytes": 2 << 30}  # fmt: skip
+    return findings.limits(LimitFacts(**{**sound, **facts}))
+
+
+TWO = {"npu:0": (0, 1), "npu:1": (2, 3)}
+
+Case = tuple[str, Callable[[], list[Finding]], str, str, str]  # name, finding, level, text, remedy
+
+FAULTS: list[Case] = [
+    ("hidden", lambda: npu(hidden="npu:1: not visible, ASCEND_RT_VISIBLE_DEVICES=4"), "error", "npu:1: not visible",
+     "change ASCEND_RT_VISIBLE_DEVICES"),
+    ("no tool", lambda: npu(cards=None, card=None), "warning", "npu:1: npu-smi does not answer", "driver installed"),
+    ("no such card", lambda: npu(cards=1, card=None), "error", "npu:1: npu-smi lists 1 devices, not this one", "lspci"),
+    ("unwell", lambda: npu(card=Card("910B3", "Warning")), "warning", "npu:1: 910B3, health Warning", "-t health"),
+    ("sick", lambda: npu(card=Card("910B3", "Alarm")), "error", "npu:1: 910B3, health Alarm", "reset or a reboot"),
+    ("in use", lambda: npu(users=((139667, "python"),)), "warning", r"npu:1: in use by pid 139667 \(python\)", "stop"),
+    ("not as wanted", lambda: npu(probe=Probe(differences=("preload: wanted /x, is None",))), "warning",
+     "npu:1: preload: wanted /x, is None", "troubleshooting"),
+    ("no bf16", lambda: npu("bf16", probe=Probe(name="Ascend910A", bf16=False)), "error",
+     "Ascend910A does not compute in bfloat16", "fp16"),
+    ("no CANN here", lambda: broken("npu: torch_npu cannot be loaded; is CANN's set_env.sh sourced? libhccl.so"),
+     "error", "npu:1: npu: torch_npu cannot be loaded", "source CANN's set_env.sh"),
+    ("no torch_npu", lambda: broken("npu: torch_npu is not installed"), "error", "not installed", "pip install"),
+    ("not visible", lambda: broken("npu:0: 0 npu devices are visible to this process"), "error", "0 npu devices",
+     "permissions"),
+    ("precision", lambda: broken("cpu: float16 is some forty times slower"), "error", "float16", "auto"),
+    ("anything else", lambda: broken("RuntimeError: 507033"), "error", "507033", "troubleshooting"),
+    ("no node", lambda: nodes(there=False), "error", "not there: /dev/davinci1", "driver"),
+    ("shut node", lambda: nodes(usable=False, member=False), "error",
+     r"/dev/davinci1: alice may not use it \(group HwHiAiUser\)", "usermod --append --groups HwHiAiUser alice"),
+    ("old login", lambda: nodes(usable=False, member=True), "error", "may not use it", "log in again"),
+    ("service shut out", lambda: nodes(opened=True, service_may=False), "error",
+     "blendmaskd is not in the group HwHiAiUser", "usermod --append --groups HwHiAiUser blendmaskd"),
+    ("no torch", lambda: versions(torch=""), "error", "torch is not installed", "pip install"),
+    ("no torch_npu package", lambda: versions(torch_npu=""), "warning", "torch_npu is not installed", "deployment"),
+    ("wrong pair", lambda: versions(torch="2.8.0"), "error", "torch_npu 2.9.0 needs torch 2.9.0, this is 2.8.0",
+     "pip install torch==2.9.0"),
+    ("CUDA build", lambda: versions(torch="2.9.0+cu130", machine="x86_64"), "error", "is the CUDA build", "CPU"),
+    ("CANN not sourced", lambda: versions(cann_home="", cann="", set_env="/usr/local/Ascend/cann/set_env.sh"),
+     "warning", "CANN is installed, but not in this environment", "source /usr/local/Ascend/cann/set_env.sh"),
+    ("no CANN", lambda: versions(cann_home="", cann=""), "warning", "no CANN was found", "install CANN"),
+    ("CANN untold", lambda: versions(cann=""), "warning", "does not tell the version", "ascend_toolkit_install.info"),
+    ("old CANN", lambda: versions(cann="8.3.RC1"), "warning",
+     "torch_npu 2.9.0 was made for CANN 8.5.0; 8.3.RC1 is older", "pairs"),
+    ("new CANN", lambda: versions(cann="9.0.0"), "warning", "9.0.0 is newer", "pairs"),
+    ("firmware", lambda: versions(firmware="6.4.12"), "warning",
+     "driver 25.3.rc1 works with firmware 7.0.0 to 8.9.9; this is 6.4.12", "firmware"),
+    ("required tcmalloc", lambda: allocator("required", complaint="runtime.preload = required: missing", dnf=True),
+     "error", "required: missing", "dnf install gperftools-libs"),
+    ("no tcmalloc, apt", lambda: allocator(apt=True), "warning", "tcmalloc is not installed",
+     "apt-get install libtcmalloc-minimal4"),
+    ("no tcmalloc", lambda: allocator(), "warning", "tcmalloc is not installed", "Debian: .*; openEuler: "),
+    ("shared CPUs", lambda: findings.cpus({"npu:0": (0, 1), "npu:1": (1, 2)}, {}, (), hinted=False), "warning",
+     "npu:0: CPUs 0-1, shared with npu:1", "more CPUs"),
+    ("unknown place", lambda: findings.cpus(TWO, {}, (), hinted=True), "warning", "which are near it is not known",
+     "runtime.cpus"),
+    ("governor", lambda: findings.governor({0: "powersave", 1: "powersave"}), "warning", "powersave on CPUs 0-1",
+     "cpupower"),
+    ("socket taken", lambda: ipc(holder=Holder(pid=7, command="other")), "error", r"taken by other \(pid 7\)", "stop"),
+    ("socket taken by who knows", lambda: ipc(holder=Holder()), "error", "taken by another process", "stop"),
+    ("long path", lambda: ipc("/" + "x" * 107), "error", "a path of 108 bytes, 107 are possible", "shorter"),
+    ("no room for .fd", lambda: ipc("/" + "x" * 104), "warning", "no room for .fd: no shared memory", "shorter"),
+    ("shut folder", lambda: ipc(folder_usable=False), "error", "this user cannot make /run/user/1/bmd.sock", "--set"),
+    ("port taken", lambda: tcp(bind_errno=errno.EADDRINUSE), "error", "taken by another process", "another"),
+    ("low port", lambda: tcp(bind_errno=errno.EACCES), "error", "below 1024", "above 1023"),
+    ("not our address", lambda: tcp(bind_errno=errno.EADDRNOTAVAIL), "error", "no such address", "ip address"),
+    ("other errors", lambda: tcp(bind_errno=errno.EAFNOSUPPORT), "error", "not supported", "another"),
+    ("no folder", lambda: folder(there=False), "error", "paths.roots: /data is not there", "make it"),
+    ("shut file", lambda: folder(usable=False), "error", "cannot be read by this user", "chmod"),
+    ("unwritable", lambda: folder(usable=False, writes=True), "error", "cannot be written by this user", "chmod"),
+    ("weights", lambda: findings.weights("native", "a.pth", "a.pth: no key backbone", 0), "error", "no key", "network"),
+    ("no weights", lambda: findings.weights("native", None, "model.weights is not set", 0), "error", "not set",
+     "--set"),
+    ("few files", lambda: limits(files=256), "warning", "256 open files: some 85 clients", "ulimit -n 65536"),
+    ("little memory", lambda: limits(available_bytes=1 << 30), "warning", "may take 2.0 GiB, 1.0 GiB are", "max_bytes"),
+    ("root", lambda: findings.identity("root", is_root=True, has_service=True), "warning", "run as root", "runuser"),
+]  # fmt: skip
+
+SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
+    ("device", npu, "npu:1: Ascend910B3, 64 GiB, health OK, fp32"),
+    ("bf16", lambda: npu("bf16"), "npu:1: Ascend910B3, 64 GiB, health OK, bf16"),
+    ("bf16 untold", lambda: npu("bf16", probe=Probe(name="x", memory_bytes=1 << 30)),
+     "npu:1: x, 1 GiB, health OK, bf16"),
+    ("ours", lambda: npu(probe=None, untried="it is in use by a running blendmaskd (pid 9)"),
+     "npu:1: not opened, it is in use by a running blendmaskd (pid 9)"),
+    ("nodes", lambda: nodes(opened=True), "device nodes"),
+    ("service", lambda: nodes(opened=True, service_may=True), "device nodes"),
+    ("versions", versions,
+     "Python 3.11.7, torch 2.9.0, torch_npu 2.9.0, CANN 8.5.0, driver 25.3.rc1, firmware 7.8.0.2.212"),
+    ("a pair not in the table", lambda: versions(torch="2.13.0", torch_npu="2.13.0", cann="9.2.0"),
+     "Python 3.11.7, torch 2.13.0, torch_npu 2.13.0, CANN 9.2.0, driver 25.3.rc1, firmware 7.8.0.2.212"),
+    ("off", lambda: allocator("off"), "malloc of libc, runtime.preload is off"),
+    ("tcmalloc", lambda: allocator(path="/usr/lib64/libtcmalloc.so.4"), "/usr/lib64/libtcmalloc.so.4"),
+    ("near", lambda: findings.cpus({"npu:0": (2, 3)}, {"npu:0": (2, 3, 4)}, (), hinted=True),
+     "npu:0: CPUs 2-3, near it"),
+    ("placed", lambda: findings.cpus({"npu:0": (2,)}, {}, ["npu:0"], hinted=True), "npu:0: CPUs 2, by runtime.cpus"),
+    ("our socket", lambda: ipc(holder=Holder(pid=9, command="python", ours=True)),
+     "endpoints.clients: ipc:///run/user/1/bmd.sock: served by a running blendmaskd (pid 9)"),
+    ("by systemd", lambda: ipc("/run/blendmaskd/client.sock", folder_usable=False, by_systemd=True),
+     "endpoints.clients: ipc:///run/blendmaskd/client.sock: systemd makes the folder when the service starts"),
+    ("free", tcp, "endpoints.metrics: 127.0.0.1:9464: free"),
+    ("folder", folder, "paths.roots: /data"),
+    ("weights", lambda: findings.weights("native", "a.pth", None, 1.25), "a.pth: matches the config, loaded in 1.2 s"),
+    ("no weights needed", lambda: findings.weights("timed", None, None, 0), "the engine timed needs none"),
+    ("limits", limits, "1024 open files: some 341 clients; locked memory: no limit"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAULTS, ids=[case[0] for case in FAULTS])
+def test_a_planted_fault_is_told_with_its_remedy(case: Case) -> None:
+    _, judge, level, text, remedy = case
+    found = [finding for finding in judge() if finding.level != "ok"]
+    assert found
+    assert (found[0].level, bool(found[0].area)) == (level, True)
+    assert re.search(text, found[0].text), found[0].text
+    assert re.search(remedy, found[0].remedy), found[0].remedy
+
+
+@pytest.mark.parametrize(("name", "judge", "text"), SOUND, ids=[case[0] for case in SOUND])
+def test_what_is_sound_is_told_in_a_line(name: str, judge: Callable[[], list[Finding]], text: str) -> None:
+    assert [(finding.level, finding.text, finding.remedy) for finding in judge()] == [("ok", text, "")]
+
+
+def test_what_does_not_concern_these_settings_is_not_told() -> None:
+    assert findings.governor({}) == []
+    assert findings.identity("root", is_root=True, has_service=False) == []
+    assert findings.identity("alice", is_root=False, has_service=True) == []
+    assert findings.nodes([NodeFacts(path="/dev/davinci0", there=False)], opened=True, user="alice") == []  # emulated
+    [line] = findings.versions(VersionFacts(python="3.11.7", torch="2.13.0+cpu"), npu=False)
+    assert (line.level, line.text) == ("ok", "Python 3.11.7, torch 2.13.0+cpu")
+
+
+def test_every_complaint_of_the_module_is_among_the_planted_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(findings.__file__).read_text(encoding="utf-8")
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    named = [call for call in calls if isinstance(call.func, ast.Name)]
+    sites = {call.lineno for call in named if call.func.id in ("_warning", "_error")}
+    seen: set[int] = set()
+
+    def recording(make: Callable[..., Finding]) -> Callable[..., Finding]:
+        def record(*arguments: str) -> Finding:
+            seen.add(sys._getframe(1).f_lineno)
+            return make(*arguments)
+
+        return record
+
+    for name in ("_warning", "_error"):
+        monkeypatch.setattr(findings, name, recording(getattr(findings, name)))
+    for _, judge, *_ in FAULTS:
+        judge()
+    assert seen == sites
+
+
+def test_the_report_counts() -> None:
+    tree = findings.as_tree([*npu(), *tcp(bind_errno=errno.EACCES), *allocator()])
+    assert (tree["ok"], tree["warning"], tree["error"]) == (1, 1, 1)
+    assert tree["findings"][1] == {
+        "area": "endpoint", "level": "error", "remedy": "choose a port above 1023",
+        "text": "endpoints.metrics: 127.0.0.1:9464: a port below 1024 needs rights",
+    }  # fmt: skip
