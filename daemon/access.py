@@ -119,6 +119,3 @@ class Identities:
     def forget_idle(self) -> None:
         """Keep those that matter."""
         self._owners = {identity: owner for identity, owner in self._owners.items() if self._has_jobs(identity)}
-
-    def __len__(self) -> int:
-        return len(self._owners)

@@ -237,7 +237,7 @@ class Server:
     def _judge(self, client: bytes, frame: zmq.Frame) -> Verdict:
         assert self._sockets.gate is not None
         user = self._sockets.gate.user(frame)
-        return self._identities.judge(client, user) if self._identities else Verdict.WELCOME
+        return Verdict.WELCOME if self._identities is None else self._identities.judge(client, user)
 
     def _turn_away(self, client: bytes, frames: Sequence[zmq.Frame], verdict: Verdict) -> None:
         assert self._sockets.gate is not None
@@ -261,7 +261,7 @@ class Server:
             return
         self._sockets.gate.refresh()
         self._on_keys()
-        if self._identities:
+        if self._identities is not None:
             self._identities.forget_idle()
         if now >= self._tell_refused_at and (refused := self._sockets.gate.take_refused()):
             self._tell_refused_at = now + REFUSED_S
@@ -277,7 +277,7 @@ class Server:
                 log.info("client key %s: may connect", name)
             for name in change.removed.values():
                 log.info("client key %s: shut out", name)
-            for client in self._identities.of(change.removed) if self._identities else ():
+            for client in () if self._identities is None else self._identities.of(change.removed):
                 self._carry_out(self._broker.shut_out(client, Verdict.UNKNOWN.value, time.monotonic()))
 
     # -- shared memory and workers ----------------------------------------------------------------------------------
