@@ -61,6 +61,7 @@ class Server:
         self._told_ready = False
         self._told_states: dict[str, str] = {}
         self._told_available = True
+        self._told_unreachable: set[bytes] = set()  # clients, in this second
         self._unsettled = True  # states of slots may have changed
         self._drain_deadline: float | None = None
         self._exit_code: int | None = None
@@ -125,6 +126,7 @@ class Server:
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + TICK_S
+        self._told_unreachable.clear()
         self._sockets.shared_memory.expire(now)
         self._watch_gate(now)
         self._snapshot = self._stats.snapshot(
@@ -369,7 +371,9 @@ class Server:
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise
             why = "is gone" if error.errno == errno.EHOSTUNREACH else "does not read its answers"
-            log.info("client %s %s: its jobs are cancelled", client.hex()[:8], why)  # the whole is a secret
+            if client not in self._told_unreachable:  # a flood that nobody reads must not become one of lines
+                self._told_unreachable.add(client)
+                log.info("client %s %s: its jobs are cancelled", client.hex()[:8], why)  # the whole is a secret
             self._carry_out(self._broker.client_gone(client, time.monotonic()))
 
     def _send_worker(self, worker: str, message: protocol.ToWorker, payload: protocol.Frames) -> None:
