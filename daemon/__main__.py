@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import logging
 import os
 import sys
 from collections.abc import Callable
 
-from daemon import server, settings
+from daemon import logs, server, settings
 from daemon.supervisor import EXIT_CANNOT_BOOT
 
 
@@ -25,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["check"]:
         return _check(argv[1:])
     arguments = _parse(argv)
-    logging.basicConfig(level=arguments.log_level.upper(), stream=sys.stderr, format=_log_format())
+    if arguments.log_level:
+        arguments.set.append(f"log.level={arguments.log_level}")
     load = _loader(arguments)
     try:
         loaded = load()
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_CANNOT_BOOT
     if arguments.check:
         return 0
+    logs.configure(loaded.log)
     return server.main_loop(loaded, load)
 
 
@@ -49,7 +50,7 @@ def _check(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _parser("blendmaskd", __doc__)
     parser.add_argument("--check", action="store_true", help="only check the settings; exit code 78 when they are bad")
-    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="the setting log.level")
     return parser.parse_args(argv)
 
 
@@ -67,11 +68,6 @@ def _parser(program: str, description: str | None) -> argparse.ArgumentParser:
 def _loader(arguments: argparse.Namespace) -> Callable[[], settings.Settings]:
     """Reads the settings that the flags mean, anew at each call."""
     return functools.partial(settings.load, arguments.settings, os.environ, arguments.set, devices=arguments.devices)
-
-
-def _log_format() -> str:
-    """The journal has times of its own."""
-    return "%(levelname)s %(message)s" if "JOURNAL_STREAM" in os.environ else "%(asctime)s %(levelname)s %(message)s"
 
 
 if __name__ == "__main__":

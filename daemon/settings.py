@@ -90,6 +90,15 @@ class Paths(_Section, frozen=True):
     roots: list[str] = []  # folders below which a job may name a file, links resolved; empty: no job may
 
 
+class Log(_Section, frozen=True):
+    """What is written to stderr, or the journal; see docs/logs.md. A reload changes it."""
+
+    format: Literal["text", "json"] = "text"  # a line each; json: an object in a line
+    level: Literal["debug", "info", "warning", "error"] = "info"  # and above
+    # a line at each change of each job's state, by its name. Off: only of jobs that fail by no fault of their client
+    jobs: bool = False
+
+
 class Runtime(_Section, frozen=True):
     """What is applied to a worker process at spawn."""
 
@@ -152,6 +161,7 @@ class Settings(_Section, frozen=True):
     deadline_s: Positive = 60.0  # of a job that names none
     drain_s: Positive = 30.0  # on SIGTERM, for accepted jobs to finish
     window_s: Positive = 10.0  # over which FPS are counted
+    log: Log = Log()
     # on the status page, with its results drawn in: whoever can open the page sees a client's image every few seconds
     show_last_image: bool = False
     runtime: Runtime = Runtime()

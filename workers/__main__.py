@@ -14,7 +14,7 @@ import sys
 
 import msgspec
 
-from daemon import spawn
+from daemon import logs, spawn
 from daemon.settings import Settings
 from daemon.spawn import Assignment, SpawnError
 from daemon.supervisor import EXIT_CANNOT_BOOT
@@ -23,12 +23,12 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def main(argv: list[str]) -> int:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
     try:
         assignment = spawn.assignment(os.environ)
     except SpawnError as error:
         print(f"workers: {error}", file=sys.stderr)
         return EXIT_CANNOT_BOOT
+    logs.configure(assignment.settings.log, slot=assignment.identity)
     _die_with(assignment.daemon_pid)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon's business: it drains, then tells its workers
@@ -80,7 +80,7 @@ def _probe(assignment: Assignment) -> int:
 
 
 def _work(assignment: Assignment) -> int:
-    log = logging.getLogger(f"blendmaskd.worker.{assignment.identity}")
+    log = logging.getLogger("blendmaskd.worker")
     settings = assignment.settings
     from workers import engines
     from workers.engines import EngineError

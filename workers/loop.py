@@ -37,6 +37,7 @@ import msgpack
 import psutil
 
 from daemon import protocol
+from daemon.logs import about
 from daemon.protocol import Code
 from daemon.regions import RegionError
 from daemon.settings import Settings
@@ -189,7 +190,7 @@ class Loop:
         except RegionError as error:
             self._fail(item, Code.BAD_REQUEST, str(error))
         except Exception as error:
-            log.exception("lease %d: preparing its image failed", item.lease.lease)
+            log.exception("preparing its image failed", extra=about(lease=item.lease.lease))
             self._fail(item, Code.ENGINE_FAILED, f"preparing the image: {type(error).__name__}: {error}")
         else:
             item.payload = ()
@@ -218,7 +219,7 @@ class Loop:
         try:
             detections = self._engine.finish(output, item.prepared, item.lease.options)
         except Exception as error:
-            log.exception("lease %d: finishing its results failed", item.lease.lease)
+            log.exception("finishing its results failed", extra=about(lease=item.lease.lease))
             self._fail(item, Code.ENGINE_FAILED, f"finishing the results: {type(error).__name__}: {error}")
             return
         height, width = item.prepared.image_size
@@ -274,7 +275,7 @@ class Loop:
                 if all(alone):
                     self._batching.refuse(size, len(batch))
                 return any(alone)
-            log.exception("lease %d: the engine failed", batch[0].lease.lease)
+            log.exception("the engine failed", extra=about(lease=batch[0].lease.lease))
             self._fail(batch[0], Code.ENGINE_FAILED, f"{type(error).__name__}: {error}")
             return False
         end = time.monotonic()
