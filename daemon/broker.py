@@ -25,10 +25,15 @@ free, so whoever comes next finds room. A job whose client has nothing on a devi
 several there: it may take one place beyond a worker's window, and its worker runs it next. So a client with one job at
 a time is served at nearly the pace of an idle daemon, however many jobs the others have.
 
+Durable jobs are those of one client, `DURABLE`, which is `daemon.durable` and never leaves: it gives them in when there
+is room, has their answers, hears of what it must not forget (`SendWorker.durable`, `Losses`), and is given back what
+ends here without an answer (`Returned`).
+
 No socket, clock, process, thread or logger belongs in here.
 """
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import math
@@ -46,6 +51,7 @@ from daemon.protocol import (
     FailedLease,
     Finished,
     Frames,
+    Image,
     Lease,
     Result,
     Revoke,
@@ -56,6 +62,9 @@ from daemon.protocol import (
     ToWorker,
 )
 from daemon.regions import Memory, Regions
+
+DURABLE = b"\0durable"  # no peer has this identity: what a ROUTER makes up begins with 0 too, but has 5 bytes
+DURABLE_DEADLINE_S = 86400.0
 
 SHORTEST_RETRY_S = 0.05
 LONGEST_RETRY_S = 30.0
@@ -76,6 +85,21 @@ class SendWorker(msgspec.Struct, frozen=True):
     worker: str
     message: ToWorker
     payload: Frames = ()
+    durable: str = ""  # the durable job that is leased by this
+
+
+class Losses(msgspec.Struct, frozen=True):
+    """Workers died with this durable job."""
+
+    job: str
+    attempts: int
+    losses: int
+
+
+class Returned(msgspec.Struct, frozen=True):
+    """This durable job is not here any more, and has no answer."""
+
+    job: str
 
 
 class Evict(msgspec.Struct, frozen=True):
@@ -85,7 +109,7 @@ class Evict(msgspec.Struct, frozen=True):
     reason: str
 
 
-Action = SendClient | SendWorker | Evict
+Action = SendClient | SendWorker | Evict | Losses | Returned
 
 
 class HeldLease(msgspec.Struct, eq=False):
@@ -194,10 +218,58 @@ class Broker:
         if refusal is not None:
             self.outcomes[refusal.code] += 1
             return [SendClient(client, refusal)]
-        self._clients.setdefault(client, Account()).add(job)
-        self._push_deadline(job)
+        self._add(job)
         self._waiting.put(job)
         return self._assign(now) or self._lease_ahead(job, now)
+
+    def adopt(self, message: Submit, payload: Frames, now: float, attempts: int = 0, losses: int = 0) -> list[Action]:
+        """Take on a durable job. It was accepted, and what it may not exceed was checked, when it came."""
+        job = Job(
+            seq=next(self._seq),
+            client=DURABLE,
+            name=message.job,
+            image=message.image,
+            options=message.options,
+            payload=payload,
+            priority=message.priority,
+            accepted=now,
+            deadline=now + (message.deadline_s or DURABLE_DEADLINE_S),
+            attempts=attempts,
+            losses=losses,
+        )
+        self._add(job)
+        if attempts >= self.limits.max_attempts:
+            self._suspects.append(job)
+            return self._fail(job, Code.WORKER_LOST, f"this image was on a worker that died {attempts} times")
+        if job.suspect:
+            self._suspects.append(job)
+        else:
+            self._waiting.put(job)
+        return self._assign(now)
+
+    def withdraw(self, name: str, now: float) -> list[Action]:
+        """A durable job that is here is not wanted any more."""
+        return self._remove(self._jobs_of(DURABLE)[name]) + self._assign(now)
+
+    @property
+    def room(self) -> int:
+        """How many more durable jobs it takes to keep the workers busy, without filling the queue with them."""
+        wanted = min(2 * sum(w.window for w in self._workers.values() if not w.retiring), self.limits.max_jobs // 2)
+        serving = self._available and not self._draining
+        return max(wanted - len(self._jobs_of(DURABLE)), 0) if serving else 0
+
+    def unfit(self, name: str, image: Image, size: int) -> Failed | None:
+        """Why this image of `size` bytes cannot be a job now, however much room there is."""
+        if size > self.limits.max_image_bytes:
+            return _refused(name, Code.TOO_LARGE, f"{size} bytes: an image has at most {self.limits.max_image_bytes}")
+        if image.kind == "path" and not self.limits.paths_allowed:
+            return _refused(name, Code.BAD_REQUEST, "images by path are off: the settings name no paths.roots")
+        complaint = self.regions.complaint(image.place) if image.place else None
+        if complaint:
+            return _refused(name, Code.BAD_REQUEST, complaint)
+        if self._draining:
+            return _refused(name, Code.DRAINING, "the daemon is stopping", LONGEST_RETRY_S)
+        return None
 
     def cancel(self, client: bytes, message: Cancel, now: float) -> list[Action]:
         job = self._jobs_of(client).get(message.job)
@@ -211,6 +283,16 @@ class Broker:
         for job in list(self._jobs_of(client).values()):
             self.outcomes[Code.CANCELLED] += 1
             actions += self._remove(job)
+        return actions + self._assign(now)
+
+    def has_jobs(self, client: bytes) -> bool:
+        """Whether this client waits for an answer."""
+        return client in self._clients
+
+    def shut_out(self, client: bytes, reason: str, now: float) -> list[Action]:
+        """This client may not be here any more: its jobs end, and it is told so."""
+        jobs = list(self._jobs_of(client).values())
+        actions = [action for job in jobs for action in self._fail(job, Code.UNAUTHORISED, reason)]
         return actions + self._assign(now)
 
     def open_region(self, name: str, memory: Memory) -> list[Action]:
@@ -294,6 +376,8 @@ class Broker:
             self._clients[job.client].end_lease(job)
             job.attempts += lease.started or job.suspect or len(holder.leases) == 1
             job.losses += 1
+            if job.client == DURABLE:
+                actions.append(Losses(job.name, job.attempts, job.losses))
             if not job.suspect:
                 self._waiting.put(job, first=True)
                 continue
@@ -335,16 +419,14 @@ class Broker:
 
     def end_drain(self) -> list[Action]:
         """The time to finish is over: answer what is left."""
-        jobs = list(self._jobs())
-        return [action for job in jobs for action in self._fail(job, Code.DRAINING, "the daemon is stopping")]
+        return self._give_up(Code.DRAINING, "the daemon is stopping")
 
     def set_available(self, available: bool) -> list[Action]:
         """Whether any device can serve now or after a restart. When none can, nothing waits for one."""
         self._available = available
         if available:
             return []
-        jobs = list(self._jobs())
-        return [action for job in jobs for action in self._fail(job, Code.UNAVAILABLE, _NO_DEVICE)]
+        return self._give_up(Code.UNAVAILABLE, _NO_DEVICE)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -357,19 +439,11 @@ class Broker:
         return {} if account is None else account.jobs
 
     def _refusal(self, job: Job) -> Failed | None:
-        def refuse(code: Code, reason: str, retry_after_s: float | None = None) -> Failed:
-            return Failed(job=job.name, code=code, reason=reason, retry_after_s=retry_after_s)
-
+        refuse = functools.partial(_refused, job.name)
         size = job.payload_bytes
-        if size > self.limits.max_image_bytes:
-            return refuse(Code.TOO_LARGE, f"{size} bytes: an image has at most {self.limits.max_image_bytes}")
-        if job.image.kind == "path" and not self.limits.paths_allowed:
-            return refuse(Code.BAD_REQUEST, "images by path are off: the settings name no paths.roots")
-        complaint = self.regions.complaint(job.image.place) if job.image.place else None
-        if complaint:
-            return refuse(Code.BAD_REQUEST, complaint)
-        if self._draining:
-            return refuse(Code.DRAINING, "the daemon is stopping", LONGEST_RETRY_S)
+        unfit = self.unfit(job.name, job.image, size)
+        if unfit:
+            return unfit
         if not self._available:
             return refuse(Code.UNAVAILABLE, _NO_DEVICE, LONGEST_RETRY_S)
         if self.waiting_jobs >= self.limits.max_jobs:
@@ -399,6 +473,20 @@ class Broker:
         if not self.served_per_s:
             return 1.0
         return min(max(self.waiting_jobs / self.served_per_s / 2, SHORTEST_RETRY_S), LONGEST_RETRY_S)
+
+    def _add(self, job: Job) -> None:
+        self._clients.setdefault(job.client, Account()).add(job)
+        self._push_deadline(job)
+
+    def _give_up(self, code: Code, reason: str) -> list[Action]:
+        """Answer all that is here, but for what the spool has."""
+        actions: list[Action] = []
+        for job in list(self._jobs()):
+            if job.client == DURABLE:
+                actions += [*self._remove(job), Returned(job.name)]
+            else:
+                actions += self._fail(job, code, reason)
+        return actions
 
     def _push_deadline(self, job: Job) -> None:
         heapq.heappush(self._deadlines, (job.deadline, job.seq, job))
@@ -498,7 +586,7 @@ class Broker:
         lease = Lease(
             lease=number, image=job.image, options=job.options, deadline=job.deadline, alone=job.suspect, ahead=ahead
         )
-        return SendWorker(worker.name, lease, job.payload)
+        return SendWorker(worker.name, lease, job.payload, job.name if job.client == DURABLE else "")
 
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
@@ -529,6 +617,10 @@ class Broker:
 
 
 _NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, mend, then reload"
+
+
+def _refused(job: str, code: Code, reason: str, retry_after_s: float | None = None) -> Failed:
+    return Failed(job=job, code=code, reason=reason, retry_after_s=retry_after_s)
 
 
 def _load(worker: Worker) -> float:

@@ -16,7 +16,10 @@ detections are payload frames, never inside the header; the broker passes them o
     same name from the same client is unanswered, a repeated ``submit`` changes nothing: the one answer is still to
     come.
 ``cancel``
-    ``job``. The job is answered `cancelled` if it had no answer yet; an unknown job is ignored.
+    ``job``. The job is answered `cancelled` if it had no answer yet; an unknown job is ignored. Of a durable job it
+    ends this client's wait for it, nothing else.
+``fetch``, ``forget``
+    ``job``, a durable one; see below. ``fetch`` may have ``wait`` (default true).
 ``get-stats``
     Answered by ``stats``.
 
@@ -42,6 +45,22 @@ server, below a root that its settings allow). An ``encoded`` or ``raw`` image t
     cannot be read is answered so too, with the job's name if it could be found and an empty one otherwise.
 ``stats``
     ``stats``: the snapshot that ``daemon/stats.py`` describes.
+
+**Durable jobs** outlive the daemon, where its settings name a ``spool``. A ``submit`` with ``durable`` true is
+answered ``accepted`` (``job``) once the job and its image are on the disk, or ``failed`` (`busy`: the spool is full;
+`unavailable`: it cannot be written; `bad-request`: there is none). From then on it is never cancelled because a client
+leaves, is leased again after a restart of the daemon, and gets exactly one answer, which is kept: ``fetch`` is
+answered with it, by ``result`` or ``failed``, as soon as there is one, each time, to whoever asks; with ``wait`` false
+by ``accepted`` while there is none. A ``fetch`` for an unknown job is answered `bad-request`. ``forget`` is answered
+``forgotten`` (``job``) when the job is gone from the spool; without an answer it ends `cancelled`. What is not
+forgotten is kept for ``spool_keep_s`` of the daemon's running time after its answer.
+
+The name of a durable job is a secret, like a region's: who knows it may fetch and forget. So it has 32 characters or
+more, which the client draws by chance. A ``submit`` of a name that the spool has is answered ``accepted`` and changes
+nothing, before and after a restart: repeating it is safe. ``deadline_s`` counts from when the daemon accepted the job,
+or took it up again after a restart; default a day. An image in shared memory is copied; one of kind ``path`` stays
+where it is, and is read when its turn comes. What was under way when the daemon died is taken for a loss of its
+worker: an image that takes the host down ends as `worker-lost` too.
 
 **Shared memory** does without ZeroMQ, which passes no descriptors. Beside each ipc socket the daemon listens at a path
 that ends in `MEMORY_SUFFIX` more, a Unix socket of type SOCK_SEQPACKET. A client on the same host connects and sends
@@ -73,6 +92,7 @@ from msgspec import Meta
 MAGIC = b"BMD1"
 MAX_HEADER_BYTES = 64 << 10
 MEMORY_SUFFIX = ".fd"
+LEAST_DURABLE_NAME = 32  # characters: 128 random bits in hexadecimal
 
 Frames = Sequence[Sized]  # payload frames: bytes or zmq.Frame; the broker asks only for their length
 JobName = Annotated[str, Meta(min_length=1, max_length=128)]
@@ -149,6 +169,20 @@ class Submit(_Message, tag="submit", frozen=True, kw_only=True):
     options: Options = msgspec.field(default_factory=Options)
     deadline_s: Annotated[float, Meta(gt=0, le=86400)] | None = None  # from arrival; None: the daemon's own
     priority: Annotated[int, Meta(ge=-9, le=9)] = 0
+    durable: bool = False  # kept in the spool: `accepted` when it is there, its answer by `fetch`
+
+
+class Fetch(_Message, tag="fetch", frozen=True, kw_only=True):
+    """Client to broker: the answer of a durable job, please."""
+
+    job: JobName
+    wait: bool = True  # until there is one; else `accepted` says that there is none yet
+
+
+class Forget(_Message, tag="forget", frozen=True, kw_only=True):
+    """Client to broker: a durable job and its answer are no longer wanted."""
+
+    job: JobName
 
 
 class Cancel(_Message, tag="cancel", frozen=True, kw_only=True):
@@ -169,6 +203,18 @@ class Result(_Message, tag="result", frozen=True, kw_only=True):
     height: int
     device: str
     timings: dict[str, float]
+
+
+class Accepted(_Message, tag="accepted", frozen=True, kw_only=True):
+    """Broker to client: a durable job is in the spool, and will be answered."""
+
+    job: str
+
+
+class Forgotten(_Message, tag="forgotten", frozen=True, kw_only=True):
+    """Broker to client: nothing is known of this durable job any more."""
+
+    job: str
 
 
 class Failed(_Message, tag="failed", frozen=True, kw_only=True):
@@ -272,8 +318,8 @@ class Stop(_Message, tag="stop", frozen=True, kw_only=True):
     """Broker to worker: finish what you hold, then exit."""
 
 
-FromClient = Submit | Cancel | GetStats
-ToClient = Result | Failed | Stats
+FromClient = Submit | Cancel | Fetch | Forget | GetStats
+ToClient = Result | Failed | Accepted | Forgotten | Stats
 FromWorker = Ready | Started | Finished | FailedLease | Report | Preview
 ToWorker = Lease | Revoke | OpenRegion | CloseRegion | Stop
 Message = FromClient | ToClient | FromWorker | ToWorker
@@ -293,8 +339,8 @@ def _tag(message: Any) -> str:
     return str(message.__struct_config__.tag)
 
 
-FROM_CLIENT: Kinds[FromClient] = Kinds(Submit, Cancel, GetStats)
-TO_CLIENT: Kinds[ToClient] = Kinds(Result, Failed, Stats)
+FROM_CLIENT: Kinds[FromClient] = Kinds(Submit, Cancel, Fetch, Forget, GetStats)
+TO_CLIENT: Kinds[ToClient] = Kinds(Result, Failed, Accepted, Forgotten, Stats)
 FROM_WORKER: Kinds[FromWorker] = Kinds(Ready, Started, Finished, FailedLease, Report, Preview)
 TO_WORKER: Kinds[ToWorker] = Kinds(Lease, Revoke, OpenRegion, CloseRegion, Stop)
 
@@ -355,6 +401,9 @@ def _check_submit(message: Submit, payload_frames: int) -> None:
     if payload_frames != wanted:
         what = "an image in shared memory" if image.place else f"kind {image.kind}"
         raise ProtocolError(f"{payload_frames} payload frames: {what} takes {wanted}", message.job)
+    if message.durable and len(message.job) < LEAST_DURABLE_NAME:
+        text = f"job: a durable one has a name of {LEAST_DURABLE_NAME} characters or more, drawn by chance"
+        raise ProtocolError(text, message.job)
     if image.kind == "path" and not image.path:
         raise ProtocolError("image.path: missing", message.job)
     if image.kind == "path" and image.place:
