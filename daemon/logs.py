@@ -40,6 +40,11 @@ def about(**what: Any) -> dict[str, Any]:
     return {"about": {name: value for name, value in what.items() if value not in ("", None)}}
 
 
+def shown(client: bytes) -> str:
+    """A client's identity as lines have it. Not the whole: whoever knows it can take the client's place."""
+    return client.hex()[:8]
+
+
 def to_journal(environment: Mapping[str, str]) -> bool:
     """Whether stderr is the journal's: systemd names its device and inode, and a child may have redirected it."""
     try:

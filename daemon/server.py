@@ -24,6 +24,7 @@ import zmq
 from daemon import broker, protocol, spawn, supervisor, systemd, topology
 from daemon.access import Identities, Verdict
 from daemon.children import Candidate, Child, Launcher, how_it_ended, worker_name
+from daemon.logs import about, shown
 from daemon.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError
 from daemon.regions import RegionError
 from daemon.settings import Settings, SettingsError
@@ -248,7 +249,7 @@ class Server:
             self._sockets.gate.close(frames[-1])  # the handshake of its next connection tells it why
             return
         if verdict is Verdict.TAKEN:
-            log.warning("client %s: another key has taken its identity, so its jobs are cancelled", client.hex()[:8])
+            log.warning("another key took its identity: its jobs are cancelled", extra=about(client=shown(client)))
             self._carry_out(self._broker.client_gone(client, time.monotonic()))
         try:
             message: protocol.FromClient
@@ -310,7 +311,7 @@ class Server:
             try:
                 message, payload = protocol.decode(frames[1:], FROM_WORKER)
             except ProtocolError as error:
-                log.error("%s: %s", name, error)
+                log.error("%s", error, extra=about(slot=name))
                 continue
             self._on_worker(self._children[name], message, payload, time.monotonic())
 
@@ -339,12 +340,12 @@ class Server:
 
     def _on_ready(self, child: Child, message: protocol.Ready, now: float) -> None:
         if message.token != self._launcher.token or message.pid != child.process.pid:
-            log.error("%s: a stranger says it is ready (pid %d)", child.name, message.pid)
+            log.error("a stranger says it is ready (pid %d)", message.pid, extra=about(slot=child.name))
             return
         self._unsettled = True
         child.actual = message.actual
         for difference in spawn.differences(child.wanted, message.actual):
-            log.warning("%s: %s", child.name, difference)
+            log.warning("%s", difference, extra=about(slot=child.name))
         actions = self._supervisor.ready(child.slot, child.generation, now)
         if self._supervisor.slots[child.slot].state is supervisor.State.READY:
             self._carry_out(self._broker.ready(child.name, child.slot, message.window, now))
@@ -373,7 +374,7 @@ class Server:
             why = "is gone" if error.errno == errno.EHOSTUNREACH else "does not read its answers"
             if client not in self._told_unreachable:  # a flood that nobody reads must not become one of lines
                 self._told_unreachable.add(client)
-                log.info("client %s %s: its jobs are cancelled", client.hex()[:8], why)  # the whole is a secret
+                log.info("a client %s: its jobs are cancelled", why, extra=about(client=shown(client)))
             self._carry_out(self._broker.client_gone(client, time.monotonic()))
 
     def _send_worker(self, worker: str, message: protocol.ToWorker, payload: protocol.Frames) -> None:
@@ -382,13 +383,13 @@ class Server:
         except zmq.ZMQError as error:
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise
-            log.warning("%s: not reachable; its death will follow", worker)
+            log.warning("not reachable; its death will follow", extra=about(slot=worker))
 
     def _evict(self, action: broker.Evict) -> None:
         child = self._children[action.worker]
         actions = self._supervisor.evict(child.slot, child.generation, action.reason, time.monotonic())
         if actions:
-            log.error("%s: %s: aborted", action.worker, action.reason)
+            log.error("%s: aborted", action.reason, extra=about(slot=action.worker))
             self._supervise(actions)
 
     # -- processes --------------------------------------------------------------------------------------------------
@@ -403,13 +404,13 @@ class Server:
                 case supervisor.Stop():
                     self._carry_out(self._broker.retire(name))
                 case supervisor.Kill():
-                    log.warning("%s: %s", name, action.signal.name)
+                    log.warning("sent %s", action.signal.name, extra=about(slot=name))
                     self._children[name].process.send_signal(action.signal)
 
     def _spawn(self, slot: str, generation: int) -> None:
         child = self._launcher.worker(slot, generation, self._sockets.workers_endpoint)
         for warning in child.warnings:
-            log.warning("%s", warning)
+            log.warning("%s", warning, extra=about(slot=child.name))
         self._children[child.name] = child
         self._watch(child.pidfd, functools.partial(self._reap, child))
 
@@ -506,7 +507,8 @@ class Server:
                 self._told_states[slot.name] = told
                 bad = slot.state in (supervisor.State.BACKOFF, supervisor.State.FAILED)
                 reason = f": {slot.reason}" if slot.reason else ""
-                log.log(logging.ERROR if bad else logging.INFO, "%s.%s%s", slot.name, told, reason)
+                level, name = logging.ERROR if bad else logging.INFO, worker_name(slot.name, slot.generation)
+                log.log(level, "%s%s", slot.state.value, reason, extra=about(slot=name))
 
     def _tell_ready(self) -> None:
         if self._told_ready or self._drain_deadline is not None:
