@@ -170,7 +170,7 @@ class _Http(ThreadingHTTPServer):
     """A thread for each connection, in bounds."""
 
     daemon_threads = True
-    allow_reuse_address = True
+    request_queue_size = 128  # that wait to be accepted; beyond it a client tries again only after a second
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
@@ -187,7 +187,9 @@ class _Http(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
             if len(self._begun) >= MOST_CONNECTIONS:
-                _end(next(iter(self._begun)))
+                oldest = next(iter(self._begun))
+                del self._begun[oldest]
+                _end(oldest)
             self._begun[request] = time.monotonic()
         super().process_request(request, client_address)
 

@@ -3,8 +3,6 @@ import re
 import signal
 import socket
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
 from itertools import repeat, takewhile
@@ -17,8 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from daemon.client import Client
-from daemon.metrics import STALE_S, health, render
-from daemon.pages import Pages
+from daemon.metrics import health, render
 from daemon.protocol import Code, Report
 from daemon.stats import STAGE_BOUNDS_S, Stats
 
@@ -118,41 +115,6 @@ def test_health(states: list[str], draining: bool, healthz: HTTPStatus, readyz: 
     body = health(snapshot, 1.0)[2]
     assert body.startswith(text)
     assert "seq 1" in body
-
-
-def get(port: int, path: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-
-
-def test_health_is_the_loop_s_own() -> None:
-    now = 100.0
-    server = Pages("127.0.0.1:0", clock=lambda: now)
-    try:
-        assert [get(server.port, path) for path in ("/healthz", "/readyz", "/metrics")] == [
-            (200, "starting\n"), (503, "starting\n"), (503, "starting\n")
-        ]  # fmt: skip
-        server.publish(example("ready"))
-        assert get(server.port, "/healthz?verbose")[0] == get(server.port, "/readyz")[0] == 200
-        now += STALE_S + 1  # and no snapshot since
-        for path in ("/healthz", "/readyz"):
-            status, body = get(server.port, path)
-            assert (status, body.startswith("the serving loop has hung for 6 s\n")) == (503, True)
-        server.publish(example("ready"))
-        assert get(server.port, "/readyz")[0] == 200
-        assert get(server.port, "/metrics/x")[0] == 404
-    finally:
-        server.close()
-
-
-def test_a_connection_that_says_nothing_holds_up_nobody(shared_daemon: Any) -> None:
-    port = int(shared_daemon.metrics_url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)):
-        assert shared_daemon.get("/readyz")[0] == 200
 
 
 # -- a running daemon -------------------------------------------------------------------------------------------------
