@@ -1,153 +1,154 @@
-"""Faults on real processes under load: every accepted job gets exactly one answer, and service goes on."""
+"""Faults on real processes under load: every accepted job gets exactly one answer, and service goes on.
+
+A `scene` checks after each: see conftest.py. Twenty times in a row:
+``for n in $(seq 20); do python -m pytest -q tests/faults || break; done``
+"""
 from __future__ import annotations
 
+import ast
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
-import threading
-import zlib
+import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgpack
-import numpy as np
+import psutil
 import pytest
+import torch
+import yaml
 import zmq
+from raw_load import Load, answer, picture, submission
 
-from daemon import protocol
 from daemon.client import Client, JobFailed
-from daemon.protocol import TO_CLIENT, Code, Failed, Image, Result, Submit
+from daemon.protocol import Code, Failed
+from workers import blendmask
+from workers.chaos.poison import Poison, worker_env
 
 ROOT = Path(__file__).resolve().parents[2]
-FAULTY = {"worker_env": {"PYTHONPATH": f"{Path(__file__).parent / 'faulty_engine'}:{ROOT}"}}
-CRASHES_DECODING, KILLS, RAISES, HANGS = 11, 12, 13, 14  # widths that the faulty engine knows
-IN_FLIGHT = 8
+FAULTY = {"worker_env": worker_env()}
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+LIMIT_BYTES = 512 << 20
+LONG_S = 60.0  # for what takes a second on a quiet machine
+QUICK_RESTARTS = {"first_delay_s": 0.05, "stop_s": 2}
+SMALL = ROOT / "tests" / "golden" / "small_R18.yaml"
 
 
-def picture(width: int = 64, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.random.default_rng(seed).integers(0, 256, (48, width, 3), np.uint8)
+# -- a worker dies ------------------------------------------------------------------------------------------------------
 
 
-class Load(threading.Thread):
-    """A raw client that keeps jobs in flight, each of another image, and keeps account of every answer."""
+def test_kill_9_of_either_worker(scene, wait_until) -> None:
+    with scene(max_attempts=3) as here:
+        for device in ("cpu:0", "cpu:1"):
+            before = here.server.pids()
+            answered = here.load.answered
+            wait_until(lambda answered=answered: here.load.answered > answered + 50, LONG_S)
+            os.kill(before[device], signal.SIGKILL)
+            wait_until(lambda d=device, pid=before[device]: here.server.pids()[d] not in (pid, None), LONG_S)
+            here.server.wait_ready()
+            images = here.server.devices()[device]["images"]
+            wait_until(lambda d=device, n=images: here.server.devices()[d]["images"] > n + 20, LONG_S)
+    assert here.load.failures == []
+    assert {name: d["restarts"] for name, d in here.server.devices().items()} == {"cpu:0": 1, "cpu:1": 1}
 
-    def __init__(self, endpoint: str) -> None:
-        super().__init__()
-        self.endpoint = endpoint
-        self.stop = threading.Event()
-        self.answers: Counter[str] = Counter()
-        self.failures: list[Failed] = []
-        self.wrong: list[str] = []
-        self.sums: dict[str, int] = {}
-        self.unanswered: set[str] = set()
 
-    def run(self) -> None:
-        with zmq.Context() as context, context.socket(zmq.DEALER) as self.socket:
-            self.socket.linger = 0
-            self.socket.connect(self.endpoint)
-            while not self.stop.is_set() or self.unanswered:
-                while len(self.unanswered) < IN_FLIGHT and not self.stop.is_set():
-                    self.submit()
-                if not self.socket.poll(20_000):
-                    return  # what is unanswered stays so, and fails the test
-                self.receive()
-            while self.socket.poll(100):  # a duplicate would come right behind
-                self.receive()
+def test_a_stopped_worker_is_silent_then_replaced(scene, wait_until) -> None:
+    with scene(restarts={**QUICK_RESTARTS, "stall_s": 6}) as here:
+        pid = here.server.pids()["cpu:1"]
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: here.server.states()["cpu:1"] == "silent", LONG_S)
+        assert here.server.get("/readyz")[1].startswith("degraded")
+        wait_until(lambda: here.server.pids()["cpu:1"] not in (pid, None), LONG_S)
+    assert here.load.failures == []
 
-    def submit(self) -> None:
-        name = str(len(self.sums))
-        pixels = picture(seed=len(self.sums))
-        self.sums[name] = zlib.crc32(pixels.data)
-        self.unanswered.add(name)
-        message = Submit(job=name, image=Image(kind="raw", shape=pixels.shape))
-        self.socket.send_multipart(protocol.encode(message, [pixels.tobytes()]))
 
-    def receive(self) -> None:
-        message: protocol.ToClient
-        message, payload = protocol.decode(self.socket.recv_multipart(), TO_CLIENT)
-        assert isinstance(message, Result | Failed)
-        self.answers[message.job] += 1
-        self.unanswered.discard(message.job)
-        if isinstance(message, Failed):
-            self.failures.append(message)
-        elif msgpack.unpackb(payload[0])[0]["checksum"] != self.sums[message.job]:
-            self.wrong.append(message.job)
+@pytest.mark.parametrize("poison", [Poison.CRASHES_DECODING, Poison.KILLS, Poison.EXITS],
+                         ids=["crash in the decoder", "kill on the device", "exit code"])  # fmt: skip
+def test_a_poison_image_fails_alone_and_by_name(scene, poison) -> None:
+    with scene(**FAULTY) as here, Client(here.server.endpoint, retries=0, timeout_s=LONG_S) as client:
+        with pytest.raises(JobFailed) as failed:
+            client.segment(picture(poison))
+        assert failed.value.code is Code.WORKER_LOST
+        how = "exited with code 3" if poison is Poison.EXITS else "killed by SIG"
+        assert how in failed.value.reason
+        assert "this image was on a worker that died" in failed.value.reason
+    assert here.load.failures == []
 
-    def end(self) -> None:
-        """Stop submitting; wait for what is owed; check it."""
-        self.stop.set()
-        self.join(60)
-        assert not self.is_alive()
-        assert not self.unanswered
-        assert not self.wrong
-        assert set(self.answers.values()) == {1}
-        assert self.answers.keys() == self.sums.keys()
+
+def test_the_window_mates_of_a_poison_image_lose_nothing(scene) -> None:
+    """They are in its very batch: started on the worker that it kills."""
+    with scene(**FAULTY, batch=4, max_wait_ms=50, timed={"latency_ms": {1: 5, 4: 10}}, max_attempts=3) as here:
+        with contextlib.closing(here.server.dealer()) as dealer:
+            dealer.rcvtimeo = int(LONG_S * 1000)
+            for number in range(16):
+                pixels = picture(Poison.KILLS if number == 5 else 64, seed=number)
+                dealer.send_multipart(submission(str(number), pixels))
+            answers = [answer(dealer.recv_multipart()) for _ in range(16)]
+        failed = [each for each in answers if isinstance(each, Failed)]
+        assert [(each.job, each.code) for each in failed] == [("5", Code.WORKER_LOST)]
+        assert sorted(int(each.job) for each in answers) == list(range(16))
+    assert here.load.failures == []
+
+
+def test_a_hung_worker_is_aborted_with_its_stacks(scene) -> None:
+    restarts = {**QUICK_RESTARTS, "stall_s": 5}
+    with scene(**FAULTY, restarts=restarts, max_attempts=1) as here:
+        with Client(here.server.endpoint, retries=0, timeout_s=LONG_S) as client, pytest.raises(JobFailed) as failed:
+            client.segment(picture(Poison.HANGS))
+        assert failed.value.code is Code.WORKER_LOST
+    assert here.load.failures == []
+    assert "in faulty_segment" in here.server.log, "no stack dump"
+
+
+def test_memory_that_a_limit_refuses_costs_the_image_only(scene) -> None:
+    """RLIMIT_AS: the engine sees MemoryError, and its worker lives on."""
+    with scene(**FAULTY) as here:
+        pids = here.server.pids()
+        for pid in pids.values():
+            limit = psutil.Process(pid).memory_info().vms + (512 << 20)
+            resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+        with pytest.raises(JobFailed, match="MemoryError") as failed:
+            here.server.client.segment(picture(Poison.EATS_MEMORY))
+        assert failed.value.code is Code.ENGINE_FAILED
+    assert here.load.failures == []
+    assert here.server.pids() == pids
 
 
 @pytest.fixture
-def loaded():
-    """Starts a load on a daemon; stops it at the end in any case."""
-    loads: list[Load] = []
-
-    def start(daemon: Any) -> Load:
-        loads.append(Load(daemon.endpoint))
-        loads[-1].start()
-        return loads[-1]
-
-    yield start
-    for load in loads:
-        load.stop.set()
-        load.join(60)
+def memory_group() -> Iterator[Path]:
+    """A control group of its own with a limit of memory, as systemd's MemoryMax= makes one."""
+    group = _memory_group()
+    if group is None:
+        pytest.skip("needs the right to make a control group with a memory limit (root)")
+    yield group
+    group.rmdir()
 
 
-def test_kill_9_of_either_worker_under_load(daemon, loaded, wait_until) -> None:
-    server = daemon(max_attempts=3)
-    load = loaded(server)
-    for device in ("cpu:0", "cpu:1"):
-        before = server.pids()
-        answered = sum(load.answers.values())
-        wait_until(lambda answered=answered: sum(load.answers.values()) > answered + 50)
-        os.kill(before[device], signal.SIGKILL)
-        wait_until(lambda before=before: server.pids() != before and set(server.states().values()) == {"ready"})
-        images = server.devices()[device]["images"]
-        wait_until(lambda device=device, images=images: server.devices()[device]["images"] > images + 20)
-    load.end()
-    assert load.failures == []
-    assert {name: d["restarts"] for name, d in server.devices().items()} == {"cpu:0": 1, "cpu:1": 1}
+def test_out_of_memory_kills_the_worker_and_fails_the_image(memory_group, scene) -> None:
+    with scene(**FAULTY) as here, Client(here.server.endpoint, retries=0, timeout_s=LONG_S) as client:
+        for process in here.server.processes():
+            (memory_group / "cgroup.procs").write_text(str(process.pid))
+        with pytest.raises(JobFailed, match="killed by SIGKILL") as failed:
+            client.segment(picture(Poison.EATS_MEMORY))
+        assert failed.value.code is Code.WORKER_LOST
+    assert here.load.failures == []
 
 
-def test_kill_9_of_the_daemon_leaves_no_worker(daemon, wait_until) -> None:
-    server = daemon()
-    assert len(server.processes()) == 3
-    server.kill()
-    wait_until(lambda: server.processes() == [])
+# -- the engine fails ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [CRASHES_DECODING, KILLS], ids=["in the decoder", "on the device"])
-def test_a_poison_image_fails_alone_and_by_name(daemon, loaded, width) -> None:
-    server = daemon(**FAULTY)
-    load = loaded(server)
-    with Client(server.endpoint, retries=0, timeout_s=30) as client, pytest.raises(JobFailed) as failed:
-        client.segment(picture(width))
-    load.end()
-    assert failed.value.code is Code.WORKER_LOST
-    assert "killed by SIG" in failed.value.reason
-    assert load.failures == []
-    server.wait_ready()
-
-
-def test_an_engine_that_raises_fails_that_image_only(daemon, loaded, wait_until) -> None:
-    server = daemon(**FAULTY, batch=2, timed={"latency_ms": {1: 5, 2: 8}})
-    pids = server.pids()
-    load = loaded(server)
-    wait_until(lambda: sum(load.answers.values()) > 20)
-    with Client(server.endpoint, timeout_s=30) as client, pytest.raises(JobFailed, match="not to the engine's taste"):
-        client.segment(picture(RAISES))
-    load.end()
-    assert load.failures == []
-    assert server.pids() == pids
+def test_an_engine_that_raises_fails_that_image_only(scene) -> None:
+    with scene(**FAULTY, batch=2, timed={"latency_ms": {1: 5, 2: 8}}) as here:
+        pids = here.server.pids()
+        with pytest.raises(JobFailed, match="not to the engine's taste"):
+            here.server.client.segment(picture(Poison.RAISES))
+    assert here.load.failures == []
+    assert here.server.pids() == pids
 
 
 @pytest.mark.parametrize("latency_ms", [5, 0], ids=["on the device's thread", "on the main thread"])
@@ -158,67 +159,246 @@ def test_an_engine_that_only_raises_is_started_anew(daemon, wait_until, latency_
         assert server.client.segment(picture()).detections
     for _ in range(3):
         with pytest.raises(JobFailed, match="not to the engine's taste"):
-            server.client.segment(picture(RAISES))
-    wait_until(lambda: server.pids()["cpu:0"] not in (pid, None))
+            server.client.segment(picture(Poison.RAISES))
+    wait_until(lambda: server.pids()["cpu:0"] not in (pid, None), LONG_S)
     server.wait_ready()
     assert server.client.segment(picture()).detections
 
 
-def test_a_hung_worker_is_aborted_with_its_stacks(daemon, loaded) -> None:
-    server = daemon(**FAULTY, restarts={"first_delay_s": 0.05, "stall_s": 1.5, "stop_s": 1})
-    load = loaded(server)
-    with Client(server.endpoint, retries=0, timeout_s=30) as client, pytest.raises(JobFailed) as failed:
-        client.segment(picture(HANGS))
-    load.end()
-    assert failed.value.code is Code.WORKER_LOST
-    assert load.failures == []
-    assert "in faulty_segment" in server.log, "no stack dump"
+# -- a device is gone for good ------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_worker_is_silent_then_replaced(daemon, loaded, wait_until) -> None:
-    server = daemon(restarts={"first_delay_s": 0.05, "stall_s": 5, "stop_s": 0.5})
-    load = loaded(server)
-    pids = server.pids()
-    os.kill(pids["cpu:1"], signal.SIGSTOP)
-    wait_until(lambda: server.states()["cpu:1"] == "silent")
-    assert server.get("/readyz")[1].startswith("degraded")
-    wait_until(lambda: server.pids()["cpu:1"] not in (pids["cpu:1"], None), 20)
-    server.wait_ready()
-    load.end()
-    assert load.failures == []
+@pytest.mark.parametrize(("code", "reason"), [(70, "died 2 times in a row"), (78, "cannot boot")])
+def test_a_device_that_dies_for_good_is_done_without_until_a_reload(
+    scene, wait_until, tmp_path, code, reason
+) -> None:
+    restarts = {**QUICK_RESTARTS, "give_up_after": 2}
+    with scene(worker_env=worker_env(tmp_path), restarts=restarts) as here:
+        (tmp_path / "cpu:1").write_text(str(code))
+        os.kill(here.server.pids()["cpu:1"], signal.SIGKILL)
+        wait_until(lambda: here.server.states()["cpu:1"] == "failed", LONG_S)
+        snapshot = here.server.client.stats()
+        assert (snapshot["degraded"], snapshot["serving"]) == (True, 1)
+        assert reason in here.server.devices()["cpu:1"]["reason"]
+        for page in ("/readyz", "/healthz"):
+            status, body = here.server.get(page)
+            assert (status, body.startswith("degraded")) == (200, True)
+        answered = here.load.answered
+        wait_until(lambda: here.load.answered > answered + 50, LONG_S)
+        (tmp_path / "cpu:1").unlink()
+        here.server.process.send_signal(signal.SIGHUP)
+        here.server.wait_ready()
+    assert here.load.failures == []
+
+
+def test_when_all_devices_are_gone_everything_is_answered_unavailable(scene, wait_until, tmp_path) -> None:
+    with scene(worker_env=worker_env(tmp_path), restarts={**QUICK_RESTARTS, "give_up_after": 1}) as here:
+        for device, pid in here.server.pids().items():
+            (tmp_path / device).write_text("78")
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: set(here.server.states().values()) == {"failed"}, LONG_S)
+        assert here.server.get("/readyz")[0] == here.server.get("/healthz")[0] == 503
+        wait_until(lambda: here.load.failures, LONG_S)
+        here.load.end()
+        for device in here.server.pids():
+            (tmp_path / device).unlink()
+        here.server.process.send_signal(signal.SIGHUP)
+        here.server.wait_ready()
+    assert {failure.code for failure in here.load.failures} <= {Code.UNAVAILABLE, Code.WORKER_LOST}
+
+
+# -- clients misbehave --------------------------------------------------------------------------------------------------
+
+
+def test_jobs_of_a_client_that_left_are_cancelled(scene, wait_until) -> None:
+    with scene(timed={"latency_ms": {1: 100}}) as here:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.connect(here.server.endpoint)
+            for number in range(200):  # ten seconds of work
+                socket.send_multipart(submission(str(number), picture()))
+            wait_until(lambda: here.server.client.stats()["queue"]["jobs"] > 100, LONG_S)
+        wait_until(lambda: here.server.client.stats()["failures"].get("cancelled", 0) > 100, LONG_S)
+        wait_until(lambda: here.server.client.stats()["queue"]["jobs"] < 10, LONG_S)
+    assert here.load.failures == []
+
+
+VANISHING = """
+import sys
+import numpy as np
+from daemon.client import Client
+client = Client(sys.argv[1], transport=sys.argv[2])
+images = (np.full((256, 256, 3), n % 256, np.uint8) for n in range(10_000))
+for number, _ in enumerate(client.map(images, window=32)):
+    if number == 20:
+        print("busy", flush=True)
+"""
+
+
+@pytest.mark.parametrize("transport", ["socket", "shared"])
+def test_clients_that_are_killed_leave_nothing_behind(scene, wait_until, transport) -> None:
+    with scene(timed={"latency_ms": {1: 20}}) as here:
+        argv = [sys.executable, "-c", VANISHING, here.server.endpoint, transport]
+        clients = [subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(3)]
+        for client in clients:
+            assert client.stdout is not None
+            assert client.stdout.readline() == b"busy\n"
+            client.kill()
+            client.communicate()
+        wait_until(lambda: here.server.client.stats()["failures"].get("cancelled", 0) >= 20, LONG_S)
+    assert here.load.failures == []
+
+
+def test_a_client_that_never_reads_costs_its_own_jobs_only(scene, wait_until) -> None:
+    """Its answers fill the daemon's bounded buffer for it, and then nothing more is done for it."""
+    with scene(timed={"latency_ms": {1: 1}}) as here:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.linger = 0
+            socket.rcvhwm = 1
+            socket.connect(here.server.endpoint)
+            log_bytes = len(here.server.log)
+            for number in range(20_000):
+                socket.send_multipart(submission(str(number), picture(16)))
+            wait_until(lambda: "does not read its answers" in here.server.log[log_bytes:], LONG_S)
+            answered = here.load.answered
+            wait_until(lambda: here.load.answered > answered + 50, LONG_S)
+            assert here.server.log.count("does not read its answers") < 100, "it floods the log as well"
+    assert {failure.code for failure in here.load.failures} <= {Code.BUSY}
+
+
+def test_a_flood_is_answered_busy_at_once(scene) -> None:
+    """600 images of 0.6 MB; what is refused is not kept."""
+    with scene(queue={"max_jobs": 32}, timed={"latency_ms": {1: 50}}) as here:
+        pixels = picture(4096)
+        with contextlib.closing(here.server.dealer()) as dealer:
+            dealer.rcvtimeo = int(LONG_S * 1000)
+            for number in range(600):
+                dealer.send_multipart(submission(str(number), pixels))
+            answers = [answer(dealer.recv_multipart()) for _ in range(600)]
+        codes = Counter(each.code if isinstance(each, Failed) else "answered" for each in answers)
+        assert codes.keys() == {Code.BUSY, "answered"}
+        assert codes["answered"] >= 12
+        assert len({each.job for each in answers}) == 600
+        assert all(each.retry_after_s for each in answers if isinstance(each, Failed))
+    assert {failure.code for failure in here.load.failures} <= {Code.BUSY}
+
+
+# -- the clock, signals, reload -----------------------------------------------------------------------------------------
+
+
+def test_a_wall_clock_that_jumps_changes_nothing(scene, wait_until, tmp_path) -> None:
+    """libfaketime moves CLOCK_REALTIME of the daemon and its workers while they serve, and leaves CLOCK_MONOTONIC."""
+    if not FAKETIME.exists():
+        pytest.skip(f"needs Debian's libfaketime: {FAKETIME}")
+    offset = tmp_path / "offset"
+    offset.write_text("+0")
+    environment = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(offset), "FAKETIME_NO_CACHE": "1",
+                   "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}  # fmt: skip
+    day_s = 86400.0
+    instant = {"latency_ms": {1: 0}}  # the engine does not sleep: libfaketime 0.9.10 breaks Python's time.sleep
+    with scene(environment=environment, timed=instant, restarts={**QUICK_RESTARTS, "stall_s": 10}, deadline_s=30) as here:
+        pids = here.server.pids()
+        for jump, days in (("-30d", -30), ("+365d", 365), ("+0", 0)):
+            before = here.server.client.stats()
+            offset.write_text(jump)
+            answered = here.load.answered
+
+            def jumped(days: int = days, before: dict[str, Any] = before) -> bool:
+                now = here.server.client.stats()
+                return now["seq"] > before["seq"] + 1 and abs(now["time"] - time.time() - days * day_s) < day_s / 2
+
+            wait_until(jumped, LONG_S)
+            wait_until(lambda answered=answered: here.load.answered > answered + 100, LONG_S)
+            assert set(here.server.states().values()) == {"ready"}
+    assert here.load.failures == []
+    assert here.server.pids() == pids
+
+
+def test_no_decision_reads_the_wall_clock() -> None:
+    """Only the snapshot and the log, which people read, name the time of day."""
+    wall = {"time", "time_ns", "localtime", "gmtime", "now", "utcnow", "today"}
+    readers = set()
+    for path in [*ROOT.glob("daemon/*.py"), *ROOT.glob("workers/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in wall
+                    and node.value.id in ("time", "datetime", "date")):  # fmt: skip
+                readers.add(path.name)
+            if isinstance(node, ast.ImportFrom) and node.module == "time":
+                assert not wall & {name.name for name in node.names}, f"{path} imports it by name"
+    assert readers <= {"logs.py", "server.py"}
 
 
 def test_sigterm_under_load_answers_what_was_accepted(daemon, loaded, wait_until) -> None:
-    server = daemon()
+    server = daemon(drain_s=30)
     load = loaded(server)
-    wait_until(lambda: sum(load.answers.values()) > 50)
+    wait_until(lambda: load.answered > 50, LONG_S)
     server.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: load.failures, 10)
+    wait_until(lambda: load.failures, LONG_S)
     load.stop.set()
-    assert server.process.wait(20) == 0
+    assert server.process.wait(LONG_S) == 0
+    load.end()
+    assert {failure.code for failure in load.failures} == {Code.DRAINING}
+    assert server.processes() == []
+
+
+def test_a_drain_that_takes_too_long_answers_draining(daemon, loaded, wait_until) -> None:
+    server = daemon(drain_s=0.5, timed={"latency_ms": {1: 4000}}, restarts={**QUICK_RESTARTS, "stop_s": 1})
+    load = loaded(server)
+    wait_until(lambda: server.client.stats().get("leased"), LONG_S)
+    server.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: load.failures, LONG_S)
+    load.stop.set()
+    assert server.process.wait(LONG_S) == 0
     load.end()
     assert {failure.code for failure in load.failures} == {Code.DRAINING}
 
 
-def test_sighup_under_load_replaces_workers_one_at_a_time(daemon, loaded, wait_until) -> None:
-    server = daemon()
-    load = loaded(server)
-    before = server.pids()
-    server.rewrite(timed={"latency_ms": {1: 3}})
-    server.process.send_signal(signal.SIGHUP)
-    serving = set()
+def test_sighup_under_load_replaces_workers_one_at_a_time(scene, wait_until) -> None:
+    with scene() as here:
+        before = here.server.pids()
+        here.server.rewrite(timed={"latency_ms": {1: 3}})
+        here.server.process.send_signal(signal.SIGHUP)
+        serving = set()
 
-    def replaced() -> bool:
-        snapshot = server.client.stats()
-        serving.add(snapshot["serving"])
-        pids = {device["pid"] for device in snapshot["devices"]}
-        return snapshot["serving"] == 2 and pids.isdisjoint(before.values())
+        def replaced() -> bool:
+            snapshot = here.server.client.stats()
+            serving.add(snapshot["serving"])
+            pids = {device["pid"] for device in snapshot["devices"]}
+            return snapshot["serving"] == 2 and pids.isdisjoint(before.values())
 
-    wait_until(replaced, 20)
-    load.end()
-    assert load.failures == []
+        wait_until(replaced, LONG_S)
+    assert here.load.failures == []
     assert 0 not in serving
-    assert server.client.segment(picture()).timings["device"] < 0.005
+
+
+def test_a_reload_with_corrupt_weights_keeps_the_old_ones_serving(daemon, wait_until, tmp_path) -> None:
+    """The native engine: the file is cut short in place while it serves, then mended."""
+    weights = tmp_path / "small.pth"
+    network = blendmask.build(blendmask.load_config(SMALL))
+    torch.save({"model": blendmask.random_weights(network)}, weights)
+    server = daemon(engine="native", model={"config": str(SMALL), "weights": str(weights)}, warm_up=[[64, 64]],
+                    runtime={"threads": 1}, batch=1)  # fmt: skip
+    pids, good = server.pids(), weights.read_bytes()
+    expected = server.client.segment(picture()).detections
+    load = Load(server.endpoint, checked=False)
+    load.start()
+    try:
+        for broken in (good[: len(good) // 2], b"not weights at all", b""):
+            weights.write_bytes(broken)
+            refusals = server.log.count("reload refused, nothing changed")
+            server.process.send_signal(signal.SIGHUP)
+            wait_until(lambda n=refusals: server.log.count("reload refused, nothing changed") > n, LONG_S)
+            assert server.pids() == pids
+            assert server.client.segment(picture()).detections == expected
+        weights.write_bytes(good)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: set(server.pids().values()).isdisjoint([*pids.values(), None]), LONG_S)
+        server.wait_ready()
+        load.end()
+    finally:
+        load.stop.set()
+        load.join()
+    assert load.failures == []
+    assert server.client.segment(picture()).detections == expected
 
 
 @pytest.mark.parametrize(
@@ -231,61 +411,77 @@ def test_sighup_under_load_replaces_workers_one_at_a_time(daemon, loaded, wait_u
     ],
     ids=["unknown key", "no weights", "no library", "endpoints"],
 )
-def test_a_bad_reload_changes_nothing(daemon, wait_until, settings, complaint) -> None:
+def test_a_bad_reload_changes_nothing(scene, wait_until, settings, complaint) -> None:
+    with scene() as here:
+        before, good = here.server.pids(), here.server.settings_file.read_text()
+        here.server.settings_file.write_text(yaml.safe_dump({**here.server.settings, **settings}))
+        here.server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "reload refused, nothing changed" in here.server.log, LONG_S)
+        assert complaint in here.server.log
+        assert here.server.pids() == before
+        here.server.settings_file.write_text(good)
+    assert here.load.failures == []
+
+
+# -- the daemon ---------------------------------------------------------------------------------------------------------
+
+
+def test_kill_9_of_the_daemon_leaves_no_worker(daemon, wait_until) -> None:
     server = daemon()
-    before = server.pids()
-    server.rewrite(**settings)
-    server.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: "reload refused, nothing changed" in server.log, 30)
-    assert complaint in server.log
-    assert server.pids() == before
-    assert server.client.segment(picture()).detections
+    assert len(server.processes()) == 3
+    server.kill()
+    wait_until(lambda: server.processes() == [], LONG_S)
 
 
-def test_a_flood_is_answered_busy_at_once_and_costs_nobody_else(daemon) -> None:
-    server = daemon(queue={"max_jobs": 8}, timed={"latency_ms": {1: 50}})
-    answers: Counter[str] = Counter()
-    pixels = picture().tobytes()
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.connect(server.endpoint)
-        for number in range(600):
-            message = Submit(job=str(number), image=Image(kind="raw", shape=(48, 64, 3)))
-            socket.send_multipart(protocol.encode(message, [pixels]))
-        for _ in range(600):
-            assert socket.poll(20_000)
-            message: protocol.ToClient
-            message, _ = protocol.decode(socket.recv_multipart(), TO_CLIENT)
-            answers[message.code if isinstance(message, Failed) else "answered"] += 1
-            assert not isinstance(message, Failed) or message.retry_after_s
-    assert answers.keys() == {Code.BUSY, "answered"}
-    assert answers["answered"] >= 12, "two windows and the queue"
-    assert server.client.stats()["queue"] == {"jobs": 0, "bytes": 0}
-
-
-def test_jobs_of_a_client_that_left_are_cancelled(daemon, wait_until) -> None:
-    server = daemon(timed={"latency_ms": {1: 100}})
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.connect(server.endpoint)
-        for number in range(40):
-            message = Submit(job=str(number), image=Image(kind="raw", shape=(48, 64, 3)))
-            socket.send_multipart(protocol.encode(message, [picture().tobytes()]))
-        wait_until(lambda: server.client.stats()["queue"]["jobs"] > 10)
-    wait_until(lambda: server.client.stats()["failures"].get("cancelled", 0) > 20, 5)
-    assert server.client.segment(picture()).timings["queue"] < 1.0
-
-
-def test_a_second_daemon_does_not_take_the_socket_over(daemon) -> None:
-    server = daemon()
-    second = subprocess.run(
-        [sys.executable, "-m", "daemon", "--settings", server.settings_file], cwd=ROOT, capture_output=True, text=True
-    )
-    assert second.returncode == 78
-    assert "another daemon serves" in second.stderr
-    assert server.client.segment(picture()).detections
+def test_a_second_daemon_does_not_take_the_socket_over(scene) -> None:
+    with scene() as here:
+        second = subprocess.run(
+            [sys.executable, "-m", "daemon", "--settings", here.server.settings_file],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert second.returncode == 78
+        assert "another daemon serves" in second.stderr
+    assert here.load.failures == []
 
 
 def test_no_worker_can_boot_the_daemon_says_why_and_ends(daemon) -> None:
     server = daemon(wait=False, engine="native", model={"weights": "/nowhere.pth"})
-    assert server.process.wait(60) == 1
+    assert server.process.wait(LONG_S) == 1
     assert "/nowhere.pth" in server.log
     assert "no worker can be started" in server.log
+
+
+# -- inside -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loaded() -> Iterator[Callable[[Any], Load]]:
+    """Starts a load on a daemon that will end; stops it in any case."""
+    loads: list[Load] = []
+
+    def start(server: Any) -> Load:
+        loads.append(Load(server.endpoint))
+        loads[-1].start()
+        return loads[-1]
+
+    yield start
+    for load in loads:
+        load.stop.set()
+        load.join()
+
+
+def _memory_group() -> Path | None:
+    """A new group with a limit, of either version of control groups; None where none can be made."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, mount, kind, options, *_ = line.split()
+        limit = {"cgroup2": "memory.max", "cgroup": "memory.limit_in_bytes"}.get(kind)
+        if limit is None or (kind == "cgroup" and "memory" not in options.split(",")):
+            continue
+        group = Path(mount) / f"blendmaskd-test-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            group.mkdir()
+            if (group / limit).exists():
+                (group / limit).write_text(str(LIMIT_BYTES))
+                return group
+            group.rmdir()
+    return None
