@@ -42,7 +42,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from daemon.jobs import Account, Job, Waiting
+from daemon.jobs import Account, Job, Step, Waiting, What
 from daemon.protocol import (
     Cancel,
     CloseRegion,
@@ -163,6 +163,8 @@ class Broker:
         self.regions = Regions(limits.shared_memory_bytes)
         self.outcomes: Counter[str] = Counter()  # "answered" or an error code, of accepted and refused jobs alike
         self.served_per_s = 0.0  # told by the shell; only for the retry hint
+        self.tracing = False  # told by the shell: whether `steps` get every change of a job's state, or only failures
+        self.steps: list[Step] = []  # until the shell takes them
         self._seq = itertools.count(1)
         self._waiting = Waiting()
         self._suspects: deque[Job] = deque()
@@ -217,13 +219,17 @@ class Broker:
         refusal = self._refusal(job)
         if refusal is not None:
             self.outcomes[refusal.code] += 1
+            if self.tracing:
+                self._tell("refused", job, code=refusal.code, reason=refusal.reason)
             return [SendClient(client, refusal)]
         self._add(job)
         self._waiting.put(job)
         return self._assign(now) or self._lease_ahead(job, now)
 
-    def adopt(self, message: Submit, payload: Frames, now: float, attempts: int = 0, losses: int = 0) -> list[Action]:
-        """Take on a durable job. It was accepted, and what it may not exceed was checked, when it came."""
+    def adopt(
+        self, message: Submit, payload: Frames, accepted: float, now: float, attempts: int = 0, losses: int = 0
+    ) -> list[Action]:
+        """Take on a durable job. It was `accepted`, and what it may not exceed was checked, when it came."""
         job = Job(
             seq=next(self._seq),
             client=DURABLE,
@@ -232,8 +238,8 @@ class Broker:
             options=message.options,
             payload=payload,
             priority=message.priority,
-            accepted=now,
-            deadline=now + (message.deadline_s or DURABLE_DEADLINE_S),
+            accepted=accepted,
+            deadline=accepted + (message.deadline_s or DURABLE_DEADLINE_S),
             attempts=attempts,
             losses=losses,
         )
@@ -282,6 +288,8 @@ class Broker:
         actions: list[Action] = []
         for job in list(self._jobs_of(client).values()):
             self.outcomes[Code.CANCELLED] += 1
+            if self.tracing:
+                self._tell("dropped", job, code=Code.CANCELLED, reason="its client is gone")
             actions += self._remove(job)
         return actions + self._assign(now)
 
@@ -333,8 +341,11 @@ class Broker:
             return []
         holder.progress = holder.heard = now
         for number in message.leases:
-            if number in holder.leases:
-                holder.leases[number].started = True
+            lease = holder.leases.get(number)
+            if lease is not None:
+                lease.started = True
+                if self.tracing and lease.job:
+                    self._tell("started", lease.job)
         return []
 
     def finished(self, worker: str, message: Finished, payload: Frames, now: float) -> list[Action]:
@@ -347,6 +358,8 @@ class Broker:
         timings |= {"send": max(total - sum(timings.values()), 0.0), "total": total}
         result = Result(job=job.name, width=message.width, height=message.height, device=device, timings=timings)
         self.outcomes["answered"] += 1
+        if self.tracing:
+            self._tell("answered", job, code="ok")
         self._remove(job)
         return [SendClient(job.client, result, payload), *self._after_lease(worker, now)]
 
@@ -372,10 +385,12 @@ class Broker:
             job = lease.job
             if job is None:
                 continue
-            job.worker, job.lease = None, 0
-            self._clients[job.client].end_lease(job)
             job.attempts += lease.started or job.suspect or len(holder.leases) == 1
             job.losses += 1
+            if self.tracing:
+                self._tell("suspected" if job.suspect else "requeued", job, reason=reason)
+            job.worker, job.lease = None, 0
+            self._clients[job.client].end_lease(job)
             if job.client == DURABLE:
                 actions.append(Losses(job.name, job.attempts, job.losses))
             if not job.suspect:
@@ -477,12 +492,16 @@ class Broker:
     def _add(self, job: Job) -> None:
         self._clients.setdefault(job.client, Account()).add(job)
         self._push_deadline(job)
+        if self.tracing:
+            self._tell("accepted", job)
 
     def _give_up(self, code: Code, reason: str) -> list[Action]:
         """Answer all that is here, but for what the spool has."""
         actions: list[Action] = []
         for job in list(self._jobs()):
             if job.client == DURABLE:
+                if self.tracing:
+                    self._tell("dropped", job, reason="it stays in the spool")
                 actions += [*self._remove(job), Returned(job.name)]
             else:
                 actions += self._fail(job, code, reason)
@@ -517,9 +536,15 @@ class Broker:
 
     def _fail(self, job: Job, code: Code, reason: str) -> list[Action]:
         self.outcomes[code] += 1
+        self._tell("failed", job, code=code, reason=reason)
         retry = self._retry_after_s() if code.retryable else None
         answer = SendClient(job.client, Failed(job=job.name, code=code, reason=reason, retry_after_s=retry))
         return [answer, *self._remove(job)]
+
+    def _tell(self, what: What, job: Job, code: str = "", reason: str = "") -> None:
+        self.steps.append(
+            Step(what, job.name, job.client, job.accepted, job.worker or "", job.lease, code=code, reason=reason)
+        )
 
     def _remove(self, job: Job) -> list[Action]:
         """Take an answered job out of wherever it is; its worker is told if it still has it."""
@@ -583,6 +608,8 @@ class Broker:
             worker.progress = now
         worker.leases[number] = HeldLease(job)
         job.worker, job.lease, job.leased_at = worker.name, number, now
+        if self.tracing:
+            self._tell("leased", job)
         lease = Lease(
             lease=number, image=job.image, options=job.options, deadline=job.deadline, alone=job.suspect, ahead=ahead
         )

@@ -3,12 +3,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Literal
 
 import msgspec
 
 from daemon.protocol import Frames, Image, Options
 
 UNSTARTED_LOSSES = 3
+
+What = Literal["accepted", "refused", "leased", "started", "requeued", "suspected", "answered", "failed", "dropped"]
 
 
 class Job(msgspec.Struct, eq=False):
@@ -37,6 +40,19 @@ class Job(msgspec.Struct, eq=False):
     @property
     def payload_bytes(self) -> int:
         return sum(len(frame) for frame in self.payload) + (self.image.place.bytes if self.image.place else 0)
+
+
+class Step(msgspec.Struct, frozen=True):
+    """A change of a job's state, for those who follow it."""
+
+    what: What
+    job: str
+    client: bytes
+    accepted: float  # when the job came
+    worker: str = ""
+    lease: int = 0
+    code: str = ""  # refused, failed: why; answered: ok
+    reason: str = ""
 
 
 class Account(msgspec.Struct, eq=False):

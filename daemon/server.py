@@ -21,9 +21,10 @@ from typing import Any
 
 import zmq
 
-from daemon import broker, protocol, spawn, supervisor, systemd, topology
+from daemon import broker, logs, protocol, spawn, supervisor, systemd, topology
 from daemon.access import Identities, Verdict
 from daemon.children import Candidate, Child, Launcher, how_it_ended, worker_name
+from daemon.job_log import JobLog
 from daemon.logs import about, shown
 from daemon.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError
 from daemon.regions import RegionError
@@ -48,6 +49,8 @@ class Server:
         self._notifier = systemd.from_environment()
         self._stats = Stats(settings.window_s)
         self._broker = broker.Broker(_limits(settings))
+        self._broker.tracing = settings.log.jobs
+        self._job_log = JobLog(settings.log.jobs)
         self._supervisor = supervisor.Supervisor(settings.devices, settings.restarts, settings.drain_s)
         self._launcher = Launcher(settings, dict(os.environ))
         self._children: dict[str, Child] = {}  # by worker name
@@ -129,6 +132,7 @@ class Server:
         self._next_tick = now + TICK_S
         self._told_unreachable.clear()
         self._sockets.shared_memory.expire(now)
+        self._job_log.tick()
         self._watch_gate(now)
         self._snapshot = self._stats.snapshot(
             now,
@@ -360,6 +364,9 @@ class Server:
                     self._send_worker(action.worker, action.message, action.payload)
                 case broker.Evict():
                     self._evict(action)
+        if self._broker.steps:
+            steps, self._broker.steps = self._broker.steps, []
+            self._job_log.tell(steps, time.monotonic())
 
     def _send_client(self, client: bytes, message: protocol.ToClient, payload: protocol.Frames = ()) -> None:
         if isinstance(message, protocol.Result):
@@ -489,6 +496,8 @@ class Server:
         self._broker.limits = _limits(settings)
         self._broker.regions.max_bytes = settings.shared_memory_bytes
         self._stats.window_s = settings.window_s
+        logs.configure(settings.log)
+        self._broker.tracing = self._job_log.tracing = settings.log.jobs
         if not settings.show_last_image:
             self._show_image(None, None)
         self._told_ready = False
