@@ -318,6 +318,11 @@ class Stop(_Message, tag="stop", frozen=True, kw_only=True):
     """Broker to worker: finish what you hold, then exit."""
 
 
+def shown_job(name: str) -> str:
+    """A job's name as logs and statistics have it: of one that may be a durable job's secret only the start."""
+    return name if len(name) < LEAST_DURABLE_NAME else f"{name[:8]}…"
+
+
 FromClient = Submit | Cancel | Fetch | Forget | GetStats
 ToClient = Result | Failed | Accepted | Forgotten | Stats
 FromWorker = Ready | Started | Finished | FailedLease | Report | Preview

@@ -1,0 +1,570 @@
+"""Durable jobs: which the spool keeps, which of them the broker has, who waits for their answers. Pure.
+
+Events come from clients, from the broker and from the spool; what comes out is for them. What is asked of the spool
+takes effect in the order in which it was asked; its replies name jobs by ``seq``, which no two lives of a name share.
+
+Where a durable job is:
+
+=========  =============================================================================================
+storing    on its way into the spool; its clients are owed `Accepted`
+spooled    in the spool alone, in the line of its owner
+loading    on its way from the spool to the broker
+queued     the broker has it
+answered   on its way into the spool with its answer, which its waiters get when it is there
+=========  =============================================================================================
+
+What is answered and in the spool is nowhere here: the spool finds it by its name. So nothing that a client was told is
+ever only in memory, and what the daemon does not live to do is done by the next one. Owners take turns; none may take
+more of the spool than it leaves.
+
+No socket, clock, process, thread, file or logger belongs in here.
+"""
+from __future__ import annotations
+
+import itertools
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable
+from enum import Enum
+
+import msgspec
+
+from daemon.broker import Action as BrokerAction
+from daemon.broker import Broker, SendClient
+from daemon.jobs import UNSTARTED_LOSSES
+from daemon.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Result, Submit
+
+RETRY_S = 1.0  # after which the spool may have room, or work again
+MOST_LOOKS = 1000  # questions to the spool at a time
+Answer = Result | Failed
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """What the spool has of a job without an answer, but for its image; and what it is told of it."""
+
+    seq: int
+    name: str
+    owner: bytes
+    priority: int
+    size: int  # bytes of its image
+    attempts: int = 0
+    losses: int = 0
+    leased: bool = False
+
+
+# -- to the spool -----------------------------------------------------------------------------------------------------
+
+
+class Store(msgspec.Struct, frozen=True):
+    """Keep a new job; `Kept`, `Known` or `NotKept` follows."""
+
+    job: Stored
+    message: Submit
+    payload: Frames
+
+
+class Load(msgspec.Struct, frozen=True):
+    """Give a job; `Loaded` or `NotLoaded` follows."""
+
+    seq: int
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """Remember this of a job. It need not outlive the host."""
+
+    seq: int
+    attempts: int
+    losses: int
+    leased: bool
+
+
+class StoreAnswer(msgspec.Struct, frozen=True):
+    """Keep a job's answer in the place of its image; `AnswerKept` follows, however long it takes."""
+
+    seq: int
+    answer: Answer
+    payload: Frames
+
+
+class Look(msgspec.Struct, frozen=True):
+    """Give the answer of this name; `Looked` follows."""
+
+    client: bytes
+    name: str
+    seq: int = 0  # a job here that waits for it
+
+
+class Erase(msgspec.Struct, frozen=True):
+    """Keep nothing of this name; `Erased` follows."""
+
+    client: bytes
+    name: str
+
+
+Request = Store | Load | Mark | StoreAnswer | Look | Erase
+
+
+# -- from the spool ---------------------------------------------------------------------------------------------------
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """The job is on the disk."""
+
+    seq: int
+
+
+class Known(msgspec.Struct, frozen=True):
+    """The spool has an answer of this job's name already, and has kept nothing."""
+
+    seq: int
+
+
+class NotKept(msgspec.Struct, frozen=True):
+    """Nothing of the job was kept."""
+
+    seq: int
+    reason: str
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """The job as it was submitted."""
+
+    seq: int
+    message: Submit
+    payload: Frames
+
+
+class NotLoaded(msgspec.Struct, frozen=True):
+    """The job cannot be read now."""
+
+    seq: int
+    reason: str
+
+
+class AnswerKept(msgspec.Struct, frozen=True):
+    """The answer is on the disk."""
+
+    seq: int
+
+
+class Looked(msgspec.Struct, frozen=True):
+    """The answer of a name; None: there is none. `reason`: the spool cannot be read."""
+
+    client: bytes
+    name: str
+    answer: Answer | None
+    payload: Frames
+    reason: str = ""
+
+
+class Erased(msgspec.Struct, frozen=True):
+    """Nothing of the name is left, or why something is."""
+
+    client: bytes
+    name: str
+    reason: str = ""
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """How full the spool is. `trouble`: why something that must be written is not, or empty."""
+
+    answers: int
+    bytes: int
+    trouble: str = ""
+
+
+Reply = Kept | Known | NotKept | Loaded | NotLoaded | AnswerKept | Looked | Erased | Usage
+Action = BrokerAction | Request
+
+
+class State(Enum):
+    """See the module."""
+
+    STORING = "storing"
+    SPOOLED = "spooled"
+    LOADING = "loading"
+    QUEUED = "queued"
+    ANSWERED = "answered"
+
+
+class Job(msgspec.Struct, eq=False):
+    """A durable job whose answer is not in the spool yet."""
+
+    seq: int
+    name: str
+    owner: bytes
+    priority: int
+    size: int
+    accepted: float
+    state: State
+    attempts: int = 0
+    losses: int = 0
+    leased: bool = False  # as the spool knows it
+    submitters: dict[bytes, None] = {}  # are owed `Accepted`
+    waiters: dict[bytes, None] = {}  # are owed its answer
+    answer: tuple[Answer, Frames] | None = None
+
+
+class Durable:
+    """See the module. `max_bytes` bounds the spool; 0: there is none. `check()` states the invariants."""
+
+    def __init__(
+        self, broker: Broker, max_bytes: int, now: float = 0.0, stored: Iterable[Stored] = (), next_seq: int = 1
+    ) -> None:
+        self.max_bytes = max_bytes
+        self.usage = Usage(answers=0, bytes=0)
+        self._broker = broker
+        self._seq = itertools.count(next_seq)
+        self._jobs: dict[str, Job] = {}
+        self._by_seq: dict[int, Job] = {}
+        self._lines: dict[int, OrderedDict[bytes, deque[Job]]] = {}  # priority: owners in turn; none is empty
+        self._states: Counter[State] = Counter()
+        self._storing_bytes = 0
+        self._owned: Counter[bytes] = Counter()  # bytes of each owner's jobs
+        self._owed: Counter[bytes] = Counter()  # how many messages each client waits for
+        self._looks = 0
+        self._ended = False
+        for each in stored:
+            self._take_up(each, now)
+
+    @property
+    def unanswered(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is on its way somewhere, so that ending now would cost work."""
+        return self._states.total() > self._states[State.SPOOLED] + self._states[State.LOADING]
+
+    # -- clients ----------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, client: bytes, message: Submit, size: int, payload: Callable[[], Frames], now: float
+    ) -> list[Action]:
+        """Accept a job when the spool has it, or answer at once why not. `payload` reads its image of `size` bytes."""
+        job = self._jobs.get(message.job)
+        if job is not None and job.state is not State.STORING:
+            return [SendClient(client, Accepted(job=message.job))]
+        if job is not None:
+            self._owe(job.submitters, client)
+            return []
+        refusal = self._refusal(client, message, size)
+        if refusal is not None:
+            self._broker.outcomes[refusal.code] += 1
+            return [SendClient(client, refusal)]
+        image = payload()
+        job = Job(next(self._seq), message.job, client, message.priority, size, now, State.STORING)
+        self._owe(job.submitters, client)
+        self._add(job)
+        if message.image.place:
+            message = msgspec.structs.replace(message, image=msgspec.structs.replace(message.image, place=None))
+        return [Store(_stored(job), message, image)]
+
+    def fetch(self, client: bytes, message: Fetch) -> list[Action]:
+        """Send the answer as soon as there is one."""
+        if not self.max_bytes:
+            return [SendClient(client, _off(message.job))]
+        job = self._jobs.get(message.job)
+        if job is None:
+            return self._look(client, message.job)
+        if self._ended:
+            return [SendClient(client, _ending(message.job))]
+        if message.wait:
+            self._owe(job.waiters, client)
+        elif job.state is State.STORING:
+            self._owe(job.submitters, client)
+        else:
+            return [SendClient(client, Accepted(job=message.job))]
+        return []
+
+    def forget(self, client: bytes, message: Forget, now: float) -> list[Action]:
+        """Drop a job and its answer, wherever they are."""
+        if not self.max_bytes:
+            return [SendClient(client, _off(message.job))]
+        actions: list[Action] = []
+        job = self._jobs.get(message.job)
+        if job is not None:
+            self._remove(job)
+            if job.state is State.QUEUED:
+                actions += self._broker.withdraw(job.name, now)
+            failed = Failed(job=job.name, code=Code.CANCELLED, reason="it was forgotten")
+            actions += [SendClient(each, failed) for each in self._owed_for(job)]
+            self._broker.outcomes[Code.CANCELLED] += 1
+        return [*actions, Erase(client, message.job), *self.feed()]
+
+    def stop_waiting(self, client: bytes, message: Cancel) -> None:
+        """This client waits for that job no longer."""
+        if message.job in self._jobs:
+            self._settle(self._jobs[message.job].waiters, client)
+
+    def client_gone(self, client: bytes) -> None:
+        """Nobody waits there any more; its jobs stay."""
+        for job in self._jobs.values() if client in self._owed else ():
+            self._settle(job.waiters, client)
+            self._settle(job.submitters, client)
+
+    def waits(self, client: bytes) -> bool:
+        """Whether this client is owed something."""
+        return client in self._owed
+
+    # -- the broker -------------------------------------------------------------------------------------------------
+
+    def feed(self) -> list[Action]:
+        """Load what the broker has room for."""
+        actions: list[Action] = []
+        while self._lines and self._states[State.LOADING] < self._broker.room:
+            job = self._next()
+            self._set(job, State.LOADING)
+            actions.append(Load(job.seq))
+        return actions
+
+    def leased(self, name: str) -> list[Action]:
+        """A worker has it from now on: should the daemon die, it may have been the reason."""
+        job = self._jobs[name]
+        job.leased = True
+        return [_mark(job)]
+
+    def lost(self, name: str, attempts: int, losses: int) -> list[Action]:
+        """A worker died with it."""
+        job = self._jobs[name]
+        job.attempts, job.losses, job.leased = attempts, losses, False
+        return [_mark(job)]
+
+    def returned(self, name: str) -> list[Action]:
+        """The broker has it no more."""
+        job = self._jobs[name]
+        actions: list[Action] = []
+        if job.leased:
+            job.leased = False
+            actions = [_mark(job)]
+        self._line_up(job, first=True)
+        return actions
+
+    def answered(self, answer: Answer, payload: Frames) -> list[Action]:
+        """The broker's answer to a job."""
+        job = self._jobs[answer.job]
+        self._set(job, State.ANSWERED)
+        job.answer = (answer, payload)
+        return [StoreAnswer(job.seq, answer, payload), *self.feed()]
+
+    # -- the spool --------------------------------------------------------------------------------------------------
+
+    def replied(self, reply: Reply, now: float) -> list[Action]:
+        """What follows from what the spool says."""
+        match reply:
+            case Usage():
+                self.usage = reply
+                return []
+            case Looked():
+                return self._looked(reply)
+            case Erased():
+                return [SendClient(reply.client, _erased(reply))]
+        job = self._by_seq.get(reply.seq)
+        if job is None:
+            return []  # forgotten
+        match reply:
+            case Kept():
+                self._line_up(job)
+                return [*self._accept(job), *self.feed()]
+            case Known():
+                self._remove(job)
+                waiters = self._take(job.waiters)
+                return [*self._accept(job), *(each for client in waiters for each in self._look(client, job.name))]
+            case NotKept():
+                self._remove(job)
+                return self._fail(job, Code.UNAVAILABLE, f"the spool cannot be written: {reply.reason}")
+            case Loaded():
+                return self._loaded(job, reply, now)
+            case NotLoaded():
+                self._line_up(job)  # behind the others; the next tick tries again
+                return []
+            case AnswerKept():
+                assert job.answer is not None
+                self._remove(job)
+                return [SendClient(client, *job.answer) for client in self._take(job.waiters)]
+
+    def end(self) -> list[Action]:
+        """The daemon ends: what is left is done by the next one, and whoever waits is told so."""
+        self._ended = True
+        actions: list[Action] = []
+        for job in self._jobs.values():
+            actions += [SendClient(client, _ending(job.name)) for client in self._owed_for(job)]
+        return actions
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _take_up(self, stored: Stored, now: float) -> None:
+        """A job that an earlier daemon left. If a worker had it, that worker is lost, as the broker counts it."""
+        attempts, losses = stored.attempts, stored.losses
+        if stored.leased:
+            attempts += attempts > 0 or losses >= UNSTARTED_LOSSES
+            losses += 1
+        job = Job(stored.seq, stored.name, stored.owner, stored.priority, stored.size, now, State.LOADING)
+        job.attempts, job.losses = attempts, losses
+        self._add(job)
+        self._line_up(job)
+
+    def _refusal(self, client: bytes, message: Submit, size: int) -> Failed | None:
+        if not self.max_bytes:
+            return _off(message.job)
+        unfit = self._broker.unfit(message.job, message.image, size)
+        if unfit is not None:
+            return unfit
+        storing, own = self._states[State.STORING], self._owned[client]
+        used = self.usage.bytes + self._storing_bytes
+        limits = self._broker.limits
+        if storing >= limits.max_jobs or (storing and self._storing_bytes + size > limits.max_bytes):
+            return _busy(message.job, f"{storing} jobs are on their way into the spool")
+        if used + size > self.max_bytes:
+            return _busy(message.job, f"the spool has {used} of {self.max_bytes} bytes (spool_bytes)")
+        if own and own + size > self.max_bytes - used:
+            return _busy(message.job, f"this client has {own} bytes in the spool: the last are for others")
+        return None
+
+    def _add(self, job: Job) -> None:
+        self._jobs[job.name] = self._by_seq[job.seq] = job
+        self._owned[job.owner] += job.size
+        self._states[job.state] += 1
+        self._storing_bytes += job.size if job.state is State.STORING else 0
+
+    def _remove(self, job: Job) -> None:
+        del self._jobs[job.name]
+        del self._by_seq[job.seq]
+        self._owned[job.owner] -= job.size
+        if not self._owned[job.owner]:
+            del self._owned[job.owner]
+        if job.state is State.SPOOLED:
+            self._lines[job.priority][job.owner].remove(job)
+            self._tidy(job.priority, job.owner)
+        self._states[job.state] -= 1
+        self._storing_bytes -= job.size if job.state is State.STORING else 0
+
+    def _set(self, job: Job, state: State) -> None:
+        self._storing_bytes -= job.size if job.state is State.STORING else 0
+        self._states[job.state] -= 1
+        self._states[state] += 1
+        job.state = state
+
+    def _line_up(self, job: Job, first: bool = False) -> None:
+        self._set(job, State.SPOOLED)
+        line = self._lines.setdefault(job.priority, OrderedDict()).setdefault(job.owner, deque())
+        line.appendleft(job) if first else line.append(job)
+
+    def _next(self) -> Job:
+        """Out of the line: the highest priority's next owner's first."""
+        priority = max(self._lines)
+        owners = self._lines[priority]
+        owner = next(iter(owners))
+        job = owners[owner].popleft()
+        owners.move_to_end(owner)
+        self._tidy(priority, owner)
+        return job
+
+    def _tidy(self, priority: int, owner: bytes) -> None:
+        if not self._lines[priority][owner]:
+            del self._lines[priority][owner]
+        if not self._lines[priority]:
+            del self._lines[priority]
+
+    def _accept(self, job: Job) -> list[Action]:
+        return [SendClient(client, Accepted(job=job.name)) for client in self._take(job.submitters)]
+
+    def _fail(self, job: Job, code: Code, reason: str) -> list[Action]:
+        """Tell whoever waits of a job that was not accepted."""
+        self._broker.outcomes[code] += 1
+        failed = Failed(job=job.name, code=code, reason=reason, retry_after_s=RETRY_S)
+        return [SendClient(client, failed) for client in self._owed_for(job)]
+
+    def _owe(self, owed: dict[bytes, None], client: bytes) -> None:
+        if client not in owed:
+            owed[client] = None
+            self._owed[client] += 1
+
+    def _settle(self, owed: dict[bytes, None], client: bytes) -> None:
+        if client in owed:
+            del owed[client]
+            self._owed[client] -= 1
+            if not self._owed[client]:
+                del self._owed[client]
+
+    def _take(self, owed: dict[bytes, None]) -> list[bytes]:
+        """All of them, who are owed nothing any more."""
+        clients = list(owed)
+        for client in clients:
+            self._settle(owed, client)
+        return clients
+
+    def _owed_for(self, job: Job) -> list[bytes]:
+        """Whoever waits for anything of this job, and is owed nothing any more."""
+        return list(dict.fromkeys(self._take(job.submitters) + self._take(job.waiters)))
+
+    def _loaded(self, job: Job, loaded: Loaded, now: float) -> list[Action]:
+        if not self._broker.room:
+            self._line_up(job, first=True)
+            return []
+        self._set(job, State.QUEUED)
+        return [*self._broker.adopt(loaded.message, loaded.payload, job.accepted, now, job.attempts, job.losses)]
+
+    def _look(self, client: bytes, name: str) -> list[Action]:
+        if self._looks >= MOST_LOOKS:
+            return [SendClient(client, _busy(name, f"{self._looks} answers are being fetched"))]
+        self._looks += 1
+        return [Look(client, name)]
+
+    def _looked(self, looked: Looked) -> list[Action]:
+        self._looks -= 1
+        if looked.reason:
+            reason = f"the spool cannot be read: {looked.reason}"
+            failed = Failed(job=looked.name, code=Code.UNAVAILABLE, reason=reason, retry_after_s=RETRY_S)
+            return [SendClient(looked.client, failed)]
+        if looked.answer is None:
+            return [SendClient(looked.client, Failed(job=looked.name, code=Code.BAD_REQUEST, reason=_UNKNOWN))]
+        return [SendClient(looked.client, looked.answer, looked.payload)]
+
+    def check(self) -> None:
+        """Raise AssertionError when an invariant does not hold."""
+        assert {job.seq for job in self._jobs.values()} == self._by_seq.keys(), "a job has one name of two"
+        lined = [job for owners in self._lines.values() for line in owners.values() for job in line]
+        assert len(lined) == len({job.seq for job in lined}), "a job is in a line twice"
+        assert {job.seq for job in lined} == {
+            job.seq for job in self._jobs.values() if job.state is State.SPOOLED
+        }, "a job is lost, or in a line and elsewhere"
+        assert all(line for owners in self._lines.values() for line in owners.values()), "an empty line is kept"
+        assert +self._states == Counter(job.state for job in self._jobs.values()), "states are miscounted"
+        storing = sum(job.size for job in self._jobs.values() if job.state is State.STORING)
+        assert self._storing_bytes == storing, "bytes are miscounted"
+        owed = Counter(client for job in self._jobs.values() for client in [*job.submitters, *job.waiters])
+        assert owed == self._owed, "what is owed is miscounted"
+        for job in self._jobs.values():
+            assert not job.submitters or job.state is State.STORING, "a job is in the spool and not accepted"
+            assert (job.answer is None) == (job.state is not State.ANSWERED), "an answer is nowhere"
+
+
+_UNKNOWN = "no durable job of this name: it was never accepted, or was forgotten, or its time was over (spool_keep_s)"
+
+
+def _stored(job: Job) -> Stored:
+    return Stored(seq=job.seq, name=job.name, owner=job.owner, priority=job.priority, size=job.size)
+
+
+def _mark(job: Job) -> Mark:
+    return Mark(job.seq, job.attempts, job.losses, job.leased)
+
+
+def _off(name: str) -> Failed:
+    reason = "durable jobs are off: name a spool in the daemon's settings (spool: PATH)"
+    return Failed(job=name, code=Code.BAD_REQUEST, reason=reason)
+
+
+def _busy(name: str, reason: str) -> Failed:
+    return Failed(job=name, code=Code.BUSY, reason=reason, retry_after_s=RETRY_S)
+
+
+def _ending(name: str) -> Failed:
+    return Failed(job=name, code=Code.DRAINING, reason="the daemon is stopping", retry_after_s=RETRY_S)
+
+
+def _erased(erased: Erased) -> Forgotten | Failed:
+    if not erased.reason:
+        return Forgotten(job=erased.name)
+    reason = f"the spool cannot be written: {erased.reason}"
+    return Failed(job=erased.name, code=Code.UNAVAILABLE, reason=reason, retry_after_s=RETRY_S)
