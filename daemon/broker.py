@@ -343,9 +343,9 @@ class Broker:
         for number in message.leases:
             lease = holder.leases.get(number)
             if lease is not None:
-                lease.started = True
-                if self.tracing and lease.job:
+                if self.tracing and lease.job and not lease.started:  # a lone one may be told of twice
                     self._tell("started", lease.job)
+                lease.started = True
         return []
 
     def finished(self, worker: str, message: Finished, payload: Frames, now: float) -> list[Action]:
