@@ -38,10 +38,11 @@ def answer(frames: list[Any]) -> Result | Failed:
 class Load(threading.Thread):
     """A raw client that keeps jobs in flight, each of another image, and keeps account of every answer."""
 
-    def __init__(self, endpoint: str, checked: bool = True) -> None:
+    def __init__(self, endpoint: str, in_flight: int = IN_FLIGHT, checked: bool = True) -> None:
         """`checked`: the engine is the timed one, which answers with a checksum of the image."""
         super().__init__()
         self.endpoint = endpoint
+        self.in_flight = in_flight
         self.checked = checked
         self.stop = threading.Event()
         self.answers: Counter[str] = Counter()
@@ -59,7 +60,7 @@ class Load(threading.Thread):
             self.socket.linger = 0
             self.socket.connect(self.endpoint)
             while not self.stop.is_set() or self.unanswered:
-                while len(self.unanswered) < IN_FLIGHT and not self.stop.is_set():
+                while len(self.unanswered) < self.in_flight and not self.stop.is_set():
                     self.submit()
                 if not self.socket.poll(ANSWER_S * 1000):
                     return  # what is unanswered stays so, and fails the test
