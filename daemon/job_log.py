@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from daemon.broker import DURABLE
 from daemon.jobs import Step
 from daemon.logs import about, shown
-from daemon.protocol import Code
+from daemon.protocol import Code, shown_job
 
 log = logging.getLogger("blendmaskd")
 
@@ -51,7 +51,7 @@ def _line(level: int, step: Step, now: float) -> None:
         step.what,
         step.reason,
         extra=about(
-            job=step.job,
+            job=shown_job(step.job),
             client="durable" if step.client == DURABLE else shown(step.client),
             slot=step.worker,
             lease=step.lease or None,

@@ -7,6 +7,7 @@ systemd's watchdog: a loop that hangs is a daemon that is restarted.
 """
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -17,11 +18,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import zmq
 
-from daemon import broker, logs, protocol, spawn, supervisor, systemd, topology
+from daemon import broker, durable, logs, protocol, spawn, supervisor, systemd, topology
 from daemon.access import Identities, Verdict
 from daemon.children import Candidate, Child, Launcher, how_it_ended, worker_name
 from daemon.job_log import JobLog
@@ -31,6 +33,7 @@ from daemon.regions import RegionError
 from daemon.settings import Settings, SettingsError
 from daemon.shared_memory import Ended, Offered
 from daemon.sockets import Sockets, StartError, is_loopback, receive, send
+from daemon.spool import Spool, SpoolError
 from daemon.stats import Stats, status_line
 
 log = logging.getLogger("blendmaskd")
@@ -48,8 +51,10 @@ class Server:
         self._load_settings = load_settings
         self._notifier = systemd.from_environment()
         self._stats = Stats(settings.window_s)
+        self._spool: Spool | None = None
         self._broker = broker.Broker(_limits(settings))
         self._broker.tracing = settings.log.jobs
+        self._durable = durable.Durable(self._broker, max_bytes=0)
         self._job_log = JobLog(settings.log.jobs)
         self._supervisor = supervisor.Supervisor(settings.devices, settings.restarts, settings.drain_s)
         self._launcher = Launcher(settings, dict(os.environ))
@@ -72,8 +77,8 @@ class Server:
 
     def run(self) -> int:
         """Serve. Returns the exit code: 0 after a drain, 1 when no worker can be started at all."""
-        with Sockets(self.settings) as sockets:
-            self._sockets = sockets
+        with contextlib.ExitStack() as owned:
+            self._sockets = sockets = owned.enter_context(Sockets(self.settings))
             self._poller = zmq.Poller()
             self._poller.register(sockets.clients, zmq.POLLIN)
             self._poller.register(sockets.workers, zmq.POLLIN)
@@ -81,6 +86,7 @@ class Server:
             self._watch(sockets.shared_memory.fileno(), self._on_shared_memory)
             log.info("serving %s on %s, engine %s, pid %d", " ".join(self.settings.devices),
                      " ".join(self.settings.endpoints.clients), self.settings.engine, os.getpid())  # fmt: skip
+            self._open_spool(owned)
             self._open_gate()
             if not is_loopback(self.settings.endpoints.metrics):
                 log.warning("endpoints.metrics %s: open to whoever reaches the port; 127.0.0.1 is this host's alone",
@@ -126,6 +132,7 @@ class Server:
         self._supervise(self._supervisor.expire(now))
         if now >= self._next_tick:
             self._tick(now)
+        self._carry_out_durable(self._durable.feed())
         self._follow(now)
 
     def _tick(self, now: float) -> None:
@@ -149,6 +156,7 @@ class Server:
             },
             regions={"count": len(self._broker.regions), "bytes": self._broker.regions.bytes},
             last_image=self._last_image,
+            spool=self._describe_spool(),
             leased=self._broker.leased,
             answered=self._broker.outcomes["answered"],
             failures={code: n for code, n in self._broker.outcomes.items() if code != "answered"},
@@ -197,7 +205,8 @@ class Server:
             self._carry_out(self._broker.end_drain())
         if not self._broker.unanswered and not self._supervisor.draining:
             self._supervise(self._supervisor.drain(now))
-        if self._supervisor.ended:
+        if self._supervisor.ended and not (self._durable.busy and now < self._drain_deadline):
+            self._carry_out_durable(self._durable.end())
             log.info("drained: every accepted job is answered, every worker has ended")
             self._exit_code = 0
 
@@ -218,12 +227,73 @@ class Server:
                 continue
             now = time.monotonic()
             match message:
+                case protocol.Submit(durable=True):
+                    self._submit_durable(client, message, payload, now)
                 case protocol.Submit():
                     self._carry_out(self._broker.submit(client, message, payload, now))
                 case protocol.Cancel():
+                    self._durable.stop_waiting(client, message)
                     self._carry_out(self._broker.cancel(client, message, now))
+                case protocol.Fetch():
+                    self._carry_out_durable(self._durable.fetch(client, message))
+                case protocol.Forget():
+                    self._carry_out_durable(self._durable.forget(client, message, now))
                 case protocol.GetStats():
                     self._send_client(client, protocol.Stats(stats=self._snapshot))
+
+    # -- durable jobs, see daemon/durable.py ------------------------------------------------------------------------
+
+    def _open_spool(self, owned: contextlib.ExitStack) -> None:
+        if self.settings.spool is None:
+            return
+        self._spool = Spool(Path(self.settings.spool), self.settings.spool_keep_s)
+        stored = self._spool.open()
+        owned.callback(self._spool.close)
+        self._durable = durable.Durable(
+            self._broker, self.settings.spool_bytes, time.monotonic(), stored, self._spool.next_seq
+        )
+        self._durable.usage = self._spool.usage
+        self._watch(self._spool.fileno(), self._on_spool)
+        log.info("spool %s: %d jobs to do, %d answers", self._spool.path, len(stored), self._spool.usage.answers)
+
+    def _submit_durable(self, client: bytes, message: protocol.Submit, payload: Sequence[Any], now: float) -> None:
+        place = message.image.place
+        size = place.bytes if place else sum(len(frame) for frame in payload)
+
+        def read() -> protocol.Frames:
+            if place is None:
+                return payload
+            return [os.pread(self._broker.regions.opening(place.region).descriptor, place.bytes, place.offset)]
+
+        self._carry_out_durable(self._durable.submit(client, message, size, read, now))
+
+    def _on_spool(self) -> None:
+        assert self._spool is not None
+        before = self._durable.usage.trouble
+        for reply in self._spool.replies():
+            self._carry_out_durable(self._durable.replied(reply, time.monotonic()))
+        trouble = self._durable.usage.trouble
+        if trouble and not before:
+            log.error("spool %s: %s: answers are kept in memory until it can be written", self._spool.path, trouble)
+        elif before and not trouble:
+            log.info("spool %s: is written again", self._spool.path)
+
+    def _carry_out_durable(self, actions: Iterable[durable.Action]) -> None:
+        """What goes to clients here is no job's end: that was counted when the broker answered."""
+        for action in actions:
+            match action:
+                case broker.SendClient() if action.client != broker.DURABLE:
+                    self._send(action.client, action.message, action.payload)
+                case broker.SendClient() | broker.SendWorker() | broker.Evict() | broker.Losses() | broker.Returned():
+                    self._carry_out([action])
+                case _:
+                    assert self._spool is not None
+                    self._spool.ask(action)
+
+    def _describe_spool(self) -> dict[str, Any] | None:
+        usage = self._durable.usage
+        described = {"jobs": self._durable.unanswered, "answers": usage.answers, "bytes": usage.bytes}
+        return {**described, "max_bytes": self._durable.max_bytes, "trouble": usage.trouble} if self._spool else None
 
     # -- strangers, see daemon/access.py ----------------------------------------------------------------------------
 
@@ -236,10 +306,13 @@ class Server:
         if sockets.allowed is None:
             log.warning("insecure_tcp: whoever reaches the tcp endpoint can submit jobs and read the traffic")
             return
-        self._identities = Identities(sockets.allowed, self._broker.has_jobs)
+        self._identities = Identities(sockets.allowed, self._waits)
         self._on_keys()
         if not sockets.allowed.names:
             log.warning("no client may connect by tcp yet: %s holds no keys", sockets.allowed.folder)
+
+    def _waits(self, client: bytes) -> bool:
+        return self._broker.has_jobs(client) or self._durable.waits(client)
 
     def _judge(self, client: bytes, frame: zmq.Frame) -> Verdict:
         assert self._sockets.gate is not None
@@ -254,7 +327,7 @@ class Server:
             return
         if verdict is Verdict.TAKEN:
             log.warning("another key took its identity: its jobs are cancelled", extra=about(client=shown(client)))
-            self._carry_out(self._broker.client_gone(client, time.monotonic()))
+            self._client_gone(client)
         try:
             message: protocol.FromClient
             message, _ = protocol.decode(frames[1:], FROM_CLIENT)
@@ -285,6 +358,7 @@ class Server:
             for name in change.removed.values():
                 log.info("client key %s: shut out", name)
             for client in () if self._identities is None else self._identities.of(change.removed):
+                self._durable.client_gone(client)
                 self._carry_out(self._broker.shut_out(client, Verdict.UNKNOWN.value, time.monotonic()))
 
     # -- shared memory and workers ----------------------------------------------------------------------------------
@@ -362,8 +436,14 @@ class Server:
                     self._send_client(action.client, action.message, action.payload)
                 case broker.SendWorker():
                     self._send_worker(action.worker, action.message, action.payload)
+                    if action.durable:
+                        self._carry_out_durable(self._durable.leased(action.durable))
                 case broker.Evict():
                     self._evict(action)
+                case broker.Losses():
+                    self._carry_out_durable(self._durable.lost(action.job, action.attempts, action.losses))
+                case broker.Returned():
+                    self._carry_out_durable(self._durable.returned(action.job))
         if self._broker.steps:
             steps, self._broker.steps = self._broker.steps, []
             self._job_log.tell(steps, time.monotonic())
@@ -372,7 +452,14 @@ class Server:
         if isinstance(message, protocol.Result):
             self._stats.answered(message.timings)
         elif isinstance(message, protocol.Failed):
-            self._stats.failed(time.time(), message.job, message.code, message.reason)
+            self._stats.failed(time.time(), protocol.shown_job(message.job), message.code, message.reason)
+        if client == broker.DURABLE:
+            assert isinstance(message, protocol.Result | protocol.Failed)
+            self._carry_out_durable(self._durable.answered(message, payload))
+        else:
+            self._send(client, message, payload)
+
+    def _send(self, client: bytes, message: protocol.ToClient, payload: protocol.Frames) -> None:
         try:
             send(self._sockets.clients, client, protocol.encode(message, payload))
         except zmq.ZMQError as error:
@@ -382,7 +469,11 @@ class Server:
             if client not in self._told_unreachable:  # a flood that nobody reads must not become one of lines
                 self._told_unreachable.add(client)
                 log.info("a client %s: its jobs are cancelled", why, extra=about(client=shown(client)))
-            self._carry_out(self._broker.client_gone(client, time.monotonic()))
+            self._client_gone(client)
+
+    def _client_gone(self, client: bytes) -> None:
+        self._durable.client_gone(client)
+        self._carry_out(self._broker.client_gone(client, time.monotonic()))
 
     def _send_worker(self, worker: str, message: protocol.ToWorker, payload: protocol.Frames) -> None:
         try:
@@ -495,6 +586,8 @@ class Server:
         self.settings = settings = candidate.settings
         self._broker.limits = _limits(settings)
         self._broker.regions.max_bytes = settings.shared_memory_bytes
+        if self._spool is not None:
+            self._durable.max_bytes, self._spool.keep_s = settings.spool_bytes, settings.spool_keep_s
         self._stats.window_s = settings.window_s
         logs.configure(settings.log)
         self._broker.tracing = self._job_log.tracing = settings.log.jobs
@@ -545,7 +638,7 @@ def _limits(settings: Settings) -> broker.Limits:
 
 
 def _refuse_rebinding(old: Settings, new: Settings) -> None:
-    for key in ("endpoints", "curve", "insecure_tcp"):
+    for key in ("endpoints", "curve", "insecure_tcp", "spool"):
         if getattr(old, key) != getattr(new, key):
             raise SettingsError(f"{key}: a change needs a restart")
     if old.limits.max_connections != new.limits.max_connections:
@@ -556,6 +649,6 @@ def main_loop(settings: Settings, load_settings: Callable[[], Settings]) -> int:
     """Serve with these settings; see `Server.run`. Says what is wrong, on stderr, when it cannot start."""
     try:
         return Server(settings, load_settings).run()
-    except (StartError, SettingsError, spawn.SpawnError, topology.TopologyError) as error:
+    except (StartError, SettingsError, SpoolError, spawn.SpawnError, topology.TopologyError) as error:
         print(f"blendmaskd: {error}", file=sys.stderr)
         return supervisor.EXIT_CANNOT_BOOT

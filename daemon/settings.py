@@ -157,6 +157,10 @@ class Settings(_Section, frozen=True):
     paths: Paths = Paths()
     # of all shared memory of local clients; a region has at most a quarter. 0: off, images come by socket
     shared_memory_bytes: Annotated[int, Meta(ge=0)] = 1 << 30
+    # a file on a local disk in which durable jobs and their answers outlive the daemon, made if need be; null: off
+    spool: str | None = None
+    spool_bytes: Count = 4 << 30  # of images and answers in the spool; over it a durable job is answered `busy`
+    spool_keep_s: Positive = 604800.0  # of an answer in the spool, in time that daemons run; then it is dropped
     max_attempts: Count = 2  # times a job may have been started when its worker died
     deadline_s: Positive = 60.0  # of a job that names none
     drain_s: Positive = 30.0  # on SIGTERM, for accepted jobs to finish
@@ -271,6 +275,8 @@ def _check(settings: Settings) -> None:
     if preload not in ("auto", "required", "off") and not preload.startswith("/"):
         raise SettingsError(f"runtime.preload = {preload!r}: expected auto, required, off or an absolute path")
     _check_model(settings)
+    if settings.spool is not None and (not settings.spool or settings.spool.endswith("/")):
+        raise SettingsError(f"spool = {settings.spool!r}: expected the path of a file")
     if 1 not in settings.timed.latency_ms:
         raise SettingsError("timed.latency_ms: needs an entry for batch size 1")
     if settings.batch != "auto" and settings.engine == "timed" and settings.batch not in settings.timed.latency_ms:
