@@ -83,6 +83,7 @@ def _work(assignment: Assignment) -> int:
     log = logging.getLogger("blendmaskd.worker")
     settings = assignment.settings
     from workers import engines
+    from workers.channel import Channel
     from workers.engines import EngineError
     from workers.loop import Loop
 
@@ -94,7 +95,7 @@ def _work(assignment: Assignment) -> int:
     except EngineError as error:
         log.error("%s", error)
         return error.exit_code
-    return Loop(assignment, engine, batching).run()
+    return Loop(assignment, engine, batching, Channel(assignment.identity, assignment.endpoint)).run()
 
 
 if __name__ == "__main__":

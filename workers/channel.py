@@ -11,7 +11,7 @@ import os
 import select
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import zmq
 
@@ -19,6 +19,26 @@ from daemon import protocol
 
 LARGE_BYTES = 64 << 10  # below, copying costs less than not to
 LINGER_MS = 5000  # for the last answers, when the worker stops
+
+
+class Connection(Protocol):
+    """What a loop needs of whoever gives it leases; `Channel` is the daemon's, `workers.cluster.channel` another."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def send(self, message: protocol.FromWorker, payload: Sequence[bytes] = ()) -> None:
+        """For any thread."""
+
+    def wake(self) -> None:
+        """End `wait`. For any thread."""
+
+    def wait(self, timeout_ms: int) -> None:
+        """Until there may be something to receive, or `wake`, or the timeout."""
+
+    def receive(self) -> Iterator[tuple[protocol.ToWorker, Sequence[Any]]]:
+        """What has come: messages and their payloads, frames that `memoryview` takes."""
 
 
 class Channel:

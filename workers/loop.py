@@ -44,7 +44,7 @@ from daemon.settings import Settings
 from daemon.spawn import Assignment
 from workers import images
 from workers.batching import Batching
-from workers.channel import Channel
+from workers.channel import Connection
 from workers.engines import Engine
 from workers.images import ImageError
 from workers.preview import Previews
@@ -77,7 +77,7 @@ class Item:
 class Loop:
     """Serves leases with a loaded engine until told to stop. `run` returns the exit code."""
 
-    def __init__(self, assignment: Assignment, engine: Engine, batching: Batching) -> None:
+    def __init__(self, assignment: Assignment, engine: Engine, batching: Batching, channel: Connection) -> None:
         self._assignment = assignment
         self._settings: Settings = assignment.settings
         self._engine = engine
@@ -88,7 +88,7 @@ class Loop:
         self._most_held = 0, 0  # at once, in the last second and in this one
         self._lone_is_quick = False  # as the last one was
         self._failures = 0  # of the engine, in a row
-        self._channel = Channel(assignment.identity, assignment.endpoint)
+        self._channel = channel
         self._regions = Regions(assignment.daemon_pid)
         self._previews = Previews(self._send_preview) if self._settings.show_last_image else None
         self._prepared = Prepared(batching, self._settings.max_wait_ms / 1000, lambda: max(self._most_held) <= 1)
@@ -211,7 +211,7 @@ class Loop:
 
     def _payload(self, item: Item) -> images.Payload:
         place = item.lease.image.place
-        buffer: images.Payload = self._regions.view(place) if place else item.payload[0].buffer
+        buffer: images.Payload = self._regions.view(place) if place else memoryview(item.payload[0])
         return buffer
 
     def _finish(self, item: Item, output: Any) -> None:
