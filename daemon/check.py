@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.text import Text
 
 from daemon import ascend, findings, spawn, topology
+from daemon.access import AllowedKeys
 from daemon.ascend import Card, Chip
 from daemon.findings import (
     DeviceFacts,
@@ -47,9 +48,13 @@ from daemon.findings import (
     LimitFacts,
     NodeFacts,
     Probe,
+    SpoolFacts,
+    TcpFacts,
     VersionFacts,
 )
+from daemon.keys import KeyFileError, read_pair
 from daemon.settings import Settings, SettingsError
+from daemon.sockets import is_loopback
 from daemon.spawn import LaunchPlan, Preload, SpawnError
 from daemon.topology import Cpus, TopologyError
 
@@ -60,6 +65,7 @@ SERVICE_USER = "blendmaskd"
 UNIT = Path("/etc/systemd/system/blendmaskd.service")
 RUNTIME_FOLDER = Path("/run/blendmaskd")  # RuntimeDirectory= of the unit
 DYNAMIC_DRIVERS = ("intel_pstate", "amd-pstate-epp")  # their powersave raises the clock as needed
+NETWORK_TYPES = ("nfs", "cifs", "smb", "ceph", "glusterfs", "lustre", "fuse.sshfs", "9p")
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 EXIT_ERRORS = 1
 
@@ -104,7 +110,9 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]
     found += findings.governor(_slow_governors(cpu for own in plan.values() for cpu in own))
     found += allocator
     found += [line for each in endpoints for line in findings.endpoint(each)]
+    found += [line for each in _keys(settings) for line in findings.tcp(each)]
     found += [line for each in _folders(settings) for line in findings.folder(each)]
+    found += [line for each in _spool(settings) for line in findings.spool(each)]
     found += _weights(settings, trials.get(WEIGHTS))
     return found + findings.limits(_limits(settings))
 
@@ -442,7 +450,10 @@ def _tcp(setting: str, endpoint: str, place: str) -> EndpointFacts:
         holder = _listener(int(port))
         if setting == "endpoints.metrics" and holder.pid is None and _is_our_page(place):
             holder = Holder(ours=True)
-    return EndpointFacts(setting=setting, endpoint=endpoint, bind_errno=number, holder=holder)
+    open_to_all = setting == "endpoints.metrics" and not is_loopback(place)
+    return EndpointFacts(
+        setting=setting, endpoint=endpoint, bind_errno=number, open_to_all=open_to_all, holder=holder
+    )
 
 
 def _bind_errno(host: str, port: str) -> int:
@@ -497,6 +508,48 @@ def _is_ours(pid: int) -> bool:
 def _is_daemon(argv: Sequence[str]) -> bool:
     modules = [argument for option, argument in itertools.pairwise(argv) if option == "-m"]
     return "daemon" in modules or any(Path(argument).name == "blendmaskd" for argument in argv[:2])
+
+
+def _keys(settings: Settings) -> Iterator[TcpFacts]:
+    if not any(endpoint.startswith("tcp://") for endpoint in settings.endpoints.clients):
+        return
+    server_key, folder = settings.curve.server_key, settings.curve.client_keys
+    if not server_key or not folder:
+        yield TcpFacts(insecure=True)
+        return
+    complaint = ""
+    try:
+        read_pair(server_key)
+    except KeyFileError as error:
+        complaint = str(error)
+    allowed = AllowedKeys(folder)
+    change = allowed.refresh()
+    yield TcpFacts(server_key=complaint, client_keys=folder, folder_there=os.path.isdir(folder),
+                   names=tuple(allowed.names.values()), complaints=tuple(change.complaints))  # fmt: skip
+
+
+def _spool(settings: Settings) -> Iterator[SpoolFacts]:
+    if settings.spool is None:
+        return
+    folder = Path(settings.spool).absolute().parent
+    if not folder.is_dir():
+        yield SpoolFacts(path=settings.spool, folder_there=False)
+        return
+    there = os.path.exists(settings.spool)
+    yield SpoolFacts(
+        path=settings.spool,
+        writable=os.access(folder, os.W_OK | os.X_OK) and (not there or os.access(settings.spool, os.R_OK | os.W_OK)),
+        network=_network_type(folder),
+        free_bytes=psutil.disk_usage(str(folder)).free + (os.path.getsize(settings.spool) if there else 0),
+        may_take_bytes=settings.spool_bytes,
+    )
+
+
+def _network_type(folder: Path) -> str:
+    """The type of the file system of a folder, if others on the network have it too."""
+    mounts = {Path(disk.mountpoint): disk.fstype for disk in psutil.disk_partitions(all=True)}
+    kind = next((mounts[place] for place in (folder, *folder.parents) if place in mounts), "")
+    return kind if kind.startswith(NETWORK_TYPES) else ""
 
 
 def _folders(settings: Settings) -> Iterator[FolderFacts]:

@@ -103,6 +103,7 @@ class EndpointFacts(msgspec.Struct, frozen=True, kw_only=True):
     folder_usable: bool = True  # it can be written, or made
     by_systemd: bool = False  # the installed unit makes the folder when it starts
     bind_errno: int = 0  # tcp: what a trial bind said
+    open_to_all: bool = False  # without keys, on an address that others reach
     holder: Holder | None = None
 
 
@@ -116,14 +117,35 @@ class LimitFacts(msgspec.Struct, frozen=True, kw_only=True):
     promised_bytes: int  # that queue and shared memory may take
 
 
+class TcpFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Who may connect by tcp."""
+
+    insecure: bool = False
+    server_key: str = ""  # what is wrong with it
+    client_keys: str = ""  # the folder
+    folder_there: bool = True
+    names: tuple[str, ...] = ()  # of the clients
+    complaints: tuple[str, ...] = ()  # of files that are no keys
+
+
+class SpoolFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """The file of durable jobs."""
+
+    path: str
+    folder_there: bool = True
+    writable: bool = True
+    network: str = ""  # the type of file system, where it is one of a network
+    free_bytes: int = 0
+    may_take_bytes: int = 0
+
+
 class FolderFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A file or folder that a setting names."""
+    """A folder that a setting names, for reading."""
 
     setting: str
     path: str
     there: bool
-    usable: bool  # readable, or writable where `writes`
-    writes: bool = False
+    usable: bool
 
 
 # -- devices --------------------------------------------------------------------------------------------------------
@@ -350,6 +372,9 @@ def endpoint(facts: EndpointFacts) -> list[Finding]:
     problem = _ipc_problem(facts) if facts.endpoint.startswith("ipc://") else _tcp_problem(facts)
     if problem:
         return [problem]
+    if facts.open_to_all:
+        return [_warning("endpoint", f"{where}: free, and open to whoever reaches the port",
+                         "127.0.0.1 is this host's alone")]  # fmt: skip
     if facts.by_systemd:
         return [_ok("endpoint", f"{where}: systemd makes the folder when the service starts")]
     return [_ok("endpoint", f"{where}: free")]
@@ -385,14 +410,45 @@ def _tcp_problem(facts: EndpointFacts) -> Finding | None:
             return _error("endpoint", f"{where}: {os.strerror(other)}", f"choose another {facts.setting}")
 
 
+def tcp(facts: TcpFacts) -> list[Finding]:
+    """Whether tcp endpoints have keys, and clients."""
+    if facts.insecure:
+        return [_warning("keys", "insecure_tcp: whoever reaches the port can submit jobs and read the traffic",
+                         "curve.server_key and curve.client_keys; blendmaskd-keys makes them")]  # fmt: skip
+    if facts.server_key:
+        return [_error("keys", f"curve.server_key: {facts.server_key}", "blendmaskd-keys server")]
+    if not facts.folder_there:
+        return [_error("keys", f"curve.client_keys: {facts.client_keys} is not there", "blendmaskd-keys server")]
+    findings = [_warning("keys", f"curve.client_keys: {complaint}", "mend or remove the file")
+                for complaint in facts.complaints]  # fmt: skip
+    if not facts.names:
+        return [*findings, _warning("keys", f"no client may connect by tcp yet: {facts.client_keys} holds no keys",
+                                    "blendmaskd-keys client")]  # fmt: skip
+    return [*findings, _ok("keys", f"{len(facts.names)} clients may connect by tcp")]
+
+
 def folder(facts: FolderFacts) -> list[Finding]:
-    """Whether a file or folder that a setting names can be used."""
+    """Whether a folder that a setting names can be read."""
     if not facts.there:
         return [_error("files", f"{facts.setting}: {facts.path} is not there", "make it, or name another")]
     if not facts.usable:
-        verb = "written" if facts.writes else "read"
-        return [_error("files", f"{facts.setting}: {facts.path} cannot be {verb} by this user", "chmod or chgrp")]
+        return [_error("files", f"{facts.setting}: {facts.path} cannot be read by this user", "chmod or chgrp")]
     return [_ok("files", f"{facts.setting}: {facts.path}")]
+
+
+def spool(facts: SpoolFacts) -> list[Finding]:
+    """Whether durable jobs can be kept."""
+    if not facts.folder_there:
+        return [_error("files", f"spool: the folder of {facts.path} is not there", "make it, for the daemon's user")]
+    if not facts.writable:
+        return [_error("files", f"spool: this user cannot write {facts.path}", "chown or chgrp its folder")]
+    if facts.network:
+        return [_warning("files", f"spool: {facts.path} is on {facts.network}: a database there can be damaged",
+                         "a file on a disk of this host")]  # fmt: skip
+    if facts.may_take_bytes > facts.free_bytes:
+        return [_warning("files", f"spool: may take {facts.may_take_bytes / GIB:.1f} GiB, "
+                         f"{facts.free_bytes / GIB:.1f} GiB are free", "a smaller spool_bytes, or another disk")]
+    return [_ok("files", f"spool: {facts.path}")]
 
 
 def weights(engine: str, named: str | None, complaint: str | None, took_s: float) -> list[Finding]:

@@ -141,6 +141,22 @@ def test_a_running_daemon_of_ours_is_told_from_a_stranger(check: Check, daemon: 
     assert all(f"(pid {os.getpid()})" in text for _, text in endpoints), endpoints
 
 
+def test_keys_and_spool_are_looked_at(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "alice.key").write_text("no key\n")
+    (tmp_path / "server.key_secret").write_text("no key\n")
+    report = check(
+        endpoints={"clients": ["tcp://127.0.0.1:0"], "metrics": None},
+        curve={"server_key": f"{tmp_path}/server.key_secret", "client_keys": f"{tmp_path}/keys"},
+        spool=f"{tmp_path}/nowhere/spool.db",
+    )
+    assert [level for level, _ in told(report, "keys")] == ["error"]
+    assert told(report, "files") == [("error", f"spool: the folder of {tmp_path}/nowhere/spool.db is not there")]
+    assert told(check(spool=f"{tmp_path}/spool.db", spool_bytes=1 << 20), "files") == [
+        ("ok", f"spool: {tmp_path}/spool.db")
+    ]
+
+
 def test_the_rights_on_the_folder_of_the_socket_are_told(check: Check, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("needs a user other than root")

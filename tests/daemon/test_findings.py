@@ -22,6 +22,8 @@ from daemon.findings import (
     LimitFacts,
     NodeFacts,
     Probe,
+    SpoolFacts,
+    TcpFacts,
     VersionFacts,
 )
 from daemon.spawn import Preload
@@ -67,6 +69,15 @@ def tcp(**facts: Any) -> list[Finding]:
 def folder(**facts: Any) -> list[Finding]:
     sound = {"setting": "paths.roots", "path": "/data", "there": True, "usable": True}
     return findings.folder(FolderFacts(**{**sound, **facts}))
+
+
+def spool(**facts: Any) -> list[Finding]:
+    sound = {"path": "/var/s.db", "free_bytes": 8 << 30, "may_take_bytes": 4 << 30}
+    return findings.spool(SpoolFacts(**{**sound, **facts}))
+
+
+def keys(**facts: Any) -> list[Finding]:
+    return findings.tcp(TcpFacts(**{"client_keys": "/keys", "names": ("alice",), **facts}))
 
 
 def limits(**facts: Any) -> list[Finding]:
@@ -140,7 +151,16 @@ FAULTS: list[Case] = [
     ("other errors", lambda: tcp(bind_errno=errno.EAFNOSUPPORT), "error", "not supported", "another"),
     ("no folder", lambda: folder(there=False), "error", "paths.roots: /data is not there", "make it"),
     ("shut file", lambda: folder(usable=False), "error", "cannot be read by this user", "chmod"),
-    ("unwritable", lambda: folder(usable=False, writes=True), "error", "cannot be written by this user", "chmod"),
+    ("no spool folder", lambda: spool(folder_there=False), "error", "the folder of /var/s.db is not there", "make it"),
+    ("shut spool", lambda: spool(writable=False), "error", "this user cannot write /var/s.db", "chown"),
+    ("spool on a network", lambda: spool(network="nfs4"), "warning", "/var/s.db is on nfs4", "this host"),
+    ("little disk", lambda: spool(free_bytes=1 << 30), "warning", "may take 4.0 GiB, 1.0 GiB are free", "spool_bytes"),
+    ("insecure tcp", lambda: keys(insecure=True), "warning", "insecure_tcp", "blendmaskd-keys"),
+    ("server key", lambda: keys(server_key="/k: has mode 0644"), "error", "curve.server_key: /k: has mode", "keys"),
+    ("no key folder", lambda: keys(folder_there=False), "error", "curve.client_keys: /keys is not there", "keys"),
+    ("no client keys", lambda: keys(names=()), "warning", "/keys holds no keys", "blendmaskd-keys client"),
+    ("a file that is no key", lambda: keys(complaints=("/keys/a.key: no",)), "warning", "/keys/a.key: no", "mend"),
+    ("open metrics", lambda: tcp(open_to_all=True), "warning", "open to whoever reaches the port", "127.0.0.1"),
     ("weights", lambda: findings.weights("native", "a.pth", "a.pth: no key backbone", 0), "error", "no key", "network"),
     ("no weights", lambda: findings.weights("native", None, "model.weights is not set", 0), "error", "not set",
      "--set"),
@@ -173,6 +193,8 @@ SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
      "endpoints.clients: ipc:///run/blendmaskd/client.sock: systemd makes the folder when the service starts"),
     ("free", tcp, "endpoints.metrics: 127.0.0.1:9464: free"),
     ("folder", folder, "paths.roots: /data"),
+    ("spool", spool, "spool: /var/s.db"),
+    ("keys", keys, "1 clients may connect by tcp"),
     ("weights", lambda: findings.weights("native", "a.pth", None, 1.25), "a.pth: matches the config, loaded in 1.2 s"),
     ("no weights needed", lambda: findings.weights("timed", None, None, 0), "the engine timed needs none"),
     ("limits", limits, "1024 open files: some 341 clients; locked memory: no limit"),
