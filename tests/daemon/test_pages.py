@@ -191,18 +191,20 @@ def test_a_client_that_drips_is_cut_off(server: Pages, monkeypatch: pytest.Monke
     """Each byte comes in time, the request never does: only a bound on the whole connection ends it."""
     monkeypatch.setattr(pages, "LIFE_S", 1.0)
     begun = time.monotonic()
-    with socket.create_connection(("127.0.0.1", server.port), 0.1) as connection:
-        with contextlib.suppress(ConnectionError):
-            connection.sendall(b"GET / HTTP/1.0\r\nX: ")
-            while time.monotonic() < begun + 30:
-                connection.sendall(b"x")
-                with contextlib.suppress(TimeoutError):
-                    assert connection.recv(1) == b""
-                    break
+    connection = socket.create_connection(("127.0.0.1", server.port), 0.1)
+    with connection, contextlib.suppress(ConnectionError):
+        connection.sendall(b"GET / HTTP/1.0\r\nX: ")
+        while time.monotonic() < begun + 30:
+            connection.sendall(b"x")
+            with contextlib.suppress(TimeoutError):
+                assert connection.recv(1) == b""
+                break
     assert time.monotonic() < begun + 30
 
 
-def test_a_client_that_does_not_read_is_cut_off(server: Pages, monkeypatch: pytest.MonkeyPatch, wait_until: Any) -> None:
+def test_a_client_that_does_not_read_is_cut_off(
+    server: Pages, monkeypatch: pytest.MonkeyPatch, wait_until: Any
+) -> None:
     monkeypatch.setattr(pages, "LIFE_S", 1.0)
     server.show_image(bytes(64 << 20))  # more than any socket buffers
     with socket.create_connection(("127.0.0.1", server.port), 10) as connection:

@@ -1,4 +1,4 @@
-"""Prometheus and Grafana: their own tools read our metrics, rules and dashboard, and a real Prometheus scrapes a daemon."""
+"""Prometheus and Grafana: their own tools read metrics, rules and dashboard; a real Prometheus scrapes a daemon."""
 from __future__ import annotations
 
 import json

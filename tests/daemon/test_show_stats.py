@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from daemon.show_stats import quantile, tables
 from daemon.stats import STAGE_BOUNDS_S, Histogram
+from daemon.tables import quantile, tables
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "stats.py"
 ENVIRONMENT = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
@@ -118,7 +118,7 @@ def test_watch_on_a_terminal_redraws_and_waits_for_a_daemon_that_is_gone(daemon:
         return words in text
 
     try:
-        wait_until(lambda: says("ready") and says("\x1b[1A"))  # the cursor goes up: it draws over what was there
+        wait_until(lambda: says("\x1b[?1049h") and says("ready"))  # the terminal's other screen
         running.kill()
         wait_until(lambda: says("no answer from"))
         running.start()
@@ -128,6 +128,7 @@ def test_watch_on_a_terminal_redraws_and_waits_for_a_daemon_that_is_gone(daemon:
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
+        assert says("\x1b[?1049l")  # and what was there before is back
     finally:
         process.kill()
         assert process.stderr is not None

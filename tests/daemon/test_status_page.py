@@ -1,7 +1,4 @@
-"""The status page in a real browser, before a real daemon.
-
-    STATUS_PAGE_PICTURES=docs python -m pytest tests/daemon/test_status_page.py -k picture   # renews docs/status-page.png
-"""
+"""The status page in a real browser, before a real daemon."""
 from __future__ import annotations
 
 import contextlib
@@ -69,8 +66,8 @@ COMPLAINTS = """() => {
         const style = getComputedStyle(element), inside = element.namespaceURI.endsWith("svg");
         const says = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
         if (says) {
-            const pair = [light(inside ? style.fill : style.color), light(paper(element))].sort((one, other) => other - one);
-            const contrast = (pair[0] + 0.05) / (pair[1] + 0.05);
+            const ink = light(inside ? style.fill : style.color), under = light(paper(element));
+            const contrast = (Math.max(ink, under) + 0.05) / (Math.min(ink, under) + 0.05);
             if (contrast < 4.5) found.push(`${element.textContent}: contrast ${contrast.toFixed(2)}`);
         }
         if (element.tagName === "svg" && !element.hasAttribute("aria-hidden") && !element.getAttribute("aria-label"))
