@@ -16,7 +16,20 @@ import msgpack
 import msgspec
 
 from daemon import protocol
-from daemon.protocol import TO_CLIENT, Code, Failed, Options, Place, Result, Stats, Submit
+from daemon.protocol import (
+    TO_CLIENT,
+    Accepted,
+    Code,
+    Failed,
+    Fetch,
+    Forget,
+    Forgotten,
+    Options,
+    Place,
+    Result,
+    Stats,
+    Submit,
+)
 
 if TYPE_CHECKING:
     from daemon.places import Places
@@ -63,28 +76,39 @@ Image = str | Path | bytes | ServerPath | Any  # Any: an array, or what else has
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A submission until its answer is taken."""
+    """A submission, or what else is asked of a job, until its answer is taken."""
 
-    submit: Submit
+    request: Submit | Fetch | Forget
     payload: list[Any]
     retries_left: int
     give_up_at: float  # no retry starts after it
     send_at: float  # inf: sent, waiting
-    answer: Segmentation | Exception | None = None
+    answer: Segmentation | Accepted | Forgotten | Exception | None = None
     place: Place | None = None  # in shared memory, taken until it has its last answer
     by_socket: bool = False  # whatever shared memory there is
 
+    @property
+    def name(self) -> str:
+        return self.request.job
+
     def frames(self) -> list[Any]:
         if self.place is None or self.by_socket:
-            return protocol.encode(self.submit, self.payload)
-        image = msgspec.structs.replace(self.submit.image, place=self.place)
-        return protocol.encode(msgspec.structs.replace(self.submit, image=image))
+            return protocol.encode(self.request, self.payload)
+        assert isinstance(self.request, Submit)
+        image = msgspec.structs.replace(self.request.image, place=self.place)
+        return protocol.encode(msgspec.structs.replace(self.request, image=image))
 
     def result(self) -> Segmentation:
+        """Its segmentation; raises the failure that it has instead."""
+        self.check()
+        assert isinstance(self.answer, Segmentation)
+        return self.answer
+
+    def check(self) -> None:
+        """Raise the failure that it has."""
         assert self.answer is not None
         if isinstance(self.answer, Exception):
             raise self.answer
-        return self.answer
 
 
 class Exchange:
@@ -114,6 +138,26 @@ class Exchange:
             deadline_s = min(max(self.timeout_s - ANSWER_S, self.timeout_s / 2), LONGEST_DEADLINE_S)
         submit = Submit(job=name, image=described, options=options, deadline_s=deadline_s, priority=priority)
         job = self.jobs[name] = Job(submit, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now)
+        return job
+
+    def add_durable(
+        self, image: Image, name: str | None, deadline_s: float | None, priority: int, options: Options, now: float
+    ) -> Job:
+        """A new durable job, accepted when it has an answer. As `add`; its image goes by socket: it is copied."""
+        described, payload = describe(image)
+        submit = Submit(job=name or secrets.token_hex(16), image=described, options=options, deadline_s=deadline_s,
+                        priority=priority, durable=True)  # fmt: skip
+        return self._ask(submit, payload, now)
+
+    def ask(self, request: Fetch | Forget, now: float) -> Job:
+        """Something about a durable job, to be sent at once."""
+        return self._ask(request, [], now)
+
+    def _ask(self, request: Submit | Fetch | Forget, payload: list[Any], now: float) -> Job:
+        if request.job in self.jobs:
+            raise ValueError(f"job {request.job}: this client waits for an answer about it already")
+        job = Job(request, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now, by_socket=True)
+        self.jobs[request.job] = job
         return job
 
     def due(self, now: float) -> Iterator[list[Any]]:
@@ -152,6 +196,8 @@ class Exchange:
                 detections = msgpack.unpackb(memoryview(payload[0]))
                 answer = Segmentation(message.width, message.height, message.device, message.timings, detections)
                 self._answer(self.jobs[message.job], answer)
+            case Accepted() | Forgotten() if message.job in self.jobs:
+                self._answer(self.jobs[message.job], message)
             case Failed() if message.job in self.jobs:
                 self._failed(self.jobs[message.job], message, now)
         self._release(now)
@@ -173,7 +219,8 @@ class Exchange:
             self._give_back(job)
             job.by_socket, job.send_at = True, now
             return
-        may_retry = message.code.retryable and message.code is not Code.TIMEOUT
+        final = message.code is Code.TIMEOUT or (message.code is Code.WORKER_LOST and isinstance(job.request, Fetch))
+        may_retry = message.code.retryable and not final
         again_at = now + max(message.retry_after_s or 0.0, LEAST_RETRY_S)
         if may_retry and job.retries_left and again_at < job.give_up_at:
             job.retries_left -= 1
@@ -181,8 +228,8 @@ class Exchange:
             return
         self._answer(job, JobFailed(message.code, message.reason, message.retry_after_s))
 
-    def _answer(self, job: Job, answer: Segmentation | Exception) -> None:
-        del self.jobs[job.submit.job]
+    def _answer(self, job: Job, answer: Segmentation | Accepted | Forgotten | Exception) -> None:
+        del self.jobs[job.name]
         self._give_back(job)
         job.answer = answer
         self.answered.append(job)

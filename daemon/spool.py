@@ -106,12 +106,15 @@ class Spool:
             raise SpoolError(f"spool {self.path}: {error.strerror}: its folder must be there, and writable") from None
         except _ERRORS as error:
             raise SpoolError(f"spool {self.path}: {_told(error)}") from None
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._opened = time.monotonic()
         self._next_expiry = self._opened + EXPIRE_S
+        self._start()
+        return stored
+
+    def _start(self) -> None:
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._thread.start()
-        return stored
 
     def fileno(self) -> int:
         return self._wake

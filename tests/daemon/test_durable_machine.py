@@ -1,0 +1,307 @@
+"""Durable jobs under generated histories, with the real broker and the real spool on its file.
+
+The daemon dies at any moment: what was asked of the spool and not yet done is lost with it, as kill -9 would lose it,
+and what was said to nobody. Whatever happens, each accepted job is answered once, with its own answer, which stays the
+same.
+"""
+from __future__ import annotations
+
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from daemon import broker, durable
+from daemon.broker import DURABLE, Broker, Limits, Losses, Returned, SendClient, SendWorker
+from daemon.durable import AnswerKept, Durable, Usage
+from daemon.jobs import UNSTARTED_LOSSES
+from daemon.protocol import (
+    Accepted,
+    Code,
+    Failed,
+    Fetch,
+    Finished,
+    Forget,
+    Forgotten,
+    Image,
+    Lease,
+    Result,
+    Revoke,
+    Started,
+    Submit,
+)
+from daemon.spool import Spool
+
+LIMITS = Limits(max_jobs=6, max_bytes=10_000, max_image_bytes=100, max_attempts=2, deadline_s=20.0, stall_s=1000.0)
+CLIENTS = st.sampled_from([b"a", b"b", b"c"])
+index = st.integers(0, 1000)
+
+
+class StillSpool(Spool):
+    """Does what it is asked only when told to, here and now."""
+
+    def begin(self) -> list[durable.Stored]:
+        self._start = lambda: None  # type: ignore[method-assign]
+        self.asked: deque[durable.Request] = deque()
+        return self.open()
+
+    def ask(self, request: durable.Request) -> None:
+        self.asked.append(request)
+
+    def do(self, count: int) -> list[durable.Reply]:
+        batch = [self.asked.popleft() for _ in range(min(count, len(self.asked)))]
+        return [self.usage, *self._carry_out(batch)] if batch else []
+
+    def die(self) -> None:
+        self.asked.clear()
+        self._db.close()
+
+
+class DurableMachine(RuleBasedStateMachine):
+    """Plays clients, workers, the disk and death."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # hundreds of spools: no disk's time is wanted
+        self.folder = tempfile.TemporaryDirectory(prefix="bmd-spool-", dir=memory)
+        self.names = 0
+        self.images: dict[str, bytes] = {}
+        self.generation = 0
+        self.accepted: dict[str, bytes] = {}  # name: image; said to a client
+        self.kept: dict[str, Any] = {}  # name: answer that a client was given
+        self.forgotten: set[str] = set()
+        self.left: set[tuple[bytes, str]] = set()  # a client that asked, and did not wait
+        self.runs: Counter[int] = Counter()  # by seq: how often an answer was kept
+        self.deaths: Counter[str] = Counter()  # of workers that had started it
+        self.start()
+
+    def start(self) -> None:
+        self.now = 0.0
+        self.spool = StillSpool(Path(self.folder.name) / "spool.db", keep_s=1e6)
+        stored = self.spool.begin()
+        self.broker = Broker(LIMITS)
+        self.durable = Durable(self.broker, 100_000, 0.0, stored, self.spool.next_seq)
+        self.waiting: dict[bytes, set[str]] = {client: set() for client in (b"a", b"b", b"c")}
+        self.submitting: dict[bytes, set[str]] = {client: set() for client in (b"a", b"b", b"c")}
+        self.held: dict[str, dict[int, str]] = {}  # worker: lease: job
+
+    def carry_out(self, actions: Iterable[durable.Action]) -> None:
+        for action in actions:
+            match action:
+                case SendClient(client=client, message=message, payload=payload) if client == DURABLE:
+                    assert isinstance(message, Result | Failed)
+                    self.carry_out(self.durable.answered(message, payload))
+                case SendClient():
+                    self.receive(action)
+                case SendWorker(worker, Lease() as lease, payload, name):
+                    assert name
+                    assert lease.alone <= (not self.held[worker])
+                    if name in self.accepted:
+                        assert bytes(payload[0]) == self.accepted[name], "another image"
+                    self.held[worker][lease.lease] = name
+                    self.carry_out(self.durable.leased(name))
+                case SendWorker(worker, Revoke(lease=number)):
+                    assert number in self.held[worker]
+                case Losses():
+                    self.carry_out(self.durable.lost(action.job, action.attempts, action.losses))
+                case Returned():
+                    self.carry_out(self.durable.returned(action.job))
+                case SendWorker() | broker.Evict():
+                    pass
+                case _:
+                    self.spool.ask(action)
+
+    def receive(self, action: SendClient) -> None:
+        """A client hears of a job."""
+        message = action.message
+        match message:
+            case Accepted():
+                self.submitting[action.client].discard(message.job)
+                self.accepted.setdefault(message.job, self.images[message.job])
+            case Result() | Failed() if message.job in self.waiting[action.client]:
+                self.waiting[action.client].remove(message.job)
+                if isinstance(message, Failed) and message.code is Code.BAD_REQUEST:
+                    assert message.job not in self.accepted or message.job in self.forgotten, "an accepted job is lost"
+                elif isinstance(message, Failed) and message.code is Code.CANCELLED:
+                    assert message.job in self.forgotten
+                else:
+                    given = (message, [bytes(frame) for frame in action.payload])
+                    assert self.kept.setdefault(message.job, given) == given, "another answer than before"
+                    if isinstance(message, Result):
+                        assert given[1] == [b"answer to " + self.images[message.job]], "another job's answer"
+                    else:
+                        assert message.code is Code.WORKER_LOST
+                        assert self.deaths[message.job], "no worker died with it"
+            case Failed() if message.job in self.submitting[action.client]:
+                self.submitting[action.client].remove(message.job)
+            case Result() | Failed():
+                assert (action.client, message.job) in self.left, "an answer that nobody waits for"
+            case Forgotten():
+                assert message.job in self.forgotten
+
+    # -- clients
+
+    @rule(client=CLIENTS, priority=st.integers(-1, 1))
+    def submit(self, client: bytes, priority: int) -> None:
+        self.names += 1
+        name = f"{self.names:032}"
+        self.images[name] = f"image {self.names}".encode()
+        self.send(client, name, priority)
+
+    def send(self, client: bytes, name: str, priority: int = 0) -> None:
+        message = Submit(job=name, image=Image(kind="encoded"), durable=True, priority=priority)
+        image = self.images[name]
+        self.submitting[client].add(name)
+        self.carry_out(self.durable.submit(client, message, len(image), lambda: [image], self.now))
+
+    @precondition(lambda self: self.names)
+    @rule(client=CLIENTS, pick=index)
+    def submit_again(self, client: bytes, pick: int) -> None:
+        name = f"{pick % self.names + 1:032}"
+        if name not in self.forgotten:
+            self.send(client, name)
+
+    @precondition(lambda self: self.names)
+    @rule(client=CLIENTS, pick=index)
+    def fetch(self, client: bytes, pick: int) -> None:
+        name = f"{pick % self.names + 1:032}"
+        if name not in self.waiting[client]:
+            self.waiting[client].add(name)
+            self.carry_out(self.durable.fetch(client, Fetch(job=name)))
+
+    @precondition(lambda self: self.names)
+    @rule(client=CLIENTS, pick=index, really=st.sampled_from([False, False, True]))
+    def forget(self, client: bytes, pick: int, really: bool) -> None:
+        name = f"{pick % self.names + 1:032}"
+        if really:
+            self.forgotten.add(name)
+            self.carry_out(self.durable.forget(client, Forget(job=name), self.now))
+
+    @rule(client=CLIENTS)
+    def leave(self, client: bytes) -> None:
+        self.left |= {(client, name) for name in self.waiting[client] | self.submitting[client]}
+        self.waiting[client].clear()
+        self.submitting[client].clear()
+        self.durable.client_gone(client)
+
+    # -- workers
+
+    @precondition(lambda self: len(self.held) < 2)
+    @rule(window=st.integers(1, 3))
+    def ready(self, window: int) -> None:
+        self.generation += 1
+        worker = f"npu:0.{self.generation}"
+        self.held[worker] = {}
+        self.carry_out(self.broker.ready(worker, "npu:0", window, self.now))
+        self.carry_out(self.durable.feed())
+
+    def some_lease(self, pick: int) -> tuple[str, int]:
+        every = [(worker, number) for worker, leases in sorted(self.held.items()) for number in leases]
+        return every[pick % len(every)]
+
+    @precondition(lambda self: any(self.held.values()))
+    @rule(pick=index)
+    def start_lease(self, pick: int) -> None:
+        worker, number = self.some_lease(pick)
+        self.carry_out(self.broker.started(worker, Started(leases=[number]), self.now))
+
+    @precondition(lambda self: any(self.held.values()))
+    @rule(pick=index)
+    def finish(self, pick: int) -> None:
+        worker, number = self.some_lease(pick)
+        name = self.held[worker].pop(number)
+        message = Finished(lease=number, width=1, height=1, timings={})
+        self.carry_out(self.broker.finished(worker, message, [b"answer to " + self.images[name]], self.now))
+
+    @precondition(lambda self: self.held)
+    @rule(pick=index)
+    def worker_dies(self, pick: int) -> None:
+        worker = sorted(self.held)[pick % len(self.held)]
+        for name in self.held.pop(worker).values():
+            self.deaths[name] += 1
+        self.carry_out(self.broker.lose(worker, self.now, "died"))
+
+    @rule(available=st.sampled_from([True, True, False]))
+    def devices_come_and_go(self, available: bool) -> None:
+        self.carry_out(self.broker.set_available(available))
+        self.carry_out(self.durable.feed())
+
+    # -- the disk, and death
+
+    @precondition(lambda self: self.spool.asked)
+    @rule(count=st.integers(1, 5))
+    def disk(self, count: int) -> None:
+        for reply in self.spool.do(count):
+            if isinstance(reply, AnswerKept):
+                self.runs[reply.seq] += 1
+                assert self.runs[reply.seq] == 1, "answered twice"
+            self.carry_out(self.durable.replied(reply, self.now))
+
+    @rule()
+    def the_daemon_dies(self) -> None:
+        for leases in self.held.values():
+            for name in leases.values():
+                self.deaths[name] += 1
+        self.spool.die()
+        self.start()
+
+    @invariant()
+    def holds(self) -> None:
+        self.durable.check()
+        self.broker.check()
+
+    def teardown(self) -> None:
+        """Whatever happened: with a good worker and disk every accepted job can be fetched, by anybody."""
+        try:
+            self.the_daemon_dies()
+            self.ready(window=2)
+            wanted = self.accepted.keys() - self.forgotten
+            while self.spool.asked or any(self.held.values()):
+                if self.spool.asked:
+                    self.disk(5)
+                else:
+                    self.finish(0)
+                self.carry_out(self.durable.feed())
+            for name in wanted:
+                self.waiting[b"a"].add(name)
+                self.carry_out(self.durable.fetch(b"a", Fetch(job=name)))
+            while self.spool.asked:
+                self.disk(5)
+            assert wanted <= self.kept.keys(), "an accepted job is not answered"
+            assert not self.durable.unanswered
+            count = self.spool.usage
+            assert count == Usage(answers=count.answers, bytes=count.bytes)
+            self.spool.die()
+            again = StillSpool(Path(self.folder.name) / "spool.db", keep_s=1e6)
+            assert again.begin() == []
+            assert again.usage == count, "bytes or answers are miscounted"
+            again.die()
+        finally:
+            self.folder.cleanup()
+
+
+def test_an_image_that_takes_the_daemon_down_is_given_up_in_the_end() -> None:
+    machine = DurableMachine()
+    machine.submit(client=b"a", priority=0)
+    lives = 0
+    while not machine.spool.usage.answers:
+        lives += 1
+        assert lives <= UNSTARTED_LOSSES + LIMITS.max_attempts + 1
+        machine.ready(window=2)
+        while machine.spool.asked:
+            machine.disk(5)
+        machine.the_daemon_dies()
+    machine.fetch(client=b"b", pick=0)
+    machine.disk(1)
+    ((answer, payload),) = machine.kept.values()
+    assert (answer.code, payload) == (Code.WORKER_LOST, [])
+    machine.teardown()
+
+
+TestDurable = DurableMachine.TestCase
+TestDurable.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
