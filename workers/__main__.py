@@ -86,7 +86,9 @@ def _work(assignment: Assignment) -> int:
     from workers.channel import Channel
     from workers.engines import EngineError
     from workers.loop import Loop
+    from workers.quiet import quiet
 
+    quiet()
     engine = engines.make(settings, assignment.local_device)
     batching = engines.batching(settings)
     try:

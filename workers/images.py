@@ -3,13 +3,13 @@
 Pixels are those of detectron2's ``read_image(format="BGR")``: first frame, upright by its EXIF orientation, RGB by
 Pillow's conversion (transparency dropped), channels reversed.
 
-Rules: what comes in is untrusted. Its size is checked from the header before a pixel is decoded, and whatever is wrong
-with it leaves as an `ImageError`, the only exception here. Arrays may be read-only views: copy before writing. Must
-never fetch anything, and never open a file that does not lie below a root that the settings allow.
+Rules: what comes in is untrusted. Its size is checked from the header before a pixel is decoded, and what else it may
+cost by `workers/bombs.py`; whatever is wrong with it leaves as an `ImageError`, the only exception here. Arrays may be
+read-only views: copy before writing. Must never fetch anything, and never open a file that does not lie below a root
+that the settings allow.
 """
 from __future__ import annotations
 
-import io
 import os
 import stat
 from collections.abc import Iterable
@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from daemon.protocol import Code
 from daemon.settings import Limits
+from workers import bombs
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
@@ -55,20 +56,23 @@ class ImageError(ValueError):
 def decode(payload: Payload, limits: Limits) -> Pixels:
     """The pixels of an encoded image (JPEG, PNG, WebP, BMP or TIFF): HxWx3 uint8 BGR, contiguous, read-only.
 
-    Raises `ImageError`: too-large over either limit, else bad-image. 16-bit grey keeps its upper eight bits, as Pillow
-    reads 16-bit colour; 32-bit and float pixels have no known white and are refused.
+    Raises `ImageError`: too-large over either limit and for bombs, else bad-image. 16-bit grey keeps its upper eight
+    bits, as Pillow reads 16-bit colour; 32-bit and float pixels have no known white and are refused.
     """
     encoded = memoryview(payload).cast("B")
     _check_bytes(len(encoded), limits)
     if len(encoded) == 0:
         raise ImageError(Code.BAD_IMAGE, "the image is empty (0 bytes)")
     try:
-        # BytesIO copies: a client may change its shared memory, and no decoder may see that after it has checked it.
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        whole = bytes(encoded)  # a client may change its shared memory: no decoder may see that after it has checked it
+        with Image.open(bombs.as_file(whole), formats=FORMATS) as image:
             _check_pixels(image.height, image.width, limits)
+            bombs.check(image, whole, limits.max_image_pixels)
             return _bgr(image)
     except ImageError:
         raise
+    except bombs.Bomb as bomb:
+        raise ImageError(Code.TOO_LARGE, str(bomb)) from None
     except UnidentifiedImageError:
         start = encoded[:8].hex(" ")
         reason = f"not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged (it starts with {start})"

@@ -1,0 +1,194 @@
+"""Small files that ask for much: refused, or no dearer than their pixels. Each that is refused here once went off."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from daemon.settings import Limits
+from workers import bombs, images
+from workers.fuzz import bombs as made
+from workers.fuzz import pictures
+from workers.images import ImageError, decode
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = Limits(max_image_bytes=2 << 20, max_image_pixels=1_000_000)
+quietly = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+
+
+def refused(payload: bytes, limits: Limits = SMALL) -> ImageError:
+    with pytest.raises(ImageError) as refusal:
+        decode(payload, limits)
+    return refusal.value
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds that small files reach."""
+    monkeypatch.setattr(bombs, "MOST_READS", 20_000)
+    monkeypatch.setattr(bombs, "MOST_NUMBER_BYTES", 64 << 10)
+    monkeypatch.setattr(bombs, "MOST_RUN_LENGTH_PIXELS", 900_000)
+
+
+REASONS = {
+    "png-text-inflates": "bad-image cannot be decoded: Decompressed data too large",
+    "png-text-behind-inflates": "bad-image cannot be decoded: Decompressed data too large",
+    "png-profile-inflates": "bad-image cannot be decoded: Decompressed data too large",
+    "png-many-chunks": "too-large it has more than 20000 pieces",
+    "png-many-chunks-behind": "too-large it has more than 20000 pieces",
+    "png-many-data-chunks": "too-large it has more than 20000 pieces",
+    "png-giant": "too-large 2147483648x2147483648 pixels",
+    "jpeg-padding": "too-large it has more than 20000 pieces",
+    "jpeg-scans": "too-large .* scans of 1000x1000 pixels are over 50 times the limit",
+    "jpeg-exif-segments": "too-large more than 100 segments of EXIF data",
+    "bmp-runs": "too-large 2000x2000 pixels are over the limit",
+    "bmp-line-ends": "too-large 2000x2000 pixels are over the limit",
+    "bmp-giant": "too-large 2147483647x2147483649 pixels",
+    "tiff-tile": "too-large 2000x2000 pixels in whole tiles are over the limit of 1000000",
+    "tiff-tiles": "too-large 65520x80000 pixels in whole tiles are over the limit of 1000000",
+    "tiff-strips": "bad-image",
+    "tiff-deflated-strips": "bad-image cannot be decoded: StripOffsets is damaged, or has too many values",
+    "tiff-big-directory": "too-large it has more than 20000 pieces",
+    "webp-canvas": "too-large 16383x16383 pixels",
+}
+
+
+@quietly
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("name", made.REFUSED)
+def test_a_bomb_is_refused_with_its_reason(name: str) -> None:
+    refusal = refused(made.make(name, SMALL))
+    assert re.match(REASONS[name], f"{refusal.code} {refusal.reason}")
+
+
+@pytest.mark.usefixtures("few")
+def test_run_lengths_are_bounded_by_pieces_and_by_pixels() -> None:
+    wide = Limits(max_image_bytes=2 << 20, max_image_pixels=10_000_000)
+    assert refused(made.make("bmp-runs", wide), wide).reason == "2000x2000 pixels in run lengths: at most 900000"
+    few_pixels = pictures.bmp(900, 900, b"\1\1" * 20_000, compression=1)
+    assert "more than 20000 pieces" in refused(few_pixels).reason
+    good = pictures.bmp(18, 24, (b"\x12\x07" + b"\0\0") * 24 + b"\0\1", compression=1)
+    np.testing.assert_array_equal(decode(good, SMALL), np.full((24, 18, 3), 7))
+
+
+def test_a_progressive_jpeg_with_its_usual_scans_is_decoded_up_to_the_limit() -> None:
+    whole = io.BytesIO()
+    Image.new("RGB", (1000, 1000)).save(whole, "JPEG", progressive=True)
+    assert decode(whole.getvalue(), SMALL).shape == (1000, 1000, 3)
+
+
+def test_exif_in_several_segments_is_read() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    body = exif.tobytes()[6:] + bytes(40_000)
+    whole = io.BytesIO()
+    Image.new("RGB", (16, 8)).save(whole, "JPEG")
+    parts = b"".join(
+        b"\xff\xe1" + (len(part) + 8).to_bytes(2, "big") + b"Exif\0\0" + part for part in (body[:20_000], body[20_000:])
+    )
+    assert decode(whole.getvalue()[:2] + parts + whole.getvalue()[2:], SMALL).shape == (16, 8, 3)
+
+
+@pytest.mark.parametrize(("order", "big"), [("<", False), (">", False), ("<", True)])
+def test_tiles_are_decoded_and_count_in_whole(order: str, big: bool) -> None:
+    payload = pictures.tiled(order, big)
+    found = decode(payload, SMALL)
+    row = np.concatenate([np.arange(16), [0, 1]])
+    np.testing.assert_array_equal(found[0, :, 0], row)
+    assert decode(payload, Limits(max_image_pixels=32 * 32)).shape == (24, 18, 3)
+    assert "32x32 pixels in whole tiles" in refused(payload, Limits(max_image_pixels=32 * 32 - 1)).reason
+
+
+def _entries(**more: pictures.Entry) -> bytes:
+    """A tiled TIFF of 18x24 with one more entry before the rest, or one behind."""
+    whole = pictures.tiled()
+    count = whole[8]
+    first, last = more.get("first"), more.get("last")
+    entry = pictures.tiff([first or last])[10:22]  # type: ignore[list-item]
+    entries = whole[10 : 10 + 12 * count]
+    both = entry + entries if first else entries + entry
+    return whole[:8] + bytes([count + 1, 0]) + both + whole[10 + 12 * count :]
+
+
+@pytest.mark.parametrize("entry", [(322, 4, 1, 65520), (322, 17, 1, 65520), (323, 4, 2, 8)])
+@quietly
+def test_what_pillow_and_libtiff_may_read_differently_is_refused(entry: pictures.Entry) -> None:
+    for place in ("first", "last"):
+        refusal = refused(_entries(**{place: entry}))
+        assert refusal.code == "bad-image"
+        assert "is there more than once" in refusal.reason
+
+
+def test_a_big_tiff_in_big_endian_order_is_refused() -> None:
+    assert refused(pictures.tiled(">", big=True)).code == "bad-image"
+
+
+IN_A_PROCESS_OF_ITS_OWN = """
+import json, sys, warnings
+from workers.quiet import quiet
+quiet()
+from daemon.settings import Limits
+from workers.fuzz import bombs, child
+limits = Limits(max_image_bytes=int(sys.argv[1]), max_image_pixels=int(sys.argv[2]))
+print(json.dumps({name: child.measure(name, limits) for name in [*bombs.REFUSED, *bombs.COSTLY]}))
+"""
+
+
+def in_a_process(code: str, *arguments: object) -> str:
+    """What Python code prints; it may say nothing on stderr, nor take longer than a minute."""
+    argv = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_memory_is_bounded_by_pixels_and_bytes() -> None:
+    """The same bound for all: 16 bytes a pixel, 8 a byte, 64 MiB of texts as Pillow allows, 32 MiB of the rest."""
+    limits = Limits(max_image_bytes=1 << 20, max_image_pixels=3_000_000)
+    found = json.loads(in_a_process(IN_A_PROCESS_OF_ITS_OWN, limits.max_image_bytes, limits.max_image_pixels))
+    bound = 16 * limits.max_image_pixels + 8 * limits.max_image_bytes + (96 << 20)
+    assert len(found) == len(made.REFUSED) + len(made.COSTLY)
+    assert {name: one for name, one in found.items() if one["bytes"] > bound} == {}
+    assert max(one["bytes"] for one in found.values()) > 8 * limits.max_image_pixels  # something was measured
+
+
+QUIET = """
+import ast, sys
+from workers.quiet import quiet
+quiet()
+from PIL import TiffImagePlugin
+from daemon.settings import Limits
+from workers import images
+for payload in ast.literal_eval(open(sys.argv[1]).read()):
+    try:
+        images.decode(payload, Limits())
+    except images.ImageError:
+        pass
+print(len(set(getattr(TiffImagePlugin, "__warningregistry__", {})) - {"version"}))
+"""
+
+
+def test_decoders_say_nothing_and_python_remembers_no_warning(tmp_path: Path) -> None:
+    fax = io.BytesIO()
+    Image.fromarray(np.random.default_rng(1).integers(0, 2, (24, 18), np.uint8) * 255).convert("1").save(
+        fax, "TIFF", compression="group3"
+    )
+    damaged = bytearray(fax.getvalue())
+    damaged[8:60] = bytes(range(52))
+    exif = [pictures.tiff([(0x9000, 7, 1000 + number, 1 << 20)]) for number in range(20)]  # each warned of differently
+    pngs = [made._small(before=pictures.chunk(b"eXIf", each)) for each in exif]
+    (tmp_path / "payloads").write_text(repr([bytes(damaged), *pngs]))
+    assert in_a_process(QUIET, tmp_path / "payloads") == "0\n"
+
+
+def test_good_images_of_every_kind_are_decoded() -> None:
+    kinds = {images.decode(payload, SMALL).shape for payload in pictures.good()[:58]}
+    assert kinds == {(24, 18, 3), (18, 24, 3)}

@@ -1,0 +1,129 @@
+"""Bombs: small images that cost far more than their pixels to open or to decode. Each is refused before it goes off.
+
+The bound on pixels holds what a picture takes; these hold what its file may ask for besides. Each was measured with a
+file below the bound on bytes, at Pillow 13 (`tests/workers/test_bombs.py` has them, small):
+
+================  ==================================================================  =========================
+in                what it does                                                        bound
+================  ==================================================================  =========================
+any               millions of tiny pieces, each a step in Python: 44 s, 0.6 GB        `MOST_READS`
+JPEG              its EXIF in hundreds of segments, joined one by one: 27 s           `MOST_EXIF_SEGMENTS`
+JPEG              thousands of scans of 70 bytes, each over all pixels: hours         `MOST_PASSES`
+BMP               run lengths, expanded in Python with its interpreter lock: 5 s      `MOST_RUN_LENGTH_PIXELS`
+TIFF, any EXIF    millions of numbers that become Python objects: 30 s, 2 GB          `MOST_NUMBER_BYTES`
+TIFF              tiles larger than the picture, decoded in full: 2 GB, hours         pixels, in whole tiles
+================  ==================================================================  =========================
+
+What Pillow bounds itself from version 13 on is left to it: text and ICC chunks that inflate, directories whose entries
+overlap, a WebP's canvas. Must never decode a pixel.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+from typing import IO
+
+from PIL import BmpImagePlugin, Image, TiffImagePlugin
+
+MOST_READS = 500_000  # by Pillow's Python code, about a second; a PNG's chunk takes four, a run length of a BMP two
+MOST_EXIF_SEGMENTS = 100  # of 64 KB
+MOST_PASSES = 50  # over as many pixels as the settings allow; a progressive JPEG usually has ten scans
+MOST_RUN_LENGTH_PIXELS = 4_000_000  # about half a second
+MOST_NUMBER_BYTES = 512 << 10  # in one directory; 65536 strips, twice what the tallest usual file has
+
+# All that libjpeg takes for the start of a scan, wherever it comes upon it: the length must fit the components.
+_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
+_EXIF = re.compile(rb"\xff\xe1..Exif\0\0", re.DOTALL)
+_OPAQUE = (1, 2, 7)  # types of a directory's entries that stay bytes, or become one text: byte, ascii, undefined
+_SIZES = {"TileWidth": 322, "TileLength": 323}
+_PIECES = {"StripOffsets": 273, "StripByteCounts": 279, "TileOffsets": 324, "TileByteCounts": 325}
+
+
+class Bomb(ValueError):
+    """Decoding this would cost more than the limits allow; the text says what."""
+
+
+def as_file(encoded: bytes) -> io.BytesIO:
+    """An encoded image for `Image.open`, whose `read` raises `Bomb` too. Raises `Bomb`."""
+    if len(_EXIF.findall(encoded)) > MOST_EXIF_SEGMENTS:
+        raise Bomb(f"more than {MOST_EXIF_SEGMENTS} segments of EXIF data")
+    return _Reader(encoded)
+
+
+class _Reader(io.BytesIO):
+    """Raises `Bomb` for who reads it in too many pieces."""
+
+    def __init__(self, encoded: bytes) -> None:
+        super().__init__(encoded)
+        self._reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads += 1
+        if self._reads > MOST_READS:
+            raise Bomb(f"it has more than {MOST_READS} pieces (chunks, segments or run lengths)")
+        return super().read(size)
+
+
+class _Directory(TiffImagePlugin.ImageFileDirectory_v2):
+    """A directory of a TIFF or of EXIF data; numbers beyond a sensible amount are dropped like damaged ones."""
+
+    def load(self, fp: IO[bytes]) -> None:
+        super().load(fp)
+        left = MOST_NUMBER_BYTES
+        for tag, data in list(self._tagdata.items()):
+            left -= 0 if self.tagtype[tag] in _OPAQUE else len(data)
+            if left < 0:
+                del self._tagdata[tag]
+
+
+# Pillow reads such directories in many places, EXIF already while it opens a file. This is the one that all share.
+TiffImagePlugin.ImageFileDirectory_v2 = _Directory  # type: ignore[misc]
+
+
+def check(image: Image.Image, encoded: bytes, max_pixels: int) -> None:
+    """Before an opened image is decoded: raises `Bomb`, or ValueError for a TIFF that its readers may read differently.
+
+    Its height and width must have been checked.
+    """
+    scans = len(_SCAN.findall(encoded)) if image.format in ("JPEG", "MPO", "TIFF") else 0
+    if scans * image.width * image.height > MOST_PASSES * max_pixels:
+        raise Bomb(f"{scans} scans of {image.width}x{image.height} pixels are over {MOST_PASSES} times the limit")
+    run_lengths = isinstance(image, BmpImagePlugin.BmpImageFile) and image.tile[0][0] == "bmp_rle"
+    if run_lengths and image.width * image.height > MOST_RUN_LENGTH_PIXELS:
+        raise Bomb(f"{image.width}x{image.height} pixels in run lengths: at most {MOST_RUN_LENGTH_PIXELS}")
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _check_tiff(image, encoded, max_pixels)
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile, encoded: bytes, max_pixels: int) -> None:
+    """Tiles as Pillow understands them are checked; so libtiff, which decodes, must understand them alike."""
+    directory = image.tag_v2
+    written = _tags(encoded, directory)
+    for name, tag in {**_SIZES, **_PIECES}.items():
+        if written.count(tag) > 1:
+            raise ValueError(f"{name} is there more than once")
+        if tag in written and tag not in directory:
+            raise ValueError(f"{name} is damaged, or has too many values")
+    if not any(tag in directory for tag in _SIZES.values()):
+        return
+    sides = []
+    for side_tag, tile_tag in ((256, 322), (257, 323)):
+        side, tile = directory[side_tag], directory.get(tile_tag)
+        if not isinstance(tile, int) or tile < 1:
+            raise ValueError("the size of its tiles is damaged")
+        sides.append(-(-side // tile) * tile)
+    if sides[0] * sides[1] > max_pixels:
+        raise Bomb(f"{sides[0]}x{sides[1]} pixels in whole tiles are over the limit of {max_pixels}")
+
+
+def _tags(encoded: bytes, directory: TiffImagePlugin.ImageFileDirectory_v2) -> list[int]:
+    """All that its first directory names, in the file's order, readable or not."""
+    order = ">" if directory.prefix == b"MM" else "<"
+    count, size = ("Q", 20) if 43 in encoded[2:4] else ("H", 12)
+    if (order, count) == (">", "Q"):
+        raise ValueError("BigTIFF in big-endian order, which Pillow reads as if it were no BigTIFF")
+    [entries] = struct.unpack_from(order + count, encoded, directory.offset)
+    start = directory.offset + struct.calcsize(order + count)
+    return [struct.unpack_from(order + "H", encoded, place)[0] for place in range(start, start + entries * size, size)]
