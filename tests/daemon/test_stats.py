@@ -1,11 +1,13 @@
+import math
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.protocol import Report
-from daemon.stats import FRESH_S, STAGE_BOUNDS_S, STAGES, Histogram, Stats, status_line
+from daemon.protocol import MAX_HEADER_BYTES, Code, Report, encode
+from daemon.protocol import Stats as StatsMessage
+from daemon.stats import FRESH_S, RESOLUTION, STAGE_BOUNDS_S, STAGES, Histogram, Stats, status_line
 
 
 def report(start: float, images: int, busy_s: float = 0.0, length_s: float = 1.0, **more: Any) -> Report:
@@ -146,3 +148,54 @@ def test_the_status_line_says_it_in_one_line() -> None:
     assert status_line(found | {"serving": 1}).endswith("seq 17; degraded: npu:1 backoff")
     devices[0] |= {"state": "starting"}
     assert status_line(found | {"serving": 0}).endswith("seq 17; not serving: npu:0 starting, npu:1 backoff")
+
+
+# -- latency and failures of late -------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(1e-5, 1000), min_size=1, max_size=200))
+def test_recent_latency_is_right_to_its_resolution(seconds: list[float]) -> None:
+    stats = Stats(10.0)
+    for value in seconds:
+        stats.answered({"total": value})
+    found = snapshot(stats, 1.0)["latency"]
+    assert found["count"] == len(seconds)
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        exact = sorted(seconds)[math.ceil(share * len(seconds)) - 1]
+        assert exact / 1.01 <= found[name] <= exact * RESOLUTION * 1.01
+
+
+def test_recent_latency_forgets_what_is_older_than_the_window() -> None:
+    stats = Stats(10.0)
+    for _ in range(50):
+        stats.answered({"queue": 0.9, "device": 0.1, "total": 1.0})
+    means = snapshot(stats, 1.0)["latency"]["stages"]
+    assert means == {"queue": pytest.approx(0.9), "device": pytest.approx(0.1), "total": pytest.approx(1.0)}
+    for second in range(2, 11):
+        stats.answered({"device": 0.1, "total": 0.1})
+        found = snapshot(stats, float(second))["latency"]
+    assert found["p99"] == pytest.approx(1.0, rel=0.05)
+    found = snapshot(stats, 11.0)["latency"]
+    assert (found["count"], found["stages"]) == (9, {"device": pytest.approx(0.1), "total": pytest.approx(0.1)})
+    assert found["p99"] == pytest.approx(0.1, rel=0.05)
+    assert snapshot(stats, 100.0)["latency"] == {"count": 0, "p50": None, "p99": None, "stages": {}}
+
+
+def test_a_flood_of_one_failure_does_not_wash_the_others_away() -> None:
+    stats = Stats(10.0)
+    stats.failed(1.0, "poison", "worker-lost", "npu:0.1 killed by SIGSEGV")
+    for number in range(1000):
+        stats.failed(2.0 + number, f"job-{number}", "busy", "the queue is full")
+    found = snapshot(stats, 1.0)["recent_failures"]
+    assert [failure["job"] for failure in found] == ["job-999", "job-998", "job-997", "job-996", "job-995", "poison"]
+    assert found[-1] == {"time": 1.0, "job": "poison", "code": "worker-lost", "reason": "npu:0.1 killed by SIGSEGV"}
+
+
+def test_remembered_failures_are_bounded_so_that_a_snapshot_stays_one_header() -> None:
+    stats = Stats(10.0)
+    for code in Code:
+        for number in range(100):
+            stats.failed(float(number), "\U0001f600" * 128, code, "\U0001f600" * 5000)
+    found = snapshot(stats, 1.0)["recent_failures"]
+    assert len(found) == 20
+    assert len(encode(StatsMessage(stats={"recent_failures": found}))[1]) < MAX_HEADER_BYTES / 2

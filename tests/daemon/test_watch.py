@@ -23,7 +23,7 @@ def snapshot(**more: Any) -> dict[str, Any]:
     found = {
         "seq": 17, "combined_fps": 98.17, "degraded": False, "draining": False, "serving": 2, "leased": 4,
         "queue": {"jobs": 3, "bytes": 5 << 20, "max_jobs": 256, "max_bytes": 1 << 30}, "answered": 1234, "failures": {},
-        "latency": {"count": 900, "p50": 0.0417, "p99": 0.25, "stages": {"queue": 0.002, "device": 0.039, "total": 1.0}},
+        "latency": {"count": 900, "p50": 0.0417, "p99": 0.25, "stages": {"queue": 0.002, "device": 0.039}},
         "recent_failures": [], "devices": [device("npu:0"), device("npu:1", fps=49.07)],
     }  # fmt: skip
     return {**found, **more}
