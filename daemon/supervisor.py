@@ -151,9 +151,10 @@ class Supervisor:
         return self._replace_next(now)
 
     def evict(self, name: str, generation: int, reason: str, now: float) -> list[Action]:
-        """A worker hangs: abort it."""
+        """A worker hangs: abort it, also while it is asked to stop."""
         slot = self.slots[name]
-        if slot.generation != generation or slot.state not in (State.STARTING, State.READY):
+        asked = slot.state is State.STOPPING and slot.next_signal is signal.SIGABRT
+        if slot.generation != generation or not (asked or slot.state in (State.STARTING, State.READY)):
             return []
         slot.reason = reason
         return self._abort(slot, now)

@@ -112,6 +112,13 @@ def test_a_hung_worker_is_aborted_then_killed(up: Supervisor) -> None:
     assert up.slots[A].failures == 1
 
 
+def test_a_worker_that_hangs_while_it_is_asked_to_stop_is_not_waited_for(up: Supervisor) -> None:
+    assert up.reload([A, B], RESTARTS, 0.0) == [Stop(A, 1)]
+    assert up.evict(A, 1, "no progress", 5.0) == [Kill(A, 1, signal.SIGABRT)], "long before the drain is over"
+    assert up.evict(A, 1, "again", 5.1) == []
+    assert die(up, A, 5.2, code=-6) == [Spawn(A, 2)]
+
+
 def test_a_start_that_takes_too_long_is_aborted() -> None:
     supervisor = Supervisor([A], RESTARTS, DRAIN_S)
     supervisor.start(0.0)
