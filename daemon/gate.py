@@ -54,8 +54,9 @@ class Gate:
     def __init__(
         self, context: zmq.Context[Any], router: zmq.Socket[bytes], allowed: AllowedKeys | None, most: int
     ) -> None:
-        """`allowed`: None for endpoints without CURVE. `most`: connections, at most half of the descriptors."""
-        self.most = min(most, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        """`allowed`: None for endpoints without CURVE. `most`: connections, at most half of the descriptors left."""
+        left = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/proc/self/fd"))
+        self.most = max(min(most, left // 2), 1)
         self.refused: Counter[str] = Counter()  # by reason, since `take_refused`
         self._changes: list[Change] = []
         self._allowed = allowed

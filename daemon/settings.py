@@ -81,7 +81,7 @@ class Limits(_Section, frozen=True):
 
     max_image_bytes: Count = 64 << 20  # of one payload, encoded or raw
     max_image_pixels: Count = 50_000_000  # height x width, checked before decoding
-    max_connections: Count = 512  # over tcp://, at most half of the descriptors that the process may have
+    max_connections: Count = 512  # over tcp://, at most half of the descriptors that the process has left
 
 
 class Paths(_Section, frozen=True):
