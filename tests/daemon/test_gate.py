@@ -19,7 +19,7 @@ import zmq
 from curve import Guarded, free_port, nothing_more, start
 
 from daemon import keys, settings, show_stats, submit
-from daemon.client import AsyncClient, Client, HandshakeError, JobFailed
+from daemon.client import AsyncClient, Client, HandshakeError
 from daemon.protocol import Code, GetStats, Image, Submit, encode
 from daemon.sockets import Sockets
 
@@ -97,10 +97,9 @@ def test_a_client_with_keys_meets_a_daemon_without(daemon, tmp_path) -> None:
     assert "insecure_tcp: whoever reaches" in running.log
     for name in ("alice", "server"):
         keys.write_pair(tmp_path, name)
-    with Client(tcp, 20, server_key=tmp_path / "server.key", key=tmp_path / "alice.key_secret") as client, pytest.raises(
-        HandshakeError, match="does not use keys"
-    ):
-        client.segment(IMAGE)
+    with Client(tcp, 20, server_key=tmp_path / "server.key", key=tmp_path / "alice.key_secret") as client:
+        with pytest.raises(HandshakeError, match="does not use keys"):
+            client.segment(IMAGE)
 
 
 @pytest.mark.parametrize(
@@ -395,5 +394,6 @@ def test_ipc_sockets_are_never_for_others(umask: int) -> None:
 
 
 def test_pages_that_are_open_to_all_are_warned_of(daemon) -> None:
-    running = daemon(endpoints={"clients": [f"tcp://127.0.0.1:{free_port()}"], "metrics": "0.0.0.0:0"}, insecure_tcp=True)
+    endpoints = {"clients": [f"tcp://127.0.0.1:{free_port()}"], "metrics": "0.0.0.0:0"}
+    running = daemon(endpoints=endpoints, insecure_tcp=True)
     assert "endpoints.metrics 0.0.0.0:0: open to whoever reaches the port" in running.log

@@ -77,8 +77,8 @@ def test_half_a_pair_is_not_completed(tmp_path, capsys) -> None:
     [
         (["client", "../alice", "--to", "{0}"], "'../alice': expected a name"),
         (["client", "", "--to", "{0}"], "expected a name"),
-        (["client", "alice", "--to", "{0}", "--allow", "{0}/none"], "none: no such folder: blendmaskd-keys server makes"),
-        (["client", "alice", "--to", "{0}", "--owner", "nobody-has-this-name"], "--owner nobody-has-this-name: no such"),
+        (["client", "alice", "--to", "{0}", "--allow", "{0}/none"], "none: no such folder: blendmaskd-keys server"),
+        (["client", "alice", "--to", "{0}", "--owner", "nobody-has-this-name"], "nobody-has-this-name: no such user"),
         (["client", "alice", "--to", "{0}/file/x"], "Not a directory"),
         (["list", "{0}/none"], "none: no such folder"),
     ],
