@@ -97,9 +97,9 @@ def test_a_client_with_keys_meets_a_daemon_without(daemon, tmp_path) -> None:
     assert "insecure_tcp: whoever reaches" in running.log
     for name in ("alice", "server"):
         keys.write_pair(tmp_path, name)
-    with Client(tcp, 20, server_key=tmp_path / "server.key", key=tmp_path / "alice.key_secret") as client:
-        with pytest.raises(HandshakeError, match="does not use keys"):
-            client.segment(IMAGE)
+    options = {"server_key": tmp_path / "server.key", "key": tmp_path / "alice.key_secret", "timeout_s": 20}
+    with Client(tcp, **options) as client, pytest.raises(HandshakeError, match="does not use keys"):
+        client.segment(IMAGE)
 
 
 @pytest.mark.parametrize(
