@@ -1,6 +1,7 @@
 """What `kubectl apply -k` would send to a cluster, by variant. kubectl itself builds it, and needs none for that."""
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -50,8 +51,13 @@ class Manifests:
         return settings.from_tree(yaml.safe_load(self.settings_text))
 
     def port(self, name: str) -> int:
-        [port] = [port["containerPort"] for port in self.container["ports"] if port["name"] == name]
-        return int(port)
+        return port_of(self.pod, name)
+
+
+def port_of(pod: Object, name: str) -> int:
+    [container] = pod["containers"]
+    [port] = [port["containerPort"] for port in container["ports"] if port["name"] == name]
+    return int(port)
 
 
 def kubectl(*arguments: str | Path) -> str:
@@ -62,3 +68,15 @@ def kubectl(*arguments: str | Path) -> str:
     return subprocess.run(
         [program, *arguments], env=environment, capture_output=True, text=True, timeout=60, check=True
     ).stdout
+
+
+def made_by_hand(folder: Path) -> list[Object]:
+    """The objects of keys, by the commands of docs/kubernetes.md, of real keys in `folder`."""
+    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    kubectl (create (?:secret|configmap) .*?) --dry-run", page, re.MULTILINE)
+    assert len(commands) == 2
+    objects = []
+    for command in commands:
+        arguments = command.replace("keys/", f"{folder}/").split()
+        objects.append(yaml.safe_load(kubectl(*arguments, "--dry-run=client", "-o", "yaml")))
+    return objects

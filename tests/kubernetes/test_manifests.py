@@ -11,8 +11,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
-import yaml
-from manifests import ROOT, Manifests, Object, kubectl
+from manifests import ROOT, Manifests, Object, made_by_hand
 
 from daemon import keys
 
@@ -130,7 +129,9 @@ def test_every_volume_is_mounted_and_every_mount_has_a_volume(manifests: Manifes
 
 def test_what_the_daemon_writes_to_can_be_written_to(manifests: Manifests) -> None:
     empty = {volume["name"] for volume in manifests.pod["volumes"] if "emptyDir" in volume}
-    writable = {mount["mountPath"] for mount in manifests.container["volumeMounts"] if mount["name"] in empty}
+    mounts = [mount for mount in manifests.container["volumeMounts"] if not mount.get("readOnly")]
+    assert {mount["name"] for mount in mounts} <= empty
+    writable = {mount["mountPath"] for mount in mounts}
     assert writable == set(WRITABLE)
     variables = {variable["name"]: variable["value"] for variable in manifests.container["env"]}
     folders = [variables[name] for name in ("HOME", "RUNTIME_DIRECTORY", "STATE_DIRECTORY", "LOGS_DIRECTORY")]
@@ -247,18 +248,6 @@ def test_the_pod_meets_the_restricted_pod_security_standard(manifests: Manifests
 
 
 # -- what people make by hand -----------------------------------------------------------------------------------------
-
-
-def made_by_hand(folder: Path) -> list[Object]:
-    """The objects of keys, by the commands of docs/kubernetes.md, of real keys in `folder`."""
-    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^    kubectl (create (?:secret|configmap) .*?) --dry-run", page, re.MULTILINE)
-    assert len(commands) == 2
-    objects = []
-    for command in commands:
-        arguments = command.replace("keys/", f"{folder}/").split()
-        objects.append(yaml.safe_load(kubectl(*arguments, "--dry-run=client", "-o", "yaml")))
-    return objects
 
 
 def test_the_keys_that_the_page_makes_are_those_that_the_pod_waits_for(manifests: Manifests, tmp_path: Path) -> None:
