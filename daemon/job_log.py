@@ -1,6 +1,6 @@
 """Lines about jobs: each change of a job's state where that is asked for, else only failures by no fault of a client.
 
-A line is about its ``job`` and ``client`` (the start of its identity), and where there is one its ``slot`` and
+A line is about its ``job`` and ``client`` (a digest of its identity), and where there is one its ``slot`` and
 ``lease``, the ``code`` of its answer (``ok`` for a result), and the ``seconds`` from its arrival to that. The steps
 come from the broker's core, which logs nothing itself.
 """

@@ -11,6 +11,7 @@ shells log.
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -41,8 +42,8 @@ def about(**what: Any) -> dict[str, Any]:
 
 
 def shown(client: bytes) -> str:
-    """A client's identity as lines have it. Not the whole: whoever knows it can take the client's place."""
-    return client.hex()[:8]
+    """A client as lines have it: not its identity, by which another could take its place, but a digest of it."""
+    return hashlib.blake2s(client, digest_size=4).hexdigest()
 
 
 def to_journal(environment: Mapping[str, str]) -> bool:

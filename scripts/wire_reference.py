@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Write docs/wire.md from the specification, which is the docstring of daemon/protocol.py; a test compares them.
+
+    python scripts/wire_reference.py > docs/wire.md
+"""
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from daemon import protocol  # noqa: E402
+
+HEAD = """# The wire
+
+*Written by `scripts/wire_reference.py` from `daemon/protocol.py`; change it there.*
+
+A client in ten lines of pyzmq is in the [README](../README.md#a-client-in-ten-lines), one that goes through shared
+memory in [client.md](client.md#any-language), beside the [error codes](client.md#errors).
+"""
+TAIL = f"""
+In the text above, `MEMORY_SUFFIX` is `{protocol.MEMORY_SUFFIX}`, and `Code` are the error codes. A header has at most
+{protocol.MAX_HEADER_BYTES} bytes.
+"""
+
+
+def page() -> str:
+    """The whole text of docs/wire.md."""
+    _, _, *paragraphs = (protocol.__doc__ or "").strip().split("\n\n")  # the first two say what the module is
+    return "\n\n".join([HEAD.strip(), *map(_markdown, paragraphs), TAIL.strip()]) + "\n"
+
+
+def _markdown(paragraph: str) -> str:
+    """A paragraph; definitions (a name in a line, indented text below) become list items."""
+    items = re.split(r"^(``[\w-]+``(?:, ``[\w-]+``)*)\n(?=    )", paragraph, flags=re.MULTILINE)
+    text = items[0]
+    for name, meaning in zip(items[1::2], items[2::2], strict=True):
+        text += f"- {name}: " + re.sub(r"^    ", "  ", meaning, flags=re.MULTILINE).strip() + "\n"
+    return text.strip().replace("``", "`")
+
+
+if __name__ == "__main__":
+    print(page(), end="")
