@@ -408,7 +408,7 @@ class Server:
             case protocol.Report():
                 self._stats.report(child.slot, message)
                 self._carry_out(self._broker.set_window(name, message.window, now))
-            case protocol.Preview() if self.settings.show_last_image:
+            case protocol.Preview() if self.settings.show_last_image and payload:
                 self._show_image({"device": child.slot, "time": time.time()}, payload[0].bytes)
 
     def _show_image(self, last: dict[str, Any] | None, jpeg: bytes | None) -> None:
