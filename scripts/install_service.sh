@@ -153,7 +153,7 @@ install_files() {
     mkdir -p $PREFIX/configs $PREFIX/docs $PREFIX/weights
     rm -rf "${PREFIX:?}/configs/BlendMask"
     cp -R "$SOURCE/configs/BlendMask" $PREFIX/configs/
-    install -m 0644 "$SOURCE/docs/systemd.md" $PREFIX/docs/
+    install -m 0644 "$SOURCE"/docs/*.md $PREFIX/docs/
     if [ -n "$weights" ]; then
         install -m 0644 "$weights" $PREFIX/weights/
         local beside
