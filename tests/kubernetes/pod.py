@@ -21,6 +21,7 @@ from typing import Any
 
 from manifests import ROOT, Object, port_of
 
+ADDRESS = "127.0.0.2"  # of the pod: what listens on 127.0.0.1 alone does not hear it
 KUBELET = Path(__file__).with_name("kubelet.py")
 PROGRAMS = ("unshare", "nsenter", "setpriv", "mount", "bash", "install")
 NAMESPACES = ("--fork", "--pid", "--mount", "--net", "--ipc", "--uts")
@@ -82,7 +83,7 @@ class Pod:
 
     def get(self, page: Object) -> tuple[int, str]:
         """Status and body of a probe's httpGet. 0: nobody answers."""
-        url = f"http://127.0.0.1:{port_of(self.spec, page['port'])}{page['path']}"
+        url = f"http://{ADDRESS}:{port_of(self.spec, page['port'])}{page['path']}"
         asks = self.inside(sys.executable, "-I", "-S", "-c", ASK, url)
         output, _ = asks.communicate(timeout=60)
         status, _, body = output.partition("\n")

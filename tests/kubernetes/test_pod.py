@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import pytest
 from manifests import ROOT, Manifests, Object, made_by_hand, port_of
-from pod import Pod, missing
+from pod import ADDRESS, Pod, missing
 
 from daemon import keys
 from daemon.client import Client
@@ -64,7 +64,7 @@ def pod(tmp_path_factory: pytest.TempPathFactory, key_folder: Path) -> Iterator[
 def submit(pod: Pod, key_folder: Path, name: str, out: Path) -> subprocess.Popen[str]:
     """`submit` from elsewhere in the network, with the key of `name`."""
     return pod.inside(
-        sys.executable, "scripts/submit.py", f"tcp://127.0.0.1:{port_of(pod.spec, 'clients')}", IMAGES, "--out", out,
+        sys.executable, "scripts/submit.py", f"tcp://{ADDRESS}:{port_of(pod.spec, 'clients')}", IMAGES, "--out", out,
         "--no-overlays", "--server-key", key_folder / "server.key", "--key", key_folder / f"{name}.key_secret",
     )  # fmt: skip
 
