@@ -70,9 +70,35 @@ class AsyncClient(Connection):
         self, image: Image, *, deadline_s: float | None = None, priority: int = 0, **options: Any
     ) -> Segmentation:
         """As `Client.segment`. Cancelling the task cancels the job."""
-        self._renew(self._socket)
         job = self._add(image, deadline_s, priority, options)
-        name = job.submit.job
+        await self._wait_for(job)
+        return job.result()
+
+    async def submit(
+        self, image: Image, *, job: str | None = None, deadline_s: float | None = None, priority: int = 0,
+        **options: Any,
+    ) -> str:  # fmt: skip
+        """As `Client.submit`."""
+        added = self._add_durable(image, job, deadline_s, priority, options)
+        await self._wait_for(added)
+        added.check()
+        return added.name
+
+    async def fetch(self, job: str, *, wait: bool = True) -> Segmentation | None:
+        """As `Client.fetch`. Raises ValueError while another task of this client asks for the same job."""
+        asked = self._ask(protocol.Fetch(job=job, wait=wait))
+        await self._wait_for(asked)
+        return None if isinstance(asked.answer, protocol.Accepted) else asked.result()
+
+    async def forget(self, job: str) -> None:
+        """As `Client.forget`."""
+        asked = self._ask(protocol.Forget(job=job))
+        await self._wait_for(asked)
+        asked.check()
+
+    async def _wait_for(self, job: Job) -> None:
+        self._renew(self._socket)
+        name = job.name
         future = self._futures[name] = asyncio.get_running_loop().create_future()
         self._wake.set()
         try:
@@ -83,7 +109,6 @@ class AsyncClient(Connection):
         finally:
             if job.answer is None:
                 await self._abandon(name)
-        return job.result()
 
     async def map(
         self, images: Iterable[Image], *, window: int = 16, **options: Any
@@ -134,7 +159,7 @@ class AsyncClient(Connection):
             self._tell(self._exchange.answered.popleft())
 
     def _tell(self, job: Job) -> None:
-        future = self._futures.pop(job.submit.job, None)
+        future = self._futures.pop(job.name, None)
         if future is not None and not future.done():  # done: its task was cancelled and has not run since
             future.set_result(None)
 

@@ -15,6 +15,9 @@ has and never runs it twice at once. What the daemon says may succeed later (`bu
 after the time that it names, for as long as `timeout_s` allows; when the connection comes back, after a restart of the
 daemon say, what is unanswered is sent again. Nothing here imports torch, or numpy.
 
+``submit`` leaves a durable job with a daemon that has a spool, and ``fetch`` has its answer, from any process, whatever
+died in between.
+
 Large images go to a daemon on the same host through shared memory, see `daemon.places`; answers come by socket.
 ``transport="socket"`` does without, ``"shared"`` fails where there is none.
 """
@@ -97,7 +100,6 @@ class Client(Connection):
 
         Raises `JobFailed`, TimeoutError when no answer comes, OSError for a file that cannot be read.
         """
-        self._renew(self._socket)
         job = self._add(image, deadline_s, priority, options)
         self._wait_for(job)
         return job.result()
@@ -112,7 +114,6 @@ class Client(Connection):
         cannot be read, as an OSError or as `bad-image`. TimeoutError is raised in any case.
         """
         check_window(window)
-        self._renew(self._socket)
         jobs: deque[Job] = deque()
         source = iter(images)
         try:
@@ -128,9 +129,40 @@ class Client(Connection):
             for job in jobs:
                 self._abandon(job)
 
+    def submit(
+        self, image: Image, *, job: str | None = None, deadline_s: float | None = None, priority: int = 0,
+        **options: Any,
+    ) -> str:  # fmt: skip
+        """Leave a durable job with the daemon; returns its id, with which any client has the answer, by `fetch`.
+
+        It has been written to the daemon's spool: it survives the daemon, and this client may go. The id is a secret:
+        who has it can fetch and forget. `job` chooses it, from 32 characters or more, drawn by chance; submitting the
+        same one again changes nothing. `deadline_s` is a day by default. Raises as `segment`; `JobFailed` with
+        `bad-request` where the daemon has no spool.
+        """
+        added = self._add_durable(image, job, deadline_s, priority, options)
+        self._wait_for(added)
+        added.check()
+        return added.name
+
+    def fetch(self, job: str, *, wait: bool = True) -> Segmentation | None:
+        """The answer to a durable job, each time. None, only without `wait`: there is none yet.
+
+        Raises `JobFailed` with the job's own failure, or with `bad-request` for a job that the daemon does not know;
+        TimeoutError when there is no answer within `timeout_s`, after which it may be fetched again.
+        """
+        asked = self._ask(protocol.Fetch(job=job, wait=wait))
+        self._wait_for(asked)
+        return None if isinstance(asked.answer, protocol.Accepted) else asked.result()
+
+    def forget(self, job: str) -> None:
+        """Let the daemon drop a durable job and its answer; without one it is cancelled."""
+        asked = self._ask(protocol.Forget(job=job))
+        self._wait_for(asked)
+        asked.check()
+
     def stats(self) -> dict[str, Any]:
         """The daemon's latest snapshot; its keys are described in `daemon/stats.py`."""
-        self._renew(self._socket)
         self._exchange.stats.clear()
         self._send(protocol.encode(GetStats()))
         deadline = time.monotonic() + self.timeout_s
@@ -170,6 +202,7 @@ class Client(Connection):
 
     def _turn(self, deadline: float) -> None:
         """Send what is due, take in what comes, until something did or the deadline passes."""
+        self._renew(self._socket)
         self._send_due()
         if self._exchange.answered:  # without a message: there is no shared memory, and it is required
             self._exchange.answered.clear()
@@ -194,6 +227,7 @@ class Client(Connection):
 
     def _send(self, frames: list[Any]) -> None:
         """Never blocks but for a connection that was refused: its pipe is gone, and the event that says why is near."""
+        self._renew(self._socket)
         while True:
             try:
                 self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
@@ -213,9 +247,9 @@ class Client(Connection):
             raise HandshakeError(self._refused)
 
     def _abandon(self, job: Job) -> None:
-        if self._exchange.drop(job.submit.job):
+        if self._exchange.drop(job.name):
             with contextlib.suppress(zmq.Again):
-                self._socket.send_multipart(protocol.encode(protocol.Cancel(job=job.submit.job)), zmq.NOBLOCK)
+                self._socket.send_multipart(protocol.encode(protocol.Cancel(job=job.name)), zmq.NOBLOCK)
 
     def __enter__(self) -> Self:
         return self

@@ -17,7 +17,7 @@ import zmq
 from daemon.exchange import Exchange, Image, Job
 from daemon.keys import PUBLIC, Pair, read_pair, read_public
 from daemon.places import Places
-from daemon.protocol import Options
+from daemon.protocol import Fetch, Forget, Options
 
 DEFAULT_ENDPOINT = "ipc:///run/blendmaskd/client.sock"
 RETRIES = 8
@@ -114,6 +114,14 @@ class Connection:
     def _add(self, image: Image, deadline_s: float | None, priority: int, options: Mapping[str, Any]) -> Job:
         return self._exchange.add(image, deadline_s, priority, Options(**options), time.monotonic())
 
+    def _add_durable(
+        self, image: Image, name: str | None, deadline_s: float | None, priority: int, options: Mapping[str, Any]
+    ) -> Job:
+        return self._exchange.add_durable(image, name, deadline_s, priority, Options(**options), time.monotonic())
+
+    def _ask(self, request: Fetch | Forget) -> Job:
+        return self._exchange.ask(request, time.monotonic())
+
     def _timed_out(self) -> TimeoutError:
         return TimeoutError(
             f"no answer from {self.endpoint} within {self.timeout_s:g} s: does the daemon run there?{self.hint}"
@@ -122,9 +130,12 @@ class Connection:
     @property
     def hint(self) -> str:
         """What else may be the reason for silence: something to end an error's text with."""
-        if not self._keys or not self._failed_handshakes:
+        if not self._failed_handshakes:
             return ""
-        return f" {self._failed_handshakes} handshakes failed: is {self._key_files[0]} the public key of this daemon?"
+        question = f"is {self._key_files[0]} the public key of this daemon?" if self._keys else (
+            "does it want keys (server_key and key; programs: --server-key FILE --key FILE)?"
+        )  # fmt: skip
+        return f" {self._failed_handshakes} handshakes failed: {question}"
 
 
 def _places(endpoint: str, transport: Transport) -> Places | None:

@@ -48,12 +48,15 @@ class Guarded:
         options = {"server_key": self.server_key, "key": self.secret(name), "timeout_s": 20.0, **options}
         return Client(self.tcp, **options)
 
-    def dealer(self, name: str | None = "alice", identity: bytes = b"", server_key: Path | None = None) -> Any:
-        """A bare socket, connected; without a name one without keys."""
+    def dealer(
+        self, name: str | None = "alice", identity: bytes = b"", server_key: Path | None = None, reconnect_ms: int = 100
+    ) -> Any:
+        """A bare socket, connected; without a name one without keys. `reconnect_ms`: -1: it never connects again."""
         dealer = zmq.Context.instance().socket(zmq.DEALER)
         dealer.set(zmq.LINGER, 0)
         dealer.set(zmq.SNDTIMEO, 10_000)
         dealer.set(zmq.RCVTIMEO, 20_000)
+        dealer.set(zmq.RECONNECT_IVL, reconnect_ms)
         if identity:
             dealer.set(zmq.IDENTITY, identity)
         if name is not None:
