@@ -64,7 +64,7 @@ class LocalChannel:
     def submit(
         self, image: Image, payload: bytes | None, options: Options, deadline_s: float, *, alone: bool = False
     ) -> Future[Answer | Failed]:
-        """Give the loop an image; cancelling the future revokes its lease. Raises `WorkerLost` when the loop is gone."""
+        """Give the loop an image; cancelling the future revokes the lease. Raises `WorkerLost` if the loop is gone."""
         number = next(self._numbers)
         now = time.monotonic()
         lease = protocol.Lease(lease=number, image=image, options=options, deadline=now + deadline_s, alone=alone)

@@ -19,6 +19,7 @@ from daemon.protocol import Failed, Image, Options
 from daemon.settings import Settings
 from daemon.stats import Stats
 from workers import engines
+from workers.batching import LARGEST
 from workers.cluster import placement
 from workers.cluster.channel import Answer, LocalChannel, WorkerLost
 from workers.loop import Loop
@@ -113,3 +114,9 @@ class Segmenter:
                 self._failures[outcome.code] += 1
             else:
                 self._stats.answered(outcome.timings)
+
+
+def leases_at_once(settings: Settings) -> int:
+    """How many images a worker is given at once: two batches, of the largest size that it may come to try."""
+    knows = settings.batch != "auto" or settings.batch_latency_ms or settings.engine == "timed"
+    return 2 * (engines.best_batch(settings) if knows else LARGEST)

@@ -30,15 +30,14 @@ from daemon.logs import about
 from daemon.protocol import Code, Failed
 from daemon.settings import Settings, SettingsError
 from daemon.stats import Stats
-from workers import engines
-from workers.batching import LARGEST
 from workers.cluster import http, placement, statistics
 from workers.cluster.channel import Answer, WorkerLost
-from workers.cluster.segmenter import Segmenter
+from workers.cluster.segmenter import Segmenter, leases_at_once
 
 log = logging.getLogger("blendmaskd.front")
 
 SNAPSHOT_S = 3.0  # for all replicas to tell what they did
+AT_A_FRONT = 1024  # requests at once; those that wait for a worker are bounded by queue.max_jobs
 QUIET = {"enable_access_log": False}  # a line for each image costs more than the image
 LOST = (RayActorError, ReplicaUnavailableError, WorkerLost)
 
@@ -66,9 +65,10 @@ def application(arguments: dict[str, Any]) -> Application:
         raise SettingsError(f"args: {error}") from None
     loaded = settings.from_tree(args.settings) if isinstance(args.settings, dict) else settings.load(args.settings)
     tree = settings.to_tree(loaded)
-    worker = Worker.options(**worker_options(loaded, args.replicas)).bind(tree)
     fronts = args.fronts or sum(node["Alive"] for node in ray.nodes())
-    return Front.options(num_replicas=fronts).bind(tree, worker)
+    worker = serve.deployment(**worker_options(loaded, args.replicas))(Worker).bind(tree)
+    bound: Application = serve.deployment(**front_options(fronts))(Front).bind(tree, worker)
+    return bound
 
 
 def worker_options(loaded: Settings, replicas: int | Replicas | None) -> dict[str, Any]:
@@ -79,6 +79,7 @@ def worker_options(loaded: Settings, replicas: int | Replicas | None) -> dict[st
         "max_ongoing_requests": window,
         "max_queued_requests": loaded.queue.max_jobs,
         "graceful_shutdown_timeout_s": loaded.drain_s,
+        "logging_config": QUIET,
     }
     if isinstance(replicas, Replicas):
         scaling = {"min_replicas": replicas.min, "max_replicas": replicas.max, "target_ongoing_requests": window}
@@ -90,13 +91,14 @@ def worker_options(loaded: Settings, replicas: int | Replicas | None) -> dict[st
     return options | {"num_replicas": found}
 
 
-def leases_at_once(loaded: Settings) -> int:
-    """How many images a worker is given at once: two batches, of the largest size that it may come to try."""
-    knows = loaded.batch != "auto" or loaded.batch_latency_ms or loaded.engine == "timed"
-    return 2 * (engines.best_batch(loaded) if knows else LARGEST)
+def front_options(fronts: int) -> dict[str, Any]:
+    """Options of the fronts' deployment."""
+    return {
+        "num_replicas": fronts, "max_replicas_per_node": 1, "max_ongoing_requests": AT_A_FRONT,
+        "ray_actor_options": {"num_cpus": 0}, "logging_config": QUIET,
+    }  # fmt: skip
 
 
-@serve.deployment(logging_config=QUIET)
 class Worker:
     """One accelerator."""
 
@@ -125,9 +127,6 @@ class Worker:
             self._segmenter.close()
 
 
-@serve.deployment(
-    max_ongoing_requests=1024, max_replicas_per_node=1, ray_actor_options={"num_cpus": 0}, logging_config=QUIET
-)
 class Front:
     """See the module."""
 
@@ -199,7 +198,10 @@ class Front:
             left_s = deadline - time.monotonic()
             try:
                 async with asyncio.timeout(left_s):
-                    return await self._worker.segment.remote(request, payload, left_s, attempt > 0)
+                    outcome: Answer | Failed = await self._worker.segment.remote(
+                        request, payload, left_s, attempt > 0
+                    )
+                    return outcome
             except TimeoutError:
                 return Failed(job="", code=Code.TIMEOUT, reason="the deadline passed")
             except BackPressureError:
