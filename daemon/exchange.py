@@ -40,10 +40,11 @@ ANSWER_S = 0.5  # that the daemon's `timeout` may take to come, so that the clie
 
 
 class JobFailed(Exception):
-    """A job was answered with a failure: `code` says which, `reason` why."""
+    """A job was answered with a failure: `code` says which, `reason` why; `job` is its name in the daemon's log."""
 
-    def __init__(self, code: Code, reason: str, retry_after_s: float | None = None) -> None:
+    def __init__(self, code: Code, reason: str, retry_after_s: float | None = None, job: str = "") -> None:
         super().__init__(f"{code}: {reason}")
+        self.job = job
         self.code = code
         self.reason = reason
         self.retry_after_s = retry_after_s
@@ -69,6 +70,7 @@ class Segmentation:
     device: str
     timings: dict[str, float]  # seconds by stage
     detections: list[dict[str, Any]]
+    job: str = ""  # its name in the daemon's log
 
 
 Image = str | Path | bytes | ServerPath | Any  # Any: an array, or what else has `shape`, `dtype` and a buffer
@@ -194,7 +196,8 @@ class Exchange:
                 self.stats.append(message.stats)
             case Result() if message.job in self.jobs:
                 detections = msgpack.unpackb(memoryview(payload[0]))
-                answer = Segmentation(message.width, message.height, message.device, message.timings, detections)
+                size = message.width, message.height
+                answer = Segmentation(*size, message.device, message.timings, detections, message.job)
                 self._answer(self.jobs[message.job], answer)
             case Accepted() | Forgotten() if message.job in self.jobs:
                 self._answer(self.jobs[message.job], message)
@@ -226,7 +229,7 @@ class Exchange:
             job.retries_left -= 1
             job.send_at = again_at
             return
-        self._answer(job, JobFailed(message.code, message.reason, message.retry_after_s))
+        self._answer(job, JobFailed(message.code, message.reason, message.retry_after_s, message.job))
 
     def _answer(self, job: Job, answer: Segmentation | Accepted | Forgotten | Exception) -> None:
         del self.jobs[job.name]

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from daemon import protocol
+from daemon.client import JobFailed
 from daemon.job_log import FAILURES_PER_S, JobLog
 from daemon.jobs import Step
 from daemon.logs import JsonFormatter, TextFormatter, about
@@ -164,6 +166,17 @@ def test_a_failure_names_its_job_in_any_case(daemon: Any, wait_until: Any) -> No
     dealer.recv_multipart()
     [line] = wait_until(lambda: lines_about(server, "late", False))
     assert (line["level"], line["code"], line["slot"]) == ("warning", "timeout", "cpu:0.1")
+
+
+def test_answers_have_the_names_that_the_log_has(daemon: Any, wait_until: Any) -> None:
+    server = daemon(devices=["cpu:0"], log={"jobs": True})
+    job = server.client.segment(np.zeros((4, 6, 3), np.uint8)).job
+    lines = wait_until(lambda: [line for line in lines_about(server, job, False) if line["message"] == "answered"])
+    assert lines[0]["code"] == "ok"
+    with pytest.raises(JobFailed) as failed:
+        server.client.segment(b"no image")
+    [line] = wait_until(lambda: [x for x in lines_about(server, failed.value.job, False) if "code" in x])
+    assert line["code"] == "bad-image"
 
 
 def test_a_worker_speaks_as_the_daemon_does(daemon: Any, wait_until: Any) -> None:
