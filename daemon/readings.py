@@ -57,6 +57,7 @@ class Readings:
     def __init__(self, ask: Callable[..., str] = topology.ask_tool) -> None:
         self._ask = ask
         self.latest: Mapping[int, Reading] = {}
+        self._numbers: dict[str, int] = {}  # by device, of its last worker
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="readings", daemon=True)
 
@@ -69,9 +70,11 @@ class Readings:
         self._ended.set()
 
     def of(self, device: Mapping[str, Any]) -> Reading | None:
-        """The reading of a device of a snapshot: its worker's environment says which of the host's it is."""
-        name = device["wanted"].get("env", {}).get("ASCEND_RT_VISIBLE_DEVICES", "")
-        return self.latest.get(int(name)) if device["device"].startswith("npu:") and name.isdigit() else None
+        """The reading of a device of a snapshot: its worker's environment says, or said, which of the host's it is."""
+        number = device["wanted"].get("env", {}).get("ASCEND_RT_VISIBLE_DEVICES", "")
+        if device["device"].startswith("npu:") and number.isdigit():
+            self._numbers[device["device"]] = int(number)
+        return self.latest.get(self._numbers.get(device["device"], -1))
 
     def _follow(self) -> None:
         chips = parse_npu_map(self._ask(["npu-smi", "info", "-m"], os.environ))

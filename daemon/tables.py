@@ -136,7 +136,10 @@ def _quantile_text(buckets: Sequence[int], share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.2f} ms"
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    digits = 2 if seconds < 0.01 else 1 if seconds < 0.1 else 0
+    return f"{seconds * 1000:.{digits}f} ms"
 
 
 def clock(unix_time: float) -> str:

@@ -51,9 +51,10 @@ def test_devices_are_found_by_what_the_host_calls_them(wait_until: Any) -> None:
         found = asked.of(device("npu:0", "1"))  # the daemon sees the host's second one only
         assert found == Reading(39.0, 92.0, "OK")
         assert asked.of(device("npu:0", "7")) is None  # no such row in this map
-        assert asked.of(device("npu:0", None)) is None
         assert asked.of(device("cuda:0", "1")) is None
-        assert asked.of({"device": "npu:0", "wanted": {}}) is None  # its worker is not up
+        assert asked.of(device("npu:1", None)) is None
+        assert asked.of(device("npu:1", "0")) == Reading(43.0, 101.8, "OK")
+        assert asked.of({"device": "npu:1", "wanted": {}}) == Reading(43.0, 101.8, "OK")  # its worker is down
 
 
 def test_without_a_map_chips_count_in_their_order(wait_until: Any) -> None:
