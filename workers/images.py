@@ -23,6 +23,7 @@ from daemon.protocol import Code
 from daemon.settings import Limits
 from workers import bombs
 
+MOST_SIDE = 65_535  # pixels, as a JPEG's; resizing a longer strip takes more memory than all of its pixels
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
 # EXIF orientation to what turns the image upright.
@@ -173,6 +174,8 @@ def _check_bytes(count: int, limits: Limits) -> None:
 
 
 def _check_pixels(height: int, width: int, limits: Limits) -> None:
+    if max(height, width) > MOST_SIDE:
+        raise ImageError(Code.TOO_LARGE, f"{width}x{height} pixels: no side may be longer than {MOST_SIDE}")
     if height * width > limits.max_image_pixels:
         reason = f"{width}x{height} pixels are over the limit of {limits.max_image_pixels} (limits.max_image_pixels)"
         raise ImageError(Code.TOO_LARGE, reason)

@@ -45,6 +45,7 @@ REASONS = {
     "png-many-chunks": "too-large it has more than 20000 pieces",
     "png-many-chunks-behind": "too-large it has more than 20000 pieces",
     "png-many-data-chunks": "too-large it has more than 20000 pieces",
+    "png-strip": "too-large 1000000x1 pixels: no side may be longer than 65535",
     "png-giant": "too-large 2147483648x2147483648 pixels",
     "jpeg-padding": "too-large it has more than 20000 pieces",
     "jpeg-scans": "too-large .* scans of 1000x1000 pixels are over 50 times the limit",
@@ -53,7 +54,7 @@ REASONS = {
     "bmp-line-ends": "too-large 2000x2000 pixels are over the limit",
     "bmp-giant": "too-large 2147483647x2147483649 pixels",
     "tiff-tile": "too-large 2000x2000 pixels in whole tiles are over the limit of 1000000",
-    "tiff-tiles": "too-large 65520x80000 pixels in whole tiles are over the limit of 1000000",
+    "tiff-tiles": "too-large 65520x64000 pixels in whole tiles are over the limit of 1000000",
     "tiff-strips": "bad-image",
     "tiff-deflated-strips": "bad-image cannot be decoded: StripOffsets is damaged, or has too many values",
     "tiff-big-directory": "too-large it has more than 20000 pieces",
@@ -77,6 +78,16 @@ def test_run_lengths_are_bounded_by_pieces_and_by_pixels() -> None:
     assert "more than 20000 pieces" in refused(few_pixels).reason
     good = pictures.bmp(18, 24, (b"\x12\x07" + b"\0\0") * 24 + b"\0\1", compression=1)
     np.testing.assert_array_equal(decode(good, SMALL), np.full((24, 18, 3), 7))
+
+
+@pytest.mark.parametrize("shape", [(1, 65_536, 3), (65_536, 1, 3)])
+def test_no_side_may_be_longer_than_a_jpegs(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ImageError, match="no side may be longer than 65535") as refusal:
+        images.from_raw(bytes(3 * 65_536), shape, "uint8", "bgr", SMALL)
+    assert refusal.value.code == "too-large"
+    shorter = [min(side, 65_535) for side in shape]
+    kept = images.from_raw(bytes(3 * 65_535), shorter, "uint8", "bgr", SMALL)
+    assert kept.size == 3 * 65_535
 
 
 def test_a_progressive_jpeg_with_its_usual_scans_is_decoded_up_to_the_limit() -> None:

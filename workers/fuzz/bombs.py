@@ -16,6 +16,7 @@ from PIL import Image
 
 from daemon.settings import Limits
 from workers.fuzz.pictures import Entry, bmp, chunk, png, tiff, tiff_data
+from workers.images import MOST_SIDE
 
 _GREY: list[Entry] = [(258, 3, 1, 8), (262, 3, 1, 1)]
 
@@ -92,8 +93,13 @@ def _line_ends(limits: Limits) -> bytes:
     return bmp(2000, 2000, b"\0\0" * (limits.max_image_bytes // 2 - 1000), compression=1)
 
 
-def _one_line(limits: Limits) -> bytes:
-    return bmp(limits.max_image_pixels, 1, b"\1\1\0\0", compression=1)
+def _lines(limits: Limits) -> bytes:
+    height = limits.max_image_pixels // MOST_SIDE
+    return bmp(MOST_SIDE, height, b"\1\1\0\0" * height, compression=1)
+
+
+def _strip(limits: Limits) -> bytes:
+    return png(limits.max_image_pixels, 1, deflated(3 * limits.max_image_pixels + 1))
 
 
 def _nibbles(limits: Limits) -> bytes:
@@ -103,7 +109,7 @@ def _nibbles(limits: Limits) -> bytes:
 
 
 def _delta(limits: Limits) -> bytes:
-    return bmp(limits.max_image_pixels, 1, b"\0\2\1\xff" * 8, compression=1)
+    return bmp(MOST_SIDE, limits.max_image_pixels // MOST_SIDE, b"\0\2\1\xff" * 8, compression=1)
 
 
 def _scans(limits: Limits) -> bytes:
@@ -141,7 +147,7 @@ def _tile(limits: Limits) -> bytes:
 
 def _tiles(limits: Limits) -> bytes:
     """A strip one pixel wide, in tiles 65520 wide that all lie at one place."""
-    data, count = deflated(65520 * 16), 5000
+    data, count = deflated(65520 * 16), 4000
     entries: list[Entry] = [
         (256, 4, 1, 1),
         (257, 4, 1, 16 * count),
@@ -158,18 +164,22 @@ def _tiles(limits: Limits) -> bytes:
 
 def _strips(compression: int) -> Callable[[Limits], bytes]:
     def make(limits: Limits) -> bytes:
-        count = min(limits.max_image_bytes // 9, limits.max_image_pixels // 4)
+        rows = min(limits.max_image_bytes // 30, limits.max_image_pixels // 4, MOST_SIDE)
+        count = 3 * rows  # a strip for each row of each colour
         data = deflated(4) if compression == 8 else bytes(4)
         entries: list[Entry] = [
             (256, 4, 1, 4),
-            (257, 4, 1, count),
-            *_GREY,
+            (257, 4, 1, rows),
+            (258, 3, 3, struct.pack("<3H", 8, 8, 8)),
+            (262, 3, 1, 2),
+            (277, 3, 1, 3),
+            (284, 3, 1, 2),
             (259, 3, 1, compression),
             (278, 4, 1, 1),
             (273, 4, count, bytes(4 * count)),
             (279, 4, count, struct.pack("<I", len(data)) * count),
         ]
-        entries[6] = (273, 4, count, struct.pack("<I", tiff_data(entries)) * count)
+        entries[8] = (273, 4, count, struct.pack("<I", tiff_data(entries)) * count)
         return tiff(entries, data)
 
     return make
@@ -235,6 +245,7 @@ REFUSED: dict[str, Callable[[Limits], bytes]] = {
     "png-many-chunks": _many_chunks,
     "png-many-chunks-behind": _many_chunks_behind,
     "png-many-data-chunks": _many_data_chunks,
+    "png-strip": _strip,
     "png-giant": lambda _: png(1 << 31, 1 << 31, b""),
     "jpeg-padding": _padding,
     "jpeg-scans": _scans,
@@ -257,10 +268,10 @@ COSTLY: dict[str, Callable[[Limits], bytes]] = {
     "png-data-inflates": lambda limits: png(10, 10, deflated(20 * limits.max_image_bytes)),
     "png-63-texts": _texts,
     "png-orientations": _orientations,
-    "bmp-one-line": _one_line,
+    "bmp-lines": _lines,
     "bmp-nibbles": _nibbles,
     "bmp-delta": _delta,
-    "bmp-without-data": lambda limits: bmp(limits.max_image_pixels, 1, b""),
+    "bmp-without-data": lambda limits: bmp(MOST_SIDE, limits.max_image_pixels // MOST_SIDE, b""),
     "tiff-depths": _depths,
     "tiff-resolutions": _resolutions,
     "tiff-deep-directory": _deep_directory,

@@ -1,17 +1,15 @@
 """Inputs in a process of its own: which one it is at is written where its parent can read it, whatever happens.
 
-``python -m workers.fuzz.child LAYER SEED FIRST STOP STEP FOLDER`` feeds every STEP-th input and prints one line of JSON
-for each second and one at the end: see `Progress`. What breaks a rule is told, and ends it with exit code 1.
+``python -m workers.fuzz.child LAYER SEED FIRST STOP FOLDER`` feeds inputs, and prints what came of them,
+see `Progress`. What breaks a rule is told, and ends it with exit code 1.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import json
 import mmap
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -23,7 +21,6 @@ from workers import images
 from workers.fuzz import bombs, rules
 from workers.quiet import quiet
 
-TELL_S = 1.0
 WARM = 2000  # inputs, after which memory should not grow any more
 
 
@@ -31,7 +28,7 @@ class Progress(msgspec.Struct):
     """What a child, or a whole layer, has come to."""
 
     inputs: int = 0
-    outcomes: Counter[str] = msgspec.field(default_factory=Counter)
+    outcomes: dict[str, int] = msgspec.field(default_factory=dict)
     slowest_s: float = 0.0
     slowest: int = 0  # number of the input
     warm_bytes: int = 0  # resident after `WARM` inputs
@@ -40,7 +37,8 @@ class Progress(msgspec.Struct):
 
     def add(self, other: Progress) -> None:
         self.inputs += other.inputs
-        self.outcomes += other.outcomes
+        for outcome, count in other.outcomes.items():
+            self.outcomes[outcome] = self.outcomes.get(outcome, 0) + count
         if other.slowest_s > self.slowest_s:
             self.slowest_s, self.slowest = other.slowest_s, other.slowest
         self.warm_bytes = max(self.warm_bytes, other.warm_bytes)
@@ -70,13 +68,13 @@ def peak_bytes() -> int:
 def main(argv: list[str]) -> int:
     faulthandler.enable()
     quiet()
-    layer, folder = argv[0], argv[5]
-    seed, first, stop, step = map(int, argv[1:5])
+    layer, folder = argv[0], argv[4]
+    seed, first, stop = map(int, argv[1:4])
     feed = rules.LAYERS[layer](Path(folder))
     where = open(f"{folder}/{first}.at", "r+b")  # noqa: SIM115
     at = mmap.mmap(where.fileno(), 8)
-    process, progress, told = psutil.Process(), Progress(), time.monotonic()
-    for number in range(first, stop, step):
+    process, progress = psutil.Process(), Progress()
+    for number in range(first, stop):
         at[:] = number.to_bytes(8, "little")
         start = time.monotonic()
         try:
@@ -85,15 +83,12 @@ def main(argv: list[str]) -> int:
             print(f"{layer} {number}: {type(error).__name__}: {error}", file=sys.stderr)
             raise
         taken = time.monotonic() - start
-        progress.outcomes[outcome] += 1
+        progress.outcomes[outcome] = progress.outcomes.get(outcome, 0) + 1
         progress.inputs += 1
         if taken > progress.slowest_s:
             progress.slowest_s, progress.slowest = taken, number
         if progress.inputs == WARM:
             progress.warm_bytes = process.memory_info().rss
-        if start - told > TELL_S:
-            told = start
-            print(json.dumps({"inputs": progress.inputs}), flush=True)
     progress.bytes, progress.peak_bytes = process.memory_info().rss, peak_bytes()
     print(msgspec.json.encode(progress).decode(), flush=True)
     return 0

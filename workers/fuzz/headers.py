@@ -29,10 +29,19 @@ _SUBMITS = tuple(
     )
     for image in _IMAGES
 )
-_FROM_CLIENT: tuple[protocol.Message, ...] = (*_SUBMITS, protocol.Cancel(job="job"), protocol.GetStats())
+_DURABLE = "0123456789abcdef" * 2
+_FROM_CLIENT: tuple[protocol.Message, ...] = (
+    *_SUBMITS,
+    protocol.Submit(job=_DURABLE, image=_IMAGES[0], durable=True),
+    protocol.Fetch(job=_DURABLE, wait=False),
+    protocol.Forget(job=_DURABLE),
+    protocol.Cancel(job="job"),
+    protocol.GetStats(),
+)
 _FROM_WORKER: tuple[protocol.Message, ...] = (
     protocol.Ready(token="t", pid=7, window=2, actual={"cpus": "0-3"}),
     protocol.Started(leases=[1, 2]),
+    protocol.Preview(),
     protocol.Finished(lease=1, width=2, height=1, timings={"decode": 0.5}),
     protocol.FailedLease(lease=1, code=Code.BAD_IMAGE, reason="empty"),
     protocol.Report(
@@ -55,6 +64,8 @@ _TO_WORKER: tuple[protocol.Message, ...] = (
 )
 _TO_CLIENT: tuple[protocol.Message, ...] = (
     protocol.Result(job="a", width=2, height=1, device="npu:0", timings={"total": 0.5}),
+    protocol.Accepted(job="a"),
+    protocol.Forgotten(job="a"),
     protocol.Failed(job="a", code=Code.BUSY, reason="full", retry_after_s=0.5),
     protocol.Stats(stats={"seq": 1, "devices": [{"fps": 0.25}]}),
 )
@@ -125,6 +136,12 @@ def frames(random: Random, side: str) -> list[bytes]:
 
 def header(random: Random, side: str) -> bytes:
     return random.choice(_WAYS)(random, random.choice(_HEADS[side][1]))
+
+
+def options(random: Random) -> Options:
+    """Good ones, at their edges."""
+    most = random.choice((None, 0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1))
+    return Options(score_threshold=random.choice((0.0, 1e-320, 0.5, 1.0)), max_detections=most)
 
 
 def kinds(side: str) -> Kinds[Any]:
