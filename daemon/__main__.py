@@ -39,12 +39,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(argv: list[str]) -> int:
-    from daemon import check  # what it needs, serving does not
+    from daemon import check, program  # what they need, serving does not
 
     parser = _parser("blendmaskd check", check.__doc__)
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(argv)
-    return check.main(_loader(arguments), arguments.json)
+    return program.guarded("blendmaskd check", lambda: check.main(_loader(arguments), arguments.json))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -91,7 +91,7 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]
     user = pwd.getpwuid(os.geteuid()).pw_name
     endpoints = list(_endpoints(settings))
     serving = next((each.holder for each in endpoints if each.holder and each.holder.ours), None)
-    preload, allocator = _allocator(settings)
+    preload, preload_complaint = _preload(settings)
     plan, near, placing = _places(settings, environment)
     trials = _start_trials(settings, plan, preload, serving, environment)
     npus = [device for device in settings.devices if device.startswith("npu") and settings.engine != "timed"]
@@ -103,12 +103,17 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]
 
     found = findings.identity(user, os.geteuid() == 0, _service_groups() is not None)
     found += [line for each in devices for line in findings.device(each, settings.model.precision)]
+    launched = [trial.plan for trial in trials.values() if trial.plan]
+    found += findings.plan(dict.fromkeys(warning for each in launched for warning in each.warnings))
     if npus and not serving:
         found += findings.nodes(_nodes(npus, environment), opened, user)
     found += findings.versions(versions, bool(npus))
     found += placing + findings.cpus(plan, near, _placed(settings), cards is not None and cards.answers)
     found += findings.governor(_slow_governors(cpu for own in plan.values() for cpu in own))
-    found += allocator
+    found += findings.allocator(
+        settings.runtime.preload, launched[-1].preload if launched and preload else preload, preload_complaint,
+        apt=shutil.which("apt-get") is not None, dnf=shutil.which("dnf") is not None,
+    )  # fmt: skip
     found += [line for each in endpoints for line in findings.endpoint(each)]
     found += [line for each in _keys(settings) for line in findings.tcp(each)]
     found += [line for each in _folders(settings) for line in findings.folder(each)]
@@ -141,8 +146,10 @@ class _Trial:
         self.took_s = 0.0
         self.printed = ""
         self.complaint: str | None = None
+        self.plan: LaunchPlan | None = None
         try:
-            self._process = spawn.launch(start(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.plan = start()
+            self._process = spawn.launch(self.plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except SpawnError as error:
             self.complaint = str(error)
 
@@ -253,7 +260,7 @@ def _device(
     gpus = _gpus(environment)
     return DeviceFacts(
         device=device, tool="nvidia-smi", cards=len(gpus) // 2 or None,
-        card=Card(gpus[host_id], "OK") if host_id in gpus else None, probe=probe, untried=untried,
+        card=Card(gpus[host_id], "") if host_id in gpus else None, probe=probe, untried=untried,
     )  # fmt: skip
 
 
@@ -345,15 +352,12 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _allocator(settings: Settings) -> tuple[Preload | None, list[Finding]]:
-    choice, complaint = settings.runtime.preload, ""
-    preload = None
+def _preload(settings: Settings) -> tuple[Preload | None, str]:
+    """The allocator that the settings mean, or why it cannot be had."""
     try:
-        preload = spawn.resolve_preload(choice)
+        return spawn.resolve_preload(settings.runtime.preload), ""
     except SpawnError as error:
-        complaint = str(error)
-    apt, dnf = (shutil.which(program) is not None for program in ("apt-get", "dnf"))
-    return preload, findings.allocator(choice, preload, complaint, apt, dnf)
+        return None, str(error)
 
 
 # -- CPUs -----------------------------------------------------------------------------------------------------------

@@ -162,6 +162,11 @@ def device(facts: DeviceFacts, precision: str) -> list[Finding]:
     return [*_card(facts), *_users(facts), *(_opened(facts, precision) if facts.probe else _unopened(facts))]
 
 
+def plan(warnings: Iterable[str]) -> list[Finding]:
+    """What a launch plan says of settings that will not do what they seem to say."""
+    return [_warning("device", warning, "docs/settings.md, runtime") for warning in warnings]
+
+
 def _card(facts: DeviceFacts) -> list[Finding]:
     name = facts.device
     if not facts.tool:
@@ -172,7 +177,7 @@ def _card(facts: DeviceFacts) -> list[Finding]:
     if facts.card is None:
         return [_error("device", f"{name}: {facts.tool} lists {facts.cards} devices, not this one",
                        "name others in devices, or look for the card with lspci")]  # fmt: skip
-    if facts.card.health == "OK":
+    if facts.card.health in ("OK", ""):
         return []
     text = f"{name}: {facts.card.name}, health {facts.card.health}"
     if facts.card.health == "Warning":
@@ -317,8 +322,8 @@ def allocator(choice: str, preload: spawn.Preload | None, complaint: str, apt: b
         return [_error("allocator", complaint, install)]
     if preload.path:
         return [_ok("allocator", preload.path)]
-    if choice == "off":
-        return [_ok("allocator", "malloc of libc, runtime.preload is off")]
+    if choice == "off" or "LD_PRELOAD" in preload.reason:  # another allocator, or by somebody else's choice
+        return [_ok("allocator", preload.reason)]
     return [_warning("allocator", "tcmalloc is not installed: workers use libc's malloc", install)]
 
 

@@ -191,6 +191,15 @@ def test_an_npu_host_without_cann_and_card_says_what_is_missing(check: Check, np
     assert any("ASCEND_HOME_PATH is not set" in text for _, text in told(report, "versions"))
 
 
+def test_what_a_launch_plan_warns_of_is_told_once(check: Check, npu_smi: Any) -> None:
+    environment = {**npu_smi({}), "ASCEND_LAUNCH_BLOCKING": "1", "LD_PRELOAD": ""}
+    settings = {"engine": "native", "model": DEMO, "devices": ["npu:0"], "worker_env": {**EMULATED, "LD_PRELOAD": ""}}
+    report = check(environment, **settings)
+    warnings = [text for level, text in told(report, "device") if level == "warning"]
+    assert warnings.count("npu:0: ASCEND_LAUNCH_BLOCKING turns the task queue off") == 1
+    assert told(report, "allocator") == [("ok", "worker_env sets LD_PRELOAD")]
+
+
 def test_a_device_that_the_environment_hides_is_told(check: Check, npu_smi: Any) -> None:
     environment = {**npu_smi({}), "ASCEND_RT_VISIBLE_DEVICES": ""}
     report = check(environment, engine="native", model=DEMO, devices=["npu:0"])

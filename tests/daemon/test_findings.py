@@ -52,9 +52,9 @@ def versions(**facts: Any) -> list[Finding]:
     return findings.versions(VersionFacts(**{**sound, **facts}), npu=True)
 
 
-def allocator(choice: str = "auto", path: str | None = None, complaint: str = "", apt: bool = False,
-              dnf: bool = False) -> list[Finding]:  # fmt: skip
-    preload = None if complaint else Preload(path)
+def allocator(choice: str = "auto", path: str | None = None, complaint: str = "", reason: str = "not installed",
+              apt: bool = False, dnf: bool = False) -> list[Finding]:  # fmt: skip
+    preload = None if complaint else Preload(path, "" if path else reason)
     return findings.allocator(choice, preload, complaint, apt, dnf)
 
 
@@ -100,6 +100,8 @@ FAULTS: list[Case] = [
     ("in use", lambda: npu(users=((139667, "python"),)), "warning", r"npu:1: in use by pid 139667 \(python\)", "stop"),
     ("not as wanted", lambda: npu(probe=Probe(differences=("preload: wanted /x, is None",))), "warning",
      "npu:1: preload: wanted /x, is None", "troubleshooting"),
+    ("plan", lambda: findings.plan(["npu:0: ASCEND_LAUNCH_BLOCKING turns the task queue off"]), "warning",
+     "turns the task queue off", "runtime"),
     ("no bf16", lambda: npu("bf16", probe=Probe(name="Ascend910A", bf16=False)), "error",
      "Ascend910A does not compute in bfloat16", "fp16"),
     ("no CANN here", lambda: broken("npu: torch_npu cannot be loaded; is CANN's set_env.sh sourced? libhccl.so"),
@@ -182,7 +184,11 @@ SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
      "Python 3.11.7, torch 2.9.0, torch_npu 2.9.0, CANN 8.5.0, driver 25.3.rc1, firmware 7.8.0.2.212"),
     ("a pair not in the table", lambda: versions(torch="2.13.0", torch_npu="2.13.0", cann="9.2.0"),
      "Python 3.11.7, torch 2.13.0, torch_npu 2.13.0, CANN 9.2.0, driver 25.3.rc1, firmware 7.8.0.2.212"),
-    ("off", lambda: allocator("off"), "malloc of libc, runtime.preload is off"),
+    ("off", lambda: allocator("off", reason="runtime.preload is off"), "runtime.preload is off"),
+    ("jemalloc", lambda: allocator(reason="LD_PRELOAD already names libjemalloc.so"),
+     "LD_PRELOAD already names libjemalloc.so"),
+    ("cuda", lambda: npu(device="cuda:0", tool="nvidia-smi", card=Card("H100", "")),
+     "cuda:0: Ascend910B3, 64 GiB, fp32"),
     ("tcmalloc", lambda: allocator(path="/usr/lib64/libtcmalloc.so.4"), "/usr/lib64/libtcmalloc.so.4"),
     ("near", lambda: findings.cpus({"npu:0": (2, 3)}, {"npu:0": (2, 3, 4)}, (), hinted=True),
      "npu:0: CPUs 2-3, near it"),
