@@ -63,7 +63,7 @@ from daemon.protocol import (
 )
 from daemon.regions import Memory, Regions
 
-DURABLE = b"\0durable"  # no peer has this identity: what a ROUTER makes up begins with 0 too, but has 5 bytes
+DURABLE = b""  # the one identity that no peer can have, whatever it claims: a ROUTER makes one up for it then
 DURABLE_DEADLINE_S = 86400.0
 
 SHORTEST_RETRY_S = 0.05
