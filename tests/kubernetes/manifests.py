@@ -73,7 +73,7 @@ def kubectl(*arguments: str | Path) -> str:
 def made_by_hand(folder: Path) -> list[Object]:
     """The objects of keys, by the commands of docs/kubernetes.md, of real keys in `folder`."""
     page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^    kubectl (create (?:secret|configmap) .*?) --dry-run", page, re.MULTILINE)
+    commands = re.findall(r"^ +kubectl (create (?:secret|configmap) .*?) --dry-run", page, re.MULTILINE)
     assert len(commands) == 2
     objects = []
     for command in commands:
