@@ -80,7 +80,8 @@ class Limits(_Section, frozen=True):
     """Bounds on one image."""
 
     max_image_bytes: Count = 64 << 20  # of one payload, encoded or raw
-    max_image_pixels: Count = 50_000_000  # height x width, checked before decoding
+    # height x width, checked before decoding, which takes up to 16 bytes for each, in up to four threads of a worker
+    max_image_pixels: Count = 50_000_000
     max_connections: Count = 512  # over tcp://, at most half of the descriptors that the process has left
 
 

@@ -47,7 +47,7 @@ class Bomb(ValueError):
 
 def as_file(encoded: bytes) -> io.BytesIO:
     """An encoded image for `Image.open`, whose `read` raises `Bomb` too. Raises `Bomb`."""
-    if len(_EXIF.findall(encoded)) > MOST_EXIF_SEGMENTS:
+    if encoded.startswith(b"\xff\xd8") and len(_EXIF.findall(encoded)) > MOST_EXIF_SEGMENTS:
         raise Bomb(f"more than {MOST_EXIF_SEGMENTS} segments of EXIF data")
     return _Reader(encoded)
 
