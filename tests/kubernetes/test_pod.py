@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 import time
@@ -80,7 +81,11 @@ def test_prometheus_finds_its_metrics(pod: Pod) -> None:
     [endpoint] = Manifests("cpu").one("PodMonitor")["spec"]["podMetricsEndpoints"]
     status, body = pod.get(endpoint)
     assert status == 200
-    assert "\nblendmaskd_combined_fps " in body
+    names = set(re.findall(r"\nblendmaskd_\w+", body))
+    pages = [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("kubernetes.md", "capacity.md")]
+    asked = {f"\n{name}" for page in pages for name in re.findall(r"blendmaskd_\w+", page)}
+    assert len(asked) >= 2
+    assert asked <= names
 
 
 def test_whoever_has_a_key_gets_answers(pod: Pod, key_folder: Path, tmp_path: Path) -> None:
