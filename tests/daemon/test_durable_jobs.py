@@ -1,0 +1,391 @@
+"""Durable jobs against real daemons that are killed: nothing accepted is lost, nothing is answered twice."""
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+import zmq
+
+from daemon import protocol
+from daemon.client import AsyncClient, Client, JobFailed, ServerPath
+from daemon.protocol import TO_CLIENT, Code
+
+ROOT = Path(__file__).resolve().parents[2]
+FAULTY = {"worker_env": {"PYTHONPATH": f"{ROOT / 'workers/chaos/faulty_engine'}:{ROOT}"}}
+KILLS = 12  # the width of an image that the faulty engine dies of
+
+
+def pixels(seed: int, width: int = 40) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, (30, width, 3), np.uint8)
+
+
+def checksum(image: Any) -> int:
+    return zlib.crc32(image.data)
+
+
+def answer(client: Client, job: str) -> int:
+    found = client.fetch(job)
+    assert found is not None
+    return int(found.detections[0]["checksum"])
+
+
+def spooled(folder: Path, **settings: Any) -> dict[str, Any]:
+    return {"spool": str(folder / "spool.db"), **settings}
+
+
+@pytest.fixture(scope="module")
+def kept(start_daemons: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A daemon with a spool, for tests that neither kill nor fill it."""
+    return start_daemons(**spooled(tmp_path_factory.mktemp("kept"), limits={"max_image_bytes": 100_000}))
+
+
+# -- the life of a durable job ----------------------------------------------------------------------------------------
+
+
+def test_any_client_fetches_the_answer_as_often_as_it_likes(kept: Any) -> None:
+    image = pixels(1)
+    with Client(kept.endpoint, timeout_s=20) as client:
+        job = client.submit(image, score_threshold=0.5)
+    assert len(job) == 32
+    for _ in range(2):
+        with Client(kept.endpoint, timeout_s=20) as other:
+            assert answer(other, job) == checksum(image)
+    assert kept.client.fetch(job, wait=False).device in ("cpu:0", "cpu:1")
+
+
+def test_a_job_submitted_again_is_not_run_again(kept: Any) -> None:
+    name = secrets.token_hex(16)
+    assert kept.client.submit(pixels(1), job=name) == name
+    assert answer(kept.client, name) == checksum(pixels(1))
+    with Client(kept.endpoint, timeout_s=20) as other:
+        assert other.submit(pixels(2), job=name) == name
+        assert answer(other, name) == checksum(pixels(1))
+
+
+def test_a_failed_durable_job_keeps_its_failure(kept: Any) -> None:
+    job = kept.client.submit(b"no image")
+    for _ in range(2):
+        with pytest.raises(JobFailed, match="bad-image"):
+            kept.client.fetch(job)
+
+
+def test_what_is_forgotten_is_unknown(kept: Any) -> None:
+    job = kept.client.submit(pixels(3))
+    assert answer(kept.client, job) == checksum(pixels(3))
+    kept.client.forget(job)
+    with pytest.raises(JobFailed, match="bad-request: no durable job of this name"):
+        kept.client.fetch(job)
+    kept.client.forget(job)
+    kept.client.submit(pixels(4), job=job)
+    assert answer(kept.client, job) == checksum(pixels(4))
+
+
+def test_an_async_client_does_the_same(kept: Any) -> None:
+    async def run() -> None:
+        async with AsyncClient(kept.endpoint, timeout_s=20) as client:
+            jobs = await asyncio.gather(*(client.submit(pixels(number)) for number in range(8)))
+            found = await asyncio.gather(*(client.fetch(job) for job in jobs))
+            sums = [segmentation.detections[0]["checksum"] for segmentation in found if segmentation]
+            assert sums == [checksum(pixels(number)) for number in range(8)]
+            await client.forget(jobs[0])
+            with pytest.raises(JobFailed, match="bad-request"):
+                await client.fetch(jobs[0])
+            assert (await client.fetch(jobs[1], wait=False)) is not None
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "reason"),
+    [
+        ({"job": "guessable"}, Code.BAD_REQUEST, "32 characters or more, drawn by chance"),
+        ({"image": bytes(200_000)}, Code.TOO_LARGE, "an image has at most 100000"),
+        ({"image": ServerPath("/etc/passwd")}, Code.BAD_REQUEST, "images by path are off"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(kept: Any, change: dict[str, Any], code: Code, reason: str) -> None:
+    with pytest.raises(JobFailed, match=reason) as failed:
+        kept.client.submit(**{"image": pixels(1), **change})
+    assert failed.value.code is code
+
+
+def test_without_a_spool_the_refusal_says_how_to_have_one(shared_daemon: Any) -> None:
+    client = shared_daemon.client
+    for ask in (lambda: client.submit(pixels(1)), lambda: client.fetch("a" * 32), lambda: client.forget("a" * 32)):
+        with pytest.raises(JobFailed, match=r"bad-request: .*name a spool in the daemon's settings \(spool: PATH\)"):
+            ask()
+
+
+def test_an_image_in_shared_memory_is_copied(kept: Any, tmp_path: Path) -> None:
+    """A client in any language may place it there; its region ends before the answer is fetched."""
+    import fcntl
+    import socket as sockets
+
+    import msgpack
+
+    image = pixels(5)
+    memory = os.memfd_create("images", os.MFD_ALLOW_SEALING)
+    os.write(memory, bytes(64) + image.tobytes())
+    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    dealer = kept.dealer()
+    name = secrets.token_hex(16)
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET) as unix:
+        unix.connect(kept.endpoint.removeprefix("ipc://") + protocol.MEMORY_SUFFIX)
+        sockets.send_fds(unix, [b"BMD1"], [memory])
+        region = msgpack.unpackb(unix.recv(4096))["region"]
+        place = protocol.Place(region=region, offset=64, bytes=image.nbytes)
+        placed = protocol.Image(kind="raw", shape=image.shape, place=place)
+        dealer.send_multipart(protocol.encode(protocol.Submit(job=name, image=placed, durable=True)))
+        accepted, _ = protocol.decode(dealer.recv_multipart(), TO_CLIENT)
+    os.close(memory)
+    assert accepted == protocol.Accepted(job=name)
+    assert answer(kept.client, name) == checksum(image)
+
+
+def test_names_of_durable_jobs_are_secrets_in_log_and_stats(daemon: Any, tmp_path: Path) -> None:
+    running = daemon(**spooled(tmp_path, log={"jobs": True}))
+    jobs = [running.client.submit(image) for image in (pixels(1), b"no image")]
+    assert running.client.fetch(jobs[0])
+    with pytest.raises(JobFailed):
+        running.client.fetch(jobs[1])
+    shown = running.log + str(running.client.stats())
+    assert all(job[:8] in running.log for job in jobs)
+    assert not any(job in shown for job in jobs)
+
+
+# -- the daemon dies --------------------------------------------------------------------------------------------------
+
+
+class Writer(threading.Thread):
+    """A client that leaves durable jobs with the daemon, whatever becomes of that, and remembers what was accepted."""
+
+    def __init__(self, endpoint: str, seeds: range) -> None:
+        super().__init__()
+        self.endpoint = endpoint
+        self.seeds = seeds
+        self.accepted: dict[int, str] = {}
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            with Client(self.endpoint, timeout_s=60) as client:
+                for seed in self.seeds:
+                    self.accepted[seed] = client.submit(pixels(seed))
+        except BaseException as error:
+            self.error = error
+
+
+def test_kill_9_in_mid_load_loses_nothing_and_answers_nothing_twice(
+    daemon: Any, wait_until: Any, tmp_path: Path
+) -> None:
+    """Three clients submit through three deaths of the daemon; a fourth, which was none of them, fetches it all."""
+    running = daemon(**spooled(tmp_path, timed={"latency_ms": {1: 20}}))
+    writers = [Writer(running.endpoint, range(100 * number, 100 * number + 60)) for number in range(3)]
+    for writer in writers:
+        writer.start()
+    for seen in (20, 80, 140):
+        wait_until(lambda seen=seen: sum(len(writer.accepted) for writer in writers) >= seen, 30)
+        running.kill()
+        wait_until(lambda: not running.processes())
+        running.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.error is None
+        assert len(writer.accepted) == 60
+    with Client(running.endpoint, timeout_s=60) as client:
+        for writer in writers:
+            for seed, job in writer.accepted.items():
+                assert answer(client, job) == checksum(pixels(seed))
+    stats = wait_until(lambda: (s := running.client.stats()["spool"])["jobs"] == 0 and s)
+    assert stats["answers"] == 180, "one answer for each, none twice"
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(20) == 0
+    with sqlite3.connect(tmp_path / "spool.db") as db:
+        assert db.execute("SELECT count(*), count(answer), count(DISTINCT name) FROM jobs").fetchone() == (180,) * 3
+    db.close()
+
+
+def test_a_client_that_waits_is_answered_by_the_next_daemon(daemon: Any, wait_until: Any, tmp_path: Path) -> None:
+    running = daemon(**spooled(tmp_path, timed={"latency_ms": {1: 1000}}, devices=["cpu:0"]))
+    jobs = [running.client.submit(pixels(number)) for number in range(2)]
+    found: list[int] = []
+    with Client(running.endpoint, timeout_s=60) as client:
+        waiting = threading.Thread(target=lambda: found.append(answer(client, jobs[1])))
+        waiting.start()
+        wait_until(lambda: running.client.stats()["leased"])
+        running.kill()
+        wait_until(lambda: not running.processes())
+        running.start()
+        waiting.join(60)
+    assert found == [checksum(pixels(1))]
+
+
+def test_a_durable_job_outlives_its_client_and_a_drain(daemon: Any, wait_until: Any, tmp_path: Path) -> None:
+    running = daemon(**spooled(tmp_path, timed={"latency_ms": {1: 300}}, drain_s=0.5))
+    with Client(running.endpoint, timeout_s=20) as client:
+        jobs = [client.submit(pixels(number)) for number in range(12)]
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(20) == 0
+    running.start()
+    running.wait_ready()
+    assert [answer(running.client, job) for job in jobs] == [checksum(pixels(number)) for number in range(12)]
+
+
+def test_an_image_that_kills_workers_does_not_do_so_for_ever(daemon: Any, wait_until: Any, tmp_path: Path) -> None:
+    """The daemon dies after each death of a worker, as with a host that such an image brings down."""
+    running = daemon(**spooled(tmp_path, max_attempts=2, **FAULTY))
+    good = running.client.submit(pixels(1))
+    job = running.client.submit(pixels(2, width=KILLS))
+
+    def attempts() -> int:
+        return running.log.count("killed by SIG")
+
+    wait_until(lambda: attempts() >= 1, 20)
+    running.kill()
+    wait_until(lambda: not running.processes())
+    running.start()
+    with pytest.raises(JobFailed) as failed:
+        running.client.fetch(job)
+    assert failed.value.code is Code.WORKER_LOST
+    died = attempts()
+    assert 1 <= died <= 3
+    running.kill()
+    wait_until(lambda: not running.processes())
+    running.start()
+    running.wait_ready()
+    with pytest.raises(JobFailed, match="worker-lost"):
+        running.client.fetch(job)
+    assert answer(running.client, good) == checksum(pixels(1))
+    assert attempts() == died
+
+
+# -- the spool's troubles ---------------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, spool: Path) -> str:
+    """What a daemon says that does not start with this spool."""
+    endpoints = {"clients": [f"ipc://{folder}/s"], "metrics": None}
+    tree = {"devices": ["cpu:0"], "engine": "timed", "endpoints": endpoints, "spool": str(spool)}
+    (folder / "s.yaml").write_text(yaml.safe_dump(tree))
+    ended = subprocess.run(
+        [sys.executable, "-m", "daemon", "--settings", folder / "s.yaml"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 78, ended.stderr
+    assert "Traceback" not in ended.stderr
+    return ended.stderr.splitlines()[-1]
+
+
+def other_program(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE theirs (x)")
+    db.close()
+
+
+def newer(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.executescript(f"PRAGMA application_id = {0x424D4431}; PRAGMA user_version = 99; CREATE TABLE jobs (x)")
+    db.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.write_bytes(b"hello, I am no database " * 100), "file is not a database: move it away"),
+        (other_program, "a database of another program: name another file"),
+        (newer, "of a newer version of this program: use that, or name another file"),
+        (lambda path: path.mkdir(), "file and folder must be the daemon's user's to write"),
+    ],
+)
+def test_a_file_that_cannot_be_the_spool_stops_the_start(tmp_path: Path, make: Any, reason: str) -> None:
+    make(tmp_path / "spool.db")
+    line = refused(tmp_path, tmp_path / "spool.db")
+    assert line.startswith(f"blendmaskd: spool {tmp_path}/spool.db: ")
+    assert reason in line
+
+
+def test_a_missing_folder_and_a_spool_in_use_stop_the_start(kept: Any, tmp_path: Path) -> None:
+    assert "No such file or directory: its folder must be there" in refused(tmp_path, tmp_path / "no/spool.db")
+    assert "another daemon has it: stop that first" in refused(tmp_path, Path(kept.settings["spool"]))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], stderr=subprocess.PIPE, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs root that may mount a tmpfs: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_hurts_durable_jobs_only_and_loses_none(daemon: Any, wait_until: Any, small_disk: Path) -> None:
+    running = daemon(**spooled(small_disk, timed={"latency_ms": {1: 50}}))
+    accepted: dict[int, str] = {}
+
+    def fill(client: Client) -> None:
+        for seed in range(1000):
+            accepted[seed] = client.submit(np.resize(pixels(seed), (100, 300, 3)))
+
+    with Client(running.endpoint, timeout_s=20, retries=0) as client, pytest.raises(JobFailed) as failed:
+        fill(client)
+    assert failed.value.code is Code.UNAVAILABLE
+    assert "the spool cannot be written: database or disk is full" in failed.value.reason
+    assert accepted
+    assert running.client.segment(pixels(1)).detections
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    for seed, job in accepted.items():
+        assert answer(running.client, job) == checksum(np.resize(pixels(seed), (100, 300, 3)))
+    assert answer(running.client, running.client.submit(pixels(1))) == checksum(pixels(1))
+    wait_until(lambda: running.client.stats()["spool"]["trouble"] == "")
+
+
+def test_a_full_spool_is_busy_and_what_is_forgotten_makes_room(daemon: Any, tmp_path: Path) -> None:
+    running = daemon(**spooled(tmp_path, spool_bytes=20_000))
+    jobs: list[str] = []
+
+    def fill(client: Client) -> None:
+        for number in range(100):
+            jobs.append(client.submit(pixels(number)))
+            client.fetch(jobs[-1])
+
+    with Client(running.endpoint, timeout_s=20, retries=0) as client:
+        with pytest.raises(JobFailed, match="spool_bytes") as failed:
+            fill(client)
+        assert failed.value.code is Code.BUSY
+        for job in jobs:
+            client.forget(job)
+        assert client.submit(pixels(1))
+
+
+def test_a_socket_without_our_client_can_do_it_too(kept: Any) -> None:
+    """As the wire says: `accepted`, then the answer by `fetch`; `wait` false is answered at once."""
+    dealer: zmq.Socket[Any] = kept.dealer()
+    name = secrets.token_hex(16)
+
+    def ask(message: Any, *payload: bytes) -> Any:
+        dealer.send_multipart(protocol.encode(message, payload))
+        return protocol.decode(dealer.recv_multipart(), TO_CLIENT)[0]
+
+    raw = protocol.Image(kind="raw", shape=(2, 2, 3))
+    assert ask(protocol.Submit(job=name, image=raw, durable=True), bytes(12)) == protocol.Accepted(job=name)
+    assert isinstance(ask(protocol.Fetch(job=name, wait=False)), protocol.Accepted | protocol.Result)
+    assert ask(protocol.Fetch(job=name)).job == name
+    assert ask(protocol.Forget(job=name)) == protocol.Forgotten(job=name)
+    assert ask(protocol.Fetch(job=name)).code is Code.BAD_REQUEST
