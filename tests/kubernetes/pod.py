@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kubelet import IMAGE_ENVIRONMENT
 from manifests import ROOT, Object, port_of
 
 ADDRESS = "127.0.0.2"  # of the pod: what listens on 127.0.0.1 alone does not hear it
@@ -80,6 +81,16 @@ class Pod:
         """A program of this machine in the pod's network, as another pod might run it."""
         argv = ["nsenter", f"--net=/proc/{self.pause_pid}/ns/net", *command]
         return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, **options)
+
+    def beside(self, *command: str) -> subprocess.Popen[str]:
+        """A program in a container of the same pod and image that has the same volumes."""
+        enter = ["nsenter", f"--target={self.main_pid}", "--mount", "--pid", "--net", "--wd=/"]
+        user = self.spec["securityContext"]
+        rights = ["setpriv", f"--reuid={user['runAsUser']}", f"--regid={user['runAsGroup']}", "--clear-groups"]
+        rights += ["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
+        variables = [f"{name}={value}" for name, value in IMAGE_ENVIRONMENT.items()]
+        argv = [*enter, *rights, "env", "-i", *variables, *command]
+        return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def get(self, page: Object) -> tuple[int, str]:
         """Status and body of a probe's httpGet. 0: nobody answers."""

@@ -119,6 +119,20 @@ def test_programs_in_the_container_find_the_daemon(pod: Pod) -> None:
     assert {device["actual"]["threads"] for device in devices} == {2}
 
 
+def test_a_client_in_the_pod_shares_memory(pod: Pod) -> None:
+    frames = """
+import sys
+from daemon.client import Client
+with Client(transport="shared", timeout_s=60) as client:
+    print(len(client.segment(sys.argv[1]).detections))
+"""
+    image = "/opt/blendmaskd/configs/demo/images/0003.jpg"
+    client = pod.beside("python", "-c", frames, image)
+    output, _ = client.communicate(timeout=120)
+    assert client.returncode == 0, output + pod.log
+    assert int(output) > 0
+
+
 def test_its_end_loses_no_job(key_folder: Path, tmp_path: Path, cpu_manifests: Manifests) -> None:
     spec = copy.deepcopy(cpu_manifests.pod)
     spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] = ["sleep", "0"]  # no Service waits here
