@@ -17,6 +17,7 @@ from daemon.settings import Limits
 from workers import bombs, images
 from workers.fuzz import bombs as made
 from workers.fuzz import pictures
+from workers.fuzz.program import bomb_bound
 from workers.images import ImageError, decode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,10 +163,10 @@ def in_a_process(code: str, *arguments: object) -> str:
 
 
 def test_memory_is_bounded_by_pixels_and_bytes() -> None:
-    """The same bound for all: 16 bytes a pixel, 8 a byte, 64 MiB of texts as Pillow allows, 32 MiB of the rest."""
+    """The same bound for all; 64 MiB of it are texts, as Pillow allows."""
     limits = Limits(max_image_bytes=1 << 20, max_image_pixels=3_000_000)
     found = json.loads(in_a_process(IN_A_PROCESS_OF_ITS_OWN, limits.max_image_bytes, limits.max_image_pixels))
-    bound = 16 * limits.max_image_pixels + 8 * limits.max_image_bytes + (96 << 20)
+    bound = bomb_bound(limits)
     assert len(found) == len(made.REFUSED) + len(made.COSTLY)
     assert {name: one for name, one in found.items() if one["bytes"] > bound} == {}
     assert max(one["bytes"] for one in found.values()) > 8 * limits.max_image_pixels  # something was measured

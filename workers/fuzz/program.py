@@ -24,6 +24,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,7 +48,7 @@ SHARES = {"headers": 0.40, "images": 0.45, "daemon": 0.10, "memory": 0.03, "page
 LAYERS = (*SHARES, "bombs")
 CHUNK = 50_000  # inputs to a process
 STUCK_S = 120.0  # without a word from a process: an input hangs
-LEAK_MB = 64.0  # that a process may have grown by, from when it was warm
+LEAK_MB = 32.0  # that a process may have grown by, from when it was warm
 WARM_SHARE = 0.2  # of a layer's inputs, after which the daemon is taken to be warm
 BOMB_BOUND = "16 bytes a pixel, 8 a byte, 96 MiB"
 CHECK_S = 1.0
@@ -57,6 +59,9 @@ Say = Callable[[str], None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
+
+    os.chdir(Path(__file__).parents[2])  # where daemon and children are found, installed or not
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what we started, too
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -133,8 +138,11 @@ def _run_child(layer: str, seed: int, numbers: range, folder: str) -> Progress:
         folder,
     ]
     with Path(folder, "stderr").open("w+") as stderr:
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr, cwd=Path(__file__).parents[2])
-        last = _last_line(process, at)
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr)
+        try:
+            last = _last_line(process, at)
+        finally:
+            process.kill()  # where we are told to stop; else it has ended
         if process.wait():
             stderr.seek(0)
             number = int.from_bytes(at.read_bytes(), "little")
@@ -153,7 +161,7 @@ def _last_line(process: subprocess.Popen[bytes], at: Path) -> bytes:
         if (now := at.read_bytes()) != seen:
             seen, since = now, time.monotonic()
         elif time.monotonic() - since > STUCK_S:
-            process.send_signal(6)
+            process.send_signal(signal.SIGABRT)
     assert process.stdout is not None
     with process.stdout as pipe:
         return (pipe.read().splitlines() or [b""])[-1]
@@ -165,9 +173,7 @@ def _run_bombs(limits: Limits, say: Say) -> dict[str, Any]:
     bound = bomb_bound(limits)
     for name in [*bombs.REFUSED, *bombs.COSTLY]:
         code = f"import json; {_MEASURE.format(name, limits.max_image_bytes, limits.max_image_pixels)}"
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if done.returncode:
             raise BrokenRuleError(f"{name}: exit code {done.returncode}: {done.stderr[-2000:]}")
         found[name] = one = json.loads(done.stdout)
