@@ -63,10 +63,12 @@ def read_pair(path: str | Path) -> Pair:
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
+        path.open("rb").close()  # says why not, where `load_certificate` says only that it cannot
         public, secret = zmq.auth.load_certificate(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or ("no such file" if not path.exists() else "holds no public key")
-        raise KeyFileError(f"{path}: {reason}; blendmaskd-keys makes key files") from None
+    except OSError as error:
+        raise KeyFileError(f"{path}: {error.strerror}; blendmaskd-keys makes key files") from None
+    except ValueError:
+        raise KeyFileError(f"{path}: holds no public key; blendmaskd-keys makes key files") from None
     for key in (public, secret):
         if key and not KEY.fullmatch(key.decode("latin-1")):
             raise KeyFileError(f"{path}: {key.decode('latin-1')!r:.60} is not a key: expected 40 characters of Z85")

@@ -110,7 +110,7 @@ def test_a_client_with_keys_meets_a_daemon_without(daemon, tmp_path) -> None:
     [
         ("tcp://localhost:1", {"server_key": "server.key"}, "keys come in twos: key "),
         ("tcp://localhost:1", {"key": "alice.key_secret"}, "keys come in twos: server_key "),
-        ("tcp://localhost:1", {"server_key": "none.key", "key": "alice.key_secret"}, "none.key: no such file"),
+        ("tcp://localhost:1", {"server_key": "none.key", "key": "alice.key_secret"}, "none.key: No such file"),
         ("tcp://localhost:1", {"server_key": "server.key", "key": "alice.key"}, "has no secret key"),
         ("ipc://x", {"server_key": "server.key", "key": "alice.key_secret"}, "keys are for tcp"),
     ],
@@ -258,6 +258,19 @@ def test_a_local_process_cannot_pose_as_a_key(guarded: Guarded) -> None:
             received += chunk
 
 
+@pytest.mark.parametrize("identity", [b"\0durable", b"durable", b"\0" * 5, b"cpu:0.1"])
+def test_no_identity_is_taken_for_one_of_the_daemon_s_own(daemon, tmp_path, identity: bytes) -> None:
+    running = daemon(devices=["cpu:0"], spool=str(tmp_path / "spool"))
+    with zmq.Context.instance().socket(zmq.DEALER) as dealer:
+        dealer.set(zmq.LINGER, 0)
+        dealer.set(zmq.RCVTIMEO, 10_000)
+        dealer.set(zmq.IDENTITY, identity)
+        dealer.connect(running.endpoint)
+        _submit(dealer, ["mine"])
+        assert _answer(dealer)["job"] == "mine"
+    assert running.client.segment(IMAGE).width == 64
+
+
 def _property(name: bytes, value: bytes) -> bytes:
     return bytes([len(name)]) + name + len(value).to_bytes(4, "big") + value
 
@@ -363,7 +376,7 @@ def test_keys_that_cannot_be_used_stop_the_start(tmp_path) -> None:
     assert "no such folder" in _start_fails(tmp_path, tcp, server, f"curve.client_keys={tmp_path}/none")
     (tmp_path / "server.key_secret").chmod(0o640)
     assert "others may read it: chmod 600" in _start_fails(tmp_path, tcp, server, clients)
-    assert "no such file" in _start_fails(tmp_path, tcp, f"curve.server_key={tmp_path}/none", clients)
+    assert "No such file" in _start_fails(tmp_path, tcp, f"curve.server_key={tmp_path}/none", clients)
 
 
 def test_a_reload_does_not_change_keys(daemon) -> None:

@@ -118,7 +118,7 @@ def test_a_secret_that_others_may_read_is_refused(tmp_path, mode) -> None:
 
 def test_what_is_no_key_file_is_named(tmp_path) -> None:
     alice, bob = (keys.write_pair(tmp_path, name) for name in ("alice", "bob"))
-    with pytest.raises(KeyFileError, match=r"none.key: no such file"):
+    with pytest.raises(KeyFileError, match=r"none.key: No such file"):
         keys.read_public(tmp_path / "none.key")
     with pytest.raises(KeyFileError, match=r"alice.key: has no secret key: name the file that ends in .key_secret"):
         keys.read_pair(tmp_path / "alice.key")
@@ -166,7 +166,7 @@ def test_a_file_that_is_no_key_is_told_once_and_harms_no_other(tmp_path) -> None
     change = allowed.refresh()
     assert list(change.added.values()) == ["alice"]
     carol, bob = change.complaints
-    assert "carol.key: no such file" in carol
+    assert "carol.key: No such file" in carol
     assert "bob.key: holds no public key" in bob
     assert allowed.refresh() == ({}, {}, [])
 
