@@ -60,12 +60,12 @@ class Messages:
         self._socket: zmq.Socket[bytes] | None = None
         self._sent = 0
         self._jobs = 0
+        self._asked: Counter[str] = Counter()  # of durable jobs: each question brings one answer at most, perhaps later
         self._begin()
 
     def _begin(self) -> None:
         self._refused: Counter[str] = Counter()  # by job, what must be answered
         self._submitted: Counter[str] = Counter()
-        self._asked: Counter[str] = Counter()  # of durable jobs: each brings an answer, or none yet
         self._answered: Counter[str] = Counter()
         self._stats = 0
 
@@ -102,8 +102,10 @@ class Messages:
         while self._socket.poll(0):
             self._receive()
         for job, count in self._answered.items():
-            if count > self._refused[job] + self._submitted[job] + self._asked[job]:
+            late = max(count - self._refused[job] - self._submitted[job], 0)
+            if late > self._asked[job]:
                 raise BrokenRuleError(f"job {job!r}: {count} answers")
+            self._asked[job] -= late
         self._sent = 0
         self._begin()
 
