@@ -189,6 +189,27 @@ def test_a_hung_daemon_is_killed_and_replaced(service: Service) -> None:
     assert "Fatal Python error: Aborted" in service.sandbox.journal()
 
 
+def test_kill_9_of_the_daemon_loses_no_job(service: Service) -> None:
+    """Systemd starts it again; a client that waits sends anew what was unanswered, the spool has what was durable."""
+    service.settings(SETTINGS + "spool: /var/lib/blendmaskd/spool.db\n")
+    try:
+        service.systemctl("restart")
+        restarts, main = int(service.show("NRestarts")), service.main_pid()
+        with ThreadPoolExecutor(1) as thread, Client(service.endpoint) as client, Client(service.endpoint) as watcher:
+            durable = [watcher.submit(IMAGE) for _ in range(4)]
+            answers = thread.submit(lambda: [found.height for found in client.map([IMAGE] * JOBS, window=4)])
+            wait_for(lambda: watcher.stats()["answered"] >= 2)
+            os.kill(main, signal.SIGKILL)
+            assert answers.result(timeout=60.0) == [IMAGE.shape[0]] * JOBS
+            assert [watcher.fetch(job).height for job in durable] == [IMAGE.shape[0]] * 4
+            wait_for(lambda: watcher.stats()["spool"]["answers"] == 4)
+        assert int(service.show("NRestarts")) == restarts + 1
+        assert service.main_pid() != main
+    finally:
+        service.settings(SETTINGS)
+        service.systemctl("restart")
+
+
 def test_stop_drains_and_leaves_nothing(service: Service) -> None:
     with ThreadPoolExecutor(JOBS) as threads, Client(service.endpoint) as watcher:
         before = _accepted(_next_stats(watcher))  # a new snapshot: the jobs of earlier tests are in it
