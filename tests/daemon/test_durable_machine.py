@@ -158,6 +158,15 @@ class DurableMachine(RuleBasedStateMachine):
         self.images[name] = f"image {self.names}".encode()
         self.send(client, name, priority)
 
+    @rule(client=CLIENTS, priority=st.integers(-1, 1))
+    def submit_and_lease(self, client: bytes, priority: int) -> None:
+        """Likelier than by chance: a job that the broker has."""
+        if not self.held:
+            self.ready(window=2)
+        self.submit(client, priority)
+        for _ in range(2):
+            self.disk_catches_up()
+
     def send(self, client: bytes, name: str, priority: int = 0) -> None:
         message = Submit(job=name, image=Image(kind="encoded"), durable=True, priority=priority)
         image = self.images[name]
@@ -250,7 +259,6 @@ class DurableMachine(RuleBasedStateMachine):
                 assert self.runs[reply.seq] == 1, "answered twice"
             self.carry_out(self.durable.replied(reply, self.now))
 
-    @precondition(lambda self: self.spool.asked)
     @rule()
     def disk_catches_up(self) -> None:
         for _ in range(len(self.spool.asked)):
