@@ -311,6 +311,21 @@ def test_clients_beyond_the_bound_are_turned_away_and_come_in_when_there_is_room
             assert third.segment(IMAGE).width == 64
 
 
+def test_a_message_that_is_too_long_ends_its_connection_and_no_other(daemon) -> None:
+    """ZeroMQ reads its length and no further; a payload that is only too large for an image is answered."""
+    with tempfile.TemporaryDirectory(prefix="bmd-") as folder:
+        guarded = start(daemon, Path(folder), limits={"max_image_bytes": 1 << 20})
+        with guarded.client("bob") as bob, guarded.dealer("alice", os.urandom(16)) as alice:
+            assert bob.segment(IMAGE).width == 64
+            head = encode(Submit(job="large", image=Image(kind="encoded")))
+            alice.send_multipart([*head, bytes(2 << 20)])
+            assert _answer(alice)["code"] == Code.TOO_LARGE
+            with alice.get_monitor_socket(zmq.EVENT_DISCONNECTED) as monitor:
+                alice.send_multipart([*head, bytes(4 << 20)])
+                assert monitor.poll(20_000)
+            assert bob.segment(IMAGE).width == 64
+
+
 def test_few_descriptors_leave_room_for_workers(daemon, wait_until) -> None:
     """At the limit of descriptors the daemon could not start a worker anew; strangers never get it there."""
     with tempfile.TemporaryDirectory(prefix="bmd-") as folder:
