@@ -44,6 +44,14 @@ class SnapshotCollector(Collector):
         yield GaugeMetricFamily("blendmaskd_leased_jobs", "Jobs at the workers", s["leased"])
         yield GaugeMetricFamily("blendmaskd_regions", "Regions of shared memory that are open", s["regions"]["count"])
         yield GaugeMetricFamily("blendmaskd_region_bytes", "Their bytes", s["regions"]["bytes"])
+        if spool := s.get("spool"):
+            yield GaugeMetricFamily("blendmaskd_spool_jobs", "Durable jobs without an answer", spool["jobs"])
+            yield GaugeMetricFamily("blendmaskd_spool_answers", "Answers that are kept", spool["answers"])
+            yield GaugeMetricFamily("blendmaskd_spool_bytes", "Their images and answers", spool["bytes"])
+            yield GaugeMetricFamily(
+                "blendmaskd_spool_bytes_limit", "What they may have (spool_bytes)", spool["max_bytes"]
+            )
+            yield GaugeMetricFamily("blendmaskd_spool_trouble", "1 while it cannot be written", bool(spool["trouble"]))
         yield GaugeMetricFamily("blendmaskd_draining", "1 while it only finishes what it accepted", s["draining"])
         yield GaugeMetricFamily("blendmaskd_start_time_seconds", "When the daemon started, Unix time", s["started"])
         yield self._gauge("blendmaskd_device_fps", "Images per second of a device", "fps")

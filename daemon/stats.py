@@ -11,6 +11,7 @@ systemd status line all show, so that they agree. Its form::
     {"seq", "time", "started" (both Unix), "engine", "window_s", "combined_fps", "degraded", "draining",
      "serving" (devices that can serve), "queue": {"jobs", "bytes", "max_jobs", "max_bytes"}, "leased",
      "regions": {"count", "bytes"} (shared memory), "answered", "failures": {code: n},
+     "spool": {"jobs", "answers", "bytes", "max_bytes", "trouble" (why it cannot be written, or empty)} or None,
      "recent_failures": [{"time" (Unix), "job", "code", "reason"}] (newest first),
      "stages": {stage: {"buckets": [cumulative counts at STAGE_BOUNDS_S], "count", "sum"}},
      "latency": {"count", "p50", "p99" (seconds; None: no answer), "stages": {stage: mean seconds}} (of the window),

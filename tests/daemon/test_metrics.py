@@ -52,6 +52,14 @@ def example(*states: str, **more: Any) -> dict[str, Any]:
     return stats.snapshot(1.0, 0.0, slots, **{**totals, **more})
 
 
+def test_a_spool_has_metrics_where_there_is_one() -> None:
+    spool = {"jobs": 3, "answers": 4, "bytes": 5000, "max_bytes": 6000, "trouble": "disk full"}
+    found = samples(render(example("ready", spool=spool)).decode())
+    wanted = {"jobs": 3, "answers": 4, "bytes": 5000, "bytes_limit": 6000, "trouble": 1}
+    assert {name: found[f"blendmaskd_spool_{name}", ""] for name in wanted} == wanted
+    assert not [name for name, _ in samples(render(example("ready", spool=None)).decode()) if "spool" in name]
+
+
 # -- pages ------------------------------------------------------------------------------------------------------------
 
 
