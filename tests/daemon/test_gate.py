@@ -84,7 +84,7 @@ def test_a_refused_client_is_told_what_to_do(guarded: Guarded) -> None:
             with pytest.raises(HandshakeError, match=r"does not allow this key: put .*ursula.key, into the folder"):
                 ask()
     with guarded.client(key=None, server_key=None, timeout_s=2) as client, pytest.raises(
-        (HandshakeError, TimeoutError), match="want.* keys"  # who hangs up first decides
+        (HandshakeError, TimeoutError), match=r"want.* keys"  # who hangs up first decides
     ):
         client.segment(IMAGE)
     with guarded.client(server_key=guarded.folder / "bob.key", timeout_s=1) as client, pytest.raises(
@@ -100,7 +100,7 @@ def test_a_client_with_keys_meets_a_daemon_without(daemon, tmp_path) -> None:
     for name in ("alice", "server"):
         keys.write_pair(tmp_path, name)
     options = {"server_key": tmp_path / "server.key", "key": tmp_path / "alice.key_secret", "timeout_s": 2}
-    refused = pytest.raises((HandshakeError, TimeoutError), match="does not use keys|the public key of this daemon")
+    refused = pytest.raises((HandshakeError, TimeoutError), match=r"does not use keys|the public key of this daemon")
     with Client(tcp, **options) as client, refused:
         client.segment(IMAGE)
 
