@@ -20,7 +20,7 @@ from daemon import program, protocol, submit
 from daemon.client import Client
 from daemon.photographs import find
 from daemon.program import NoDaemonError, UsageError, wait_for_daemon, write_json
-from daemon.submit import overlay_names, plan
+from daemon.sources import overlay_names, plan
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "submit.py"
 
@@ -122,7 +122,8 @@ def test_failures_are_listed_and_the_rest_is_kept(shared_daemon: Any, tmp_path: 
     assert "combined: 2 images" in out
     kept = [(result["image_id"], result["file_name"]) for result in results(tmp_path / "o")]
     assert kept == [(1, "a.png"), (4, "d.png")]
-    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["a.jpg", "d.jpg", "journal.jsonl", "results.json"]
+    left = sorted(path.name for path in (tmp_path / "o").iterdir())
+    assert left == ["a.jpg", "d.jpg", "journal.jsonl", "results.json"]
 
 
 def test_an_overlay_that_cannot_be_written_is_a_failure_and_the_result_is_kept(
@@ -256,7 +257,7 @@ def test_ctrl_c_cannot_part_an_answer_s_result_from_its_overlay(
         photo(tmp_path / f"in/{number}.png")
     take, taken = submit.Run.take, []
 
-    def take_interrupted(run: submit.Run, source: submit.Source, *answer: Any) -> None:
+    def take_interrupted(run: submit.Run, source: Any, *answer: Any) -> None:
         taken.append(source)
         if part == "take" and len(taken) == 3:
             signal.raise_signal(signal.SIGINT)
