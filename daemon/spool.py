@@ -26,7 +26,8 @@ from typing import Any
 
 import msgspec
 
-from daemon.durable import (
+from daemon.protocol import FROM_CLIENT, TO_CLIENT, Failed, Result, Submit
+from daemon.spool_messages import (
     AnswerKept,
     Erase,
     Erased,
@@ -46,7 +47,6 @@ from daemon.durable import (
     Stored,
     Usage,
 )
-from daemon.protocol import FROM_CLIENT, TO_CLIENT, Failed, Result, Submit
 
 VERSION = 1
 APPLICATION = 0x424D4431  # BMD1, as SQLite's application_id

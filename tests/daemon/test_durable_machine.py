@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from daemon import broker, durable
 from daemon.broker import DURABLE, Broker, Limits, Losses, Returned, SendClient, SendWorker
-from daemon.durable import AnswerKept, Durable, Look, State
+from daemon.durable import Durable, State
 from daemon.jobs import UNSTARTED_LOSSES
 from daemon.protocol import (
     Accepted,
@@ -37,6 +37,7 @@ from daemon.protocol import (
     Submit,
 )
 from daemon.spool import Spool
+from daemon.spool_messages import AnswerKept, Look, Reply, Request, Stored
 
 LIMITS = Limits(max_jobs=6, max_bytes=10_000, max_image_bytes=100, max_attempts=2, deadline_s=20.0, stall_s=1000.0)
 CLIENTS = st.sampled_from([b"a", b"b", b"c"])
@@ -46,15 +47,15 @@ index = st.integers(0, 1000)
 class StillSpool(Spool):
     """Does what it is asked only when told to, here and now."""
 
-    def begin(self) -> list[durable.Stored]:
+    def begin(self) -> list[Stored]:
         self._start = lambda: None  # type: ignore[method-assign]
-        self.asked: deque[durable.Request] = deque()
+        self.asked: deque[Request] = deque()
         return self.open()
 
-    def ask(self, request: durable.Request) -> None:
+    def ask(self, request: Request) -> None:
         self.asked.append(request)
 
-    def do(self, count: int) -> list[durable.Reply]:
+    def do(self, count: int) -> list[Reply]:
         batch = [self.asked.popleft() for _ in range(min(count, len(self.asked)))]
         return [self.usage, *self._carry_out(batch)] if batch else []
 
