@@ -65,7 +65,7 @@ worker: an image that takes the host down ends as `worker-lost` too.
 **Over TCP** the daemon is a CURVE server: the client sets the daemon's public key and a pair of its own whose public
 half is allowed. Its identity (ZMQ_ROUTING_ID) is 16 bytes or more, drawn by chance: a secret, because answers go to
 who has it. One that is shorter or missing is answered `unauthorised`; so are messages under an identity that has
-unanswered jobs of another key, and the jobs of a key when it is allowed no more. What such a key still sends is dropped.
+unanswered jobs of another key, and the jobs of a key when it is allowed no more. What such a key sends then is dropped.
 
 **Shared memory** does without ZeroMQ, which passes no descriptors. Beside each ipc socket the daemon listens at a path
 that ends in `MEMORY_SUFFIX` more, a Unix socket of type SOCK_SEQPACKET. A client on the same host connects and sends

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import socket
 import stat
 import subprocess
@@ -26,6 +28,8 @@ from daemon.sockets import Sockets
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = np.zeros((48, 64, 3), np.uint8)
 SUBMIT = encode(Submit(job="job", image=Image(kind="raw", shape=IMAGE.shape)), [IMAGE.tobytes()])
+
+FEW_DESCRIPTORS = 150
 
 
 @pytest.fixture(scope="module")
@@ -328,26 +332,23 @@ def test_a_message_that_is_too_long_ends_its_connection_and_no_other(daemon) -> 
 
 def test_few_descriptors_leave_room_for_workers(daemon, wait_until) -> None:
     """At the limit of descriptors the daemon could not start a worker anew; strangers never get it there."""
-    with tempfile.TemporaryDirectory(prefix="bmd-") as folder:
-        guarded = start(daemon, Path(folder), wait=False)
-        guarded.daemon.kill()
-        guarded.daemon.start()
-        process = psutil.Process(guarded.daemon.process.pid)
-        process.rlimit(psutil.RLIMIT_NOFILE, (120, 120))  # before it opens its gate, tens of milliseconds from now
-        guarded.daemon.wait_ready()
-        silent = []
+    with tempfile.TemporaryDirectory(prefix="bmd-") as folder, contextlib.ExitStack() as stack:
+        ours = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (FEW_DESCRIPTORS, ours[1]))
         try:
-            for _ in range(150):
-                silent.append(socket.create_connection(("127.0.0.1", guarded.port)))
-            wait_until(lambda: _closed(silent[0]))
-            wait_until(lambda: process.num_fds() < 110)
-            before = guarded.daemon.pids()
-            psutil.Process(before["cpu:0"]).kill()
-            wait_until(lambda: guarded.daemon.pids()["cpu:0"] not in (None, before["cpu:0"]), 30)
-            guarded.daemon.wait_ready()
+            guarded = start(daemon, Path(folder), wait=False, devices=["cpu:0"])
         finally:
-            for connection in silent:
-                connection.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, ours)
+        guarded.daemon.wait_ready()
+        process = psutil.Process(guarded.daemon.process.pid)
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", guarded.port), timeout=30))
+                  for _ in range(2 * FEW_DESCRIPTORS)]  # fmt: skip
+        wait_until(lambda: _closed(silent[0]), 30)
+        wait_until(lambda: process.num_fds() < FEW_DESCRIPTORS - 20, 30)
+        before = guarded.daemon.pids()["cpu:0"]
+        psutil.Process(before).kill()
+        wait_until(lambda: guarded.daemon.pids()["cpu:0"] not in (None, before), 30)
+        guarded.daemon.wait_ready()
 
 
 def _closed(connection: socket.socket) -> bool:
