@@ -12,10 +12,11 @@ JPEG              thousands of scans of 70 bytes, each over all pixels: hours   
 BMP               run lengths, expanded in Python with its interpreter lock: 5 s      `MOST_RUN_LENGTH_PIXELS`
 TIFF, any EXIF    millions of numbers that become Python objects: 30 s, 2 GB          `MOST_NUMBER_BYTES`
 TIFF              tiles larger than the picture, decoded in full: 2 GB, hours         pixels, in whole tiles
+WebP              a canvas that is cleared, twice, as soon as the file is opened: 2 GB  `canvas`, before that
 ================  ==================================================================  =========================
 
 What Pillow bounds itself from version 13 on is left to it: text and ICC chunks that inflate, directories whose entries
-overlap, a WebP's canvas. Must never decode a pixel.
+overlap. Must never decode a pixel.
 """
 
 from __future__ import annotations
@@ -80,6 +81,23 @@ class _Directory(TiffImagePlugin.ImageFileDirectory_v2):
 
 # Pillow reads such directories in many places, EXIF already while it opens a file. This is the one that all share.
 TiffImagePlugin.ImageFileDirectory_v2 = _Directory  # type: ignore[misc]
+
+
+def canvas(encoded: bytes) -> tuple[int, int] | None:
+    """Height and width that a WebP's decoder would make room for; None for what is none."""
+    if encoded[:4] != b"RIFF" or encoded[8:12] != b"WEBP" or len(encoded) < 30:
+        return None
+    match encoded[12:16]:  # the decoder takes no other chunk for the first
+        case b"VP8X":
+            width, height = (1 + int.from_bytes(encoded[place : place + 3], "little") for place in (24, 27))
+        case b"VP8L":
+            bits = int.from_bytes(encoded[21:25], "little")
+            width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+        case b"VP8 ":
+            width, height = (int.from_bytes(encoded[place : place + 2], "little") & 0x3FFF for place in (26, 28))
+        case _:
+            return None
+    return height, width
 
 
 def check(image: Image.Image, encoded: bytes, max_pixels: int) -> None:

@@ -66,6 +66,8 @@ def decode(payload: Payload, limits: Limits) -> Pixels:
         raise ImageError(Code.BAD_IMAGE, "the image is empty (0 bytes)")
     try:
         whole = bytes(encoded)  # a client may change its shared memory: no decoder may see that after it has checked it
+        if (canvas := bombs.canvas(whole)) is not None:
+            _check_pixels(*canvas, limits)
         with Image.open(bombs.as_file(whole), formats=FORMATS) as image:
             _check_pixels(image.height, image.width, limits)
             bombs.check(image, whole, limits.max_image_pixels)

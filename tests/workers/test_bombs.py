@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from daemon import spawn
 from daemon.settings import Limits
 from workers import bombs, images
 from workers.fuzz import bombs as made
@@ -143,10 +146,20 @@ def test_a_big_tiff_in_big_endian_order_is_refused() -> None:
     assert refused(pictures.tiled(">", big=True)).code == "bad-image"
 
 
+@pytest.mark.parametrize("options", [{"lossless": True}, {}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}])
+def test_a_webps_size_is_known_before_it_is_opened(options: dict[str, Any]) -> None:
+    for width, height in ((1, 1), (300, 200), (16383, 2)):
+        whole = io.BytesIO()
+        Image.new("RGB", (width, height)).save(whole, "WEBP", **options)
+        assert bombs.canvas(whole.getvalue()) == (height, width)
+    assert bombs.canvas(pictures.good()[0]) is None
+
+
 IN_A_PROCESS_OF_ITS_OWN = """
 import json, sys, warnings
 from workers.quiet import quiet
 quiet()
+from daemon import spawn
 from daemon.settings import Limits
 from workers.fuzz import bombs, child
 limits = Limits(max_image_bytes=int(sys.argv[1]), max_image_pixels=int(sys.argv[2]))
@@ -157,7 +170,9 @@ print(json.dumps({name: child.measure(name, limits) for name in [*bombs.REFUSED,
 def in_a_process(code: str, *arguments: object) -> str:
     """What Python code prints; it may say nothing on stderr, nor take longer than a minute."""
     argv = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    preload = spawn.resolve_preload("auto").path  # a worker's allocator, where it is installed
+    environment = {**os.environ, **({"LD_PRELOAD": preload} if preload else {})}
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == ""
     return done.stdout
 
@@ -177,6 +192,7 @@ import ast, sys
 from workers.quiet import quiet
 quiet()
 from PIL import TiffImagePlugin
+from daemon import spawn
 from daemon.settings import Limits
 from workers import images
 for payload in ast.literal_eval(open(sys.argv[1]).read()):

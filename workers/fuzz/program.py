@@ -37,6 +37,7 @@ from typing import Any
 
 import msgspec
 
+from daemon import spawn
 from daemon.settings import Limits
 from workers.fuzz import bombs, rules
 from workers.fuzz.child import Progress, input_random
@@ -48,8 +49,9 @@ SHARES = {"headers": 0.40, "images": 0.45, "daemon": 0.10, "memory": 0.03, "page
 LAYERS = (*SHARES, "bombs")
 CHUNK = 50_000  # inputs to a process
 STUCK_S = 120.0  # without a word from a process: an input hangs
-LEAK_MB = 32.0  # that a process may have grown by, from when it was warm
+LEAK_MB = 64.0  # that a process may have grown by, from when it was warm: allocators keep what a few images took
 WARM_SHARE = 0.2  # of a layer's inputs, after which the daemon is taken to be warm
+BASE_BYTES = 100 << 20  # of a process that has decoded nothing
 BOMB_BOUND = "16 bytes a pixel, 8 a byte, 96 MiB"
 CHECK_S = 1.0
 TELL_EACH = 5000
@@ -112,6 +114,8 @@ def _run_children(layer: str, numbers: range, seed: int, say: Say) -> dict[str, 
                 grown = max(grown, (progress.bytes - progress.warm_bytes) / 1e6)
             whole.add(progress)
             say(f"  {whole.inputs} of {len(numbers)}: {_most(whole.outcomes, 6)}")
+    if whole.peak_bytes > (most := BASE_BYTES + bomb_bound(rules.LIMITS)):
+        raise BrokenRuleError(f"a process took {whole.peak_bytes} bytes, more than {most} ({BOMB_BOUND}, {BASE_BYTES})")
     if grown > LEAK_MB:
         raise BrokenRuleError(f"a process grew by {grown:.0f} MB")
     return {
@@ -138,7 +142,7 @@ def _run_child(layer: str, seed: int, numbers: range, folder: str) -> Progress:
         folder,
     ]
     with Path(folder, "stderr").open("w+") as stderr:
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr)
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr, env=_as_a_worker())
         try:
             last = _last_line(process, at)
         finally:
@@ -150,6 +154,12 @@ def _run_child(layer: str, seed: int, numbers: range, folder: str) -> Progress:
                 f"input {number} of seed {seed}, exit code {process.returncode}: {stderr.read()[-3000:]}"
             )
     return msgspec.json.decode(last, type=Progress)
+
+
+def _as_a_worker() -> dict[str, str]:
+    """The environment, with a worker's allocator: what asks for much cleared memory pays for it there at once."""
+    preload = spawn.resolve_preload("auto").path
+    return {**os.environ, **({"LD_PRELOAD": preload} if preload else {})}
 
 
 def _last_line(process: subprocess.Popen[bytes], at: Path) -> bytes:
@@ -173,7 +183,7 @@ def _run_bombs(limits: Limits, say: Say) -> dict[str, Any]:
     bound = bomb_bound(limits)
     for name in [*bombs.REFUSED, *bombs.COSTLY]:
         code = f"import json; {_MEASURE.format(name, limits.max_image_bytes, limits.max_image_pixels)}"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_as_a_worker())
         if done.returncode:
             raise BrokenRuleError(f"{name}: exit code {done.returncode}: {done.stderr[-2000:]}")
         found[name] = one = json.loads(done.stdout)
