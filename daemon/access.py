@@ -17,6 +17,7 @@ An ipc client is known by the kernel's word for who it is.
 """
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable
 from enum import Enum
@@ -26,6 +27,7 @@ from typing import NamedTuple
 from daemon.keys import PUBLIC, KeyFileError, read_public
 
 LEAST_IDENTITY_BYTES = 16
+_SHORT_OF_SOMETHING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 LOCAL = "local"  # the owner of what an ipc client submits
 
 
@@ -40,7 +42,8 @@ class Change(NamedTuple):
 class AllowedKeys:
     """The public keys in a folder. `names` maps a key (Z85 text, which is its User-Id) to the name of its file.
 
-    A file that is no key lets nobody in and harms no other. A folder that cannot be read lets nobody in.
+    A file that is no key lets nobody in and harms no other. A folder that cannot be read lets nobody in. Being short of
+    descriptors or memory changes nothing: nobody could shut others out by using them up.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -53,6 +56,8 @@ class AllowedKeys:
         try:
             seen = {entry.path: _stamp(entry) for entry in os.scandir(self.folder) if entry.name.endswith(PUBLIC)}
         except OSError as error:
+            if error.errno in _SHORT_OF_SOMETHING:
+                return Change({}, {}, [])
             return self._take({}, error.strerror, [f"{self.folder}: {error.strerror}: no client key is allowed"])
         if seen == self._seen:
             return Change({}, {}, [])
@@ -61,6 +66,8 @@ class AllowedKeys:
             try:
                 names[read_public(path).decode()] = Path(path).stem
             except KeyFileError as error:
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno in _SHORT_OF_SOMETHING:
+                    return Change({}, {}, [])
                 complaints.append(str(error))
         return self._take(names, seen, complaints)
 

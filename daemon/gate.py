@@ -4,8 +4,8 @@ Who: ZeroMQ asks over an inproc socket (ZAP, rfc.zeromq.org/spec/27) about each 
 the serving loop answers from the folder of allowed keys. A client without CURVE, or with another server key, fails
 before that. How many: accepted connections are counted by the events that ZeroMQ tells of its socket. Over the bound
 the oldest connection that has not said anything yet is closed, else the new one: so a crowd of strangers, who cannot
-say anything, never keeps a client out for longer than its handshake, or uses up the daemon's descriptors. ZeroMQ has
-no such bound, and at the limit of descriptors its thread turns in circles.
+say anything, never keeps a client out for longer than its handshake, or uses up the daemon's descriptors for longer
+than a turn of its loop. ZeroMQ has no such bound, and at the limit of descriptors its thread turns in circles.
 
 What is said after the handshake is judged in `daemon/access.py`. Nothing here waits.
 """
@@ -37,14 +37,13 @@ AT_ONCE = 256  # events and questions per turn
 
 Event = zmq.Event
 _EVENTS = (
-    Event.ACCEPTED | Event.ACCEPT_FAILED | Event.DISCONNECTED
+    Event.ACCEPTED | Event.DISCONNECTED
     | Event.HANDSHAKE_FAILED_NO_DETAIL | Event.HANDSHAKE_FAILED_PROTOCOL | Event.HANDSHAKE_FAILED_AUTH
 )  # fmt: skip
 _FAILURES = {
     Event.HANDSHAKE_FAILED_NO_DETAIL: "said nothing in time or broke off",
     Event.HANDSHAKE_FAILED_PROTOCOL: "spoke without CURVE or had another server key",
     Event.HANDSHAKE_FAILED_AUTH: "had a key that is not allowed",
-    Event.ACCEPT_FAILED: "could not be accepted (descriptors?)",
 }
 
 
@@ -58,6 +57,8 @@ class Gate:
         left = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/proc/self/fd"))
         self.most = max(min(most, left // 2), 1)
         self.refused: Counter[str] = Counter()  # by reason, since `take_refused`
+        self._nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._spare = os.dup(self._nothing)  # to close connections with when there are no descriptors left
         self._changes: list[Change] = []
         self._allowed = allowed
         self._router = router
@@ -132,6 +133,11 @@ class Gate:
         changes, self._changes = self._changes, []
         return changes
 
+    def end(self) -> None:
+        """Give back what ZeroMQ's context does not."""
+        os.close(self._spare)
+        os.close(self._nothing)
+
     def take_refused(self) -> str:
         """A line about those who were turned away since the last one; empty: nobody was."""
         line = ", ".join(f"{number} {reason}" for reason, number in self.refused.items())
@@ -156,10 +162,18 @@ class Gate:
         another connection to this port may well be closed, its client comes again.
         """
         self._connections.pop(descriptor, None)
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+        try:
+            os.dup2(descriptor, self._spare, inheritable=False)
+            connection = socket.socket(fileno=self._spare)
+        except OSError:  # closed, or no socket any more
+            pass
+        else:
             inet = connection.family in (socket.AF_INET, socket.AF_INET6)
-            if inet and connection.getsockname()[1] in self._ports:
-                connection.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # its peer has closed it
+                if inet and connection.getsockname()[1] in self._ports:
+                    connection.shutdown(socket.SHUT_RDWR)
+            connection.detach()
+        os.dup2(self._nothing, self._spare, inheritable=False)
 
     def _answer(self, question: Sequence[bytes]) -> list[bytes]:
         """ZAP's reply: version, request, status, text, user, metadata. ZeroMQ asks in frames of the same version."""

@@ -66,7 +66,7 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
         path.open("rb").close()  # says why not, where `load_certificate` says only that it cannot
         public, secret = zmq.auth.load_certificate(path)
     except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}; blendmaskd-keys makes key files") from None
+        raise KeyFileError(f"{path}: {error.strerror}; blendmaskd-keys makes key files") from error
     except ValueError:
         raise KeyFileError(f"{path}: holds no public key; blendmaskd-keys makes key files") from None
     for key in (public, secret):

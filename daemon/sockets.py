@@ -88,6 +88,8 @@ class Sockets:
             self.pages.close()
         self.shared_memory.close()
         self._context.destroy(linger=LINGER_MS)
+        if self.gate:
+            self.gate.end()
         for path, lock in self._locks.items():
             _unlink(path)
             lock.close()

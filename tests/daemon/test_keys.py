@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -183,6 +184,23 @@ def test_a_folder_that_cannot_be_read_lets_nobody_in(tmp_path) -> None:
     assert allowed.refresh() == ({}, {}, [])
     (tmp_path / "elsewhere").rename(folder)
     assert allowed.refresh().added == {key: "alice"}
+
+
+def test_being_short_of_descriptors_shuts_nobody_out(tmp_path) -> None:
+    allowed = AllowedKeys(tmp_path)
+    alice = keys.write_pair(tmp_path, "alice").public.decode()
+    allowed.refresh()
+    bob = keys.write_pair(tmp_path, "bob").public.decode()
+    ours = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for left in (0, 1):  # not even for the folder; for it, but for no file in it
+        with open(os.devnull) as probe:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (probe.fileno() + left, ours[1]))
+            try:
+                assert allowed.refresh() == ({}, {}, [])
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, ours)
+    assert allowed.names == {alice: "alice"}
+    assert allowed.refresh() == ({bob: "bob"}, {}, [])
 
 
 # -- whose an identity is ----------------------------------------------------------------------------------------------
