@@ -325,7 +325,7 @@ class Stop(_Message, tag="stop", frozen=True, kw_only=True):
 
 def shown_job(name: str) -> str:
     """A job's name as logs and statistics have it: of one that may be a durable job's secret only the start."""
-    return name if len(name) < LEAST_DURABLE_NAME else f"{name[:8]}…"
+    return name if len(name) < LEAST_DURABLE_NAME else f"{name[:8]}..."
 
 
 FromClient = Submit | Cancel | Fetch | Forget | GetStats
