@@ -1,0 +1,356 @@
+"""Broker and supervisor together under generated histories, played as `daemon/server.py` plays them.
+
+The machine is clients, processes and time. Processes load, serve, hang, die of images and of nothing, answer late; a
+device may be gone for good. After each step both cores' `check()` holds and what one knows agrees with the other and
+with the processes; at the end everything that is owed has had exactly one answer.
+
+To add an event, add a `@rule`: play the part of the outside, and give what a core answers to `broker_does` or
+`supervisor_does`. What must hold of it after any step goes into `holds`, what must come of it in the end into `teardown`.
+"""
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from daemon import broker as broker_module
+from daemon import supervisor as supervisor_module
+from daemon.broker import Broker, Evict, Limits, SendClient, SendWorker
+from daemon.protocol import (
+    Cancel,
+    Code,
+    Failed,
+    FailedLease,
+    Finished,
+    Image,
+    Lease,
+    Result,
+    Revoke,
+    Started,
+    Stop,
+    Submit,
+)
+from daemon.settings import Restarts
+from daemon.supervisor import EXIT_CANNOT_BOOT, Kill, Spawn, State, Supervisor
+
+LIMITS = Limits(max_jobs=6, max_bytes=60, max_image_bytes=30, max_attempts=2, deadline_s=20.0, stall_s=8.0)
+RESTARTS = Restarts(
+    first_delay_s=0.5, longest_delay_s=4.0, give_up_after=3, stable_s=30.0, start_timeout_s=15.0, stop_s=2.0
+)
+DRAIN_S = 10.0
+DEVICES = ("npu:0", "npu:1")
+REFUSALS = {Code.BUSY, Code.TOO_LARGE, Code.DRAINING, Code.UNAVAILABLE}
+
+client = st.sampled_from(["a", "b"])
+pick = st.integers(0, 5)
+
+
+@dataclass
+class Process:
+    """A worker, as the host sees it."""
+
+    device: str
+    generation: int
+    loading: bool = True
+    hung: bool = False
+    held: dict[int, str] = field(default_factory=dict)  # lease: job
+    started: set[int] = field(default_factory=set)
+    told_to_stop: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.device}.{self.generation}"
+
+
+class DaemonMachine(RuleBasedStateMachine):
+    """See the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.broker = Broker(LIMITS)
+        self.supervisor = Supervisor(DEVICES, RESTARTS, DRAIN_S)
+        self.processes: dict[str, Process] = {}
+        self.owed: set[tuple[str, str]] = set()  # client, job: accepted, unanswered
+        self.gone: set[str] = set()  # devices on which nothing can start
+        self.poison: set[str] = set()  # jobs that kill whoever starts them
+        self.seen: list[tuple[str, int]] = []  # every lease there was
+        self.jobs = 0
+        self.draining_until: float | None = None
+        self.told_available = True
+        self.supervisor_does(self.supervisor.start(self.now))
+
+    # -- the shell --------------------------------------------------------------------------------------------------
+
+    def broker_does(self, actions: list[broker_module.Action]) -> None:
+        for action in actions:
+            match action:
+                case SendClient(to, Result() | Failed() as answer):
+                    key = (to.decode(), answer.job)
+                    assert key in self.owed, f"{answer} answers nothing that is owed"
+                    self.owed.remove(key)
+                case SendWorker(worker, Lease() as lease, payload):
+                    process = self.processes[worker]
+                    assert not process.told_to_stop, "a lease for a worker that was told to stop"
+                    assert lease.alone <= (not process.held), "a suspect in company"
+                    process.held[lease.lease] = bytes(payload[0]).decode().strip()
+                    self.seen.append((worker, lease.lease))
+                case SendWorker(worker, Revoke(lease=number)):
+                    assert number in self.processes[worker].held, "revoked what the worker does not hold"
+                case SendWorker(worker, Stop()):
+                    assert not self.processes[worker].held, "told to stop with leases held"
+                    self.processes[worker].told_to_stop = True
+                case Evict(worker, reason):
+                    process = self.processes[worker]
+                    evicted = self.supervisor.evict(process.device, process.generation, reason, self.now)
+                    self.supervisor_does(evicted)
+
+    def supervisor_does(self, actions: list[supervisor_module.Action]) -> None:
+        for action in actions:
+            name = f"{action.slot}.{action.generation}"
+            match action:
+                case Spawn(device, generation):
+                    assert not any(other.device == device for other in self.processes.values()), "two in one slot"
+                    self.processes[name] = Process(device, generation)
+                case supervisor_module.Stop():
+                    self.broker_does(self.broker.retire(name))
+                case Kill(signal=number):
+                    # A stopped process takes SIGABRT only when it goes on; SIGKILL always works.
+                    if number is signal.SIGKILL or not self.processes[name].hung:
+                        self.end(self.processes[name], -number)
+
+    def end(self, process: Process, code: int) -> None:
+        """Its process is gone: as `Server._reap`."""
+        del self.processes[process.name]
+        blameless = self.broker.holds_suspect(process.name)
+        actions = self.supervisor.exited(process.device, process.generation, f"{code}", code, blameless, self.now)
+        self.broker_does(self.broker.lose(process.name, self.now, "died"))
+        self.supervisor_does(actions)
+
+    def follow(self) -> None:
+        """As `Server._follow`."""
+        hopeless = self.supervisor.hopeless and self.draining_until is None
+        if hopeless == self.told_available:
+            self.told_available = not hopeless
+            self.broker_does(self.broker.set_available(not hopeless))
+        if self.draining_until is None:
+            return
+        if self.now >= self.draining_until and self.broker.unanswered:
+            self.broker_does(self.broker.end_drain())
+        if not self.broker.unanswered and not self.supervisor.draining:
+            self.supervisor_does(self.supervisor.drain(self.now))
+
+    def let_pass(self, seconds: float) -> None:
+        self.now += seconds
+        self.broker_does(self.broker.expire(self.now))
+        self.supervisor_does(self.supervisor.expire(self.now))
+        self.follow()
+
+    # -- clients ----------------------------------------------------------------------------------------------------
+
+    @rule(client=client, size=st.sampled_from([5, 20, 35]), deadline_s=st.sampled_from([None, 3.0]),
+          poison=st.sampled_from([False, False, True]), priority=st.sampled_from([0, 1]))  # fmt: skip
+    def submit(self, client: str, size: int, deadline_s: float | None, poison: bool, priority: int) -> None:
+        self.jobs += 1
+        job = f"j{self.jobs}"
+        if poison:
+            self.poison.add(job)
+        message = Submit(job=job, image=Image(kind="encoded"), deadline_s=deadline_s, priority=priority)
+        actions = self.broker.submit(client.encode(), message, [job.ljust(size).encode()], self.now)
+        match actions:
+            case [SendClient(_, Failed(job=refused, code=code))] if refused == job and code in REFUSALS:
+                return
+        assert self.draining_until is None
+        assert self.told_available
+        self.owed.add((client, job))
+        self.broker_does(actions)
+
+    def some_job(self, pick: int) -> tuple[str, str]:
+        return sorted(self.owed)[pick % len(self.owed)]
+
+    @precondition(lambda self: self.owed)
+    @rule(pick=pick)
+    def submit_again(self, pick: int) -> None:
+        client, job = self.some_job(pick)
+        again = Submit(job=job, image=Image(kind="encoded"))
+        assert self.broker.submit(client.encode(), again, [b"again"], self.now) == []
+
+    @precondition(lambda self: self.owed)
+    @rule(pick=pick)
+    def cancel(self, pick: int) -> None:
+        client, job = self.some_job(pick)
+        self.broker_does(self.broker.cancel(client.encode(), Cancel(job=job), self.now))
+        assert (client, job) not in self.owed
+
+    @rule(client=client)
+    def client_gone(self, client: str) -> None:
+        self.owed = {key for key in self.owed if key[0] != client}
+        self.broker_does(self.broker.client_gone(client.encode(), self.now))
+
+    # -- workers ----------------------------------------------------------------------------------------------------
+
+    def alive(self, **wanted: bool) -> list[Process]:
+        """Processes of which this holds, hung ones not among them."""
+        return [p for _, p in sorted(self.processes.items())
+                if not p.hung and all(bool(getattr(p, key)) == value for key, value in wanted.items())]  # fmt: skip
+
+    def is_loaded(self, process: Process) -> None:
+        """Its device is gone and it ends; or it says that it is ready: as `Server._on_ready`."""
+        if process.device in self.gone:
+            self.end(process, EXIT_CANNOT_BOOT)
+            return
+        process.loading = False
+        actions = self.supervisor.ready(process.device, process.generation, self.now)
+        if self.supervisor.slots[process.device].state is State.READY:
+            self.broker_does(self.broker.ready(process.name, process.device, 2, self.now))
+        self.supervisor_does(actions)
+
+    @precondition(lambda self: self.alive(loading=True))
+    @rule(pick=pick)
+    def loaded(self, pick: int) -> None:
+        loading = self.alive(loading=True)
+        self.is_loaded(loading[pick % len(loading)])
+
+    def some_lease(self, pick: int) -> tuple[Process, int]:
+        every = [(process, number) for process in self.alive(held=True) for number in process.held]
+        return every[pick % len(every)]
+
+    @precondition(lambda self: self.alive(held=True))
+    @rule(pick=pick)
+    def start(self, pick: int) -> None:
+        process, number = self.some_lease(pick)
+        process.started.add(number)
+        self.broker_does(self.broker.started(process.name, Started(leases=[number]), self.now))
+        if process.held[number] in self.poison:
+            self.end(process, -signal.SIGKILL)
+
+    def ends_lease(self, process: Process, number: int) -> None:
+        """With a result; a poison image has none."""
+        job = process.held[number]
+        if job in self.poison:
+            self.end(process, -signal.SIGSEGV)
+            return
+        del process.held[number]
+        message = Finished(lease=number, width=1, height=1, timings={})
+        self.broker_does(self.broker.finished(process.name, message, [b"r"], self.now))
+
+    @precondition(lambda self: self.alive(held=True))
+    @rule(pick=pick)
+    def finish(self, pick: int) -> None:
+        self.ends_lease(*self.some_lease(pick))
+
+    @precondition(lambda self: self.alive(held=True))
+    @rule(pick=pick)
+    def fail(self, pick: int) -> None:
+        process, number = self.some_lease(pick)
+        del process.held[number]
+        message = FailedLease(lease=number, code=Code.ENGINE_FAILED, reason="raised")
+        self.broker_does(self.broker.failed(process.name, message, self.now))
+
+    @precondition(lambda self: self.seen)
+    @rule(pick=pick)
+    def answer_late(self, pick: int) -> None:
+        """Of a lease that is over, or of a worker that is dead."""
+        worker, number = self.seen[-1 - pick % len(self.seen)]
+        process = self.processes.get(worker)
+        if process is None or number not in process.held:
+            message = Finished(lease=number, width=1, height=1, timings={})
+            self.broker_does(self.broker.finished(worker, message, [b"r"], self.now))
+
+    @precondition(lambda self: self.alive())
+    @rule(pick=pick, code=st.sampled_from([-9, -11, 0, 3, 70, EXIT_CANNOT_BOOT]))
+    def die(self, pick: int, code: int) -> None:
+        self.end(self.alive()[pick % len(self.alive())], code)
+
+    @precondition(lambda self: self.alive())
+    @rule(pick=pick)
+    def hang(self, pick: int) -> None:
+        self.alive()[pick % len(self.alive())].hung = True
+
+    @precondition(lambda self: self.alive(told_to_stop=True))
+    @rule(pick=pick)
+    def stops(self, pick: int) -> None:
+        """As it was asked to."""
+        asked = self.alive(told_to_stop=True)
+        self.end(asked[pick % len(asked)], 0)
+
+    @precondition(lambda self: self.alive(loading=False))
+    @rule(pick=pick, window=st.integers(1, 3))
+    def change_window(self, pick: int, window: int) -> None:
+        serving = self.alive(loading=False)
+        process = serving[pick % len(serving)]
+        self.broker.heard(process.name, self.now)
+        self.broker_does(self.broker.set_window(process.name, window, self.now))
+
+    # -- devices, time, operators -----------------------------------------------------------------------------------
+
+    @rule(device=st.sampled_from(DEVICES), gone=st.booleans())
+    def device_gone(self, device: str, gone: bool) -> None:
+        (self.gone.add if gone else self.gone.discard)(device)
+
+    @rule(seconds=st.sampled_from([0.5, 2.0, 9.0]))
+    def wait(self, seconds: float) -> None:
+        """Workers that live report each second."""
+        for _ in range(max(int(seconds), 1)):
+            for process in self.alive():
+                self.broker.heard(process.name, self.now)
+            self.let_pass(min(seconds, 1.0))
+
+    @precondition(lambda self: self.draining_until is None)
+    @rule(devices=st.sampled_from([DEVICES, DEVICES, DEVICES[:1]]))
+    def reload(self, devices: tuple[str, ...]) -> None:
+        self.supervisor_does(self.supervisor.reload(devices, RESTARTS, self.now))
+
+    @precondition(lambda self: self.draining_until is None)
+    @rule(really=st.sampled_from([False, False, False, True]))
+    def drain(self, really: bool) -> None:
+        if really:
+            self.draining_until = self.now + DRAIN_S
+            self.broker.drain()
+
+    # -- what holds -------------------------------------------------------------------------------------------------
+
+    @invariant()
+    def holds(self) -> None:
+        self.follow()
+        self.broker.check()
+        self.supervisor.check()
+        assert self.broker.unanswered == len(self.owed)
+        assert self.broker.leased == sum(len(process.held) for process in self.processes.values())
+        running = {f"{s.name}.{s.generation}" for s in self.supervisor.slots.values() if s.running}
+        assert running == self.processes.keys(), "a slot runs without a process, or the other way round"
+        for slot in self.supervisor.slots.values():
+            name = f"{slot.name}.{slot.generation}"
+            if slot.state is State.READY:
+                assert self.broker.last_heard(name) is not None, "ready, and gets no leases"
+        assert self.told_available or not self.owed, "jobs wait for devices that will not come"
+
+    def step_to_the_end(self) -> None:
+        """Everybody does what they should, and a second passes."""
+        for process in self.alive():
+            if process.name not in self.processes:
+                continue  # it ended in this very loop
+            self.broker.heard(process.name, self.now)
+            if process.loading:
+                self.is_loaded(process)
+            elif process.told_to_stop:
+                self.end(process, 0)
+            while process.held and process.name in self.processes:
+                self.ends_lease(process, next(iter(process.held)))
+        self.let_pass(1.0)
+        self.holds()
+
+    def teardown(self) -> None:
+        """Whatever happened: after a while everything that is owed is answered, and a drain comes to its end."""
+        for _ in range(60):
+            self.step_to_the_end()
+        assert not self.owed, f"never answered: {self.owed}"
+        if self.draining_until is not None:
+            assert self.supervisor.ended, self.supervisor.slots
+
+
+TestDaemon = DaemonMachine.TestCase
+TestDaemon.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
