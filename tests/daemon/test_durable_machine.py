@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -37,7 +38,7 @@ from daemon.protocol import (
     Submit,
 )
 from daemon.spool import Spool
-from daemon.spool_messages import AnswerKept, Look, Reply, Request, Stored
+from daemon.spool_messages import AnswerKept, Look, Reply, Request, Store, StoreAnswer, Stored
 
 LIMITS = Limits(max_jobs=6, max_bytes=10_000, max_image_bytes=100, max_attempts=2, deadline_s=20.0, stall_s=1000.0)
 CLIENTS = st.sampled_from([b"a", b"b", b"c"])
@@ -332,6 +333,54 @@ def test_nobody_is_told_what_is_not_on_the_disk() -> None:
     machine.disk_catches_up()
     assert machine.kept
     machine.teardown()
+
+
+def test_owners_take_turns_and_leave_each_other_room() -> None:
+    machine = DurableMachine()
+    for client in (b"a", b"a", b"a", b"b"):
+        machine.submit(client=client, priority=0)
+    machine.disk_catches_up()
+    machine.ready(window=1)
+    machine.disk_catches_up()
+    order = []
+    for _ in range(4):
+        order += [int(name) for leases in machine.held.values() for name in leases.values()]
+        machine.finish(0)
+        machine.disk_catches_up()
+    assert order == [1, 4, 2, 3]
+    machine.durable.max_bytes = machine.durable.usage.bytes + 100
+    owned = Submit(job="9" * 32, image=Image(kind="encoded"), durable=True)
+    (stored,) = machine.durable.submit(b"a", owned, 40, lambda: [bytes(40)], 0.0)
+    assert isinstance(stored, Store)
+    (refused,) = machine.durable.submit(b"a", msgspec.structs.replace(owned, job="8" * 32), 40, lambda: [b""], 0.0)
+    assert "the last are for others" in refused.message.reason
+    (stored,) = machine.durable.submit(b"b", msgspec.structs.replace(owned, job="7" * 32), 40, lambda: [b""], 0.0)
+    assert isinstance(stored, Store)
+    machine.spool.die()
+    machine.folder.cleanup()
+
+
+def test_answers_are_dropped_by_the_spool_s_own_clock(tmp_path: Path) -> None:
+    """It stands while no daemon runs, and does not follow the host's."""
+    spool = StillSpool(tmp_path / "spool.db", keep_s=100.0)
+    spool.begin()
+    message = Submit(job="1" * 32, image=Image(kind="encoded"), durable=True)
+    spool.ask(Store(Stored(seq=1, name=message.job, owner=b"a", priority=0, size=3), message, [b"abc"]))
+    spool.ask(StoreAnswer(1, Failed(job=message.job, code=Code.BAD_IMAGE, reason="no image"), ()))
+    spool.do(2)
+    spool._opened -= 60.0
+    spool._expire()
+    spool.die()
+    assert spool.usage.answers == 1
+    spool = StillSpool(tmp_path / "spool.db", keep_s=100.0)
+    assert spool.begin() == []
+    spool._opened -= 30.0
+    spool._expire()
+    assert spool.usage.answers == 1
+    spool._opened -= 11.0
+    spool._expire()
+    assert (spool.usage.answers, spool.usage.bytes) == (0, 0)
+    spool.die()
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["its worker dies first", "at once"])
