@@ -1,7 +1,7 @@
 """Throw malformed frames, headers, images, descriptors and requests at blendmaskd, and say what came of each.
 
 Examples:
-    scripts/fuzz.py                                     # one million, in all layers: about half an hour
+    scripts/fuzz.py                                     # one million, in all layers: about ten minutes
     scripts/fuzz.py --inputs 20000 --seed 7             # a short run of other inputs
     scripts/fuzz.py --layer images --inputs 100000      # one layer
     scripts/fuzz.py --layer images --first 4711 --inputs 1   # one input again, from what a failure said
