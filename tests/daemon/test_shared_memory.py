@@ -314,7 +314,7 @@ def test_a_path_that_is_too_long_for_the_second_socket_is_said(daemon: Any, tmp_
 
 def test_a_client_by_tcp_uses_the_socket(daemon: Any, tmp_path: Path) -> None:
     clients = [f"ipc://{tmp_path}/s", f"tcp://127.0.0.1:{_free_port()}"]
-    server = daemon(endpoints={"clients": clients, "metrics": None})
+    server = daemon(endpoints={"clients": clients, "metrics": None}, insecure_tcp=True)
     server.connect(transport="shared").segment(pixels(0))
     assert len(sizes(server)) == 1
     server.endpoint = clients[1]
