@@ -1,6 +1,8 @@
 """The broker by example: one history per rule."""
 from __future__ import annotations
 
+import fcntl
+import weakref
 from typing import Any
 
 import msgspec
@@ -15,12 +17,14 @@ from daemon.protocol import (
     Finished,
     Image,
     Lease,
+    Place,
     Result,
     Revoke,
     Started,
     Stop,
     Submit,
 )
+from daemon.regions import PAGE, Memory
 
 LIMITS = Limits(
     max_jobs=4, max_bytes=1000, max_image_bytes=500, max_attempts=2, deadline_s=10.0, stall_s=5.0, paths_allowed=False
@@ -82,6 +86,44 @@ def test_a_job_is_leased_finished_and_answered(broker: Broker) -> None:
     )
     assert broker.outcomes == {"answered": 1}
     assert (broker.unanswered, broker.leased) == (0, 0)
+
+
+class Frame(bytearray):
+    """Bytes that can be watched; no test may keep them."""
+
+
+@pytest.mark.parametrize("end", ["answer", "cancel", "client gone"])
+def test_an_image_is_let_go_with_its_answer_however_far_its_deadline(broker: Broker, end: str) -> None:
+    frame = Frame(10)
+    watched = weakref.ref(frame)
+    broker.submit(b"c", Submit(job="a", image=Image(kind="encoded"), deadline_s=3600), [frame], 0.0)
+    del frame
+    assert watched() is not None
+    match end:
+        case "answer":
+            [(_, number)] = leases(broker.ready("npu:0.1", "npu:0", 1, 0.0))
+            finish(broker, "npu:0.1", number)
+        case "cancel":
+            broker.cancel(b"c", Cancel(job="a"), 0.0)
+        case _:
+            broker.client_gone(b"c", 0.0)
+    assert watched() is None
+
+
+def test_images_in_shared_memory_count_as_sent_ones_do(broker: Broker) -> None:
+    broker = Broker(msgspec.structs.replace(LIMITS, shared_memory_bytes=1 << 20))
+    memory = Memory(descriptor=7, inode=1, bytes=4096, seals=fcntl.F_SEAL_SHRINK, page_bytes=PAGE, pid=1)
+    broker.open_region("r", memory)
+
+    def submit_place(job: str, size: int) -> dict[str, Result | Failed]:
+        image = Image(kind="encoded", place=Place(region="r", offset=0, bytes=size))
+        return answers(broker.submit(job.encode(), Submit(job=job, image=image), [], 0.0))
+
+    assert submit_place("large", 501)["large"].code is Code.TOO_LARGE  # type: ignore[union-attr]
+    assert submit_place("a", 500) == submit_place("b", 400) == {}
+    assert broker.waiting_bytes == 900
+    assert submit_place("c", 200)["c"].code is Code.BUSY  # type: ignore[union-attr]
+    broker.check()
 
 
 def test_windows_fill_least_loaded_first_then_jobs_wait(broker: Broker) -> None:

@@ -5,7 +5,7 @@ device may be gone for good. After each step both cores' `check()` holds and wha
 with the processes; at the end everything that is owed has had exactly one answer.
 
 To add an event, add a `@rule`: play the part of the outside, and give what a core answers to `broker_does` or
-`supervisor_does`. What must hold of it after any step goes into `holds`, what must come of it in the end into `teardown`.
+`supervisor_does`. What must hold after any step goes into `holds`, what must come of it in the end into `teardown`.
 """
 from __future__ import annotations
 
@@ -348,6 +348,7 @@ class DaemonMachine(RuleBasedStateMachine):
         for _ in range(60):
             self.step_to_the_end()
         assert not self.owed, f"never answered: {self.owed}"
+        assert not self.supervisor.reloading, f"a reload that stopped half-way: {self.supervisor.slots}"
         if self.draining_until is not None:
             assert self.supervisor.ended, self.supervisor.slots
 

@@ -63,6 +63,27 @@ def test_a_dead_worker_is_restarted_after_delays_that_double(up: Supervisor) -> 
     assert up.slots[A].restarts == 3
 
 
+def test_the_delay_has_an_end() -> None:
+    patient = Supervisor([A], Restarts(first_delay_s=0.5, longest_delay_s=4.0, give_up_after=100), DRAIN_S)
+    patient.start(0.0)
+    for number in range(50):
+        now = number * 1000.0
+        die(patient, A, now)
+        due = patient.next_deadline()
+        assert due is not None
+        assert due - now == min(0.5 * 2.0**number, 4.0)
+        patient.expire(due)
+
+
+def test_a_ready_of_an_earlier_life_is_not_this_ones(up: Supervisor) -> None:
+    die(up, A, 0.0)
+    assert up.expire(0.5) == [Spawn(A, 2)]
+    up.ready(A, 1, 0.6)
+    assert up.slots[A].state is State.STARTING
+    up.ready(A, 2, 0.7)
+    assert up.slots[A].state is State.READY
+
+
 def test_a_slot_that_dies_too_often_fails_and_the_other_goes_on(up: Supervisor) -> None:
     now = 0.0
     for _ in range(RESTARTS.give_up_after):
@@ -110,6 +131,13 @@ def test_a_hung_worker_is_aborted_then_killed(up: Supervisor) -> None:
     assert up.expire(12.0) == [Kill(A, 1, signal.SIGKILL)]
     die(up, A, 12.1)
     assert up.slots[A].failures == 1
+
+
+def test_a_reload_goes_on_when_a_device_is_gone(up: Supervisor) -> None:
+    assert up.reload([A, B], RESTARTS, 0.0) == [Stop(A, 1)]
+    assert die(up, A, 0.1, code=0) == [Spawn(A, 2)]
+    assert die(up, A, 0.2, code=EXIT_CANNOT_BOOT) == [Stop(B, 1)]
+    assert up.reloading
 
 
 def test_a_worker_that_hangs_while_it_is_asked_to_stop_is_not_waited_for(up: Supervisor) -> None:

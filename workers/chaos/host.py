@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ START_S = 60.0
 STOP_S = 60.0
 STALL_S = 5.0
 EXIT_CANNOT_BOOT = "78"
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class Host:
@@ -51,7 +53,7 @@ class Host:
         argv = [sys.executable, "-m", "daemon", "--settings", str(self._settings_file)]
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C is for this program, which ends the daemon in good order.
-            self.process = subprocess.Popen(argv, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(argv, stderr=log, start_new_session=True, preexec_fn=_drain_with_parent)
         deadline = time.monotonic() + START_S
         with Client(self.endpoint, timeout_s=1.0) as client:
             while self.process.poll() is None and time.monotonic() < deadline:
@@ -125,6 +127,11 @@ class Host:
         except psutil.Error:
             pass  # it has ended; that is seen elsewhere
         return found
+
+
+def _drain_with_parent() -> None:
+    """In the child: SIGTERM when this program dies, however it dies."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def all_ready(stats: Mapping[str, Any]) -> bool:

@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+"""Plant bugs in the pure cores, one at a time, and see which test catches each: `python tests/planted_bugs.py`.
+
+Each is planted in a copy of the tree, never here. A text that is not there exactly once is refused: the code has
+changed, and the bug must be planted anew. `test_planted_bugs.py` checks that, and no more, in CI; all of this program
+takes some minutes. Exit codes: 0 all but `ALLOWED_TO_ESCAPE` caught · 1 more escaped, or a text was not found.
+
+    python tests/planted_bugs.py               # a table in Markdown
+    python tests/planted_bugs.py --only 3 17   # some of them, with what the test says
+    python tests/planted_bugs.py --tests tests/daemon/test_daemon_machine.py   # by these alone
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ALLOWED_TO_ESCAPE = 1
+TIMEOUT_S = 300
+BROKER_TESTS = ["test_broker.py", "test_broker_machine.py", "test_daemon_machine.py"]
+CORE_TESTS = {
+    "daemon/broker.py": BROKER_TESTS,
+    "daemon/jobs.py": BROKER_TESTS,
+    "daemon/supervisor.py": ["test_supervisor.py", "test_daemon_machine.py"],
+    "daemon/stats.py": ["test_stats.py"],
+    "daemon/regions.py": ["test_broker_machine.py", "test_shared_memory.py"],
+    "workers/batching.py": ["../workers/test_batching.py"],
+}
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`new` instead of `old` in `file`, and what a user would see of it."""
+
+    file: str
+    old: str
+    new: str
+    why: str
+
+
+BUGS = [
+    Bug("daemon/broker.py", "return []  # its one answer is still to come", "pass",
+        "a job that is sent again runs twice and is answered twice"),
+    Bug("daemon/broker.py", "            if not job.suspect:\n                self._waiting.put(job, first=True)\n",
+        "            if not job.suspect:\n",
+        "a job whose worker dies before it started is never answered"),
+    Bug("daemon/broker.py", "self._waiting.put(job, first=True)\n                continue",
+        "self._waiting.put(job)\n                continue",
+        "a worker's death sends its jobs to the end of the queue"),
+    Bug("daemon/broker.py", "job.attempts += lease.started or job.suspect or len(holder.leases) == 1",
+        "job.attempts += 1", "window-mates of a poison image are suspected, and fail with it"),
+    Bug("daemon/broker.py", "job.attempts += lease.started or job.suspect or len(holder.leases) == 1",
+        "job.attempts += lease.started", "an image that crashes the decoder kills workers without end"),
+    Bug("daemon/broker.py", "if job.attempts >= self.limits.max_attempts:\n                text",
+        "if job.attempts > self.limits.max_attempts:\n                text",
+        "a poison image kills one worker more than the settings allow"),
+    Bug("daemon/broker.py", "if not worker.retiring and not worker.alone]\n        while self._suspects",
+        "if not worker.retiring]\n        while self._suspects",
+        "others are leased to the worker that tries a suspect, and die with it"),
+    Bug("daemon/broker.py", "        while self._suspects and (empty :=",
+        "        while self._suspects and not self._waiting and (empty :=",
+        "under load a suspect is never tried again"),
+    Bug("daemon/broker.py", "            open_workers.remove(min(open_workers, key=_load))  # is left",
+        "            pass  # is left", "under load no worker ever empties for a suspect"),
+    Bug("daemon/broker.py", "[worker for worker in open_workers if len(worker.leases) < worker.window]",
+        "[worker for worker in open_workers if len(worker.leases) <= worker.window]",
+        "workers are given more than their window"),
+    Bug("daemon/broker.py", "                actions.append(SendWorker(job.worker, Revoke(lease=job.lease)))\n", "",
+        "cancelled and overdue jobs still run on the device"),
+    Bug("daemon/broker.py", "self._workers[job.worker].leases[job.lease].job = None",
+        "del self._workers[job.worker].leases[job.lease]",
+        "a revoked lease no longer fills its window: its worker gets too many"),
+    Bug("daemon/broker.py", "        if not account.jobs:\n            del self._clients[job.client]\n", "",
+        "memory grows with every client that ever came"),
+    Bug("daemon/broker.py", "        job.payload = ()\n", "",
+        "answered images stay in memory until their deadline"),
+    Bug("daemon/broker.py", "if self.waiting_bytes + size > self.limits.max_bytes:",
+        "if self.waiting_bytes > self.limits.max_bytes:", "one image too many waits: the bound in bytes does not hold"),
+    Bug("daemon/broker.py", "worker.evicted = worker.retiring = True", "worker.evicted = True",
+        "a worker that hangs gets new leases until it is dead"),
+    Bug("daemon/broker.py", "oldest = min(worker.progress, worker.heard) if worker.leases else worker.heard",
+        "oldest = worker.heard", "a device that hangs while its worker still reports is never noticed"),
+    Bug("daemon/broker.py", "        if not worker.leases:\n            worker.progress = now\n", "",
+        "a worker that was idle for long is aborted with its first job"),
+    Bug("daemon/broker.py", "if worker.retiring and not worker.leases else []", "if worker.retiring else []",
+        "a worker that is replaced is stopped with jobs in its hands"),
+    Bug("daemon/broker.py", "return self._give_up(Code.UNAVAILABLE, _NO_DEVICE)", "return []", "when all devices have failed, jobs wait for nothing"),
+    Bug("daemon/broker.py", "        if self._draining:\n            return _refused(",
+        "        if False:\n            return _refused(", "a daemon that drains accepts more, and never ends"),
+    Bug("daemon/broker.py", "[*(SendWorker(worker, opening) for opening in self.regions), *self._assign(now)]",
+        "self._assign(now)", "a restarted worker cannot read images in shared memory"),
+    Bug("daemon/jobs.py", "return self.attempts > 0 or self.losses >= UNSTARTED_LOSSES", "return self.attempts > 0",
+        "an image that kills before it is started, in company, is never found out"),
+    Bug("daemon/jobs.py", "            level.move_to_end(client)\n", "            pass\n",
+        "a client that floods is served alone: the others starve"),
+    Bug("daemon/jobs.py", "        self.payload_bytes -= job.payload_bytes\n        return job", "        return job",
+        "after some gigabytes every job is refused as busy"),
+    Bug("daemon/jobs.py", "(self.image.place.bytes if self.image.place else 0)", "0",
+        "images in shared memory do not count against the queue's bytes"),
+    Bug("daemon/supervisor.py", "if slot.generation != generation or slot.state is not State.STARTING:",
+        "if slot.state is not State.STARTING:", "a ready of an earlier life makes a worker that still loads ready"),
+    Bug("daemon/supervisor.py", "asked = slot.state is State.STOPPING and slot.next_signal is signal.SIGABRT",
+        "asked = False", "a worker that hangs while it is replaced keeps its jobs until the drain is over"),
+    Bug("daemon/supervisor.py", "slot.failures = (0 if served else slot.failures) + (not blameless)",
+        "slot.failures = slot.failures + (not blameless)", "rare deaths add up over months until the slot is given up"),
+    Bug("daemon/supervisor.py", "slot.failures = (0 if served else slot.failures) + (not blameless)",
+        "slot.failures = (0 if served else slot.failures) + 1", "poison images take a healthy device out of service"),
+    Bug("daemon/supervisor.py", "        elif asked:\n            return [self._spawn(slot, now)]\n", "",
+        "a reload looks like deaths: back-off, and the slot is given up"),
+    Bug("daemon/supervisor.py", "return self._replace_next(now)\n\n    def reload", "return []\n\n    def reload",
+        "a reload stops half-way when a worker dies meanwhile"),
+    Bug("daemon/supervisor.py", "signal.SIGABRT\n        return [Stop(", "None\n        return [Stop(",
+        "the loop crashes on a worker that does not stop"),
+    Bug("daemon/supervisor.py", "now + self.restarts.stop_s, signal.SIGKILL\n        return [kill]",
+        "now + self.restarts.stop_s, signal.SIGABRT\n        return [kill]",
+        "a stopped worker is aborted for ever and never killed"),
+    Bug("daemon/supervisor.py", "        moving = (State.STARTING, State.STOPPING, State.BACKOFF)",
+        "        moving = ()", "a reload replaces all workers at once: nobody serves"),
+    Bug("daemon/supervisor.py", "slot.state, slot.deadline = State.ENDED, None\n        return []",
+        "slot.state = State.ENDED\n        return []", "a drained daemon starts workers again"),
+    Bug("daemon/supervisor.py", "slot.deadline = now + min(doubled, self.restarts.longest_delay_s)",
+        "slot.deadline = now + doubled", "after ten deaths a device waits for hours"),
+    Bug("daemon/stats.py", "end = newest if now - newest < FRESH_S else now", "end = newest",
+        "a device that hangs keeps the FPS it had"),
+    Bug("daemon/stats.py", "self.images += report.images", "self.images = report.images",
+        "the counter of images goes backwards"),
+    Bug("workers/batching.py", "if runs.compiled:", "if True:",
+        "the first, compiling run of a size makes its batch look slow for good"),
+]  # fmt: skip
+
+
+def problem(bug: Bug, root: Path = ROOT) -> str:
+    """Why this bug cannot be planted; empty: it can."""
+    found = (root / bug.file).read_text().count(bug.old)
+    return "" if found == 1 else f"{bug.file}: {bug.old!r} is there {found} times, not once"
+
+
+def plant(bug: Bug, root: Path) -> None:
+    """Change the file below `root`; it must compile."""
+    file = root / bug.file
+    text = file.read_text().replace(bug.old, bug.new)
+    compile(text, bug.file, "exec")
+    file.write_text(text)
+
+
+def copy_tree(folder: Path) -> Path:
+    """A copy of what the core tests need."""
+    root = folder / "tree"
+    for name in ("daemon", "workers", "tests", "configs"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "golden", ".hypothesis"))
+    shutil.copy(ROOT / "setup.cfg", root)
+    return root
+
+
+def try_out(bug: Bug, tests: Sequence[str], tell: bool) -> str:
+    """The test that catches it; empty: none does."""
+    with tempfile.TemporaryDirectory(prefix="planted-") as folder:
+        root = copy_tree(Path(folder))
+        plant(bug, root)
+        argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            run = subprocess.run(argv, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return f"no end within {TIMEOUT_S} s"
+    if tell:
+        print(run.stdout[-6000:], run.stderr[-2000:])
+    found = re.search(r"^FAILED (\S+)", run.stdout, re.MULTILINE)
+    if run.returncode == 1 and found:
+        return found[1].removeprefix("tests/daemon/").removeprefix("tests/workers/")
+    if run.returncode != 0:
+        raise RuntimeError(f"{bug.why}: pytest ended with {run.returncode}\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", type=int, metavar="N", help="these, by their number in the table")
+    parser.add_argument("--tests", nargs="+", metavar="FILE", help="by these tests, instead of each core's own")
+    arguments = parser.parse_args()
+    chosen = [(number, bug) for number, bug in enumerate(BUGS, 1) if number in (arguments.only or range(len(BUGS) + 1))]
+    problems = [problem(bug) for _, bug in chosen if problem(bug)]
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        return 1
+    escaped = 0
+    print("| | in | what it does | caught by |\n|---:|---|---|---|")
+    for number, bug in chosen:
+        own = [f"tests/daemon/{name}" for name in CORE_TESTS[bug.file] if (ROOT / "tests/daemon" / name).exists()]
+        caught = try_out(bug, arguments.tests or own, tell=bool(arguments.only))
+        escaped += not caught
+        print(f"| {number} | `{bug.file}` | {bug.why} | {f'`{caught}`' if caught else '**escaped**'} |", flush=True)
+    print(f"\n{len(chosen) - escaped} of {len(chosen)} caught")
+    return int(escaped > ALLOWED_TO_ESCAPE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
