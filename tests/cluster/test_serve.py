@@ -1,33 +1,17 @@
 """The Serve application on a real cluster of two nodes."""
 from __future__ import annotations
 
-import io
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from workers import engines
 
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's and its libraries' own
-
-ROOT = Path(__file__).resolve().parents[2]
-PICTURES = sorted((ROOT / "configs" / "demo" / "images").iterdir())
-TIMED = {"devices": ["npu:0"], "engine": "timed", "timed": {"latency_ms": {"1": 20}}}
-DEMO = {
-    "engine": "native",
-    "model": {
-        "config": str(ROOT / "configs" / "demo" / "demo.yaml"),
-        "weights": str(ROOT / "configs" / "demo" / "model_final.pth"),
-    },
-    "warm_up": [[256, 320]],
-    "runtime": {"threads": 1},
-}
 
 
 def test_an_image_goes_in_over_http_and_coco_results_come_out(shared_app, photograph) -> None:
@@ -108,76 +92,3 @@ def test_health_says_who_serves(shared_app) -> None:
         assert reply.body.startswith(b"ok\n")
         assert b"a/npu:0" in reply.body
         assert b"b/npu:0" in reply.body
-
-
-def test_what_the_daemon_applies_at_spawn_reaches_a_replica_and_is_verified_there(deploy) -> None:
-    """The allocator is there from the start of the process, the CPU set before torch has made threads."""
-    app = deploy({
-        **TIMED,
-        "runtime": {"task_queue": 1, "threads": 1, "preload": "required", "cpus": {"npu:0": "0"}},
-        "worker_env": {"OF_THE_TEST": "here"},
-    }, replicas=1)  # fmt: skip
-    [device] = app.stats()["devices"]
-    assert device["differences"] == []
-    actual = device["actual"]
-    assert (actual["cpus"], actual["thread_cpus"], actual["task_queue"], actual["threads"]) == ("0", {}, 1, 1)
-    assert "tcmalloc" in actual["preload"]
-    assert actual["env"]["OF_THE_TEST"] == "here"
-    assert actual["env"]["ASCEND_RT_VISIBLE_DEVICES"] == "0"
-
-
-def test_answers_are_the_daemons(deploy, daemon) -> None:
-    """The demo model, on CPUs, one thread in both."""
-    app = deploy({**DEMO, "devices": ["cpu:0"]}, replicas=2)
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda path: app.answered(path.read_bytes(), "score_threshold=0.3"), PICTURES))
-    assert {answer["node"] for answer in found} == {"a", "b"}
-    served = daemon(**{**DEMO, "devices": ["cpu:0"]})
-    for path, answer in zip(PICTURES, found):
-        wanted = served.client.segment(path, score_threshold=0.3)
-        assert answer["detections"] == wanted.detections
-        assert (answer["width"], answer["height"]) == (wanted.width, wanted.height)
-    assert sum(len(answer["detections"]) for answer in found) >= 6
-
-
-def test_over_the_limit_it_is_busy_at_once(deploy, photograph) -> None:
-    app = deploy({**TIMED, "timed": {"latency_ms": {"1": 1500}}, "batch": 1, "queue": {"max_jobs": 1}}, replicas=1)
-    with ThreadPoolExecutor(8) as pool:
-        replies = list(pool.map(lambda _: app.segment(photograph), range(8)))
-    outcomes = [reply.tree.get("code", "answered") for reply in replies]
-    assert outcomes.count("answered") >= 3
-    assert "busy" in outcomes
-    assert set(outcomes) <= {"answered", "busy"}
-    [busy, *_] = [reply for reply in replies if reply.status == 503]
-    assert busy.tree["retry_after_s"] == 1.0
-    assert busy.headers["retry-after"] == "1"
-
-
-def test_one_node_is_killed_in_mid_run_and_every_image_is_answered(cluster, deploy) -> None:
-    cluster.add("c")
-    app = deploy({**TIMED, "timed": {"latency_ms": {"1": 100}}, "batch": 1})
-    images = [_png(number) for number in range(60)]
-    answered: list[int] = []
-
-    def segment(number: int) -> dict:
-        answer = app.answered(images[number])
-        answered.append(number)
-        if len(answered) == 15:
-            cluster.kill("c")
-        return answer
-
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(segment, range(60)))
-    for number, answer in enumerate(found):
-        assert answer["detections"][0]["checksum"] == engines.checksum(_pixels(number))
-    assert {answer["node"] for answer in found} == {"a", "b", "c"}
-
-
-def _pixels(number: int) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 255, (32, 24, 3), np.uint8)
-
-
-def _png(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(_pixels(number)[:, :, ::-1]).save(buffer, "PNG")
-    return buffer.getvalue()

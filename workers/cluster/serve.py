@@ -63,12 +63,20 @@ def application(arguments: dict[str, Any]) -> Application:
         args = msgspec.convert(arguments, Arguments)
     except msgspec.ValidationError as error:
         raise SettingsError(f"args: {error}") from None
-    loaded = settings.from_tree(args.settings) if isinstance(args.settings, dict) else settings.load(args.settings)
+    given = args.settings
+    loaded = settings.load(given) if isinstance(given, str) else settings.from_tree(_with_numbers(given))
     tree = settings.to_tree(loaded)
     fronts = args.fronts or sum(node["Alive"] for node in ray.nodes())
     worker = serve.deployment(**worker_options(loaded, args.replicas))(Worker).bind(tree)
     bound: Application = serve.deployment(**front_options(fronts))(Front).bind(tree, worker)
     return bound
+
+
+def _with_numbers(tree: Any) -> Any:
+    """Keys that are numbers as numbers: Serve's configuration goes through JSON, whose keys are text."""
+    if not isinstance(tree, dict):
+        return tree
+    return {int(key) if str(key).isdigit() else key: _with_numbers(value) for key, value in tree.items()}
 
 
 def worker_options(loaded: Settings, replicas: int | Replicas | None) -> dict[str, Any]:
