@@ -106,7 +106,8 @@ def test_a_killed_run_is_resumed_without_doing_work_twice(cluster, folder, tmp_p
         number = result["image_id"] - 1
         assert result["file_name"] == f"{number:04d}.png"
         assert result["checksum"] == engines.checksum(_pixels(number))
-    assert [(each["image_id"] - 1, each["code"]) for each in second.failures()] == [(n, "bad-image") for n in sorted(BAD)]
+    failed = [(each["image_id"] - 1, each["code"]) for each in second.failures()]
+    assert failed == [(number, "bad-image") for number in sorted(BAD)]
     assert all("not a JPEG" in each["reason"] for each in second.failures())
     assert "a/npu:0" in text
     assert "b/npu:0" in text

@@ -50,7 +50,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     height: int = 0
     code: Code | None = None  # of a failure
     reason: str = ""
-    detections: msgspec.Raw = msgspec.Raw(b"")
+    detections: msgspec.Raw = msgspec.Raw(b"null")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,11 @@ class Run:
             self._lock()
             found = _about(self.folder / "run.json")
             if found and not anew:
-                self._check(found, resume=resume)
+                try:
+                    self._check(found, resume=resume)
+                except UsageError:
+                    self.close()
+                    raise
             if not resume or not found:
                 shutil.rmtree(self.folder / "journal", ignore_errors=True)
             shutil.rmtree(self.folder / "journal" / "tries", ignore_errors=True)
@@ -141,6 +145,10 @@ class Run:
         except OSError as error:
             raise OutputError(f"{error.filename}: {error.strerror}") from None
         return self
+
+    def close(self) -> None:
+        """Let others continue it."""
+        os.close(self._fd)
 
     def _lock(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
