@@ -28,7 +28,12 @@ class Child:
         self.wanted = plan.wanted
         self.warnings = plan.warnings
         self.actual: dict[str, Any] = {}
-        self.pidfd = os.pidfd_open(self.process.pid)
+        try:
+            self.pidfd = os.pidfd_open(self.process.pid)
+        except OSError:  # out of descriptors, say: nobody would hear of its end
+            self.process.kill()
+            self.process.wait()
+            raise
 
     def reap(self) -> int:
         """Its exit code, negative for a signal; waits for its end."""
@@ -53,7 +58,9 @@ class Candidate:
 
 
 class Launcher:
-    """Starts processes by `settings`. Raises what `spawn` and `topology` raise, also when it is made."""
+    """Starts processes by `settings`. Raises what `spawn` and `topology` raise, also when it is made; OSError where the
+    host has no process, memory or descriptor left.
+    """
 
     def __init__(self, settings: Settings, base_environment: dict[str, str]) -> None:
         self.settings = settings

@@ -506,7 +506,14 @@ class Server:
                     self._children[name].process.send_signal(action.signal)
 
     def _spawn(self, slot: str, generation: int) -> None:
-        child = self._launcher.worker(slot, generation, self._sockets.workers_endpoint)
+        try:
+            child = self._launcher.worker(slot, generation, self._sockets.workers_endpoint)
+        except (OSError, spawn.SpawnError) as error:
+            if isinstance(error, spawn.SpawnError) and not self._snapshot:
+                raise  # nothing is served yet: the settings do not fit this host
+            how = f"cannot be started: {error}"
+            self._supervise(self._supervisor.exited(slot, generation, how, 1, False, time.monotonic()))
+            return
         for warning in child.warnings:
             log.warning("%s", warning, extra=about(slot=child.name))
         self._children[child.name] = child
@@ -566,7 +573,7 @@ class Server:
             settings = self._load_settings()
             _refuse_rebinding(self.settings, settings)
             self._candidate = self._launcher.try_out(settings, self._sockets.workers_endpoint)
-        except (SettingsError, spawn.SpawnError, topology.TopologyError) as error:
+        except (SettingsError, spawn.SpawnError, topology.TopologyError, OSError) as error:
             self._end_reload(f"reload refused, nothing changed: {error}")
             return
         log.info("reload: checking settings and weights")
