@@ -55,6 +55,7 @@ from daemon.spool_messages import (
 )
 
 RETRY_S = 1.0  # after which the spool may have room, or work again
+MOST_LOADS = 5  # of a job whose image cannot be read
 MOST_LOOKS = 1000  # questions to the spool at a time
 Action = BrokerAction | Request
 
@@ -81,6 +82,7 @@ class Job(msgspec.Struct, eq=False):
     state: State
     attempts: int = 0
     losses: int = 0
+    loads: int = 0  # that failed
     leased: bool = False  # as the spool knows it
     submitters: dict[bytes, None] = {}  # are owed `Accepted`
     waiters: dict[bytes, None] = {}  # are owed its answer
@@ -258,8 +260,7 @@ class Durable:
             case Loaded():
                 return self._loaded(job, reply, now)
             case NotLoaded():
-                self._line_up(job)  # behind the others; the next tick tries again
-                return []
+                return self._not_loaded(job, reply.reason)
             case AnswerKept():
                 assert job.answer is not None
                 self._remove(job)
@@ -386,6 +387,16 @@ class Durable:
             return []
         self._set(job, State.QUEUED)
         return [*self._broker.adopt(loaded.message, loaded.payload, job.accepted, now, job.attempts, job.losses)]
+
+    def _not_loaded(self, job: Job, reason: str) -> list[Action]:
+        """Behind the others, and tried again; in the end it is damaged rather than the disk's bad moment."""
+        job.loads += 1
+        if job.loads < MOST_LOADS:
+            self._line_up(job)
+            return []
+        self._broker.outcomes[Code.UNAVAILABLE] += 1
+        text = f"its image cannot be read from the spool: {reason}"
+        return self.answered(Failed(job=job.name, code=Code.UNAVAILABLE, reason=text), ())
 
     def _look(self, client: bytes, name: str) -> list[Action]:
         if self._looks >= MOST_LOOKS:

@@ -244,6 +244,25 @@ def test_a_durable_job_outlives_its_client_and_a_drain(daemon: Any, wait_until: 
     assert [answer(running.client, job) for job in jobs] == [checksum(pixels(number)) for number in range(12)]
 
 
+def test_a_job_that_is_damaged_in_the_spool_fails_and_the_others_do_not(
+    daemon: Any, wait_until: Any, tmp_path: Path
+) -> None:
+    running = daemon(**spooled(tmp_path, timed={"latency_ms": {1: 300}}))
+    jobs = [running.client.submit(pixels(number)) for number in range(12)]
+    running.kill()
+    wait_until(lambda: not running.processes())
+    with sqlite3.connect(tmp_path / "spool.db") as db:
+        db.execute("UPDATE jobs SET submit = x'c1' WHERE name = ?", (jobs[11],))
+    db.close()
+    running.start()
+    with Client(running.endpoint, timeout_s=60, retries=0) as client:
+        for _ in range(2):
+            with pytest.raises(JobFailed, match="its image cannot be read from the spool") as failed:
+                client.fetch(jobs[11])
+            assert failed.value.code is Code.UNAVAILABLE
+        assert [answer(client, job) for job in jobs[:11]] == [checksum(pixels(number)) for number in range(11)]
+
+
 def test_an_image_that_kills_workers_does_not_do_so_for_ever(daemon: Any, wait_until: Any, tmp_path: Path) -> None:
     """The daemon dies after each death of a worker, as with a host that such an image brings down."""
     running = daemon(**spooled(tmp_path, max_attempts=2, **FAULTY))
