@@ -82,6 +82,8 @@ class Server:
             self._poller = zmq.Poller()
             self._poller.register(sockets.clients, zmq.POLLIN)
             self._poller.register(sockets.workers, zmq.POLLIN)
+            if sockets.departures:
+                self._poller.register(sockets.departures.socket, zmq.POLLIN)
             self._watch(sockets.signals.fileno(), self._on_signals)
             self._watch(sockets.shared_memory.fileno(), self._on_shared_memory)
             log.info("serving %s on %s, engine %s, pid %d", " ".join(self.settings.devices),
@@ -113,6 +115,8 @@ class Server:
         if self._sockets.gate and not events.keys().isdisjoint(self._sockets.gate.sockets):
             self._sockets.gate.receive()
             self._on_keys()
+        if self._sockets.departures:
+            self._let_go(self._sockets.departures.take())
         if self._sockets.clients in events:
             self._read_clients()
         for fd in others:
@@ -215,6 +219,8 @@ class Server:
     def _read_clients(self) -> None:
         for frames in receive(self._sockets.clients):
             client = frames[0].bytes
+            if self._sockets.departures:
+                self._sockets.departures.heard(client, frames[-1])
             if self._sockets.gate and (verdict := self._judge(client, frames[-1])) is not Verdict.WELCOME:
                 self._turn_away(client, frames, verdict)
                 continue
@@ -471,6 +477,13 @@ class Server:
                 log.info("a client %s: its jobs are cancelled", why, extra=about(client=shown(client)))
             self._client_gone(client)
 
+    def _let_go(self, clients: Iterable[bytes]) -> None:
+        """Of clients that have left, those with jobs."""
+        for client in clients:
+            if self._broker.has_jobs(client):
+                log.info("a client is gone: its jobs are cancelled", extra=about(client=shown(client)))
+            self._client_gone(client)
+
     def _client_gone(self, client: bytes) -> None:
         self._durable.client_gone(client)
         self._carry_out(self._broker.client_gone(client, time.monotonic()))
@@ -610,10 +623,12 @@ class Server:
     # -- telling ----------------------------------------------------------------------------------------------------
 
     def _tell_states(self) -> None:
+        """Of changes; the pages and stats show them at once, too."""
         for slot in self._supervisor.slots.values():
             told = f"{slot.generation} {slot.state.value}"
             if self._told_states.get(slot.name) != told:
                 self._told_states[slot.name] = told
+                self._next_tick = 0.0
                 bad = slot.state in (supervisor.State.BACKOFF, supervisor.State.FAILED)
                 reason = f": {slot.reason}" if slot.reason else ""
                 level, name = logging.ERROR if bad else logging.INFO, worker_name(slot.name, slot.generation)

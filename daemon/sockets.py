@@ -21,6 +21,7 @@ from typing import IO, Any
 import zmq
 
 from daemon.access import AllowedKeys
+from daemon.departures import Departures
 from daemon.gate import Gate
 from daemon.keys import KeyFileError, read_pair
 from daemon.pages import Pages
@@ -43,6 +44,8 @@ class Sockets:
     `gate` watches over tcp:// endpoints, and is None without; `allowed` are the keys that may connect there, None
     where no keys are needed.
 
+    `departures` tells of clients that left, and is None with a gate, which has the socket's only monitor.
+
     `no_memory` says why there is no shared memory, where there is none although there is an ipc endpoint.
     """
 
@@ -57,6 +60,7 @@ class Sockets:
         self.shared_memory = SharedMemory()
         self.no_memory = ""
         self.gate: Gate | None = None
+        self.departures: Departures | None = None
         self.allowed: AllowedKeys | None = None
 
     def __enter__(self) -> Sockets:
@@ -64,6 +68,8 @@ class Sockets:
             self.clients = self._router(self._settings.limits.max_image_bytes * 2 + (1 << 20))
             self.workers = self._router(-1)
             endpoints = self._settings.endpoints.clients
+            if not any(map(_is_tcp, endpoints)):
+                self.departures = Departures(self._context, self.clients)
             with _umask(NOT_FOR_OTHERS):
                 for endpoint in (each for each in endpoints if not _is_tcp(each)):
                     self._bind(self.clients, endpoint)

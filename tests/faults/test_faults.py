@@ -222,6 +222,19 @@ def test_jobs_of_a_client_that_left_are_cancelled(scene, wait_until) -> None:
     assert here.load.failures == []
 
 
+def test_clients_with_a_job_each_that_leave_together_cost_no_device_time(scene, wait_until) -> None:
+    """No answer is under way to any of them that could say so: their connections do."""
+    with scene(timed={"latency_ms": {1: 200}}) as here:
+        with zmq.Context() as context, contextlib.ExitStack() as sockets:
+            leaving = [sockets.enter_context(context.socket(zmq.DEALER)) for _ in range(100)]
+            for socket in leaving:
+                socket.connect(here.server.endpoint)
+                socket.send_multipart(submission("the only one", picture()))
+            wait_until(lambda: here.server.client.stats()["queue"]["jobs"] > 50, LONG_S)
+        wait_until(lambda: here.server.client.stats()["failures"].get("cancelled", 0) > 50, LONG_S)
+    assert here.load.failures == []
+
+
 VANISHING = """
 import sys
 import numpy as np
