@@ -248,10 +248,11 @@ def test_a_local_process_cannot_pose_as_a_key(guarded: Guarded) -> None:
         raw.settimeout(10)
         raw.connect(guarded.daemon.endpoint.removeprefix("ipc://"))
         raw.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\0" + bytes(31))
-        raw.recv(64, socket.MSG_WAITALL)  # the daemon's greeting
+        stream = raw.makefile("rb")
+        assert len(stream.read(64)) == 64  # the daemon's greeting
         ready = b"\x05READY" + _property(b"Socket-Type", b"DEALER") + _property(b"User-Id", key)
         raw.sendall(b"\x04" + bytes([len(ready)]) + ready)
-        assert b"READY" in raw.recv(64)
+        assert b"READY" in stream.read(8)
         frames = encode(GetStats())
         for frame, flag in zip(frames, (b"\x01", b"\x00")):
             raw.sendall(flag + bytes([len(frame)]) + frame)

@@ -52,11 +52,12 @@ def start(folder: Path, key_folder: Path, spec: Object, manifests: Manifests, **
 
 @pytest.fixture(scope="module")
 def pod(tmp_path_factory: pytest.TempPathFactory, key_folder: Path) -> Iterator[Pod]:
-    """Started, by its startup probe; the demo model serves."""
+    """Started, by its startup probe, with all devices; the demo model serves."""
     manifests = Manifests("cpu")
     pod = start(tmp_path_factory.mktemp("pod"), key_folder, manifests.pod, manifests)
     try:
-        wait_for(lambda: pod.started() and pod.get(manifests.container["startupProbe"]["httpGet"])[0] == 200, START_S)
+        probe = manifests.container["startupProbe"]["httpGet"]
+        wait_for(lambda: pod.started() and pod.get(probe)[1].startswith("ok"), START_S)
         yield pod
     finally:
         pod.close()
