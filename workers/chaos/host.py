@@ -30,7 +30,9 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 class Host:
     """`endpoint` is the daemon's. Signals to it and its workers, and their memory and descriptors."""
 
-    def __init__(self, folder: Path, devices: int, log: Path, overrides: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, devices: int, log: Path, overrides: Mapping[str, Any], metrics: str | None = None
+    ) -> None:
         self.endpoint = f"ipc://{folder}/client.sock"
         self.devices = [f"cpu:{number}" for number in range(devices)]
         self.log = log
@@ -40,7 +42,7 @@ class Host:
         self._settings = {
             "devices": self.devices,
             "engine": "timed",
-            "endpoints": {"clients": [self.endpoint], "metrics": None},
+            "endpoints": {"clients": [self.endpoint], "metrics": metrics},
             "restarts": {"first_delay_s": 0.1, "longest_delay_s": 1, "give_up_after": 1000, "stall_s": STALL_S,
                          "stop_s": 2},
             "worker_env": poison.worker_env(self._broken),
@@ -65,8 +67,11 @@ class Host:
         self.process.wait()
         raise NoDaemonError(f"the daemon did not come up: {self.log.read_text()[-2000:]}")
 
+    def client(self) -> Client:
+        return Client(self.endpoint, timeout_s=START_S)
+
     def stop(self) -> int:
-        """SIGTERM, and its exit code; kills it when that takes too long."""
+        """SIGTERM, and its exit code, also when it has ended before; kills it when that takes too long."""
         self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(STOP_S)
@@ -145,10 +150,12 @@ def _held(process: psutil.Process) -> tuple[int, float, int]:
 
 
 @contextlib.contextmanager
-def own_host(devices: int, log: Path | None, overrides: Mapping[str, Any]) -> Iterator[Host]:
+def own_host(
+    devices: int, log: Path | None, overrides: Mapping[str, Any], metrics: str | None = None
+) -> Iterator[Host]:
     """A daemon that is up; gone when this is left. Without a `log` its log goes when it goes."""
     with tempfile.TemporaryDirectory(prefix="blendmaskd-chaos-") as name:
-        host = Host(Path(name), devices, log or Path(name) / "log", overrides)
+        host = Host(Path(name), devices, log or Path(name) / "log", overrides, metrics)
         host.start()
         try:
             yield host

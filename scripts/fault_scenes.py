@@ -1,0 +1,10 @@
+#!/usr/bin/env python3
+"""Six scenes in which other servers were measured, on this one; `--help` tells more."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from workers.chaos.scenes import main
+
+sys.exit(main())
