@@ -171,3 +171,23 @@ def test_parquet_in_and_out(cluster, tmp_path) -> None:
             for found in row["detections"]]  # fmt: skip
     assert flat == results
     assert len(results) >= 6
+
+
+def test_what_keeps_workers_from_starting_is_told(cluster, tmp_path) -> None:
+    picture = ROOT / "configs" / "demo" / "images" / "0003.jpg"
+    text = Program(cluster, tmp_path / "a", picture, "--devices", "npu:0", "--set", "engine=native").end(3)
+    assert "model.weights is not set" in text
+    assert "Traceback" not in text
+    text = Program(cluster, tmp_path / "b", picture, "--devices", "cuda:0", "--set", "engine=timed").end(3)
+    assert "no node of the cluster has such a device" in text
+    text = Program(cluster, tmp_path / "c", picture, "--devices", "cuda:0", "npu:0", "--set", "engine=timed").end(2)
+    assert "of one kind" in text
+
+
+def test_ctrl_c_keeps_what_there_is(cluster, folder, tmp_path, wait_until) -> None:
+    program = Program(cluster, tmp_path / "out", folder, *TIMED, "--set", "timed.latency_ms={1: 200}")
+    wait_until(lambda: len(program.journal()) >= 5 or program.process.poll() is not None, RUN_S)
+    program.process.send_signal(signal.SIGINT)
+    text = program.end(130)
+    assert "--resume goes on from here" in text
+    assert 4 <= len(program.results()) < 195

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,6 +53,9 @@ def test_answers_are_the_daemons(deploy, daemon) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda path: app.answered(path.read_bytes(), "score_threshold=0.3"), PICTURES))
     assert {answer["node"] for answer in found} == {"a", "b"}
+    devices = app.stats()["devices"]
+    assert [device["differences"] for device in devices] == [[], []], "torch's threads are where they should be, too"
+    assert {device["actual"]["device_name"] for device in devices} == {"cpu"}
     served = daemon(**{**DEMO, "devices": ["cpu:0"]})
     for path, answer in zip(PICTURES, found):
         wanted = served.client.segment(path, score_threshold=0.3)
@@ -70,6 +75,23 @@ def test_over_the_limit_it_is_busy_at_once(deploy, photograph) -> None:
     [busy, *_] = [reply for reply in replies if reply.status == 503]
     assert busy.tree["retry_after_s"] == 1.0
     assert busy.headers["retry-after"] == "1"
+
+
+def test_a_worker_is_killed_under_load_and_no_client_notices(deploy, photograph) -> None:
+    """The front gives its images to the other."""
+    app = deploy({**TIMED, "timed": {"latency_ms": {"1": 100}}, "batch": 1}, replicas=2, fronts=1)
+    victim = app.stats()["devices"][0]["pid"]
+    done: list[int] = []
+
+    def segment(number: int) -> int:
+        status = app.segment(photograph).status
+        done.append(number)
+        if len(done) == 10:
+            os.kill(victim, signal.SIGKILL)
+        return status
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(segment, range(40))) == [200] * 40
 
 
 def test_one_node_is_killed_in_mid_run_and_every_image_is_answered(cluster, deploy) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import statistics
@@ -51,7 +52,8 @@ class Row:
     way: str  # online or offline
     nodes: int
     fps: float
-    cpu_s: float | None  # of all of the cluster's processes, for 1000 images
+    idle_share: float | None = None  # of one core, all of the cluster's processes without load
+    cpu_s: float | None = None  # what they took more under load, for 1000 images
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,14 +76,22 @@ def _online(cluster: Trial, nodes: int, arguments: argparse.Namespace, image: by
     serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": PORT})
     serve.run(application({"settings": settings, "replicas": nodes, "fronts": nodes}), name="bench", route_prefix="/")
     try:
+        time.sleep(SETTLE_S)
+        idle_share, _ = _watch(cluster, arguments.seconds, [])
         with _clients(CLIENTS_OF_A_NODE * nodes, image) as answered:
             time.sleep(SETTLE_S)
-            begun, cpu_s, images = time.monotonic(), _cpu_s(cluster), len(answered)
-            time.sleep(arguments.seconds)
-            seconds, spent_s, done = time.monotonic() - begun, _cpu_s(cluster) - cpu_s, len(answered) - images
+            busy_share, fps = _watch(cluster, arguments.seconds, answered)
     finally:
         serve.delete("bench")
-    return Row("online", nodes, done / seconds, 1000 * spent_s / max(done, 1))
+    return Row("online", nodes, fps, idle_share, 1000 * (busy_share - idle_share) / max(fps, 1e-9))
+
+
+def _watch(cluster: Trial, seconds: float, answered: list[None]) -> tuple[float, float]:
+    """The share of one core that the cluster took, and images per second."""
+    begun, cpu_s, images = time.monotonic(), _cpu_s(cluster), len(answered)
+    time.sleep(seconds)
+    took = time.monotonic() - begun
+    return (_cpu_s(cluster) - cpu_s) / took, (len(answered) - images) / took
 
 
 @contextlib.contextmanager
@@ -121,7 +131,7 @@ def _offline(cluster: Trial, nodes: int, arguments: argparse.Namespace, image: b
             capture_output=True, text=True, check=True,
         )  # fmt: skip
     [line] = [line for line in done.stdout.splitlines() if line.startswith("combined:")]
-    return Row("offline", nodes, float(line.split(" FPS")[0].split()[-1]), None)
+    return Row("offline", nodes, float(line.split(" FPS")[0].split()[-1]))
 
 
 def _cpu_s(cluster: Trial) -> float:
@@ -143,22 +153,23 @@ def _image(size: str) -> bytes:
 
 
 def _tell(rows: Sequence[Row], arguments: argparse.Namespace) -> int:
-    table = Table("", "nodes", "images/s", "of the devices' limit", "CPU s per 1000")
+    table = Table("", "nodes", "images/s", "of the devices' limit", "idle, of a core", "CPU s per 1000")
     ratios: dict[str, float] = {}
     for way in ("online", "offline"):
         fps = {nodes: [row.fps for row in rows if (row.way, row.nodes) == (way, nodes)] for nodes in (1, 2)}
         for row in rows:
             if row.way == way:
                 limit = row.nodes * 1000 / arguments.latency_ms
-                table.add_row(way, str(row.nodes), f"{row.fps:.2f}", f"{row.fps / limit:.1%}",
-                              "" if row.cpu_s is None else f"{row.cpu_s:.1f}")  # fmt: skip
+                idle = "" if row.idle_share is None else f"{row.idle_share:.0%}"
+                cpu_s = "" if row.cpu_s is None else f"{row.cpu_s:.1f}"
+                table.add_row(way, str(row.nodes), f"{row.fps:.2f}", f"{row.fps / limit:.1%}", idle, cpu_s)
         ratios[way] = statistics.median(two / one for one, two in zip(fps[1], fps[2]))
     console = Console()
     console.print(table)
     for way, ratio in ratios.items():
         console.print(f"{way}: two nodes / one node = {ratio:.3f} (wanted: {WANTED})")
     if arguments.json:
-        found: dict[str, Any] = {"rows": [[row.way, row.nodes, row.fps, row.cpu_s] for row in rows], "ratios": ratios}
+        found: dict[str, Any] = {"rows": [dataclasses.asdict(row) for row in rows], "ratios": ratios}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0 if min(ratios.values()) >= WANTED else 1
 

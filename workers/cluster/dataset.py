@@ -148,6 +148,8 @@ def _segment(
             for row in _rows(left, loaded, arguments.output.absolute(), options, workers):
                 tally.add(row)
                 progress.update(bar, advance=row["images"], description=_description(tally))
+    except (PlacementError, SpawnError) as error:
+        raise UsageError(str(error)) from None
     except RayError as error:
         raise _explained(error) from error
     finally:
@@ -191,10 +193,7 @@ def _connect(address: str | None) -> None:
 
 def _workers(wanted: int | None, loaded: Settings) -> int:
     resources = ray.cluster_resources()
-    try:
-        found = placement.capacity(loaded, resources)
-    except (PlacementError, SpawnError) as error:
-        raise UsageError(str(error)) from None
+    found = placement.capacity(loaded, resources)
     if not found and not wanted:
         raise NoDaemonError(f"devices = {loaded.devices}: no node of the cluster has such a device; its resources are "
                             f"{resources}")  # fmt: skip
@@ -205,7 +204,10 @@ def _explained(error: RayError) -> Exception:
     """The error of a worker in this program's words."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
-    return OutputError(last) if "OutputError" in last else RuntimeError(last)
+    kind, _, text = last.partition(": ")
+    if kind.endswith("OutputError"):
+        return OutputError(text)
+    return NoDaemonError(f"the workers cannot go on: {text or last}")
 
 
 def _progress() -> Progress:
