@@ -6,6 +6,7 @@ Pure: texts in, values out; what is not understood is left out. Device numbers a
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from daemon.topology import PCI_ADDRESS
@@ -37,17 +38,23 @@ class Card:
 
 
 def parse_npu_cards(text: str) -> dict[Chip, Card]:
-    """``npu-smi info``: each chip's name and health. A chip takes two lines; its PCI address is on the second."""
-    cards: dict[Chip, Card] = {}
-    above: tuple[int, Card] | None = None
+    """``npu-smi info``: each chip's name and health."""
+    return {chip: Card(cells[0].split()[1], cells[1]) for chip, cells in chips(text)}
+
+
+def chips(text: str) -> Iterator[tuple[Chip, list[str]]]:
+    """``npu-smi info``: each chip with the cells of its first line: NPU and name, health, power and temperature.
+
+    A chip takes two lines; the second one has its number and its PCI address.
+    """
+    above: list[str] = []
     for cells in _rows(text.partition("Process id")[0]):
         first = cells[0].split()
-        if above is not None and PCI_ADDRESS.fullmatch(cells[1]):
-            cards[above[0], int(first[0])] = above[1]
-            above = None
+        if above and PCI_ADDRESS.fullmatch(cells[1]):
+            yield (int(above[0].split()[0]), int(first[0])), above
+            above = []
         elif len(first) > 1:
-            above = int(first[0]), Card(first[1], cells[1])
-    return cards
+            above = cells
 
 
 def parse_npu_processes(text: str) -> dict[Chip, list[tuple[int, str]]]:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from daemon import topology
-from daemon.topology import PCI_ADDRESS, parse_npu_map
+from daemon.ascend import Chip, chips
+from daemon.topology import parse_npu_map
 
 EACH_S = 5.0
-
-Chip = tuple[int, int]  # NPU id, chip id: npu-smi's names, see `topology.parse_npu_map`
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +29,11 @@ class Reading:
 
 
 def parse_npu_readings(text: str) -> dict[Chip, Reading]:
-    """``npu-smi info``: the readings of each chip. A chip takes two lines; its PCI address is on the second."""
-    readings: dict[Chip, Reading] = {}
-    above: tuple[int, Reading] | None = None
-    for line in text.partition("Process id")[0].splitlines():
-        cells = [cell.strip() for cell in line.strip("| \t").split("|")]
-        first = cells[0].split()
-        if len(cells) < 3 or not first or not first[0].isdigit():
-            continue
-        if above is not None and PCI_ADDRESS.fullmatch(cells[1]):
-            readings[above[0], int(first[0])] = above[1]
-            above = None
-        else:
-            power, temperature = [*cells[2].split(), "", ""][:2]
-            above = int(first[0]), Reading(_number(temperature), _number(power), cells[1])
+    """``npu-smi info``: the readings of each chip."""
+    readings = {}
+    for chip, cells in chips(text):
+        power, temperature = [*(cells[2] if len(cells) > 2 else "").split(), "", ""][:2]
+        readings[chip] = Reading(_number(temperature), _number(power), cells[1])
     return readings
 
 
@@ -77,9 +67,9 @@ class Readings:
         return self.latest.get(self._numbers.get(device["device"], -1))
 
     def _follow(self) -> None:
-        chips = parse_npu_map(self._ask(["npu-smi", "info", "-m"], os.environ))
+        numbers = parse_npu_map(self._ask(["npu-smi", "info", "-m"], os.environ))
         while not self._ended.is_set():
             readings = parse_npu_readings(self._ask(["npu-smi", "info"], os.environ))
-            numbered = chips or dict(enumerate(sorted(readings)))
+            numbered = numbers or dict(enumerate(sorted(readings)))
             self.latest = {number: readings[chip] for number, chip in numbered.items() if chip in readings}
             self._ended.wait(EACH_S)

@@ -46,18 +46,25 @@ def expressions() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def exported(shared_daemon: Any, wait_until: Any) -> set[str]:
-    """The names of all series that a daemon shows."""
-    wait_until(lambda: shared_daemon.get("/metrics")[0] == 200)
-    return set(re.findall(r"^(\w+)[{ ]", shared_daemon.get("/metrics")[1], re.MULTILINE))
+def page(start_daemons: Any, wait_until: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """All that a daemon shows, of its spool too."""
+    running = start_daemons(spool=str(tmp_path_factory.mktemp("metrics") / "spool.db"))
+    wait_until(lambda: running.get("/metrics")[0] == 200)
+    return str(running.get("/metrics")[1])
+
+
+@pytest.fixture
+def exported(page: str) -> set[str]:
+    """The names of its series."""
+    return set(re.findall(r"^(\w+)[{ ]", page, re.MULTILINE))
 
 
 # -- metrics, rules ---------------------------------------------------------------------------------------------------
 
 
 @needs_promtool
-def test_promtool_has_no_complaint_about_metrics(shared_daemon: Any, exported: set[str]) -> None:
-    checked = promtool("check", "metrics", text=shared_daemon.get("/metrics")[1])
+def test_promtool_has_no_complaint_about_metrics(page: str, exported: set[str]) -> None:
+    checked = promtool("check", "metrics", text=page)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
     assert len(exported) > 20
 

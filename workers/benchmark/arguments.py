@@ -39,8 +39,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
                      "'NAME: KEY=VALUE' gives one a short name")
     run.add_argument("--bare", action="store_true", help="also a plain ZeroMQ proxy with workers that only sleep")
     run.add_argument("--kill", action="store_true", help="kill -9 a worker under load instead")
-    run.add_argument("--flood", action="store_true", help="latency of a client with one job at a time, alone and beside "
-                     "one with 1000 in flight, instead")
+    run.add_argument("--flood", action="store_true", help="latency of a client with one job at a time, alone and "
+                     "beside one with 1000 in flight, instead")
     out = parser.add_argument_group("results")
     out.add_argument("--json", metavar="FILE", type=Path, help="all figures, with their names in BENCHMARKS.md")
     out.add_argument("--markdown", action="store_true", help="print a Markdown table, a row for each round")
