@@ -85,7 +85,7 @@ def _kill(host: Host, picture: Picture, seconds: float) -> Figures:
     pages: Counter[str] = Counter()
     with Generator(host.endpoint, [picture], CLIENTS, _sending()) as generator:
         generator.begin(ClosedLoop(CLIENTS, time.monotonic()))
-        generator.run(2.0)
+        generator.run(min(2.0, seconds))
         start = time.monotonic()
         generator.run(seconds)
         killed = time.monotonic()
@@ -173,8 +173,11 @@ def _sigterm(host: Host, picture: Picture, seconds: float) -> Figures:
     code = host.process.wait(DEADLINE_S)
     took = time.monotonic() - begun
     answers: Counter[str] = Counter()
+    poller = zmq.Poller()
     for socket in sockets:
-        while socket.poll(500):
+        poller.register(socket, zmq.POLLIN)
+    while ready := poller.poll(1000):  # what was sent is on its way here
+        for socket, _ in ready:
             answers[_code(socket.recv_multipart())] += 1
     context.destroy(linger=0)
     left = [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
