@@ -73,7 +73,7 @@ def _retryable(reply: Reply) -> bool:
     try:
         return "retry_after_s" in reply.tree
     except ValueError:
-        return reply.status >= 500
+        return True  # Ray's own text: a lost front, or a proxy that has just started and has no routes yet
 
 
 Deploy = Callable[..., Application]

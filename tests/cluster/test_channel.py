@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import msgpack
@@ -104,4 +104,25 @@ def test_a_worker_whose_device_does_not_come_back_is_seen(wait_until) -> None:
     wait_until(lambda: worker.channel.stalled_s() > 0.2)
     assert worker.channel.stalled_s() <= time.monotonic() - since + 0.5
     future.result(20)
+    worker.end()
+
+
+def test_an_image_that_is_to_be_alone_is_given_to_an_empty_loop_and_no_other_until_it_has_ended(wait_until) -> None:
+    worker = Worker(timed={"latency_ms": {1: 50}}, batch=1)
+    order: list[str] = []
+
+    def submit(name: str, *, alone: bool = False) -> Future:
+        return worker.channel.submit(
+            RAW, PICTURE.tobytes(), Options(), 30, alone=alone,
+            on_start=lambda: order.append(f"{name} of {worker.channel.given()}"),
+        )  # fmt: skip
+
+    first, suspect, unwanted, last = submit("1"), submit("2", alone=True), submit("3", alone=True), submit("4")
+    assert order == ["1 of 1"]
+    assert unwanted.cancel()
+    assert worker.channel.held() == 3
+    for future in (first, suspect, last):
+        assert isinstance(future.result(20), Answer)
+    assert order == ["1 of 1", "2 of 1", "4 of 1"]
+    assert worker.channel.held() == 0
     worker.end()

@@ -78,13 +78,17 @@ class SegmentTasks:
         if isinstance(payload, OSError):
             failed = Failed(job="", code=Code.BAD_REQUEST, reason=f"cannot be read: {payload.strerror}")
             self._end(place, stamp, failed, over)
-        elif alone and self._tries.begin(f"image-{place}") > max(self._max_attempts - 1, 1):
+        elif alone and self._tries.so_far(f"image-{place}") >= max(self._max_attempts - 1, 1):
             reason = f"{self._max_attempts} workers were lost with it"
             self._end(place, stamp, Failed(job="", code=Code.WORKER_LOST, reason=reason), over)
         else:
             self._room.acquire()
+            name = f"image-{place}"
             try:
-                answer = self._segmenter.submit(Image(kind="encoded"), payload, self._options, DAY_S, alone=alone)
+                answer = self._segmenter.submit(
+                    Image(kind="encoded"), payload, self._options, DAY_S, alone=alone,
+                    on_start=lambda: alone and self._tries.begin(name),
+                )  # fmt: skip
             except WorkerLost:
                 _break()
             answer.add_done_callback(lambda done: self._over(place, stamp, done, over))

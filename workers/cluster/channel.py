@@ -2,6 +2,9 @@
 
 It stands where `workers.channel.Channel` stands in a worker of the daemon. Each lease that `submit` makes ends exactly
 once: with an `Answer`, with a `protocol.Failed`, or, when the loop is gone, with `WorkerLost`.
+
+As the broker does with a suspect, an image that is to be alone is given to the loop when that holds nothing, and no other
+until it has ended: whatever it does to the process, it does to itself.
 """
 from __future__ import annotations
 
@@ -35,12 +38,15 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     detections: bytes  # msgpack list of COCO results
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pending:
-    """A lease that the loop holds."""
+    """A lease without an answer."""
 
+    lease: protocol.Lease
+    payload: tuple[bytes, ...]
     future: Future[Answer | Failed]
-    since: float
+    on_start: Callable[[], object]
+    since: float | None = None  # the loop holds it
 
 
 class LocalChannel:
@@ -52,8 +58,9 @@ class LocalChannel:
         self._device = device
         self._on_report = on_report
         self._numbers = itertools.count(1)
-        self._lock = threading.Lock()  # for the next three
+        self._lock = threading.Lock()  # for the next four
         self._pending: dict[int, Pending] = {}
+        self._waiting: deque[Pending] = deque()  # those that the loop does not hold yet, in order
         self._closed: str | None = None  # why
         self._last_end = time.monotonic()
         self._inbox: deque[tuple[protocol.ToWorker, tuple[bytes, ...]]] = deque()
@@ -62,20 +69,31 @@ class LocalChannel:
     # -- the owner's side, any thread -------------------------------------------------------------------------------
 
     def submit(
-        self, image: Image, payload: bytes | None, options: Options, deadline_s: float, *, alone: bool = False
+        self,
+        image: Image,
+        payload: bytes | None,
+        options: Options,
+        deadline_s: float,
+        *,
+        alone: bool = False,
+        on_start: Callable[[], object] = lambda: None,
     ) -> Future[Answer | Failed]:
-        """Give the loop an image; cancelling the future revokes the lease. Raises `WorkerLost` if the loop is gone."""
+        """Give the loop an image; cancelling the future revokes the lease. Raises `WorkerLost` if the loop is gone.
+
+        `on_start` is called, in any thread, when the loop gets it.
+        """
         number = next(self._numbers)
-        now = time.monotonic()
-        lease = protocol.Lease(lease=number, image=image, options=options, deadline=now + deadline_s, alone=alone)
-        future: Future[Answer | Failed] = Future()
+        deadline = time.monotonic() + deadline_s
+        lease = protocol.Lease(lease=number, image=image, options=options, deadline=deadline, alone=alone)
+        pending = Pending(lease, () if payload is None else (payload,), Future(), on_start)
         with self._lock:
             if self._closed is not None:
                 raise WorkerLost(self._closed)
-            self._pending[number] = Pending(future, now)
-        future.add_done_callback(lambda done: self._tell(protocol.Revoke(lease=number)) if done.cancelled() else None)
-        self._tell(lease, () if payload is None else (payload,))
-        return future
+            self._pending[number] = pending
+            self._waiting.append(pending)
+            self._hand_out()
+        pending.future.add_done_callback(lambda done: self._revoke(pending) if done.cancelled() else None)
+        return pending.future
 
     def stop(self) -> None:
         """Ask the loop to end."""
@@ -86,6 +104,7 @@ class LocalChannel:
         with self._lock:
             self._closed = reason
             left, self._pending = list(self._pending.values()), {}
+            self._waiting.clear()
         for pending in left:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(WorkerLost(reason))
@@ -101,11 +120,37 @@ class LocalChannel:
         """Leases that have no answer yet."""
         return len(self._pending)
 
+    def given(self) -> int:
+        """Those of them that the loop has."""
+        return sum(pending.since is not None for pending in list(self._pending.values()))
+
     def stalled_s(self) -> float:
         """For how long leases were held and none ended; 0 when none is held."""
         with self._lock:
-            oldest = min((pending.since for pending in self._pending.values()), default=None)
+            since = [pending.since for pending in self._pending.values() if pending.since is not None]
+            oldest = min(since, default=None)
             return 0.0 if oldest is None else time.monotonic() - max(oldest, self._last_end)
+
+    def _hand_out(self) -> None:
+        """Give the loop what it may hold now. Under the lock."""
+        held = [pending.lease for pending in self._pending.values() if pending.since is not None]
+        alone = any(lease.alone for lease in held)
+        while self._waiting and not alone and not (held and self._waiting[0].lease.alone):
+            pending = self._waiting.popleft()
+            pending.since = time.monotonic()
+            pending.on_start()
+            held.append(pending.lease)
+            alone = pending.lease.alone
+            self._tell(pending.lease, pending.payload)
+
+    def _revoke(self, pending: Pending) -> None:
+        with self._lock:
+            if pending in self._waiting:
+                self._waiting.remove(pending)
+                self._pending.pop(pending.lease.lease, None)
+                self._hand_out()
+                return
+        self._tell(protocol.Revoke(lease=pending.lease.lease))
 
     def _tell(self, message: protocol.ToWorker, payload: tuple[bytes, ...] = ()) -> None:
         self._inbox.append((message, payload))
@@ -148,5 +193,6 @@ class LocalChannel:
         with self._lock:
             pending = self._pending.pop(lease, None)
             self._last_end = time.monotonic()
+            self._hand_out()
         if pending is not None and pending.future.set_running_or_notify_cancel():
             pending.future.set_result(outcome)

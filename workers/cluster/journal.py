@@ -103,6 +103,10 @@ class Tries:
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "journal" / "tries"
 
+    def so_far(self, name: str) -> int:
+        """How often it was begun."""
+        return len(list(self._folder.glob(f"{name}.*")))
+
     def begin(self, name: str) -> int:
         """The number of this try, from 1."""
         for number in itertools.count(1):

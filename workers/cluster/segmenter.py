@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -56,10 +57,17 @@ class Segmenter:
         log.info("ready", extra=about(slot=f"{self.node}/{self.device}"))
 
     def submit(
-        self, image: Image, payload: bytes | None, options: Options, deadline_s: float, *, alone: bool = False
+        self,
+        image: Image,
+        payload: bytes | None,
+        options: Options,
+        deadline_s: float,
+        *,
+        alone: bool = False,
+        on_start: Callable[[], object] = lambda: None,
     ) -> Future[Answer | Failed]:
         """Segment an image; see `LocalChannel.submit`."""
-        future = self._channel.submit(image, payload, options, deadline_s, alone=alone)
+        future = self._channel.submit(image, payload, options, deadline_s, alone=alone, on_start=on_start)
         future.add_done_callback(self._count)
         return future
 
