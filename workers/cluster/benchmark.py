@@ -1,7 +1,7 @@
 """What a second node brings, and what Ray costs: one node against two, online and offline, with the timed engine.
 
     python scripts/benchmark_cluster.py
-    python scripts/benchmark_cluster.py --latency-ms 100 --images 200 --rounds 3
+    python scripts/benchmark_cluster.py --latency-ms 100 --images 150 --rounds 2
 
 Starts a Ray cluster of its own on this machine, nodes with a declared NPU each, and takes turns: one node, two nodes.
 Online, as many HTTP clients as fill the windows post images in a closed loop, and what was answered is counted; offline
@@ -176,10 +176,10 @@ def _tell(rows: Sequence[Row], arguments: argparse.Namespace) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latency-ms", type=float, default=100.0, help="of an image on a device, default 100")
+    parser.add_argument("--latency-ms", type=float, default=200.0, help="of an image on a device, default 200")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="that the online load is measured, default 10")
-    parser.add_argument("--images", type=int, default=150, help="of an offline run, for each node; default 150")
+    parser.add_argument("--images", type=int, default=80, help="of an offline run, for each node; default 80")
     parser.add_argument("--size", metavar="WxH", default="640x480", help="of the images, default 640x480")
     parser.add_argument("--json", metavar="FILE", type=Path, help="save the figures")
     return parser.parse_args(argv)

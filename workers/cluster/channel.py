@@ -3,8 +3,8 @@
 It stands where `workers.channel.Channel` stands in a worker of the daemon. Each lease that `submit` makes ends exactly
 once: with an `Answer`, with a `protocol.Failed`, or, when the loop is gone, with `WorkerLost`.
 
-As the broker does with a suspect, an image that is to be alone is given to the loop when that holds nothing, and no other
-until it has ended: whatever it does to the process, it does to itself.
+As the broker does with a suspect, an image that is to be alone is given to the loop when that holds nothing, and no
+other until it has ended: whatever it does to the process, it does to itself.
 """
 from __future__ import annotations
 
