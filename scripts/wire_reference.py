@@ -1,8 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/wire.md from the specification, which is the docstring of daemon/protocol.py; a test compares them.
-
-    python scripts/wire_reference.py > docs/wire.md
-"""
+"""Write docs/wire.md from the docstring of daemon/protocol.py: `python scripts/wire_reference.py`; a test compares."""
 import re
 import sys
 from pathlib import Path
@@ -12,6 +9,7 @@ sys.path.insert(0, str(ROOT))
 
 from daemon import protocol  # noqa: E402
 
+PAGE = ROOT / "docs" / "wire.md"
 HEAD = """# The wire
 
 *Written by `scripts/wire_reference.py` from `daemon/protocol.py`; change it there.*
@@ -41,4 +39,4 @@ def _markdown(paragraph: str) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    PAGE.write_text(page(), encoding="utf-8")
