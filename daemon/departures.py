@@ -39,7 +39,10 @@ class Departures:
 
     def heard(self, client: bytes, frame: zmq.Frame) -> None:
         """A client said something: a frame of its message."""
-        descriptor = int(frame.get(zmq.SRCFD))
+        try:
+            descriptor = int(frame.get(zmq.SRCFD))
+        except zmq.ZMQError:  # of a peer that speaks ZMTP 1 or 2 nothing is known
+            return
         last = self._heard.get(descriptor)
         if last is not None and last.client == client:
             last.turn = self._turn

@@ -112,7 +112,11 @@ class Gate:
 
         The peer's address is the kernel's word and comes first: a peer may claim any other property.
         """
-        if str(frame.get("Peer-Address")).startswith("localhost:"):  # of ipc: then uid, gid, pid; TCP's are numeric
+        try:
+            address = str(frame.get("Peer-Address"))
+        except zmq.ZMQError:  # of a peer that speaks ZMTP 1 or 2 nothing is known: where keys are needed it has none
+            return LOCAL if self._allowed is None else ""
+        if address.startswith("localhost:"):  # of ipc: then uid, gid, pid; TCP's are numeric
             return LOCAL
         descriptor = int(frame.get(zmq.SRCFD))
         if descriptor in self._connections:
@@ -121,7 +125,8 @@ class Gate:
 
     def close(self, frame: zmq.Frame) -> None:
         """Close the connection that this frame came over."""
-        self._close(int(frame.get(zmq.SRCFD)))
+        with contextlib.suppress(zmq.ZMQError):  # of ZMTP 1 and 2 nothing is known
+            self._close(int(frame.get(zmq.SRCFD)))
 
     def refresh(self) -> None:
         """Look whether keys have come or gone."""

@@ -263,6 +263,33 @@ def test_a_local_process_cannot_pose_as_a_key(guarded: Guarded) -> None:
             received += chunk
 
 
+def _speak_zmtp_1(endpoint: str) -> socket.socket:
+    """A peer of the oldest protocol, of which ZeroMQ knows no address and no descriptor, sends what is no message."""
+    raw = socket.socket(socket.AF_UNIX)
+    raw.settimeout(10)
+    raw.connect(endpoint.removeprefix("ipc://"))
+    raw.sendall(b"\x01\0" + b"\x08\0nonsens")
+    return raw
+
+
+def test_a_peer_of_the_oldest_protocol_is_answered_on_ipc(shared_daemon) -> None:
+    with _speak_zmtp_1(shared_daemon.endpoint) as raw:
+        received = b""
+        while b"bad-request" not in received:
+            chunk = raw.recv(4096)
+            assert chunk, received
+            received += chunk
+    assert shared_daemon.client.segment(IMAGE).width == 64
+
+
+def test_where_keys_are_needed_a_peer_of_the_oldest_protocol_is_dropped(guarded: Guarded, wait_until) -> None:
+    client = guarded.daemon.client
+    before = client.stats()["failures"].get("unauthorised", 0)
+    with _speak_zmtp_1(guarded.daemon.endpoint):
+        wait_until(lambda: client.stats()["failures"].get("unauthorised", 0) > before)
+    assert client.segment(IMAGE).width == 64
+
+
 def test_no_identity_is_taken_for_one_of_the_daemon_s_own(daemon, tmp_path) -> None:
     running = daemon(devices=["cpu:0"], spool=str(tmp_path / "spool"))
     for identity in (b"\0durable", b"durable", bytes(5), b"cpu:0.1"):
