@@ -137,20 +137,21 @@ class Chaos:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _serve(self, over: Callable[[], bool], tick: Callable[[], None]) -> None:
-        while not over() and self.report.died is None:
-            now = time.monotonic()
-            if self._next is not None and now >= self.began + self._next.at:
-                self._inject(self._next, now)
-                self._next = next(self._faults, None)
-            for due in [each for each in self._later if each[0] <= now]:
-                self._later.remove(due)
-                due[1]()
-            self._look(now)
-            if now >= self._next_sample:
-                self._next_sample = now + SAMPLE_S
-                self._sample(now)
-                tick()
-            self.clients.turn(0.02)
+        with program.Interruptible() as ctrl_c:  # never in the midst of a message or a fault
+            while not ctrl_c.wait(over) and self.report.died is None:
+                now = time.monotonic()
+                if self._next is not None and now >= self.began + self._next.at:
+                    self._inject(self._next, now)
+                    self._next = next(self._faults, None)
+                for due in [each for each in self._later if each[0] <= now]:
+                    self._later.remove(due)
+                    due[1]()
+                self._look(now)
+                if now >= self._next_sample:
+                    self._next_sample = now + SAMPLE_S
+                    self._sample(now)
+                    tick()
+                self.clients.turn(0.02)
 
     def _settle(self, tick: Callable[[], None]) -> None:
         """Until nothing is owed and all devices are ready."""
