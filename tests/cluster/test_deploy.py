@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's and its libraries' own
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings: Ray's and its libraries' own
 
 ROOT = Path(__file__).resolve().parents[2]
 PORTS = {"Ray": 6379, "its dashboard": 8265, "Serve": 8000}
