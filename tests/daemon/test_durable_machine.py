@@ -128,6 +128,8 @@ class DurableMachine(RuleBasedStateMachine):
             case Accepted():
                 self.submitting[action.client].discard(message.job)
                 self.accepted.setdefault(message.job, self.images[message.job])
+            case Failed(code=Code.BUSY) if message.job in self.submitting[action.client]:
+                self.submitting[action.client].remove(message.job)  # whether it waits for an answer too or not
             case Result() | Failed() if message.job in self.waiting[action.client]:
                 self.waiting[action.client].remove(message.job)
                 if isinstance(message, Failed) and message.code is Code.BAD_REQUEST:
