@@ -205,17 +205,7 @@ class Broker:
         """Accept a job, or answer at once why not."""
         if message.job in self._jobs_of(client):
             return []  # its one answer is still to come
-        job = Job(
-            seq=next(self._seq),
-            client=client,
-            name=message.job,
-            image=message.image,
-            options=message.options,
-            payload=payload,
-            priority=message.priority,
-            accepted=now,
-            deadline=now + (message.deadline_s or self.limits.deadline_s),
-        )
+        job = self._job(client, message, payload, now, self.limits.deadline_s)
         refusal = self._refusal(job)
         if refusal is not None:
             self.outcomes[refusal.code] += 1
@@ -230,19 +220,8 @@ class Broker:
         self, message: Submit, payload: Frames, accepted: float, now: float, attempts: int = 0, losses: int = 0
     ) -> list[Action]:
         """Take on a durable job. It was `accepted`, and what it may not exceed was checked, when it came."""
-        job = Job(
-            seq=next(self._seq),
-            client=DURABLE,
-            name=message.job,
-            image=message.image,
-            options=message.options,
-            payload=payload,
-            priority=message.priority,
-            accepted=accepted,
-            deadline=accepted + (message.deadline_s or DURABLE_DEADLINE_S),
-            attempts=attempts,
-            losses=losses,
-        )
+        job = self._job(DURABLE, message, payload, accepted, DURABLE_DEADLINE_S)
+        job.attempts, job.losses = attempts, losses
         self._add(job)
         if attempts >= self.limits.max_attempts:
             self._suspects.append(job)
@@ -488,6 +467,19 @@ class Broker:
         if not self.served_per_s:
             return 1.0
         return min(max(self.waiting_jobs / self.served_per_s / 2, SHORTEST_RETRY_S), LONGEST_RETRY_S)
+
+    def _job(self, client: bytes, message: Submit, payload: Frames, accepted: float, deadline_s: float) -> Job:
+        return Job(
+            seq=next(self._seq),
+            client=client,
+            name=message.job,
+            image=message.image,
+            options=message.options,
+            payload=payload,
+            priority=message.priority,
+            accepted=accepted,
+            deadline=accepted + (message.deadline_s or deadline_s),
+        )
 
     def _add(self, job: Job) -> None:
         self._clients.setdefault(job.client, Account()).add(job)
