@@ -57,10 +57,11 @@ forgotten is kept for ``spool_keep_s`` of the daemon's running time after its an
 
 The name of a durable job is a secret, like a region's: who knows it may fetch and forget. So it has 32 characters or
 more, which the client draws by chance. A ``submit`` of a name that the spool has is answered ``accepted`` and changes
-nothing, before and after a restart: repeating it is safe. ``deadline_s`` counts from when the daemon accepted the job,
-or took it up again after a restart; default a day. An image in shared memory is copied; one of kind ``path`` stays
-where it is, and is read when its turn comes. What was under way when the daemon died is taken for a loss of its
-worker: an image that takes the host down ends as `worker-lost` too.
+nothing, before and after a restart: repeating it is safe. Its `failed` looks like that of a ``fetch``: await the answer
+to the one before sending the other. ``deadline_s`` counts from when the daemon accepted the job, or took it up again
+after a restart; default a day. An image in shared memory is copied; one of kind ``path`` stays where it is, and is read
+when its turn comes. What was under way when the daemon died is taken for a loss of its worker: an image that takes the
+host down ends as `worker-lost` too.
 
 **Over TCP** the daemon is a CURVE server: the client sets the daemon's public key and a pair of its own whose public
 half is allowed. Its identity (ZMQ_ROUTING_ID) is 16 bytes or more, drawn by chance: a secret, because answers go to
