@@ -24,6 +24,7 @@ from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.table import Table
 
+from daemon import program
 from workers import blendmask, masks
 from workers.masks import Floats
 
@@ -37,6 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image", default=str(ROOT / "tests/golden/images/chelsea.png"))
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args(argv)
+    return program.guarded("benchmark_masks", lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     boxes, probabilities = instances(arguments.config, arguments.image)
     table = Table("boxes", "masks", "pasting", "edges", "ratio", "pixels that differ", title="ms per mask, one thread")

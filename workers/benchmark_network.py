@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from daemon import program
 from workers import blendmask, devices, masks
 from workers.blendmask import BlendMask, Config, Detections, Instances
 from workers.blendmask.blender import blend
@@ -70,6 +71,10 @@ class Line:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
+    return program.guarded("benchmark_network", lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
     config = blendmask.load_config(arguments.config)
     network = blendmask.build(config)

@@ -3,7 +3,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,6 +173,26 @@ def test_a_data_type_that_a_device_cannot_compute_is_reported_in_its_row(config,
     assert report["dtypes"][1]["base"] == "fp32"
     assert report["together"] is None
     assert report["latency"][0]["device"] == "cpu:0"
+
+
+def test_ctrl_c_ends_it_and_its_processes(tmp_path, wait_until) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "eval_performance.py"), "--engine", "timed", "--devices", "npu:0",
+               "--iterations", "100000", "--output-dir", str(tmp_path)]  # fmt: skip
+    running = subprocess.Popen(command, cwd="/", stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def under_way() -> bool:
+        (stopwatch,) = psutil.Process(running.pid).children() or [None]
+        return stopwatch is not None and _ignores(stopwatch.pid, signal.SIGINT)
+
+    wait_until(under_way, 30.0)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    assert (running.communicate(timeout=20)[1], running.returncode) == ("", 130)
+    assert not list(tmp_path.iterdir())
+
+
+def _ignores(pid: int, number: signal.Signals) -> bool:
+    ignored = int(re.search(r"^SigIgn:\s+(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)[1], 16)
+    return bool(ignored >> (number - 1) & 1)
 
 
 def test_without_matplotlib_there_are_figures_but_no_pictures(script, tmp_path) -> None:

@@ -34,6 +34,7 @@ from ray import serve
 from rich.console import Console
 from rich.table import Table
 
+from daemon import program
 from workers.cluster.serve import application
 from workers.cluster.trial import Trial, processes, trial
 
@@ -58,6 +59,10 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
+    return program.guarded("benchmark_cluster", lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
     rows: list[Row] = []
     image = _image(arguments.size)
     with trial({NODES[0]: {"cpus": 2}}) as cluster:

@@ -28,8 +28,8 @@ from typing import Any
 
 import msgspec
 
+from daemon import program, spawn, topology
 from daemon import settings as settings_module
-from daemon import spawn, topology
 from daemon.settings import Settings, SettingsError
 from daemon.spawn import Preload, SpawnError
 from daemon.topology import Cpus, TopologyError
@@ -49,6 +49,10 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments (default: the process's); returns its exit code."""
     arguments = _parse(argv)
+    return program.guarded("eval_performance", lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
     try:
         with _weights(arguments) as weights:
             report = measure(arguments, _settings(arguments, weights))

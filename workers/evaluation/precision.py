@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from daemon import program
 from daemon.settings import Limits
 from workers import images
 from workers.evaluation import logs, outputs
@@ -36,6 +37,10 @@ LIMITS = Limits(max_image_bytes=1 << 31, max_image_pixels=500_000_000)  # the im
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments (default: the process's); returns its exit code."""
     arguments = _parse(argv)
+    return program.guarded("eval_precision", lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # an installed torch_npu without CANN breaks torch
     from workers.blendmask import ConfigError, load_config
     from workers.evaluation import subjects

@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # names that torch gives to wh
 
 def main(argv: list[str]) -> int:
     """Time the engine of this process's assignment on a random photograph of the size argv[0], such as 800x1280."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the program's business: it ends us
     with os.fdopen(os.dup(1), "w", buffering=1) as answers, open(0, "rb", buffering=0, closefd=False) as requests:
         os.dup2(2, 1)  # what libraries print must not come between the answers
         assignment = spawn.assignment(os.environ)

@@ -56,9 +56,11 @@ class Stopwatch:
         self._process = spawn.launch(self.plan, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CODE)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        if error is not None:
+            self._process.kill()  # nobody wants what it measures
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:

@@ -37,7 +37,7 @@ from typing import Any
 
 import msgspec
 
-from daemon import spawn
+from daemon import program, spawn
 from daemon.settings import Limits
 from workers.fuzz import bombs, rules
 from workers.fuzz.child import Progress, input_random
@@ -61,7 +61,10 @@ Say = Callable[[str], None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
+    return program.guarded("fuzz", lambda: _main(arguments))
 
+
+def _main(arguments: argparse.Namespace) -> int:
     os.chdir(Path(__file__).parents[2])  # where daemon and children are found, installed or not
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what we started, too
 
