@@ -236,3 +236,15 @@ def shared_daemon() -> Iterator[Daemon]:
 def wait_until() -> WaitUntil:
     """``wait_until(condition, timeout_s)`` gives the condition's value as soon as it is true."""
     return _wait_until
+
+
+@pytest.fixture
+def own() -> Iterator[Callable[[int], int]]:
+    """Closes the descriptors that it is given, at the end."""
+    with contextlib.ExitStack() as closing:
+
+        def add(descriptor: int) -> int:
+            closing.callback(os.close, descriptor)
+            return descriptor
+
+        yield add

@@ -31,7 +31,7 @@ CORE_TESTS = {
     "daemon/jobs.py": BROKER_TESTS,
     "daemon/supervisor.py": ["test_supervisor.py", "test_daemon_machine.py"],
     "daemon/stats.py": ["test_stats.py"],
-    "daemon/regions.py": ["test_broker_machine.py", "test_shared_memory.py"],
+    "daemon/regions.py": ["test_broker_machine.py", "test_regions.py"],
     "workers/batching.py": ["../workers/test_batching.py"],
 }
 

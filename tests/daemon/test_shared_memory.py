@@ -17,42 +17,30 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
 import numpy as np
-import numpy.typing as npt
 import psutil
 import pytest
 import zmq
-from hypothesis import given
-from hypothesis import strategies as st
+from memory_files import Pixels, memory_file, memory_of, pixels
 from PIL import Image as PillowImage
 
-from daemon import protocol, regions, shared_memory
-from daemon.client import AsyncClient, Client, JobFailed, Segmentation, SharedMemoryError
-from daemon.places import PLACES, SMALLEST_BYTES
-from daemon.protocol import FROM_CLIENT, MAGIC, MEMORY_SUFFIX, TO_CLIENT, Code, Failed, Image, OpenRegion, Place, Submit
-from daemon.regions import Memory, RegionError
+from daemon import protocol, shared_memory
+from daemon.client import AsyncClient, Client, Segmentation, SharedMemoryError
+from daemon.places import PLACES
+from daemon.protocol import MAGIC, MEMORY_SUFFIX, TO_CLIENT, Code, Failed, Image, Place, Submit
 from daemon.settings import Limits
-from daemon.shared_memory import Ended, Offered, SharedMemory
+from daemon.shared_memory import SharedMemory
 from workers import engines, images
-from workers.regions import Regions as WorkerRegions
 
 ROOT = Path(__file__).resolve().parents[2]
 MB = 1 << 20
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
-
-Pixels = npt.NDArray[np.uint8]
-
-
-def pixels(number: int, height: int = 200, width: int = 300) -> Pixels:
-    """An image that differs from every other number's; 180 kB."""
-    return np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def jpeg(number: int) -> bytes:
@@ -67,23 +55,6 @@ def checksums(answers: list[Any]) -> list[int]:
 
 def expected(images: list[Pixels]) -> list[int]:
     return [engines.checksum(image) for image in images]
-
-
-def memory_file(size: int, seals: int = SEALS, flags: int = 0) -> int:
-    descriptor = os.memfd_create("test", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC | flags)
-    os.ftruncate(descriptor, size)
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-    return descriptor
-
-
-def memory_of(pid: int) -> list[os.stat_result]:
-    """The memory files that a process has open."""
-    found = []
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            if str(link.readlink()).startswith("/memfd:"):
-                found.append(link.stat())
-    return found
 
 
 def held(daemon: Any) -> list[str]:
@@ -170,18 +141,6 @@ class Bare:
     def close(self) -> None:
         for opened in [*self.connections, *([self.socket] if "socket" in vars(self) else [])]:
             opened.close()
-
-
-@pytest.fixture
-def own() -> Iterator[Callable[[int], int]]:
-    """Closes the descriptors that it is given, at the end."""
-    with contextlib.ExitStack() as closing:
-
-        def add(descriptor: int) -> int:
-            closing.callback(os.close, descriptor)
-            return descriptor
-
-        yield add
 
 
 @pytest.fixture
@@ -447,19 +406,22 @@ def test_descriptors_that_are_slow_to_close_do_not_stop_the_daemon(
 
 
 def test_while_too_much_waits_to_be_closed_nobody_is_taken_in(
-    peer: Peer, own: Any, monkeypatch: pytest.MonkeyPatch, wait_until: Any
+    tmp_path: Path, own: Any, monkeypatch: pytest.MonkeyPatch, wait_until: Any
 ) -> None:
     monkeypatch.setattr(shared_memory, "MOST_CLOSING", 2)
-    with contextlib.closing(Bare(peer)) as client, lingering() as hand_over:
+    there = SimpleNamespace(endpoint=f"ipc://{tmp_path}/p")
+    memory = SharedMemory()
+    memory.listen(f"{tmp_path}/p{MEMORY_SUFFIX}")
+    with contextlib.closing(memory), contextlib.closing(Bare(there)) as client, lingering() as hand_over:
         for _ in range(2):
             hand_over(client.connect())
-            wait_until(lambda: peer.memory._closing.qsize() == 0)  # all but what is being closed
-            assert list(peer.memory.receive(0.0)) == []  # a connection
-            assert list(peer.memory.receive(0.0)) == []  # what it said, and it is dropped
+            wait_until(lambda: memory._closing.qsize() == 0)  # all but what is being closed
+            assert list(memory.receive(0.0)) == []  # a connection
+            assert list(memory.receive(0.0)) == []  # what it said, and it is dropped
         socket.send_fds(client.connect(), [MAGIC], [own(memory_file(4096))])
         for _ in range(2):
-            assert list(peer.memory.receive(0.0)) == []
-        assert wait_until(lambda: peer.memory.expire(0.0) or list(peer.memory.receive(0.0)))
+            assert list(memory.receive(0.0)) == []
+        assert wait_until(lambda: memory.expire(0.0) or list(memory.receive(0.0)))
 
 
 @contextlib.contextmanager
@@ -718,266 +680,3 @@ def test_a_client_without_memory_uses_the_socket(server: Any, monkeypatch: pytes
         SharedMemoryError, match="required: no memory: No space left on device"
     ):
         client.segment(images[0])
-
-
-class Peer:
-    """The other end, which takes regions in and then does as the test wants."""
-
-    def __init__(self, folder: Path) -> None:
-        self.endpoint = f"ipc://{folder}/p"
-        self.path = f"{folder}/p.fd"
-        self.listen()
-        self.bind()
-
-    def listen(self) -> None:
-        self.memory = SharedMemory()
-        self.memory.listen(self.path)
-
-    def bind(self) -> None:
-        self.socket = zmq.Context.instance().socket(zmq.ROUTER)
-        self.socket.set(zmq.LINGER, 0)
-        self.socket.set(zmq.RCVTIMEO, 10_000)
-        self.socket.bind(self.endpoint)
-
-    def start_again(self) -> None:
-        """As a daemon that was killed and started anew."""
-        self.socket.close()
-        self.memory.close()
-        os.unlink(self.path)
-        self.listen()
-        self.bind()
-
-    def receive(self) -> tuple[Any, list[bytes]]:
-        self.client, *frames = self.socket.recv_multipart()
-        return protocol.decode(frames, FROM_CLIENT)
-
-    def send(self, message: Any, *payload: bytes) -> None:
-        self.socket.send_multipart([self.client, *protocol.encode(message, payload)])
-
-    def finish(self, job: str) -> None:
-        self.send(protocol.Result(job=job, width=1, height=1, device="npu:0", timings={}), b"\x90")
-
-    def offer(self) -> Offered:
-        """The next memory that is handed over."""
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            for event in self.memory.receive(0.0):
-                if isinstance(event, Offered):
-                    return event
-        raise TimeoutError
-
-    def grant(self, name: str = "r") -> str:
-        self.memory.accept(self.offer(), name)
-        return name
-
-    def close(self) -> None:
-        self.socket.close()
-        self.memory.close()
-
-
-@pytest.fixture
-def peer(tmp_path: Path) -> Iterator[Peer]:
-    with contextlib.closing(Peer(tmp_path)) as other:
-        yield other
-
-
-@contextlib.contextmanager
-def segmenting(peer: Peer, *images: Any, transport: Any = "shared") -> Iterator[list[Any]]:
-    """A client segments images meanwhile, one by one; the answers, or the first error, are in the list afterwards."""
-    answers: list[Any] = []
-
-    def work() -> None:
-        with Client(peer.endpoint, timeout_s=10, transport=transport) as client:
-            try:
-                for image in images:
-                    answers.append(client.segment(image))
-            except Exception as error:
-                answers.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield answers
-    finally:
-        thread.join(20)
-
-
-def test_a_bad_request_is_tried_once_by_socket_before_it_counts(peer: Peer) -> None:
-    image = pixels(1)
-    with segmenting(peer, image) as answers:
-        region = peer.grant()
-        placed, payload = peer.receive()
-        assert placed.image.place == Place(region=region, offset=0, bytes=image.nbytes)
-        assert payload == []
-        peer.send(Failed(job=placed.job, code=Code.BAD_REQUEST, reason="it has ended"))
-        again, payload = peer.receive()
-        assert (again.job, again.image.place, payload) == (placed.job, None, [image.tobytes()])
-        peer.send(Failed(job=placed.job, code=Code.BAD_REQUEST, reason="really"))
-    assert isinstance(answers[0], JobFailed)
-    assert answers[0].reason == "really"
-
-
-def test_a_region_that_workers_cannot_read_is_not_used_again(peer: Peer) -> None:
-    with segmenting(peer, pixels(1), pixels(2)) as answers:
-        peer.grant("first")
-        placed, _ = peer.receive()
-        peer.send(Failed(job=placed.job, code=Code.BAD_REQUEST, reason="Permission denied"))
-        assert peer.receive()[1]
-        assert [event.region for event in peer.memory.receive(0.0) if isinstance(event, Ended)] == ["first"]
-        peer.finish(placed.job)
-        peer.grant("second")
-        placed, _ = peer.receive()
-        assert placed.image.place.region == "second"
-        peer.finish(placed.job)
-    assert [answer.width for answer in answers] == [1, 1]
-
-
-def test_a_retry_finds_the_image_where_it_was(peer: Peer) -> None:
-    with segmenting(peer, pixels(1)) as answers:
-        peer.grant()
-        placed, _ = peer.receive()
-        peer.send(Failed(job=placed.job, code=Code.BUSY, reason="full", retry_after_s=0.01))
-        assert peer.receive() == (placed, [])
-        peer.finish(placed.job)
-    assert answers[0].width == 1
-
-
-def test_until_the_region_is_there_images_go_by_socket(peer: Peer) -> None:
-    with segmenting(peer, pixels(1), transport="auto") as answers:
-        submitted, payload = peer.receive()
-        assert submitted.image.place is None
-        assert payload == [pixels(1).tobytes()]
-        assert peer.offer().memory.bytes == PLACES << 18
-        peer.finish(submitted.job)
-    assert answers[0].width == 1
-
-
-def test_what_a_client_hands_over_cannot_change_its_size(peer: Peer) -> None:
-    with segmenting(peer, pixels(1)):
-        offered = peer.offer()
-        assert offered.memory.seals == SEALS
-        assert offered.memory.pid == os.getpid()
-        peer.memory.refuse(offered, RegionError("enough"))
-
-
-def test_a_client_that_is_refused_says_why(peer: Peer) -> None:
-    with segmenting(peer, pixels(1)) as answers:
-        peer.memory.refuse(peer.offer(), RegionError("no shared memory today"))
-    assert str(answers[0]) == "shared memory is required: no shared memory today"
-
-
-def test_a_client_that_is_refused_offers_what_is_left(peer: Peer) -> None:
-    with segmenting(peer, pixels(1)) as answers:
-        peer.memory.refuse(peer.offer(), RegionError("too much", left=3 << 18))
-        offered = peer.offer()
-        assert offered.memory.bytes == 3 << 18
-        peer.memory.refuse(offered, RegionError("too much", left=(1 << 18) - 1))
-    assert str(answers[0]) == "shared memory is required: too much"
-
-
-def test_a_client_that_needs_shared_memory_waits_for_its_daemon(peer: Peer) -> None:
-    peer.socket.close()
-    peer.memory.close()
-    for path in (peer.endpoint.removeprefix("ipc://"), peer.path):
-        os.unlink(path)
-    with segmenting(peer, pixels(1)) as answers:
-        peer.listen()
-        peer.bind()
-        peer.grant()
-        peer.finish(peer.receive()[0].job)
-    assert answers[0].width == 1
-
-
-def test_after_a_new_connection_images_are_sent_again_by_socket(peer: Peer) -> None:
-    with segmenting(peer, pixels(1), pixels(2)) as answers:
-        peer.grant("old")
-        placed, _ = peer.receive()
-        peer.start_again()
-        again, payload = peer.receive()
-        assert (again.job, payload) == (placed.job, [pixels(1).tobytes()])
-        peer.finish(placed.job)
-        peer.grant("new")  # the old one means nothing to whoever is there now
-        placed, _ = peer.receive()
-        assert placed.image.place == Place(region="new", offset=0, bytes=180_000)
-        peer.finish(placed.job)
-    assert [answer.width for answer in answers] == [1, 1]
-
-
-# -- the daemon's and the worker's parts ------------------------------------------------------------------------------
-
-OURS = Memory(descriptor=0, inode=1, bytes=4096, seals=SEALS, page_bytes=4096, pid=7)
-
-
-@given(st.lists(st.tuples(st.integers(1, 40 * MB), st.booleans()), max_size=60))
-def test_regions_never_exceed_their_bounds(steps: list[tuple[int, bool]]) -> None:
-    table = regions.Regions(64 * MB)
-    kept: dict[str, int] = {}
-    for number, (size, remove) in enumerate(steps):
-        if remove and kept:
-            name = next(iter(kept))
-            table.remove(name)
-            del kept[name]
-            continue
-        left = min(16 * MB, 64 * MB - sum(kept.values()))
-        if size > left:
-            with pytest.raises(RegionError) as refused:
-                table.add(str(number), replace(OURS, bytes=size))
-            assert refused.value.left == left
-        else:
-            table.add(str(number), replace(OURS, bytes=size))
-            kept[str(number)] = size
-        assert {opening.region: opening.bytes for opening in table} == kept
-
-
-def test_there_is_an_end_to_the_number_of_regions() -> None:
-    table = regions.Regions(1 << 40)
-    for number in range(regions.MOST_REGIONS // regions.SHARES):
-        table.add(str(number), OURS)
-    with pytest.raises(RegionError, match="all 256 regions, or the 64 of a process, are taken"):
-        table.add("one more of it", OURS)
-    for number in range(len(table), regions.MOST_REGIONS):
-        table.add(str(number), replace(OURS, pid=1000 + number))
-    with pytest.raises(RegionError, match="are taken"):
-        table.add("one more", replace(OURS, pid=1))
-
-
-def test_processes_of_other_namespaces_are_not_taken_for_one() -> None:
-    table = regions.Regions(1 << 40)
-    for number in range(regions.MOST_REGIONS):
-        table.add(str(number), replace(OURS, pid=0))
-
-
-def test_a_worker_sees_what_is_there_now_and_lets_go_of_what_has_ended(own: Any) -> None:
-    descriptor = own(memory_file(8192))
-    opened = WorkerRegions(os.getpid())
-    place = Place(region="r", offset=100, bytes=3)
-    opened.open(OpenRegion(region="r", descriptor=descriptor, inode=os.fstat(descriptor).st_ino, bytes=8192))
-    view = opened.view(place)
-    assert view.readonly
-    assert bytes(view) == b"\0\0\0"
-    os.pwrite(descriptor, b"abc", 100)
-    assert bytes(view) == b"abc"
-    opened.close("r")
-    assert bytes(view) == b"abc"  # until the last has looked
-    with pytest.raises(RegionError, match="region r: it has ended"):
-        opened.view(place)
-    del view
-    assert "/memfd:test" not in Path("/proc/self/maps").read_text()
-    assert [file.st_ino for file in memory_of(os.getpid())].count(os.fstat(descriptor).st_ino) == 1
-    opened.close("never opened")
-
-
-def test_a_worker_that_comes_too_late_maps_no_other_file(own: Any) -> None:
-    opened = WorkerRegions(os.getpid())
-    other = own(memory_file(4096))
-    opened.open(OpenRegion(region="r", descriptor=other, inode=os.fstat(other).st_ino + 1, bytes=4096))
-    opened.open(OpenRegion(region="s", descriptor=9999, inode=1, bytes=4096))
-    with pytest.raises(RegionError, match="region r: it has ended"):
-        opened.view(Place(region="r", offset=0, bytes=1))
-    with pytest.raises(RegionError, match=r"region s: .*No such file"):
-        opened.view(Place(region="s", offset=0, bytes=1))
-
-
-def test_small_images_are_not_worth_a_place() -> None:
-    assert SMALLEST_BYTES == 1 << 16
-    assert psutil.Process().num_fds() < 500  # nothing above has leaked
