@@ -100,6 +100,12 @@ class BrokerMachine(RuleBasedStateMachine):
         self.owed.add((client, name))
         self.carry_out(actions)
 
+    @rule(client=CLIENTS, count=st.integers(2, 8))
+    def submit_many(self, client: bytes, count: int) -> None:
+        """Until there is no room, perhaps."""
+        for _ in range(count):
+            self.submit(client, 5, 0, 20.0)
+
     @precondition(lambda self: self.owed)
     @rule(pick=index)
     def submit_again(self, pick: int) -> None:
@@ -114,6 +120,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self.carry_out(self.broker.cancel(client, Cancel(job=name), self.now))
         assert (client, name) not in self.owed
 
+    @precondition(lambda self: self.owed)
     @rule(client=CLIENTS)
     def leave(self, client: bytes) -> None:
         self.owed = {key for key in self.owed if key[0] != client}

@@ -37,7 +37,10 @@ from daemon.protocol import (
 from daemon.settings import Restarts
 from daemon.supervisor import EXIT_CANNOT_BOOT, Kill, Spawn, State, Supervisor
 
-LIMITS = Limits(max_jobs=6, max_bytes=60, max_image_bytes=30, max_attempts=2, deadline_s=20.0, stall_s=8.0)
+LIMITS = Limits(
+    max_jobs=6, max_bytes=60, max_image_bytes=30, max_attempts=2, deadline_s=20.0, stall_s=8.0,
+    max_jobs_per_client=5, max_bytes_per_client=70,
+)  # fmt: skip
 RESTARTS = Restarts(
     first_delay_s=0.5, longest_delay_s=4.0, give_up_after=3, stable_s=30.0, start_timeout_s=15.0, stop_s=2.0
 )
@@ -76,6 +79,7 @@ class DaemonMachine(RuleBasedStateMachine):
         self.supervisor = Supervisor(DEVICES, RESTARTS, DRAIN_S)
         self.processes: dict[str, Process] = {}
         self.owed: set[tuple[str, str]] = set()  # client, job: accepted, unanswered
+        self.sizes: dict[str, int] = {}  # of jobs, in bytes
         self.gone: set[str] = set()  # devices on which nothing can start
         self.poison: set[str] = set()  # jobs that kill whoever starts them
         self.seen: list[tuple[str, int]] = []  # every lease there was
@@ -157,6 +161,7 @@ class DaemonMachine(RuleBasedStateMachine):
     def submit(self, client: str, size: int, deadline_s: float | None, poison: bool, priority: int) -> None:
         self.jobs += 1
         job = f"j{self.jobs}"
+        self.sizes[job] = size
         if poison:
             self.poison.add(job)
         message = Submit(job=job, image=Image(kind="encoded"), deadline_s=deadline_s, priority=priority)
@@ -168,6 +173,12 @@ class DaemonMachine(RuleBasedStateMachine):
         assert self.told_available
         self.owed.add((client, job))
         self.broker_does(actions)
+
+    @rule(client=client, count=st.integers(2, 8), size=st.sampled_from([5, 20]))
+    def submit_many(self, client: str, count: int, size: int) -> None:
+        """Until there is no room, perhaps."""
+        for _ in range(count):
+            self.submit(client, size, None, False, 0)
 
     def some_job(self, pick: int) -> tuple[str, str]:
         return sorted(self.owed)[pick % len(self.owed)]
@@ -186,6 +197,7 @@ class DaemonMachine(RuleBasedStateMachine):
         self.broker_does(self.broker.cancel(client.encode(), Cancel(job=job), self.now))
         assert (client, job) not in self.owed
 
+    @precondition(lambda self: self.owed)
     @rule(client=client)
     def client_gone(self, client: str) -> None:
         self.owed = {key for key in self.owed if key[0] != client}
@@ -335,6 +347,9 @@ class DaemonMachine(RuleBasedStateMachine):
         self.broker.check()
         self.supervisor.check()
         assert self.broker.unanswered == len(self.owed)
+        for client in {client for client, _ in self.owed}:
+            sizes = [self.sizes[job] for owner, job in self.owed if owner == client]
+            assert (len(sizes) <= 5, sum(sizes) <= 70) == (True, True), f"{client} has more than one client may"
         assert self.broker.leased == sum(len(process.held) for process in self.processes.values())
         running = {f"{s.name}.{s.generation}" for s in self.supervisor.slots.values() if s.running}
         assert running == self.processes.keys(), "a slot runs without a process, or the other way round"
