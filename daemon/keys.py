@@ -53,12 +53,22 @@ def read_pair(path: str | Path) -> Pair:
     public, secret = _load(path)
     if not secret:
         raise KeyFileError(f"{path}: has no secret key: name the file that ends in {SECRET}")
-    mode = path.stat().st_mode
-    if mode & 0o077:
-        raise KeyFileError(f"{path}: has mode {stat.S_IMODE(mode):04o}, so others may read it: chmod 600 {path}")
+    found = path.stat()
+    mode = stat.S_IMODE(found.st_mode)
+    if is_open_to_others(mode, found.st_uid, os.geteuid()):
+        raise KeyFileError(f"{path}: has mode {mode:04o}, so others may read it: chmod 600 {path}")
     if zmq.curve_public(secret) != public:
         raise KeyFileError(f"{path}: its two keys do not belong together: make a new pair with blendmaskd-keys")
     return Pair(public, secret)
+
+
+def is_open_to_others(mode: int, owner: int, user: int) -> bool:
+    """Whether more than `user` and root can get at a file. Root may give another user its file to read by a group.
+
+    So come the files of a Kubernetes Secret: root's, and readable to the pod's fsGroup. PostgreSQL has the same rule.
+    """
+    allowed = 0o740 if owner == 0 != user else 0o700
+    return bool(mode & ~allowed & 0o777)
 
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:

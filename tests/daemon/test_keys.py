@@ -117,6 +117,15 @@ def test_a_secret_that_others_may_read_is_refused(tmp_path, mode) -> None:
         keys.read_pair(path)
 
 
+@pytest.mark.parametrize(("mode", "owner", "user", "is_open"), [
+    (0o600, 1000, 1000, False), (0o640, 1000, 1000, True), (0o440, 0, 1000, False), (0o640, 0, 1000, False),
+    (0o660, 0, 1000, True), (0o444, 0, 1000, True), (0o440, 0, 0, True), (0o400, 0, 0, False),
+    (0o440, 1001, 1000, True),
+])  # fmt: skip
+def test_only_root_may_let_a_group_read(mode, owner, user, is_open) -> None:
+    assert keys.is_open_to_others(mode, owner, user) is is_open
+
+
 def test_what_is_no_key_file_is_named(tmp_path) -> None:
     alice, bob = (keys.write_pair(tmp_path, name) for name in ("alice", "bob"))
     with pytest.raises(KeyFileError, match=r"none.key: No such file"):

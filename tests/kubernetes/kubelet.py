@@ -48,11 +48,6 @@ class Kubelet:
         self._ended: dict[int, int] = {}
 
     def run(self, tell_started: Any) -> int:
-        for container in self._spec["initContainers"]:
-            code = self._wait(self._start(container, container["command"]))
-            if code:
-                print(f"init container {container['name']} has failed: {code}", flush=True)
-                return 1
         [container] = self._spec["containers"]
         main_pid = self._start(container, container["command"])
         tell_started()
@@ -160,8 +155,8 @@ def _make_volume(volume: Object, files: dict[str, dict[str, str]], group: int) -
 
 def _mount_paths(name: str) -> list[str]:
     spec = json.loads((Path(sys.argv[1]) / "pod.json").read_text())["spec"]
-    containers = [*spec["initContainers"], *spec["containers"]]
-    return [mount["mountPath"] for each in containers for mount in each["volumeMounts"] if mount["name"] == name]
+    [container] = spec["containers"]
+    return [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == name]
 
 
 def _write(folder: Path, files: dict[str, str], mode: int, group: int) -> None:

@@ -1,9 +1,9 @@
 """Runs a pod as its manifest says, in Linux namespaces of its own, where no cluster and no container engine is at hand.
 
 What a kubelet and its runtime would do for the fields that our manifests use: volumes with the owners and modes that
-Kubernetes gives them, a read-only root, user, groups and capabilities, the environment from nothing, init containers
-first, probes over the network, and at the end preStop, SIGTERM and, after the grace period, SIGKILL. An unknown kind of
-volume is an error. The image is this machine's root with the repository at /opt/blendmaskd and this interpreter.
+Kubernetes gives them, a read-only root, user, groups and capabilities, the environment from nothing, probes over the
+network, and at the end preStop, SIGTERM and, after the grace period, SIGKILL. An unknown kind of volume is an error.
+The image is this machine's root with the repository at /opt/blendmaskd and this interpreter.
 
 Not done: cgroup limits, seccomp's RuntimeDefault, network policies, devices.
 """

@@ -105,9 +105,7 @@ def test_the_daemon_gets_the_settings_and_keys_where_it_looks_for_them(manifests
     assert command[:3] == ["python", "-m", "daemon"]
     assert command[command.index("--settings") + 1] == f"{mounts['settings']}/daemon.yaml"
     assert manifests.settings.curve.client_keys == mounts["client-keys"]
-    [copies] = manifests.pod["initContainers"]
-    assert copies["command"][-1] == manifests.settings.curve.server_key
-    assert copies["command"][-2].rpartition("/")[0] in {mount["mountPath"] for mount in copies["volumeMounts"]}
+    assert Path(manifests.settings.curve.server_key).parent == Path(mounts["server-key"])
     volumes = {volume["name"]: volume for volume in manifests.pod["volumes"]}
     assert volumes["settings"]["configMap"]["name"] == manifests.one("ConfigMap")["metadata"]["name"]
 
@@ -122,8 +120,7 @@ def test_the_networks_configuration_is_in_the_image(manifests: Manifests) -> Non
 
 
 def test_every_volume_is_mounted_and_every_mount_has_a_volume(manifests: Manifests) -> None:
-    containers = [*manifests.pod["initContainers"], *manifests.pod["containers"]]
-    mounted = {mount["name"] for container in containers for mount in container["volumeMounts"]}
+    mounted = {mount["name"] for container in manifests.pod["containers"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in manifests.pod["volumes"]}
 
 
@@ -209,13 +206,12 @@ def test_each_slot_has_its_device(manifests: Manifests) -> None:
 
 
 def test_the_pod_is_guaranteed_whole_cpus_and_its_workers_use_no_more_threads(manifests: Manifests) -> None:
-    for container in (*manifests.pod["initContainers"], manifests.container):
-        resources = container["resources"]
-        assert resources["requests"] == resources["limits"]
-        assert resources["limits"]["cpu"].isdigit()
+    resources = manifests.container["resources"]
+    assert resources["requests"] == resources["limits"]
+    assert resources["limits"]["cpu"].isdigit()
     settings = manifests.settings
     assert settings.runtime.threads != "auto"
-    assert settings.runtime.threads * len(settings.devices) == int(manifests.container["resources"]["limits"]["cpu"])
+    assert settings.runtime.threads * len(settings.devices) == int(resources["limits"]["cpu"])
 
 
 def test_the_queue_and_the_workers_fit_into_the_memory(manifests: Manifests) -> None:
@@ -237,7 +233,7 @@ def test_the_pod_meets_the_restricted_pod_security_standard(manifests: Manifests
     assert {kind for volume in pod["volumes"] for kind in volume.keys() - {"name"}} <= {
         "configMap", "secret", "emptyDir", "persistentVolumeClaim", "projected", "csi", "ephemeral", "downwardAPI"
     }  # fmt: skip
-    for container in (*pod["initContainers"], *pod["containers"]):
+    for container in pod["containers"]:
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
@@ -262,7 +258,6 @@ def test_the_keys_that_the_page_makes_are_those_that_the_pod_waits_for(manifests
     volumes = {volume["name"]: volume for volume in manifests.pod["volumes"]}
     assert secret["metadata"]["name"] == volumes["server-key"]["secret"]["secretName"]
     assert public["metadata"]["name"] == volumes["client-keys"]["configMap"]["name"]
-    [copies] = manifests.pod["initContainers"]
-    assert list(secret["data"]) == [copies["command"][-2].rpartition("/")[2]]
+    assert list(secret["data"]) == [Path(manifests.settings.curve.server_key).name]
     assert list(public["data"]) == ["alice.key"]
     assert "secret-key" not in public["data"]["alice.key"]
