@@ -9,6 +9,7 @@ Environment: ``BLENDMASKD__QUEUE__MAX_JOBS=64`` sets ``queue.max_jobs``; the val
 """
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -221,7 +222,9 @@ def to_tree(settings: Settings) -> dict[str, Any]:
 def _read(path: str | Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: {error}") from None
     if tree is None:
         return {}
@@ -257,8 +260,16 @@ def _explain(error: str, tree: Any) -> str:
             value = value.get(part, value)
     unknown = re.search(r"unknown field `(.+)`", reason)
     if unknown:
-        return f"{key + '.' if key else ''}{unknown[1]}: unknown key"
+        return f"{key + '.' if key else ''}{unknown[1]}: unknown key{_instead(key, unknown[1])}"
     return f"{key or 'settings'} = {value!r}: {reason}"
+
+
+def _instead(section: str, unknown: str) -> str:
+    known = msgspec.to_builtins(Settings())
+    for part in section.split(".") if section else ():
+        known = known[part]
+    close = difflib.get_close_matches(unknown, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _check(settings: Settings) -> None:

@@ -78,8 +78,8 @@ def test_settings_survive_the_way_through_plain_values(tree: dict[str, Any]) -> 
 # -- refusals: key, value, reason -------------------------------------------------------------------------------------
 
 REFUSED = {
-    "unknown key": ({"device": ["npu:0"]}, "device: unknown key"),
-    "unknown key inside": ({"queue": {"max_job": 1}}, "queue.max_job: unknown key"),
+    "unknown key": ({"device": ["npu:0"]}, "device: unknown key; did you mean devices?"),
+    "unknown key inside": ({"queue": {"max_job": 1}}, "queue.max_job: unknown key; did you mean max_jobs?"),
     "section as value": ({"queue": 5}, "queue = 5: Expected `object`, got `int`"),
     "value as section": ({"drain_s": {}}, "drain_s = {}: Expected `float`"),
     "text for number": ({"queue": {"max_jobs": "many"}}, "queue.max_jobs = 'many': Expected `int`, got `str`"),
