@@ -109,7 +109,7 @@ class Runtime(_Section, frozen=True):
     # torch_npu's own binding, CPU_AFFINITY_CONF; ranges name slots (2,npu1:8-15), a bare mode gets the slot's CPUs
     cpu_affinity_conf: str | None = None
     preload: str = "auto"  # tcmalloc: auto, required, off, or a library's path
-    threads: Literal["auto"] | Count = "auto"  # OMP_NUM_THREADS; auto: one per CPU of the slot's set
+    threads: Literal["auto"] | Count = "auto"  # OMP_NUM_THREADS; auto: the slot's CPUs, within its share of a quota
 
 
 class Restarts(_Section, frozen=True):

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from daemon.settings import Settings
-from daemon.topology import VISIBLE_DEVICES, Cpus, TopologyError, format_cpus, parse_cpus, visible_id
+from daemon.topology import VISIBLE_DEVICES, Cpus, TopologyError, cpu_quota, format_cpus, parse_cpus, visible_id
 
 ASSIGNMENT = "BLENDMASKD_ASSIGNMENT"
 TCMALLOC_NAMES = ("libtcmalloc.so.4", "libtcmalloc_minimal.so.4", "libtcmalloc.so")
@@ -254,7 +254,8 @@ def _own_variables(
     device: str, settings: Settings, cpus: Cpus, base: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
     """The variables that the plan sets by itself, and warnings."""
-    threads = str(len(cpus) if settings.runtime.threads == "auto" else settings.runtime.threads)
+    share = max(int(min(cpu_quota() / len(settings.devices), len(cpus))), 1)
+    threads = str(share if settings.runtime.threads == "auto" else settings.runtime.threads)
     own = {
         # An installed torch_npu that cannot load would break `import torch`; workers.devices imports it and explains.
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",

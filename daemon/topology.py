@@ -8,6 +8,7 @@ card 4. Nothing here starts a worker or imports torch.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ import psutil
 
 VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 SYSFS = Path("/sys")
+CGROUPS = Path("/sys/fs/cgroup")
 TOOL_TIMEOUT_S = 10.0  # npu-smi takes seconds on a busy host
 PCI_ADDRESS = re.compile(r"\b[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\b", re.IGNORECASE)
 
@@ -40,6 +42,27 @@ def host_plan(devices: Sequence[str], settings_cpus: Literal["auto"] | Mapping[s
 def available_cpus() -> Cpus:
     """The CPUs that this process may use: its affinity mask, which a cgroup or systemd may have narrowed."""
     return tuple(sorted(psutil.Process().cpu_affinity() or range(psutil.cpu_count() or 1)))
+
+
+def cpu_quota(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float:
+    """How many CPUs' time this process's cgroup may use, which no CPU set shows; infinite without a limit.
+
+    Of cgroup 2 the tightest ``cpu.max`` from its own group upwards; of cgroup 1 what a container sees as its own.
+    """
+    lines = own.read_text().splitlines() if own.exists() else []
+    path = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    folder = cgroups / path.lstrip("/")
+    limits = [f"{group}/cpu.max" for group in (folder, *folder.parents) if group.is_relative_to(cgroups)]
+    found = [_read_text(limit).split() for limit in limits]
+    found.append([_read_text(f"{cgroups}/cpu/cpu.cfs_{what}_us").strip() for what in ("quota", "period")])
+    return min((int(one[0]) / int(one[1]) for one in found if len(one) == 2 and one[0].isdigit()), default=math.inf)
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def plan_cpus(

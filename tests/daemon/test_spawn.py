@@ -136,6 +136,12 @@ def test_what_is_wanted_is_for_the_stats() -> None:
     assert make_plan("cpu:0").wanted["task_queue"] is None
 
 
+@pytest.mark.parametrize(("quota", "threads"), [(0.5, "1"), (4.0, "2"), (100.0, "3")])
+def test_a_quota_is_shared_out_among_the_slots(monkeypatch, quota, threads) -> None:
+    monkeypatch.setattr(spawn, "cpu_quota", lambda: quota)
+    assert make_plan(devices=["npu:0", "npu:1"]).environment["OMP_NUM_THREADS"] == threads
+
+
 def test_threads_are_the_settings_or_one_per_cpu() -> None:
     assert make_plan(runtime={"threads": 8}).environment["OMP_NUM_THREADS"] == "8"
     assert make_plan(cpus=(0,)).environment["MKL_NUM_THREADS"] == "1"

@@ -1,6 +1,7 @@
 """CPU sets: parsers over what real tools print, the plan's rules, and discovery on a host made of files."""
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -359,3 +360,21 @@ def test_the_module_is_light() -> None:
     program = "import daemon.topology, daemon.spawn, sys; print('torch' in sys.modules or 'zmq' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("files", "cpus"), [
+    ({}, math.inf),
+    ({"cpu.max": "max 100000\n"}, math.inf),
+    ({"cpu.max": "400000 100000\n"}, 4.0),
+    ({"cpu.max": "400000 100000\n", "a/b/cpu.max": "max 100000\n", "a/cpu.max": "150000 100000\n"}, 1.5),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+    ({"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.5),
+])  # fmt: skip
+def test_a_quota_is_the_tightest_of_the_groups(tmp_path, files, cpus) -> None:
+    own = tmp_path / "cgroup"
+    own.write_text("1:name=systemd:/x\n0::/a/b\n")
+    for name, text in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert topology.cpu_quota(tmp_path / "groups", own) == cpus
