@@ -2,9 +2,10 @@
 
     blendmaskd check --settings configs/daemon.yaml        # see blendmaskd check --help
     blendmaskd --settings configs/daemon.yaml              # or python -m daemon
-    blendmaskd --devices cpu:0 cpu:1 --set model.weights=model_final.pth
+    blendmaskd --devices cpu:0 cpu:1 --set model.weights=R_50_1x.pth
 
-Settings come from the file, then the environment (BLENDMASKD__QUEUE__MAX_JOBS=64), then flags; README.md lists them.
+Settings come from the file, then the environment (BLENDMASKD__QUEUE__MAX_JOBS=64), then flags; docs/settings.md lists
+them.
 Signals: SIGTERM and SIGINT drain and stop (a second one does not wait), SIGHUP reloads settings and weights.
 """
 from __future__ import annotations

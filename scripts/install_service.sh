@@ -6,6 +6,7 @@ umask 022
 PREFIX=/opt/blendmaskd # the unit names these places, so they are not options
 SETTINGS=/etc/blendmaskd/daemon.yaml
 ASCEND_ENV=/etc/blendmaskd/ascend.env
+MEMORY=$PREFIX/install.env # how it was installed, for an upgrade
 UNITS=/etc/systemd/system
 USER_NAME=blendmaskd
 SOURCE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,6 +16,8 @@ usage() {
 Usage: [PYTHON=python3.11] scripts/install_service.sh [OPTION]...
 
 Installs blendmaskd as a systemd service, as root. Run it again to upgrade: settings are kept, the rest is replaced.
+An upgrade that names neither PYTHON nor an environment (--environment, --system-site-packages, --constraints, --extras)
+takes what was named before; --constraints constraints.txt goes back to the default.
 
   $PREFIX/venv        the program, with the packages that constraints.txt pins
   $PREFIX/configs     the networks' configurations; $PREFIX/weights: checkpoints
@@ -28,18 +31,19 @@ Options:
   --settings FILE         begin with a copy of this file instead of configs/daemon.yaml
   --constraints FILE      other pins than constraints.txt, such as the torch and torch_npu that your CANN needs
   --extras LIST           optional parts to install: npu (torch_npu)
-  --system-site-packages  use what PYTHON has (torch, torch_npu, numpy), add only what is missing, and pin nothing
+  --system-site-packages  use what PYTHON has (torch, torch_npu, numpy), add only what is missing, and pin nothing;
+                          PYTHON is that interpreter itself, not one of a virtual environment
   --environment DIR       run from this virtual or conda environment, which has blendmaskd and all that it needs;
                           nothing is installed into it
   --cann FILE             CANN's set_env.sh (default: looked for below /usr/local/Ascend)
   --now                   enable the service and start it, or start it anew
   --help
 
-PYTHON is the interpreter to use, 3.11 or newer, where the service can read it: not below /root or /home. pip's own
+PYTHON is the interpreter to use, 3.11 or newer, where the service can read it: not below /root, /home or /tmp. pip's own
 variables hold, such as PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS. Examples:
 
-  scripts/install_service.sh --devices cpu:0,cpu:1 --weights model_final.pth --now
-  PYTHON=/usr/local/python3.11/bin/python3 scripts/install_service.sh --system-site-packages --weights model_final.pth
+  scripts/install_service.sh --devices cpu:0,cpu:1 --weights R_50_1x.pth --now
+  PYTHON=/usr/local/python3.11/bin/python3 scripts/install_service.sh --system-site-packages --weights R_50_1x.pth
 END
 }
 
@@ -89,6 +93,26 @@ file() {
     realpath "$1"
 }
 
+# An upgrade must not bring another torch than the one that was chosen for this host's CANN.
+recall() {
+    if [ -z "${PYTHON:-}$environment$system_site$constraints$extras" ] && [ -r $MEMORY ]; then
+        # shellcheck source=/dev/null
+        . $MEMORY
+        note "as it was installed before ($MEMORY): $(tr '\n' ' ' <$MEMORY)"
+    fi
+    PYTHON=${PYTHON:-python3}
+    [ "$constraints" != "$SOURCE/constraints.txt" ] || constraints=''
+}
+
+remember() {
+    if [ -n "$chosen" ]; then
+        [ "$chosen" = $PREFIX/constraints.txt ] || install -m 0644 "$chosen" $PREFIX/constraints.txt
+        chosen=$PREFIX/constraints.txt
+    fi
+    printf '%s=%q\n' PYTHON "$(command -v "$PYTHON")" environment "$environment" system_site "$system_site" \
+        constraints "$chosen" extras "$extras" >$MEMORY
+}
+
 check_host() {
     [ "$(id -u)" = 0 ] || fail "run as root: it makes a user, and writes to /opt and /etc"
     local program
@@ -100,12 +124,16 @@ check_host() {
 # The service runs as a user of its own, and sees nothing below /root, /home and /tmp.
 check_python() {
     local python=$1 base
-    base=$("$python" -c 'import os, sys; print(os.path.realpath(sys.base_prefix))') || fail "$python does not run"
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$python is older than Python 3.11"
-    case $base/ in
-        /root/* | /home/* | /run/* | /tmp/* | /var/tmp/*)
-            fail "$python belongs to $base, which the service cannot read: choose another with PYTHON=..." ;;
-    esac
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$python does not run, or is older than 3.11"
+    for base in "$("$python" -c 'import os, sys; print(os.path.realpath(sys.base_prefix))')" "$environment"; do
+        case $base/ in
+            /root/* | /home/* | /run/* | /tmp/* | /var/tmp/*)
+                fail "$python belongs to $base, which the service cannot read: choose another place, or PYTHON=..." ;;
+        esac
+    done
+    if [ -n "$system_site" ] && "$python" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; then
+        fail "$python is of a virtual environment, whose packages another does not see: take --environment"
+    fi
 }
 
 make_user() {
@@ -246,15 +274,17 @@ finish() {
 }
 
 main() {
-    PYTHON=${PYTHON:-python3}
     parse "$@"
     check_host
+    recall
+    local chosen=$constraints
     make_user
     make_environment
     install_files
     install_settings
     install_ascend_environment
     install_units
+    remember
     finish
 }
 

@@ -113,6 +113,20 @@ def test_a_second_run_keeps_settings_and_replaces_the_rest(kept: Sandbox) -> Non
     assert not kept.path(f"{UNITS}/blendmaskd.service.d/cuda.conf").exists()
 
 
+def test_an_upgrade_takes_the_environment_that_was_named_before(kept: Sandbox) -> None:
+    done = kept.run(INSTALL)
+    assert "environment=/opt/environment" in done.stderr
+    assert str(kept.path("/opt/blendmaskd/venv").readlink()) == "/opt/environment"
+    assert "Collecting" not in done.stdout + done.stderr
+
+
+def test_a_virtual_environment_s_packages_cannot_be_seen_by_another(installed: Service) -> None:
+    command = ("env", "PYTHON=/opt/environment/bin/python", INSTALL, "--system-site-packages")
+    done = installed.sandbox.run(*command, check=False)
+    assert done.returncode == 1
+    assert "take --environment" in done.stderr
+
+
 def test_settings_that_do_not_hold_stop_an_upgrade(kept: Sandbox) -> None:
     kept.path(SETTINGS).write_text("devises: [cpu:0]\n")
     done = kept.run(INSTALL, *WITHOUT_PIP, check=False)
