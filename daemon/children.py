@@ -9,9 +9,9 @@ import dataclasses
 import os
 import secrets
 import signal
-import subprocess
+import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 from daemon import spawn, topology
 from daemon.settings import Settings
@@ -20,7 +20,7 @@ from daemon.settings import Settings
 class Child:
     """A process of ours; `pidfd` becomes readable when it has ended."""
 
-    def __init__(self, slot: str, generation: int, plan: spawn.LaunchPlan, stderr: int | None = None) -> None:
+    def __init__(self, slot: str, generation: int, plan: spawn.LaunchPlan, stderr: IO[bytes] | None = None) -> None:
         self.name = worker_name(slot, generation)
         self.slot = slot
         self.generation = generation
@@ -40,13 +40,6 @@ class Child:
         os.close(self.pidfd)
         return self.process.wait()
 
-    def stderr_text(self) -> str:
-        """The end of what it said, where its stderr is a pipe; waits for its end."""
-        assert self.process.stderr is not None
-        with self.process.stderr as pipe:
-            return pipe.read().decode(errors="replace").strip()[-2000:]
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Candidate:
     """New settings, and the process that tries them together with the weights."""
@@ -55,6 +48,14 @@ class Candidate:
     cpus: dict[str, topology.Cpus]
     preload: spawn.Preload
     child: Child
+    stderr: IO[bytes]  # a file, which never keeps it waiting
+    deadline: float
+
+    def complaint(self) -> str:
+        """The end of what it said."""
+        with self.stderr as file:
+            file.seek(0)
+            return file.read().decode(errors="replace").strip()[-2000:]
 
 
 class Launcher:
@@ -73,7 +74,7 @@ class Launcher:
         """Start a worker, which connects to `endpoint`."""
         return Child(slot, generation, self._plan(slot, generation, endpoint, self.settings, self._preload))
 
-    def try_out(self, settings: Settings, endpoint: str) -> Candidate:
+    def try_out(self, settings: Settings, endpoint: str, now: float) -> Candidate:
         """Start a process that loads these settings and weights on the CPU; it ends with 0 when both are good."""
         preload = spawn.resolve_preload(settings.runtime.preload)
         cpus, old = self._cpus, self.settings
@@ -81,7 +82,13 @@ class Launcher:
             # only then: npu-smi can take seconds, in which no job would move
             cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
         plan = self._plan("cpu:0", 0, endpoint, settings, preload, ["--check"])
-        return Candidate(settings, cpus, preload, Child("check", 0, plan, stderr=subprocess.PIPE))
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            child = Child("check", 0, plan, stderr)
+        except BaseException:
+            stderr.close()
+            raise
+        return Candidate(settings, cpus, preload, child, stderr, now + settings.restarts.start_timeout_s)
 
     def adopt(self, candidate: Candidate) -> None:
         """Workers are started by these settings from now on."""
@@ -116,6 +123,8 @@ def worker_name(slot: str, generation: int) -> str:
 
 def how_it_ended(code: int) -> str:
     """An exit code, as of `subprocess`, in words."""
-    if code < 0:
+    if -code in list(signal.Signals):
         return f"killed by {signal.Signals(-code).name}"
+    if code < 0:
+        return f"killed by signal {-code}"
     return f"exited with code {code}"

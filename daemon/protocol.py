@@ -153,9 +153,9 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
 
     kind: Literal["encoded", "raw", "path"]
     shape: tuple[int, int, int] | None = None  # raw: height, width, 3
-    dtype: str = "uint8"
+    dtype: Annotated[str, Meta(max_length=32)] = "uint8"
     order: Literal["bgr", "rgb"] = "bgr"
-    path: str | None = None
+    path: Annotated[str, Meta(max_length=4096)] | None = None
     place: Place | None = None  # in shared memory; None: it is the payload
 
 
@@ -369,7 +369,7 @@ def decode(frames: Sequence[Any], kinds: Kinds[M]) -> tuple[M, list[Any]]:
     if len(frames) < 2 or bytes(memoryview(frames[0])) != MAGIC:
         raise ProtocolError(f"expected frames [{MAGIC.decode()}, header, payload...]")
     header = memoryview(frames[1])
-    if len(header) > MAX_HEADER_BYTES:
+    if kinds is FROM_CLIENT and len(header) > MAX_HEADER_BYTES:
         raise ProtocolError(f"header of {len(header)} bytes: at most {MAX_HEADER_BYTES}; pixels go into payload frames")
     try:
         message = kinds.decoder.decode(header)

@@ -67,6 +67,7 @@ class Server:
         self._started = time.time()
         self._last_image: dict[str, Any] | None = None
         self._next_tick = 0.0
+        self._served = False  # at least once
         self._told_ready = False
         self._told_states: dict[str, str] = {}
         self._told_available = True
@@ -143,12 +144,15 @@ class Server:
         self._next_tick = now + TICK_S
         self._told_unreachable.clear()
         self._sockets.shared_memory.expire(now)
+        if self._candidate is not None and now >= self._candidate.deadline:
+            log.error("reload: the check of settings and weights takes too long (restarts.start_timeout_s)")
+            self._candidate.child.process.kill()
         self._job_log.tick()
         self._watch_gate(now)
         self._snapshot = self._stats.snapshot(
             now,
             time.time(),
-            [self._describe(slot, now) for slot in self._supervisor.slots.values()],
+            [self._describe(slot, now) for slot in self._supervisor.wanted],
             started=self._started,
             engine=self.settings.engine,
             draining=self._drain_deadline is not None,
@@ -197,10 +201,18 @@ class Server:
         if self._supervisor.settled and self._supervisor.ready_slots and not self._supervisor.reloading:
             self._tell_ready()
         elif hopeless and not self._told_ready:
-            log.error("no worker can be started; see above")
-            self._exit_code = 1
+            self._give_up()
         if self._drain_deadline is not None:
             self._follow_drain(now)
+
+    def _give_up(self) -> None:
+        """Nothing can serve by these settings: the end of a first start, but not of a daemon that others reload."""
+        if self._served:
+            self._told_ready = True
+            self._end_reload("reload: no worker can be started by the new settings; mend what is said above and reload")
+        else:
+            log.error("no worker can be started; see above")
+            self._exit_code = 1
 
     def _follow_drain(self, now: float) -> None:
         assert self._drain_deadline is not None
@@ -535,11 +547,11 @@ class Server:
     def _reap(self, child: Child) -> None:
         self._unwatch(child.pidfd)
         code = child.reap()
+        del self._children[child.name]
         now = time.monotonic()
         how = how_it_ended(code)
         blameless = self._broker.holds_suspect(child.name)
         self._stats.lost(child.slot)
-        del self._children[child.name]
         actions = self._supervisor.exited(child.slot, child.generation, how, code, blameless, now)
         self._carry_out(self._broker.lose(child.name, now, f"{child.name} {how}"))
         self._supervise(actions)
@@ -575,6 +587,8 @@ class Server:
         self._notifier.send(STOPPING="1")
         self._drain_deadline = time.monotonic() + self.settings.drain_s
         self._broker.drain()
+        if self._candidate is not None:
+            self._candidate.child.process.kill()
 
     def _reload(self) -> None:
         """Read the settings anew, and let a process of its own try them together with the weights."""
@@ -585,7 +599,7 @@ class Server:
         try:
             settings = self._load_settings()
             _refuse_rebinding(self.settings, settings)
-            self._candidate = self._launcher.try_out(settings, self._sockets.workers_endpoint)
+            self._candidate = self._launcher.try_out(settings, self._sockets.workers_endpoint, time.monotonic())
         except (SettingsError, spawn.SpawnError, topology.TopologyError, OSError) as error:
             self._end_reload(f"reload refused, nothing changed: {error}")
             return
@@ -595,9 +609,11 @@ class Server:
     def _on_tried(self) -> None:
         assert self._candidate is not None
         candidate, self._candidate = self._candidate, None
-        complaint = candidate.child.stderr_text()
         self._unwatch(candidate.child.pidfd)
         code = candidate.child.reap()
+        complaint = candidate.complaint()
+        if self._drain_deadline is not None:
+            return
         if code != 0:
             self._end_reload(f"reload refused, nothing changed: {complaint or how_it_ended(code)}")
             return
@@ -637,8 +653,8 @@ class Server:
     def _tell_ready(self) -> None:
         if self._told_ready or self._drain_deadline is not None:
             return
-        self._told_ready = True
-        ready, slots = self._supervisor.ready_slots, len(self._supervisor.slots)
+        self._told_ready = self._served = True
+        ready, slots = self._supervisor.ready_slots, len(self._supervisor.wanted)
         log.info("ready: %d of %d devices%s", ready, slots, "" if ready == slots else ", degraded")
         self._tick(time.monotonic())  # whoever waited for this sees it in the status and at /readyz
         self._notifier.send(READY="1")
@@ -665,6 +681,8 @@ def _refuse_rebinding(old: Settings, new: Settings) -> None:
             raise SettingsError(f"{key}: a change needs a restart")
     if old.limits.max_connections != new.limits.max_connections:
         raise SettingsError("limits.max_connections: a change needs a restart")
+    if new.limits.max_image_bytes > old.limits.max_image_bytes:  # ZeroMQ would close the connection of a larger message
+        raise SettingsError("limits.max_image_bytes: a higher one needs a restart")
 
 
 def main_loop(settings: Settings, load_settings: Callable[[], Settings]) -> int:

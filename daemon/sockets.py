@@ -67,6 +67,7 @@ class Sockets:
         try:
             self.clients = self._router(self._settings.limits.max_image_bytes * 2 + (1 << 20))
             self.workers = self._router(-1)
+            self.workers.set(zmq.SNDHWM, 0)  # at a mark a lease would be lost; what a worker may hold is bounded
             endpoints = self._settings.endpoints.clients
             if not any(map(_is_tcp, endpoints)):
                 self.departures = Departures(self._context, self.clients)

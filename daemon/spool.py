@@ -172,12 +172,10 @@ class Spool:
     def _carry_out(self, batch: Sequence[Request]) -> list[Reply]:
         """In one commit; if that fails, in one each, to see which it is."""
         self._trouble = ""
-        counted = self._answers, self._bytes
         try:
             with self._commit(synchronous=any(isinstance(each, Store | StoreAnswer | Erase) for each in batch)):
                 return [reply for each in batch for reply in self._do(each)]
         except _ERRORS as error:
-            self._answers, self._bytes = counted
             if len(batch) > 1:
                 return self._one_by_one(batch)
             return self._refuse(batch[0], str(error))
@@ -207,11 +205,13 @@ class Spool:
     @contextlib.contextmanager
     def _commit(self, *, synchronous: bool) -> Iterator[None]:
         self._db.execute(f"PRAGMA synchronous = {'FULL' if synchronous else 'NORMAL'}")
+        counted = self._answers, self._bytes
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._db.execute("COMMIT")
         except BaseException:
+            self._answers, self._bytes = counted
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise

@@ -116,6 +116,11 @@ class Supervisor:
         )
 
     @property
+    def wanted(self) -> list[Slot]:
+        """All but those that a reload has taken out."""
+        return [slot for slot in self.slots.values() if self.draining or slot.state is not State.ENDED]
+
+    @property
     def ready_slots(self) -> int:
         return sum(slot.state is State.READY for slot in self.slots.values())
 

@@ -56,6 +56,7 @@ class Channel:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set(zmq.IDENTITY, self._identity.encode())
         self._socket.set(zmq.LINGER, LINGER_MS)
+        self._socket.set(zmq.RCVHWM, 0)  # at a mark the daemon would lose a lease
         self._socket.connect(self._endpoint)
         self._poll.register(self._wake, select.POLLIN)
         self._poll.register(int(self._socket.get(zmq.FD)), select.POLLIN)

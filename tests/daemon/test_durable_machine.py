@@ -6,6 +6,7 @@ same.
 """
 from __future__ import annotations
 
+import sqlite3
 import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -382,6 +383,22 @@ def test_answers_are_dropped_by_the_spool_s_own_clock(tmp_path: Path) -> None:
     spool._opened -= 11.0
     spool._expire()
     assert (spool.usage.answers, spool.usage.bytes) == (0, 0)
+    spool.die()
+
+
+def test_what_cannot_be_dropped_is_still_counted(tmp_path: Path) -> None:
+    spool = StillSpool(tmp_path / "spool.db", keep_s=1.0)
+    spool.begin()
+    message = Submit(job="1" * 32, image=Image(kind="encoded"), durable=True)
+    spool.ask(Store(Stored(seq=1, name=message.job, owner=b"a", priority=0, size=3), message, [b"abc"]))
+    spool.ask(StoreAnswer(1, Failed(job=message.job, code=Code.BAD_IMAGE, reason="no image"), ()))
+    spool.do(2)
+    before = spool.usage
+    spool._opened -= 60.0
+    spool._db.execute("CREATE TEMP TRIGGER full BEFORE UPDATE ON clock BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    with pytest.raises(sqlite3.Error, match="disk is full"), spool._commit(synchronous=False):
+        spool._expire()
+    assert spool.usage == before
     spool.die()
 
 

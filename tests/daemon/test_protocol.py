@@ -192,6 +192,12 @@ def test_the_codes_are_a_closed_table() -> None:
     }  # fmt: skip
 
 
+def test_only_a_client_s_header_is_bounded() -> None:
+    """Of many devices with many sizes a snapshot is longer."""
+    long = Stats(stats={"shapes": [0.123456789] * 20_000})
+    assert decode(encode(long), TO_CLIENT) == (long, [])
+
+
 # -- what breaks the rules --------------------------------------------------------------------------------------------
 
 MALFORMED: dict[str, tuple[list[bytes], str, str]] = {  # frames, the job that can be named, a part of the reason
@@ -219,6 +225,8 @@ MALFORMED: dict[str, tuple[list[bytes], str, str]] = {  # frames, the job that c
     "no image": ([MAGIC, header(type="submit", job="a"), b"x"], "a", "image"),
     "image of a string": (submit(image="a.jpg"), "a", "image"),
     "unknown kind": (submit(image={"kind": "url"}), "a", "kind"),
+    "long dtype": (submit(image={"kind": "raw", "shape": [1, 1, 3], "dtype": "x" * 33}), "a", "length <= 32"),
+    "long path": ([MAGIC, header(**{**SUBMIT, "image": {"kind": "path", "path": "/" * 4097}})], "a", "length <= 4096"),
     "unknown order": (submit(image={"kind": "raw", "shape": [1, 1, 3], "order": "gbr"}), "a", "order"),
     "no shape": (submit(image={"kind": "raw"}), "a", "shape"),
     "two numbers of shape": (submit(image={"kind": "raw", "shape": [1, 1]}), "a", "shape"),

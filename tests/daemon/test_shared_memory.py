@@ -388,6 +388,26 @@ def test_the_silent_are_closed_and_keep_nobody_out(server: Any, wait_until: Any)
         wait_until(lambda: len(descriptors(server)) <= before, shared_memory.ANSWER_BY_S + 5)
 
 
+def test_regions_that_come_and_go_cost_a_slow_worker_no_lease(daemon: Any, own: Any) -> None:
+    """The worker does not receive meanwhile: 2000 messages wait for it when its lease does."""
+    server = daemon(devices=["cpu:0"], shared_memory_bytes=64 * MB)
+    descriptor = own(memory_file(4096))
+    (pid,) = server.pids().values()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for _ in range(1000):
+            with contextlib.closing(Bare(server)) as client:
+                assert "region" in client.hand_over(descriptor)
+        waiting = Bare(server)
+        waiting.socket.send_multipart(
+            protocol.encode(Submit(job="1", image=Image(kind="raw", shape=(1, 1, 3)), deadline_s=30), [b"abc"])
+        )
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    with contextlib.closing(waiting):
+        assert waiting.receive().width == 1
+
+
 @pytest.mark.parametrize(("before", "reason"), [(0, "not a memory file"), (1, "expected BMD1 with one descriptor")])
 def test_descriptors_that_are_slow_to_close_do_not_stop_the_daemon(
     server: Any, own: Any, before: int, reason: str

@@ -26,7 +26,7 @@ import zmq
 from raw_load import Load, answer, picture, submission
 
 from daemon.client import Client, JobFailed
-from daemon.protocol import Code, Failed
+from daemon.protocol import Cancel, Code, Failed, encode
 from workers import blendmask
 from workers.chaos.poison import Poison, worker_env
 
@@ -55,6 +55,15 @@ def test_kill_9_of_either_worker(scene, wait_until) -> None:
             wait_until(lambda d=device, n=images: here.server.devices()[d]["images"] > n + 20, LONG_S)
     assert here.load.failures == []
     assert {name: d["restarts"] for name, d in here.server.devices().items()} == {"cpu:0": 1, "cpu:1": 1}
+
+
+def test_a_real_time_signal_ends_a_worker_only(scene, wait_until) -> None:
+    with scene() as here:
+        pid = here.server.pids()["cpu:0"]
+        os.kill(pid, signal.SIGRTMIN + 3)
+        wait_until(lambda: here.server.pids()["cpu:0"] not in (pid, None), LONG_S)
+        assert "killed by signal 37" in here.server.log
+    assert here.load.failures == []
 
 
 def test_a_stopped_worker_is_silent_then_replaced(scene, wait_until) -> None:
@@ -368,6 +377,51 @@ def test_a_drain_that_takes_too_long_answers_draining(daemon, loaded, wait_until
     assert {failure.code for failure in load.failures} == {Code.DRAINING}
 
 
+def test_a_drain_ends_a_reload_that_is_under_way(daemon, wait_until) -> None:
+    """A worker is still busy, with a job that nobody waits for, when the check of the new settings would end."""
+    server = daemon(timed={"latency_ms": {1: 2000}})
+    with contextlib.closing(server.dealer()) as dealer:
+        dealer.send_multipart(submission("1", picture()))
+        wait_until(lambda: server.client.stats()["leased"] == 1)
+        dealer.send_multipart(encode(Cancel(job="1")))
+        assert answer(dealer.recv_multipart()).code is Code.CANCELLED
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "checking settings" in server.log)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(LONG_S) == 0
+    assert "reload: accepted" not in server.log
+
+
+def test_a_reload_that_no_device_can_boot_ends_no_daemon(daemon, wait_until, tmp_path) -> None:
+    """The check ran on the CPU, and found nothing."""
+    broken = tmp_path / "broken"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        f"if os.path.exists({str(broken)!r}) and 'workers' in sys.orig_argv and '--check' not in sys.orig_argv:\n"
+        "    os._exit(78)\n"
+    )
+    server = daemon(environment={"PYTHONPATH": str(tmp_path)}, restarts=QUICK_RESTARTS)
+    broken.touch()
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "reload: no worker can be started by the new settings" in server.log, LONG_S)
+    with Client(server.endpoint, retries=0) as client, pytest.raises(JobFailed) as failed:
+        client.segment(picture())
+    assert failed.value.code is Code.UNAVAILABLE
+    broken.unlink()
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_ready()
+    assert server.client.segment(picture()).width
+
+
+def test_a_device_that_a_reload_takes_out_is_not_missed(daemon, wait_until) -> None:
+    server = daemon()
+    server.settings_file.write_text(yaml.safe_dump({**server.settings, "devices": ["cpu:0"]}))
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "ready: 1 of 1 devices" in server.log, LONG_S)
+    wait_until(lambda: server.get("/readyz")[1].startswith("ok"))
+    assert set(server.devices()) == {"cpu:0"}
+
+
 def test_sighup_under_load_replaces_workers_one_at_a_time(scene, wait_until) -> None:
     with scene() as here:
         before = here.server.pids()
@@ -423,8 +477,9 @@ def test_a_reload_with_corrupt_weights_keeps_the_old_ones_serving(daemon, wait_u
         ({"engine": "native", "model": {"weights": "/nowhere.pth"}}, "/nowhere.pth"),
         ({"runtime": {"preload": "/nowhere.so"}}, "/nowhere.so"),
         ({"endpoints": {"clients": ["ipc:///tmp/other.sock"]}}, "a change needs a restart"),
+        ({"limits": {"max_image_bytes": 1 << 31}}, "limits.max_image_bytes: a higher one needs a restart"),
     ],
-    ids=["unknown key", "no weights", "no library", "endpoints"],
+    ids=["unknown key", "no weights", "no library", "endpoints", "a limit of ZeroMQ's"],
 )
 def test_a_bad_reload_changes_nothing(scene, wait_until, settings, complaint) -> None:
     with scene() as here:
