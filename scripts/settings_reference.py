@@ -31,9 +31,10 @@ An unknown key or a bad value stops the start (exit code 78) and is named with t
 
     blendmaskd: queue.max_jobs = -1: Expected `int` >= 1
 
-`kill -HUP` reads all of it again. A change of `endpoints`, `curve`, `insecure_tcp`, `spool` or `limits.max_connections`,
-and a higher `limits.max_image_bytes`, need a restart: a reload with one is refused whole. Settings and weights are first
-tried by a process of their own; when they do not work nothing changes. Relative paths are relative to the daemon's directory.
+`kill -HUP` reads all of it again. A change of `endpoints`, `curve`, `insecure_tcp`, `spool` or
+`limits.max_connections`, and a higher `limits.max_image_bytes`, need a restart: a reload with one is refused whole.
+Settings and weights are first tried by a process of their own; when they do not work nothing changes. Relative paths
+are relative to the daemon's directory.
 
 | key | default | meaning |
 |---|---|---|

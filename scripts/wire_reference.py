@@ -18,8 +18,8 @@ A client in ten lines of pyzmq is in the [README](../README.md#a-client-in-ten-l
 memory in [client.md](client.md#any-language), beside the [error codes](client.md#errors).
 """
 TAIL = f"""
-In the text above, `MEMORY_SUFFIX` is `{protocol.MEMORY_SUFFIX}`, and `Code` are the error codes. A client's header has at most
-{protocol.MAX_HEADER_BYTES} bytes.
+In the text above, `MEMORY_SUFFIX` is `{protocol.MEMORY_SUFFIX}`, and `Code` are the error codes. A client's
+header has at most {protocol.MAX_HEADER_BYTES} bytes.
 """
 
 
