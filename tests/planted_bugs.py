@@ -47,10 +47,6 @@ class Bug:
 
 
 BUGS = [
-    Bug("daemon/broker.py", "len(account.jobs) >= limits.max_jobs_per_client",
-        "len(account.jobs) > limits.max_jobs_per_client", "a client has one job more than one client may"),
-    Bug("daemon/broker.py", "account.bytes + job.payload_bytes > limits.max_bytes_per_client",
-        "account.bytes > limits.max_bytes_per_client", "a client has more bytes than one client may"),
     Bug("daemon/broker.py", "return []  # its one answer is still to come", "pass",
         "a job that is sent again runs twice and is answered twice"),
     Bug("daemon/broker.py", "            if not job.suspect:\n                self._waiting.put(job, first=True)\n",
@@ -139,6 +135,10 @@ BUGS = [
         "the counter of images goes backwards"),
     Bug("workers/batching.py", "if runs.compiled:", "if True:",
         "the first, compiling run of a size makes its batch look slow for good"),
+    Bug("daemon/broker.py", "len(account.jobs) >= limits.max_jobs_per_client",
+        "len(account.jobs) > limits.max_jobs_per_client", "a client has one job more than one client may"),
+    Bug("daemon/broker.py", "account.bytes + job.payload_bytes > limits.max_bytes_per_client",
+        "account.bytes > limits.max_bytes_per_client", "a client has more bytes than one client may"),
 ]  # fmt: skip
 
 
