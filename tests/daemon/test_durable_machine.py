@@ -363,14 +363,20 @@ def test_owners_take_turns_and_leave_each_other_room() -> None:
     machine.folder.cleanup()
 
 
-def test_answers_are_dropped_by_the_spool_s_own_clock(tmp_path: Path) -> None:
-    """It stands while no daemon runs, and does not follow the host's."""
-    spool = StillSpool(tmp_path / "spool.db", keep_s=100.0)
+def with_an_answer(path: Path, keep_s: float) -> StillSpool:
+    """A spool of one job, which is answered."""
+    spool = StillSpool(path, keep_s)
     spool.begin()
     message = Submit(job="1" * 32, image=Image(kind="encoded"), durable=True)
     spool.ask(Store(Stored(seq=1, name=message.job, owner=b"a", priority=0, size=3), message, [b"abc"]))
     spool.ask(StoreAnswer(1, Failed(job=message.job, code=Code.BAD_IMAGE, reason="no image"), ()))
     spool.do(2)
+    return spool
+
+
+def test_answers_are_dropped_by_the_spool_s_own_clock(tmp_path: Path) -> None:
+    """It stands while no daemon runs, and does not follow the host's."""
+    spool = with_an_answer(tmp_path / "spool.db", keep_s=100.0)
     spool._opened -= 60.0
     spool._expire()
     spool.die()
@@ -387,12 +393,7 @@ def test_answers_are_dropped_by_the_spool_s_own_clock(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_dropped_is_still_counted(tmp_path: Path) -> None:
-    spool = StillSpool(tmp_path / "spool.db", keep_s=1.0)
-    spool.begin()
-    message = Submit(job="1" * 32, image=Image(kind="encoded"), durable=True)
-    spool.ask(Store(Stored(seq=1, name=message.job, owner=b"a", priority=0, size=3), message, [b"abc"]))
-    spool.ask(StoreAnswer(1, Failed(job=message.job, code=Code.BAD_IMAGE, reason="no image"), ()))
-    spool.do(2)
+    spool = with_an_answer(tmp_path / "spool.db", keep_s=1.0)
     before = spool.usage
     spool._opened -= 60.0
     spool._db.execute("CREATE TEMP TRIGGER full BEFORE UPDATE ON clock BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
