@@ -152,7 +152,7 @@ class Server:
         self._snapshot = self._stats.snapshot(
             now,
             time.time(),
-            [self._describe(slot, now) for slot in self._supervisor.wanted],
+            [self._describe(slot, now) for slot in self._supervisor.listed],
             started=self._started,
             engine=self.settings.engine,
             draining=self._drain_deadline is not None,
@@ -654,7 +654,7 @@ class Server:
         if self._told_ready or self._drain_deadline is not None:
             return
         self._told_ready = self._served = True
-        ready, slots = self._supervisor.ready_slots, len(self._supervisor.wanted)
+        ready, slots = self._supervisor.ready_slots, len(self._supervisor.listed)
         log.info("ready: %d of %d devices%s", ready, slots, "" if ready == slots else ", degraded")
         self._tick(time.monotonic())  # whoever waited for this sees it in the status and at /readyz
         self._notifier.send(READY="1")

@@ -116,7 +116,7 @@ class Supervisor:
         )
 
     @property
-    def wanted(self) -> list[Slot]:
+    def listed(self) -> list[Slot]:
         """All but those that a reload has taken out."""
         return [slot for slot in self.slots.values() if self.draining or slot.state is not State.ENDED]
 

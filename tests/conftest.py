@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "drain_s": 5,
     "restarts": {"first_delay_s": 0.05, "stop_s": 2},
 }
-START_S = 60.0  # what takes a second on a quiet machine
+START_S = 30.0
 STOP_S = 20.0
 
 T = TypeVar("T")

@@ -189,7 +189,7 @@ def test_reload_gives_a_failed_slot_another_chance_and_follows_the_device_list(u
     assert actions == [Spawn(A, 2), Spawn("npu:2", 1), Stop(B, 1)]
     die(up, B, 2.0, code=0)
     assert up.slots[B].state is State.ENDED
-    assert [slot.name for slot in up.wanted] == [A, "npu:2"]
+    assert [slot.name for slot in up.listed] == [A, "npu:2"]
     up.ready(A, 2, 3.0)
     up.ready("npu:2", 1, 3.0)
     assert up.reload([A, B, "npu:2"], RESTARTS, 4.0)[0] == Spawn(B, 2), "generations are never used twice"
