@@ -657,7 +657,11 @@ class Server:
         ready, slots = self._supervisor.ready_slots, len(self._supervisor.listed)
         log.info("ready: %d of %d devices%s", ready, slots, "" if ready == slots else ", degraded")
         self._tick(time.monotonic())  # whoever waited for this sees it in the status and at /readyz
-        self._notifier.send(READY="1")
+        if self._supervisor.reload_stopped:
+            self._end_reload(f"reload stopped: {self._supervisor.reload_stopped}; the others keep what they have: "
+                             "mend it and reload")  # fmt: skip
+        else:
+            self._notifier.send(READY="1")
 
 
 def _limits(settings: Settings) -> broker.Limits:

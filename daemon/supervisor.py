@@ -17,7 +17,9 @@ A worker that has to go is first asked (`Stop`, through the broker's socket, so 
 aborted (SIGABRT, which dumps its stacks), then killed. Deaths in a row double the delay up to a longest one; after
 `give_up_after` of them the slot is FAILED. A worker that served for `stable_s` starts the count anew.
 
-A reload replaces workers one at a time: the next one is asked to stop when no slot is on its way.
+A reload replaces workers one at a time: the next one is asked to stop when no slot is on its way. A slot that served
+before the reload and is FAILED after it stops the reload: what is new does not work here, so the others keep what they
+have. The next reload passes by that slot.
 """
 from __future__ import annotations
 
@@ -87,6 +89,7 @@ class Slot:
     failures: int = 0  # in a row
     restarts: int = 0  # spawns after the first, replacements by reload not counted
     stale: bool = False  # a reload is to replace its worker
+    replacing: bool = False  # a reload replaces the worker that served here, and the new one is not ready yet
     ending: bool = False  # its worker is the last
     wanted_down: bool = False  # it stops because we asked
     reason: str = ""  # why it is where it is, for people
@@ -104,6 +107,7 @@ class Supervisor:
         self.restarts = restarts
         self.drain_s = drain_s
         self.draining = False
+        self.reload_stopped = ""  # why the last reload did not replace all workers, for people
 
     # -- what the shell may ask -------------------------------------------------------------------------------------
 
@@ -153,6 +157,7 @@ class Supervisor:
         if slot.generation != generation or slot.state is not State.STARTING:
             return []
         slot.state, slot.deadline, slot.ready_since, slot.reason = State.READY, None, now, ""
+        slot.replacing = False
         return self._replace_next(now)
 
     def evict(self, name: str, generation: int, reason: str, now: float) -> list[Action]:
@@ -182,11 +187,13 @@ class Supervisor:
         else:
             slot.failures = (0 if served else slot.failures) + (not blameless)
             self._back_off(slot, how, now)
+        if slot.state is State.FAILED and slot.replacing:
+            self._stop_reload(slot)
         return self._replace_next(now)
 
     def reload(self, devices: Iterable[str], restarts: Restarts, now: float) -> list[Action]:
         """Replace every worker, one at a time; add and take out slots as the device list says."""
-        self.restarts = restarts
+        self.restarts, self.reload_stopped = restarts, ""
         wanted = list(devices)
         actions: list[Action] = []
         for name in wanted:
@@ -263,7 +270,7 @@ class Supervisor:
 
     def _end(self, slot: Slot, now: float) -> list[Action]:
         slot.ending = True
-        slot.stale = False
+        slot.stale = slot.replacing = False
         if slot.state is State.READY:
             return self._stop(slot, now)
         if slot.state is State.STARTING:
@@ -286,7 +293,17 @@ class Supervisor:
         if any(slot.state in moving for slot in self.slots.values()):
             return []
         stale = next((slot for slot in self.slots.values() if slot.stale), None)
-        return [] if stale is None else self._stop(stale, now)
+        if stale is None:
+            return []
+        stale.replacing = True
+        return self._stop(stale, now)
+
+    def _stop_reload(self, failed: Slot) -> None:
+        failed.replacing = False
+        if any(slot.stale for slot in self.slots.values()):
+            self.reload_stopped = f"{failed.name} served before it, and now: {failed.reason}"
+        for slot in self.slots.values():
+            slot.stale = False
 
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
@@ -299,3 +316,5 @@ class Supervisor:
             assert slot.failures <= self.restarts.give_up_after, slot
             assert not (self.draining and slot.state in (State.READY, State.STARTING, State.BACKOFF)), slot
             assert not slot.stale or slot.state is State.READY, slot
+            assert not slot.replacing or slot.state in (State.STARTING, State.STOPPING, State.BACKOFF), slot
+        assert sum(slot.replacing for slot in self.slots.values()) <= 1, "a reload replaces two at once"

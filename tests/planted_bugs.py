@@ -116,6 +116,8 @@ BUGS = [
         "slot.failures = (0 if served else slot.failures) + 1", "poison images take a healthy device out of service"),
     Bug("daemon/supervisor.py", "        elif asked:\n            return [self._spawn(slot, now)]\n", "",
         "a reload looks like deaths: back-off, and the slot is given up"),
+    Bug("daemon/supervisor.py", "slot.state is State.FAILED and slot.replacing", "False",
+        "settings that no device can boot take one device after the other"),
     Bug("daemon/supervisor.py", "return self._replace_next(now)\n\n    def reload", "return []\n\n    def reload",
         "a reload stops half-way when a worker dies meanwhile"),
     Bug("daemon/supervisor.py", "signal.SIGABRT\n        return [Stop(", "None\n        return [Stop(",

@@ -133,11 +133,39 @@ def test_a_hung_worker_is_aborted_then_killed(up: Supervisor) -> None:
     assert up.slots[A].failures == 1
 
 
-def test_a_reload_goes_on_when_a_device_is_gone(up: Supervisor) -> None:
-    assert up.reload([A, B], RESTARTS, 0.0) == [Stop(A, 1)]
-    assert die(up, A, 0.1, code=0) == [Spawn(A, 2)]
+def test_a_reload_goes_past_a_device_that_was_gone_before_it(up: Supervisor) -> None:
+    die(up, A, 0.0, code=EXIT_CANNOT_BOOT)
+    assert up.reload([A, B], RESTARTS, 0.1) == [Spawn(A, 2)]
     assert die(up, A, 0.2, code=EXIT_CANNOT_BOOT) == [Stop(B, 1)]
     assert up.reloading
+    assert not up.reload_stopped
+
+
+def test_a_reload_whose_first_new_worker_cannot_boot_keeps_the_others(up: Supervisor) -> None:
+    assert up.reload([A, B], RESTARTS, 0.0) == [Stop(A, 1)]
+    assert die(up, A, 0.1, code=0) == [Spawn(A, 2)]
+    assert die(up, A, 0.2, code=EXIT_CANNOT_BOOT) == []
+    assert up.slots[B].state is State.READY
+    assert up.settled
+    assert not up.reloading
+    assert up.reload_stopped.startswith(f"{A} served before it, and now: cannot boot")
+    assert up.reload([A, B], RESTARTS, 1.0) == [Spawn(A, 3)], "tried again"
+    assert not up.reload_stopped
+    assert die(up, A, 1.1, code=EXIT_CANNOT_BOOT) == [Stop(B, 1)], "who reloads again wants it"
+
+
+def test_a_reload_whose_first_new_worker_keeps_dying_keeps_the_others(up: Supervisor) -> None:
+    up.reload([A, B], RESTARTS, 0.0)
+    die(up, A, 0.0, code=0)
+    now = 0.0
+    for _ in range(RESTARTS.give_up_after - 1):
+        assert die(up, A, now, code=1) == []
+        now = up.slots[A].deadline or now
+        assert [type(action) for action in up.expire(now)] == [Spawn]
+    assert die(up, A, now, code=1) == []
+    assert up.slots[A].state is State.FAILED
+    assert up.slots[B].state is State.READY
+    assert up.reload_stopped
 
 
 def test_a_worker_that_hangs_while_it_is_asked_to_stop_is_not_waited_for(up: Supervisor) -> None:

@@ -400,7 +400,7 @@ def test_a_reload_that_no_device_can_boot_ends_no_daemon(daemon, wait_until, tmp
         f"if os.path.exists({str(broken)!r}) and 'workers' in sys.orig_argv and '--check' not in sys.orig_argv:\n"
         "    os._exit(78)\n"
     )
-    server = daemon(environment={"PYTHONPATH": str(tmp_path)}, restarts=QUICK_RESTARTS)
+    server = daemon(devices=["cpu:0"], environment={"PYTHONPATH": str(tmp_path)}, restarts=QUICK_RESTARTS)
     broken.touch()
     server.process.send_signal(signal.SIGHUP)
     wait_until(lambda: "reload: no worker can be started by the new settings" in server.log, LONG_S)
@@ -411,6 +411,23 @@ def test_a_reload_that_no_device_can_boot_ends_no_daemon(daemon, wait_until, tmp
     server.process.send_signal(signal.SIGHUP)
     server.wait_ready()
     assert server.client.segment(picture()).width
+
+
+def test_a_reload_whose_first_new_worker_cannot_boot_leaves_the_others_serving(scene, wait_until, tmp_path) -> None:
+    with scene(worker_env=worker_env(tmp_path), restarts=QUICK_RESTARTS) as here:
+        before = here.server.pids()
+        (tmp_path / "cpu:0").write_text("78")
+        here.server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "reload stopped: cpu:0 served before it, and now: cannot boot" in here.server.log, LONG_S)
+        assert here.server.states() == {"cpu:0": "failed", "cpu:1": "ready"}
+        assert here.server.pids()["cpu:1"] == before["cpu:1"]
+        answered = here.load.answered
+        wait_until(lambda: here.load.answered > answered + 50, LONG_S)
+        (tmp_path / "cpu:0").unlink()
+        here.server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: set(here.server.pids().values()).isdisjoint([*before.values(), None]), LONG_S)
+        here.server.wait_ready()
+    assert here.load.failures == []
 
 
 def test_a_device_that_a_reload_takes_out_is_not_missed(daemon, wait_until) -> None:
