@@ -1,45 +1,37 @@
 """The shell: one loop over sockets, child processes and signals. The cores decide; this does.
 
-It is the only module of the daemon that reads the clock, owns sockets and processes, and logs: one line per state
-change. Each turn reads the workers' socket before it reaps the dead, so that an answer that was sent is not taken for
-a lost one. Signal handlers only wake the loop. Once per second it takes a snapshot, shows it everywhere, and feeds
-systemd's watchdog: a loop that hangs is a daemon that is restarted.
+It reads the clock, owns processes, and logs: one line per state change. What clients say is taken to the cores by
+`daemon/traffic.py`. Each turn reads the workers' socket before it reaps the dead, so that an answer that was sent is
+not taken for a lost one. Signal handlers only wake the loop. Once per second it takes a snapshot, shows it everywhere,
+and feeds systemd's watchdog: a loop that hangs is a daemon that is restarted.
 """
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
-import math
 import os
-import secrets
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import zmq
 
-from daemon import broker, durable, logs, protocol, spawn, supervisor, systemd, topology
-from daemon.access import Identities, Verdict
+from daemon import broker, logs, protocol, spawn, supervisor, systemd, topology
 from daemon.children import Candidate, Child, Launcher, how_it_ended, worker_name
-from daemon.job_log import JobLog
-from daemon.logs import about, shown
-from daemon.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError
-from daemon.regions import RegionError
+from daemon.logs import about
+from daemon.protocol import FROM_WORKER, ProtocolError
 from daemon.settings import Settings, SettingsError
-from daemon.shared_memory import Ended, Offered
-from daemon.sockets import Sockets, StartError, is_loopback, receive, send
-from daemon.spool import Spool, SpoolError
+from daemon.sockets import Sockets, StartError, is_loopback, receive
+from daemon.spool import SpoolError
 from daemon.stats import Stats, status_line
+from daemon.traffic import Traffic
 
 log = logging.getLogger("blendmaskd")
 
 TICK_S = 1.0
-REFUSED_S = 10.0  # between two lines about connections that were turned away
 SILENT_S = 3.0  # a worker that missed this many reports is not called ready
 
 
@@ -51,19 +43,11 @@ class Server:
         self._load_settings = load_settings
         self._notifier = systemd.from_environment()
         self._stats = Stats(settings.window_s)
-        self._spool: Spool | None = None
-        self._broker = broker.Broker(_limits(settings))
-        self._broker.tracing = settings.log.jobs
-        self._durable = durable.Durable(self._broker, max_bytes=0)
-        self._job_log = JobLog(settings.log.jobs)
         self._supervisor = supervisor.Supervisor(settings.devices, settings.restarts, settings.drain_s)
         self._launcher = Launcher(settings, dict(os.environ))
         self._children: dict[str, Child] = {}  # by worker name
         self._fds: dict[int, Callable[[], None]] = {}  # pidfds and the signal pipe
         self._candidate: Candidate | None = None  # for a reload
-        self._identities: Identities | None = None  # where keys are needed
-        self._tell_refused_at = 0.0
-        self._snapshot: dict[str, Any] = {}
         self._started = time.time()
         self._last_image: dict[str, Any] | None = None
         self._next_tick = 0.0
@@ -71,7 +55,6 @@ class Server:
         self._told_ready = False
         self._told_states: dict[str, str] = {}
         self._told_available = True
-        self._told_unreachable: set[bytes] = set()  # clients, in this second
         self._unsettled = True  # states of slots may have changed
         self._drain_deadline: float | None = None
         self._exit_code: int | None = None
@@ -86,11 +69,9 @@ class Server:
             if sockets.departures:
                 self._poller.register(sockets.departures.socket, zmq.POLLIN)
             self._watch(sockets.signals.fileno(), self._on_signals)
-            self._watch(sockets.shared_memory.fileno(), self._on_shared_memory)
             log.info("serving %s on %s, engine %s, pid %d", " ".join(self.settings.devices),
                      " ".join(self.settings.endpoints.clients), self.settings.engine, os.getpid())  # fmt: skip
-            self._open_spool(owned)
-            self._open_gate()
+            self._open_traffic(owned)
             if not is_loopback(self.settings.endpoints.metrics):
                 log.warning("endpoints.metrics %s: open to whoever reaches the port; 127.0.0.1 is this host's alone",
                             self.settings.endpoints.metrics)  # fmt: skip
@@ -105,6 +86,17 @@ class Server:
         self._notifier.send(STATUS="stopped")
         return self._exit_code
 
+    def _open_traffic(self, owned: contextlib.ExitStack) -> None:
+        sockets = self._sockets
+        self._traffic = traffic = Traffic(self.settings, sockets, self._stats, self._evict)
+        owned.callback(traffic.close)
+        self._broker, self._durable = traffic.broker, traffic.durable
+        self._watch(sockets.shared_memory.fileno(), traffic.on_shared_memory)
+        if traffic.spool is not None:
+            self._watch(traffic.spool.fileno(), traffic.on_spool)
+        for socket in sockets.gate.sockets if sockets.gate else ():
+            self._poller.register(socket, zmq.POLLIN)
+
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
@@ -115,11 +107,11 @@ class Server:
             self._read_workers()
         if self._sockets.gate and not events.keys().isdisjoint(self._sockets.gate.sockets):
             self._sockets.gate.receive()
-            self._on_keys()
+            self._traffic.on_keys()
         if self._sockets.departures:
-            self._let_go(self._sockets.departures.take())
+            self._traffic.let_go(self._sockets.departures.take())
         if self._sockets.clients in events:
-            self._read_clients()
+            self._traffic.read_clients()
         for fd in others:
             self._fds[fd]()
         now = time.monotonic()
@@ -133,46 +125,33 @@ class Server:
     def _keep_house(self, now: float) -> None:
         """What time and changes ask for, rather than messages."""
         self._unsettled = False
-        self._carry_out(self._broker.expire(now))
+        self._traffic.carry_out(self._broker.expire(now))
         self._supervise(self._supervisor.expire(now))
         if now >= self._next_tick:
             self._tick(now)
-        self._carry_out_durable(self._durable.feed())
+        self._traffic.carry_out_durable(self._durable.feed())
         self._follow(now)
 
     def _tick(self, now: float) -> None:
         self._next_tick = now + TICK_S
-        self._told_unreachable.clear()
-        self._sockets.shared_memory.expire(now)
+        self._traffic.tick(now)
         if self._candidate is not None and now >= self._candidate.deadline:
             log.error("reload: the check of settings and weights takes too long (restarts.start_timeout_s)")
             self._candidate.child.process.kill()
-        self._job_log.tick()
-        self._watch_gate(now)
-        self._snapshot = self._stats.snapshot(
+        self._traffic.snapshot = snapshot = self._stats.snapshot(
             now,
             time.time(),
             [self._describe(slot, now) for slot in self._supervisor.listed],
             started=self._started,
             engine=self.settings.engine,
             draining=self._drain_deadline is not None,
-            queue={
-                "jobs": self._broker.waiting_jobs,
-                "bytes": self._broker.waiting_bytes,
-                "max_jobs": self.settings.queue.max_jobs,
-                "max_bytes": self.settings.queue.max_bytes,
-            },
-            regions={"count": len(self._broker.regions), "bytes": self._broker.regions.bytes},
             last_image=self._last_image,
-            spool=self._describe_spool(),
-            leased=self._broker.leased,
-            answered=self._broker.outcomes["answered"],
-            failures={code: n for code, n in self._broker.outcomes.items() if code != "answered"},
+            **self._traffic.describe(),
         )
-        self._broker.served_per_s = self._snapshot["combined_fps"]
+        self._broker.served_per_s = snapshot["combined_fps"]
         if self._sockets.pages:
-            self._sockets.pages.publish(self._snapshot)
-        self._notifier.send(WATCHDOG="1", STATUS=status_line(self._snapshot))
+            self._sockets.pages.publish(snapshot)
+        self._notifier.send(WATCHDOG="1", STATUS=status_line(snapshot))
 
     def _describe(self, slot: supervisor.Slot, now: float) -> dict[str, Any]:
         name = worker_name(slot.name, slot.generation)
@@ -197,7 +176,7 @@ class Server:
         hopeless = self._supervisor.hopeless and self._drain_deadline is None
         if hopeless == self._told_available:
             self._told_available = not hopeless
-            self._carry_out(self._broker.set_available(not hopeless))
+            self._traffic.carry_out(self._broker.set_available(not hopeless))
         if self._supervisor.settled and self._supervisor.ready_slots and not self._supervisor.reloading:
             self._tell_ready()
         elif hopeless and not self._told_ready:
@@ -218,185 +197,15 @@ class Server:
         assert self._drain_deadline is not None
         if now >= self._drain_deadline and self._broker.unanswered:
             log.warning("drain: %d jobs not done in time, answered as draining", self._broker.unanswered)
-            self._carry_out(self._broker.end_drain())
+            self._traffic.carry_out(self._broker.end_drain())
         if not self._broker.unanswered and not self._supervisor.draining:
             self._supervise(self._supervisor.drain(now))
         if self._supervisor.ended and not (self._durable.busy and now < self._drain_deadline):
-            self._carry_out_durable(self._durable.end())
+            self._traffic.carry_out_durable(self._durable.end())
             log.info("drained: every accepted job is answered, every worker has ended")
             self._exit_code = 0
 
-    # -- clients ----------------------------------------------------------------------------------------------------
-
-    def _read_clients(self) -> None:
-        for frames in receive(self._sockets.clients):
-            client = frames[0].bytes
-            if self._sockets.departures:
-                self._sockets.departures.heard(client, frames[-1])
-            if self._sockets.gate and (verdict := self._judge(client, frames[-1])) is not Verdict.WELCOME:
-                self._turn_away(client, frames, verdict)
-                continue
-            message: protocol.FromClient
-            try:
-                message, payload = protocol.decode(frames[1:], FROM_CLIENT)
-            except ProtocolError as error:
-                self._broker.outcomes[Code.BAD_REQUEST] += 1
-                self._send_client(client, protocol.Failed(job=error.job, code=Code.BAD_REQUEST, reason=str(error)))
-                continue
-            now = time.monotonic()
-            match message:
-                case protocol.Submit(durable=True):
-                    self._submit_durable(client, message, payload, now)
-                case protocol.Submit():
-                    self._carry_out(self._broker.submit(client, message, payload, now))
-                case protocol.Cancel():
-                    self._durable.stop_waiting(client, message)
-                    self._carry_out(self._broker.cancel(client, message, now))
-                case protocol.Fetch():
-                    self._carry_out_durable(self._durable.fetch(client, message))
-                case protocol.Forget():
-                    self._carry_out_durable(self._durable.forget(client, message, now))
-                case protocol.GetStats():
-                    self._send_client(client, protocol.Stats(stats=self._snapshot))
-
-    # -- durable jobs, see daemon/durable.py ------------------------------------------------------------------------
-
-    def _open_spool(self, owned: contextlib.ExitStack) -> None:
-        if self.settings.spool is None:
-            return
-        self._spool = Spool(Path(self.settings.spool), self.settings.spool_keep_s)
-        stored = self._spool.open()
-        owned.callback(self._spool.close)
-        self._durable = durable.Durable(
-            self._broker, self.settings.spool_bytes, time.monotonic(), stored, self._spool.next_seq
-        )
-        self._durable.usage = self._spool.usage
-        self._watch(self._spool.fileno(), self._on_spool)
-        log.info("spool %s: %d jobs to do, %d answers", self._spool.path, len(stored), self._spool.usage.answers)
-
-    def _submit_durable(self, client: bytes, message: protocol.Submit, payload: Sequence[Any], now: float) -> None:
-        place = message.image.place
-        size = place.bytes if place else sum(len(frame) for frame in payload)
-
-        def read() -> protocol.Frames:
-            if place is None:
-                return payload
-            return [os.pread(self._broker.regions.opening(place.region).descriptor, place.bytes, place.offset)]
-
-        self._carry_out_durable(self._durable.submit(client, message, size, read, now))
-
-    def _on_spool(self) -> None:
-        assert self._spool is not None
-        before = self._durable.usage.trouble
-        for reply in self._spool.replies():
-            self._carry_out_durable(self._durable.replied(reply, time.monotonic()))
-        trouble = self._durable.usage.trouble
-        if trouble and not before:
-            log.error("spool %s: %s: answers are kept in memory until it can be written", self._spool.path, trouble)
-        elif before and not trouble:
-            log.info("spool %s: is written again", self._spool.path)
-
-    def _carry_out_durable(self, actions: Iterable[durable.Action]) -> None:
-        """What goes to clients here is no job's end: that was counted when the broker answered."""
-        for action in actions:
-            match action:
-                case broker.SendClient() if action.client != broker.DURABLE:
-                    self._send(action.client, action.message, action.payload)
-                case broker.SendClient() | broker.SendWorker() | broker.Evict() | broker.Losses() | broker.Returned():
-                    self._carry_out([action])
-                case _:
-                    assert self._spool is not None
-                    self._spool.ask(action)
-
-    def _describe_spool(self) -> dict[str, Any] | None:
-        usage = self._durable.usage
-        described = {"jobs": self._durable.unanswered, "answers": usage.answers, "bytes": usage.bytes}
-        return {**described, "max_bytes": self._durable.max_bytes, "trouble": usage.trouble} if self._spool else None
-
-    # -- strangers, see daemon/access.py ----------------------------------------------------------------------------
-
-    def _open_gate(self) -> None:
-        sockets = self._sockets
-        if sockets.gate is None:
-            return
-        for socket in sockets.gate.sockets:
-            self._poller.register(socket, zmq.POLLIN)
-        if sockets.allowed is None:
-            log.warning("insecure_tcp: whoever reaches the tcp endpoint can submit jobs and read the traffic")
-            return
-        self._identities = Identities(sockets.allowed, self._waits)
-        self._on_keys()
-        if not sockets.allowed.names:
-            log.warning("no client may connect by tcp yet: %s holds no keys", sockets.allowed.folder)
-
-    def _waits(self, client: bytes) -> bool:
-        return self._broker.has_jobs(client) or self._durable.waits(client)
-
-    def _judge(self, client: bytes, frame: zmq.Frame) -> Verdict:
-        assert self._sockets.gate is not None
-        user = self._sockets.gate.user(frame)
-        return Verdict.WELCOME if self._identities is None else self._identities.judge(client, user)
-
-    def _turn_away(self, client: bytes, frames: Sequence[zmq.Frame], verdict: Verdict) -> None:
-        assert self._sockets.gate is not None
-        self._broker.outcomes[Code.UNAUTHORISED] += 1
-        if verdict is Verdict.UNKNOWN:
-            self._sockets.gate.close(frames[-1])  # the handshake of its next connection tells it why
-            return
-        if verdict is Verdict.TAKEN:
-            log.warning("another key took its identity: its jobs are cancelled", extra=about(client=shown(client)))
-            self._client_gone(client)
-        try:
-            message: protocol.FromClient
-            message, _ = protocol.decode(frames[1:], FROM_CLIENT)
-            job = getattr(message, "job", "")
-        except ProtocolError as error:
-            job = error.job
-        self._send_client(client, protocol.Failed(job=job, code=Code.UNAUTHORISED, reason=verdict.value))
-
-    def _watch_gate(self, now: float) -> None:
-        if self._sockets.gate is None:
-            return
-        self._sockets.gate.refresh()
-        self._on_keys()
-        if self._identities is not None:
-            self._identities.forget_idle()
-        if now >= self._tell_refused_at and (refused := self._sockets.gate.take_refused()):
-            self._tell_refused_at = now + REFUSED_S
-            log.warning("tcp connections turned away: %s", refused)
-
-    def _on_keys(self) -> None:
-        """Keys have come or gone, perhaps."""
-        assert self._sockets.gate is not None
-        for change in self._sockets.gate.take_changes():
-            for complaint in change.complaints:
-                log.error("curve.client_keys: %s", complaint)
-            for name in change.added.values():
-                log.info("client key %s: may connect", name)
-            for name in change.removed.values():
-                log.info("client key %s: shut out", name)
-            for client in () if self._identities is None else self._identities.of(change.removed):
-                self._durable.client_gone(client)
-                self._carry_out(self._broker.shut_out(client, Verdict.UNKNOWN.value, time.monotonic()))
-
-    # -- shared memory and workers ----------------------------------------------------------------------------------
-
-    def _on_shared_memory(self) -> None:
-        for event in self._sockets.shared_memory.receive(time.monotonic()):
-            match event:
-                case Offered():
-                    self._open_region(event)
-                case Ended():
-                    self._carry_out(self._broker.end_region(event.region))
-
-    def _open_region(self, offered: Offered) -> None:
-        name = secrets.token_hex(16)
-        try:
-            self._carry_out(self._broker.open_region(name, offered.memory))
-        except RegionError as error:
-            self._sockets.shared_memory.refuse(offered, error)
-        else:
-            self._sockets.shared_memory.accept(offered, name)
+    # -- workers ---------------------------------------------------------------------------------------------------
 
     def _read_workers(self) -> None:
         for frames in receive(self._sockets.workers):
@@ -418,14 +227,14 @@ class Server:
             case protocol.Ready():
                 self._on_ready(child, message, now)
             case protocol.Started():
-                self._carry_out(self._broker.started(name, message, now))
+                self._traffic.carry_out(self._broker.started(name, message, now))
             case protocol.Finished():
-                self._carry_out(self._broker.finished(name, message, payload, now))
+                self._traffic.carry_out(self._broker.finished(name, message, payload, now))
             case protocol.FailedLease():
-                self._carry_out(self._broker.failed(name, message, now))
+                self._traffic.carry_out(self._broker.failed(name, message, now))
             case protocol.Report():
                 self._stats.report(child.slot, message)
-                self._carry_out(self._broker.set_window(name, message.window, now))
+                self._traffic.carry_out(self._broker.set_window(name, message.window, now))
             case protocol.Preview() if self.settings.show_last_image and payload:
                 self._show_image({"device": child.slot, "time": time.time()}, payload[0].bytes)
 
@@ -444,69 +253,8 @@ class Server:
             log.warning("%s", difference, extra=about(slot=child.name))
         actions = self._supervisor.ready(child.slot, child.generation, now)
         if self._supervisor.slots[child.slot].state is supervisor.State.READY:
-            self._carry_out(self._broker.ready(child.name, child.slot, message.window, now))
+            self._traffic.carry_out(self._broker.ready(child.name, child.slot, message.window, now))
         self._supervise(actions)
-
-    def _carry_out(self, actions: Iterable[broker.Action]) -> None:
-        for action in actions:
-            match action:
-                case broker.SendClient():
-                    self._send_client(action.client, action.message, action.payload)
-                case broker.SendWorker():
-                    self._send_worker(action.worker, action.message, action.payload)
-                    if action.durable:
-                        self._carry_out_durable(self._durable.leased(action.durable))
-                case broker.Evict():
-                    self._evict(action)
-                case broker.Losses():
-                    self._carry_out_durable(self._durable.lost(action.job, action.attempts, action.losses))
-                case broker.Returned():
-                    self._carry_out_durable(self._durable.returned(action.job))
-        if self._broker.steps:
-            steps, self._broker.steps = self._broker.steps, []
-            self._job_log.tell(steps, time.monotonic())
-
-    def _send_client(self, client: bytes, message: protocol.ToClient, payload: protocol.Frames = ()) -> None:
-        if isinstance(message, protocol.Result):
-            self._stats.answered(message.timings)
-        elif isinstance(message, protocol.Failed):
-            self._stats.failed(time.time(), protocol.shown_job(message.job), message.code, message.reason)
-        if client == broker.DURABLE:
-            assert isinstance(message, protocol.Result | protocol.Failed)
-            self._carry_out_durable(self._durable.answered(message, payload))
-        else:
-            self._send(client, message, payload)
-
-    def _send(self, client: bytes, message: protocol.ToClient, payload: protocol.Frames) -> None:
-        try:
-            send(self._sockets.clients, client, protocol.encode(message, payload))
-        except zmq.ZMQError as error:
-            if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
-                raise
-            why = "is gone" if error.errno == errno.EHOSTUNREACH else "does not read its answers"
-            if client not in self._told_unreachable:  # a flood that nobody reads must not become one of lines
-                self._told_unreachable.add(client)
-                log.info("a client %s: its jobs are cancelled", why, extra=about(client=shown(client)))
-            self._client_gone(client)
-
-    def _let_go(self, clients: Iterable[bytes]) -> None:
-        """Of clients that have left, those with jobs."""
-        for client in clients:
-            if self._broker.has_jobs(client):
-                log.info("a client is gone: its jobs are cancelled", extra=about(client=shown(client)))
-            self._client_gone(client)
-
-    def _client_gone(self, client: bytes) -> None:
-        self._durable.client_gone(client)
-        self._carry_out(self._broker.client_gone(client, time.monotonic()))
-
-    def _send_worker(self, worker: str, message: protocol.ToWorker, payload: protocol.Frames) -> None:
-        try:
-            send(self._sockets.workers, worker.encode(), protocol.encode(message, payload))
-        except zmq.ZMQError as error:
-            if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
-                raise
-            log.warning("not reachable; its death will follow", extra=about(slot=worker))
 
     def _evict(self, action: broker.Evict) -> None:
         child = self._children[action.worker]
@@ -525,7 +273,7 @@ class Server:
                 case supervisor.Spawn():
                     self._spawn(action.slot, action.generation)
                 case supervisor.Stop():
-                    self._carry_out(self._broker.retire(name))
+                    self._traffic.carry_out(self._broker.retire(name))
                 case supervisor.Kill():
                     log.warning("sent %s", action.signal.name, extra=about(slot=name))
                     self._children[name].process.send_signal(action.signal)
@@ -534,7 +282,7 @@ class Server:
         try:
             child = self._launcher.worker(slot, generation, self._sockets.workers_endpoint)
         except (OSError, spawn.SpawnError) as error:
-            if isinstance(error, spawn.SpawnError) and not self._snapshot:
+            if isinstance(error, spawn.SpawnError) and not self._traffic.snapshot:
                 raise  # nothing is served yet: the settings do not fit this host
             how = f"cannot be started: {error}"
             self._supervise(self._supervisor.exited(slot, generation, how, 1, False, time.monotonic()))
@@ -553,7 +301,7 @@ class Server:
         blameless = self._broker.holds_suspect(child.name)
         self._stats.lost(child.slot)
         actions = self._supervisor.exited(child.slot, child.generation, how, code, blameless, now)
-        self._carry_out(self._broker.lose(child.name, now, f"{child.name} {how}"))
+        self._traffic.carry_out(self._broker.lose(child.name, now, f"{child.name} {how}"))
         self._supervise(actions)
 
     def _kill_all(self) -> None:
@@ -620,13 +368,9 @@ class Server:
         log.info("reload: accepted, replacing the workers one at a time")
         self._launcher.adopt(candidate)
         self.settings = settings = candidate.settings
-        self._broker.limits = _limits(settings)
-        self._broker.regions.max_bytes = settings.shared_memory_bytes
-        if self._spool is not None:
-            self._durable.max_bytes, self._spool.keep_s = settings.spool_bytes, settings.spool_keep_s
+        self._traffic.adopt(settings)
         self._stats.window_s = settings.window_s
         logs.configure(settings.log)
-        self._broker.tracing = self._job_log.tracing = settings.log.jobs
         if not settings.show_last_image:
             self._show_image(None, None)
         self._told_ready = False
@@ -662,21 +406,6 @@ class Server:
                              "mend it and reload")  # fmt: skip
         else:
             self._notifier.send(READY="1")
-
-
-def _limits(settings: Settings) -> broker.Limits:
-    return broker.Limits(
-        max_jobs=settings.queue.max_jobs,
-        max_bytes=settings.queue.max_bytes,
-        max_jobs_per_client=settings.queue.max_jobs_per_client or math.inf,
-        max_bytes_per_client=settings.queue.max_bytes_per_client or math.inf,
-        max_image_bytes=settings.limits.max_image_bytes,
-        max_attempts=settings.max_attempts,
-        deadline_s=settings.deadline_s,
-        stall_s=settings.restarts.stall_s,
-        paths_allowed=bool(settings.paths.roots),
-        shared_memory_bytes=settings.shared_memory_bytes,
-    )
 
 
 def _refuse_rebinding(old: Settings, new: Settings) -> None:
