@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(argv: list[str]) -> int:
-    from daemon import check, program  # what they need, serving does not
+    from daemon import program  # what they need, serving does not
+    from daemon.check import program as check
 
     parser = _parser("blendmaskd check", check.__doc__)
     parser.add_argument("--json", action="store_true", help="for programs")

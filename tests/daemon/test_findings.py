@@ -3,29 +3,24 @@ from __future__ import annotations
 
 import ast
 import errno
+import importlib
+import inspect
+import pkgutil
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from daemon import findings
+from daemon import check
 from daemon.ascend import Card
-from daemon.findings import (
-    DeviceFacts,
-    EndpointFacts,
-    Finding,
-    FolderFacts,
-    Holder,
-    LimitFacts,
-    NodeFacts,
-    Probe,
-    SpoolFacts,
-    TcpFacts,
-    VersionFacts,
-)
+from daemon.check import cpu_findings, device_findings, endpoint_findings, resource_findings, software_findings
+from daemon.check.device_findings import DeviceFacts, NodeFacts, Probe
+from daemon.check.endpoint_findings import EndpointFacts, Holder, TcpFacts
+from daemon.check.finding import Finding, as_tree
+from daemon.check.resource_findings import FolderFacts, LimitFacts, SpoolFacts
+from daemon.check.software_findings import VersionFacts
 from daemon.spawn import Preload
 
 OPENED = Probe(name="Ascend910B3", memory_bytes=64 << 30, bf16=True)
@@ -33,7 +28,7 @@ OPENED = Probe(name="Ascend910B3", memory_bytes=64 << 30, bf16=True)
 
 def npu(precision: str = "fp32", **facts: Any) -> list[Finding]:
     sound = {"device": "npu:1", "tool": "npu-smi", "cards": 8, "card": Card("910B3", "OK"), "probe": OPENED}
-    return findings.device(DeviceFacts(**{**sound, **facts}), precision)
+    return device_findings.device(DeviceFacts(**{**sound, **facts}), precision)
 
 
 def broken(error: str) -> list[Finding]:
@@ -42,48 +37,48 @@ def broken(error: str) -> list[Finding]:
 
 def nodes(opened: bool = False, **facts: Any) -> list[Finding]:
     sound = {"path": "/dev/davinci1", "there": True, "usable": True, "group": "HwHiAiUser", "member": True}
-    return findings.nodes([NodeFacts(**{**sound, **facts})], opened, "alice")
+    return device_findings.nodes([NodeFacts(**{**sound, **facts})], opened, "alice")
 
 
 def versions(**facts: Any) -> list[Finding]:
     sound = {"python": "3.11.7", "torch": "2.9.0", "torch_npu": "2.9.0", "machine": "aarch64", "cann": "8.5.0",
              "cann_home": "/usr/local/Ascend/cann", "driver": "25.3.rc1", "firmware": "7.8.0.2.212",
              "firmware_ranges": [("7.0.0", "8.9.9")]}  # fmt: skip
-    return findings.versions(VersionFacts(**{**sound, **facts}), npu=True)
+    return software_findings.versions(VersionFacts(**{**sound, **facts}), npu=True)
 
 
 def allocator(choice: str = "auto", path: str | None = None, complaint: str = "", reason: str = "not installed",
               apt: bool = False, dnf: bool = False) -> list[Finding]:  # fmt: skip
     preload = None if complaint else Preload(path, "" if path else reason)
-    return findings.allocator(choice, preload, complaint, apt, dnf)
+    return software_findings.allocator(choice, preload, complaint, apt, dnf)
 
 
 def ipc(path: str = "/run/user/1/bmd.sock", **facts: Any) -> list[Finding]:
-    return findings.endpoint(EndpointFacts(setting="endpoints.clients", endpoint=f"ipc://{path}", **facts))
+    return endpoint_findings.endpoint(EndpointFacts(setting="endpoints.clients", endpoint=f"ipc://{path}", **facts))
 
 
 def tcp(**facts: Any) -> list[Finding]:
-    return findings.endpoint(EndpointFacts(setting="endpoints.metrics", endpoint="127.0.0.1:9464", **facts))
+    return endpoint_findings.endpoint(EndpointFacts(setting="endpoints.metrics", endpoint="127.0.0.1:9464", **facts))
 
 
 def folder(**facts: Any) -> list[Finding]:
     sound = {"setting": "paths.roots", "path": "/data", "there": True, "usable": True}
-    return findings.folder(FolderFacts(**{**sound, **facts}))
+    return resource_findings.folder(FolderFacts(**{**sound, **facts}))
 
 
 def spool(**facts: Any) -> list[Finding]:
     sound = {"path": "/var/s.db", "free_bytes": 8 << 30, "may_take_bytes": 4 << 30}
-    return findings.spool(SpoolFacts(**{**sound, **facts}))
+    return resource_findings.spool(SpoolFacts(**{**sound, **facts}))
 
 
 def keys(**facts: Any) -> list[Finding]:
-    return findings.tcp(TcpFacts(**{"client_keys": "/keys", "names": ("alice",), **facts}))
+    return endpoint_findings.tcp(TcpFacts(**{"client_keys": "/keys", "names": ("alice",), **facts}))
 
 
 def limits(**facts: Any) -> list[Finding]:
     sound = {"files": 1024, "hard_files": 1 << 20, "locked_bytes": None, "available_bytes": 8 << 30,
              "promised_bytes": 2 << 30}  # fmt: skip
-    return findings.limits(LimitFacts(**{**sound, **facts}))
+    return resource_findings.limits(LimitFacts(**{**sound, **facts}))
 
 
 TWO = {"npu:0": (0, 1), "npu:1": (2, 3)}
@@ -100,7 +95,7 @@ FAULTS: list[Case] = [
     ("in use", lambda: npu(users=((139667, "python"),)), "warning", r"npu:1: in use by pid 139667 \(python\)", "stop"),
     ("not as wanted", lambda: npu(probe=Probe(differences=("preload: wanted /x, is None",))), "warning",
      "npu:1: preload: wanted /x, is None", "troubleshooting"),
-    ("plan", lambda: findings.plan(["npu:0: ASCEND_LAUNCH_BLOCKING turns the task queue off"]), "warning",
+    ("plan", lambda: device_findings.plan(["npu:0: ASCEND_LAUNCH_BLOCKING turns the task queue off"]), "warning",
      "turns the task queue off", "runtime"),
     ("no bf16", lambda: npu("bf16", probe=Probe(name="Ascend910A", bf16=False)), "error",
      "Ascend910A does not compute in bfloat16", "fp16"),
@@ -136,11 +131,11 @@ FAULTS: list[Case] = [
     ("no tcmalloc, apt", lambda: allocator(apt=True), "warning", "tcmalloc is not installed",
      "apt-get install libtcmalloc-minimal4"),
     ("no tcmalloc", lambda: allocator(), "warning", "tcmalloc is not installed", "Debian: .*; openEuler: "),
-    ("shared CPUs", lambda: findings.cpus({"npu:0": (0, 1), "npu:1": (1, 2)}, {}, (), hinted=False), "warning",
+    ("shared CPUs", lambda: cpu_findings.cpus({"npu:0": (0, 1), "npu:1": (1, 2)}, {}, (), hinted=False), "warning",
      "npu:0: CPUs 0-1, shared with npu:1", "more CPUs"),
-    ("unknown place", lambda: findings.cpus(TWO, {}, (), hinted=True), "warning", "which are near it is not known",
+    ("unknown place", lambda: cpu_findings.cpus(TWO, {}, (), hinted=True), "warning", "which are near it is not known",
      "runtime.cpus"),
-    ("governor", lambda: findings.governor({0: "powersave", 1: "powersave"}), "warning", "powersave on CPUs 0-1",
+    ("governor", lambda: cpu_findings.governor({0: "powersave", 1: "powersave"}), "warning", "powersave on CPUs 0-1",
      "cpupower"),
     ("socket taken", lambda: ipc(holder=Holder(pid=7, command="other")), "error", r"taken by other \(pid 7\)", "stop"),
     ("socket taken by who knows", lambda: ipc(holder=Holder()), "error", "taken by another process", "stop"),
@@ -163,12 +158,14 @@ FAULTS: list[Case] = [
     ("no client keys", lambda: keys(names=()), "warning", "/keys holds no keys", "blendmaskd-keys client"),
     ("a file that is no key", lambda: keys(complaints=("/keys/a.key: no",)), "warning", "/keys/a.key: no", "mend"),
     ("open metrics", lambda: tcp(open_to_all=True), "warning", "open to whoever reaches the port", "127.0.0.1"),
-    ("weights", lambda: findings.weights("native", "a.pth", "a.pth: no key backbone", 0), "error", "no key", "network"),
-    ("no weights", lambda: findings.weights("native", None, "model.weights is not set", 0), "error", "not set",
+    ("weights", lambda: resource_findings.weights("native", "a.pth", "a.pth: no key backbone", 0), "error", "no key",
+     "network"),
+    ("no weights", lambda: resource_findings.weights("native", None, "model.weights is not set", 0), "error", "not set",
      "--set"),
     ("few files", lambda: limits(files=256), "warning", "256 open files: some 85 clients", "ulimit -n 65536"),
     ("little memory", lambda: limits(available_bytes=1 << 30), "warning", "may take 2.0 GiB, 1.0 GiB are", "max_bytes"),
-    ("root", lambda: findings.identity("root", is_root=True, has_service=True), "warning", "run as root", "runuser"),
+    ("root", lambda: device_findings.identity("root", is_root=True, has_service=True), "warning", "run as root",
+     "runuser"),
 ]  # fmt: skip
 
 SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
@@ -190,9 +187,10 @@ SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
     ("cuda", lambda: npu(device="cuda:0", tool="nvidia-smi", card=Card("H100", "")),
      "cuda:0: Ascend910B3, 64 GiB, fp32"),
     ("tcmalloc", lambda: allocator(path="/usr/lib64/libtcmalloc.so.4"), "/usr/lib64/libtcmalloc.so.4"),
-    ("near", lambda: findings.cpus({"npu:0": (2, 3)}, {"npu:0": (2, 3, 4)}, (), hinted=True),
+    ("near", lambda: cpu_findings.cpus({"npu:0": (2, 3)}, {"npu:0": (2, 3, 4)}, (), hinted=True),
      "npu:0: CPUs 2-3, near it"),
-    ("placed", lambda: findings.cpus({"npu:0": (2,)}, {}, ["npu:0"], hinted=True), "npu:0: CPUs 2, by runtime.cpus"),
+    ("placed", lambda: cpu_findings.cpus({"npu:0": (2,)}, {}, ["npu:0"], hinted=True),
+     "npu:0: CPUs 2, by runtime.cpus"),
     ("our socket", lambda: ipc(holder=Holder(pid=9, command="python", ours=True)),
      "endpoints.clients: ipc:///run/user/1/bmd.sock: served by a running blendmaskd (pid 9)"),
     ("by systemd", lambda: ipc("/run/blendmaskd/client.sock", folder_usable=False, by_systemd=True),
@@ -201,8 +199,9 @@ SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
     ("folder", folder, "paths.roots: /data"),
     ("spool", spool, "spool: /var/s.db"),
     ("keys", keys, "1 clients may connect by tcp"),
-    ("weights", lambda: findings.weights("native", "a.pth", None, 1.25), "a.pth: matches the config, loaded in 1.2 s"),
-    ("no weights needed", lambda: findings.weights("timed", None, None, 0), "the engine timed needs none"),
+    ("weights", lambda: resource_findings.weights("native", "a.pth", None, 1.25),
+     "a.pth: matches the config, loaded in 1.2 s"),
+    ("no weights needed", lambda: resource_findings.weights("timed", None, None, 0), "the engine timed needs none"),
     ("limits", limits, "1024 open files: some 341 clients; locked memory: no limit"),
 ]  # fmt: skip
 
@@ -223,37 +222,44 @@ def test_what_is_sound_is_told_in_a_line(name: str, judge: Callable[[], list[Fin
 
 
 def test_what_does_not_concern_these_settings_is_not_told() -> None:
-    assert findings.governor({}) == []
-    assert findings.identity("root", is_root=True, has_service=False) == []
-    assert findings.identity("alice", is_root=False, has_service=True) == []
-    assert findings.nodes([NodeFacts(path="/dev/davinci0", there=False)], opened=True, user="alice") == []  # emulated
-    [line] = findings.versions(VersionFacts(python="3.11.7", torch="2.13.0+cpu"), npu=False)
+    assert cpu_findings.governor({}) == []
+    assert device_findings.identity("root", is_root=True, has_service=False) == []
+    assert device_findings.identity("alice", is_root=False, has_service=True) == []
+    emulated = NodeFacts(path="/dev/davinci0", there=False)
+    assert device_findings.nodes([emulated], opened=True, user="alice") == []
+    [line] = software_findings.versions(VersionFacts(python="3.11.7", torch="2.13.0+cpu"), npu=False)
     assert (line.level, line.text) == ("ok", "Python 3.11.7, torch 2.13.0+cpu")
 
 
-def test_every_complaint_of_the_module_is_among_the_planted_faults(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Path(findings.__file__).read_text(encoding="utf-8")
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    named = [call for call in calls if isinstance(call.func, ast.Name)]
-    sites = {call.lineno for call in named if call.func.id in ("_warning", "_error")}
-    seen: set[int] = set()
+def test_every_complaint_is_among_the_planted_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites: set[tuple[str, int]] = set()
+    seen: set[tuple[str, int]] = set()
 
     def recording(make: Callable[..., Finding]) -> Callable[..., Finding]:
         def record(*arguments: str) -> Finding:
-            seen.add(sys._getframe(1).f_lineno)
+            caller = sys._getframe(1)
+            seen.add((caller.f_globals["__name__"], caller.f_lineno))
             return make(*arguments)
 
         return record
 
-    for name in ("_warning", "_error"):
-        monkeypatch.setattr(findings, name, recording(getattr(findings, name)))
+    for name in (module.name for module in pkgutil.iter_modules(check.__path__, "daemon.check.")):
+        if not name.endswith("_findings"):
+            continue
+        judging = importlib.import_module(name)
+        calls = [node for node in ast.walk(ast.parse(inspect.getsource(judging))) if isinstance(node, ast.Call)]
+        named = [call for call in calls if isinstance(call.func, ast.Name)]
+        sites |= {(name, call.lineno) for call in named if call.func.id in ("warning", "error")}
+        for maker in ("warning", "error"):
+            if hasattr(judging, maker):
+                monkeypatch.setattr(judging, maker, recording(getattr(judging, maker)))
     for _, judge, *_ in FAULTS:
         judge()
     assert seen == sites
 
 
 def test_the_report_counts() -> None:
-    tree = findings.as_tree([*npu(), *tcp(bind_errno=errno.EACCES), *allocator()])
+    tree = as_tree([*npu(), *tcp(bind_errno=errno.EACCES), *allocator()])
     assert (tree["ok"], tree["warning"], tree["error"]) == (1, 1, 1)
     assert tree["findings"][1] == {
         "area": "endpoint", "level": "error", "remedy": "choose a port above 1023",

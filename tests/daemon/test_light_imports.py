@@ -10,7 +10,7 @@ import pytest
 import daemon
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL = sorted(f"daemon.{module.name}" for module in pkgutil.iter_modules(daemon.__path__))
+ALL = sorted(module.name for module in pkgutil.walk_packages(daemon.__path__, "daemon."))
 PURE = ["daemon.broker", "daemon.categories", "daemon.exchange", "daemon.protocol", "daemon.regions", "daemon.settings",
         "daemon.stats", "daemon.supervisor"]  # fmt: skip
 WORKERS = ["workers.engines", "workers.images", "workers.inference", "workers.loop", "workers.random_weights",

@@ -9,7 +9,7 @@ at as they are here. Each line is ok, warning (it will serve, not as it could) o
 Nothing is changed. Each device is opened as its worker would, for a moment, unless a daemon of ours has it; weights are
 loaded on the CPU. Exit code: 0 when there is no error (warnings do not count), 1 otherwise.
 """
-# This module asks; `daemon.findings` judges. torch is only ever loaded by the processes that it starts.
+# torch is only ever loaded by the processes that it starts.
 from __future__ import annotations
 
 import contextlib
@@ -36,22 +36,15 @@ import psutil
 from rich.console import Console
 from rich.text import Text
 
-from daemon import ascend, findings, spawn, topology
+from daemon import ascend, spawn, topology
 from daemon.access import AllowedKeys
 from daemon.ascend import Card, Chip
-from daemon.findings import (
-    DeviceFacts,
-    EndpointFacts,
-    Finding,
-    FolderFacts,
-    Holder,
-    LimitFacts,
-    NodeFacts,
-    Probe,
-    SpoolFacts,
-    TcpFacts,
-    VersionFacts,
-)
+from daemon.check import cpu_findings, device_findings, endpoint_findings, resource_findings, software_findings
+from daemon.check.device_findings import DeviceFacts, NodeFacts, Probe
+from daemon.check.endpoint_findings import EndpointFacts, Holder, TcpFacts
+from daemon.check.finding import Finding, as_tree
+from daemon.check.resource_findings import FolderFacts, LimitFacts, SpoolFacts
+from daemon.check.software_findings import VersionFacts
 from daemon.keys import KeyFileError, read_pair
 from daemon.settings import Settings, SettingsError
 from daemon.sockets import is_loopback
@@ -80,7 +73,7 @@ def main(load: Callable[[], Settings], as_json: bool) -> int:
         summary = f"{' '.join(settings.devices)}, engine {settings.engine}"
         found = [Finding("settings", "ok", summary), *examine(settings, os.environ)]
     if as_json:
-        print(json.dumps(findings.as_tree(found), indent=1))
+        print(json.dumps(as_tree(found), indent=1))
     else:
         _show(found)
     return EXIT_ERRORS if any(finding.level == "error" for finding in found) else 0
@@ -101,25 +94,25 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]
     devices = [_device(name, settings, cards, environment, probes.get(name), serving) for name in settings.devices]
     opened = all((probe := probes.get(device)) is not None and not probe.error for device in npus)
 
-    found = findings.identity(user, os.geteuid() == 0, _service_groups() is not None)
-    found += [line for each in devices for line in findings.device(each, settings.model.precision)]
+    found = device_findings.identity(user, os.geteuid() == 0, _service_groups() is not None)
+    found += [line for each in devices for line in device_findings.device(each, settings.model.precision)]
     launched = [trial.plan for trial in trials.values() if trial.plan]
-    found += findings.plan(dict.fromkeys(warning for each in launched for warning in each.warnings))
+    found += device_findings.plan(dict.fromkeys(warning for each in launched for warning in each.warnings))
     if npus and not serving:
-        found += findings.nodes(_nodes(npus, environment), opened, user)
-    found += findings.versions(versions, bool(npus))
-    found += placing + findings.cpus(plan, near, _placed(settings), cards is not None and cards.answers)
-    found += findings.governor(_slow_governors(cpu for own in plan.values() for cpu in own))
-    found += findings.allocator(
+        found += device_findings.nodes(_nodes(npus, environment), opened, user)
+    found += software_findings.versions(versions, bool(npus))
+    found += placing + cpu_findings.cpus(plan, near, _placed(settings), cards is not None and cards.answers)
+    found += cpu_findings.governor(_slow_governors(cpu for own in plan.values() for cpu in own))
+    found += software_findings.allocator(
         settings.runtime.preload, launched[-1].preload if launched and preload else preload, preload_complaint,
         apt=shutil.which("apt-get") is not None, dnf=shutil.which("dnf") is not None,
     )  # fmt: skip
-    found += [line for each in endpoints for line in findings.endpoint(each)]
-    found += [line for each in _keys(settings) for line in findings.tcp(each)]
-    found += [line for each in _folders(settings) for line in findings.folder(each)]
-    found += [line for each in _spool(settings) for line in findings.spool(each)]
+    found += [line for each in endpoints for line in endpoint_findings.endpoint(each)]
+    found += [line for each in _keys(settings) for line in endpoint_findings.tcp(each)]
+    found += [line for each in _folders(settings) for line in resource_findings.folder(each)]
+    found += [line for each in _spool(settings) for line in resource_findings.spool(each)]
     found += _weights(settings, trials.get(WEIGHTS))
-    return found + findings.limits(_limits(settings))
+    return found + resource_findings.limits(_limits(settings))
 
 
 def _show(found: Sequence[Finding]) -> None:
@@ -128,7 +121,7 @@ def _show(found: Sequence[Finding]) -> None:
         console.print(Text(f"{finding.level:8}", STYLES[finding.level]), Text(f"{finding.area:12} {finding.text}"))
         if finding.remedy:
             console.print(Text(f"{'':22}-> {finding.remedy}", "dim"))
-    counts = findings.as_tree(found)
+    counts = as_tree(found)
     console.print(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['error']} errors")
 
 
@@ -206,9 +199,9 @@ def _probe(trial: _Trial) -> Probe:
 
 def _weights(settings: Settings, trial: _Trial | None) -> list[Finding]:
     if trial is None:
-        return findings.weights(settings.engine, None, None, 0.0) if settings.engine == "timed" else []
+        return resource_findings.weights(settings.engine, None, None, 0.0) if settings.engine == "timed" else []
     trial.end()
-    return findings.weights(settings.engine, settings.model.weights, trial.complaint, trial.took_s)
+    return resource_findings.weights(settings.engine, settings.model.weights, trial.complaint, trial.took_s)
 
 
 # -- devices --------------------------------------------------------------------------------------------------------
