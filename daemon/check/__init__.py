@@ -1,14 +1,17 @@
 """`blendmaskd check`: can the daemon serve on this host with these settings, and what is to be mended?
 
-=====================  ==================================================================================
-``program``            asks this host for facts, has them judged, prints the report
-``finding``            a line of the report
-``device_findings``    pure, as all of its kind: are the devices there, healthy and free, and whose?
-``software_findings``  do the versions belong together, and which allocator do workers get?
-``cpu_findings``       what are the CPU sets worth?
-``endpoint_findings``  can the daemon listen, and who may connect?
-``resource_findings``  folders, the spool, weights, descriptors, memory
-=====================  ==================================================================================
+==============  ====================================================================================
+``program``     asks, has the answers judged, prints the report
+``finding``     a line of the report
+``trials``      processes that do what a worker would: open a device, load the weights
+``devices``     cards, device nodes, groups
+``software``    versions of torch, CANN, driver and firmware; the allocator
+``cpus``        the CPU sets of devices, and the clock
+``endpoints``   where the daemon is to listen, who has it, which keys there are
+``resources``   folders, the spool's disk, descriptors, memory
+``host``        what several of these ask for: a file's text, whose a process is
+``*_findings``  pure: judge what the module of that area asked for
+==============  ====================================================================================
 
 What judges takes facts and returns findings: ``ok``, ``warning`` (it serves, not as it could) or ``error`` (it will not
 serve as the settings say), with the remedy. A check that does not concern these settings returns nothing.

@@ -1,10 +1,15 @@
-"""Pure: what the CPU sets of the devices are worth."""
+"""Pure: whether each device gets CPUs of its own, near it and at full clock."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from daemon.check.finding import Finding, ok, warning
+from daemon.check.finding import Finding, error, ok, warning
 from daemon.topology import Cpus, format_cpus
+
+
+def unplaced(complaint: str) -> list[Finding]:
+    """`complaint`: what stands in the way of a plan; empty: nothing."""
+    return [error("cpus", complaint, "runtime.cpus: auto, or CPUs of this list")] if complaint else []
 
 
 def cpus(plan: Mapping[str, Cpus], near: Mapping[str, Cpus], placed: Iterable[str], hinted: bool) -> list[Finding]:

@@ -131,6 +131,8 @@ FAULTS: list[Case] = [
     ("no tcmalloc, apt", lambda: allocator(apt=True), "warning", "tcmalloc is not installed",
      "apt-get install libtcmalloc-minimal4"),
     ("no tcmalloc", lambda: allocator(), "warning", "tcmalloc is not installed", "Debian: .*; openEuler: "),
+    ("no such CPUs", lambda: cpu_findings.unplaced("runtime.cpus.npu:0 = '4000': CPUs 4000 are not available"), "error",
+     "4000 are not available", "CPUs of this list"),
     ("shared CPUs", lambda: cpu_findings.cpus({"npu:0": (0, 1), "npu:1": (1, 2)}, {}, (), hinted=False), "warning",
      "npu:0: CPUs 0-1, shared with npu:1", "more CPUs"),
     ("unknown place", lambda: cpu_findings.cpus(TWO, {}, (), hinted=True), "warning", "which are near it is not known",
@@ -223,6 +225,7 @@ def test_what_is_sound_is_told_in_a_line(name: str, judge: Callable[[], list[Fin
 
 def test_what_does_not_concern_these_settings_is_not_told() -> None:
     assert cpu_findings.governor({}) == []
+    assert cpu_findings.unplaced("") == []
     assert device_findings.identity("root", is_root=True, has_service=False) == []
     assert device_findings.identity("alice", is_root=False, has_service=True) == []
     emulated = NodeFacts(path="/dev/davinci0", there=False)
