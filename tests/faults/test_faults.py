@@ -336,7 +336,7 @@ def test_a_wall_clock_that_jumps_changes_nothing(scene, wait_until, tmp_path) ->
 
 
 def test_no_decision_reads_the_wall_clock() -> None:
-    """Of all that daemon and workers load, only the snapshot, the failures that it lists, and the log name the time of day, for people."""
+    """Of what daemon and workers load, only snapshots with the failures they list, and logs, tell the time of day."""
     code = "import sys, daemon.server, workers.loop, workers.engines; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = [ROOT / f"{name.replace('.', '/')}.py" for name in loaded.split() if name.startswith(("daemon.", "worke"))]
