@@ -40,13 +40,21 @@ class Child:
         os.close(self.pidfd)
         return self.process.wait()
 
+
 @dataclasses.dataclass(frozen=True, slots=True)
-class Candidate:
-    """New settings, and the process that tries them together with the weights."""
+class Basis:
+    """What workers are started by: settings, and what they come to on this host."""
 
     settings: Settings
     cpus: dict[str, topology.Cpus]
     preload: spawn.Preload
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """What workers may be started by, and the process that tries it together with the weights."""
+
+    basis: Basis
     child: Child
     stderr: IO[bytes]  # a file, which never keeps it waiting
     deadline: float
@@ -59,59 +67,49 @@ class Candidate:
 
 
 class Launcher:
-    """Starts processes by `settings`. Raises what `spawn` and `topology` raise, also when it is made; OSError where the
-    host has no process, memory or descriptor left.
+    """Starts workers by its `basis`, which may be changed. Raises what `spawn` and `topology` raise, also when it is
+    made; OSError where the host has no process, memory or descriptor left.
     """
 
     def __init__(self, settings: Settings, base_environment: dict[str, str]) -> None:
-        self.settings = settings
         self.token = secrets.token_hex(16)  # a worker proves with it that this run of the daemon started it
         self._environment = base_environment
-        self._cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
-        self._preload = spawn.resolve_preload(settings.runtime.preload)
+        cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
+        self.basis = Basis(settings, cpus, spawn.resolve_preload(settings.runtime.preload))
 
     def worker(self, slot: str, generation: int, endpoint: str) -> Child:
         """Start a worker, which connects to `endpoint`."""
-        return Child(slot, generation, self._plan(slot, generation, endpoint, self.settings, self._preload))
+        return Child(slot, generation, self._plan(slot, generation, endpoint, self.basis))
 
     def try_out(self, settings: Settings, endpoint: str, now: float) -> Candidate:
         """Start a process that loads these settings and weights on the CPU; it ends with 0 when both are good."""
         preload = spawn.resolve_preload(settings.runtime.preload)
-        cpus, old = self._cpus, self.settings
+        cpus, old = self.basis.cpus, self.basis.settings
         if (settings.devices, settings.runtime.cpus) != (old.devices, old.runtime.cpus):
             # only then: npu-smi can take seconds, in which no job would move
             cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
-        plan = self._plan("cpu:0", 0, endpoint, settings, preload, ["--check"])
+        basis = Basis(settings, cpus, preload)
+        plan = self._plan("cpu:0", 0, endpoint, basis, ["--check"])
         stderr = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             child = Child("check", 0, plan, stderr)
         except BaseException:
             stderr.close()
             raise
-        return Candidate(settings, cpus, preload, child, stderr, now + settings.restarts.start_timeout_s)
-
-    def adopt(self, candidate: Candidate) -> None:
-        """Workers are started by these settings from now on."""
-        self.settings, self._cpus, self._preload = candidate.settings, candidate.cpus, candidate.preload
+        return Candidate(basis, child, stderr, now + settings.restarts.start_timeout_s)
 
     def _plan(
-        self,
-        slot: str,
-        generation: int,
-        endpoint: str,
-        settings: Settings,
-        preload: spawn.Preload,
-        arguments: Sequence[str] = (),
+        self, slot: str, generation: int, endpoint: str, basis: Basis, arguments: Sequence[str] = ()
     ) -> spawn.LaunchPlan:
         return spawn.plan(
             slot,
             generation,
-            settings,
-            self._cpus.get(slot) or topology.available_cpus(),
+            basis.settings,
+            basis.cpus.get(slot) or topology.available_cpus(),
             base_environment=self._environment,
             endpoint=endpoint,
             token=self.token,
-            preload=preload,
+            preload=basis.preload,
             arguments=("-m", "workers", *arguments),
         )
 

@@ -29,6 +29,7 @@ EVENTS = (
 
 Transport = Literal["auto", "socket", "shared"]
 KeyFile = str | Path | None
+Keys = tuple[bytes, Pair]  # the daemon's public one, and our own
 
 
 class HandshakeError(ConnectionError):
@@ -46,7 +47,7 @@ class Connection:
     ) -> None:
         self.endpoint = endpoint
         self._key_files = server_key, key
-        self._keys = _keys(endpoint, server_key, key)
+        self.keys = _keys(endpoint, server_key, key)
         self._refused = ""  # why the connection was refused for good; ZeroMQ does not try again then
         self._failed_handshakes = 0
         self._places = _places(endpoint, transport)
@@ -62,17 +63,12 @@ class Connection:
         self._exchange.timeout_s = seconds
 
     def _open(self, socket: zmq.Socket[Any]) -> None:
-        socket.set(zmq.IDENTITY, b"c" + secrets.token_bytes(15))  # ROUTERs reserve identities that begin with 0
+        introduce(socket, self.keys)
         socket.set(zmq.LINGER, 0)
         socket.set(zmq.SNDHWM, 0)  # at a mark a send would block, whatever `timeout_s` says; callers bound themselves
         socket.set(zmq.RCVHWM, 0)
         socket.set(zmq.RECONNECT_IVL, 50)
         socket.set(zmq.RECONNECT_IVL_MAX, 1000)
-        if self._keys:
-            server, pair = self._keys
-            socket.set(zmq.CURVE_SERVERKEY, server)
-            socket.set(zmq.CURVE_PUBLICKEY, pair.public)
-            socket.set(zmq.CURVE_SECRETKEY, pair.secret)
         try:
             socket.connect(self.endpoint)
         except zmq.ZMQError as error:
@@ -92,7 +88,7 @@ class Connection:
                     f"{self.endpoint}: the daemon does not allow this key: put its public half, {public}, into the "
                     "folder that the daemon's settings name as curve.client_keys"
                 )
-            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if self._keys:
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if self.keys:
                 self._refused = f"{self.endpoint}: who listens there does not use keys: is it the right endpoint?"
             case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 self._refused = (
@@ -132,10 +128,20 @@ class Connection:
         """What else may be the reason for silence: something to end an error's text with."""
         if not self._failed_handshakes:
             return ""
-        question = f"is {self._key_files[0]} the public key of this daemon?" if self._keys else (
+        question = f"is {self._key_files[0]} the public key of this daemon?" if self.keys else (
             "does it want keys (server_key and key; programs: --server-key FILE --key FILE)?"
         )  # fmt: skip
         return f" {self._failed_handshakes} handshakes failed: {question}"
+
+
+def introduce(socket: zmq.Socket[Any], keys: Keys | None) -> None:
+    """Give a socket, before it connects, what a daemon knows a client by: an identity, and keys where it has any."""
+    socket.set(zmq.IDENTITY, b"c" + secrets.token_bytes(15))  # ROUTERs reserve identities that begin with 0
+    if keys:
+        server, pair = keys
+        socket.set(zmq.CURVE_SERVERKEY, server)
+        socket.set(zmq.CURVE_PUBLICKEY, pair.public)
+        socket.set(zmq.CURVE_SECRETKEY, pair.secret)
 
 
 def _places(endpoint: str, transport: Transport) -> Places | None:
@@ -149,7 +155,7 @@ def _places(endpoint: str, transport: Transport) -> Places | None:
     return Places(endpoint.removeprefix("ipc://"), required=transport == "shared")
 
 
-def _keys(endpoint: str, server_key: KeyFile, key: KeyFile) -> tuple[bytes, Pair] | None:
+def _keys(endpoint: str, server_key: KeyFile, key: KeyFile) -> Keys | None:
     """The server's public key and our own pair. Raises ValueError when one is missing or cannot be used."""
     if server_key is None and key is None:
         return None

@@ -76,7 +76,7 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
     add_keys(parser)
 
 
-def add_keys(parser: argparse.ArgumentParser) -> None:
+def add_keys(parser: argparse._ActionsContainer) -> None:
     """The keys among the arguments of `make_client`."""
     parser.add_argument("--server-key", metavar="FILE", help="the daemon's public key, server.key, for a tcp endpoint; "
                         f"default: ${SERVER_KEY_VARIABLE}")  # fmt: skip

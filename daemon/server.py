@@ -20,7 +20,7 @@ from typing import Any
 import zmq
 
 from daemon import broker, logs, protocol, spawn, supervisor, systemd, topology
-from daemon.children import Candidate, Child, Launcher, how_it_ended, worker_name
+from daemon.children import Basis, Candidate, Child, Launcher, how_it_ended, worker_name
 from daemon.logs import about
 from daemon.protocol import FROM_WORKER, ProtocolError
 from daemon.settings import Settings, SettingsError
@@ -48,6 +48,8 @@ class Server:
         self._children: dict[str, Child] = {}  # by worker name
         self._fds: dict[int, Callable[[], None]] = {}  # pidfds and the signal pipe
         self._candidate: Candidate | None = None  # for a reload
+        self._before = self._launcher.basis  # the last that a worker has booted by, while a reload is tried
+        self._opened = settings  # what sockets and files were opened by
         self._started = time.time()
         self._last_image: dict[str, Any] | None = None
         self._next_tick = 0.0
@@ -171,15 +173,17 @@ class Server:
         }
 
     def _follow(self, now: float) -> None:
-        """What follows from where things are now: tell of changes, end a drain, give up."""
+        """What follows from where things are now: tell of changes, undo a reload, end a drain, give up."""
         self._tell_states()
-        hopeless = self._supervisor.hopeless and self._drain_deadline is None
+        if self._supervisor.refuted:
+            self._undo_reload()
+        hopeless = self._supervisor.hopeless and not self._supervisor.draining
         if hopeless == self._told_available:
             self._told_available = not hopeless
             self._traffic.carry_out(self._broker.set_available(not hopeless))
         if self._supervisor.settled and self._supervisor.ready_slots and not self._supervisor.reloading:
             self._tell_ready()
-        elif hopeless and not self._told_ready:
+        elif hopeless and not self._told_ready and self._drain_deadline is None:
             self._give_up()
         if self._drain_deadline is not None:
             self._follow_drain(now)
@@ -188,7 +192,7 @@ class Server:
         """Nothing can serve by these settings: the end of a first start, but not of a daemon that others reload."""
         if self._served:
             self._told_ready = True
-            self._end_reload("reload: no worker can be started by the new settings; mend what is said above and reload")
+            self._end_reload("reload: no worker can be started; mend what is said above and reload")
         else:
             log.error("no worker can be started; see above")
             self._exit_code = 1
@@ -335,6 +339,7 @@ class Server:
         self._notifier.send(STOPPING="1")
         self._drain_deadline = time.monotonic() + self.settings.drain_s
         self._broker.drain()
+        self._supervisor.stop_replacing()
         if self._candidate is not None:
             self._candidate.child.process.kill()
 
@@ -346,7 +351,7 @@ class Server:
         self._notifier.reloading()
         try:
             settings = self._load_settings()
-            _refuse_rebinding(self.settings, settings)
+            _refuse_rebinding(self._opened, settings)
             self._candidate = self._launcher.try_out(settings, self._sockets.workers_endpoint, time.monotonic())
         except (SettingsError, spawn.SpawnError, topology.TopologyError, OSError) as error:
             self._end_reload(f"reload refused, nothing changed: {error}")
@@ -366,15 +371,29 @@ class Server:
             self._end_reload(f"reload refused, nothing changed: {complaint or how_it_ended(code)}")
             return
         log.info("reload: accepted, replacing the workers one at a time")
-        self._launcher.adopt(candidate)
-        self.settings = settings = candidate.settings
+        if not self._supervisor.trying:
+            self._before = self._launcher.basis
+        self._adopt(candidate.basis)
+        settings = self.settings
+        self._supervise(self._supervisor.reload(settings.devices, settings.restarts, time.monotonic()))
+
+    def _undo_reload(self) -> None:
+        """The check on the CPU found nothing, but a device cannot boot by these settings."""
+        log.error("reload undone, the settings before it are back: %s", self._supervisor.refuted)
+        self._adopt(self._before)
+        settings = self.settings
+        self._supervise(self._supervisor.undo(settings.devices, settings.restarts, time.monotonic()))
+
+    def _adopt(self, basis: Basis) -> None:
+        self._launcher.basis = basis
+        self.settings = settings = basis.settings
+        self._supervisor.drain_s = settings.drain_s
         self._traffic.adopt(settings)
         self._stats.window_s = settings.window_s
         logs.configure(settings.log)
         if not settings.show_last_image:
             self._show_image(None, None)
         self._told_ready = False
-        self._supervise(self._supervisor.reload(settings.devices, settings.restarts, time.monotonic()))
 
     def _end_reload(self, text: str) -> None:
         log.error("%s", text)
@@ -401,11 +420,7 @@ class Server:
         ready, slots = self._supervisor.ready_slots, len(self._supervisor.listed)
         log.info("ready: %d of %d devices%s", ready, slots, "" if ready == slots else ", degraded")
         self._tick(time.monotonic())  # whoever waited for this sees it in the status and at /readyz
-        if self._supervisor.reload_stopped:
-            self._end_reload(f"reload stopped: {self._supervisor.reload_stopped}; the others keep what they have: "
-                             "mend it and reload")  # fmt: skip
-        else:
-            self._notifier.send(READY="1")
+        self._notifier.send(READY="1")
 
 
 def _refuse_rebinding(old: Settings, new: Settings) -> None:

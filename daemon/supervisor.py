@@ -17,9 +17,9 @@ A worker that has to go is first asked (`Stop`, through the broker's socket, so 
 aborted (SIGABRT, which dumps its stacks), then killed. Deaths in a row double the delay up to a longest one; after
 `give_up_after` of them the slot is FAILED. A worker that served for `stable_s` starts the count anew.
 
-A reload replaces workers one at a time: the next one is asked to stop when no slot is on its way. A slot that served
-before the reload and is FAILED after it stops the reload: what is new does not work here, so the others keep what they
-have. The next reload passes by that slot.
+A reload replaces workers one at a time: the next one is asked to stop when no slot is on its way. It is tried until a
+worker has become ready by the new settings. If a slot that had not failed before fails for good until then, they are
+`refuted`, and nothing more is replaced until `undo`. Slots that had failed before, or are new, are passed by.
 """
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Slot:
     failures: int = 0  # in a row
     restarts: int = 0  # spawns after the first, replacements by reload not counted
     stale: bool = False  # a reload is to replace its worker
-    replacing: bool = False  # a reload replaces the worker that served here, and the new one is not ready yet
+    was_up: bool = False  # or on its way, when the last reload came: its failure speaks against the new settings
     ending: bool = False  # its worker is the last
     wanted_down: bool = False  # it stops because we asked
     reason: str = ""  # why it is where it is, for people
@@ -107,7 +107,8 @@ class Supervisor:
         self.restarts = restarts
         self.drain_s = drain_s
         self.draining = False
-        self.reload_stopped = ""  # why the last reload did not replace all workers, for people
+        self.trying = False  # a reload by whose settings no worker has become ready yet
+        self.refuted = ""  # why none will, for people
 
     # -- what the shell may ask -------------------------------------------------------------------------------------
 
@@ -157,7 +158,7 @@ class Supervisor:
         if slot.generation != generation or slot.state is not State.STARTING:
             return []
         slot.state, slot.deadline, slot.ready_since, slot.reason = State.READY, None, now, ""
-        slot.replacing = False
+        self.trying = False
         return self._replace_next(now)
 
     def evict(self, name: str, generation: int, reason: str, now: float) -> list[Action]:
@@ -174,7 +175,8 @@ class Supervisor:
         slot = self.slots[name]
         if slot.generation != generation or not slot.running:
             raise InvalidTransition(f"{name}.{generation} exited in {slot}")
-        served = slot.ready_since is not None and now - slot.ready_since >= self.restarts.stable_s
+        if slot.ready_since is not None and now - slot.ready_since >= self.restarts.stable_s:
+            slot.failures = 0
         asked, slot.wanted_down = slot.wanted_down, False
         slot.next_signal = slot.deadline = slot.ready_since = None
         slot.stale = False  # its next life is new anyway
@@ -185,40 +187,34 @@ class Supervisor:
         elif code == EXIT_CANNOT_BOOT:
             slot.state, slot.reason = State.FAILED, f"cannot boot: {how}"
         else:
-            slot.failures = (0 if served else slot.failures) + (not blameless)
+            slot.failures += not blameless
             self._back_off(slot, how, now)
-        if slot.state is State.FAILED and slot.replacing:
-            self._stop_reload(slot)
+        if slot.state is State.FAILED and slot.was_up and self.trying:
+            self.trying, self.refuted = False, f"{slot.name}: {slot.reason}"
         return self._replace_next(now)
 
     def reload(self, devices: Iterable[str], restarts: Restarts, now: float) -> list[Action]:
         """Replace every worker, one at a time; add and take out slots as the device list says."""
-        self.restarts, self.reload_stopped = restarts, ""
-        wanted = list(devices)
-        actions: list[Action] = []
-        for name in wanted:
-            slot = self.slots.get(name)
-            if slot is None or slot.state is State.ENDED:
-                generation = slot.generation if slot else 0
-                self.slots[name] = Slot(name, generation=generation)
-                actions.append(self._spawn(self.slots[name], now))
-            elif slot.state in (State.BACKOFF, State.FAILED):
-                slot.failures = 0
-                actions.append(self._spawn(slot, now))
-            elif slot.state is State.STARTING:
-                actions += self._restart_starting(slot, now)
-            elif slot.state is State.READY:
-                slot.stale = True
-            else:
-                slot.ending = False  # STOPPING: its next life is new anyway
         for slot in self.slots.values():
-            if slot.name not in wanted:
-                actions += self._end(slot, now)
+            slot.was_up = slot.state not in (State.FAILED, State.ENDED)
+        actions = self._renew(devices, restarts, now)
+        self.trying = True
         return actions + self._replace_next(now)
+
+    def undo(self, devices: Iterable[str], restarts: Restarts, now: float) -> list[Action]:
+        """Back to what was before a reload that is refuted: workers that serve, serve by that."""
+        actions = self._renew(devices, restarts, now)
+        self.stop_replacing()
+        return actions
+
+    def stop_replacing(self) -> None:
+        """Workers that serve now are left as they are."""
+        for slot in self.slots.values():
+            slot.stale = False
 
     def drain(self, now: float) -> list[Action]:
         """Every worker finishes what it holds, and none is started any more."""
-        self.draining = True
+        self.draining, self.refuted = True, ""
         return [action for slot in self.slots.values() for action in self._end(slot, now)]
 
     def expire(self, now: float) -> list[Action]:
@@ -241,6 +237,32 @@ class Supervisor:
         return min((slot.deadline for slot in self.slots.values() if slot.deadline is not None), default=None)
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _renew(self, devices: Iterable[str], restarts: Restarts, now: float) -> list[Action]:
+        """Go by these from now on. What is loaded by others is stale, what is on its way begins anew."""
+        self.restarts, self.refuted = restarts, ""
+        wanted = list(devices)
+        actions: list[Action] = []
+        for name in wanted:
+            slot = self.slots.get(name)
+            if slot is None or slot.state is State.ENDED:
+                generation = slot.generation if slot else 0
+                self.slots[name] = Slot(name, generation=generation)
+                actions.append(self._spawn(self.slots[name], now))
+                continue
+            slot.failures = 0
+            if slot.state in (State.BACKOFF, State.FAILED):
+                actions.append(self._spawn(slot, now))
+            elif slot.state is State.STARTING:
+                actions += self._restart_starting(slot, now)
+            elif slot.state is State.READY:
+                slot.stale = True
+            else:
+                slot.ending = False  # STOPPING: its next life is new anyway
+        for slot in self.slots.values():
+            if slot.name not in wanted:
+                actions += self._end(slot, now)
+        return actions
 
     def _spawn(self, slot: Slot, now: float) -> Spawn:
         slot.state, slot.generation = State.STARTING, slot.generation + 1
@@ -270,7 +292,7 @@ class Supervisor:
 
     def _end(self, slot: Slot, now: float) -> list[Action]:
         slot.ending = True
-        slot.stale = slot.replacing = False
+        slot.stale = False
         if slot.state is State.READY:
             return self._stop(slot, now)
         if slot.state is State.STARTING:
@@ -289,21 +311,13 @@ class Supervisor:
 
     def _replace_next(self, now: float) -> list[Action]:
         """The next stale worker is asked to stop, if every other slot is where it will stay for a while."""
+        if self.refuted:
+            return []
         moving = (State.STARTING, State.STOPPING, State.BACKOFF)  # BACKOFF: perhaps what is new does not work
         if any(slot.state in moving for slot in self.slots.values()):
             return []
         stale = next((slot for slot in self.slots.values() if slot.stale), None)
-        if stale is None:
-            return []
-        stale.replacing = True
-        return self._stop(stale, now)
-
-    def _stop_reload(self, failed: Slot) -> None:
-        failed.replacing = False
-        if any(slot.stale for slot in self.slots.values()):
-            self.reload_stopped = f"{failed.name} served before it, and now: {failed.reason}"
-        for slot in self.slots.values():
-            slot.stale = False
+        return [] if stale is None else self._stop(stale, now)
 
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
@@ -316,5 +330,4 @@ class Supervisor:
             assert slot.failures <= self.restarts.give_up_after, slot
             assert not (self.draining and slot.state in (State.READY, State.STARTING, State.BACKOFF)), slot
             assert not slot.stale or slot.state is State.READY, slot
-            assert not slot.replacing or slot.state in (State.STARTING, State.STOPPING, State.BACKOFF), slot
-        assert sum(slot.replacing for slot in self.slots.values()) <= 1, "a reload replaces two at once"
+        assert not (self.refuted and (self.trying or self.draining)), self.refuted

@@ -12,6 +12,7 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -58,6 +59,7 @@ class Process:
 
     device: str
     generation: int
+    bootable: bool = True  # by its settings
     loading: bool = True
     hung: bool = False
     held: dict[int, str] = field(default_factory=dict)  # lease: job
@@ -67,6 +69,13 @@ class Process:
     @property
     def name(self) -> str:
         return f"{self.device}.{self.generation}"
+
+
+class Basis(NamedTuple):
+    """What workers are started by."""
+
+    devices: tuple[str, ...]
+    bootable: bool  # whether any device can boot by it
 
 
 class DaemonMachine(RuleBasedStateMachine):
@@ -81,6 +90,8 @@ class DaemonMachine(RuleBasedStateMachine):
         self.owed: set[tuple[str, str]] = set()  # client, job: accepted, unanswered
         self.sizes: dict[str, int] = {}  # of jobs, in bytes
         self.gone: set[str] = set()  # devices on which nothing can start
+        self.basis = self.before = Basis(DEVICES, bootable=True)
+        self.served_before = False  # one of the wanted devices, when the last reload came
         self.poison: set[str] = set()  # jobs that kill whoever starts them
         self.seen: list[tuple[str, int]] = []  # every lease there was
         self.jobs = 0
@@ -119,7 +130,7 @@ class DaemonMachine(RuleBasedStateMachine):
             match action:
                 case Spawn(device, generation):
                     assert not any(other.device == device for other in self.processes.values()), "two in one slot"
-                    self.processes[name] = Process(device, generation)
+                    self.processes[name] = Process(device, generation, self.basis.bootable)
                 case supervisor_module.Stop():
                     self.broker_does(self.broker.retire(name))
                 case Kill(signal=number):
@@ -137,7 +148,10 @@ class DaemonMachine(RuleBasedStateMachine):
 
     def follow(self) -> None:
         """As `Server._follow`."""
-        hopeless = self.supervisor.hopeless and self.draining_until is None
+        if self.supervisor.refuted:
+            self.basis = self.before
+            self.supervisor_does(self.supervisor.undo(self.basis.devices, RESTARTS, self.now))
+        hopeless = self.supervisor.hopeless and not self.supervisor.draining
         if hopeless == self.told_available:
             self.told_available = not hopeless
             self.broker_does(self.broker.set_available(not hopeless))
@@ -212,7 +226,7 @@ class DaemonMachine(RuleBasedStateMachine):
 
     def is_loaded(self, process: Process) -> None:
         """Its device is gone and it ends; or it says that it is ready: as `Server._on_ready`."""
-        if process.device in self.gone:
+        if process.device in self.gone or not process.bootable:
             self.end(process, EXIT_CANNOT_BOOT)
             return
         process.loading = False
@@ -328,8 +342,14 @@ class DaemonMachine(RuleBasedStateMachine):
         self.let_pass(1.0)
 
     @precondition(lambda self: self.draining_until is None)
-    @rule(devices=st.sampled_from([DEVICES, DEVICES, DEVICES[:1]]))
-    def reload(self, devices: tuple[str, ...]) -> None:
+    @rule(devices=st.sampled_from([DEVICES, DEVICES, DEVICES[:1]]), bootable=st.sampled_from([True, True, False]))
+    def reload(self, devices: tuple[str, ...], bootable: bool) -> None:
+        """As `Server._on_tried`."""
+        if not self.supervisor.trying:
+            self.before = self.basis
+        self.basis = Basis(devices, bootable)
+        slots = [self.supervisor.slots[device] for device in devices if device in self.supervisor.slots]
+        self.served_before = any(slot.state is State.READY for slot in slots)
         self.supervisor_does(self.supervisor.reload(devices, RESTARTS, self.now))
 
     @precondition(lambda self: self.draining_until is None)
@@ -338,6 +358,7 @@ class DaemonMachine(RuleBasedStateMachine):
         if really:
             self.draining_until = self.now + DRAIN_S
             self.broker.drain()
+            self.supervisor.stop_replacing()
 
     # -- what holds -------------------------------------------------------------------------------------------------
 
@@ -370,6 +391,8 @@ class DaemonMachine(RuleBasedStateMachine):
         assert not self.supervisor.reloading, f"a reload that stopped half-way: {self.supervisor.slots}"
         if self.draining_until is not None:
             assert self.supervisor.ended, self.supervisor.slots
+        else:
+            assert self.basis.bootable or not self.served_before, "settings stand that nothing can boot by"
 
 
 TestDaemon = DaemonMachine.TestCase

@@ -24,6 +24,7 @@ from daemon import keys, settings, show_stats, submit
 from daemon.client import AsyncClient, Client, HandshakeError
 from daemon.protocol import Code, GetStats, Image, Submit, encode
 from daemon.sockets import Sockets
+from workers.benchmark import program as benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = np.zeros((48, 64, 3), np.uint8)
@@ -132,6 +133,8 @@ def test_programs_take_keys_from_flags_and_the_environment(guarded: Guarded, cap
     assert show_stats.main([guarded.tcp, "--json", *flags]) == 0
     photograph = str(ROOT / "tests" / "golden" / "images" / "chelsea.png")
     assert submit.main([guarded.tcp, photograph, "--out", str(tmp_path / "out"), *flags]) == 0
+    brief = ["--seconds", "0.3", "--warm-up", "0.1", "--rounds", "1", "--size", "64x64"]
+    assert benchmark.main(["--endpoint", guarded.tcp, *brief, *flags]) == 0
     monkeypatch.setenv("BLENDMASKD_SERVER_KEY", str(guarded.server_key))
     monkeypatch.setenv("BLENDMASKD_KEY", str(guarded.secret("alice")))
     assert show_stats.main([guarded.tcp, "--json"]) == 0
@@ -140,7 +143,8 @@ def test_programs_take_keys_from_flags_and_the_environment(guarded: Guarded, cap
     ursula = ["--key", str(guarded.secret("ursula"))]
     assert show_stats.main([guarded.tcp, *ursula]) == 3
     assert submit.main([guarded.tcp, photograph, "--out", str(tmp_path / "none"), *ursula]) == 3
-    assert capsys.readouterr().err.count("does not allow this key") == 2
+    assert benchmark.main(["--endpoint", guarded.tcp, *brief, *ursula]) == 3
+    assert capsys.readouterr().err.count("does not allow this key") == 3
 
 
 def test_the_raw_client_with_keys_runs_as_it_stands(guarded: Guarded, tmp_path) -> None:

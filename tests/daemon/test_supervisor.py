@@ -138,34 +138,70 @@ def test_a_reload_goes_past_a_device_that_was_gone_before_it(up: Supervisor) -> 
     assert up.reload([A, B], RESTARTS, 0.1) == [Spawn(A, 2)]
     assert die(up, A, 0.2, code=EXIT_CANNOT_BOOT) == [Stop(B, 1)]
     assert up.reloading
-    assert not up.reload_stopped
+    assert not up.refuted
 
 
-def test_a_reload_whose_first_new_worker_cannot_boot_keeps_the_others(up: Supervisor) -> None:
-    assert up.reload([A, B], RESTARTS, 0.0) == [Stop(A, 1)]
-    assert die(up, A, 0.1, code=0) == [Spawn(A, 2)]
-    assert die(up, A, 0.2, code=EXIT_CANNOT_BOOT) == []
-    assert up.slots[B].state is State.READY
+def test_a_reload_by_which_the_first_worker_cannot_boot_is_undone(up: Supervisor) -> None:
+    assert up.reload([A, B, "npu:2"], RESTARTS, 0.0) == [Spawn("npu:2", 1)]
+    assert die(up, "npu:2", 0.1, code=EXIT_CANNOT_BOOT) == [Stop(A, 1)], "a new device may not be there"
+    assert die(up, A, 0.2, code=0) == [Spawn(A, 2)]
+    assert die(up, A, 0.3, code=EXIT_CANNOT_BOOT) == []
+    assert up.refuted.startswith(f"{A}: cannot boot")
+    assert up.undo([A, B], RESTARTS, 0.4) == [Spawn(A, 3)]
+    assert up.slots["npu:2"].state is State.ENDED
+    assert up.ready(A, 3, 0.5) == [], "B serves by what is back"
     assert up.settled
     assert not up.reloading
-    assert up.reload_stopped.startswith(f"{A} served before it, and now: cannot boot")
-    assert up.reload([A, B], RESTARTS, 1.0) == [Spawn(A, 3)], "tried again"
-    assert not up.reload_stopped
-    assert die(up, A, 1.1, code=EXIT_CANNOT_BOOT) == [Stop(B, 1)], "who reloads again wants it"
+    assert not up.refuted
 
 
-def test_a_reload_whose_first_new_worker_keeps_dying_keeps_the_others(up: Supervisor) -> None:
+@pytest.mark.parametrize("code", [1, -9])
+def test_a_reload_by_which_the_first_worker_keeps_dying_is_undone(up: Supervisor, code: int) -> None:
     up.reload([A, B], RESTARTS, 0.0)
     die(up, A, 0.0, code=0)
     now = 0.0
     for _ in range(RESTARTS.give_up_after - 1):
-        assert die(up, A, now, code=1) == []
+        assert die(up, A, now, code=code) == []
+        assert not up.refuted
         now = up.slots[A].deadline or now
         assert [type(action) for action in up.expire(now)] == [Spawn]
-    assert die(up, A, now, code=1) == []
-    assert up.slots[A].state is State.FAILED
-    assert up.slots[B].state is State.READY
-    assert up.reload_stopped
+    assert die(up, A, now, code=code) == []
+    assert up.refuted
+    assert up.undo([A, B], RESTARTS, now) == [Spawn(A, up.slots[A].generation)]
+    assert up.slots[B].generation == 1
+
+
+def test_a_worker_that_was_on_its_way_when_the_reload_came_speaks_against_it_too(up: Supervisor) -> None:
+    die(up, A, 0.0)
+    assert up.reload([A, B], RESTARTS, 0.1) == [Spawn(A, 2)]
+    assert die(up, A, 0.2, code=EXIT_CANNOT_BOOT) == [], "B is not tried by the same"
+    assert up.refuted
+
+
+def test_a_reload_that_one_worker_has_booted_by_goes_past_a_device_that_fails(up: Supervisor) -> None:
+    up.reload([A, B, "npu:2"], RESTARTS, 0.0)
+    assert up.ready("npu:2", 1, 0.1) == [Stop(A, 1)]
+    die(up, A, 0.2, code=0)
+    assert die(up, A, 0.3, code=EXIT_CANNOT_BOOT) == [Stop(B, 1)]
+    assert not up.refuted
+
+
+def test_a_drain_stops_a_reload(up: Supervisor) -> None:
+    up.reload([A, B], RESTARTS, 0.0)
+    up.stop_replacing()
+    die(up, A, 0.1, code=0)
+    assert up.ready(A, 2, 0.2) == [], "B may finish what it has"
+
+
+def test_a_worker_that_is_replaced_has_no_past(up: Supervisor) -> None:
+    for _ in range(RESTARTS.give_up_after - 1):
+        die(up, A, 0.0)
+        [spawn] = up.expire(100.0)
+        up.ready(A, spawn.generation, 100.0)
+    up.reload([A, B], RESTARTS, 100.0)
+    die(up, A, 100.1, code=0)
+    die(up, A, 100.2, code=1)
+    assert up.slots[A].state is State.BACKOFF
 
 
 def test_a_worker_that_hangs_while_it_is_asked_to_stop_is_not_waited_for(up: Supervisor) -> None:
@@ -295,6 +331,9 @@ class SupervisorMachine(RuleBasedStateMachine):
         self.asked.discard(slot)
         generation = self.living.pop(slot)
         self.carry_out(self.supervisor.exited(slot, generation, "died", code, blameless, self.now))
+        if self.supervisor.refuted:
+            self.carry_out(self.supervisor.undo(self.before, RESTARTS, self.now))
+            assert not self.supervisor.reloading or self.asked, "what serves is left"
 
     @precondition(lambda self: self.living)
     @rule(pick=st.integers(0, 9))
@@ -305,6 +344,7 @@ class SupervisorMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.supervisor.draining)
     @rule(devices=st.lists(st.sampled_from([A, B, "npu:2"]), min_size=1, unique=True))
     def reload(self, devices: list[str]) -> None:
+        self.before = [slot.name for slot in self.supervisor.listed if not slot.ending]
         self.carry_out(self.supervisor.reload(devices, RESTARTS, self.now))
         assert not any(slot.ending and slot.name in devices for slot in self.supervisor.slots.values())
 

@@ -392,42 +392,43 @@ def test_a_drain_ends_a_reload_that_is_under_way(daemon, wait_until) -> None:
     assert "reload: accepted" not in server.log
 
 
-def test_a_reload_that_no_device_can_boot_ends_no_daemon(daemon, wait_until, tmp_path) -> None:
-    """The check ran on the CPU, and found nothing."""
-    broken = tmp_path / "broken"
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        f"if os.path.exists({str(broken)!r}) and 'workers' in sys.orig_argv and '--check' not in sys.orig_argv:\n"
-        "    os._exit(78)\n"
-    )
-    server = daemon(devices=["cpu:0"], environment={"PYTHONPATH": str(tmp_path)}, restarts=QUICK_RESTARTS)
-    broken.touch()
-    server.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: "reload: no worker can be started by the new settings" in server.log, LONG_S)
-    with Client(server.endpoint, retries=0) as client, pytest.raises(JobFailed) as failed:
-        client.segment(picture())
-    assert failed.value.code is Code.UNAVAILABLE
-    broken.unlink()
-    server.process.send_signal(signal.SIGHUP)
-    server.wait_ready()
-    assert server.client.segment(picture()).width
-
-
-def test_a_reload_whose_first_new_worker_cannot_boot_leaves_the_others_serving(scene, wait_until, tmp_path) -> None:
-    with scene(worker_env=worker_env(tmp_path), restarts=QUICK_RESTARTS) as here:
+def test_a_reload_that_no_device_can_boot_by_is_undone(scene, wait_until, tmp_path) -> None:
+    """The check ran on the CPU, and found nothing; one device is missed for a while, whoever asks again."""
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.mkdir()
+    bad.mkdir()
+    for device in ("cpu:0", "cpu:1"):
+        (bad / device).write_text("78")
+    with scene(worker_env=worker_env(good), restarts=QUICK_RESTARTS) as here:
         before = here.server.pids()
-        (tmp_path / "cpu:0").write_text("78")
-        here.server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: "reload stopped: cpu:0 served before it, and now: cannot boot" in here.server.log, LONG_S)
-        assert here.server.states() == {"cpu:0": "failed", "cpu:1": "ready"}
+        here.server.rewrite(worker_env=worker_env(bad))
+        for time in (1, 2):
+            here.server.process.send_signal(signal.SIGHUP)
+            undone = "reload undone, the settings before it are back: cpu:0: cannot boot"
+            wait_until(lambda undone=undone, time=time: here.server.log.count(undone) == time, LONG_S)
+            wait_until(lambda: set(here.server.states().values()) == {"ready"}, LONG_S)
         assert here.server.pids()["cpu:1"] == before["cpu:1"]
-        answered = here.load.answered
-        wait_until(lambda: here.load.answered > answered + 50, LONG_S)
-        (tmp_path / "cpu:0").unlink()
+        here.server.rewrite(worker_env=worker_env(good))
         here.server.process.send_signal(signal.SIGHUP)
         wait_until(lambda: set(here.server.pids().values()).isdisjoint([*before.values(), None]), LONG_S)
         here.server.wait_ready()
     assert here.load.failures == []
+
+
+def test_when_no_device_can_boot_any_more_a_reload_ends_no_daemon(daemon, wait_until, tmp_path) -> None:
+    """Neither by the new settings nor by those before."""
+    server = daemon(devices=["cpu:0"], worker_env=worker_env(tmp_path), restarts=QUICK_RESTARTS)
+    (tmp_path / "cpu:0").write_text("78")
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "reload: no worker can be started" in server.log, LONG_S)
+    assert "reload undone" in server.log
+    with Client(server.endpoint, retries=0) as client, pytest.raises(JobFailed) as failed:
+        client.segment(picture())
+    assert failed.value.code is Code.UNAVAILABLE
+    (tmp_path / "cpu:0").unlink()
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_ready()
+    assert server.client.segment(picture()).width
 
 
 def test_a_device_that_a_reload_takes_out_is_not_missed(daemon, wait_until) -> None:

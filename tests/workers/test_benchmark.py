@@ -196,6 +196,8 @@ def test_the_plain_path_takes_as_long_as_the_timed_engine() -> None:
         (["--endpoint", "nonsense"], "expected ipc:///PATH"),
         (["--endpoint", "ipc:///tmp/e", "--set", "a=1"], "--set"),
         (["--endpoint", "ipc:///tmp/e", "--bare"], "--bare"),
+        (["--server-key", "server.key"], "--endpoint"),
+        (["--endpoint", "tcp://127.0.0.1:9", "--key", "alice.key_secret"], "server_key"),
         (["--endpoint", "ipc:///tmp/e", "--compare", "batch=1", "batch=2"], "batch is a setting"),
         (["--compare", "batch", "batch=2"], "expected KEY=VALUE"),
         (["--compare", "nonsense=1", "batch=2"], "nonsense: unknown key"),

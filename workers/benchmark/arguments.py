@@ -26,6 +26,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     daemon.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting")
     daemon.add_argument("--wait", metavar="S", type=program.seconds, default=program.ANSWER_S,
                         help="for the daemon at --endpoint")  # fmt: skip
+    program.add_keys(daemon)
     run = parser.add_argument_group("the run")
     run.add_argument("--seconds", type=program.seconds, default=10.0, help="measured of each load; default 10")
     run.add_argument("--warm-up", metavar="S", type=program.seconds, default=2.0,

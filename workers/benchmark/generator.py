@@ -21,6 +21,7 @@ import msgpack
 import zmq
 
 from daemon import protocol
+from daemon.connection import Keys, introduce
 from daemon.protocol import TO_CLIENT, Failed, GetStats, Place, Result, Stats
 from workers.benchmark.connection import NAME_BYTES, Connection, Sending
 from workers.benchmark.load import NO_ANSWER, Sample, Schedule
@@ -45,11 +46,13 @@ class InFlight:
 class Generator:
     """Loads `endpoint` with `pictures` in turn, from `clients` connections; use it as ``with``.
 
-    `samples` are the jobs that have ended. Times are of `time.monotonic`. Entering raises `UsageError` when the images
-    must go by shared memory and cannot.
+    `keys`: for a daemon that wants some. `samples` are the jobs that have ended. Times are of `time.monotonic`.
+    Entering raises `UsageError` when the images must go by shared memory and cannot.
     """
 
-    def __init__(self, endpoint: str, pictures: Sequence[Picture], clients: int, sending: Sending) -> None:
+    def __init__(
+        self, endpoint: str, pictures: Sequence[Picture], clients: int, sending: Sending, keys: Keys | None = None
+    ) -> None:
         self.samples: list[Sample] = []
         self.answer_bytes = 0  # of the last result
         self.checked = 0  # results that could be compared with their image
@@ -57,6 +60,7 @@ class Generator:
         self._pictures = pictures
         self._sending = sending
         self._clients = clients
+        self._keys = keys
         self._schedule: Schedule | None = None
         self._number = 0
         self._in_flight: dict[str, InFlight] = {}
@@ -133,6 +137,7 @@ class Generator:
 
     def _socket(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)
+        introduce(socket, self._keys)
         socket.set(zmq.SNDHWM, 0)  # the daemon bounds what waits, and says so
         socket.set(zmq.RCVHWM, 0)
         socket.connect(self._endpoint)

@@ -183,6 +183,8 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         raise UsageError("--encoding path sends the names of files: name them by --images")
     if arguments.endpoint and (arguments.set or arguments.kill or arguments.flood):
         raise UsageError("--set, --kill and --flood need a daemon of our own: leave --endpoint out")
+    if (arguments.server_key or arguments.key) and not arguments.endpoint:
+        raise UsageError("--server-key and --key are for a daemon that runs already: name its --endpoint")
     if arguments.replay and (arguments.engine != "timed" or arguments.endpoint):
         raise UsageError("--replay gives outputs to engine timed: it needs a daemon of its own with that")
     if arguments.rate and len(arguments.clients) > 1:
@@ -221,7 +223,7 @@ def _round(variant: Variant, number: int, answer_bytes: int, progress: Told) -> 
     with _server(variant, answer_bytes) as server:
         for point in variant.points:
             progress.describe(f"round {number}: {variant.name}, {point}")
-            with Generator(server.endpoint, sent, point.clients, _sending(variant, point)) as generator:
+            with Generator(server.endpoint, sent, point.clients, _sending(variant, point), server.keys) as generator:
                 row = measure(server, generator, point, arguments.warm_up, arguments.seconds, progress.tick)
             rows.append({"round": number, "variant": variant.name, **row})
     limits.append(_limit(variant, sent[0], progress))
@@ -261,10 +263,10 @@ def _share(row: Row, limits: Sequence[device.Limit], variant: Variant) -> Row:
 def _server(variant: Variant, answer_bytes: int) -> Iterator[Server]:
     if variant.settings is None:
         try:
-            server = servers.running_daemon(variant.arguments.endpoint, variant.arguments.wait)
+            client = program.make_client(variant.arguments, variant.arguments.wait)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        yield server
+        yield servers.running_daemon(client, variant.arguments.wait)
     elif variant.bare:
         with servers.bare_path(variant.settings, answer_bytes) as server:
             yield server

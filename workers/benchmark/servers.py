@@ -19,6 +19,7 @@ import psutil
 
 from daemon import program
 from daemon.client import Client
+from daemon.connection import Keys
 from daemon.program import NoDaemonError
 from daemon.settings import Settings
 from workers import engines
@@ -36,6 +37,7 @@ class Server:
     workers: tuple[psutil.Process, ...]
     tells_stats: bool = True
     own: bool = True  # started by this program
+    keys: Keys | None = None  # of its clients
 
     @property
     def parts(self) -> dict[str, list[psutil.Process]]:
@@ -58,15 +60,15 @@ def own_daemon(overrides: Sequence[str], settings: Settings) -> Iterator[Server]
             _end(process)
 
 
-def running_daemon(endpoint: str, wait_s: float) -> Server:
-    """One that runs already. Raises `NoDaemonError` when nobody answers there, ValueError for a bad endpoint."""
-    with Client(endpoint, timeout_s=wait_s) as client:
+def running_daemon(client: Client, wait_s: float) -> Server:
+    """The one that runs already where this client connects. Raises `NoDaemonError` when nobody answers there."""
+    with client:
         program.wait_for_daemon(client, wait_s)
         pids = [device["pid"] for device in client.stats()["devices"] if device["pid"]]
     workers = tuple(psutil.Process(pid) for pid in pids if _is_a_worker(pid))
     if len(workers) < len(pids):
-        return Server(endpoint, None, (), own=False)  # of another host
-    return Server(endpoint, workers[0].parent() if workers else None, workers, own=False)
+        return Server(client.endpoint, None, (), own=False, keys=client.keys)  # of another host
+    return Server(client.endpoint, workers[0].parent() if workers else None, workers, own=False, keys=client.keys)
 
 
 @contextmanager
