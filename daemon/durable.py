@@ -15,7 +15,7 @@ answered   on its way into the spool with its answer, which its waiters get when
 
 What is answered and in the spool is nowhere here: the spool finds it by its name. So nothing that a client was told is
 ever only in memory, and what the daemon does not live to do is done by the next one. Owners take turns; none may take
-more of the spool than it leaves.
+more of the spool than it leaves, or of the way into it than `broker.SHARE` times what it leaves.
 
 No socket, clock, process, thread, file or logger belongs in here.
 """
@@ -28,8 +28,8 @@ from enum import Enum
 
 import msgspec
 
+from daemon.broker import SHARE, Broker, SendClient
 from daemon.broker import Action as BrokerAction
-from daemon.broker import Broker, SendClient
 from daemon.jobs import UNSTARTED_LOSSES
 from daemon.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit
 from daemon.spool_messages import (
@@ -89,6 +89,14 @@ class Job(msgspec.Struct, eq=False):
     answer: tuple[Answer, Frames] | None = None
 
 
+class Owned(msgspec.Struct):
+    """What one owner has here."""
+
+    jobs: int = 0
+    bytes: int = 0
+    storing: int = 0  # of the jobs
+
+
 class Durable:
     """See the module. `max_bytes` bounds the spool; 0: there is none. `check()` states the invariants."""
 
@@ -104,7 +112,7 @@ class Durable:
         self._lines: dict[int, OrderedDict[bytes, deque[Job]]] = {}  # priority: owners in turn; none is empty
         self._states: Counter[State] = Counter()
         self._storing_bytes = 0
-        self._owned: Counter[bytes] = Counter()  # bytes of each owner's jobs
+        self._owned: dict[bytes, Owned] = {}  # by owner
         self._owed: Counter[bytes] = Counter()  # how many messages each client waits for
         self._looks = 0
         self._ended = False
@@ -293,28 +301,47 @@ class Durable:
         unfit = self._broker.unfit(message.job, message.image, size)
         if unfit is not None:
             return unfit
-        storing, own = self._states[State.STORING], self._owned[client]
-        used = self.usage.bytes + self._storing_bytes
-        limits = self._broker.limits
+        reason = self._shortage(size) or self._greed(self._owned.get(client, Owned()), size)
+        return _busy(message.job, reason) if reason else None
+
+    def _shortage(self, size: int) -> str:
+        """What there is no room for; empty: nothing."""
+        storing, limits = self._states[State.STORING], self._broker.limits
         if storing >= limits.max_jobs or (storing and self._storing_bytes + size > limits.max_bytes):
-            return _busy(message.job, f"{storing} jobs are on their way into the spool")
+            return f"{storing} jobs are on their way into the spool"
+        used = self.usage.bytes + self._storing_bytes
         if used + size > self.max_bytes:
-            return _busy(message.job, f"the spool has {used} of {self.max_bytes} bytes (spool_bytes)")
-        if own and own + size > self.max_bytes - used:
-            return _busy(message.job, f"this client has {own} bytes in the spool: the last are for others")
-        return None
+            return f"the spool has {used} of {self.max_bytes} bytes (spool_bytes)"
+        return ""
+
+    def _greed(self, own: Owned, size: int) -> str:
+        """What of its owner's is too much for one; empty: nothing."""
+        limits = self._broker.limits
+        if own.jobs >= limits.max_jobs_per_client:
+            return f"this client has {own.jobs} durable jobs unanswered, as many as one client may"
+        if own.bytes + size > limits.max_bytes_per_client:
+            return f"this client has {own.bytes} bytes unanswered: one client may have {limits.max_bytes_per_client}"
+        if own.storing >= SHARE * (limits.max_jobs - self._states[State.STORING]):
+            return f"this client has {own.storing} jobs on their way into the spool: the last places are for others"
+        if own.bytes and own.bytes + size > self.max_bytes - self.usage.bytes - self._storing_bytes:
+            return f"this client has {own.bytes} bytes in the spool: the last are for others"
+        return ""
 
     def _add(self, job: Job) -> None:
         self._jobs[job.name] = self._by_seq[job.seq] = job
-        self._owned[job.owner] += job.size
+        own = self._owned.setdefault(job.owner, Owned())
+        own.jobs, own.bytes = own.jobs + 1, own.bytes + job.size
+        own.storing += job.state is State.STORING
         self._states[job.state] += 1
         self._storing_bytes += job.size if job.state is State.STORING else 0
 
     def _remove(self, job: Job) -> None:
         del self._jobs[job.name]
         del self._by_seq[job.seq]
-        self._owned[job.owner] -= job.size
-        if not self._owned[job.owner]:
+        own = self._owned[job.owner]
+        own.jobs, own.bytes = own.jobs - 1, own.bytes - job.size
+        own.storing -= job.state is State.STORING
+        if not own.jobs:
             del self._owned[job.owner]
         if job.state is State.SPOOLED:
             self._lines[job.priority][job.owner].remove(job)
@@ -324,6 +351,7 @@ class Durable:
 
     def _set(self, job: Job, state: State) -> None:
         self._storing_bytes -= job.size if job.state is State.STORING else 0
+        self._owned[job.owner].storing -= job.state is State.STORING
         self._states[job.state] -= 1
         self._states[state] += 1
         job.state = state
@@ -426,6 +454,11 @@ class Durable:
         assert +self._states == Counter(job.state for job in self._jobs.values()), "states are miscounted"
         storing = sum(job.size for job in self._jobs.values() if job.state is State.STORING)
         assert self._storing_bytes == storing, "bytes are miscounted"
+        for owner in {job.owner for job in self._jobs.values()} | self._owned.keys():
+            jobs = [job for job in self._jobs.values() if job.owner == owner]
+            on_the_way = sum(job.state is State.STORING for job in jobs)
+            counted = Owned(len(jobs), sum(job.size for job in jobs), on_the_way)
+            assert self._owned[owner] == counted, "what an owner has is miscounted"
         owed = Counter(client for job in self._jobs.values() for client in [*job.submitters, *job.waiters])
         assert owed == self._owed, "what is owed is miscounted"
         for job in self._jobs.values():

@@ -73,8 +73,9 @@ class Queue(_Section, frozen=True):
 
     max_jobs: Count = 256  # that wait for a device
     max_bytes: Count = 1 << 30  # of the images that wait
-    max_jobs_per_client: Count | None = None  # unanswered, waiting or on a device; null: as many as the queue lets it
-    max_bytes_per_client: Count | None = None  # of the images of its unanswered jobs
+    # unanswered, waiting or on a device; its durable jobs are counted apart; null: as many as the queue lets it
+    max_jobs_per_client: Count | None = None
+    max_bytes_per_client: Count | None = None  # of the images of its unanswered jobs, durable ones counted apart
 
 
 class Limits(_Section, frozen=True):

@@ -248,3 +248,20 @@ def own() -> Iterator[Callable[[int], int]]:
             return descriptor
 
         yield add
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[Path, str], Path]]:
+    """``small_disk(folder, "64k")`` makes the folder, on a disk of that size."""
+    with contextlib.ExitStack() as closing:
+
+        def make(folder: Path, size: str) -> Path:
+            folder.mkdir()
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+            mounted = subprocess.run(mount, stderr=subprocess.PIPE, text=True, check=False)
+            if mounted.returncode:
+                pytest.skip(f"needs root that may mount a tmpfs: {mounted.stderr.strip()}")
+            closing.callback(subprocess.run, ["umount", "--lazy", folder], check=True)
+            return folder
+
+        yield make

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -341,21 +340,11 @@ def test_a_missing_folder_and_a_spool_in_use_stop_the_start(kept: Any, tmp_path:
     assert "another daemon has it: stop that first" in refused(tmp_path, Path(kept.settings["spool"]))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], stderr=subprocess.PIPE, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"needs root that may mount a tmpfs: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def test_a_full_disk_hurts_durable_jobs_only_and_loses_none(daemon: Any, wait_until: Any, small_disk: Path) -> None:
-    running = daemon(**spooled(small_disk, timed={"latency_ms": {1: 50}}))
+def test_a_full_disk_hurts_durable_jobs_only_and_loses_none(
+    daemon: Any, wait_until: Any, small_disk: Any, tmp_path: Path
+) -> None:
+    disk = small_disk(tmp_path / "disk", "1m")
+    running = daemon(**spooled(disk, timed={"latency_ms": {1: 50}}))
     accepted: dict[int, str] = {}
 
     def fill(client: Client) -> None:
@@ -368,7 +357,7 @@ def test_a_full_disk_hurts_durable_jobs_only_and_loses_none(daemon: Any, wait_un
     assert "the spool cannot be written: database or disk is full" in failed.value.reason
     assert accepted
     assert running.client.segment(pixels(1)).detections
-    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
     for seed, job in accepted.items():
         assert answer(running.client, job) == checksum(np.resize(pixels(seed), (100, 300, 3)))
     assert answer(running.client, running.client.submit(pixels(1))) == checksum(pixels(1))

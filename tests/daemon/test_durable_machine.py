@@ -41,7 +41,10 @@ from daemon.protocol import (
 from daemon.spool import Spool
 from daemon.spool_messages import AnswerKept, Look, Reply, Request, Store, StoreAnswer, Stored
 
-LIMITS = Limits(max_jobs=6, max_bytes=10_000, max_image_bytes=100, max_attempts=2, deadline_s=20.0, stall_s=1000.0)
+LIMITS = Limits(
+    max_jobs=6, max_jobs_per_client=12, max_bytes=10_000, max_image_bytes=100, max_attempts=2, deadline_s=20.0,
+    stall_s=1000.0,
+)  # fmt: skip
 CLIENTS = st.sampled_from([b"a", b"b", b"c"])
 index = st.integers(0, 1000)
 
@@ -361,6 +364,35 @@ def test_owners_take_turns_and_leave_each_other_room() -> None:
     assert isinstance(stored, Store)
     machine.spool.die()
     machine.folder.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("limits", "taken", "complaint"),
+    [
+        ({"max_jobs_per_client": 3}, 3, "this client has 3 durable jobs unanswered, as many as one client may"),
+        ({"max_bytes_per_client": 90}, 2, "this client has 80 bytes unanswered: one client may have 90"),
+        ({"max_jobs": 16, "max_jobs_per_client": 16}, 14,
+         "this client has 14 jobs on their way into the spool: the last places are for others"),
+    ],
+)
+def test_one_owner_has_no_more_than_one_may(limits: dict[str, int], taken: int, complaint: str) -> None:
+    core = Broker(msgspec.structs.replace(LIMITS, **limits))
+    jobs = Durable(core, 1_000_000)
+
+    def submit(client: bytes, number: int) -> Any:
+        message = Submit(job=f"{number:032}", image=Image(kind="encoded"), durable=True)
+        (action,) = jobs.submit(client, message, 40, lambda: [bytes(40)], 0.0)
+        return action
+
+    stored = [submit(b"a", number) for number in range(taken)]
+    assert all(isinstance(action, Store) for action in stored)
+    refused = submit(b"a", 100).message
+    assert (refused.code, refused.reason) == (Code.BUSY, complaint)
+    assert isinstance(submit(b"b", 200), Store), "another one may"
+    for number, action in enumerate(stored):
+        jobs.forget(b"a", Forget(job=action.job.name), 0.0)
+        jobs.check()
+        assert isinstance(submit(b"a", 300 + number), Store)
 
 
 def with_an_answer(path: Path, keep_s: float) -> StillSpool:

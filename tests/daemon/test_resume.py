@@ -1,7 +1,6 @@
 """Submit runs that end early, however they do, and go on: processes of their own against a real daemon."""
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,35 +156,23 @@ def test_what_a_signal_ended_goes_on_where_it_was(
     check_whole(tmp_path / "o", images)
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], stderr=subprocess.PIPE, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"needs root that may mount a tmpfs: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def test_a_full_disk_is_said_and_resumed_from(shared_daemon: Any, tmp_path: Path, images: Path) -> None:
-    with small_disk(tmp_path / "o"):
-        code, out, err = run(tmp_path, shared_daemon.endpoint, "in", "--out", "o")
-        assert code == 4, out + err
-        assert "Traceback" not in err
-        kept = len(answers(tmp_path / "o"))
-        assert 1 <= kept < IMAGES
-        assert f": No space left on device: stopped. {kept} of 60 images are done and kept in the journal" in err
-        code, _, err = run(tmp_path, shared_daemon.endpoint, "in", "--out", "o", "--resume")
-        assert code == 4, "full as before"
-        assert len(answers(tmp_path / "o")) >= kept
-        subprocess.run(["mount", "-o", "remount,size=10m", tmp_path / "o"], check=True)
-        code, _, err = run(tmp_path, shared_daemon.endpoint, "in", "--out", "o", "--resume")
-        assert code == 0, err
-        check_whole(tmp_path / "o", images)
+def test_a_full_disk_is_said_and_resumed_from(
+    shared_daemon: Any, small_disk: Any, tmp_path: Path, images: Path
+) -> None:
+    small_disk(tmp_path / "o", "64k")
+    code, out, err = run(tmp_path, shared_daemon.endpoint, "in", "--out", "o")
+    assert code == 4, out + err
+    assert "Traceback" not in err
+    kept = len(answers(tmp_path / "o"))
+    assert 1 <= kept < IMAGES
+    assert f": No space left on device: stopped. {kept} of 60 images are done and kept in the journal" in err
+    code, _, err = run(tmp_path, shared_daemon.endpoint, "in", "--out", "o", "--resume")
+    assert code == 4, "full as before"
+    assert len(answers(tmp_path / "o")) >= kept
+    subprocess.run(["mount", "-o", "remount,size=10m", tmp_path / "o"], check=True)
+    code, _, err = run(tmp_path, shared_daemon.endpoint, "in", "--out", "o", "--resume")
+    assert code == 0, err
+    check_whole(tmp_path / "o", images)
 
 
 def test_a_limit_on_files_is_said_and_resumed_from(shared_daemon: Any, tmp_path: Path, images: Path) -> None:

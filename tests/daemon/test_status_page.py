@@ -33,7 +33,7 @@ READ = """() => {
     const text = (id) => document.getElementById(id)?.textContent;
     return {
         seq: Number(document.body.dataset.seq ?? 0), stale: document.body.classList.contains("stale"),
-        title: document.title, state: text("state"),
+        lines: document.querySelectorAll("#plot .line").length, title: document.title, state: text("state"),
         alarm: document.getElementById("alarm").hidden ? "" : text("alarm"),
         fps: text("fps"), waiting: text("queue"), p50: text("p50"), p99: text("p99"), answered: text("answered"),
         devices: Object.fromEntries([...document.querySelectorAll(".device")].map((device) => [device.dataset.device, {
@@ -183,6 +183,7 @@ def test_the_page_shows_the_figures_of_metrics_and_stats(daemon: Any, visit: Any
         for name, device in found["devices"].items():
             assert device["fps"] == f"{float(values[f'blendmaskd_device_fps{{device={name}}}']):.2f}"
             assert device["lines"] >= 1
+        assert found["lines"] >= 1
         for device in snapshot["devices"]:
             facts = found["devices"][device["device"]]["facts"]
             assert facts["generation, pid"] == f"{device['generation']}, {device['pid']}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import os
 import resource
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import psutil
 import pytest
 import torch
@@ -508,6 +510,30 @@ def test_a_bad_reload_changes_nothing(scene, wait_until, settings, complaint) ->
         assert complaint in here.server.log
         assert here.server.pids() == before
         here.server.settings_file.write_text(good)
+    assert here.load.failures == []
+
+
+# -- the disk is full -------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_stops_the_submit_program_alone(scene, small_disk, tmp_path) -> None:
+    """It says so, leaves its jobs, and goes on where there is room again."""
+    names = [f"{number}.png" for number in range(200)]
+    for name in names:
+        PIL.Image.fromarray(picture()).save(tmp_path / name)
+    out = small_disk(tmp_path / "out", "64k")
+    with scene() as here:
+        submit = [sys.executable, ROOT / "scripts" / "submit.py", here.server.endpoint, *names, "--out", "out"]
+        full = subprocess.run(submit, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert full.returncode == 4, full.stderr
+        assert "No space left on device: stopped" in full.stderr
+        answered = here.load.answered
+        subprocess.run(["mount", "-o", "remount,size=10m", out], check=True)
+        subprocess.run([*submit, "--resume"], cwd=tmp_path, capture_output=True, check=True)
+        assert here.load.answered > answered
+        journal = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+        images = Counter(line["image"] for line in journal if "detections" in line)
+        assert images == Counter(range(len(names)))
     assert here.load.failures == []
 
 
