@@ -23,6 +23,7 @@ from workers.chaos import poison
 START_S = 60.0
 STOP_S = 60.0
 STALL_S = 5.0
+STARTING_S = 20.0  # then a worker that was stopped while it started is killed
 EXIT_CANNOT_BOOT = "78"
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -44,7 +45,7 @@ class Host:
             "engine": "timed",
             "endpoints": {"clients": [self.endpoint], "metrics": metrics},
             "restarts": {"first_delay_s": 0.1, "longest_delay_s": 1, "give_up_after": 1000, "stall_s": STALL_S,
-                         "stop_s": 2},
+                         "stop_s": 2, "start_timeout_s": STARTING_S},
             "worker_env": poison.worker_env(self._broken),
             **overrides,
         }  # fmt: skip
