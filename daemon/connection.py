@@ -40,7 +40,7 @@ class HandshakeError(ConnectionError):
 
 
 class Connection:
-    """What both clients share: endpoint, settings, the exchange."""
+    """What both clients share: endpoint, keys (None: it has none), settings, the exchange."""
 
     def __init__(
         self, endpoint: str, timeout_s: float, retries: int, transport: Transport, server_key: KeyFile, key: KeyFile

@@ -385,6 +385,7 @@ class Server:
         self._supervise(self._supervisor.undo(settings.devices, settings.restarts, time.monotonic()))
 
     def _adopt(self, basis: Basis) -> None:
+        """Go by this from now on, but for workers that run; that all is ready is told anew."""
         self._launcher.basis = basis
         self.settings = settings = basis.settings
         self._supervisor.drain_s = settings.drain_s
