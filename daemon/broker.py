@@ -6,7 +6,7 @@ Where a job is:
 
 =========  ===========================================================================================
 waiting    in `_waiting`
-suspect    in `_suspects`: workers died with it; it is leased again alone, to an empty worker
+suspect    in `_suspects`: workers died with its image; it is leased again alone, to an empty worker
 leased     in one worker's `leases`
 answered   nowhere
 =========  ===========================================================================================
@@ -15,10 +15,13 @@ A lease outlives its job when the job is answered early (deadline, cancel, clien
 still fills its worker's window, and what the worker says of it later is dropped. So a worker's leases are exactly
 those that it was sent and has not ended yet.
 
-Only a job that its worker had started when it died spends an attempt, and is a suspect from then on; its window-mates
-go back to the head of the queue. A worker's only lease counts as started: nothing else was there to die of. A worker
-may die before it can say what it started (a decoder that crashes), so a job that was on `jobs.UNSTARTED_LOSSES` dying
-workers is a suspect too; its own worker's death always spends an attempt.
+When a worker dies, every image that it held is a suspect: what a worker says of what it has started may not arrive any
+more, and a decoder crashes before anything starts. A suspect is leased alone, to another device if one is free, and is
+cleared by a result. `max_attempts` deaths name it for sure: it is given up, and so is every job with the same image,
+wherever it is, and whichever comes within `suspects.KEEP_S`. So an image costs `max_attempts` workers, however many
+clients send it, how often, and whether they wait for the answer; only several devices that have it at the same moment
+can all die of it. Its neighbours lose nothing. The deaths that it is to blame for do not count against the devices
+(`holds_suspect`, `Acquit`).
 
 Clients share. They take turns (`jobs.Waiting`). None may have more than `SHARE` times as many waiting as places are
 free, so whoever comes next finds room. A job whose client has nothing on a device goes ahead of those whose client has
@@ -62,6 +65,7 @@ from daemon.protocol import (
     ToWorker,
 )
 from daemon.regions import Memory, Regions
+from daemon.suspects import KEEP_S, Death, Identity, Read, Suspects, Suspicion
 
 DURABLE = b""  # the one identity that no peer can have, whatever it claims: a ROUTER makes one up for it then
 DURABLE_DEADLINE_S = 86400.0
@@ -109,14 +113,22 @@ class Evict(msgspec.Struct, frozen=True):
     reason: str
 
 
-Action = SendClient | SendWorker | Evict | Losses | Returned
+class Acquit(msgspec.Struct, frozen=True):
+    """An image, not this device, is to blame for a death that was counted against it."""
+
+    device: str
+
+
+Action = SendClient | SendWorker | Evict | Losses | Returned | Acquit
 
 
 class HeldLease(msgspec.Struct, eq=False):
     """What a worker was sent and has not ended."""
 
     job: Job | None  # None: answered early
+    alone: bool = False  # nothing may keep it company: it was a suspect
     started: bool = False
+    identity: Identity | None = None  # of its image, once its job was answered early
 
 
 class Worker(msgspec.Struct, eq=False):
@@ -130,14 +142,12 @@ class Worker(msgspec.Struct, eq=False):
     leases: dict[int, HeldLease] = {}
     retiring: bool = False  # gets no new leases
     evicted: bool = False  # hangs, and is being ended
+    served: bool = False  # has finished an image
 
     @property
     def alone(self) -> bool:
-        """It holds a suspect, and nothing may keep that company."""
-        if len(self.leases) != 1:
-            return False
-        [lease] = self.leases.values()
-        return lease.job is not None and lease.job.suspect
+        """Nothing may keep what it holds company."""
+        return any(lease.alone for lease in self.leases.values())
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,11 +166,15 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Broker:
-    """See the module. `check()` states the invariants; tests call it after every step."""
+    """See the module. `check()` states the invariants; tests call it after every step.
 
-    def __init__(self, limits: Limits) -> None:
+    `read` gives bytes that lie in shared memory: an image is looked at only to see whether workers died with it.
+    """
+
+    def __init__(self, limits: Limits, read: Read | None = None) -> None:
         self.limits = limits
         self.regions = Regions(limits.shared_memory_bytes)
+        self.remembered = Suspects(read) if read else Suspects()
         self.outcomes: Counter[str] = Counter()  # "answered" or an error code, of accepted and refused jobs alike
         self.served_per_s = 0.0  # told by the shell; only for the retry hint
         self.tracing = False  # told by the shell: whether `steps` get every change of a job's state, or only failures
@@ -193,8 +207,15 @@ class Broker:
         return sum(len(worker.leases) for worker in self._workers.values())
 
     def holds_suspect(self, worker: str) -> bool:
-        """Whether this worker's death says something of a job rather than of the worker."""
-        return worker in self._workers and self._workers[worker].alone
+        """Whether this worker's death says something of an image rather than of the worker."""
+        holder = self._workers.get(worker)
+        if holder is None or not holder.alone:
+            return False
+        [lease] = holder.leases.values()
+        suspicion = self._suspicion(lease)
+        if suspicion is None:
+            return False
+        return suspicion.attempts > 0 or holder.served or suspicion.devices != {holder.device}
 
     def last_heard(self, worker: str) -> float | None:
         return self._workers[worker].heard if worker in self._workers else None
@@ -206,14 +227,14 @@ class Broker:
         if message.job in self._jobs_of(client):
             return []  # its one answer is still to come
         job = self._job(client, message, payload, now, self.limits.deadline_s)
-        refusal = self._refusal(job)
+        refusal = self._refusal(job, now)
         if refusal is not None:
             self.outcomes[refusal.code] += 1
             if self.tracing:
                 self._tell("refused", job, code=refusal.code, reason=refusal.reason)
             return [SendClient(client, refusal)]
         self._add(job)
-        self._waiting.put(job)
+        self._put(job)
         return self._assign(now) or self._lease_ahead(job, now)
 
     def adopt(
@@ -222,14 +243,18 @@ class Broker:
         """Take on a durable job. It was `accepted`, and what it may not exceed was checked, when it came."""
         job = self._job(DURABLE, message, payload, accepted, DURABLE_DEADLINE_S)
         job.attempts, job.losses = attempts, losses
+        job.suspicion = self.remembered.find(job.image, payload, now)
+        if losses:
+            found = job.suspicion or Suspicion(self.remembered.identify(job.image, payload))
+            job.suspicion = found = self.remembered.keep(found, now)
+            found.attempts = max(found.attempts, attempts)
+            if attempts >= self.limits.max_attempts:
+                found.given_up = found.given_up or f"it was on a worker that died {attempts} times"
         self._add(job)
-        if attempts >= self.limits.max_attempts:
-            self._suspects.append(job)
-            return self._fail(job, Code.WORKER_LOST, f"this image was on a worker that died {attempts} times")
-        if job.suspect:
-            self._suspects.append(job)
-        else:
-            self._waiting.put(job)
+        self._put(job)
+        self._recognise()
+        if job.suspicion and job.suspicion.given_up:
+            return self._answer_all(job.suspicion, f"this image {_told(job.suspicion, now)}")
         return self._assign(now)
 
     def withdraw(self, name: str, now: float) -> list[Action]:
@@ -242,6 +267,17 @@ class Broker:
         wanted = min(2 * sum(w.window for w in self._workers.values() if not w.retiring), self.limits.max_jobs // 2)
         serving = self._available and not self._draining
         return max(wanted - len(self._jobs_of(DURABLE)), 0) if serving else 0
+
+    def given_up(self, name: str, image: Image, payload: Frames, now: float) -> Failed | None:
+        """Why this image is not tried any more: it was given up lately."""
+        suspicion = self.remembered.find(image, payload, now)
+        if suspicion is None or not suspicion.given_up:
+            return None
+        return _refused(name, Code.WORKER_LOST, f"this image {_told(suspicion, now)}")
+
+    def forget_suspects(self) -> None:
+        """What workers died with may go well by new settings and weights. Those that wait are still tried alone."""
+        self.remembered.clear_all()
 
     def unfit(self, name: str, image: Image, size: int) -> Failed | None:
         """Why this image of `size` bytes cannot be a job now, however much room there is."""
@@ -289,6 +325,9 @@ class Broker:
 
     def end_region(self, name: str) -> list[Action]:
         """A region is gone: nobody may keep its memory. Jobs that lie in it are answered when they are read."""
+        for lease in [lease for worker in self._workers.values() for lease in worker.leases.values()]:
+            if lease.job and lease.job.image.place and lease.job.image.place.region == name:
+                lease.identity = self._identity(lease)  # while it can be had
         self.regions.remove(name)
         return [SendWorker(worker, CloseRegion(region=name)) for worker in self._workers]
 
@@ -328,7 +367,12 @@ class Broker:
         return []
 
     def finished(self, worker: str, message: Finished, payload: Frames, now: float) -> list[Action]:
-        job = self._end_lease(worker, message.lease, now)
+        lease = self._end_lease(worker, message.lease, now)
+        if lease is None:
+            return []
+        self._workers[worker].served = True
+        self._clear(self._suspicion(lease))
+        job = lease.job
         if job is None:
             return self._after_lease(worker, now)
         device = self._workers[worker].device
@@ -343,8 +387,8 @@ class Broker:
         return [SendClient(job.client, result, payload), *self._after_lease(worker, now)]
 
     def failed(self, worker: str, message: FailedLease, now: float) -> list[Action]:
-        job = self._end_lease(worker, message.lease, now)
-        answer = [] if job is None else self._fail(job, message.code, message.reason)
+        lease = self._end_lease(worker, message.lease, now)
+        answer = self._fail(lease.job, message.code, message.reason) if lease and lease.job else []
         return answer + self._after_lease(worker, now)
 
     def retire(self, worker: str) -> list[Action]:
@@ -355,30 +399,30 @@ class Broker:
         return self._stop_if_empty(self._workers[worker])
 
     def lose(self, worker: str, now: float, reason: str) -> list[Action]:
-        """A worker is gone: its jobs go back to the queue, or are answered when their attempts are spent."""
+        """A worker is gone: its jobs are tried again alone, or answered when their image is given up."""
+        counts = not self.holds_suspect(worker)
         holder = self._workers.pop(worker, None)
         if holder is None:
             return []
+        suspicions = self._suspect(holder, Death(holder.device, holder.served, counts), now)
         actions: list[Action] = []
         for lease in reversed(holder.leases.values()):
             job = lease.job
             if job is None:
                 continue
-            job.attempts += lease.started or job.suspect or len(holder.leases) == 1
+            job.attempts += lease.started or lease.alone or len(holder.leases) == 1
             job.losses += 1
             if self.tracing:
-                self._tell("suspected" if job.suspect else "requeued", job, reason=reason)
+                self._tell("suspected", job, reason=reason)
             job.worker, job.lease = None, 0
             self._clients[job.client].end_lease(job)
             if job.client == DURABLE:
                 actions.append(Losses(job.name, job.attempts, job.losses))
-            if not job.suspect:
-                self._waiting.put(job, first=True)
-                continue
             self._suspects.appendleft(job)
-            if job.attempts >= self.limits.max_attempts:
-                text = f"{reason}; this image was on a worker that died {job.attempts} times"
-                actions += self._fail(job, Code.WORKER_LOST, text)
+        self._recognise()
+        for suspicion in suspicions:
+            if suspicion.guilty(self.limits.max_attempts):
+                actions += self._give_up_image(suspicion, reason)
         return actions + self._assign(now)
 
     # -- time and state ---------------------------------------------------------------------------------------------
@@ -432,12 +476,15 @@ class Broker:
         account = self._clients.get(client)
         return {} if account is None else account.jobs
 
-    def _refusal(self, job: Job) -> Failed | None:
+    def _refusal(self, job: Job, now: float) -> Failed | None:
         refuse = functools.partial(_refused, job.name)
         size = job.payload_bytes
         unfit = self.unfit(job.name, job.image, size)
         if unfit:
             return unfit
+        job.suspicion = self.remembered.find(job.image, job.payload, now)
+        if job.suspicion and job.suspicion.given_up:
+            return refuse(Code.WORKER_LOST, f"this image {_told(job.suspicion, now)}")
         if not self._available:
             return refuse(Code.UNAVAILABLE, _NO_DEVICE, LONGEST_RETRY_S)
         if self.waiting_jobs >= self.limits.max_jobs:
@@ -487,6 +534,74 @@ class Broker:
         if self.tracing:
             self._tell("accepted", job)
 
+    def _put(self, job: Job) -> None:
+        """Where it waits."""
+        if job.suspect:
+            self._suspects.append(job)
+        else:
+            self._waiting.put(job)
+
+    def _identity(self, lease: HeldLease) -> Identity | None:
+        """What the image of this lease is known by."""
+        if lease.identity is None and lease.job is not None:
+            known = lease.job.suspicion
+            return known.identity if known else self.remembered.identify(lease.job.image, lease.job.payload)
+        return lease.identity
+
+    def _suspicion(self, lease: HeldLease) -> Suspicion | None:
+        """What is remembered of its image. No image is looked at for this: what comes and matches was told so."""
+        if lease.job is not None:
+            return lease.job.suspicion
+        return self.remembered.by_identity(lease.identity) if lease.identity else None
+
+    def _suspect(self, holder: Worker, death: Death, now: float) -> list[Suspicion]:
+        """Suspect all images that this dead worker held; each once."""
+        held: dict[int, tuple[Suspicion, bool]] = {}
+        for lease in holder.leases.values():
+            suspicion = self.remembered.keep(self._suspicion(lease) or Suspicion(self._identity(lease)), now)
+            if lease.job is not None:
+                lease.job.suspicion = suspicion
+            started = held.get(id(suspicion), (suspicion, False))[1]
+            held[id(suspicion)] = suspicion, started or lease.started or lease.alone
+        for suspicion, under_way in held.values():
+            suspicion.deaths.append(death)
+            suspicion.attempts += under_way or len(held) == 1
+        return [suspicion for suspicion, _ in held.values()]
+
+    def _recognise(self) -> None:
+        """Jobs with an image that is suspected by now are suspects, wherever they are."""
+        for job in [job for job in self._jobs() if not job.suspect]:
+            job.suspicion = self.remembered.known(job.image, job.payload)
+            if job.suspect and job.worker is None:
+                self._waiting.take(job)
+                self._suspects.append(job)
+
+    def _clear(self, suspicion: Suspicion | None) -> None:
+        """A worker has lived through this image."""
+        if suspicion is None:
+            return
+        self.remembered.clear(suspicion)
+        for job in [job for job in self._jobs() if job.suspicion is suspicion]:
+            job.suspicion, job.attempts, job.losses = None, 0, 0
+        for job in [job for job in reversed(self._suspects) if not job.suspect]:
+            self._suspects.remove(job)
+            self._waiting.put(job, first=True)
+
+    def _give_up_image(self, suspicion: Suspicion, reason: str) -> list[Action]:
+        """It has cost enough workers: answer all jobs with it, and say which devices are not to blame."""
+        suspicion.given_up = f"{reason}; it was on a worker that died {suspicion.losses} times"
+        text = (f"{reason}; this image was on a worker that died {suspicion.losses} times: it is given up, and may be "
+                f"tried again in {KEEP_S:g} s")  # fmt: skip
+        acquitted = [death for death in suspicion.deaths if death.counts and suspicion.proven]
+        for death in acquitted:
+            death.counts = False
+        return [*(Acquit(death.device) for death in acquitted), *self._answer_all(suspicion, text)]
+
+    def _answer_all(self, suspicion: Suspicion, reason: str) -> list[Action]:
+        """All jobs with this image, wherever they are."""
+        jobs = [job for job in self._jobs() if job.suspicion is suspicion]
+        return [action for job in jobs for action in self._fail(job, Code.WORKER_LOST, reason)]
+
     def _give_up(self, code: Code, reason: str) -> list[Action]:
         """Answer all that is here, but for what the spool has."""
         actions: list[Action] = []
@@ -511,13 +626,12 @@ class Broker:
         oldest = min(worker.progress, worker.heard) if worker.leases else worker.heard
         return oldest + self.limits.stall_s
 
-    def _end_lease(self, worker: str, number: int, now: float) -> Job | None:
+    def _end_lease(self, worker: str, number: int, now: float) -> HeldLease | None:
         holder = self._workers.get(worker)
         if holder is None:
             return None
         holder.progress = holder.heard = now
-        lease = holder.leases.pop(number, None)
-        return None if lease is None else lease.job
+        return holder.leases.pop(number, None)
 
     def _after_lease(self, worker: str, now: float) -> list[Action]:
         holder = self._workers.get(worker)
@@ -553,8 +667,9 @@ class Broker:
                 self._waiting.take(job)
         else:
             account.end_lease(job)
-            if job.lease in self._workers[job.worker].leases:
-                self._workers[job.worker].leases[job.lease].job = None
+            lease = self._workers[job.worker].leases.get(job.lease)
+            if lease is not None:
+                lease.identity, lease.job = self._identity(lease), None  # its worker may still die of it
                 actions.append(SendWorker(job.worker, Revoke(lease=job.lease)))
         job.payload = ()
         return actions
@@ -565,8 +680,10 @@ class Broker:
         actions: list[Action] = []
         open_workers = [worker for worker in self._workers.values() if not worker.retiring and not worker.alone]
         while self._suspects and (empty := [worker for worker in open_workers if not worker.leases]):
-            open_workers.remove(empty[0])
-            actions.append(self._lease(self._suspects.popleft(), empty[0], now))
+            suspect = self._suspects.popleft()
+            worker = min(empty, key=lambda worker: worker.device in _devices(suspect))
+            open_workers.remove(worker)
+            actions.append(self._lease(suspect, worker, now))
         if self._suspects and open_workers:
             open_workers.remove(min(open_workers, key=_load))  # is left to empty, for the next suspect
         while self._waiting:
@@ -598,7 +715,7 @@ class Broker:
         self._clients[job.client].lease(job)
         if not worker.leases:
             worker.progress = now
-        worker.leases[number] = HeldLease(job)
+        worker.leases[number] = HeldLease(job, alone=job.suspect)
         job.worker, job.lease, job.leased_at = worker.name, number, now
         if self.tracing:
             self._tell("leased", job)
@@ -622,9 +739,12 @@ class Broker:
         assert not any(job.suspect or job.worker for job in waiting), "a suspect waits among the others"
         assert all(job.suspect for job in self._suspects), "an innocent job is suspected"
         assert all(job.attempts < self.limits.max_attempts for job in everywhere), "attempts are miscounted"
+        self.remembered.check()
+        assert not any(job.suspicion and job.suspicion.given_up for job in everywhere), "what is given up is tried"
+        known = [self.remembered.known(job.image, job.payload) for job in everywhere if not job.suspect]
+        assert not any(known), "a suspect is taken for another image"
         for worker in self._workers.values():
-            suspects = [lease.job for lease in worker.leases.values() if lease.job and lease.job.suspect]
-            assert not suspects or len(worker.leases) == 1, "a suspect has company"
+            assert not worker.alone or len(worker.leases) == 1, "a suspect has company"
             for number, lease in worker.leases.items():
                 assert lease.job is None or (lease.job.worker, lease.job.lease) == (worker.name, number)
         live = {entry[2] for entry in self._deadlines if not entry[2].answered}
@@ -640,6 +760,16 @@ _NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, 
 
 def _refused(job: str, code: Code, reason: str, retry_after_s: float | None = None) -> Failed:
     return Failed(job=job, code=code, reason=reason, retry_after_s=retry_after_s)
+
+
+def _told(suspicion: Suspicion, now: float) -> str:
+    left_s = max(suspicion.until - now, 0.0)
+    return f"was given up: {suspicion.given_up}; it may be tried again in {math.ceil(left_s)} s"
+
+
+def _devices(job: Job) -> set[str]:
+    """On which workers died with its image."""
+    return job.suspicion.devices if job.suspicion else set()
 
 
 def _load(worker: Worker) -> float:

@@ -11,7 +11,7 @@ An image is a file's path (read here and sent), the bytes of an encoded image, a
 BGR order, or a `ServerPath`. A failed job raises `JobFailed` with one of `daemon.protocol.Code`.
 
 Trying again is safe: a job keeps its name and the socket its identity, so the daemon recognises a job that it still
-has and never runs it twice at once. What the daemon says may succeed later (`busy`, `worker-lost`, …) is tried again
+has and never runs it twice at once. What the daemon says may succeed later (`busy`, `unavailable`, …) is tried again
 after the time that it names, for as long as `timeout_s` allows; when the connection comes back, after a restart of the
 daemon say, what is unanswered is sent again. Nothing here imports torch, or numpy.
 

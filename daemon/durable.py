@@ -30,7 +30,6 @@ import msgspec
 
 from daemon.broker import SHARE, Broker, SendClient
 from daemon.broker import Action as BrokerAction
-from daemon.jobs import UNSTARTED_LOSSES
 from daemon.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit
 from daemon.spool_messages import (
     Answer,
@@ -56,6 +55,7 @@ from daemon.spool_messages import (
 
 RETRY_S = 1.0  # after which the spool may have room, or work again
 MOST_LOADS = 5  # of a job whose image cannot be read
+UNPROVEN_LOSSES = 3  # daemons that died with a job: then it is the reason, perhaps, rather than what they died of
 MOST_LOOKS = 1000  # questions to the spool at a time
 Action = BrokerAction | Request
 
@@ -145,11 +145,15 @@ class Durable:
             self._broker.outcomes[refusal.code] += 1
             return [SendClient(client, refusal)]
         image = payload()
+        if message.image.place:
+            message = msgspec.structs.replace(message, image=msgspec.structs.replace(message.image, place=None))
+        given_up = self._broker.given_up(message.job, message.image, image, now)
+        if given_up is not None:
+            self._broker.outcomes[given_up.code] += 1
+            return [SendClient(client, given_up)]
         job = Job(next(self._seq), message.job, client, message.priority, size, now, State.STORING)
         self._owe(job.submitters, client)
         self._add(job)
-        if message.image.place:
-            message = msgspec.structs.replace(message, image=msgspec.structs.replace(message.image, place=None))
         return [Store(_stored(job), message, image)]
 
     def fetch(self, client: bytes, message: Fetch) -> list[Action]:
@@ -288,7 +292,7 @@ class Durable:
         """A job that an earlier daemon left. If a worker had it, that worker is lost, as the broker counts it."""
         attempts, losses = stored.attempts, stored.losses
         if stored.leased:
-            attempts += attempts > 0 or losses >= UNSTARTED_LOSSES
+            attempts += attempts > 0 or losses >= UNPROVEN_LOSSES
             losses += 1
         job = Job(stored.seq, stored.name, stored.owner, stored.priority, stored.size, now, State.LOADING)
         job.attempts, job.losses = attempts, losses

@@ -222,8 +222,7 @@ class Exchange:
             self._give_back(job)
             job.by_socket, job.send_at = True, now
             return
-        final = message.code is Code.TIMEOUT or (message.code is Code.WORKER_LOST and isinstance(job.request, Fetch))
-        may_retry = message.code.retryable and not final
+        may_retry = message.code.retryable and message.code is not Code.TIMEOUT
         again_at = now + max(message.retry_after_s or 0.0, LEAST_RETRY_S)
         if may_retry and job.retries_left and again_at < job.give_up_at:
             job.retries_left -= 1

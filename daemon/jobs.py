@@ -8,8 +8,7 @@ from typing import Literal
 import msgspec
 
 from daemon.protocol import Frames, Image, Options
-
-UNSTARTED_LOSSES = 3
+from daemon.suspects import Suspicion
 
 What = Literal["accepted", "refused", "leased", "started", "requeued", "suspected", "answered", "failed", "dropped"]
 
@@ -32,10 +31,11 @@ class Job(msgspec.Struct, eq=False):
     lease: int = 0
     leased_at: float = 0.0
     answered: bool = False
+    suspicion: Suspicion | None = None  # of its image
 
     @property
     def suspect(self) -> bool:
-        return self.attempts > 0 or self.losses >= UNSTARTED_LOSSES
+        return self.suspicion is not None
 
     @property
     def payload_bytes(self) -> int:

@@ -43,6 +43,9 @@ server, below a root that its settings allow). An ``encoded`` or ``raw`` image t
 ``failed``
     ``job``, ``code`` (one of `Code`), ``reason``, and ``retry_after_s`` where trying again can help. A message that
     cannot be read is answered so too, with the job's name if it could be found and an empty one otherwise.
+    `worker-lost` is final: the broker itself has tried the image again, on another worker, and gives it up for ten
+    minutes. Until then whoever submits the same image is answered so at once, under whatever name; ``reason`` says
+    when it may be tried again.
 ``stats``
     ``stats``: the snapshot that ``daemon/stats.py`` describes.
 
@@ -114,7 +117,7 @@ class Code(StrEnum):
     BUSY = "busy"  # the queue is full: try again after `retry_after_s`
     TIMEOUT = "timeout"  # the deadline passed
     CANCELLED = "cancelled"
-    WORKER_LOST = "worker-lost"  # attempts spent
+    WORKER_LOST = "worker-lost"  # workers died with its image: the broker has tried it again, and given it up
     ENGINE_FAILED = "engine-failed"  # the engine raised
     UNAVAILABLE = "unavailable"  # no device can serve
     DRAINING = "draining"  # elsewhere, or later
@@ -125,7 +128,7 @@ class Code(StrEnum):
         return self in _RETRYABLE
 
 
-_RETRYABLE = {Code.BUSY, Code.TIMEOUT, Code.WORKER_LOST, Code.UNAVAILABLE, Code.DRAINING}
+_RETRYABLE = {Code.BUSY, Code.TIMEOUT, Code.UNAVAILABLE, Code.DRAINING}
 
 
 class ProtocolError(ValueError):

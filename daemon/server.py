@@ -90,7 +90,7 @@ class Server:
 
     def _open_traffic(self, owned: contextlib.ExitStack) -> None:
         sockets = self._sockets
-        self._traffic = traffic = Traffic(self.settings, sockets, self._stats, self._evict)
+        self._traffic = traffic = Traffic(self.settings, sockets, self._stats, self._evict, self._acquit)
         owned.callback(traffic.close)
         self._broker, self._durable = traffic.broker, traffic.durable
         self._watch(sockets.shared_memory.fileno(), traffic.on_shared_memory)
@@ -267,6 +267,9 @@ class Server:
             log.error("%s: aborted", action.reason, extra=about(slot=action.worker))
             self._supervise(actions)
 
+    def _acquit(self, action: broker.Acquit) -> None:
+        self._supervisor.acquit(action.device)
+
     # -- processes --------------------------------------------------------------------------------------------------
 
     def _supervise(self, actions: Iterable[supervisor.Action]) -> None:
@@ -390,6 +393,7 @@ class Server:
         self.settings = settings = basis.settings
         self._supervisor.drain_s = settings.drain_s
         self._traffic.adopt(settings)
+        self._broker.forget_suspects()
         self._stats.window_s = settings.window_s
         logs.configure(settings.log)
         if not settings.show_last_image:

@@ -137,8 +137,8 @@ class SharedMemory:
 
     def _read(self, peer: Peer) -> Iterator[Offered | Ended]:
         if peer.region:  # it has said all that it may: it is gone, or breaks the rules
+            yield Ended(peer.region)  # which may read from it a last time
             self._drop(peer)
-            yield Ended(peer.region)
             return
         if self._is_full():
             self._drop(peer)

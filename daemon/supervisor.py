@@ -15,7 +15,8 @@ ENDED     stopped for good: drained, or taken out     nothing
 
 A worker that has to go is first asked (`Stop`, through the broker's socket, so that it finishes what it holds), then
 aborted (SIGABRT, which dumps its stacks), then killed. Deaths in a row double the delay up to a longest one; after
-`give_up_after` of them the slot is FAILED. A worker that served for `stable_s` starts the count anew.
+`give_up_after` of them the slot is FAILED. A worker that served for `stable_s` starts the count anew. Deaths that an
+image is to blame for do not count: as far as that shows at once, they are `blameless`; else they are taken off later.
 
 A reload replaces workers one at a time: the next one is asked to stop when no slot is on its way. It is tried until a
 worker has become ready by the new settings. If a slot that had not failed before fails for good until then, they are
@@ -192,6 +193,12 @@ class Supervisor:
         if slot.state is State.FAILED and slot.was_up and self.trying:
             self.trying, self.refuted = False, f"{slot.name}: {slot.reason}"
         return self._replace_next(now)
+
+    def acquit(self, name: str) -> None:
+        """An image was to blame for a death that was counted: it was found out on a later one."""
+        slot = self.slots.get(name)
+        if slot is not None and slot.state is not State.FAILED:
+            slot.failures = max(slot.failures - 1, 0)
 
     def reload(self, devices: Iterable[str], restarts: Restarts, now: float) -> list[Action]:
         """Replace every worker, one at a time; add and take out slots as the device list says."""

@@ -37,14 +37,15 @@ REFUSED_S = 10.0  # between two lines about connections that were turned away
 class Traffic:
     """`broker` and `durable` are the cores; `snapshot` is what clients that ask for statistics get.
 
-    `evict` is called with a worker that hangs. Raises `SpoolError` when the spool cannot be opened; `close` it.
+    `evict` is called with a worker that hangs, `acquit` with a device that is not to blame. Raises `SpoolError` when the spool cannot be opened; `close` it.
     """
 
     def __init__(
-        self, settings: Settings, sockets: Sockets, stats: Stats, evict: Callable[[broker.Evict], None]
-    ) -> None:
+        self, settings: Settings, sockets: Sockets, stats: Stats, evict: Callable[[broker.Evict], None],
+        acquit: Callable[[broker.Acquit], None],
+    ) -> None:  # fmt: skip
         self.snapshot: dict[str, Any] = {}
-        self.broker = broker.Broker(_limits(settings))
+        self.broker = broker.Broker(_limits(settings), self._read_place)
         self.broker.tracing = settings.log.jobs
         self.durable = durable.Durable(self.broker, max_bytes=0)
         self.spool: Spool | None = None
@@ -52,6 +53,7 @@ class Traffic:
         self._sockets = sockets
         self._stats = stats
         self._evict = evict
+        self._acquit = acquit
         self._job_log = JobLog(settings.log.jobs)
         self._identities: Identities | None = None  # where keys are needed
         self._tell_refused_at = 0.0
@@ -158,6 +160,8 @@ class Traffic:
                         self.carry_out_durable(self.durable.leased(action.durable))
                 case broker.Evict():
                     self._evict(action)
+                case broker.Acquit():
+                    self._acquit(action)
                 case broker.Losses():
                     self.carry_out_durable(self.durable.lost(action.job, action.attempts, action.losses))
                 case broker.Returned():
@@ -172,7 +176,8 @@ class Traffic:
             match action:
                 case broker.SendClient() if action.client != broker.DURABLE:
                     self._send(action.client, action.message, action.payload)
-                case broker.SendClient() | broker.SendWorker() | broker.Evict() | broker.Losses() | broker.Returned():
+                case broker.SendClient() | broker.SendWorker() | broker.Evict() | broker.Acquit() \
+                    | broker.Losses() | broker.Returned():
                     self.carry_out([action])
                 case _:
                     assert self.spool is not None
@@ -227,7 +232,7 @@ class Traffic:
         def read() -> protocol.Frames:
             if place is None:
                 return payload
-            return [os.pread(self.broker.regions.opening(place.region).descriptor, place.bytes, place.offset)]
+            return [self._read_place(place, 0, place.bytes)]
 
         self.carry_out_durable(self.durable.submit(client, message, size, read, now))
 
@@ -258,6 +263,14 @@ class Traffic:
                     self._open_region(event)
                 case Ended():
                     self.carry_out(self.broker.end_region(event.region))
+
+    def _read_place(self, place: protocol.Place, start: int, end: int) -> bytes:
+        """These bytes of an image in shared memory. Raises `RegionError` when its region has ended."""
+        complaint = self.broker.regions.complaint(place)
+        if complaint:
+            raise RegionError(complaint)
+        descriptor = self.broker.regions.opening(place.region).descriptor
+        return os.pread(descriptor, end - start, place.offset + start)
 
     def _open_region(self, offered: Offered) -> None:
         name = secrets.token_hex(16)

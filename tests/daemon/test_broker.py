@@ -36,7 +36,7 @@ def submit(
     broker: Broker, job: str, now: float = 0.0, client: bytes = b"c", size: int = 10, **fields: Any
 ) -> list[Action]:
     message = Submit(job=job, image=Image(kind="encoded"), **fields)
-    actions = broker.submit(client, message, [b"x" * size], now)
+    actions = broker.submit(client, message, [job.encode().ljust(size, b"x")], now)  # an image of its own
     broker.check()
     return actions
 
@@ -77,7 +77,7 @@ def with_workers(broker: Broker, *names: str, window: int = 2) -> Broker:
 def test_a_job_is_leased_finished_and_answered(broker: Broker) -> None:
     with_workers(broker, "npu:0.1")
     [lease] = [a for a in submit(broker, "a") if isinstance(a, SendWorker)]
-    assert (lease.worker, lease.payload) == ("npu:0.1", [b"x" * 10])
+    assert (lease.worker, lease.payload) == ("npu:0.1", [b"axxxxxxxxx"])
     broker.started("npu:0.1", Started(leases=[lease.message.lease]), 0.5)  # type: ignore[union-attr]
     [answer] = finish(broker, "npu:0.1", lease.message.lease, now=2.0)  # type: ignore[union-attr]
     timings = {"device": 0.02, "queue": 0.0, "send": 1.98, "total": 2.0}

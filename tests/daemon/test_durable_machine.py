@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from daemon import broker, durable
 from daemon.broker import DURABLE, Broker, Limits, Losses, Returned, SendClient, SendWorker
 from daemon.durable import Durable, State
-from daemon.jobs import UNSTARTED_LOSSES
+from daemon.durable import UNPROVEN_LOSSES
 from daemon.protocol import (
     Accepted,
     Code,
@@ -442,7 +442,7 @@ def test_an_image_that_takes_the_daemon_down_is_given_up_in_the_end(first: bool)
     lives = 0
     while not machine.spool.usage.answers:
         lives += 1
-        assert lives <= (LIMITS.max_attempts if first else UNSTARTED_LOSSES + LIMITS.max_attempts) + 1
+        assert lives <= (LIMITS.max_attempts if first else UNPROVEN_LOSSES + LIMITS.max_attempts) + 1
         machine.ready(window=2)
         while machine.spool.asked:
             machine.disk(5)
