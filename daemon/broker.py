@@ -41,7 +41,7 @@ import heapq
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -254,7 +254,7 @@ class Broker:
         self._put(job)
         self._recognise()
         if job.suspicion and job.suspicion.given_up:
-            return self._answer_all(job.suspicion, f"this image {_told(job.suspicion, now)}")
+            return self._answer_all(job.suspicion, job.suspicion.reason(now))
         return self._assign(now)
 
     def withdraw(self, name: str, now: float) -> list[Action]:
@@ -273,11 +273,13 @@ class Broker:
         suspicion = self.remembered.find(image, payload, now)
         if suspicion is None or not suspicion.given_up:
             return None
-        return _refused(name, Code.WORKER_LOST, f"this image {_told(suspicion, now)}")
+        return _refused(name, Code.WORKER_LOST, suspicion.reason(now))
 
-    def forget_suspects(self) -> None:
-        """What workers died with may go well by new settings and weights. Those that wait are still tried alone."""
-        self.remembered.clear_all()
+    def forget_suspects(self, now: float) -> list[Action]:
+        """What workers died with may go well by new settings and weights."""
+        for suspicion in self.remembered:
+            self._clear(suspicion)
+        return self._assign(now)
 
     def unfit(self, name: str, image: Image, size: int) -> Failed | None:
         """Why this image of `size` bytes cannot be a job now, however much room there is."""
@@ -484,7 +486,7 @@ class Broker:
             return unfit
         job.suspicion = self.remembered.find(job.image, job.payload, now)
         if job.suspicion and job.suspicion.given_up:
-            return refuse(Code.WORKER_LOST, f"this image {_told(job.suspicion, now)}")
+            return refuse(Code.WORKER_LOST, job.suspicion.reason(now))
         if not self._available:
             return refuse(Code.UNAVAILABLE, _NO_DEVICE, LONGEST_RETRY_S)
         if self.waiting_jobs >= self.limits.max_jobs:
@@ -679,12 +681,12 @@ class Broker:
             return []
         actions: list[Action] = []
         open_workers = [worker for worker in self._workers.values() if not worker.retiring and not worker.alone]
-        while self._suspects and (empty := [worker for worker in open_workers if not worker.leases]):
-            suspect = self._suspects.popleft()
-            worker = min(empty, key=lambda worker: worker.device in _devices(suspect))
+        while (suspect := self._next_suspect()) and (empty := [w for w in open_workers if not w.leases]):
+            self._suspects.remove(suspect)
+            worker = self._elsewhere(suspect, empty)
             open_workers.remove(worker)
             actions.append(self._lease(suspect, worker, now))
-        if self._suspects and open_workers:
+        if suspect and open_workers:
             open_workers.remove(min(open_workers, key=_load))  # is left to empty, for the next suspect
         while self._waiting:
             free = [worker for worker in open_workers if len(worker.leases) < worker.window]
@@ -692,6 +694,20 @@ class Broker:
                 break
             actions.append(self._lease(self._waiting.next(), min(free, key=_load), now))
         return actions
+
+    def _next_suspect(self) -> Job | None:
+        """The first whose image no worker has: two that try one image could both die of it."""
+        if not self._suspects:
+            return None
+        leases = [lease for worker in self._workers.values() for lease in worker.leases.values()]
+        tried = [self._suspicion(lease) for lease in leases]
+        return next((job for job in self._suspects if job.suspicion not in tried), None)
+
+    def _elsewhere(self, suspect: Job, workers: Sequence[Worker]) -> Worker:
+        """One of these on a device that its image has not cost a worker yet, if there is one."""
+        assert suspect.suspicion
+        devices = suspect.suspicion.devices
+        return min(workers, key=lambda worker: worker.device in devices)
 
     def _lease_ahead(self, job: Job, now: float) -> list[Action]:
         """Give this job, which waits, the one place beyond a window, if it goes ahead of what is there."""
@@ -750,9 +766,12 @@ class Broker:
         live = {entry[2] for entry in self._deadlines if not entry[2].answered}
         assert live == set(everywhere), "a job has no deadline"
         open_workers = [w for w in self._workers.values() if not w.retiring and not w.alone]
-        assert not (self._suspects and any(not w.leases for w in open_workers)), "a suspect waits beside an idle worker"
+        suspect = self._next_suspect()
+        assert not (suspect and any(not w.leases for w in open_workers)), "a suspect waits beside an idle worker"
         free = [w for w in open_workers if len(w.leases) < w.window]
-        assert not waiting or len(free) <= bool(self._suspects), "a job waits although a window is free"
+        assert not waiting or len(free) <= bool(suspect), "a job waits although a window is free"
+        trials = [self._suspicion(lease) for w in self._workers.values() for lease in w.leases.values() if lease.alone]
+        assert len(trials) == len({id(trial) for trial in trials if trial}) + trials.count(None), "an image is tried twice at once"
 
 
 _NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, mend, then reload"
@@ -760,16 +779,6 @@ _NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, 
 
 def _refused(job: str, code: Code, reason: str, retry_after_s: float | None = None) -> Failed:
     return Failed(job=job, code=code, reason=reason, retry_after_s=retry_after_s)
-
-
-def _told(suspicion: Suspicion, now: float) -> str:
-    left_s = max(suspicion.until - now, 0.0)
-    return f"was given up: {suspicion.given_up}; it may be tried again in {math.ceil(left_s)} s"
-
-
-def _devices(job: Job) -> set[str]:
-    """On which workers died with its image."""
-    return job.suspicion.devices if job.suspicion else set()
 
 
 def _load(worker: Worker) -> float:

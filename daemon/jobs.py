@@ -10,7 +10,7 @@ import msgspec
 from daemon.protocol import Frames, Image, Options
 from daemon.suspects import Suspicion
 
-What = Literal["accepted", "refused", "leased", "started", "requeued", "suspected", "answered", "failed", "dropped"]
+What = Literal["accepted", "refused", "leased", "started", "suspected", "answered", "failed", "dropped"]
 
 
 class Job(msgspec.Struct, eq=False):

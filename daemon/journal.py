@@ -4,9 +4,10 @@ Lines of JSON in ``journal.jsonl`` beside results.json. The first says which ima
 and which options; the others what came of an image, named by its place among those from 0:
 
     {"image": 3, "stamp": [bytes, mtime in ns], "device": "npu:0", "detections": [...]}
-    {"image": 4, "code": "bad-image", "reason": "..."}
+    {"image": 4, "stamp": [bytes, mtime in ns], "code": "bad-image", "reason": "..."}
     {"image": 3, "overlay": true}
 
+An image that was answered `worker-lost` is done, as one with a result is: the daemon has tried it again itself.
 A later line of an image counts more, a damaged one not at all. Each line is given to the kernel at once, so that it
 outlives this process, and to the disk once a second, so that a power failure costs the last second. A last line that is
 torn is taken off before more is written. One program at a time holds the journal, by a lock on it.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from daemon.program import OutputError, UsageError
+from daemon.protocol import Code
 
 VERSION = 1
 SYNC_S = 1.0
@@ -41,6 +43,15 @@ class Answer:
     detections: list[dict[str, Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An image that has no segmentation."""
+
+    stamp: Stamp
+    code: str
+    reason: str
+
+
 @dataclass(slots=True)
 class Contents:
     """What a journal says of its images, by place."""
@@ -48,7 +59,7 @@ class Contents:
     images: list[tuple[str, int]]  # file name, id
     options: dict[str, Any]
     answers: dict[int, Answer] = field(default_factory=dict)
-    failed: set[int] = field(default_factory=set)
+    failed: dict[int, Failed] = field(default_factory=dict)
     drawn: set[int] = field(default_factory=set)
 
     @property
@@ -101,11 +112,11 @@ class Journal:
         """Keep an answer. Raises `OutputError`, as all that write here."""
         self._write({"image": place, "stamp": image, "device": device, "detections": detections})
         self.contents.answers[place] = Answer(image, device, detections)
-        self.contents.failed.discard(place)
+        self.contents.failed.pop(place, None)
 
-    def failed(self, place: int, code: str, reason: str) -> None:
-        self._write({"image": place, "code": code, "reason": reason})
-        self.contents.failed.add(place)
+    def failed(self, place: int, image: Stamp, code: str, reason: str) -> None:
+        self._write({"image": place, "stamp": image, "code": code, "reason": reason})
+        self.contents.failed[place] = Failed(image, code, reason)
 
     def drew(self, place: int) -> None:
         """The image's overlay is whole."""
@@ -222,13 +233,13 @@ def _add(contents: Contents, tree: Any) -> None:
     place = int(tree["image"])
     if not 0 <= place < len(contents.images):
         raise ValueError(place)
+    image = (int(tree["stamp"][0]), int(tree["stamp"][1])) if tree.get("stamp") else None
     if "detections" in tree:
-        image = tree["stamp"] and (int(tree["stamp"][0]), int(tree["stamp"][1]))
         contents.answers[place] = Answer(image, str(tree["device"]), list(tree["detections"]))
-        contents.failed.discard(place)
+        contents.failed.pop(place, None)
         contents.drawn.discard(place)
     elif "code" in tree:
-        contents.failed.add(place)
+        contents.failed[place] = Failed(image, str(tree["code"]), str(tree["reason"]))
         contents.answers.pop(place, None)
     elif tree["overlay"]:
         contents.drawn.add(place)
@@ -238,4 +249,11 @@ def unchanged(contents: Contents, paths: Sequence[Path]) -> Iterator[int]:
     """Places of the images that are answered as they are now."""
     for place, answer in sorted(contents.answers.items()):
         if answer.stamp == stamp(paths[place]):
+            yield place
+
+
+def given_up(contents: Contents, paths: Sequence[Path]) -> Iterator[int]:
+    """Places of the images that the daemon gave up as they are now."""
+    for place, failed in sorted(contents.failed.items()):
+        if failed.code == Code.WORKER_LOST and failed.stamp is not None and failed.stamp == stamp(paths[place]):
             yield place

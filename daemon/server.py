@@ -393,7 +393,7 @@ class Server:
         self.settings = settings = basis.settings
         self._supervisor.drain_s = settings.drain_s
         self._traffic.adopt(settings)
-        self._broker.forget_suspects()
+        self._traffic.carry_out(self._broker.forget_suspects(time.monotonic()))
         self._stats.window_s = settings.window_s
         logs.configure(settings.log)
         if not settings.show_last_image:

@@ -9,8 +9,10 @@ Leaves in --out an overlay for each image (NAME.jpg), results.json, the list of 
 every answer as it came. Images are files, folders (the images right in them) and quoted globs (** goes into folders).
 
 --resume continues a run that ended early, however it did: the same images and options again. What is answered is not
-submitted again, unless its file was changed since; failed images are tried again, missing overlays drawn. Where there
-is nothing to continue it begins. Without it a run begins anew, but never over answers of an unfinished one.
+submitted again, unless its file was changed since; failed images are tried again, missing overlays drawn; but not an
+image that failed as worker-lost: workers died with it, and the daemon has tried it again itself. It stays failed
+unless --retry-lost is given too. Where there is nothing to continue it begins. Without --resume a run begins anew, but
+never over answers of an unfinished one.
 
 Exit codes: 0 all done · 1 an image failed, listed at the end · 2 wrong arguments · 3 no daemon · 4 --out cannot be
 written, as on a full disk · 130 Ctrl-C. Once images were submitted results.json is written however the run ends, with
@@ -38,8 +40,9 @@ from rich.text import Text
 
 from daemon import overlay, photographs, program
 from daemon.client import Client, JobFailed, Segmentation
-from daemon.journal import Journal, Stamp, stamp, unchanged
+from daemon.journal import Journal, Stamp, given_up, stamp, unchanged
 from daemon.program import Failure, Interruptible, OutputError, UsageError
+from daemon.protocol import Code
 from daemon.sources import Source, plan
 
 JOURNAL = "journal.jsonl"
@@ -65,7 +68,7 @@ class Run:
         self.seconds = time.monotonic() - self.started
         if isinstance(answer, JobFailed):
             self.failures.append(Failure(source.path, answer.code.value, answer.reason))
-            self.journal.failed(source.place, answer.code.value, answer.reason)
+            self.journal.failed(source.place, stamp, answer.code.value, answer.reason)
             return
         self.journal.answered(source.place, stamp, answer.device, answer.detections)
         self.images[answer.device] += 1
@@ -75,6 +78,11 @@ class Run:
         """What the journal has of it."""
         self.before += 1
         self._keep(source, self.journal.contents.answers[source.place].detections)
+
+    def recall_failure(self, source: Source) -> None:
+        """What the journal has of it."""
+        failed = self.journal.contents.failed[source.place]
+        self.failures.append(Failure(source.path, failed.code, failed.reason))
 
     def _keep(self, source: Source, detections: list[dict[str, Any]]) -> None:
         named = {"image_id": source.image_id, "file_name": source.file_name}
@@ -111,7 +119,7 @@ def _main(arguments: argparse.Namespace) -> int:
     journal = Journal(arguments.out / JOURNAL, images, _options(arguments))
     with journal.open(resume=arguments.resume, anew=arguments.anew):
         run = Run(journal)
-        left = _recall(run, sources)
+        left = _recall(run, sources, retry_lost=arguments.retry_lost)
         if left:
             with program.connect(arguments) as client:
                 submit(client, run, sources, left, arguments)
@@ -130,12 +138,16 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("score_threshold", "max_detections", "mask_format")}
 
 
-def _recall(run: Run, sources: Sequence[Source]) -> list[Source]:
+def _recall(run: Run, sources: Sequence[Source], *, retry_lost: bool) -> list[Source]:
     """Take over what the journal has; returns what is left to submit."""
-    answered = set(unchanged(run.journal.contents, [source.path for source in sources]))
+    contents, paths = run.journal.contents, [source.path for source in sources]
+    answered = set(unchanged(contents, paths))
+    lost = set() if retry_lost else set(given_up(contents, paths))
     for place in answered:
         run.recall(sources[place])
-    return [source for source in sources if source.place not in answered]
+    for place in sorted(lost):
+        run.recall_failure(sources[place])
+    return [source for source in sources if source.place not in answered | lost]
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
@@ -295,6 +307,9 @@ def _tell(run: Run, sources: Sequence[Source]) -> None:
         console.print("[yellow]interrupted: what was not answered is cancelled; --resume goes on from here")
     elif any(failure.code == "no-answer" for failure in run.failures):
         console.print("[yellow]--resume goes on from here when a daemon answers again")
+    if any(failure.code == Code.WORKER_LOST for failure in run.failures):
+        console.print("[yellow]worker-lost is final: --resume alone leaves such an image, --resume --retry-lost tries it "
+                      "again")
     if run.trouble:
         done = len(run.journal.contents.answers)
         print(f"submit: cannot write {run.trouble}: stopped. {done} of {len(sources)} images are done and kept in the "
@@ -314,8 +329,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue a run that ended early")
     again.add_argument("--anew", action="store_true", help="begin anew although --out holds an unfinished run")
+    parser.add_argument("--retry-lost", action="store_true", help="with --resume: images that failed as worker-lost, too")
     parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="only results.json")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.retry_lost and not arguments.resume:
+        parser.error("--retry-lost: only with --resume")
+    return arguments
 
 
 if __name__ == "__main__":

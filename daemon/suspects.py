@@ -15,8 +15,9 @@ No clock, no file, no socket: `read` gives bytes that lie in shared memory.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -70,6 +71,11 @@ class Suspicion(msgspec.Struct, eq=False):
         """Deaths of a worker that held it."""
         return len(self.deaths)
 
+    def reason(self, now: float) -> str:
+        """Why it is not tried, once it was given up."""
+        left_s = math.ceil(max(self.until - now, 0.0))
+        return f"this image was given up: {self.given_up}; it may be tried again in {left_s} s"
+
     @property
     def proven(self) -> bool:
         """Whether the devices work, so that it must be the image: they did before, or it died on more than one."""
@@ -89,8 +95,8 @@ class Suspects:
         self._sizes: Counter[_Size] = Counter()
         self._samples: Counter[tuple[_Size, bytes]] = Counter()
 
-    def __len__(self) -> int:
-        return len(self._suspicions)
+    def __iter__(self) -> Iterator[Suspicion]:
+        yield from list(self._suspicions.values())
 
     def find(self, image: Image, payload: Frames, now: float) -> Suspicion | None:
         """What is remembered of this image."""
@@ -149,11 +155,6 @@ class Suspects:
         del self._suspicions[identity.digest]
         _less(self._sizes, identity.size)
         _less(self._samples, (identity.size, identity.samples))
-
-    def clear_all(self) -> None:
-        """Forget all: workers are others now, and may do what these did not."""
-        for suspicion in list(self._suspicions.values()):
-            self.clear(suspicion)
 
     def _expire(self, now: float) -> None:
         while self._suspicions and (oldest := next(iter(self._suspicions.values()))).until <= now:

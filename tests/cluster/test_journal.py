@@ -58,10 +58,10 @@ def test_a_result_counts_more_than_a_failure_and_a_changed_file_is_not_done(run)
     assert {place: entry.code for place, entry in found.items()} == {0: None, 1: None}
 
 
-@pytest.mark.parametrize("code", [Code.WORKER_LOST, Code.ENGINE_FAILED])
-def test_what_may_go_better_next_time_is_not_final(run, code) -> None:
+@pytest.mark.parametrize(("code", "final"), [(Code.WORKER_LOST, True), (Code.ENGINE_FAILED, False)])
+def test_what_may_go_better_next_time_is_not_final(run, code, final) -> None:
     Part(run, "a").write(line(0, code=code))
-    assert not journal.index(run, {0: STAMP})[0].final
+    assert journal.index(run, {0: STAMP})[0].final is final
 
 
 def test_a_run_in_a_folder_is_resumed_thrown_away_or_refused(run, tmp_path) -> None:

@@ -350,7 +350,7 @@ def test_nobody_there_is_a_timeout_error(tmp_path: Path) -> None:
             list(client.map([b"x"] * 2000, window=1500, on_error="return"))
 
 
-@pytest.mark.parametrize("code", [Code.BUSY, Code.WORKER_LOST, Code.UNAVAILABLE, Code.DRAINING])
+@pytest.mark.parametrize("code", [Code.BUSY, Code.UNAVAILABLE, Code.DRAINING])
 def test_what_may_succeed_later_is_tried_again_after_the_hint(peer: Peer, code: Code) -> None:
     with Client(peer.endpoint, timeout_s=10) as client:
         result = in_thread(lambda: client.segment(b"x"))
@@ -365,8 +365,8 @@ def test_what_may_succeed_later_is_tried_again_after_the_hint(peer: Peer, code: 
 
 @pytest.mark.parametrize(
     "code",
-    [Code.BAD_REQUEST, Code.BAD_IMAGE, Code.TOO_LARGE, Code.TIMEOUT, Code.CANCELLED, Code.ENGINE_FAILED,
-     Code.UNAUTHORISED],
+    [Code.BAD_REQUEST, Code.BAD_IMAGE, Code.TOO_LARGE, Code.TIMEOUT, Code.CANCELLED, Code.WORKER_LOST,
+     Code.ENGINE_FAILED, Code.UNAUTHORISED],
 )  # fmt: skip
 def test_what_cannot_succeed_later_is_not_tried_again(peer: Peer, code: Code) -> None:
     with Client(peer.endpoint, timeout_s=10) as client:

@@ -1,16 +1,21 @@
-"""Broker and supervisor together under generated histories, played as `daemon/server.py` plays them.
+"""Broker, supervisor and clients' exchanges together under generated histories, as `daemon/server.py` plays them.
 
-The machine is clients, processes and time. Processes load, serve, hang, die of images and of nothing, answer late; a
-device may be gone for good. After each step both cores' `check()` holds and what one knows agrees with the other and
-with the processes; at the end everything that is owed has had exactly one answer.
+The machine is clients, processes and time. Two clients are `Exchange`s, as `Client` has them: what they try again is
+their decision. The third is bare: it says what it likes, and submits what failed again under another name. What they
+say and hear goes through the wire's bytes. Processes load, serve, hang, die of images and of nothing, answer late; a
+device may be gone for good. After each step all cores' `check()` holds and what one knows agrees with the other and
+with the processes; no poison image has cost more workers than `max_attempts`, however often it came. At the end
+everything that is owed has had exactly one answer.
 
 To add an event, add a `@rule`: play the part of the outside, and give what a core answers to `broker_does` or
 `supervisor_does`. What must hold after any step goes into `holds`, what must come of it in the end into `teardown`.
 """
 from __future__ import annotations
 
+import math
 import signal
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,9 +24,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from daemon import broker as broker_module
+from daemon import exchange, protocol
 from daemon import supervisor as supervisor_module
-from daemon.broker import Broker, Evict, Limits, SendClient, SendWorker
+from daemon.broker import Acquit, Broker, Evict, Limits, SendClient, SendWorker
+from daemon.connection import RETRIES
+from daemon.exchange import Exchange, JobFailed, Segmentation
 from daemon.protocol import (
+    FROM_CLIENT,
     Cancel,
     Code,
     Failed,
@@ -29,6 +38,7 @@ from daemon.protocol import (
     Finished,
     Image,
     Lease,
+    Options,
     Result,
     Revoke,
     Started,
@@ -47,9 +57,10 @@ RESTARTS = Restarts(
 )
 DRAIN_S = 10.0
 DEVICES = ("npu:0", "npu:1")
-REFUSALS = {Code.BUSY, Code.TOO_LARGE, Code.DRAINING, Code.UNAVAILABLE}
+TIMEOUT_S = 15.0  # of the exchanges
+REFUSALS = {Code.BUSY, Code.TOO_LARGE, Code.DRAINING, Code.UNAVAILABLE, Code.WORKER_LOST}
 
-client = st.sampled_from(["a", "b"])
+client = st.sampled_from(["a", "b", "bare"])
 pick = st.integers(0, 5)
 
 
@@ -62,7 +73,7 @@ class Process:
     bootable: bool = True  # by its settings
     loading: bool = True
     hung: bool = False
-    held: dict[int, str] = field(default_factory=dict)  # lease: job
+    held: dict[int, bytes] = field(default_factory=dict)  # lease: image
     started: set[int] = field(default_factory=set)
     told_to_stop: bool = False
 
@@ -87,12 +98,15 @@ class DaemonMachine(RuleBasedStateMachine):
         self.broker = Broker(LIMITS)
         self.supervisor = Supervisor(DEVICES, RESTARTS, DRAIN_S)
         self.processes: dict[str, Process] = {}
-        self.owed: set[tuple[str, str]] = set()  # client, job: accepted, unanswered
-        self.sizes: dict[str, int] = {}  # of jobs, in bytes
+        self.exchanges = {name: Exchange(RETRIES, TIMEOUT_S) for name in ("a", "b")}
+        self.asked: list[exchange.Job] = []  # of the exchanges, that are to have an answer
+        self.owed: dict[tuple[str, str], bytes] = {}  # client, job: accepted, unanswered; their images
+        self.lost: list[bytes] = []  # images of the bare client that failed
+        self.killed: Counter[bytes] = Counter()  # workers, by poison images since the last reload
+        self.died_with: Counter[bytes] = Counter()  # workers that died of whatever, by images that they held
         self.gone: set[str] = set()  # devices on which nothing can start
         self.basis = self.before = Basis(DEVICES, bootable=True)
         self.served_before = False  # one of the wanted devices, when the last reload came
-        self.poison: set[str] = set()  # jobs that kill whoever starts them
         self.seen: list[tuple[str, int]] = []  # every lease there was
         self.jobs = 0
         self.draining_until: float | None = None
@@ -104,15 +118,15 @@ class DaemonMachine(RuleBasedStateMachine):
     def broker_does(self, actions: list[broker_module.Action]) -> None:
         for action in actions:
             match action:
-                case SendClient(to, Result() | Failed() as answer):
+                case SendClient(to, Result() | Failed() as answer, payload):
                     key = (to.decode(), answer.job)
                     assert key in self.owed, f"{answer} answers nothing that is owed"
-                    self.owed.remove(key)
+                    self.hears(key, self.owed.pop(key), answer, payload)
                 case SendWorker(worker, Lease() as lease, payload):
                     process = self.processes[worker]
                     assert not process.told_to_stop, "a lease for a worker that was told to stop"
                     assert lease.alone <= (not process.held), "a suspect in company"
-                    process.held[lease.lease] = bytes(payload[0]).decode().strip()
+                    process.held[lease.lease] = bytes(payload[0])
                     self.seen.append((worker, lease.lease))
                 case SendWorker(worker, Revoke(lease=number)):
                     assert number in self.processes[worker].held, "revoked what the worker does not hold"
@@ -123,6 +137,8 @@ class DaemonMachine(RuleBasedStateMachine):
                     process = self.processes[worker]
                     evicted = self.supervisor.evict(process.device, process.generation, reason, self.now)
                     self.supervisor_does(evicted)
+                case Acquit(device):
+                    self.supervisor.acquit(device)
 
     def supervisor_does(self, actions: list[supervisor_module.Action]) -> None:
         for action in actions:
@@ -141,6 +157,7 @@ class DaemonMachine(RuleBasedStateMachine):
     def end(self, process: Process, code: int) -> None:
         """Its process is gone: as `Server._reap`."""
         del self.processes[process.name]
+        self.died_with.update(set(process.held.values()))
         blameless = self.broker.holds_suspect(process.name)
         actions = self.supervisor.exited(process.device, process.generation, f"{code}", code, blameless, self.now)
         self.broker_does(self.broker.lose(process.name, self.now, "died"))
@@ -150,6 +167,8 @@ class DaemonMachine(RuleBasedStateMachine):
         """As `Server._follow`."""
         if self.supervisor.refuted:
             self.basis = self.before
+            self.killed.clear()
+            self.broker_does(self.broker.forget_suspects(self.now))
             self.supervisor_does(self.supervisor.undo(self.basis.devices, RESTARTS, self.now))
         hopeless = self.supervisor.hopeless and not self.supervisor.draining
         if hopeless == self.told_available:
@@ -164,35 +183,70 @@ class DaemonMachine(RuleBasedStateMachine):
 
     def let_pass(self, seconds: float) -> None:
         self.now += seconds
+        self.exchanges_send()
         self.broker_does(self.broker.expire(self.now))
         self.supervisor_does(self.supervisor.expire(self.now))
         self.follow()
 
     # -- clients ----------------------------------------------------------------------------------------------------
 
-    @rule(client=client, size=st.sampled_from([5, 20, 35]), deadline_s=st.sampled_from([None, 3.0]),
-          poison=st.sampled_from([False, False, True]), priority=st.sampled_from([0, 1]))  # fmt: skip
-    def submit(self, client: str, size: int, deadline_s: float | None, poison: bool, priority: int) -> None:
+    @rule(client=client, size=st.sampled_from([10, 20, 35]), deadline_s=st.sampled_from([None, 3.0]),
+          poison=st.sampled_from([0, 0, 1, 2]), priority=st.sampled_from([0, 1]))  # fmt: skip
+    def submit(self, client: str, size: int, deadline_s: float | None, poison: int, priority: int) -> None:
+        """Good images are all different; there are few that are poison, and they come again and again."""
         self.jobs += 1
-        job = f"j{self.jobs}"
-        self.sizes[job] = size
-        if poison:
-            self.poison.add(job)
-        message = Submit(job=job, image=Image(kind="encoded"), deadline_s=deadline_s, priority=priority)
-        actions = self.broker.submit(client.encode(), message, [job.ljust(size).encode()], self.now)
+        image = f"poison {poison}".encode() if poison else f"{self.jobs}".encode().ljust(size)
+        if client in self.exchanges:
+            added = self.exchanges[client].add(image, deadline_s, priority, Options(), self.now)
+            self.asked.append(added)
+            self.exchanges_send()
+            return
+        message = Submit(job=f"j{self.jobs}", image=Image(kind="encoded"), deadline_s=deadline_s, priority=priority)
+        self.says(client, protocol.encode(message, [image]))
+
+    @precondition(lambda self: self.lost)
+    @rule(pick=pick)
+    def insist(self, pick: int) -> None:
+        """The bare client knows better than the daemon."""
+        self.jobs += 1
+        image = self.lost[-1 - pick % len(self.lost)]
+        self.says("bare", protocol.encode(Submit(job=f"j{self.jobs}", image=Image(kind="encoded")), [image]))
+
+    def exchanges_send(self) -> None:
+        for client, each in self.exchanges.items():
+            for frames in each.due(self.now):
+                self.says(client, frames)
+
+    def says(self, client: str, frames: list[bytes]) -> None:
+        """A client submits: as `Traffic.read_clients`."""
+        message: protocol.FromClient
+        message, [image] = protocol.decode(frames, FROM_CLIENT)
+        assert isinstance(message, Submit)
+        actions = self.broker.submit(client.encode(), message, [image], self.now)
         match actions:
-            case [SendClient(_, Failed(job=refused, code=code))] if refused == job and code in REFUSALS:
+            case [SendClient(_, Failed(code=code) as refusal)] if refusal.job == message.job and code in REFUSALS:
+                self.hears((client, message.job), image, refusal, ())
                 return
         assert self.draining_until is None
         assert self.told_available
-        self.owed.add((client, job))
+        self.owed[client, message.job] = image
         self.broker_does(actions)
 
-    @rule(client=client, count=st.integers(2, 8), size=st.sampled_from([5, 20]))
-    def submit_many(self, client: str, count: int, size: int) -> None:
-        """Until there is no room, perhaps."""
+    def hears(self, key: tuple[str, str], image: bytes, answer: Result | Failed, payload: protocol.Frames) -> None:
+        lost = isinstance(answer, Failed) and answer.code is Code.WORKER_LOST
+        assert not lost or self.died_with[image] >= LIMITS.max_attempts, f"{image!r} is given up without a reason"
+        client, job = key
+        if client in self.exchanges:
+            self.exchanges[client].receive(protocol.encode(answer, payload), self.now)
+            assert not (lost and job in self.exchanges[client].jobs), "a client tries again what the broker gave up"
+        elif isinstance(answer, Failed):
+            self.lost.append(image)
+
+    @rule(client=client, count=st.integers(2, 8), size=st.sampled_from([5, 20]), poison=st.sampled_from([0, 0, 0, 1]))
+    def submit_many(self, client: str, count: int, size: int, poison: int) -> None:
+        """Until there is no room, perhaps; the same poison image under many names, perhaps."""
         for _ in range(count):
-            self.submit(client, size, None, False, 0)
+            self.submit(client, size, None, poison, 0)
 
     def some_job(self, pick: int) -> tuple[str, str]:
         return sorted(self.owed)[pick % len(self.owed)]
@@ -212,10 +266,24 @@ class DaemonMachine(RuleBasedStateMachine):
         assert (client, job) not in self.owed
 
     @precondition(lambda self: self.owed)
+    @rule(pick=pick)
+    def stops_waiting(self, pick: int) -> None:
+        """As a `Client` whose `timeout_s` is over."""
+        client, job = self.some_job(pick)
+        if client in self.exchanges:
+            self.exchanges[client].drop(job)
+            self.asked = [each for each in self.asked if each.name != job]
+        self.broker_does(self.broker.cancel(client.encode(), Cancel(job=job), self.now))
+
+    @precondition(lambda self: self.owed)
     @rule(client=client)
     def client_gone(self, client: str) -> None:
-        self.owed = {key for key in self.owed if key[0] != client}
+        """With an exchange its connection: it sends what is unanswered again."""
+        self.owed = {key: image for key, image in self.owed.items() if key[0] != client}
         self.broker_does(self.broker.client_gone(client.encode(), self.now))
+        if client in self.exchanges:
+            self.exchanges[client].reconnected(self.now)
+            self.exchanges_send()
 
     # -- workers ----------------------------------------------------------------------------------------------------
 
@@ -251,18 +319,22 @@ class DaemonMachine(RuleBasedStateMachine):
         process, number = self.some_lease(pick)
         process.started.add(number)
         self.broker_does(self.broker.started(process.name, Started(leases=[number]), self.now))
-        if process.held[number] in self.poison:
-            self.end(process, -signal.SIGKILL)
+        if process.held[number].startswith(b"poison"):
+            self.dies_of(process, process.held[number])
+
+    def dies_of(self, process: Process, image: bytes) -> None:
+        self.killed[image] += 1
+        self.end(process, -signal.SIGKILL)
 
     def ends_lease(self, process: Process, number: int) -> None:
         """With a result; a poison image has none."""
-        job = process.held[number]
-        if job in self.poison:
-            self.end(process, -signal.SIGSEGV)
+        image = process.held[number]
+        if image.startswith(b"poison"):
+            self.dies_of(process, image)
             return
         del process.held[number]
         message = Finished(lease=number, width=1, height=1, timings={})
-        self.broker_does(self.broker.finished(process.name, message, [b"r"], self.now))
+        self.broker_does(self.broker.finished(process.name, message, [b"\x90"], self.now))
 
     @precondition(lambda self: self.alive(held=True))
     @rule(pick=pick)
@@ -285,7 +357,7 @@ class DaemonMachine(RuleBasedStateMachine):
         process = self.processes.get(worker)
         if process is None or number not in process.held:
             message = Finished(lease=number, width=1, height=1, timings={})
-            self.broker_does(self.broker.finished(worker, message, [b"r"], self.now))
+            self.broker_does(self.broker.finished(worker, message, [b"\x90"], self.now))
 
     @precondition(lambda self: self.alive())
     @rule(pick=pick, code=st.sampled_from([-9, -11, 0, 3, 70, EXIT_CANNOT_BOOT]))
@@ -350,6 +422,8 @@ class DaemonMachine(RuleBasedStateMachine):
         self.basis = Basis(devices, bootable)
         slots = [self.supervisor.slots[device] for device in devices if device in self.supervisor.slots]
         self.served_before = any(slot.state is State.READY for slot in slots)
+        self.killed.clear()
+        self.broker_does(self.broker.forget_suspects(self.now))
         self.supervisor_does(self.supervisor.reload(devices, RESTARTS, self.now))
 
     @precondition(lambda self: self.draining_until is None)
@@ -368,8 +442,9 @@ class DaemonMachine(RuleBasedStateMachine):
         self.broker.check()
         self.supervisor.check()
         assert self.broker.unanswered == len(self.owed)
+        assert max(self.killed.values(), default=0) <= LIMITS.max_attempts, "one image costs more workers than it may"
         for client in {client for client, _ in self.owed}:
-            sizes = [self.sizes[job] for owner, job in self.owed if owner == client]
+            sizes = [len(image) for (owner, _), image in self.owed.items() if owner == client]
             assert (len(sizes) <= 5, sum(sizes) <= 70) == (True, True), f"{client} has more than one client may"
         assert self.broker.leased == sum(len(process.held) for process in self.processes.values())
         running = {f"{s.name}.{s.generation}" for s in self.supervisor.slots.values() if s.running}
@@ -388,6 +463,9 @@ class DaemonMachine(RuleBasedStateMachine):
             self.all_work()
             self.holds()
         assert not self.owed, f"never answered: {self.owed}"
+        for job in self.asked:
+            assert isinstance(job.answer, Segmentation | JobFailed), f"{job} waits for ever"
+        assert all(each.next_send() == math.inf for each in self.exchanges.values())
         assert not self.supervisor.reloading, f"a reload that stopped half-way: {self.supervisor.slots}"
         if self.draining_until is not None:
             assert self.supervisor.ended, self.supervisor.slots

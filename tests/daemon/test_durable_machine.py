@@ -21,8 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from daemon import broker, durable
 from daemon.broker import DURABLE, Broker, Limits, Losses, Returned, SendClient, SendWorker
-from daemon.durable import Durable, State
-from daemon.durable import UNPROVEN_LOSSES
+from daemon.durable import UNPROVEN_LOSSES, Durable, State
 from daemon.protocol import (
     Accepted,
     Code,
@@ -120,7 +119,7 @@ class DurableMachine(RuleBasedStateMachine):
                     self.carry_out(self.durable.lost(action.job, action.attempts, action.losses))
                 case Returned():
                     self.carry_out(self.durable.returned(action.job))
-                case SendWorker() | broker.Evict():
+                case SendWorker() | broker.Evict() | broker.Acquit():
                     pass
                 case _:
                     self.spool.ask(action)

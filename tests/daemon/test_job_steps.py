@@ -15,9 +15,8 @@ LIMITS = Limits(max_jobs=4, max_bytes=1 << 20, max_image_bytes=100, max_attempts
 ENDS = {"answered", "failed", "dropped"}
 FOLLOWS = {  # a step: what may come next
     "accepted": {"leased", *ENDS},
-    "leased": {"started", "requeued", "suspected", *ENDS},
-    "started": {"requeued", "suspected", *ENDS},
-    "requeued": {"leased", *ENDS},
+    "leased": {"started", "suspected", *ENDS},
+    "started": {"suspected", *ENDS},
     "suspected": {"leased", *ENDS},
 }
 
@@ -43,7 +42,7 @@ class Host:
         self.take(self.broker.ready(f"w.{self.lives}", "npu:0", 2, self.now))
 
     def submit(self, client: bytes, name: str, size: int = 10) -> None:
-        self.take(self.broker.submit(client, Submit(job=name, image=Image(kind="encoded")), [bytes(size)], self.now))
+        self.take(self.broker.submit(client, Submit(job=name, image=Image(kind="encoded")), [f"{client!r} {name}".encode().ljust(size)], self.now))
 
     def stories(self) -> dict[tuple[bytes, str, float], list[Step]]:
         told: dict[tuple[bytes, str, float], list[Step]] = defaultdict(list)

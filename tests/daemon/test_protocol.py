@@ -187,7 +187,7 @@ def test_what_a_submit_leaves_out_has_defaults_and_unknown_keys_are_ignored() ->
 def test_the_codes_are_a_closed_table() -> None:
     assert {code.value: code.retryable for code in Code} == {
         "bad-request": False, "bad-image": False, "too-large": False, "busy": True, "timeout": True,
-        "cancelled": False, "worker-lost": True, "engine-failed": False, "unavailable": True, "draining": True,
+        "cancelled": False, "worker-lost": False, "engine-failed": False, "unavailable": True, "draining": True,
         "unauthorised": False,
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 HOARD_BYTES = 2 << 30  # that `EATS_MEMORY` takes where nobody stops it
 BROKEN_DEVICES = "BLENDMASKD_BROKEN_DEVICES"  # a folder: its file `cpu:1` has the code that workers of cpu:1 exit with
+BOOT_S = "BLENDMASKD_BOOT_S"  # seconds that workers take to start
 
 FOLDER = Path(__file__).parent / "faulty_engine"
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +26,7 @@ class Poison(IntEnum):
     EXITS = 16  # exit code 3 in the middle of a run
 
 
-def worker_env(broken_devices: Path | None = None) -> dict[str, str]:
-    """The setting that makes workers faulty."""
-    env = {"PYTHONPATH": f"{FOLDER}:{ROOT}"}
+def worker_env(broken_devices: Path | None = None, boot_s: float = 0.0) -> dict[str, str]:
+    """The setting that makes workers faulty; `boot_s` makes them slow to start, as with real weights."""
+    env = {"PYTHONPATH": f"{FOLDER}:{ROOT}", BOOT_S: f"{boot_s:g}"}
     return env if broken_devices is None else env | {BROKEN_DEVICES: str(broken_devices)}

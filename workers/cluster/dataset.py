@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from daemon import program, settings
 from daemon.program import NoDaemonError, OutputError, UsageError
-from daemon.protocol import Options
+from daemon.protocol import Code, Options
 from daemon.settings import Settings, SettingsError
 from daemon.spawn import SpawnError
 from workers.cluster import journal, outputs, placement, tasks
@@ -82,7 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.output.absolute()
     Run(folder, _about(inputs, options, loaded)).open(resume=arguments.resume, anew=arguments.anew)
     stamps = inputs.stamps()
-    before = {place for place, entry in journal.index(folder, stamps).items() if entry.final}
+    again = {Code.WORKER_LOST} if arguments.retry_lost else set()
+    before = {
+        place for place, entry in journal.index(folder, stamps).items() if entry.final and entry.code not in again
+    }
     tally, interrupted = Tally(), False
     try:
         if len(before) < len(inputs.names):

@@ -36,7 +36,7 @@ from daemon.protocol import Code
 
 VERSION = 1
 SYNC_S = 1.0
-FINAL = {Code.BAD_IMAGE, Code.TOO_LARGE, Code.BAD_REQUEST}  # of an image that stays as it is
+FINAL = {Code.BAD_IMAGE, Code.TOO_LARGE, Code.BAD_REQUEST, Code.WORKER_LOST}  # of an image that stays as it is
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

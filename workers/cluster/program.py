@@ -10,7 +10,8 @@ them), quoted globs, or Parquet files with a column of encoded images. All nodes
 the same paths.
 
 --resume continues a run that ended early, however it did: what is in the journal is not done again, unless its file was
-changed since; images that failed for reasons of their own stay failed. Without --address a cluster that runs on this
+changed since; images that failed for reasons of their own stay failed, those that ended workers (worker-lost) unless
+--retry-lost is given too. Without --address a cluster that runs on this
 machine is used, else one is started for the run.
 
 Exit codes: 0 all done · 1 an image failed, listed at the end · 2 wrong arguments · 3 no cluster, or no device in it ·
@@ -62,7 +63,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue a run that ended early")
     again.add_argument("--anew", action="store_true", help="begin anew although --output holds a run")
-    return parser.parse_args(argv)
+    parser.add_argument("--retry-lost", action="store_true", help="with --resume: images that failed as worker-lost, too")
+    arguments = parser.parse_args(argv)
+    if arguments.retry_lost and not arguments.resume:
+        parser.error("--retry-lost: only with --resume")
+    return arguments
 
 
 if __name__ == "__main__":

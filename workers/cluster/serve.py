@@ -2,8 +2,8 @@
 
 Two deployments. A **worker** for each accelerator is a `Segmenter` that Ray places, restarts, scales and drains. A
 **front** on each node takes HTTP, and is what the broker is on one host: it refuses what is too large or too much,
-holds the deadline, gives an image to another worker when its own is lost, counts outcomes, and tells the cluster's
-statistics on /metrics, /stats, /healthz and /readyz.
+holds the deadline, gives an image to another worker when its own is lost and gives it up after `max_attempts`, counts
+outcomes, and tells the cluster's statistics on /metrics, /stats, /healthz and /readyz.
 """
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from daemon.logs import about
 from daemon.protocol import Code, Failed
 from daemon.settings import Settings, SettingsError
 from daemon.stats import Stats
+from daemon.suspects import Suspects, Suspicion
 from workers.cluster import http, placement, statistics
 from workers.cluster.channel import Answer, WorkerLost
 from workers.cluster.segmenter import Segmenter, leases_at_once
@@ -145,6 +146,7 @@ class Front:
         self._started = time.time()
         self._stats = Stats(self._settings.window_s)
         self._outcomes: Counter[str] = Counter()
+        self._given_up = Suspects()  # images that it gave up
         self._in_flight = 0
         self._seq = 0
         logs.configure(self._settings.log, slot=f"{self._node}/front")
@@ -203,6 +205,9 @@ class Front:
         """One worker, and another if that is lost: alone then, in case the image is what it died of."""
         lost = ""
         for attempt in range(self._settings.max_attempts):
+            known = self._given_up.find(request.image, [payload], time.monotonic())
+            if known is not None:  # since it came, perhaps: others may submit it too
+                return Failed(job="", code=Code.WORKER_LOST, reason=known.reason(time.monotonic()))
             left_s = deadline - time.monotonic()
             try:
                 async with asyncio.timeout(left_s):
@@ -220,7 +225,13 @@ class Front:
             except LOST as error:
                 lost = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
                 log.warning("a worker was lost with an image: %s", lost, extra=about(attempt=attempt + 1))
-        return Failed(job="", code=Code.WORKER_LOST, reason=f"lost {self._settings.max_attempts} workers: {lost}")
+        return self._give_up(request, payload, f"lost {self._settings.max_attempts} workers: {lost}")
+
+    def _give_up(self, request: http.Request, payload: bytes, reason: str) -> Failed:
+        """And remember it: whoever submits it again would lose more workers."""
+        suspicion = Suspicion(self._given_up.identify(request.image, [payload]), given_up=reason)
+        self._given_up.keep(suspicion, time.monotonic())
+        return Failed(job="", code=Code.WORKER_LOST, reason=reason)
 
     def _count(self, outcome: Answer | Failed, timings: Mapping[str, float]) -> None:
         if isinstance(outcome, Answer):

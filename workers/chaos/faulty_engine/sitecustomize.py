@@ -10,7 +10,7 @@ from pathlib import Path
 
 if sys.argv[:1] == ["-m"]:  # `python -m workers`, before its module is found
     from daemon import spawn
-    from workers.chaos.poison import BROKEN_DEVICES, HOARD_BYTES, Poison
+    from workers.chaos.poison import BOOT_S, BROKEN_DEVICES, HOARD_BYTES, Poison
     from workers.engines import Pixels, TimedEngine, TimedInput
 
     load, prepare, segment = TimedEngine.load, TimedEngine.prepare, TimedEngine.segment
@@ -19,6 +19,7 @@ if sys.argv[:1] == ["-m"]:  # `python -m workers`, before its module is found
         broken = Path(os.environ.get(BROKEN_DEVICES, "/nowhere")) / spawn.assignment(os.environ).device
         if broken.exists() and "--check" not in sys.argv:
             os._exit(int(broken.read_text()))
+        time.sleep(float(os.environ.get(BOOT_S, "0")))
         load(self)
 
     def faulty_prepare(self: TimedEngine, image: Pixels) -> TimedInput:
