@@ -14,6 +14,7 @@ No clock, no file, no socket: `read` gives bytes that lie in shared memory.
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections import Counter, OrderedDict
@@ -100,6 +101,8 @@ class Suspects:
 
     def find(self, image: Image, payload: Frames, now: float) -> Suspicion | None:
         """What is remembered of this image."""
+        if not self._suspicions:
+            return None
         self._expire(now)
         return self.known(image, payload)
 
@@ -107,14 +110,13 @@ class Suspects:
         """As `find`, without a look at the time."""
         if not self._suspicions:
             return None
-        size = _size(image, payload)
-        if not self._sizes[size]:
+        size, read = _size(image, payload), self._reader(image, payload)
+        if size not in self._sizes:
             return None
         try:
-            samples = self._sample(image, payload)
-            if not self._samples[size, samples]:
+            if (size, _sample(size, read)) not in self._samples:
                 return None
-            return self._suspicions.get(self._digest(image, payload, size))
+            return self._suspicions.get(_digest(size, read))
         except RegionError:
             return None
 
@@ -124,9 +126,9 @@ class Suspects:
 
     def identify(self, image: Image, payload: Frames) -> Identity | None:
         """What to know this image by later; None: it cannot be read."""
-        size = _size(image, payload)
+        size, read = _size(image, payload), self._reader(image, payload)
         try:
-            return Identity(size, self._sample(image, payload), self._digest(image, payload, size))
+            return Identity(size, _sample(size, read), _digest(size, read))
         except RegionError:
             return None
 
@@ -160,22 +162,13 @@ class Suspects:
         while self._suspicions and (oldest := next(iter(self._suspicions.values()))).until <= now:
             self.clear(oldest)
 
-    def _sample(self, image: Image, payload: Frames) -> bytes:
-        length = _length(image, payload)
-        step = max(length - SAMPLE_BYTES, 0) // (SAMPLES - 1)
-        starts = range(0, SAMPLES * step, step) if step else range(1)
-        return b"".join(self._bytes(image, payload, start, min(start + SAMPLE_BYTES, length)) for start in starts)
-
-    def _digest(self, image: Image, payload: Frames, size: _Size) -> bytes:
-        digest = hashlib.sha256(repr(size).encode())
-        digest.update(self._bytes(image, payload, 0, _length(image, payload)))
-        return digest.digest()
-
-    def _bytes(self, image: Image, payload: Frames, start: int, end: int) -> Any:
+    def _reader(self, image: Image, payload: Frames) -> Callable[[int, int], Any]:
+        """Gives the image's bytes from a start to an end; raises `RegionError`."""
         if image.place:
-            return self._read(image.place, start, end)
+            return functools.partial(self._read, image.place)
         frame: Any = payload[0] if payload else b""
-        return memoryview(frame)[start:end]
+        view = memoryview(frame)
+        return lambda start, end: view[start:end]
 
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
@@ -193,14 +186,25 @@ def _less(counter: Counter[Any], key: Any) -> None:
         del counter[key]
 
 
-def _length(image: Image, payload: Frames) -> int:
-    return image.place.bytes if image.place else sum(len(frame) for frame in payload)
-
-
 def _size(image: Image, payload: Frames) -> _Size:
+    """Of what kind and layout an image is, and last how many bytes it has."""
+    length = image.place.bytes if image.place else sum(len(frame) for frame in payload)
     match image.kind:
         case "path":
-            return "path", image.path
+            return "path", image.path, 0
         case "raw":
-            return "raw", image.shape, image.dtype, image.order, _length(image, payload)
-    return "encoded", _length(image, payload)
+            return "raw", image.shape, image.dtype, image.order, length
+    return "encoded", length
+
+
+def _sample(size: _Size, read: Callable[[int, int], Any]) -> bytes:
+    length = size[-1]
+    step = max(length - SAMPLE_BYTES, 0) // (SAMPLES - 1)
+    starts = range(0, SAMPLES * step, step) if step else range(1)
+    return b"".join([read(start, min(start + SAMPLE_BYTES, length)) for start in starts])
+
+
+def _digest(size: _Size, read: Callable[[int, int], Any]) -> bytes:
+    digest = hashlib.sha256(repr(size).encode())
+    digest.update(read(0, size[-1]))
+    return digest.digest()

@@ -254,7 +254,7 @@ def test_a_job_that_is_damaged_in_the_spool_fails_and_the_others_do_not(
         db.execute("UPDATE jobs SET submit = x'c1' WHERE name = ?", (jobs[11],))
     db.close()
     running.start()
-    with Client(running.endpoint, timeout_s=60, retries=0) as client:
+    with Client(running.endpoint) as client:
         for _ in range(2):
             with pytest.raises(JobFailed, match="its image cannot be read from the spool") as failed:
                 client.fetch(jobs[11])

@@ -81,7 +81,7 @@ def test_a_stopped_worker_is_silent_then_replaced(scene, wait_until) -> None:
 @pytest.mark.parametrize("poison", [Poison.CRASHES_DECODING, Poison.KILLS, Poison.EXITS],
                          ids=["crash in the decoder", "kill on the device", "exit code"])  # fmt: skip
 def test_a_poison_image_fails_alone_and_by_name(scene, poison) -> None:
-    with scene(**FAULTY) as here, Client(here.server.endpoint, retries=0, timeout_s=LONG_S) as client:
+    with scene(**FAULTY) as here, Client(here.server.endpoint, timeout_s=LONG_S) as client:
         with pytest.raises(JobFailed) as failed:
             client.segment(picture(poison))
         assert failed.value.code is Code.WORKER_LOST
@@ -109,7 +109,7 @@ def test_the_window_mates_of_a_poison_image_lose_nothing(scene) -> None:
 def test_a_hung_worker_is_aborted_with_its_stacks(scene) -> None:
     restarts = {**QUICK_RESTARTS, "stall_s": 5}
     with scene(**FAULTY, restarts=restarts, max_attempts=1) as here:
-        with Client(here.server.endpoint, retries=0, timeout_s=LONG_S) as client, pytest.raises(JobFailed) as failed:
+        with Client(here.server.endpoint, timeout_s=LONG_S) as client, pytest.raises(JobFailed) as failed:
             client.segment(picture(Poison.HANGS))
         assert failed.value.code is Code.WORKER_LOST
     assert here.load.failures == []
@@ -141,7 +141,7 @@ def memory_group() -> Iterator[Path]:
 
 
 def test_out_of_memory_kills_the_worker_and_fails_the_image(memory_group, scene) -> None:
-    with scene(**FAULTY) as here, Client(here.server.endpoint, retries=0, timeout_s=LONG_S) as client:
+    with scene(**FAULTY) as here, Client(here.server.endpoint, timeout_s=LONG_S) as client:
         for process in here.server.processes():
             (memory_group / "cgroup.procs").write_text(str(process.pid))
         with pytest.raises(JobFailed, match="killed by SIGKILL") as failed:
@@ -424,7 +424,7 @@ def test_when_no_device_can_boot_any_more_a_reload_ends_no_daemon(daemon, wait_u
     server.process.send_signal(signal.SIGHUP)
     wait_until(lambda: "reload: no worker can be started" in server.log, LONG_S)
     assert "reload undone" in server.log
-    with Client(server.endpoint, retries=0) as client, pytest.raises(JobFailed) as failed:
+    with Client(server.endpoint, timeout_s=20) as client, pytest.raises(JobFailed) as failed:
         client.segment(picture())
     assert failed.value.code is Code.UNAVAILABLE
     (tmp_path / "cpu:0").unlink()
