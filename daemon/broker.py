@@ -681,12 +681,12 @@ class Broker:
             return []
         actions: list[Action] = []
         open_workers = [worker for worker in self._workers.values() if not worker.retiring and not worker.alone]
-        while (suspect := self._next_suspect()) and (empty := [w for w in open_workers if not w.leases]):
+        while (suspects := self._untried()) and (empty := [w for w in open_workers if not w.leases]):
+            suspect, worker = _elsewhere(suspects, empty)
             self._suspects.remove(suspect)
-            worker = self._elsewhere(suspect, empty)
             open_workers.remove(worker)
             actions.append(self._lease(suspect, worker, now))
-        if suspect and open_workers:
+        if suspects and open_workers:
             open_workers.remove(min(open_workers, key=_load))  # is left to empty, for the next suspect
         while self._waiting:
             free = [worker for worker in open_workers if len(worker.leases) < worker.window]
@@ -695,19 +695,13 @@ class Broker:
             actions.append(self._lease(self._waiting.next(), min(free, key=_load), now))
         return actions
 
-    def _next_suspect(self) -> Job | None:
-        """The first whose image no worker has: two that try one image could both die of it."""
+    def _untried(self) -> list[Job]:
+        """Suspects whose image no worker has: two that try one image could both die of it."""
         if not self._suspects:
-            return None
+            return []
         leases = [lease for worker in self._workers.values() for lease in worker.leases.values()]
         tried = [self._suspicion(lease) for lease in leases]
-        return next((job for job in self._suspects if job.suspicion not in tried), None)
-
-    def _elsewhere(self, suspect: Job, workers: Sequence[Worker]) -> Worker:
-        """One of these on a device that its image has not cost a worker yet, if there is one."""
-        assert suspect.suspicion
-        devices = suspect.suspicion.devices
-        return min(workers, key=lambda worker: worker.device in devices)
+        return [job for job in self._suspects if job.suspicion not in tried]
 
     def _lease_ahead(self, job: Job, now: float) -> list[Action]:
         """Give this job, which waits, the one place beyond a window, if it goes ahead of what is there."""
@@ -766,10 +760,10 @@ class Broker:
         live = {entry[2] for entry in self._deadlines if not entry[2].answered}
         assert live == set(everywhere), "a job has no deadline"
         open_workers = [w for w in self._workers.values() if not w.retiring and not w.alone]
-        suspect = self._next_suspect()
-        assert not (suspect and any(not w.leases for w in open_workers)), "a suspect waits beside an idle worker"
+        suspects = self._untried()
+        assert not (suspects and any(not w.leases for w in open_workers)), "a suspect waits beside an idle worker"
         free = [w for w in open_workers if len(w.leases) < w.window]
-        assert not waiting or len(free) <= bool(suspect), "a job waits although a window is free"
+        assert not waiting or len(free) <= bool(suspects), "a job waits although a window is free"
         trials = [self._suspicion(lease) for w in self._workers.values() for lease in w.leases.values() if lease.alone]
         assert len(trials) == len({id(trial) for trial in trials if trial}) + trials.count(None), "an image is tried twice at once"
 
@@ -779,6 +773,17 @@ _NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, 
 
 def _refused(job: str, code: Code, reason: str, retry_after_s: float | None = None) -> Failed:
     return Failed(job=job, code=code, reason=reason, retry_after_s=retry_after_s)
+
+
+def _elsewhere(suspects: Sequence[Job], workers: Sequence[Worker]) -> tuple[Job, Worker]:
+    """The first suspect with a device that its image has not cost a worker yet; the first at all where there is none."""
+    pairs = [(job, worker) for job in suspects for worker in workers]
+    return next((pair for pair in pairs if pair[1].device not in _devices(pair[0])), pairs[0])
+
+
+def _devices(job: Job) -> set[str]:
+    """On which workers died with its image."""
+    return job.suspicion.devices if job.suspicion else set()
 
 
 def _load(worker: Worker) -> float:

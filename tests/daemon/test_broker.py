@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from daemon.broker import Action, Broker, Evict, Limits, SendClient, SendWorker
+from daemon.broker import Acquit, Action, Broker, Evict, Limits, SendClient, SendWorker
 from daemon.protocol import (
     Cancel,
     Code,
@@ -412,6 +412,186 @@ def test_the_only_lease_of_a_worker_that_dies_counts_as_started(broker: Broker) 
         with_workers(broker, f"npu:0.{life}")
         outcome = answers(lose(broker, f"npu:0.{life}"))
     assert outcome["poison"].code is Code.WORKER_LOST
+
+
+# -- images that kill, see daemon/suspects.py -------------------------------------------------------------------------
+
+
+def submit_image(
+    broker: Broker, job: str, image: bytes = b"poison", now: float = 0.0, client: bytes = b"c"
+) -> list[Action]:
+    actions = broker.submit(client, Submit(job=job, image=Image(kind="encoded")), [image], now)
+    broker.check()
+    return actions
+
+
+def given_up(broker: Broker, now: float = 1.0) -> Broker:
+    """A broker that has given up the image `poison`, with workers on two devices."""
+    submit_image(broker, "first")
+    for life in (1, 2):
+        with_workers(broker, f"npu:{life}.1")
+        lose(broker, f"npu:{life}.1", now)
+    return with_workers(broker, "npu:0.9", "npu:1.9")
+
+
+def test_an_image_that_was_given_up_is_refused_at_once_under_any_name_for_ten_minutes(broker: Broker) -> None:
+    given_up(broker, now=1.0)
+    for now in (1.0, 300.5, 600.9):
+        [refused] = answers(submit_image(broker, f"again at {now}", now=now, client=b"other")).values()
+        assert isinstance(refused, Failed)
+        assert (refused.code, refused.retry_after_s) == (Code.WORKER_LOST, None)
+        assert "this image was given up: npu:2.1 killed by SIGKILL; it was on a worker that died 2 times" in refused.reason
+        assert refused.reason.endswith(f"it may be tried again in {round(601.5 - now)} s")
+    assert leases(submit_image(broker, "another", b"good", now=2.0))
+    assert leases(submit_image(broker, "after that", now=601.0))
+
+
+def test_a_reload_forgets_what_was_given_up_and_whom_it_suspects(broker: Broker) -> None:
+    given_up(broker)
+    assert broker.forget_suspects(2.0) == []
+    assert leases(submit_image(broker, "again"))
+    lose(broker, "npu:0.9")
+    lose(broker, "npu:1.9")
+    broker = Broker(LIMITS)
+    for job in ("a", "b", "c"):
+        submit(broker, job)
+    with_workers(broker, "npu:0.1")
+    lose(broker, "npu:0.1")
+    with_workers(broker, "npu:0.2")
+    assert len(leases(broker.forget_suspects(1.0))) == 0, "a is still alone there"
+    assert len(leases(broker.ready("npu:1.1", "npu:1", 2, 1.0))) == 2
+
+
+def test_all_jobs_with_the_image_are_answered_when_it_is_given_up(broker: Broker) -> None:
+    for number in range(3):
+        submit_image(broker, f"{number}", client=f"{number}".encode())
+    submit_image(broker, "good", b"good")
+    with_workers(broker, "npu:0.1", window=1)
+    assert answers(lose(broker, "npu:0.1")) == {}
+    with_workers(broker, "npu:0.2", window=1)
+    lost = answers(lose(broker, "npu:0.2"))
+    assert {job: answer.code for job, answer in lost.items()} == dict.fromkeys("012", Code.WORKER_LOST)  # type: ignore[union-attr]
+    assert serve_all(broker, broker.ready("npu:0.3", "npu:0", 2, 1.0)) == ["good"]
+
+
+def test_one_image_is_tried_by_one_worker_at_a_time(broker: Broker) -> None:
+    for number in range(3):
+        submit_image(broker, f"{number}")
+    submit_image(broker, "good", b"good")
+    with_workers(broker, "npu:0.1", window=1)
+    lose(broker, "npu:0.1")
+    assert len(leases(broker.ready("npu:0.2", "npu:0", 1, 1.0))) == 1
+    other = broker.ready("npu:1.1", "npu:1", 1, 1.0)
+    broker.check()
+    assert list(answers(finish(broker, *leases(other)[0]))) == ["good"]
+
+
+def test_a_result_clears_an_image_and_all_its_jobs(broker: Broker) -> None:
+    for number in range(4):
+        submit_image(broker, f"{number}")
+    with_workers(broker, "npu:0.1", window=2)
+    lose(broker, "npu:0.1")
+    [(worker, lease)] = leases(broker.ready("npu:0.2", "npu:0", 3, 1.0))
+    assert len(leases(finish(broker, worker, lease))) == 3, "in company again"
+    assert not broker.holds_suspect("npu:0.2")
+    lose(broker, "npu:0.2")
+    assert broker.outcomes[Code.WORKER_LOST] == 0, "the deaths before are forgiven"
+
+
+@pytest.mark.parametrize("end", ["deadline", "cancel", "client gone"])
+def test_who_does_not_wait_does_not_wash_an_image_clean(broker: Broker, end: str) -> None:
+    for life in (1, 2):
+        with_workers(broker, f"npu:{life}.1")
+        assert leases(submit_image(broker, "poison"))
+        match end:
+            case "deadline":
+                broker.expire(11.0)
+            case "cancel":
+                broker.cancel(b"c", Cancel(job="poison"), 0.5)
+            case _:
+                broker.client_gone(b"c", 0.5)
+        broker.check()
+        assert lose(broker, f"npu:{life}.1", 12.0) == [] or life == 2
+    [refused] = answers(submit_image(broker, "again", now=13.0)).values()
+    assert isinstance(refused, Failed)
+    assert refused.code is Code.WORKER_LOST
+
+
+def test_an_image_in_shared_memory_is_known_too_also_when_its_client_has_died() -> None:
+    memory = {"r": b"..poison..", "s": b"poison"}
+    broker = Broker(
+        msgspec.structs.replace(LIMITS, shared_memory_bytes=1 << 20),
+        lambda place, start, end: memory[place.region][place.offset + start : place.offset + end],
+    )
+    for region in memory:
+        file = Memory(descriptor=7, inode=1, bytes=4096, seals=fcntl.F_SEAL_SHRINK, page_bytes=PAGE, pid=1)
+        broker.open_region(region, file)
+
+    def submit_place(job: str, region: str, offset: int) -> list[Action]:
+        image = Image(kind="encoded", place=Place(region=region, offset=offset, bytes=6))
+        return broker.submit(b"c", Submit(job=job, image=image), [], 1.0)
+
+    with_workers(broker, "npu:0.1")
+    submit_place("a", "r", 2)
+    broker.end_region("r")
+    del memory["r"]
+    broker.client_gone(b"c", 1.0)
+    lose(broker, "npu:0.1")
+    with_workers(broker, "npu:1.1")
+    submit_place("b", "s", 0)
+    assert answers(lose(broker, "npu:1.1"))["b"].code is Code.WORKER_LOST  # type: ignore[union-attr]
+    assert answers(submit_image(broker, "c", now=2.0))["c"].code is Code.WORKER_LOST  # type: ignore[union-attr]
+
+
+def test_a_suspect_is_tried_on_another_device_where_one_is_free(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    submit_image(broker, "a")
+    with_workers(broker, "npu:0.2", "npu:1.1")
+    assert [worker for worker, _ in leases(lose(broker, "npu:0.1"))] == ["npu:1.1"]
+
+
+def test_two_suspects_change_places(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1", "npu:1.1")
+    submit_image(broker, "a", b"one")
+    submit_image(broker, "b", b"two")
+    for worker in ("npu:0.1", "npu:1.1"):
+        lose(broker, worker)
+    [(worker, lease)] = leases(broker.ready("npu:0.2", "npu:0", 2, 1.0))
+    assert list(answers(finish(broker, worker, lease))) == ["b"]
+
+
+def test_deaths_are_the_images_fault_when_the_devices_work(broker: Broker) -> None:
+    """On two devices; the other death is `holds_suspect`'s."""
+    with_workers(broker, "npu:0.1")
+    submit_image(broker, "poison")
+    assert not broker.holds_suspect("npu:0.1")
+    lose(broker, "npu:0.1")
+    with_workers(broker, "npu:1.1")
+    assert broker.holds_suspect("npu:1.1")
+    assert Acquit("npu:0") in lose(broker, "npu:1.1")
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_a_device_that_has_finished_nothing_is_not_acquitted_of_a_death(broker: Broker, served: bool) -> None:
+    with_workers(broker, "npu:0.1")
+    if served:
+        finish(broker, *leases(submit(broker, "good"))[0])
+    submit_image(broker, "poison")
+    lose(broker, "npu:0.1")
+    with_workers(broker, "npu:0.2")
+    assert (Acquit("npu:0") in lose(broker, "npu:0.2")) is served
+
+
+def test_with_one_attempt_neighbours_are_still_tried_alone() -> None:
+    broker = Broker(msgspec.structs.replace(LIMITS, max_attempts=1))
+    with_workers(broker, "npu:0.1")
+    [(_, poison)] = leases(submit_image(broker, "poison"))
+    submit_image(broker, "mate", b"good")
+    broker.started("npu:0.1", Started(leases=[poison]), 0.5)
+    assert list(answers(lose(broker, "npu:0.1"))) == ["poison"]
+    assert serve_all(broker, broker.ready("npu:0.2", "npu:0", 2, 1.0)) == ["mate"]
+    submit_image(broker, "lone", b"lone")
+    assert list(answers(lose(broker, "npu:0.2"))) == ["lone"]
 
 
 def test_a_worker_that_makes_no_progress_is_evicted(broker: Broker) -> None:

@@ -259,7 +259,7 @@ def unfinished(path: Path) -> Path:
     with Journal(path, NAMES, OPTIONS).open(resume=False, anew=False) as begun:
         begun.answered(1, (10, 20), "npu:0", [{"score": 0.1 + 0.2}])
         begun.drew(1)
-        begun.failed(2, "timeout", "late")
+        begun.failed(2, (10, 20), "timeout", "late")
     return path
 
 
@@ -267,8 +267,26 @@ def test_a_journal_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = unfinished(tmp_path / "j")
     with Journal(path, NAMES, OPTIONS).open(resume=True, anew=False) as found:
         assert found.contents.answers == {1: journal.Answer((10, 20), "npu:0", [{"score": 0.1 + 0.2}])}
-        assert (found.contents.failed, found.contents.drawn) == ({2}, {1})
+        assert found.contents.failed == {2: journal.Failed((10, 20), "timeout", "late")}
+        assert found.contents.drawn == {1}
         assert not found.contents.over
+
+
+def test_what_the_daemon_gave_up_is_not_left_until_its_file_is_changed(tmp_path: Path) -> None:
+    paths = [photo(tmp_path / name) for name in ("0.png", "1.png", "2.png")]
+    images = [(path.name, number) for number, path in enumerate(paths, 1)]
+    with Journal(tmp_path / "j", images, OPTIONS).open(resume=False, anew=False) as begun:
+        begun.failed(0, journal.stamp(paths[0]), "worker-lost", "killed")
+        begun.failed(1, journal.stamp(paths[1]), "worker-lost", "killed")
+        begun.failed(2, journal.stamp(paths[2]), "engine-failed", "raised")
+    photo(paths[1], seed=7).write_bytes(paths[1].read_bytes() + b"more")
+    with Journal(tmp_path / "j", images, OPTIONS).open(resume=True, anew=False) as found:
+        assert list(journal.given_up(found.contents, paths)) == [0]
+    lines = [line for line in (tmp_path / "j").read_text().splitlines() if '"stamp"' in line]
+    earlier = (tmp_path / "j").read_text().replace(lines[0], lines[0].replace('"stamp"', '"earlier"'))
+    (tmp_path / "j").write_text(earlier)  # a journal of before there were stamps of failures
+    with Journal(tmp_path / "j", images, OPTIONS).open(resume=True, anew=False) as found:
+        assert list(journal.given_up(found.contents, paths)) == []
 
 
 def test_a_journal_cut_anywhere_loses_what_was_cut_and_no_more(tmp_path: Path) -> None:

@@ -117,6 +117,19 @@ def test_a_blameless_death_does_not_count(up: Supervisor) -> None:
     assert up.slots[A].failures == 0
 
 
+def test_a_death_that_an_image_is_found_to_blame_for_is_taken_off_the_count(up: Supervisor) -> None:
+    for number in range(2 * RESTARTS.give_up_after):
+        die(up, A, float(number))
+        up.acquit(A)
+        up.check()
+        [spawn] = up.expire(number + 0.5)
+        assert isinstance(spawn, Spawn)
+        up.ready(A, spawn.generation, number + 0.6)
+    up.acquit(A)
+    assert up.slots[A].failures == 0
+    up.acquit("npu:9")  # a reload has taken it out
+
+
 def test_a_worker_that_cannot_boot_is_not_restarted(up: Supervisor) -> None:
     die(up, A, 0.0, code=EXIT_CANNOT_BOOT)
     assert up.slots[A].state is State.FAILED
@@ -323,6 +336,10 @@ class SupervisorMachine(RuleBasedStateMachine):
     def become_ready(self, pick: int) -> None:
         slot = sorted(self.living)[pick % len(self.living)]
         self.carry_out(self.supervisor.ready(slot, self.living[slot], self.now))
+
+    @rule(slot=st.sampled_from([A, B]))
+    def acquit(self, slot: str) -> None:
+        self.supervisor.acquit(slot)
 
     @precondition(lambda self: self.living)
     @rule(pick=st.integers(0, 9), code=st.sampled_from([0, 1, -9, EXIT_CANNOT_BOOT]), blameless=st.booleans())
