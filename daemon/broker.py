@@ -765,7 +765,8 @@ class Broker:
         free = [w for w in open_workers if len(w.leases) < w.window]
         assert not waiting or len(free) <= bool(suspects), "a job waits although a window is free"
         trials = [self._suspicion(lease) for w in self._workers.values() for lease in w.leases.values() if lease.alone]
-        assert len(trials) == len({id(trial) for trial in trials if trial}) + trials.count(None), "an image is tried twice at once"
+        known_trials = [id(trial) for trial in trials if trial]
+        assert len(known_trials) == len(set(known_trials)), "an image is tried twice at once"
 
 
 _NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, mend, then reload"
@@ -776,7 +777,7 @@ def _refused(job: str, code: Code, reason: str, retry_after_s: float | None = No
 
 
 def _elsewhere(suspects: Sequence[Job], workers: Sequence[Worker]) -> tuple[Job, Worker]:
-    """The first suspect with a device that its image has not cost a worker yet; the first at all where there is none."""
+    """The first suspect and a device that its image has not cost a worker yet; the first of all where there is none."""
     pairs = [(job, worker) for job in suspects for worker in workers]
     return next((pair for pair in pairs if pair[1].device not in _devices(pair[0])), pairs[0])
 

@@ -308,8 +308,7 @@ def _tell(run: Run, sources: Sequence[Source]) -> None:
     elif any(failure.code == "no-answer" for failure in run.failures):
         console.print("[yellow]--resume goes on from here when a daemon answers again")
     if any(failure.code == Code.WORKER_LOST for failure in run.failures):
-        console.print("[yellow]worker-lost is final: --resume alone leaves such an image, --resume --retry-lost tries it "
-                      "again")
+        console.print("[yellow]worker-lost is final: --resume leaves it so, --resume --retry-lost tries it again")
     if run.trouble:
         done = len(run.journal.contents.answers)
         print(f"submit: cannot write {run.trouble}: stopped. {done} of {len(sources)} images are done and kept in the "
@@ -329,7 +328,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue a run that ended early")
     again.add_argument("--anew", action="store_true", help="begin anew although --out holds an unfinished run")
-    parser.add_argument("--retry-lost", action="store_true", help="with --resume: images that failed as worker-lost, too")
+    parser.add_argument("--retry-lost", action="store_true", help="with --resume: what failed as worker-lost, too")
     parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="only results.json")
     arguments = parser.parse_args(argv)
     if arguments.retry_lost and not arguments.resume:

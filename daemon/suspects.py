@@ -7,7 +7,7 @@ A worker's death makes every image that it held a suspect. A result clears an im
 `max_attempts` workers that died is given up. All of this is forgotten `KEEP_S` after it was last heard of, or when
 there is too much of it.
 
-To hash each image that comes would cost more than to pass it on. So an image is hashed only if, of those remembered, one
+To hash each image that comes would cost more than to pass it on. So an image is hashed only if one of those remembered
 has its length and layout, and then the same bytes in a few places. While there are none this costs nothing.
 
 No clock, no file, no socket: `read` gives bytes that lie in shared memory.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import posixpath
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -191,7 +192,7 @@ def _size(image: Image, payload: Frames) -> _Size:
     length = image.place.bytes if image.place else sum(len(frame) for frame in payload)
     match image.kind:
         case "path":
-            return "path", image.path, 0
+            return "path", posixpath.normpath(image.path or ""), 0
         case "raw":
             return "raw", image.shape, image.dtype, image.order, length
     return "encoded", length

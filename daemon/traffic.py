@@ -37,7 +37,8 @@ REFUSED_S = 10.0  # between two lines about connections that were turned away
 class Traffic:
     """`broker` and `durable` are the cores; `snapshot` is what clients that ask for statistics get.
 
-    `evict` is called with a worker that hangs, `acquit` with a device that is not to blame. Raises `SpoolError` when the spool cannot be opened; `close` it.
+    `evict` is called with a worker that hangs, `acquit` with a device that is not to blame for a death. Raises
+    `SpoolError` when the spool cannot be opened; `close` it.
     """
 
     def __init__(

@@ -94,6 +94,28 @@ def test_a_worker_is_killed_under_load_and_no_client_notices(deploy, photograph)
         assert list(pool.map(segment, range(40))) == [200] * 40
 
 
+def test_an_image_that_ends_workers_is_given_up_and_costs_no_more_of_them(deploy, wait_until) -> None:
+    folder = ROOT / "tests" / "cluster" / "poison"
+    app = deploy({**TIMED, "batch": 1, "worker_env": {"PYTHONPATH": f"{folder}:{ROOT}"}}, replicas=2, fronts=1)
+
+    def pids() -> set[int]:
+        return {device["pid"] for device in app.stats()["devices"]}
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((32, 12, 3), np.uint8)).save(buffer, "PNG")  # of the width that ends a worker
+    before = wait_until(lambda: len(pids()) == 2 and pids(), 30)
+    reply = app.segment(buffer.getvalue())
+    assert (reply.status, reply.tree["code"]) == (502, "worker-lost")
+    assert "retry_after_s" not in reply.tree
+    after = wait_until(lambda: len(pids()) == 2 and pids().isdisjoint(before) and pids(), 60)
+    for _ in range(5):
+        reply = app.segment(buffer.getvalue(), "score_threshold=0.5")
+        assert (reply.status, reply.tree["code"]) == (502, "worker-lost")
+        assert "was given up: lost 2 workers" in reply.tree["reason"]
+    assert app.answered(_png(1))["detections"]
+    assert pids() == after
+
+
 def test_one_node_is_killed_in_mid_run_and_every_image_is_answered(cluster, deploy) -> None:
     cluster.add("c")
     app = deploy({**TIMED, "timed": {"latency_ms": {"1": 100}}, "batch": 1})

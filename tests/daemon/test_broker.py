@@ -440,7 +440,7 @@ def test_an_image_that_was_given_up_is_refused_at_once_under_any_name_for_ten_mi
         [refused] = answers(submit_image(broker, f"again at {now}", now=now, client=b"other")).values()
         assert isinstance(refused, Failed)
         assert (refused.code, refused.retry_after_s) == (Code.WORKER_LOST, None)
-        assert "this image was given up: npu:2.1 killed by SIGKILL; it was on a worker that died 2 times" in refused.reason
+        assert "given up: npu:2.1 killed by SIGKILL; it was on a worker that died 2 times" in refused.reason
         assert refused.reason.endswith(f"it may be tried again in {round(601.5 - now)} s")
     assert leases(submit_image(broker, "another", b"good", now=2.0))
     assert leases(submit_image(broker, "after that", now=601.0))

@@ -63,7 +63,8 @@ def test_what_a_header_says_beside_encoded_bytes_makes_no_other_image(suspects) 
 
 def test_by_path_it_is_the_path(suspects) -> None:
     kept = keep(suspects, Image(kind="path", path="/a/1.jpg"), ())
-    assert suspects.find(Image(kind="path", path="/a/1.jpg"), [], 1.0) is kept
+    for path in ("/a/1.jpg", "/a/./1.jpg", "/a//b/../1.jpg"):
+        assert suspects.find(Image(kind="path", path=path), [], 1.0) is kept
     assert suspects.find(Image(kind="path", path="/a/2.jpg"), [], 1.0) is None
 
 

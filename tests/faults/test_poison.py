@@ -180,7 +180,8 @@ def test_a_submit_run_lists_it_and_resuming_leaves_it(scene, tmp_path) -> None:
         PIL.Image.fromarray(picture(width, number)).save(folder / f"{number}.png")
 
     def submit(*more: str) -> tuple[int, str]:
-        argv = [sys.executable, ROOT / "scripts/submit.py", here.server.endpoint, folder, "--out", tmp_path / "o", *more]
+        script = ROOT / "scripts" / "submit.py"
+        argv = [sys.executable, script, here.server.endpoint, folder, "--out", tmp_path / "o", *more]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=2 * LONG_S)
         return done.returncode, done.stdout + done.stderr
 

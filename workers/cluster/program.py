@@ -63,7 +63,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue a run that ended early")
     again.add_argument("--anew", action="store_true", help="begin anew although --output holds a run")
-    parser.add_argument("--retry-lost", action="store_true", help="with --resume: images that failed as worker-lost, too")
+    parser.add_argument("--retry-lost", action="store_true", help="with --resume: what failed as worker-lost, too")
     arguments = parser.parse_args(argv)
     if arguments.retry_lost and not arguments.resume:
         parser.error("--retry-lost: only with --resume")
