@@ -5,6 +5,7 @@ be made that it meets wholly, in part, or not at all.
 """
 import copy
 import json
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,9 @@ import pytest
 import zmq
 from PIL import Image
 from pycocotools import mask as rle
-from pycocotools.coco import COCO
 
-from daemon import evaluate_coco, protocol
-from daemon.evaluate_coco import score
+from daemon import coco_instances, evaluate_coco, protocol
+from daemon.average_precision import Reference, score
 from daemon.protocol import FROM_CLIENT, GetStats, Stats
 
 WIDTH, HEIGHT = 200, 100
@@ -49,11 +49,12 @@ def annotated(*things: tuple[int, int, dict[str, Any]], images: int = 3) -> dict
     }  # fmt: skip
 
 
-def loaded(tree: dict[str, Any]) -> COCO:
-    truth = COCO()
-    truth.dataset = copy.deepcopy(tree)
-    truth.createIndex()
-    return truth
+def loaded(tree: dict[str, Any]) -> Reference:
+    """The annotations, read from a file."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(tree, file)
+        file.flush()
+        return Reference(coco_instances.read(Path(file.name), for_training=False))
 
 
 def found(image_id: int, category_id: int, thing: dict[str, Any], confidence: float = 0.9) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CannotStart as error:
         console.print(f"train: {error}")
         return EXIT_CANNOT_START
+    for note in batches.dataset.notes:
+        console.print(f"train: {arguments.annotations}: {note}")
     try:
         finished = run(trainer, batches, arguments.output_dir, console)
     except (DataError, TrainingError, OSError) as error:
