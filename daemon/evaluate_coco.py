@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import math
 import re
 import sys
@@ -87,6 +88,8 @@ class Answers:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # categories may have names that the terminal has not
     return program.guarded("evaluate_coco", lambda: _main(arguments))
 
 
