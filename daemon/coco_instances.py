@@ -207,6 +207,7 @@ class _Reader:
         self.dropped = self.dropped_parts = 0
         self._complaints = complaints
         self._for_training = for_training
+        self._refused: set[str] = set()  # lists with entries that may be those that others refer to
         self._owners: dict[str, str] = {}  # of files: which image has it
         self._places: dict[Id, int | None] = {}  # of pictures; None: refused
 
@@ -226,6 +227,8 @@ class _Reader:
             else:
                 self._places.setdefault(image_id, len(self.pictures))
                 self.pictures.append(Picture(image_id, name, width, height))
+        if len(self._places) < len(images):
+            self._refused.add("images")
 
     def take_categories(self, entries: Sequence[Any]) -> None:
         for place, entry in enumerate(entries):
@@ -233,6 +236,7 @@ class _Reader:
                 category = categories.parse(entry)
             except CategoriesError as error:
                 self._complaints.add(f"categories[{place}]: {error}")
+                self._refused.add("categories")
                 continue
             if (earlier := self.categories.setdefault(category.id, category)) is not category:
                 self._complaints.add(f"categories[{place}]: id {category.id} is given to both {show(earlier.name)} and "
@@ -280,9 +284,11 @@ class _Reader:
 
     def _picture(self, value: Any) -> int | None:
         image_id = identity(value)
-        if image_id is None or image_id not in self._places:
-            raise Fault(f"image_id {show(value)} is not among the images{self._as_other_type(image_id)}")
-        return self._places[image_id]
+        if image_id is not None and image_id in self._places:
+            return self._places[image_id]
+        if "images" in self._refused:
+            return None
+        raise Fault(f"image_id {show(value)} is not among the images{self._as_other_type(image_id)}")
 
     def _as_other_type(self, image_id: Id | None) -> str:
         """A hint: tools that compare a number with a text find nothing, and say nothing."""
@@ -292,11 +298,11 @@ class _Reader:
             return f", where the id is a number: {int(image_id)}"
         return ""
 
-    def _category(self, value: Any) -> int:
+    def _category(self, value: Any) -> int | None:
         category_id = coco_values.whole(value)
-        if category_id not in self.categories:
+        if category_id not in self.categories and "categories" not in self._refused:
             raise Fault(f"category_id {show(value)} is not among the categories")
-        return self.categories[category_id].id
+        return category_id
 
     def _box(self, value: Any, picture: Picture) -> Box:
         box = coco_values.box(value, picture.width, picture.height)

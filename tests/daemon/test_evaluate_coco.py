@@ -278,7 +278,7 @@ def test_an_annotation_that_cannot_be_measured_is_named_before_an_image_is_sent(
 
 
 @pytest.mark.parametrize(("entries", "place", "change", "told"), [
-    ("annotations", 1, {"image_id": "2"}, "annotations[1]): image_id '2' is not among the images, where the id is a num"),
+    ("annotations", 1, {"image_id": "2"}, "annotations[1]): image_id '2' is not among the images, where the id is"),
     ("images", 1, {"width": 0}, "image 2 (images[1]): expected a \"height\" and a \"width\" of 1 to 65535 pixels"),
     ("images", 1, {"height": None}, "image 2 (images[1])"),
     ("images", 1, {"file_name": "../2.png"}, "expected a path inside the folder of the images"),
