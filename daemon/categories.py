@@ -15,6 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from daemon import json_file
+
 BESIDE_THE_WEIGHTS = "categories.json"
 
 
@@ -52,8 +54,8 @@ def load(path: str | Path) -> list[Category]:
     Raises `CategoriesError`.
     """
     try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tree = json_file.read(path)
+    except json_file.JsonFileError as error:
         raise CategoriesError(f"{path}: {error}") from None
     entries = tree.get("categories") if isinstance(tree, dict) else tree
     if not isinstance(entries, list) or not entries:
@@ -61,7 +63,10 @@ def load(path: str | Path) -> list[Category]:
             f'{path}: expected a list such as [{{"id": 1, "name": "person"}}, ...], or an annotation file with one'
             ' under "categories"'
         )
-    found = sorted((_category(path, entry) for entry in entries), key=lambda category: category.id)
+    try:
+        found = sorted(map(parse, entries), key=lambda category: category.id)
+    except CategoriesError as error:
+        raise CategoriesError(f"{path}: {error}") from None
     for earlier, later in pairwise(found):
         if earlier.id == later.id:
             raise CategoriesError(f"{path}: id {later.id} is given to both {earlier.name!r} and {later.name!r}")
@@ -85,11 +90,17 @@ def resolve(
     return [Category(index + 1, f"class_{index}") for index in range(num_classes)]
 
 
-def _category(path: str | Path, entry: Any) -> Category:
+def parse(entry: Any) -> Category:
+    """An entry of a COCO `categories` list. Raises `CategoriesError`."""
     match entry:
-        case {"id": int(number), "name": str(name)} if not isinstance(number, bool) and name:
+        case {"id": int(number), "name": str(name)} if not isinstance(number, bool) and name and _is_text(name):
             return Category(number, name)
-    raise CategoriesError(f'{path}: {json.dumps(entry)}: expected an integer "id" and a "name"')
+    raise CategoriesError(f'{json.dumps(entry)[:200]}: expected an integer "id" and a "name"')
+
+
+def _is_text(name: str) -> bool:
+    """Whether it can be written at all: JSON's escapes can say half a character."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _counted(found: list[Category], num_classes: int, path: str | Path) -> list[Category]:

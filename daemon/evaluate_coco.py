@@ -8,26 +8,28 @@ the network keeps (score threshold 0) and lets pycocotools' COCOeval compare it 
 COCO's usual 12 lines each, then a table by class and a summary. AP without more said is the mean over IoU 0.50:0.95.
 The 12 lines go from 0 to 1; the table, the summary, --json and what is required are in percent.
 
-Exit codes: 0 all done · 1 an image failed, listed at the end, or an AP is below what is required · 2 wrong arguments ·
-3 no daemon · 130 Ctrl-C. An image that failed counts as one in which nothing was found.
+Annotations are checked whole before the first image is sent, and refused with all that is wrong, by annotation and
+image. Mended is what COCO defines: ids of annotations are only names, a missing iscrowd is 0, a missing area is that of
+the mask. Where no annotation has a segmentation, boxes alone are measured.
+
+Exit codes: 0 all done · 1 an image failed, listed at the end, or an AP is below what is required · 2 wrong arguments or
+annotations · 3 no daemon · 130 Ctrl-C. An image that failed counts as one in which nothing was found.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
-import json
+import math
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -37,15 +39,21 @@ from daemon import program
 from daemon.client import Client, JobFailed, Segmentation
 from daemon.program import Failure, UsageError
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")  # as COCO's 12 lines
-UNSEEN = -1  # of COCOeval, for a mean over nothing
+if TYPE_CHECKING:
+    from daemon.average_precision import Reference, Scores
+    from daemon.coco_instances import Instances, Picture
+    from daemon.coco_values import Box
+
+MISSING = "{name} is not installed, and average precision needs it: pip install pycocotools"
+SLACK = 2.0  # pixels by which rounding may move a box out of its image
+RUNS = re.compile(r"([P-o]*[0-O])*")  # an RLE's text: characters of five bits, the last without the bit for more
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """An image that the annotations name."""
 
-    image_id: int
+    number: int  # among the images of the annotations, from 1
     path: Path
     size: tuple[int, int]  # width and height, pixels, as annotated
 
@@ -67,44 +75,47 @@ class Answers:
             reason = f"{answer.width}x{answer.height} pixels, the annotations say {wanted.size[0]}x{wanted.size[1]}"
             self.failures.append(Failure(wanted.path, "wrong-size", reason))
             return
+        if reason := next(filter(None, (flaw(each, wanted.size) for each in answer.detections)), ""):
+            self.failures.append(Failure(wanted.path, "bad-result", reason))
+            return
         self.images[answer.device] += 1
-        self.results += [{"image_id": wanted.image_id, **detection} for detection in answer.detections]
+        self.results += [{"image_id": wanted.number, **detection} for detection in answer.detections]
 
     @property
     def images_per_s(self) -> float:
         return self.images.total() / self.seconds if self.seconds else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """How well results agree with annotations, in percent; None is a mean over nothing."""
-
-    metrics: dict[str, float | None]  # by METRICS
-    classes: dict[str, dict[str, float | None]]  # AP and AP50 by the category's name
-    lines: str  # COCO's own
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # categories may have names that the terminal has not
     return program.guarded("evaluate_coco", lambda: _main(arguments))
 
 
 def _main(arguments: argparse.Namespace) -> int:
+    try:
+        from daemon import average_precision
+    except ModuleNotFoundError as error:
+        raise UsageError(MISSING.format(name=error.name)) from None
     truth = read_annotations(arguments.annotations)
     wanted = plan(truth, arguments.images, arguments.limit)
+    if arguments.require_mask_ap and not truth.has_masks:
+        raise UsageError(f"--require-mask-ap: {truth.path} has no masks: no annotation has a segmentation")
+    reference = average_precision.Reference(truth)
+    for note in notes(truth, reference):
+        print(f"evaluate_coco: {arguments.annotations}: {note}", file=sys.stderr)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
     with program.connect(arguments) as client:
         answers = ask(client, wanted, arguments.window)
-    image_ids = [image.image_id for image in wanted]
-    box, mask = (score(truth, answers.results, image_ids, kind) for kind in ("bbox", "segm"))
-    _tell(answers, box, mask, strangers(truth, answers.results))
+    numbers = [image.number for image in wanted]
+    box = average_precision.score(reference, answers.results, numbers, "bbox")
+    mask = average_precision.score(reference, answers.results, numbers, "segm") if truth.has_masks else None
     if arguments.json:
         program.write_json(arguments.json, report(answers, box, mask))
-    missed = [
-        *_missed("box", box, arguments.require_box_ap),
-        *_missed("mask", mask, arguments.require_mask_ap),
-    ]
+    _tell(answers, box, mask, strangers(truth, answers.results))
+    missed = [*_missed("box", box, arguments.require_box_ap), *_missed("mask", mask, arguments.require_mask_ap)]
     for line in missed:
         print(line)
     return program.EXIT_FAILED if answers.failures or missed else 0
@@ -113,30 +124,51 @@ def _main(arguments: argparse.Namespace) -> int:
 # -- the images and their answers -------------------------------------------------------------------------------------
 
 
-def read_annotations(path: Path) -> COCO:
-    """COCO instances. Raises `UsageError` for a file that cannot be read or holds something else."""
-    truth = COCO()
+def read_annotations(path: Path) -> Instances:
+    """COCO instances. Raises `UsageError` for a file that cannot be measured against."""
+    from daemon import coco_instances
+
     try:
-        truth.dataset = json.loads(path.read_text(encoding="utf-8"))
-        if not (truth.dataset["images"] and truth.dataset["annotations"] and truth.dataset["categories"]):
-            raise ValueError("no images, no annotations or no categories")
-        if not all({"id", "file_name", "width", "height"} <= image.keys() for image in truth.dataset["images"]):
-            raise ValueError("an image without id, file_name, width or height")
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth.createIndex()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not COCO instances: {type(error).__name__}: {error}") from None
-    return truth
+        return coco_instances.read(path, for_training=False)
+    except coco_instances.InstancesError as error:
+        raise UsageError(str(error)) from None
 
 
-def plan(truth: COCO, folder: Path, limit: int | None) -> list[Wanted]:
-    """The first `limit` images of the annotations, or all. Raises `UsageError` when there is no such folder."""
+def plan(truth: Instances, folder: Path, limit: int | None) -> list[Wanted]:
+    """The first `limit` images of the annotations, or all.
+
+    Raises `UsageError` when there is no such folder, and when there is nothing to find in them.
+    """
     if not folder.is_dir():
         raise UsageError(f"--images {folder}: no such folder")
+    pictures = truth.pictures[:limit]
+    if not any(each.picture < len(pictures) and not each.crowd for each in truth.annotations):
+        which = f"the first {limit} images" if limit else "the images"
+        raise UsageError(f"{truth.path}: not COCO instances that can be measured: no annotations of {which}, or only "
+                         "of crowds")  # fmt: skip
     return [
-        Wanted(image["id"], folder / image["file_name"], (image["width"], image["height"]))
-        for image in truth.dataset["images"][:limit]
+        Wanted(number, folder / picture.file_name, (picture.width, picture.height))
+        for number, picture in enumerate(pictures, 1)
     ]
+
+
+def notes(truth: Instances, reference: Reference) -> Iterator[str]:
+    """What the reader of a number must know about the annotations."""
+    total = len(truth.annotations)
+    if not truth.has_masks:
+        yield "no annotation has a segmentation: boxes alone are measured"
+    if computed := sum(each.area is None for each in truth.annotations):
+        what = "mask" if truth.has_masks else "box"
+        yield f"{computed} of {total} annotations have no area: that of the {what} counts"
+    if reference.without_pixels:
+        yield f"{reference.without_pixels} of {total} masks have no pixel: nothing can agree with them"
+    if wide := sum(_reaches_out(each.box, truth.pictures[each.picture]) for each in truth.annotations):
+        yield f"{wide} of {total} boxes reach out of their image: they should be [x, y, width, height]"
+
+
+def _reaches_out(box: Box, picture: Picture) -> bool:
+    x, y, width, height = box
+    return min(x, y) < -SLACK or x + width > picture.width + SLACK or y + height > picture.height + SLACK
 
 
 def ask(client: Client, wanted: Sequence[Wanted], window: int) -> Answers:
@@ -155,70 +187,32 @@ def ask(client: Client, wanted: Sequence[Wanted], window: int) -> Answers:
     return answers
 
 
-# -- the arithmetic ---------------------------------------------------------------------------------------------------
+def flaw(detection: dict[str, Any], size: tuple[int, int]) -> str:
+    """What of a result cannot be measured, "" for nothing. `size` is the image's width and height."""
+    if not all(map(math.isfinite, (detection["score"], *detection["bbox"]))):
+        return f"score {detection['score']}, bbox {detection['bbox']}: not finite"
+    found = detection["segmentation"]
+    if found["size"] != [size[1], size[0]] or not RUNS.fullmatch(found["counts"]):
+        return f"segmentation: not an RLE of {size[1]} x {size[0]} pixels (height x width)"
+    return ""
 
 
-def score(
-    truth: COCO, results: Sequence[dict[str, Any]], image_ids: Sequence[int], kind: Literal["bbox", "segm"]
-) -> Scores:
-    """Compare COCO results with the annotations of these images by COCOeval; no result is changed."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth, _found(truth, results, kind), kind)
-        evaluation.params.imgIds = sorted(image_ids)
-        evaluation.evaluate()
-        evaluation.accumulate()
-    with contextlib.redirect_stdout(io.StringIO()) as lines:
-        evaluation.summarize()
-    return Scores(
-        {name: _percent(np.array(value)) for name, value in zip(METRICS, evaluation.stats)},
-        dict(_by_class(truth, evaluation)),
-        lines.getvalue(),
-    )
-
-
-def _found(truth: COCO, results: Sequence[dict[str, Any]], kind: str) -> COCO:
-    """The results as COCOeval takes them; COCO.loadRes would refuse an empty list.
-
-    For masks, without the boxes: small, medium and large go by the area of the mask.
-    """
-    left_out = "bbox" if kind == "segm" else "segmentation"
-    kept = [{key: value for key, value in result.items() if key != left_out} for result in results]
-    if kept:
-        return truth.loadRes(kept)
-    found = COCO()
-    found.dataset = {**truth.dataset, "annotations": []}
-    found.createIndex()
-    return found
-
-
-def _by_class(truth: COCO, evaluation: COCOeval) -> Iterator[tuple[str, dict[str, float | None]]]:
-    precision = evaluation.eval["precision"][..., 0, -1]  # (IoUs, recalls, classes), all areas, 100 detections
-    for index, category_id in enumerate(evaluation.params.catIds):
-        of_class = precision[:, :, index]
-        yield truth.cats[category_id]["name"], {"AP": _percent(of_class), "AP50": _percent(of_class[0])}
-
-
-def _percent(shares: Any) -> float | None:
-    """The mean of those shares that were seen."""
-    seen = shares[shares != UNSEEN]
-    return float(seen.mean() * 100) if seen.size else None
-
-
-def strangers(truth: COCO, results: Sequence[dict[str, Any]]) -> list[str]:
+def strangers(truth: Instances, results: Sequence[dict[str, Any]]) -> list[str]:
     """Categories of the results that the annotations lack or call differently: signs of the wrong data set."""
+    names = {category.id: category.name for category in truth.categories}
     named = sorted({(result["category_id"], result["category_name"]) for result in results})
     return [
-        f"{number} {name} ({truth.cats[number]['name'] if number in truth.cats else 'none'} in the annotations)"
+        f"{number} {name} ({names.get(number, 'none')} in the annotations)"
         for number, name in named
-        if number not in truth.cats or truth.cats[number]["name"] != name
+        if names.get(number) != name
     ]
 
 
 # -- telling ----------------------------------------------------------------------------------------------------------
 
 
-def report(answers: Answers, box: Scores, mask: Scores) -> dict[str, Any]:
-    """What --json writes; AP and AR in percent, null for a mean over nothing."""
+def report(answers: Answers, box: Scores, mask: Scores | None) -> dict[str, Any]:
+    """What --json writes; AP and AR in percent, null for a mean over nothing, and for masks that were not measured."""
     return {
         "images": answers.images.total(),
         "failures": [{**asdict(failure), "path": str(failure.path)} for failure in answers.failures],
@@ -227,30 +221,33 @@ def report(answers: Answers, box: Scores, mask: Scores) -> dict[str, Any]:
         "images_per_s": answers.images_per_s,
         "images_by_device": dict(answers.images),
         "box": box.metrics,
-        "mask": mask.metrics,
-        "classes": {name: {"box": box.classes[name], "mask": mask.classes[name]} for name in box.classes},
+        "mask": mask and mask.metrics,
+        "classes": {name: {"box": box.classes[name], "mask": mask and mask.classes[name]} for name in box.classes},
     }
 
 
-def _tell(answers: Answers, box: Scores, mask: Scores, strange: Sequence[str]) -> None:
-    print(f"box\n{box.lines}mask\n{mask.lines}")
+def _tell(answers: Answers, box: Scores, mask: Scores | None, strange: Sequence[str]) -> None:
+    measured = {"box": box} | ({"mask": mask} if mask else {})
+    print("\n".join(f"{what}\n{scores.lines}" for what, scores in measured.items()))
     console = Console(highlight=False, soft_wrap=True)
-    console.print(_table(box, mask))
+    console.print(_table(measured))
     if strange:
         console.print(f"[yellow]categories of another data set: {escape('; '.join(strange))}")
     program.tell_failures(console, answers.failures)
+    mask_ap = _shown(mask.metrics["AP"]) if mask else "not measured"
     console.print(
-        f"box AP {_shown(box.metrics['AP'])}, mask AP {_shown(mask.metrics['AP'])}; {answers.images.total()} images in"
+        f"box AP {_shown(box.metrics['AP'])}, mask AP {mask_ap}; {answers.images.total()} images in"
         f" {answers.seconds:.1f} s, {answers.images_per_s:.2f} images/s"
     )
 
 
-def _table(box: Scores, mask: Scores) -> Table:
+def _table(measured: dict[str, Scores]) -> Table:
     table = Table("class")
-    for column in ("box AP", "box AP50", "mask AP", "mask AP50"):
-        table.add_column(column, justify="right")
-    for name in box.classes:
-        values = [scores.classes[name][metric] for scores in (box, mask) for metric in ("AP", "AP50")]
+    for what in measured:
+        table.add_column(f"{what} AP", justify="right")
+        table.add_column(f"{what} AP50", justify="right")
+    for name in measured["box"].classes:
+        values = [scores.classes[name][metric] for scores in measured.values() for metric in ("AP", "AP50")]
         table.add_row(escape(name), *map(_shown, values))
     return table
 
@@ -259,8 +256,8 @@ def _shown(percent: float | None) -> str:
     return "-" if percent is None else f"{percent:.2f}"
 
 
-def _missed(what: str, scores: Scores, required: float) -> list[str]:
-    reached = scores.metrics["AP"]
+def _missed(what: str, scores: Scores | None, required: float) -> list[str]:
+    reached = scores.metrics["AP"] if scores else None
     if (reached or 0.0) >= required:
         return []
     return [f"{what} AP {_shown(reached)} is below the {required:g} that is required"]

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from daemon.coco_values import Id
 from daemon.program import OutputError, UsageError
 from daemon.protocol import Code
 
@@ -56,7 +57,7 @@ class Failed:
 class Contents:
     """What a journal says of its images, by place."""
 
-    images: list[tuple[str, int]]  # file name, id
+    images: list[tuple[str, Id]]  # file name, id
     options: dict[str, Any]
     answers: dict[int, Answer] = field(default_factory=dict)
     failed: dict[int, Failed] = field(default_factory=dict)
@@ -80,7 +81,7 @@ def stamp(path: Path) -> Stamp:
 class Journal:
     """Open for writing. `contents` is what was there before, and grows with it."""
 
-    def __init__(self, path: Path, images: Sequence[tuple[str, int]], options: dict[str, Any]) -> None:
+    def __init__(self, path: Path, images: Sequence[tuple[str, Id]], options: dict[str, Any]) -> None:
         self.path = path
         self.contents = Contents(list(images), options)
         self._synced = time.monotonic()
@@ -195,11 +196,11 @@ def _told(options: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in options.items())
 
 
-def _difference(found: Sequence[tuple[str, int]], wanted: Sequence[tuple[str, int]]) -> str:
+def _difference(found: Sequence[tuple[str, Id]], wanted: Sequence[tuple[str, Id]]) -> str:
     if len(found) != len(wanted):
         return f"{len(found)}, not {len(wanted)}"
     old, new = next(pair for pair in zip(found, wanted) if pair[0] != pair[1])
-    return f"{old[0]} (id {old[1]}), not {new[0]} (id {new[1]})"
+    return f"{old[0]} (id {old[1]!r}), not {new[0]} (id {new[1]!r})"
 
 
 def _read(path: Path) -> tuple[Contents | None, int]:
@@ -221,7 +222,9 @@ def _first(line: bytes, path: Path) -> Contents:
     try:
         tree = json.loads(line)
         version, options = int(tree["journal"]), dict(tree["options"])
-        images = [(str(name), int(number)) for name, number in tree["images"]]
+        images: list[tuple[str, Id]] = [
+            (str(name), image_id if isinstance(image_id, str) else int(image_id)) for name, image_id in tree["images"]
+        ]
     except (ValueError, TypeError, KeyError):
         raise UsageError(f"{path} is not a journal of this program: {_REMEDY}") from None
     if version > VERSION:

@@ -1,13 +1,14 @@
 """Which images a submit run has, what they are called in its results, and where their overlays go."""
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from daemon import photographs
+from daemon import coco_instances, photographs
+from daemon.coco_instances import Complaints, InstancesError
+from daemon.coco_values import Id, show
 from daemon.program import UsageError
 
 
@@ -18,15 +19,15 @@ class Source:
     place: int  # among all, from 0
     path: Path
     file_name: str  # in results.json
-    image_id: int
+    image_id: Id  # of the annotations' own type: a text stays a text, which COCO's tools tell from a number
     overlay: Path
 
 
 def plan(paths: Sequence[Path], out: Path, annotations: Path | None) -> list[Source]:
     """What each image is called in results.json, its id there, and where its overlay goes.
 
-    The id is the one of its name in the COCO annotations, else its place, from 1. Raises `UsageError` for an image that
-    is not in the annotations and for an overlay that would take the place of an image.
+    The id is the one of its name in the COCO annotations, else its place, from 1. Raises `UsageError` for images that
+    are not in the annotations or are there as one, and for an overlay that would take the place of an image.
     """
     overlays = [out / name for name in overlay_names(photographs.below_common_folder(paths))]
     originals = {os.path.realpath(path): path for path in paths}
@@ -51,20 +52,37 @@ def overlay_names(below: Sequence[Path]) -> list[Path]:
     return next(names for names in choices if photographs.unique(names))
 
 
-def _annotated_ids(paths: Sequence[Path], annotations: Path) -> list[int]:
+def _annotated_ids(paths: Sequence[Path], annotations: Path) -> list[Id]:
     try:
-        entries = json.loads(annotations.read_text(encoding="utf-8"))["images"]
-        ids = {str(entry["file_name"]): int(entry["id"]) for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{annotations}: not COCO annotations: {type(error).__name__}: {error}") from None
-    return [_annotated_id(path, ids, annotations) for path in paths]
+        ids: dict[str, list[Id]] = {}
+        for image_id, file_name in coco_instances.read_names(annotations):
+            ids.setdefault(os.path.normpath(file_name), []).append(image_id)
+        return _told_apart(paths, ids, Complaints(str(annotations)))
+    except InstancesError as error:
+        raise UsageError(str(error)) from None
 
 
-def _annotated_id(path: Path, ids: dict[str, int], annotations: Path) -> int:
-    """By the longest end of its path that is named: an annotation's file_name may have folders in front."""
+def _told_apart(paths: Sequence[Path], ids: dict[str, list[Id]], complaints: Complaints) -> list[Id]:
+    """The one id of each path, which no other has. Raises `InstancesError`."""
+    owners: dict[str, Path] = {}
+    found: list[Id] = []
+    for path in paths:
+        name = _annotated_name(path, ids)
+        if name is None:
+            complaints.add(f"{path}: not among its images")
+        elif (owner := owners.setdefault(name, path)) is not path:
+            complaints.add(f"{path} and {owner} are both its image {show(ids[name][0])}, {show(name)}: submit one of "
+                           "them, or let file_name say the folders too")  # fmt: skip
+        elif len(ids[name]) > 1:
+            complaints.add(f"{path}: {show(name)} is there with the ids {', '.join(map(show, ids[name]))}")
+        else:
+            found.append(ids[name][0])
+    complaints.end()
+    return found
+
+
+def _annotated_name(path: Path, names: Container[str]) -> str | None:
+    """The longest end of its path that is named: an annotation's file_name may have folders in front."""
     parts = Path(os.path.abspath(path)).parts
-    for start in range(1, len(parts)):
-        name = "/".join(parts[start:])
-        if name in ids:
-            return ids[name]
-    raise UsageError(f"{path}: not among the images of {annotations}")
+    ends = (os.path.join(*parts[start:]) for start in range(len(parts)))
+    return next((end for end in ends if end in names), None)

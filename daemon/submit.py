@@ -8,6 +8,9 @@
 Leaves in --out an overlay for each image (NAME.jpg), results.json, the list of all COCO results, and journal.jsonl,
 every answer as it came. Images are files, folders (the images right in them) and quoted globs (** goes into folders).
 
+--annotations gives each image the id that COCO annotations give its name, of the same type, so that pycocotools reads
+results.json against that file. Images that would get one id are refused.
+
 --resume continues a run that ended early, however it did: the same images and options again. What is answered is not
 submitted again, unless its file was changed since; failed images are tried again, missing overlays drawn; but not an
 image that failed as worker-lost: workers died with it, and the daemon has tried it again itself. It stays failed

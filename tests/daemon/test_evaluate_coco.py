@@ -5,6 +5,11 @@ be made that it meets wholly, in part, or not at all.
 """
 import copy
 import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +20,10 @@ import pytest
 import zmq
 from PIL import Image
 from pycocotools import mask as rle
-from pycocotools.coco import COCO
 
-from daemon import evaluate_coco, protocol
-from daemon.evaluate_coco import score
+from daemon import coco_instances, evaluate_coco, protocol
+from daemon.average_precision import Reference, score
+from daemon.evaluate_coco import flaw
 from daemon.protocol import FROM_CLIENT, GetStats, Stats
 
 WIDTH, HEIGHT = 200, 100
@@ -49,11 +54,12 @@ def annotated(*things: tuple[int, int, dict[str, Any]], images: int = 3) -> dict
     }  # fmt: skip
 
 
-def loaded(tree: dict[str, Any]) -> COCO:
-    truth = COCO()
-    truth.dataset = copy.deepcopy(tree)
-    truth.createIndex()
-    return truth
+def loaded(tree: dict[str, Any]) -> Reference:
+    """The annotations, read from a file."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(tree, file)
+        file.flush()
+        return Reference(coco_instances.read(Path(file.name), for_training=False))
 
 
 def found(image_id: int, category_id: int, thing: dict[str, Any], confidence: float = 0.9) -> dict[str, Any]:
@@ -233,6 +239,153 @@ def test_annotations_that_are_none_are_refused(
     data.annotations.write_text(text)
     assert data.evaluate("ipc:///nowhere") == 2
     assert "truth.json: not COCO instances" in capsys.readouterr().err
+
+
+def square(left: float, right: float) -> list[float]:
+    return [left, 0, right, 0, right, HEIGHT, left, HEIGHT]
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"segmentation": {"size": [HEIGHT // 2, WIDTH], "counts": [0, 10000]}}, "its RLE has size [50, 200], the image"),
+    ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "garbage"}}, "counts 'garbage' of its RLE are damaged"),
+    ({"segmentation": []}, "segmentation is empty"),
+    ({"segmentation": None}, "segmentation is missing"),
+    ({"segmentation": square(0, 9)}, "is one polygon: expected a list of polygons"),
+    ({"segmentation": [square(0, 9), [1, 2, 3, 4]]}, "segmentation[1]: has 4 numbers"),
+    ({"segmentation": [square(0, 3.5e8)]}, "segmentation[0]: reaches from (0, 0) to (3.5e+08, 100)"),
+    ({"segmentation": [square(0, math.nan)]}, "segmentation[0]: has a number that is not finite"),
+    ({"bbox": [math.nan] * 4}, "bbox [nan, nan, nan, nan]"),
+    ({"bbox": [0, 0, 10]}, "bbox [0, 0, 10]"),
+    ({"bbox": [0, 0, -10, 10]}, "bbox [0, 0, -10, 10]"),
+    ({"bbox": [WIDTH + 1, 0, 10, 10]}, "lies outside the image of 200 x 100"),
+    ({"iscrowd": "0"}, "iscrowd '0'"),
+    ({"area": "9"}, "area '9'"),
+    ({"area": -1}, "area -1"),
+    ({"category_id": "1"}, "category_id '1' is not among the categories"),
+    ({"category_id": True}, "category_id True is not among the categories"),
+])  # fmt: skip
+def test_an_annotation_that_cannot_be_measured_is_named_before_an_image_is_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], told: str
+) -> None:
+    data = Data(tmp_path, WHOLE)
+    data.tree["annotations"][1] |= {"id": 44} | change
+    data.write()
+    assert data.evaluate("ipc:///nowhere") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    named = f"{data.annotations}: not COCO instances: annotation 44 (annotations[1]) of image 2, 2.png: "
+    assert line.startswith(f"evaluate_coco: {named}")
+    assert told in line
+
+
+@pytest.mark.parametrize(("entries", "place", "change", "told"), [
+    ("annotations", 1, {"image_id": "2"}, "annotations[1]): image_id '2' is not among the images, where the id is"),
+    ("images", 1, {"width": 0}, "image 2 (images[1]): expected a \"height\" and a \"width\" of 1 to 65535 pixels"),
+    ("images", 1, {"height": None}, "image 2 (images[1])"),
+    ("images", 1, {"file_name": "../2.png"}, "expected a path inside the folder of the images"),
+    ("images", 1, {"file_name": "/2.png"}, "expected a path inside the folder of the images"),
+    ("images", 1, {"file_name": "./1.png"}, "its file './1.png' is that of image 1 (images[0]) too"),
+    ("images", 1, {"id": 1}, "its id is there twice"),
+    ("categories", 1, {"name": None}, "categories[1]"),
+    ("categories", 1, {"id": 1}, "id 1 is given to both 'image' and 'cat'"),
+])  # fmt: skip
+def test_an_entry_that_cannot_be_measured_is_named_before_an_image_is_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], entries: str, place: int, change: dict[str, Any], told: str
+) -> None:
+    data = Data(tmp_path, WHOLE)
+    data.tree[entries][place] |= change
+    data.write()
+    assert data.evaluate("ipc:///nowhere") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"evaluate_coco: {data.annotations}: not COCO instances: ")
+    assert told in err
+
+
+def test_what_coco_defines_is_mended(shared_daemon: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = Data(tmp_path, PART)
+    for place, item in enumerate(data.tree["annotations"]):
+        item["id"] = 0
+        del item[("area", "iscrowd", "id")[place]]
+    data.tree["images"][0]["id"] = data.tree["annotations"][0]["image_id"] = "000000000001"
+    data.write()
+    assert data.evaluate(shared_daemon.endpoint) == 0
+    assert data.report["box"]["AP"] == data.report["mask"]["AP"] == pytest.approx(60)
+    assert "1 of 3 annotations have no area: that of the mask counts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("empty", [{}, {"segmentation": None}, {"segmentation": []}])
+def test_of_boxes_alone_boxes_are_measured(
+    shared_daemon: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], empty: dict[str, Any]
+) -> None:
+    data = Data(tmp_path, PART)
+    for item in data.tree["annotations"]:
+        del item["segmentation"]
+        item |= empty
+    data.write()
+    assert data.evaluate(shared_daemon.endpoint) == 0
+    assert data.report["box"]["AP"] == pytest.approx(60)
+    assert data.report["mask"] is data.report["classes"]["image"]["mask"] is None
+    printed = capsys.readouterr()
+    assert "no annotation has a segmentation: boxes alone are measured" in printed.err
+    assert "box AP 60.00, mask AP not measured; 3 images" in printed.out
+    assert data.evaluate("ipc:///nowhere", "--require-mask-ap", "1") == 2
+    assert "--require-mask-ap" in capsys.readouterr().err
+
+
+def test_images_without_an_object_to_find_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = Data(tmp_path, WHOLE)
+    del data.tree["annotations"][0]
+    data.tree["annotations"][0]["iscrowd"] = 1
+    data.write()
+    assert data.evaluate("ipc:///nowhere", "--limit", "2") == 2
+    assert "no annotations of the first 2 images, or only of crowds" in capsys.readouterr().err
+
+
+def test_boxes_of_corners_are_pointed_out(
+    shared_daemon: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Data(tmp_path, rectangle(120, 60, 60, 30))
+    for item in data.tree["annotations"]:
+        x, y, width, height = item["bbox"]
+        item["bbox"] = [x, y, x + width, y + height]
+    data.write()
+    data.evaluate(shared_daemon.endpoint)
+    assert "3 of 3 boxes reach out of their image: they should be [x, y, width, height]" in capsys.readouterr().err
+
+
+def test_names_that_the_terminal_has_not_lose_nothing(shared_daemon: Any, tmp_path: Path) -> None:
+    data = Data(tmp_path, WHOLE)
+    data.tree["categories"][1]["name"] = data.tree["categories"][2]["name"] = "Bär"
+    data.write()
+    script = Path(evaluate_coco.__file__).parents[1] / "scripts" / "evaluate_coco.py"
+    given = ["--images", str(data.images), "--annotations", str(data.annotations), "--json", str(data.json)]
+    command = [sys.executable, str(script), shared_daemon.endpoint, *given]
+    run = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0, run.stderr
+    assert b"B\\xe4r (id 7)" in run.stdout
+    assert b"mask AP 100.00" in run.stdout
+    assert list(data.report["classes"]) == ["image", "Bär (id 2)", "Bär (id 7)"]
+
+
+@pytest.mark.parametrize("library", ["pycocotools", "numpy"])
+def test_a_library_that_is_missing_is_named(tmp_path: Path, library: str) -> None:
+    code = f"import sys; sys.modules[{library!r}] = None; from daemon.evaluate_coco import main; sys.exit(main())"
+    given = ["ipc:///nowhere", "--images", str(tmp_path), "--annotations", str(tmp_path / "none.json")]
+    run = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False,
+                         cwd=Path(evaluate_coco.__file__).parents[1])  # fmt: skip
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == (
+        f"evaluate_coco: {library} is not installed, and average precision needs it: pip install pycocotools\n"
+    )
+
+
+@pytest.mark.parametrize("change", [
+    {"bbox": [0.0, 0.0, math.nan, 1.0]}, {"score": math.inf}, {"segmentation": {"size": [1, 1], "counts": "1"}},
+    {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "PPo"}},
+    {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "\x00~"}},
+])  # fmt: skip
+def test_a_result_that_cannot_be_measured_is_a_failure(change: dict[str, Any]) -> None:
+    assert not flaw(found(1, 2, CAT), (WIDTH, HEIGHT))
+    assert flaw(found(1, 2, CAT) | change, (WIDTH, HEIGHT))
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

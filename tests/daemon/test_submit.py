@@ -15,6 +15,7 @@ import pytest
 import zmq
 from PIL import Image
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 
 from daemon import program, protocol, submit
 from daemon.client import Client
@@ -157,7 +158,61 @@ def test_ids_are_those_of_the_annotations(shared_daemon: Any, tmp_path: Path) ->
     assert [result["image_id"] for result in results(tmp_path / "o")] == [7, 900, 8]
     (tmp_path / "other.json").write_text(json.dumps({"images": entries[:1]}))
     code, _, err = run(tmp_path, shared_daemon.endpoint, *arguments, "other.json")
-    assert (code, err) == (2, "submit: val/a.png: not among the images of other.json\n")
+    assert code == 2
+    assert err.splitlines() == [
+        "submit: other.json: 2 faults:", "  val/a.png: not among its images", "  train/a.png: not among its images"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ids", [["000000000001", "2"], ["1", 2], [1.0, 2.0], [0, 10**30], ["ä", "\ud800"]])
+def test_ids_of_any_type_are_read_by_pycocotools_against_the_same_file(
+    shared_daemon: Any, tmp_path: Path, ids: list[Any]
+) -> None:
+    names = [str(photo(tmp_path / name)) for name in ("a.png", "b.png")]
+    images = [{"id": each, "file_name": Path(name).name, "width": 40, "height": 30} for each, name in zip(ids, names)]
+    truth = tmp_path / "truth.json"
+    truth.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "image"}]}))
+    for again in ([], ["--resume"]):
+        code, _, err = run(tmp_path, shared_daemon.endpoint, *names, "--out", "o", "--annotations", truth, *again)
+        assert code == 0, err
+        found = COCO(str(truth)).loadRes(str(tmp_path / "o/results.json"))
+        assert [each["image_id"] for each in found.dataset["annotations"]] == ids
+
+
+def test_images_that_the_annotations_do_not_tell_apart_are_refused(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/1.png", "b/2.png"):
+        photo(tmp_path / name)
+    truth = tmp_path / "truth.json"
+
+    def told(*entries: tuple[int, str]) -> list[str]:
+        truth.write_text(json.dumps({"images": [{"id": number, "file_name": name} for number, name in entries]}))
+        code, _, err = run(tmp_path, "ipc:///nowhere", "a", "b", "--out", "o", "--annotations", "truth.json")
+        assert code == 2
+        return err.splitlines()
+
+    both = "b/1.png and a/1.png are both its image 7, '1.png'"
+    assert told((7, "1.png"), (8, "2.png"))[0].startswith(f"submit: truth.json: {both}")
+    assert told((7, "1.png"), (8, "b/2.png"), (9, "./b/2.png"))[1:] == [
+        f"  {both}: submit one of them, or let file_name say the folders too",
+        "  b/2.png: 'b/2.png' is there with the ids 8, 9",
+    ]
+    assert "id is there twice" in told((7, "a/1.png"), (7, "b/1.png"), (8, "2.png"))[0]
+    assert "no daemon" not in told((7, "a/1.png"), (8, "c/2.png"))[0]
+
+
+@pytest.mark.parametrize("entry", [
+    {"id": None}, {"id": True}, {"id": 1.5}, {"id": []}, {"id": float("nan")}, {"file_name": None}, {"file_name": ""},
+    {"file_name": 1}, {"file_name": "\0"}, {"file_name": "\ud800"},
+])  # fmt: skip
+def test_images_without_an_id_or_a_name_are_refused_by_place(tmp_path: Path, entry: dict[str, Any]) -> None:
+    photo(tmp_path / "a.png")
+    entries = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"} | entry]
+    (tmp_path / "truth.json").write_text(json.dumps({"images": entries}))
+    code, _, err = run(tmp_path, "ipc:///nowhere", "a.png", "--out", "o", "--annotations", "truth.json")
+    assert code == 2
+    assert err.startswith("submit: truth.json: not COCO annotations: image")
+    assert "images[1]" in err
+    assert "Traceback" not in err
 
 
 # -- daemons that are not there, not yet, or no more ------------------------------------------------------------------

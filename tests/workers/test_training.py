@@ -398,8 +398,8 @@ GOOD = annotation(rectangle(10, 8, 30, 28), [10, 8, 20, 20])
 WRONG_RLE = {"size": [4, 5], "counts": [0, 20]}
 BAD_ANNOTATIONS = [
     pytest.param({"segmentation": None}, ["annotation 2", "segmentation"], id="no segmentation"),
-    pytest.param({"segmentation": []}, ["annotation 2", "segmentation"], id="no polygon"),
-    pytest.param({"segmentation": [[1, 2, 3, 4]]}, ["annotation 2", "segmentation", "three points"], id="a line"),
+    pytest.param({"segmentation": [1, 2, 3, 4, 5, 6]}, ["annotation 2", "segmentation"], id="no list of polygons"),
+    pytest.param({"segmentation": [[1, 2, 3, 4, 5, 3.5e8]]}, ["annotation 2", "segmentation"], id="far outside"),
     pytest.param({"segmentation": [[1, 2, 3, 4, 5, None]]}, ["annotation 2", "segmentation"], id="no number"),
     pytest.param({"category_id": 4}, ["annotation 2", "category_id 4"], id="unknown category"),
     pytest.param({"category_id": None}, ["annotation 2", "category_id None"], id="no category"),
@@ -424,6 +424,42 @@ def test_bad_annotations_are_named(polygons, change, told) -> None:
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("unusable", [
+    pytest.param([], id="no polygon"), pytest.param([[]], id="an empty polygon"),
+    pytest.param([[1, 2, 3, 4]], id="two points"), pytest.param([[1, 2, 3, 4, 5, 6, 7]], id="an odd number"),
+    pytest.param([[1, 2, 3, 4, 5, 6]], id="a line"), pytest.param([[1, 2, 3, 4], [5, 6]], id="nothing in each"),
+])  # fmt: skip
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+def test_masks_that_enclose_nothing_are_left_out_and_counted(tmp_path, mask_format, unusable) -> None:
+    photo = photographed(tmp_path, mask_format)
+    dataset = photo.read(GOOD, GOOD | {"segmentation": unusable}, GOOD)
+    assert [len(entry.annotations) for entry in dataset.entries] == [2]
+    assert len(dataset.notes) == 1
+    assert dataset.notes[0].startswith("1 of 3 annotations are left out")
+    with pytest.raises(DataError, match=r"no image with instances: 1 of 1 annotations are left out"):
+        photo.read(GOOD | {"segmentation": unusable or [[]]})
+
+
+def test_a_polygon_that_encloses_nothing_is_left_out_of_a_mask_that_has_others(polygons) -> None:
+    parts = [[1, 2, 3, 4], *GOOD["segmentation"], [5, 5, 9, 5, 7, 5]]
+    dataset = polygons.read(GOOD | {"segmentation": parts})
+    assert dataset.notes == ("2 polygons are left out of masks that have others: they enclose nothing",)
+    [entry] = dataset.entries
+    assert [part.tolist() for part in entry.annotations[0].segmentation] == GOOD["segmentation"]
+
+
+def test_boxes_without_width_or_height_are_counted(polygons) -> None:
+    notes = polygons.read(GOOD, GOOD | {"bbox": [10, 8, 0, 20]}, GOOD | {"bbox": [WIDTH + 5, 0, 9, 9]}).notes
+    assert [note.split(" ")[0] for note in notes] == ["2"]
+
+
+def test_a_thin_box_beside_a_large_polygon_costs_no_memory(polygons) -> None:
+    """Scaled to the box, the polygon would be drawn in a billion steps."""
+    wide = [-500, -300, 600, -300, 600, 400] * 60
+    sample = polygons.sample(GOOD, GOOD | {"bbox": [10, 8, 2e-5, 2e-5], "segmentation": [wide]})
+    assert len(sample.truth.masks) == 1
+
+
 IMAGE = {"id": 1, "file_name": "photo.png", "height": HEIGHT, "width": WIDTH}
 BAD_TREES = [
     pytest.param({"images": [IMAGE | {"file_name": "gone.png"}]}, ["image 1", "no file", "gone.png"], id="no file"),
@@ -435,6 +471,8 @@ BAD_TREES = [
     pytest.param({"annotations": [1]}, ['"annotations"'], id="annotation no object"),
     pytest.param({"annotations": []}, ["no image with instances"], id="nothing to learn"),
     pytest.param({"categories": []}, ["categories"], id="no categories"),
+    pytest.param({"annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}]},
+                 ["no annotation has a segmentation"], id="boxes alone"),
 ]
 
 
@@ -670,7 +708,8 @@ def test_bad_annotations_end_the_program_before_it_starts(tmp_path, data, capsys
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps(tree))
     given = arguments(data, configure(tmp_path, KEYS), tmp_path / "out", "--annotations", str(bad))
-    assert f"{bad}: annotation 4: segmentation" in refusal(capsys, *given)
+    told = refusal(capsys, *given)
+    assert f"{bad}: not COCO instances: annotation 4 (annotations[3]) of image 1, 0001.jpg: segmentation" in told
     assert not (tmp_path / "out").exists()
 
 

@@ -1,14 +1,13 @@
 """A data set in COCO's format as training samples: what AdelaiDet's DatasetMapperWithBasis makes, without files beside.
 
-Rules: reading checks everything that can be wrong with the annotation file, so that hours of training do not end in a
-traceback; whatever is wrong leaves as a `DataError` that names file and image. A sample depends on its image and the
-random generator only. Boxes are xyxy in network pixels, those of the resized image.
+Rules: the annotation file is checked whole before anything is learnt (`daemon.coco_instances`), so that hours of
+training do not end in a traceback; whatever is wrong leaves as a `DataError` that names file and image. What nothing
+can be learnt from is left out and told in `notes`. A sample depends on its image and the random generator only. Boxes
+are xyxy in network pixels, those of the resized image.
 """
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,18 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from daemon import categories
+from daemon import coco_instances, coco_values
 from daemon.categories import Category
+from daemon.coco_instances import Complaints, Instances, InstancesError
+from daemon.coco_values import LONGEST_OUTLINE, Box, Polygon, Rle
 from daemon.settings import Limits
 from workers import images
-from workers.blendmask import Config, Prepared, prepare
+from workers.blendmask import Config, Prepared, prepare, targets
 from workers.blendmask.targets import GroundTruth, bitmap_mask, polygon_mask
 from workers.training.config import TrainingConfig
 
 SMALLEST_SIDE = 1e-5  # network pixels: instances with a narrower box are dropped
 LIMITS = Limits()
-
-Id = int | float | str  # of an image
 
 
 class DataError(ValueError):
@@ -42,8 +41,8 @@ class Annotation:
     """One instance, in pixels of the photograph."""
 
     class_index: int  # from 0
-    box: tuple[float, float, float, float]  # x, y, width, height
-    segmentation: Any  # COCO's: polygons, or an RLE with compressed counts
+    box: Box
+    segmentation: tuple[Polygon, ...] | dict[str, Any]  # the second is an RLE with compressed counts
     crowd: bool
 
 
@@ -63,6 +62,7 @@ class Dataset:
 
     entries: tuple[Entry, ...]
     categories: tuple[Category, ...]  # by class index
+    notes: tuple[str, ...]  # what was left out, a line each
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,102 +78,66 @@ class Sample:
 def read_dataset(annotations: Path, folder: Path, config: TrainingConfig) -> Dataset:
     """Read a COCO instances file whose images lie in `folder`. Classes are the categories in ascending id.
 
-    Raises `DataError`.
+    Raises `DataError` with all that is wrong.
     """
     try:
-        names = tuple(categories.load(annotations))
-        tree = json.loads(annotations.read_text(encoding="utf-8"))
-    except categories.CategoriesError as error:
+        truth = coco_instances.read(annotations, for_training=True)
+        _check(truth, folder, config)
+    except InstancesError as error:
         raise DataError(str(error)) from error
-    index_of = {category.id: index for index, category in enumerate(names)}
-    pictures = _list(annotations, tree, "images")
-    grouped: dict[Id, list[Annotation]] = {}
-    sizes: dict[Id, list[Any]] = {}  # height, width
-    for image in pictures:
-        image_id = _id(str(annotations), image, "id")
-        if image_id in grouped:
-            raise DataError(f"{annotations}: image {image_id!r} is there twice")
-        grouped[image_id], sizes[image_id] = [], [image.get("height"), image.get("width")]
-    for number, item in enumerate(_list(annotations, tree, "annotations")):
-        where = f"{annotations}: annotation {item.get('id', f'number {number}')}"
-        image_id = _id(where, item, "image_id")
-        if image_id not in grouped:
-            raise DataError(f"{where}: image_id {image_id!r} is not among the images")
-        grouped[image_id].append(_annotation(where, item, index_of, config.mask_format, sizes[image_id]))
-    entries = [_entry(annotations, folder, image, grouped[image["id"]]) for image in pictures]
+    index_of = {category.id: index for index, category in enumerate(truth.categories)}
+    grouped: list[list[Annotation]] = [[] for _ in truth.pictures]
+    for item in truth.annotations:
+        taken = Annotation(index_of[item.category_id], item.box, _compressed(item.segmentation), item.crowd)
+        grouped[item.picture].append(taken)
+    entries = [
+        Entry(folder / picture.file_name, picture.height, picture.width, tuple(its_annotations))
+        for picture, its_annotations in zip(truth.pictures, grouped)
+    ]
     if config.filter_empty:
         entries = [entry for entry in entries if any(not item.crowd for item in entry.annotations)]
     if not entries:
-        raise DataError(f"{annotations}: no image with instances")
-    return Dataset(tuple(entries), names)
+        raise DataError(": ".join([f"{annotations}: no image with instances", *_notes(truth)]))
+    return Dataset(tuple(entries), truth.categories, tuple(_notes(truth)))
 
 
-def _list(path: Path, tree: Any, name: str) -> list[dict[str, Any]]:
-    value = tree.get(name) if isinstance(tree, dict) else None
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise DataError(f'{path}: expected a list of objects under "{name}", as COCO\'s instances files have it')
-    return value
+def _check(truth: Instances, folder: Path, config: TrainingConfig) -> None:
+    """What a training needs besides annotations that are right. Raises `InstancesError`."""
+    complaints = Complaints(f"{truth.path}: cannot be trained on")
+    if truth.annotations and not truth.has_masks:
+        complaints.add("no annotation has a segmentation: training needs masks")
+    for picture in truth.pictures:
+        if not (place := folder / picture.file_name).is_file():
+            complaints.add(f"image {coco_values.show(picture.id)}: there is no file {place}")
+    for item in truth.annotations:
+        if isinstance(item.segmentation, Rle) and config.mask_format != "bitmask" and not item.crowd:
+            complaints.add(f'{truth.where(item)}: its mask is an RLE, which needs INPUT.MASK_FORMAT: "bitmask"')
+    complaints.end()
 
 
-def _id(where: str, item: Mapping[str, Any], name: str) -> Id:
-    value = item.get(name)
-    if not isinstance(value, int | float | str):
-        raise DataError(f"{where}: {name} {value!r} is neither a number nor a text, in {json.dumps(item)[:200]}")
-    return value
+def _compressed(segmentation: coco_instances.Segmentation | None) -> tuple[Polygon, ...] | dict[str, Any]:
+    assert segmentation is not None, "a file without masks is refused"
+    if not isinstance(segmentation, Rle):
+        return segmentation
+    found: dict[str, Any] = coco_mask.frPyObjects(segmentation.uncompressed(), segmentation.height, segmentation.width)
+    return found
 
 
-def _entry(path: Path, folder: Path, image: dict[str, Any], annotations: list[Annotation]) -> Entry:
-    match image:
-        case {"file_name": str(name), "height": int(height), "width": int(width)} if min(height, width) > 0:
-            place = folder / name
-            if not place.is_file():
-                raise DataError(f"{path}: image {image['id']}: there is no file {place}")
-            return Entry(place, height, width, tuple(annotations))
-    raise DataError(f'{path}: image {image["id"]}: expected a "file_name", a "height" and a "width"')
+def _notes(truth: Instances) -> Iterator[str]:
+    if truth.dropped:
+        yield (f"{truth.dropped} of {truth.dropped + len(truth.annotations)} annotations are left out: they have no "
+               "polygon of three points that enclose anything")  # fmt: skip
+    if truth.dropped_parts:
+        yield f"{truth.dropped_parts} polygons are left out of masks that have others: they enclose nothing"
+    boxless = sum(not item.crowd and _is_empty(item.box, truth.pictures[item.picture]) for item in truth.annotations)
+    if boxless:
+        yield f"{boxless} annotations are no instances: their boxes have no width or no height inside the image"
 
 
-def _annotation(where: str, item: dict[str, Any], index_of: Mapping[int, int], mask_format: str,
-                size: list[Any]) -> Annotation:
-    category = item.get("category_id")
-    if not isinstance(category, int) or category not in index_of:
-        raise DataError(f"{where}: category_id {category!r} is not among the categories")
-    crowd = bool(item.get("iscrowd", 0))
-    return Annotation(index_of[category], _box(where, item.get("bbox")),
-                      _segmentation(where, item.get("segmentation"), crowd, mask_format, size), crowd)
-
-
-def _box(where: str, box: Any) -> tuple[float, float, float, float]:
-    match box:
-        case [int() | float() as x, int() | float() as y, int() | float() as width, int() | float() as height] if (
-            all(math.isfinite(value) for value in box)
-        ):
-            return float(x), float(y), float(width), float(height)
-    raise DataError(f"{where}: bbox {box!r}: expected [x, y, width, height]")
-
-
-def _segmentation(where: str, value: Any, crowd: bool, mask_format: str, size: list[Any]) -> Any:
-    """Polygons, or the RLE of an image of `size`, height and width."""
-    match value:
-        case [list(), *_] if all(_is_polygon(part) for part in value):
-            return [np.array(part, np.float64) for part in value]
-        case {"size": _, "counts": _} if mask_format != "bitmask" and not crowd:
-            raise DataError(f'{where}: its mask is an RLE, which needs INPUT.MASK_FORMAT: "bitmask"')
-        case {"size": [int(), int()] as found, "counts": str() | [*_]} if found != size:
-            raise DataError(f"{where}: segmentation: its RLE has size {found}, the image {size}")
-        case {"size": [int(height), int(width)], "counts": [*runs]} if not _fill(runs, height * width):
-            raise DataError(f"{where}: segmentation: the counts of its RLE do not add up to {height} x {width} pixels")
-        case {"size": [int(), int()], "counts": str() | [*_]}:
-            return value
-    raise DataError(f"{where}: segmentation: expected polygons of at least three points, or an RLE")
-
-
-def _is_polygon(part: Any) -> bool:
-    return (isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0
-            and all(isinstance(value, int | float) and math.isfinite(value) for value in part))
-
-
-def _fill(runs: list[Any], pixels: int) -> bool:
-    return all(isinstance(run, int) and run >= 0 for run in runs) and sum(runs) == pixels
+def _is_empty(box: Box, picture: coco_instances.Picture) -> bool:
+    x, y, width, height = box
+    across, down = min(x + width, picture.width) - max(x, 0), min(y + height, picture.height) - max(y, 0)
+    return across <= 0 or down <= 0
 
 
 # ---- samples ----------------------------------------------------------------------------------------------------
@@ -235,10 +199,21 @@ class _Scene:
 
     def mask(self, item: Annotation, box: npt.NDArray[np.float32], side: int,
              mask_format: str) -> npt.NDArray[np.float32] | None:
-        """The instance's mask within its box, (side, side); None where the resized mask is empty."""
-        if mask_format == "polygon":
-            return polygon_mask([self._points(polygon).ravel() for polygon in item.segmentation], box, side)
-        bitmap = self._bitmap(item)
+        """The instance's mask within its box, (side, side); None where the resized mask is empty.
+
+        And where a box of no width beside a large polygon would enlarge that beyond what can be drawn.
+        """
+        if isinstance(item.segmentation, dict):
+            bitmap = self._resize(self._original(item).astype(np.uint8)).astype(np.bool_)
+        else:
+            parts = [self._points(polygon).ravel() for polygon in item.segmentation]
+            narrow = max(float((box[2:] - box[:2]).min()), targets.SMALLEST_SIDE)
+            enlarged = side / narrow if mask_format == "polygon" else 1.0
+            if max(map(coco_values.outline, parts)) * enlarged > LONGEST_OUTLINE:
+                return None
+            if mask_format == "polygon":
+                return polygon_mask(parts, box, side)
+            bitmap = _draw(parts, self.height, self.width)
         return bitmap_mask(bitmap, box, side) if bitmap.any() else None
 
     def semantic_map(self) -> npt.NDArray[np.int32]:
@@ -254,25 +229,11 @@ class _Scene:
             points[:, 0] = self.width - points[:, 0]
         return points
 
-    def _bitmap(self, item: Annotation) -> npt.NDArray[np.bool_]:
-        """The instance's mask in network pixels: polygons are moved and then drawn, an RLE is resized."""
-        if isinstance(item.segmentation, dict):
-            return self._resize(self._original(item).astype(np.uint8)).astype(np.bool_)
-        parts = [self._points(polygon).ravel() for polygon in item.segmentation]
-        return _draw(parts, self.height, self.width)
-
     def _original(self, item: Annotation) -> npt.NDArray[np.bool_]:
         """The instance's mask in pixels of the photograph."""
-        height, width = self.entry.height, self.entry.width
         if not isinstance(item.segmentation, dict):
-            return _draw(item.segmentation, height, width)
-        rle = item.segmentation
-        if isinstance(rle["counts"], list):
-            rle = coco_mask.frPyObjects(rle, height, width)
-        try:
-            mask: npt.NDArray[np.bool_] = coco_mask.decode(rle).astype(np.bool_)
-        except ValueError as error:
-            raise DataError(f"{self.entry.path}: the RLE of an instance is damaged: {error}") from error
+            return _draw(item.segmentation, self.entry.height, self.entry.width)
+        mask: npt.NDArray[np.bool_] = coco_mask.decode(item.segmentation).astype(np.bool_)
         return mask
 
     def _resize(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -6,6 +6,10 @@
 Leaves in the output folder: checkpoint.pth (the last state, from which --resume goes on), model_final.pth (the weights
 in AdelaiDet's form), categories.json (the names of the classes, which inference finds beside the weights), log.jsonl
 (losses, one line for every 20 iterations) and losses.png. All numbers come from the configuration, by AdelaiDet's keys.
+
+Annotations are checked whole first, and refused with all that is wrong, by annotation and image. Polygons of fewer than
+three points, of an odd number of coordinates or without an inside are left out, and so is an annotation that has no
+other: it is told how many.
 """
 from __future__ import annotations
 
@@ -50,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CannotStart as error:
         console.print(f"train: {error}")
         return EXIT_CANNOT_START
+    for note in batches.dataset.notes:
+        console.print(f"train: {arguments.annotations}: {note}")
     try:
         finished = run(trainer, batches, arguments.output_dir, console)
     except (DataError, TrainingError, OSError) as error:
