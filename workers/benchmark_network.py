@@ -32,13 +32,13 @@ from rich.table import Table
 from torch import nn
 
 from daemon import program
+from daemon.images import Pixels
 from workers import blendmask, devices, masks
 from workers.blendmask import BlendMask, Config, Detections, Instances
 from workers.blendmask.blender import blend
 from workers.blendmask.deformable import DeformableConv
 from workers.blendmask.postprocess import MASK_THRESHOLD
 from workers.blendmask.selection import select
-from workers.images import Pixels
 from workers.masks import Floats
 
 ROOT = Path(__file__).resolve().parent.parent

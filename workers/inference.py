@@ -22,13 +22,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from daemon import categories, overlay, photographs
+from daemon import categories, images, overlay, photographs
 from daemon.categories import Category
+from daemon.images import ImageError, Pixels
 from daemon.program import UsageError
 from daemon.protocol import Options
 from daemon.settings import Limits
-from workers import images, results
-from workers.images import ImageError, Pixels
+from workers import results
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 LIMITS = Limits(max_image_bytes=1 << 31, max_image_pixels=500_000_000)  # the images are the user's own

@@ -23,11 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from daemon import program
+from daemon import images, program
+from daemon.images import ImageError, Pixels
 from daemon.settings import Limits
-from workers import images
 from workers.evaluation import logs, outputs
-from workers.images import ImageError, Pixels
 
 EXIT_OFF = 1
 EXIT_CANNOT_START = 2

@@ -19,10 +19,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from daemon import categories
+from daemon import categories, images
 from daemon.categories import Category
 from daemon.settings import Limits
-from workers import images
 from workers.blendmask import Config, Prepared, prepare
 from workers.blendmask.targets import GroundTruth, bitmap_mask, polygon_mask
 from workers.training.config import TrainingConfig

@@ -1,7 +1,7 @@
 """Bombs: small images that cost far more than their pixels to open or to decode. Each is refused before it goes off.
 
 The bound on pixels holds what a picture takes; these hold what its file may ask for besides. Each was measured with a
-file below the bound on bytes, at Pillow 13 (`tests/workers/test_bombs.py` has them, small):
+file below the bound on bytes, at Pillow 13 (`tests/daemon/test_bombs.py` has them, small):
 
 ================  ==================================================================  =========================
 in                what it does                                                        bound

@@ -4,7 +4,7 @@ Pixels are those of detectron2's ``read_image(format="BGR")``: first frame, upri
 Pillow's conversion (transparency dropped), channels reversed.
 
 Rules: what comes in is untrusted. Its size is checked from the header before a pixel is decoded, and what else it may
-cost by `workers/bombs.py`; whatever is wrong with it leaves as an `ImageError`, the only exception here. Arrays may be
+cost by `daemon/bombs.py`; whatever is wrong with it leaves as an `ImageError`, the only exception here. Arrays may be
 read-only views: copy before writing. Must never fetch anything, and never open a file that does not lie below a root
 that the settings allow.
 """
@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from daemon import bombs
 from daemon.protocol import Code
 from daemon.settings import Limits
-from workers import bombs
 
 MOST_SIDE = 65_535  # pixels, as a JPEG's; resizing a longer strip takes more memory than all of its pixels
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
