@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from daemon import bombs
+from daemon import bombs, pixel_formats
+from daemon.pixel_formats import Depth, UnreadFormat
 from daemon.protocol import Code
 from daemon.settings import Limits
 
@@ -68,14 +69,18 @@ def decode(payload: Payload, limits: Limits) -> Pixels:
         whole = bytes(encoded)  # a client may change its shared memory: no decoder may see that after it has checked it
         if (canvas := bombs.canvas(whole)) is not None:
             _check_pixels(*canvas, limits)
+        depth = pixel_formats.check(whole)
         with Image.open(bombs.as_file(whole), formats=FORMATS) as image:
             _check_pixels(image.height, image.width, limits)
             bombs.check(image, whole, limits.max_image_pixels)
-            return _bgr(image)
+            pixel_formats.check_opened(image, whole)
+            return _bgr(image, depth)
     except ImageError:
         raise
     except bombs.Bomb as bomb:
         raise ImageError(Code.TOO_LARGE, str(bomb)) from None
+    except UnreadFormat as unread:
+        raise ImageError(Code.BAD_IMAGE, str(unread)) from None
     except UnidentifiedImageError:
         start = encoded[:8].hex(" ")
         reason = f"not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged (it starts with {start})"
@@ -139,12 +144,11 @@ def _read_regular(resolved: str, allowed: list[str], limits: Limits) -> bytes:
     return payload
 
 
-def _bgr(image: Image.Image) -> Pixels:
+def _bgr(image: Image.Image, depth: Depth) -> Pixels:
     image.load()  # before the orientation is read: a TIFF turns itself upright here
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ImageError(Code.BAD_IMAGE, f"pixels of 32 bits (mode {image.mode}): expected 8 or 16 bits a channel")
+        upper = (np.asarray(image) >> (depth.bits - 8)).astype(np.uint8)
+        image = Image.fromarray(255 - upper if depth.white_is_zero else upper)
     upright = _UPRIGHT.get(_orientation(image))
     if upright is not None:
         image = image.transpose(upright)
