@@ -27,6 +27,8 @@ from daemon.settings import Limits
 MOST_SIDE = 65_535  # pixels, as a JPEG's; resizing a longer strip takes more memory than all of its pixels
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
+OWN_LIMITS = Limits(max_image_bytes=1 << 31, max_image_pixels=500_000_000)  # of programs: the images are their user's
+
 # EXIF orientation to what turns the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -87,6 +89,12 @@ def decode(payload: Payload, limits: Limits) -> Pixels:
         raise ImageError(Code.BAD_IMAGE, reason) from None
     except Exception as error:  # decoders raise whatever their parsing runs into, struct.error and SyntaxError included
         raise ImageError(Code.BAD_IMAGE, f"cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+def read(path: str | os.PathLike[str]) -> Pixels:
+    """The pixels of a file of the user's own, as `decode` gives them. Raises `ImageError`, and OSError."""
+    with open(path, "rb") as file:
+        return decode(file.read(), OWN_LIMITS)
 
 
 def from_raw(payload: Payload, shape: Iterable[Any], dtype: str, order: str, limits: Limits) -> Pixels:
