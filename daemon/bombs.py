@@ -149,8 +149,6 @@ def tags(encoded: bytes, directory: TiffImagePlugin.ImageFileDirectory_v2) -> li
     """All that its first directory names, in the file's order, readable or not."""
     order = ">" if directory.prefix == b"MM" else "<"
     count, size = ("Q", 20) if 43 in encoded[2:4] else ("H", 12)
-    if (order, count) == (">", "Q"):
-        raise ValueError("BigTIFF in big-endian order, which Pillow reads as if it were no BigTIFF")
     [entries] = struct.unpack_from(order + count, encoded, directory.offset)
     start = directory.offset + struct.calcsize(order + count)
     return [struct.unpack_from(order + "H", encoded, place)[0] for place in range(start, start + entries * size, size)]

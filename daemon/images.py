@@ -1,7 +1,8 @@
 """Images: a job's payload as pixels, HxWx3 uint8 BGR, the network's input before resizing.
 
-Pixels are those of detectron2's ``read_image(format="BGR")``: first frame, upright by its EXIF orientation, RGB by
-Pillow's conversion (transparency dropped), channels reversed.
+Pixels are those of detectron2's ``read_image(format="BGR")`` where that reads an image right: first frame, upright by
+its EXIF orientation, RGB by Pillow's conversion, channels reversed. docs/client.md says what becomes of what; which
+formats are read decides `daemon/pixel_formats.py`. This is the only decoder: of workers, programs, overlays, training.
 
 Rules: what comes in is untrusted. Its size is checked from the header before a pixel is decoded, and what else it may
 cost by `daemon/bombs.py`; whatever is wrong with it leaves as an `ImageError`, the only exception here. Arrays may be
@@ -60,8 +61,8 @@ class ImageError(ValueError):
 def decode(payload: Payload, limits: Limits) -> Pixels:
     """The pixels of an encoded image (JPEG, PNG, WebP, BMP or TIFF): HxWx3 uint8 BGR, contiguous, read-only.
 
-    Raises `ImageError`: too-large over either limit and for bombs, else bad-image. 16-bit grey keeps its upper eight
-    bits, as Pillow reads 16-bit colour; 32-bit and float pixels have no known white and are refused.
+    Raises `ImageError`: too-large over either limit and for bombs, else bad-image, which names a pixel format that is
+    not read.
     """
     encoded = memoryview(payload).cast("B")
     _check_bytes(len(encoded), limits)
@@ -88,7 +89,14 @@ def decode(payload: Payload, limits: Limits) -> Pixels:
         reason = f"not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged (it starts with {start})"
         raise ImageError(Code.BAD_IMAGE, reason) from None
     except Exception as error:  # decoders raise whatever their parsing runs into, struct.error and SyntaxError included
-        raise ImageError(Code.BAD_IMAGE, f"cannot be decoded: {str(error) or type(error).__name__}") from error
+        raise ImageError(Code.BAD_IMAGE, f"cannot be decoded: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    text = str(error)
+    if text.startswith("decoder error"):  # all that Pillow says of a TIFF which libtiff cannot read to its end
+        return "its pixels are damaged or cut off"
+    return text or type(error).__name__
 
 
 def read(path: str | os.PathLike[str]) -> Pixels:

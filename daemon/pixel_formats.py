@@ -211,6 +211,8 @@ class TiffFormat:
 
 
 def _check_tiff(encoded: bytes) -> Depth:
+    if encoded.startswith(b"MM\0+"):  # Pillow takes it for no BigTIFF
+        raise UnreadFormat("TIFF", "BigTIFF in big-endian order")
     try:
         directory = bombs.directory(encoded)
     except (SyntaxError, struct.error):

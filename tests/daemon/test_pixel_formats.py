@@ -260,6 +260,10 @@ def _entry(whole: bytes | bytearray, tag: int, order: str) -> int:
     return next(place for place in places if struct.unpack_from(order + "H", whole, place)[0] == tag)
 
 
+def test_a_big_tiff_in_big_endian_order_is_refused_by_its_format() -> None:
+    assert "BigTIFF in big-endian order" in tiff_refused(GREY, Layout(big=True, order=">"))
+
+
 def test_alpha_that_is_not_declared_is_taken_for_alpha() -> None:
     samples = RANDOM.integers(0, 256, (HEIGHT, WIDTH, 4))
     np.testing.assert_array_equal(pixels_of(tiffs.write(samples, Layout(photometric=2))), samples[:, :, :3])
