@@ -78,7 +78,7 @@ class TextFormatter(_Formatter):
 
     def _text(self, record: logging.LogRecord, about: Mapping[str, Any]) -> str:
         words = [] if self._journal else [_time(record.created)]
-        words += [record.levelname, _in_a_line(record.getMessage())]
+        words += [record.levelname, in_a_line(record.getMessage())]
         words += [f"{name}={_quoted(value)}" for name, value in about.items()]
         line = " ".join(words)
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
@@ -106,6 +106,6 @@ def _quoted(value: Any) -> str:
     return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 
-def _in_a_line(text: str) -> str:
-    """Without line ends and control characters, which a client may have sent."""
+def in_a_line(text: str) -> str:
+    """Without line ends and control characters, which a client or a file's name may have."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from daemon.client import Client, HandshakeError
+from daemon.logs import in_a_line
 
 SERVER_KEY_VARIABLE, KEY_VARIABLE = "BLENDMASKD_SERVER_KEY", "BLENDMASKD_KEY"
 ANSWER_S = 3.0  # a daemon that runs answers at once
@@ -48,6 +50,7 @@ class Failure:
 
 def guarded(name: str, run: Callable[[], int]) -> int:
     """The exit code of a program: what `run` returns, or what its error means, told on stderr."""
+    print_anything()
     try:
         return run()
     except UsageError as error:
@@ -65,6 +68,13 @@ def guarded(name: str, run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     return code
+
+
+def print_anything() -> None:
+    """From now on all text can be printed: what the terminal's encoding lacks is escaped, as on Python's stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
@@ -180,9 +190,17 @@ def write_json(path: Path, tree: Any) -> None:
         beside.unlink(missing_ok=True)
 
 
+def text_of(path: Path) -> str:
+    r"""A path as text that every encoding of Unicode has: bytes of a name that are no UTF-8 are written as ``\xe9``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def tell_failures(console: Console, failures: Iterable[Failure]) -> None:
-    """A line for each."""
-    listed = [f"  {escape(str(each.path))}: [red]{each.code}[/]: {escape(each.reason)}" for each in failures]
+    """A line for each, whatever its file is called."""
+    listed = [
+        f"  {escape(in_a_line(text_of(each.path)))}: [red]{each.code}[/]: {escape(in_a_line(each.reason))}"
+        for each in failures
+    ]
     if listed:
         console.print("\n".join([f"[red]{len(listed)} failed:", *listed]))
 

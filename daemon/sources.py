@@ -1,6 +1,7 @@
 """Which images a submit run has, what they are called in its results, and where their overlays go."""
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ def plan(paths: Sequence[Path], out: Path, annotations: Path | None) -> list[Sou
     The id is the one of its name in the COCO annotations, else its place, from 1. Raises `UsageError` for images that
     are not in the annotations or are there as one, and for an overlay that would take the place of an image.
     """
-    overlays = [out / name for name in overlay_names(photographs.below_common_folder(paths))]
+    names = overlay_names(photographs.below_common_folder(paths), _longest_name(out))
+    overlays = [out / name for name in names]
     originals = {os.path.realpath(path): path for path in paths}
     for target in overlays:
         if os.path.realpath(target) in originals:
@@ -38,18 +40,41 @@ def plan(paths: Sequence[Path], out: Path, annotations: Path | None) -> list[Sou
     return [Source(*each) for each in zip(range(len(paths)), paths, photographs.names(paths), ids, overlays)]
 
 
-def overlay_names(below: Sequence[Path]) -> list[Path]:
-    """A file name for each image's overlay, no two the same.
+def overlay_names(below: Sequence[Path], longest: int = 255) -> list[Path]:
+    """A file name for each image's overlay, no two the same, none longer than `longest` bytes.
 
     Its base name and .jpg; if two images share that, with the folders in front (a/1.jpg, b/1.jpg); if two in one
-    folder do, with the old suffix as well (1.png.jpg, 1.tif.jpg).
+    folder do, with the old suffix as well (1.png.jpg, 1.tif.jpg); where one would be a folder of another, numbers.
     """
     choices = (
         [Path(path.stem + ".jpg") for path in below],
         [path.with_suffix(".jpg") for path in below],
         [path.with_name(path.name + ".jpg") for path in below],
+        [Path(f"{number}.jpg") for number in range(1, len(below) + 1)],
     )
-    return next(names for names in choices if photographs.unique(names))
+    shortened = ([_shortened(name, longest) for name in names] for names in choices)
+    return next(names for names in shortened if _apart(names))
+
+
+def _shortened(path: Path, longest: int) -> Path:
+    """The same, unless its name is too long: then the beginning of it, and a digest of the whole."""
+    name = os.fsencode(path.name)
+    if len(name) <= longest:
+        return path
+    end = f"~{hashlib.sha256(name).hexdigest()[:12]}.jpg"
+    return path.with_name(name[: longest - len(end)].decode(errors="ignore") + end)
+
+
+def _apart(names: Sequence[Path]) -> bool:
+    """Whether all can be files at the same time."""
+    folders = {folder for name in names for folder in name.parents}
+    return photographs.unique(names) and folders.isdisjoint(names)
+
+
+def _longest_name(folder: Path) -> int:
+    """How many bytes a file's name may have there; `folder` need not be there yet."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    return os.pathconf(existing, "PC_NAME_MAX")
 
 
 def _annotated_ids(paths: Sequence[Path], annotations: Path) -> list[Id]:

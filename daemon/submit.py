@@ -35,17 +35,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from daemon import overlay, photographs, program
+from daemon import images, overlay, photographs, program
 from daemon.client import Client, JobFailed, Segmentation
 from daemon.journal import Journal, Stamp, given_up, stamp, unchanged
 from daemon.program import Failure, Interruptible, OutputError, UsageError
 from daemon.protocol import Code
+from daemon.quiet import quiet
 from daemon.sources import Source, plan
 
 JOURNAL = "journal.jsonl"
@@ -113,13 +114,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: argparse.Namespace) -> int:
+    quiet()
     sources = plan(photographs.find(arguments.images), arguments.out, arguments.annotations)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out: {error}") from None
-    images = [(source.file_name, source.image_id) for source in sources]
-    journal = Journal(arguments.out / JOURNAL, images, _options(arguments))
+    named = [(source.file_name, source.image_id) for source in sources]
+    journal = Journal(arguments.out / JOURNAL, named, _options(arguments))
     with journal.open(resume=arguments.resume, anew=arguments.anew):
         run = Run(journal)
         left = _recall(run, sources, retry_lost=arguments.retry_lost)
@@ -258,23 +260,15 @@ class Overlays:
 
 def draw_overlay(source: Source, detections: Sequence[dict[str, Any]]) -> None:
     """Write the image with its results drawn over it, whole or not at all."""
-    with Image.open(source.path) as image:
-        drawn = overlay.draw(_upright(image), detections)
+    pixels = images.read(source.path)
+    drawn = overlay.draw(Image.fromarray(pixels[:, :, ::-1]), detections)
     source.overlay.parent.mkdir(parents=True, exist_ok=True)
-    beside = source.overlay.with_name(f".{source.overlay.name}.part")  # the journal's lock keeps others off
+    beside = source.overlay.with_name(f".{source.place}.part")  # the journal's lock keeps others off
     try:
         drawn.save(beside, "JPEG", quality=92)
         beside.replace(source.overlay)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """As the daemon saw it."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF raises all sorts, and does not count
-        return image
 
 
 # -- telling ----------------------------------------------------------------------------------------------------------

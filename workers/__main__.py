@@ -82,11 +82,11 @@ def _probe(assignment: Assignment) -> int:
 def _work(assignment: Assignment) -> int:
     log = logging.getLogger("blendmaskd.worker")
     settings = assignment.settings
+    from daemon.quiet import quiet
     from workers import engines
     from workers.channel import Channel
     from workers.engines import EngineError
     from workers.loop import Loop
-    from workers.quiet import quiet
 
     quiet()
     engine = engines.make(settings, assignment.local_device)

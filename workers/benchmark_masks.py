@@ -24,7 +24,9 @@ from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.table import Table
 
-from daemon import program
+from daemon import images, program
+from daemon.images import ImageError
+from daemon.program import UsageError
 from workers import blendmask, masks
 from workers.masks import Floats
 
@@ -52,13 +54,18 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def instances(config_path: str, image_path: str) -> tuple[Floats, Floats]:
-    """Boxes (n, 4) in an image of `SIZE`, and mask probabilities (n, R, R), of a network with seeded weights."""
+    """Boxes (n, 4) in an image of `SIZE`, and mask probabilities (n, R, R), of a network with seeded weights.
+
+    Raises `UsageError`, and OSError.
+    """
     config = blendmask.load_config(config_path)
     network = blendmask.build(config)
     blendmask.load_into(network, blendmask.random_weights(network))
-    with Image.open(image_path) as image:
-        pixels = np.asarray(image.convert("RGB").resize(SIZE[::-1]))[:, :, ::-1]
-    prepared = blendmask.prepare(np.ascontiguousarray(pixels), config)
+    try:
+        pixels = images.read(image_path)
+    except ImageError as error:
+        raise UsageError(f"{image_path}: {error}") from None
+    prepared = blendmask.prepare(np.asarray(Image.fromarray(pixels).resize(SIZE[::-1])), config)
     [found] = blendmask.segment(network, [prepared])
     detections = blendmask.finish(found, prepared)
     return detections.boxes, detections.probabilities

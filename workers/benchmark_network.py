@@ -31,14 +31,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from daemon import program
+from daemon import images, program
+from daemon.images import ImageError, Pixels
+from daemon.program import UsageError
 from workers import blendmask, devices, masks
 from workers.blendmask import BlendMask, Config, Detections, Instances
 from workers.blendmask.blender import blend
 from workers.blendmask.deformable import DeformableConv
 from workers.blendmask.postprocess import MASK_THRESHOLD
 from workers.blendmask.selection import select
-from workers.images import Pixels
 from workers.masks import Floats
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,9 +103,12 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def photograph(path: str, side: int) -> Pixels:
-    """The image as BGR pixels (side, side, 3)."""
-    with Image.open(path) as image:
-        return np.ascontiguousarray(np.asarray(image.convert("RGB").resize((side, side)))[:, :, ::-1])
+    """The image as BGR pixels (side, side, 3). Raises `UsageError`, and OSError."""
+    try:
+        pixels = images.read(path)
+    except ImageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return np.asarray(Image.fromarray(pixels).resize((side, side)))
 
 
 # ---- the two sides ----------------------------------------------------------------------------------------------

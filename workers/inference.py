@@ -22,16 +22,16 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from daemon import categories, overlay, photographs
+from daemon import categories, images, overlay, photographs
 from daemon.categories import Category
-from daemon.program import UsageError
+from daemon.images import ImageError, Pixels
+from daemon.logs import in_a_line
+from daemon.program import UsageError, print_anything
 from daemon.protocol import Options
-from daemon.settings import Limits
-from workers import images, results
-from workers.images import ImageError, Pixels
+from daemon.quiet import quiet
+from workers import results
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-LIMITS = Limits(max_image_bytes=1 << 31, max_image_pixels=500_000_000)  # the images are the user's own
 MODEL_ZOO = "https://github.com/aim-uofa/AdelaiDet/blob/master/configs/BlendMask/README.md"
 LOSSY: dict[str, Any] = {"quality": 92}  # of JPEG and WebP; the other formats ignore it
 
@@ -112,6 +112,8 @@ class Network:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments (default: the process's); returns its exit code."""
+    print_anything()
+    quiet()
     arguments = _parser().parse_args(argv)
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     try:
@@ -227,16 +229,16 @@ def _run(
                 instances = _segment(photograph, network, options)
                 found += instances
                 took = time.monotonic() - started
-                console.print(f"{photograph.name}: {len(instances)} instances in {took:.2f} s")
+                console.print(f"{in_a_line(photograph.name)}: {len(instances)} instances in {took:.2f} s")
             except (ImageError, OSError) as error:
                 failures += 1
                 reason = error.reason if isinstance(error, ImageError) else error.strerror or str(error)
-                console.print(f"{photograph.name}: FAILED: {reason}")
+                console.print(f"{in_a_line(photograph.name)}: FAILED: {reason}")
     return failures
 
 
 def _segment(photograph: Photograph, network: Network, options: Options) -> list[dict[str, Any]]:
-    pixels = images.decode(photograph.path.read_bytes(), LIMITS)
+    pixels = images.read(photograph.path)
     instances = network.segment(pixels, options)
     if photograph.output:
         drawn = overlay.draw(Image.fromarray(pixels[:, :, ::-1]), instances)

@@ -36,17 +36,16 @@ from typing import Any
 import msgpack
 import psutil
 
-from daemon import protocol
+from daemon import images, protocol
+from daemon.images import ImageError
 from daemon.logs import about
 from daemon.protocol import Code
 from daemon.regions import RegionError
 from daemon.settings import Settings
 from daemon.spawn import Assignment
-from workers import images
 from workers.batching import Batching
 from workers.channel import Connection
 from workers.engines import Engine
-from workers.images import ImageError
 from workers.preview import Previews
 from workers.regions import Regions
 

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from daemon import overlay
-from workers.images import Pixels
+from daemon.images import Pixels
 
 log = logging.getLogger("blendmaskd.worker")
 

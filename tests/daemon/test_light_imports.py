@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ALL = sorted(module.name for module in pkgutil.walk_packages(daemon.__path__, "daemon."))
 PURE = ["daemon.broker", "daemon.categories", "daemon.exchange", "daemon.protocol", "daemon.regions", "daemon.settings",
         "daemon.stats", "daemon.supervisor"]  # fmt: skip
-WORKERS = ["workers.engines", "workers.images", "workers.inference", "workers.loop", "workers.random_weights",
+WORKERS = ["workers.engines", "workers.inference", "workers.loop", "workers.random_weights",
            "workers.results"]  # fmt: skip
 
 

@@ -30,13 +30,13 @@ import zmq
 from memory_files import Pixels, memory_file, memory_of, pixels
 from PIL import Image as PillowImage
 
-from daemon import protocol, shared_memory
+from daemon import images, protocol, shared_memory
 from daemon.client import AsyncClient, Client, Segmentation, SharedMemoryError
 from daemon.places import PLACES
 from daemon.protocol import MAGIC, MEMORY_SUFFIX, TO_CLIENT, Code, Failed, Image, Place, Submit
 from daemon.settings import Limits
 from daemon.shared_memory import SharedMemory
-from workers import engines, images
+from workers import engines
 
 ROOT = Path(__file__).resolve().parents[2]
 MB = 1 << 20

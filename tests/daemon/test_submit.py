@@ -22,6 +22,8 @@ from daemon.client import Client
 from daemon.photographs import find
 from daemon.program import NoDaemonError, UsageError, wait_for_daemon, write_json
 from daemon.sources import overlay_names, plan
+from workers.fuzz import tiffs
+from workers.fuzz.tiffs import Layout
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "submit.py"
 
@@ -415,3 +417,144 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_json(path, [2])
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_text() == "[2]"
+
+
+# -- names and folders of every kind ----------------------------------------------------------------------------------
+
+
+def found_in(folder: Path, *inputs: str) -> list[str]:
+    return [str(path.relative_to(folder)) for path in find([str(folder / each) for each in inputs])]
+
+
+def test_a_link_that_leads_in_circles_shows_each_image_once(tmp_path: Path) -> None:
+    photo(tmp_path / "loop/z.jpg")
+    photo(tmp_path / "loop/deep/y.jpg")
+    for name in ("again", "once_more", "deep/up"):  # with glob's own ** two of them are more paths than can be listed
+        (tmp_path / "loop" / name).symlink_to(tmp_path / "loop")
+    assert found_in(tmp_path, "loop/**/*.jpg") == ["loop/deep/y.jpg", "loop/z.jpg"]
+    assert found_in(tmp_path, "loop/**/**/*.jpg") == ["loop/deep/y.jpg", "loop/z.jpg"]
+    assert found_in(tmp_path, "loop/**") == ["loop/deep/y.jpg", "loop/z.jpg"]
+    assert found_in(tmp_path, "**/deep/*.jpg") == ["loop/deep/y.jpg"]
+    assert found_in(tmp_path, "loop", "loop/again", "loop/once_more/again/z.jpg") == ["loop/z.jpg"]
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    assert found_in(tmp_path, "**/z.jpg") == ["loop/z.jpg"]
+
+
+def test_globs_go_into_linked_folders_but_not_hidden_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo(tmp_path / "store/a.jpg")
+    photo(tmp_path / "photos/[1]/b.jpg")
+    photo(tmp_path / "photos/.hidden/c.jpg")
+    (tmp_path / "photos/linked").symlink_to(tmp_path / "store")
+    assert found_in(tmp_path, "photos/**/*.jpg") == ["photos/[1]/b.jpg", "photos/linked/a.jpg"]
+    monkeypatch.chdir(tmp_path)
+    assert list(map(str, find(["**/*.jpg"]))) == ["photos/[1]/b.jpg", "store/a.jpg"]
+
+
+def test_what_only_looks_like_an_image_is_left_out_or_fails_by_its_name(tmp_path: Path) -> None:
+    photo(tmp_path / "in/a.jpg")
+    (tmp_path / "in/folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "in/pipe.jpg")
+    (tmp_path / "in/gone.jpg").symlink_to("nowhere")
+    (tmp_path / "in/circle.jpg").symlink_to("circle.jpg")
+    assert found_in(tmp_path, "in") == ["in/a.jpg", "in/circle.jpg", "in/gone.jpg"]
+    assert found_in(tmp_path, "in/*") == ["in/a.jpg", "in/circle.jpg", "in/gone.jpg"]
+    for special in (tmp_path / "in/pipe.jpg", "/dev/zero"):
+        with pytest.raises(UsageError, match="not a file"):
+            find([str(special)])
+
+
+LONG = "n" * 250
+
+
+@pytest.mark.parametrize(
+    ("names", "longest"),
+    [
+        ([LONG + ".png", LONG + ".tif"], 255),
+        ([LONG + "x.png", LONG + "y.png"], 255),
+        (["é" * 125 + ".tiff", "é" * 125 + ".webp"], 255),
+        (["n" * 255], 255),
+        ([LONG + ".jpg", "a.jpg"], 143),
+        (["a.jpg/1.png", "b/1.png", "a.png"], 255),
+        (["a.png.jpg/x.png", "a.png.jpg/x.tif", "a.png"], 255),
+    ],
+)
+def test_every_overlay_has_a_name_that_the_disk_takes(names: list[str], longest: int, tmp_path: Path) -> None:
+    overlays = overlay_names(list(map(Path, names)), longest)
+    for overlay in overlays:
+        assert len(os.fsencode(overlay.name)) <= longest
+        (tmp_path / overlay).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / overlay).touch(exist_ok=False)
+    assert overlay_names(list(map(Path, names)), longest) == overlays
+
+
+ODD_NAMES = [
+    LONG.encode() + b".jpg",
+    LONG.encode() + b".png",
+    b"caf\xe9.jpg",
+    b"caf\xff\xfe.jpg",
+    "фото-é.jpg".encode(),
+    b"two\nlines.jpg",
+    b"\x1b[31mred.jpg",
+    b"end .jpg ",
+    b" [bold]start.jpg",
+    "\u202egpj.exe.jpg".encode(),
+]
+
+
+@pytest.mark.parametrize(
+    ("locale", "encoding"),
+    [({"LC_ALL": "C.UTF-8"}, "utf-8"), ({"LC_ALL": "C"}, "utf-8"), ({"PYTHONIOENCODING": "ascii:strict"}, "ascii"),
+     ({"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "ascii")],
+)  # fmt: skip
+def test_whatever_files_are_called_failures_and_summary_are_told(
+    shared_daemon: Any, tmp_path: Path, locale: dict[str, str], encoding: str
+) -> None:
+    folder = os.fsencode(tmp_path / "in")
+    os.mkdir(folder)
+    good = photo(tmp_path / "good.png").read_bytes()
+    for name in ODD_NAMES:
+        Path(os.fsdecode(os.path.join(folder, name))).write_bytes(good)
+        Path(os.fsdecode(os.path.join(folder, b"bad" + name[-200:]))).write_bytes(b"no image")
+    named = [os.fsdecode(os.path.join(b"in", name)) for name in sorted(os.listdir(folder))]
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), shared_daemon.endpoint, *named, "--out", "o"],
+        cwd=tmp_path, env={**os.environ, **locale}, capture_output=True, timeout=60,
+    )  # fmt: skip
+    out, err = process.stdout.decode(encoding), process.stderr.decode()
+    assert (process.returncode, "Traceback" in err) == (1, False), err
+    lines = out.splitlines()
+    assert lines[0] == "10 failed:"
+    assert all(re.match(r"  in/bad.*: bad-image: not a JPEG", line) for line in lines[1:11])
+    assert r"  in/badcaf\xe9.jpg: bad-image" in out
+    assert r"  in/badtwo\nlines.jpg: bad-image" in out
+    assert r"  in/bad\x1b[31mred.jpg: bad-image" in out
+    assert lines[-1].startswith("combined: 10 images")
+    found = results(tmp_path / "o")
+    assert len({result["file_name"] for result in found}) == 10
+    (tmp_path / "o/results.json").read_bytes().decode()
+    for result in found:
+        result["file_name"].encode()  # no lone surrogates, which others refuse
+    drawn = [name for name in os.listdir(os.fsencode(tmp_path / "o")) if name.endswith(b".jpg")]
+    assert len(drawn) == 10
+
+
+def test_overlays_show_the_pixels_that_were_segmented(shared_daemon: Any, tmp_path: Path) -> None:
+    """Deep grey, and planes of 16 bits: Pillow's own reading would be white, and garbled."""
+    level = np.full((60, 80), 0x4020, np.uint16)
+    Image.fromarray(level).save(tmp_path / "grey16.png")
+    colours = np.broadcast_to([0x4020, 0x8040, 0xC060], (60, 80, 3))
+    layout = Layout(bits=16, photometric=2, planar=2)
+    (tmp_path / "planar.tif").write_bytes(tiffs.write(colours, layout))
+    arguments = ["grey16.png", "planar.tif", "--out", "o", "--mask-format", "none", "--max-detections", 0]
+    assert run(tmp_path, shared_daemon.endpoint, *arguments)[0] == 0
+    for name, expected in {"grey16": (0x40,) * 3, "planar": (0x40, 0x80, 0xC0)}.items():
+        with Image.open(tmp_path / f"o/{name}.jpg") as overlay:
+            assert np.abs(np.asarray(overlay).astype(int) - expected).max() <= 3
+
+
+def test_a_picture_that_the_daemon_refuses_by_its_format_is_told(shared_daemon: Any, tmp_path: Path) -> None:
+    samples = np.zeros((4, 4, 3))
+    (tmp_path / "a.tif").write_bytes(tiffs.write(samples, Layout(bits=32, kind=3, photometric=2)))
+    code, out, _ = run(tmp_path, shared_daemon.endpoint, "a.tif", "--out", "o")
+    assert code == 1
+    assert "  a.tif: bad-image: this TIFF's pixel format is not read: 3 x 32-bit float, RGB, not compressed; " in out

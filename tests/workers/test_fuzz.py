@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from daemon import protocol
+from daemon import images, protocol
 from daemon.protocol import Code
-from workers import images
 from workers.fuzz import headers, pictures, rules
 from workers.fuzz.child import input_random
 
@@ -50,8 +49,8 @@ DIES = """
 import sys
 if "workers.fuzz.child" in sys.orig_argv:
     sys.path.insert(0, {!r})
-    import os, workers.images
-    workers.images.from_raw = lambda *_: os.abort()
+    import os, daemon.images
+    daemon.images.from_raw = lambda *_: os.abort()
 """
 
 

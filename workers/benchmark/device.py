@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from daemon import spawn, topology
+from daemon.images import Pixels
 from daemon.settings import Settings
-from workers.images import Pixels
 
 LARGEST_BATCH = 16  # that is tried for batch auto
 LEAST_RUNS = 2

@@ -14,11 +14,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from daemon import protocol
+from daemon import images, protocol
+from daemon.images import ImageError, Pixels
 from daemon.program import UsageError
 from daemon.settings import Limits
-from workers import engines, images
-from workers.images import ImageError, Pixels
+from workers import engines
 
 Encoding = Literal["raw", "jpeg", "png", "path"]
 JPEG_QUALITY = 90

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from daemon import images
+from daemon.images import ImageError
 from daemon.program import UsageError
 
 
@@ -28,15 +30,15 @@ def main(argv: list[str]) -> int:
 
     image, file, config_path, height, width = argv
     try:
-        with Image.open(image) as opened:
-            pixels = np.asarray(opened.convert("RGB").resize((int(width), int(height))))[:, :, ::-1]
+        pixels = images.read(image)
         config = blendmask.load_config(config_path)
-    except (OSError, blendmask.ConfigError) as error:
+    except (OSError, ImageError, blendmask.ConfigError) as error:
         print(error, file=sys.stderr)
         return 1
+    resized = np.asarray(Image.fromarray(pixels).resize((int(width), int(height))))
     network = blendmask.build(config)
     blendmask.load_into(network, blendmask.random_weights(network))
-    [found] = blendmask.segment(network, [blendmask.prepare(np.ascontiguousarray(pixels), config)])
+    [found] = blendmask.segment(network, [blendmask.prepare(resized, config)])
     np.savez(file, **{field.name: getattr(found, field.name) for field in dataclasses.fields(found)})
     return 0
 

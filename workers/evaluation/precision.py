@@ -23,15 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from daemon import program
-from daemon.settings import Limits
-from workers import images
+from daemon import images, program
+from daemon.images import ImageError, Pixels
 from workers.evaluation import logs, outputs
-from workers.images import ImageError, Pixels
 
 EXIT_OFF = 1
 EXIT_CANNOT_START = 2
-LIMITS = Limits(max_image_bytes=1 << 31, max_image_pixels=500_000_000)  # the images are the user's own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +61,7 @@ def _main(arguments: argparse.Namespace) -> int:
 
 def _read(path: Path) -> Pixels:
     try:
-        return images.decode(path.read_bytes(), LIMITS)
+        return images.read(path)
     except ImageError as error:
         raise ImageError(error.code, f"{path}: {error}") from error
 

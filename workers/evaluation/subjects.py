@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from daemon.images import Pixels
 from workers import blendmask, devices
 from workers.blendmask import BlendMask, Config, Instances, Prepared
 from workers.blendmask.losses import losses
@@ -20,7 +21,6 @@ from workers.devices import Device, DeviceError
 from workers.evaluation import comparison, scenes
 from workers.evaluation.comparison import BAR, Difference
 from workers.evaluation.scenes import Scene
-from workers.images import Pixels
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # that autocast computes in; fp32 needs none
 FIRST_LEVEL = 3  # p3

@@ -5,7 +5,7 @@ mutate         bytes that were damaged
 headers        frames and headers: valid ones damaged, and what msgpack can say that no client would
 pictures       images damaged, as bytes and by what their formats are made of; raw arrays; paths
 bombs          small files that ask for much
-rules          pure: what may come of an input in this process (`protocol.decode`, `workers.images`)
+rules          pure: what may come of an input in this process (`protocol.decode`, `daemon.images`)
 child          runs such inputs in a process of its own, so that a crash is noticed, and can be told
 live           a daemon of our own, with a good client that must be served all the time
 strangers      what is thrown at it: at the clients' socket, the shared memory's, the metrics page

@@ -1,4 +1,4 @@
-"""Small files that ask for much, each as large as some limits let it be; see `workers/bombs.py` for what holds them.
+"""Small files that ask for much, each as large as some limits let it be; see `daemon/bombs.py` for what holds them.
 
 `make(name, limits)` builds one. Those in `REFUSED` must be refused; the others cost no more than their pixels.
 """
@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 from PIL import Image
 
+from daemon.images import MOST_SIDE
 from daemon.settings import Limits
 from workers.fuzz.pictures import Entry, bmp, chunk, png, tiff, tiff_data
-from workers.images import MOST_SIDE
 
 _GREY: list[Entry] = [(258, 3, 1, 8), (262, 3, 1, 1)]
 

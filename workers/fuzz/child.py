@@ -16,10 +16,10 @@ from random import Random
 import msgspec
 import psutil
 
+from daemon import images
+from daemon.quiet import quiet
 from daemon.settings import Limits
-from workers import images
 from workers.fuzz import bombs, rules
-from workers.quiet import quiet
 
 WARM = 2000  # inputs, after which memory should not grow any more
 

@@ -17,7 +17,9 @@ from random import Random
 import numpy as np
 from PIL import Image
 
+from workers.fuzz import tiffs
 from workers.fuzz.mutate import mutate, number
+from workers.fuzz.tiffs import DEFLATE, LZW, PACKBITS, SHORT, Layout
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 16: 8}  # of a TIFF's entries
@@ -196,10 +198,22 @@ def good() -> tuple[bytes, ...]:
         _saved(grey.convert("1"), "TIFF", compression=each) for each in ("group3", "group4", "tiff_ccitt", "packbits")
     ]
     found += [_saved(image, "TIFF", compression="tiff_lzw", **extras) for image in (deep, palette, transparent)]
-    found += [_saved(colours.convert(mode), "TIFF") for mode in ("CMYK", "LAB", "YCbCr", "F", "I")]
+    found += [_saved(colours.convert(mode), "TIFF") for mode in ("CMYK", "YCbCr", "LAB", "F", "I")]
     found += [_saved(colours, "TIFF", save_all=True, append_images=[grey]), _saved(colours, "TIFF", big_tiff=True)]
     found += [tiled(order, big) for order in "<>" for big in (False, True)]
+    found += [tiffs.write(pixels[:, :, :count].astype(np.int64), layout) for count, layout in _LAYOUTS]
     return tuple(found)
+
+
+_LAYOUTS = (  # and how many samples a pixel has
+    *((1, Layout(bits=bits, photometric=0, order=order)) for bits in (1, 4, 12, 16) for order in "<>"),
+    *((3, Layout(bits=bits, photometric=2, planar=2, compression=LZW, tile=16)) for bits in (8, 16)),
+    (4, Layout(bits=16, photometric=2, extra=(1,), predictor=2, compression=DEFLATE)),
+    (4, Layout(photometric=5, planar=2, compression=PACKBITS)),
+    (3, Layout(photometric=6, more={530: (SHORT, (1, 1))})),
+    (1, Layout(bits=4, photometric=3, fill_order=2, more={320: (SHORT, tuple(range(0, 48 * 1300, 1300)))})),
+    (3, Layout(bits=32, photometric=2, kind=3)),
+)
 
 
 def _saved(image: Image.Image, format: str, **options: object) -> bytes:

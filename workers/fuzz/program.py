@@ -214,7 +214,7 @@ def _run_bombs(limits: Limits, say: Say) -> dict[str, Any]:
 _MEASURE = """
 from daemon.settings import Limits
 from workers.fuzz import child
-from workers.quiet import quiet
+from daemon.quiet import quiet
 quiet()
 print(json.dumps(child.measure({!r}, Limits(max_image_bytes={}, max_image_pixels={}))))
 """

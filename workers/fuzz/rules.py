@@ -1,7 +1,7 @@
 """What may come of an input in this process: each layer feeds one, says what came of it, and raises for all else.
 
 ``headers``: `protocol.decode`, as the daemon, the client and the worker use it, gives a message of the table or raises
-`ProtocolError`. ``images``: `workers.images` gives pixels within the limits or raises `ImageError`, for encoded images,
+`ProtocolError`. ``images``: `daemon.images` gives pixels within the limits or raises `ImageError`, for encoded images,
 raw arrays and paths.
 """
 
@@ -15,13 +15,12 @@ from random import Random
 
 import numpy as np
 
-from daemon import protocol
+from daemon import images, protocol
+from daemon.images import ImageError
 from daemon.protocol import Code, ProtocolError, Submit
 from daemon.settings import Limits
-from workers import images
 from workers.fuzz import headers, pictures
 from workers.fuzz.mutate import mutate
-from workers.images import ImageError
 
 LIMITS = Limits(max_image_bytes=1 << 19, max_image_pixels=2_000_000)  # so that what is just below them is quick
 IMAGE_CODES = {Code.BAD_IMAGE, Code.TOO_LARGE, Code.BAD_REQUEST}

@@ -18,12 +18,11 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from daemon import coco_instances, coco_values
+from daemon import coco_instances, coco_values, images
 from daemon.categories import Category
 from daemon.coco_instances import Complaints, Instances, InstancesError
 from daemon.coco_values import LONGEST_OUTLINE, Box, Polygon, Rle
 from daemon.settings import Limits
-from workers import images
 from workers.blendmask import Config, Prepared, prepare, targets
 from workers.blendmask.targets import GroundTruth, bitmap_mask, polygon_mask
 from workers.training.config import TrainingConfig

@@ -1,7 +1,7 @@
 """Bombs: small images that cost far more than their pixels to open or to decode. Each is refused before it goes off.
 
 The bound on pixels holds what a picture takes; these hold what its file may ask for besides. Each was measured with a
-file below the bound on bytes, at Pillow 13 (`tests/workers/test_bombs.py` has them, small):
+file below the bound on bytes, at Pillow 13 (`tests/daemon/test_bombs.py` has them, small):
 
 ================  ==================================================================  =========================
 in                what it does                                                        bound
@@ -100,6 +100,15 @@ def canvas(encoded: bytes) -> tuple[int, int] | None:
     return height, width
 
 
+def directory(encoded: bytes) -> TiffImagePlugin.ImageFileDirectory_v2:
+    """The first one of a TIFF, as Pillow will read it. Raises `Bomb`, and whatever a damaged header runs into."""
+    file = as_file(encoded)
+    found = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if 43 in encoded[2:4] else 8))
+    file.seek(found.next)
+    found.load(file)
+    return found
+
+
 def check(image: Image.Image, encoded: bytes, max_pixels: int) -> None:
     """Before an opened image is decoded: raises `Bomb`, or ValueError for a TIFF that its readers may read differently.
 
@@ -118,7 +127,7 @@ def check(image: Image.Image, encoded: bytes, max_pixels: int) -> None:
 def _check_tiff(image: TiffImagePlugin.TiffImageFile, encoded: bytes, max_pixels: int) -> None:
     """Tiles as Pillow understands them are checked; so libtiff, which decodes, must understand them alike."""
     directory = image.tag_v2
-    written = _tags(encoded, directory)
+    written = tags(encoded, directory)
     for name, tag in {**_SIZES, **_PIECES}.items():
         if written.count(tag) > 1:
             raise ValueError(f"{name} is there more than once")
@@ -136,12 +145,10 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile, encoded: bytes, max_pixels
         raise Bomb(f"{sides[0]}x{sides[1]} pixels in whole tiles are over the limit of {max_pixels}")
 
 
-def _tags(encoded: bytes, directory: TiffImagePlugin.ImageFileDirectory_v2) -> list[int]:
+def tags(encoded: bytes, directory: TiffImagePlugin.ImageFileDirectory_v2) -> list[int]:
     """All that its first directory names, in the file's order, readable or not."""
     order = ">" if directory.prefix == b"MM" else "<"
     count, size = ("Q", 20) if 43 in encoded[2:4] else ("H", 12)
-    if (order, count) == (">", "Q"):
-        raise ValueError("BigTIFF in big-endian order, which Pillow reads as if it were no BigTIFF")
     [entries] = struct.unpack_from(order + count, encoded, directory.offset)
     start = directory.offset + struct.calcsize(order + count)
     return [struct.unpack_from(order + "H", encoded, place)[0] for place in range(start, start + entries * size, size)]

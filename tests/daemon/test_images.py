@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from daemon.images import ImageError, decode, from_raw, read_path
 from daemon.settings import Limits
-from workers.images import ImageError, decode, from_raw, read_path
 
 LIMITS = Limits()
 HEIGHT, WIDTH = 30, 40
@@ -143,7 +143,7 @@ def test_sixteen_bit_grey_keeps_its_upper_bits(format: str) -> None:
 def test_pixels_of_32_bits_are_refused(dtype: type) -> None:
     refusal = refused(encoded(Image.fromarray(np.zeros((4, 4), dtype)), "TIFF"))
     assert refusal.code == "bad-image"
-    assert "32 bits" in refusal.reason
+    assert "1 x 32-bit" in refusal.reason
 
 
 def test_an_empty_payload_is_refused() -> None:

@@ -1,7 +1,7 @@
 """Image decoders kept from the log: what they say there, strangers would write.
 
 One damaged fax of a few kilobytes makes libtiff write a line for each of its rows, and Python remembers every warning
-whose text is new, for ever. What is wrong with an image is told to its client (`workers/images.py`), not to the log.
+whose text is new, for ever. What is wrong with an image is told to its client (`daemon/images.py`), not to the log.
 """
 
 from __future__ import annotations

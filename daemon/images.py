@@ -1,10 +1,11 @@
 """Images: a job's payload as pixels, HxWx3 uint8 BGR, the network's input before resizing.
 
-Pixels are those of detectron2's ``read_image(format="BGR")``: first frame, upright by its EXIF orientation, RGB by
-Pillow's conversion (transparency dropped), channels reversed.
+Pixels are those of detectron2's ``read_image(format="BGR")`` where that reads an image right: first frame, upright by
+its EXIF orientation, RGB by Pillow's conversion, channels reversed. docs/client.md says what becomes of what; which
+formats are read decides `daemon/pixel_formats.py`. This is the only decoder: of workers, programs, overlays, training.
 
 Rules: what comes in is untrusted. Its size is checked from the header before a pixel is decoded, and what else it may
-cost by `workers/bombs.py`; whatever is wrong with it leaves as an `ImageError`, the only exception here. Arrays may be
+cost by `daemon/bombs.py`; whatever is wrong with it leaves as an `ImageError`, the only exception here. Arrays may be
 read-only views: copy before writing. Must never fetch anything, and never open a file that does not lie below a root
 that the settings allow.
 """
@@ -19,12 +20,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from daemon import bombs, pixel_formats
+from daemon.pixel_formats import Depth, UnreadFormat
 from daemon.protocol import Code
 from daemon.settings import Limits
-from workers import bombs
 
 MOST_SIDE = 65_535  # pixels, as a JPEG's; resizing a longer strip takes more memory than all of its pixels
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+
+OWN_LIMITS = Limits(max_image_bytes=1 << 31, max_image_pixels=500_000_000)  # of programs: the images are their user's
 
 # EXIF orientation to what turns the image upright.
 _UPRIGHT = {
@@ -57,8 +61,8 @@ class ImageError(ValueError):
 def decode(payload: Payload, limits: Limits) -> Pixels:
     """The pixels of an encoded image (JPEG, PNG, WebP, BMP or TIFF): HxWx3 uint8 BGR, contiguous, read-only.
 
-    Raises `ImageError`: too-large over either limit and for bombs, else bad-image. 16-bit grey keeps its upper eight
-    bits, as Pillow reads 16-bit colour; 32-bit and float pixels have no known white and are refused.
+    Raises `ImageError`: too-large over either limit and for bombs, else bad-image, which names a pixel format that is
+    not read.
     """
     encoded = memoryview(payload).cast("B")
     _check_bytes(len(encoded), limits)
@@ -68,20 +72,37 @@ def decode(payload: Payload, limits: Limits) -> Pixels:
         whole = bytes(encoded)  # a client may change its shared memory: no decoder may see that after it has checked it
         if (canvas := bombs.canvas(whole)) is not None:
             _check_pixels(*canvas, limits)
+        depth = pixel_formats.check(whole)
         with Image.open(bombs.as_file(whole), formats=FORMATS) as image:
             _check_pixels(image.height, image.width, limits)
             bombs.check(image, whole, limits.max_image_pixels)
-            return _bgr(image)
+            pixel_formats.check_opened(image, whole)
+            return _bgr(image, depth)
     except ImageError:
         raise
     except bombs.Bomb as bomb:
         raise ImageError(Code.TOO_LARGE, str(bomb)) from None
+    except UnreadFormat as unread:
+        raise ImageError(Code.BAD_IMAGE, str(unread)) from None
     except UnidentifiedImageError:
         start = encoded[:8].hex(" ")
         reason = f"not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged (it starts with {start})"
         raise ImageError(Code.BAD_IMAGE, reason) from None
     except Exception as error:  # decoders raise whatever their parsing runs into, struct.error and SyntaxError included
-        raise ImageError(Code.BAD_IMAGE, f"cannot be decoded: {str(error) or type(error).__name__}") from error
+        raise ImageError(Code.BAD_IMAGE, f"cannot be decoded: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    text = str(error)
+    if text.startswith("decoder error"):  # all that Pillow says of a TIFF which libtiff cannot read to its end
+        return "its pixels are damaged or cut off"
+    return text or type(error).__name__
+
+
+def read(path: str | os.PathLike[str]) -> Pixels:
+    """The pixels of a file of the user's own, as `decode` gives them. Raises `ImageError`, and OSError."""
+    with open(path, "rb") as file:
+        return decode(file.read(), OWN_LIMITS)
 
 
 def from_raw(payload: Payload, shape: Iterable[Any], dtype: str, order: str, limits: Limits) -> Pixels:
@@ -139,12 +160,11 @@ def _read_regular(resolved: str, allowed: list[str], limits: Limits) -> bytes:
     return payload
 
 
-def _bgr(image: Image.Image) -> Pixels:
+def _bgr(image: Image.Image, depth: Depth) -> Pixels:
     image.load()  # before the orientation is read: a TIFF turns itself upright here
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ImageError(Code.BAD_IMAGE, f"pixels of 32 bits (mode {image.mode}): expected 8 or 16 bits a channel")
+        upper = (np.asarray(image) >> (depth.bits - 8)).astype(np.uint8)
+        image = Image.fromarray(255 - upper if depth.white_is_zero else upper)
     upright = _UPRIGHT.get(_orientation(image))
     if upright is not None:
         image = image.transpose(upright)

@@ -1,0 +1,153 @@
+"""TIFFs by hand, of every pixel format that the format can declare: samples in, a file out, right to the last bit."""
+
+from __future__ import annotations
+
+import lzma
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SHORT, LONG = 3, 4
+NONE, LZW, DEFLATE, OLD_DEFLATE, PACKBITS, LZMA = 1, 5, 8, 32946, 32773, 34925
+_CODES = {1: "B", SHORT: "H", LONG: "I", 11: "f"}
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+Samples = npt.NDArray[Any]  # height, width, samples of a pixel
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How samples lie in the file, and what its directory calls them; numbers as in TIFF 6.0."""
+
+    bits: int = 8
+    photometric: int = 1
+    kind: int = 1  # SampleFormat
+    extra: tuple[int, ...] = ()
+    planar: int = 1
+    compression: int = NONE
+    predictor: int = 1
+    fill_order: int = 1
+    order: str = "<"
+    big: bool = False
+    tile: int | None = None  # side; None: strips
+    rows: int = 7  # of a strip
+    more: Mapping[int, tuple[int, tuple[float, ...]]] = field(default_factory=dict)  # type and values, by tag
+    without: tuple[int, ...] = ()
+
+
+def write(samples: Samples, layout: Layout) -> bytes:
+    """A TIFF of these samples."""
+    height, width, count = samples.shape
+    entries: dict[int, tuple[int, tuple[float, ...]]] = {
+        256: (SHORT, (width,)),
+        257: (SHORT, (height,)),
+        258: (SHORT, (layout.bits,) * count),
+        259: (SHORT, (layout.compression,)),
+        262: (SHORT, (layout.photometric,)),
+        277: (SHORT, (count,)),
+        284: (SHORT, (layout.planar,)),
+    }
+    if layout.kind != 1:
+        entries[339] = (SHORT, (layout.kind,) * count)
+    if layout.extra:
+        entries[338] = (SHORT, layout.extra)
+    if layout.fill_order != 1:
+        entries[266] = (SHORT, (layout.fill_order,))
+    if layout.predictor != 1:
+        entries[317] = (SHORT, (layout.predictor,))
+    if layout.tile:
+        entries[322] = entries[323] = (SHORT, (layout.tile,))
+    else:
+        entries[278] = (SHORT, (layout.rows,))
+    entries.update(layout.more)
+    for tag in layout.without:
+        entries.pop(tag, None)
+    planes = [samples] if layout.planar == 1 else [samples[:, :, [plane]] for plane in range(count)]
+    blocks = [_encoded(block, layout) for plane in planes for block in _blocks(plane, layout)]
+    return assemble(entries, blocks, layout.order, layout.big)
+
+
+def assemble(
+    entries: Mapping[int, tuple[int, tuple[float, ...]]], blocks: list[bytes], order: str = "<", big: bool = False
+) -> bytes:
+    """A TIFF of one directory, with the blocks as its tiles if it has tiles, else as strips."""
+    offsets, lengths = (324, 325) if 322 in entries else (273, 279)
+    room, code, entry, begin = (8, "Q", "HHQ", 16) if big else (4, "I", "HHI", 8)
+    whole = {**entries, offsets: (LONG, (0,) * len(blocks)), lengths: (LONG, tuple(map(len, blocks)))}
+    elsewhere = begin + struct.calcsize(order + "HQ"[big]) + len(whole) * (struct.calcsize(order + entry) + room) + room
+    size = sum(len(body) for kind, values in whole.values() if len(body := _body(kind, values, order)) > room)
+    starts = [elsewhere + size + sum(map(len, blocks[:place])) for place in range(len(blocks))]
+    whole[offsets] = (LONG, tuple(starts))
+    out = (b"II" if order == "<" else b"MM") + struct.pack(order + "H", 43 if big else 42)
+    out += struct.pack(order + "HHQ", 8, 0, begin) if big else struct.pack(order + "I", begin)
+    out += struct.pack(order + "HQ"[big], len(whole))
+    bodies = b""
+    for tag, (kind, values) in sorted(whole.items()):
+        body = _body(kind, values, order)
+        out += struct.pack(order + entry, tag, kind, len(values))
+        if len(body) > room:
+            out += struct.pack(order + code, elsewhere + len(bodies))
+            bodies += body
+        else:
+            out += body.ljust(room, b"\0")
+    return out + struct.pack(order + code, 0) + bodies + b"".join(blocks)
+
+
+def _body(kind: int, values: tuple[float, ...], order: str) -> bytes:
+    return struct.pack(f"{order}{len(values)}{_CODES[kind]}", *values)
+
+
+def _blocks(plane: Samples, layout: Layout) -> list[Samples]:
+    if not layout.tile:
+        return [plane[top : top + layout.rows] for top in range(0, len(plane), layout.rows)]
+    side = layout.tile
+    spare = [(0, -plane.shape[0] % side), (0, -plane.shape[1] % side), (0, 0)]
+    whole = np.pad(plane, spare)
+    return [
+        whole[top : top + side, left : left + side]
+        for top in range(0, whole.shape[0], side)
+        for left in range(0, whole.shape[1], side)
+    ]
+
+
+def _encoded(block: Samples, layout: Layout) -> bytes:
+    if layout.predictor == 2:
+        block = np.diff(block, axis=1, prepend=0) % (1 << layout.bits)
+    packed = _packed(block.reshape(len(block), -1), layout)
+    compressed = {
+        NONE: lambda: packed,
+        LZW: lambda: _lzw(packed),
+        DEFLATE: lambda: zlib.compress(packed),
+        OLD_DEFLATE: lambda: zlib.compress(packed),
+        PACKBITS: lambda: _packbits(packed),
+        LZMA: lambda: lzma.compress(packed),
+    }[layout.compression]()
+    return compressed.translate(_REVERSED) if layout.fill_order == 2 else compressed
+
+
+def _packed(rows: Samples, layout: Layout) -> bytes:
+    """Each row from a byte of its own."""
+    if layout.bits % 8 == 0 and layout.bits != 24:
+        kind = {2: "i", 3: "f", 6: "c"}.get(layout.kind, "u")
+        return rows.astype(f"{layout.order}{kind}{layout.bits // 8}").tobytes()
+    each = rows.astype(np.int64)[:, :, None] >> np.arange(layout.bits - 1, -1, -1) & 1
+    return np.packbits(each.reshape(len(rows), -1).astype(np.uint8), axis=1).tobytes()
+
+
+def _lzw(data: bytes) -> bytes:
+    """All in codes of nine bits: the table is cleared before it needs more."""
+    bits = "".join(("100000000" if place % 200 == 0 else "") + f"0{byte:08b}" for place, byte in enumerate(data))
+    bits += "100000001"
+    bits += "0" * (-len(bits) % 8)
+    return int(bits, 2).to_bytes(len(bits) // 8)
+
+
+def _packbits(data: bytes) -> bytes:
+    return b"".join(
+        bytes([len(run) - 1]) + run for run in (data[place : place + 100] for place in range(0, len(data), 100))
+    )
