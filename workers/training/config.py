@@ -47,7 +47,7 @@ class TrainingConfig:
     clip_type: str  # "value" or "norm"
     clip_value: float
     clip_norm_type: float
-    freeze_at: int  # stages of the backbone that stay as they are: 1 the stem, 2 res2 too, ...
+    freeze_at: int  # stages of the backbone that stay as they are: 1 the stem, 2 res2 or level2 too, ...; 0, -1: none
     prior: float  # of each class at each location, when trained from scratch
     # schedule
     schedule: str  # "WarmupMultiStepLR" or "WarmupCosineLR"
@@ -110,7 +110,7 @@ _READ: dict[str, Key] = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of("clip_type", "value", ("value", "norm")),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": _number("clip_value", 1.0),
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": _number("clip_norm_type", 2.0),
-    "MODEL.BACKBONE.FREEZE_AT": _whole("freeze_at", 2),
+    "MODEL.BACKBONE.FREEZE_AT": Key("freeze_at", 2, lambda value: is_int(value, -1), "a whole number from -1"),
     "MODEL.FCOS.PRIOR_PROB": share("prior", 0.01),
     "SOLVER.LR_SCHEDULER_NAME": one_of("schedule", "WarmupMultiStepLR", ("WarmupMultiStepLR", "WarmupCosineLR")),
     "SOLVER.STEPS": _ascending("steps", (30000,)),
