@@ -90,7 +90,7 @@ def _tensor(key: str, value: Any) -> Tensor:
         raise _Unusable(f"{key} is a {type(value).__name__}, not a tensor")
     if value.is_quantized or value.is_meta or value.layout != torch.strided:
         kind = "quantized" if value.is_quantized else "without data" if value.is_meta else f"of layout {value.layout}"
-        raise _Unusable(f"{key} is a tensor {kind}, not one of plain numbers; {WEIGHTS_ALONE}")
+        raise _Unusable(f"{key} is a tensor ({kind}) that is not of plain numbers; {WEIGHTS_ALONE}")
     return value
 
 
