@@ -72,6 +72,10 @@ def load_training_config(path: str | Path) -> TrainingConfig:
         if key.startswith("SOLVER.") and key not in _READ and key not in _FIXED and key not in _WITHOUT_EFFECT:
             raise ConfigError(f"{path}: unknown key {key} = {given[key]!r}: the training does not know it")
     values = read_keys(path, given, _READ, _FIXED)
+    bounds, levels = values["size_bounds"], 3 + given.get("MODEL.FCOS.TOP_LEVELS", 2)
+    if len(bounds) != levels - 1:
+        raise ConfigError(f"{path}: MODEL.FCOS.SIZES_OF_INTEREST = {bounds!r} is not supported; supported: "
+                          f"{levels - 1} numbers, as it has {levels} levels (MODEL.FCOS.TOP_LEVELS)")
     losses = LossConfig(**{field.name: values.pop(field.name) for field in fields(LossConfig)})
     return TrainingConfig(**values, losses=losses)
 
@@ -84,11 +88,10 @@ def _whole(field: str, default: int) -> Key:
     return Key(field, default, lambda value: is_int(value, 0), "a whole number from 0")
 
 
-def _ascending(field: str, default: tuple[int, ...], count: int | None = None) -> Key:
+def _ascending(field: str, default: tuple[int, ...]) -> Key:
     def accepts(value: Any) -> bool:
-        return (isinstance(value, tuple) and all(is_int(item, 1) for item in value) and list(value) == sorted(value)
-                and count in (None, len(value)))
-    return Key(field, default, accepts, f"{count or 'a list of'} whole numbers, ascending")
+        return isinstance(value, tuple) and all(is_int(item, 1) for item in value) and list(value) == sorted(value)
+    return Key(field, default, accepts, "a list of whole numbers, ascending")
 
 
 _READ: dict[str, Key] = {
@@ -121,7 +124,7 @@ _READ: dict[str, Key] = {
     "SOLVER.WARMUP_FACTOR": _number("warmup_factor", 0.001),
     "SOLVER.CHECKPOINT_PERIOD": positive("checkpoint_period", 5000),
     "SOLVER.AMP.ENABLED": flag("mixed_precision", False),
-    "MODEL.FCOS.SIZES_OF_INTEREST": _ascending("size_bounds", (64, 128, 256, 512), 4),
+    "MODEL.FCOS.SIZES_OF_INTEREST": _ascending("size_bounds", (64, 128, 256, 512)),
     "MODEL.FCOS.POS_RADIUS": _number("centre_radius", 1.5),
     "MODEL.FCOS.LOSS_ALPHA": _number("focal_alpha", 0.25),
     "MODEL.FCOS.LOSS_GAMMA": _number("focal_gamma", 2.0),
