@@ -181,7 +181,7 @@ class NativeEngine(OnDevice):
         try:
             self._config = blendmask.load_config(self._settings.config)
             trained = blendmask.build(self._config)
-            blendmask.load_into(trained, blendmask.load_checkpoint(weights))
+            blendmask.load_weights(trained, weights)
         except (OSError, blendmask.ConfigError, blendmask.WeightsError) as error:
             raise EngineError(str(error)) from error
         self._categories = self._resolve_categories(self._config.num_classes)

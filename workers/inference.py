@@ -86,7 +86,7 @@ class Network:
             )
             model = blendmask.build(self.config)
             if arguments.random_weights is None:
-                blendmask.load_into(model, blendmask.load_checkpoint(arguments.weights))
+                blendmask.load_weights(model, arguments.weights)
             else:
                 blendmask.load_into(model, blendmask.random_weights(model, arguments.random_weights))
             self.device = devices.open_device(arguments.device, arguments.precision)

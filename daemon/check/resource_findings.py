@@ -70,7 +70,7 @@ def weights(engine: str, named: str | None, complaint: str | None, took_s: float
         return [ok("weights", "the engine timed needs none")]
     if complaint is None:
         return [ok("weights", f"{named}: matches the config, loaded in {took_s:.1f} s")]
-    remedy = "--set model.weights=FILE" if named is None else "model.weights and model.config must be of one network"
+    remedy = "--set model.weights=FILE" if named is None else "a checkpoint of the network that model.config describes"
     return [error("weights", complaint, remedy)]
 
 

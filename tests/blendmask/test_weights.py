@@ -3,13 +3,23 @@
 import gzip
 import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from zoo import CONFIGS, GOLDEN, crc32
 
-from workers.blendmask import WeightsError, build, load_checkpoint, load_config, load_into, random_weights
+from workers.blendmask import (
+    WeightsError,
+    build,
+    load_checkpoint,
+    load_config,
+    load_into,
+    load_to_fine_tune,
+    load_weights,
+    random_weights,
+)
 
 # Only the length of their training tells these from the second.
 SAME_NETWORK = {"R_50_3x": "R_50_1x", "550_R_50_1x": "550_R_50_3x"}
@@ -55,6 +65,51 @@ def test_mismatches_are_named_and_counted_and_nothing_is_loaded(small_config):
     assert str(caught.value) == (
         "the weights do not fit the network: 1 missing: top_layer.bias; 1 unexpected: pixel_mean; "
         "1 of another shape: top_layer.weight (expected (196, 64, 3, 3), found (784, 64, 3, 3))")
+    assert crc32(model.state_dict()) == before
+
+
+def test_weights_that_fit_in_nothing_or_are_of_other_classes_say_so(tmp_path, small_config):
+    model = build(small_config)
+    torch.save({"stem.conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "backbone.pth")
+    with pytest.raises(WeightsError, match=r"backbone\.pth: the weights do not fit .* of a backbone alone$"):
+        load_weights(model, tmp_path / "backbone.pth")
+    other = build(replace(small_config, num_classes=5))
+    with pytest.raises(WeightsError, match=r"weights are of 5 classes, MODEL\.FCOS\.NUM_CLASSES is 3$"):
+        load_into(model, random_weights(other))
+
+
+def test_integers_are_no_weights(small_config):
+    weights = {key: value.to(torch.int8) for key, value in random_weights(build(small_config)).items()}
+    with pytest.raises(WeightsError, match=r"of another type: \S+ \(expected float32, found int8\)"):
+        load_into(build(small_config), weights)
+
+
+CLASS_LAYERS = ["proposal_generator.fcos_head.cls_logits.weight", "proposal_generator.fcos_head.cls_logits.bias",
+                "basis_module.seg_head.6.weight", "basis_module.seg_head.6.bias"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("classes", "semantic", "anew"), [
+    (5, 5, CLASS_LAYERS), (5, 3, CLASS_LAYERS[:2]), (3, 5, CLASS_LAYERS[2:]), (3, 3, []),
+])  # fmt: skip
+def test_fine_tuning_takes_all_but_layers_of_other_classes(tmp_path, small_config, classes, semantic, anew):
+    source = random_weights(build(replace(small_config, num_classes=classes, semantic_classes=semantic)), seed=4)
+    torch.save({"model": source}, tmp_path / "w.pth")
+    model = build(small_config)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    told = load_to_fine_tune(model, tmp_path / "w.pth")
+    assert sorted(told) == sorted(f"{key} {tuple(source[key].shape)}" for key in anew)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key] if key in anew else source[key]), key
+
+
+@pytest.mark.parametrize("change", [{"fpn_channels": 32}, {"attention_size": 14}, {"depth": 34}, {"num_cls_convs": 1}])
+def test_fine_tuning_another_architecture_is_refused(tmp_path, small_config, change):
+    other = replace(small_config, num_classes=5, semantic_classes=5, **change)
+    torch.save({"model": random_weights(build(other))}, tmp_path / "w.pth")
+    model = build(small_config)
+    before = crc32(model.state_dict())
+    with pytest.raises(WeightsError, match=r"w\.pth: the weights do not fit the network: "):
+        load_to_fine_tune(model, tmp_path / "w.pth")
     assert crc32(model.state_dict()) == before
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +29,7 @@ from workers.training import program
 from workers.training.batches import Batch, Batches
 from workers.training.config import TrainingConfig, load_training_config
 from workers.training.dataset import DataError, Dataset, Sample, make_sample, read_dataset
-from workers.training.trainer import Trainer, TrainingError, learning_rate
+from workers.training.trainer import Diverged, Trainer, TrainingError, learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "tests" / "golden" / "small_R18.yaml"
@@ -108,6 +110,35 @@ def test_weight_decay_and_frozen_stages(tmp_path) -> None:
     assert frozen == {"stem", "res2"}
 
 
+@pytest.mark.parametrize(("freeze_at", "frozen"), [
+    (-1, set()), (0, set()), (1, {"base_layer", "level0", "level1"}), (2, {"base_layer", "level0", "level1", "level2"}),
+])  # fmt: skip
+def test_stages_of_dla_are_frozen_by_their_stride(tmp_path, freeze_at, frozen) -> None:
+    path = tmp_path / "dla.yaml"
+    path.write_text(yaml.safe_dump({"_BASE_": str(ROOT / "configs" / "BlendMask" / "DLA_34_syncbn_4x.yaml"),
+                                    "MODEL": {"BACKBONE": {"FREEZE_AT": freeze_at}}}))
+    model = blendmask.build(blendmask.load_config(path))
+    Trainer(model, load_training_config(path))
+    parts = dict(model.backbone.bottom_up.named_children())
+    assert {name for name, part in parts.items() if not any(each.requires_grad for each in part.parameters())} == frozen
+    assert {name for name, part in parts.items() if not part.training} == frozen
+
+
+@pytest.mark.parametrize("name", ["R_50_1x", "R_50_3x", "RT_R_50_4x_syncbn_shtw", "DLA_34_syncbn_4x"])
+def test_adelaidets_own_configurations_are_read(name) -> None:
+    path = ROOT / "configs" / "BlendMask" / f"{name}.yaml"
+    levels = len(blendmask.load_config(path).strides)
+    assert len(load_training_config(path).losses.size_bounds) == levels - 1
+
+
+@pytest.mark.parametrize("keys", [
+    {"MODEL.FCOS.SIZES_OF_INTEREST": [64, 128]}, {"MODEL.FCOS.TOP_LEVELS": 0},
+])  # fmt: skip
+def test_sizes_of_more_or_fewer_levels_than_there_are_are_refused(tmp_path, keys) -> None:
+    with pytest.raises(ConfigError, match=r"MODEL\.FCOS\.SIZES_OF_INTEREST = .* levels"):
+        load_training_config(configure(tmp_path, keys))
+
+
 def small_trainer(folder: Path, **solver: Any) -> tuple[Trainer, Batch]:
     """A trainer of the small network, and a batch of one photograph."""
     path = configure(folder, {f"SOLVER.{key}": value for key, value in solver.items()})
@@ -140,6 +171,66 @@ def test_losses_that_are_not_finite_end_the_training(tmp_path) -> None:
         trainer.step(batch)
     assert all(torch.equal(value, before[key]) for key, value in trainer.model.named_parameters()
                if key != "top_layer.weight")  # fmt: skip
+
+
+class DiskQuota:
+    """Files of this process end at a mebibyte: a checkpoint is longer, as on a disk that is full."""
+
+    def __enter__(self) -> None:
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, self.before[1]))
+
+    def __exit__(self, *_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path) -> None:
+    trainer, _ = small_trainer(tmp_path)
+    checkpoint = program.Checkpoint(tmp_path / "out.pth", 0)
+    trainer.iteration = 4
+    checkpoint.save(trainer)
+    before, there = checkpoint.path.read_bytes(), set(tmp_path.iterdir())
+    trainer.iteration = 6
+    with DiskQuota():
+        with pytest.raises(program.CannotSave, match=r"out\.pth cannot be saved: File too large$"):
+            checkpoint.save(trainer)
+        told = checkpoint.keep(trainer, OSError("the log cannot be written"))
+    kept = f"4 iterations are kept in {checkpoint.path}, from which --resume goes on"
+    assert told == f"{checkpoint.path} cannot be saved: File too large; {kept}"
+    assert checkpoint.path.read_bytes() == before
+    assert set(tmp_path.iterdir()) == there
+    assert checkpoint.keep(trainer, RuntimeError("out of memory")) == kept.replace("4", "6", 1)
+    assert torch.load(checkpoint.path, weights_only=True)["iteration"] == 6
+
+
+def test_weights_of_losses_that_are_not_finite_do_not_replace_good_ones(tmp_path) -> None:
+    trainer, _ = small_trainer(tmp_path)
+    checkpoint = program.Checkpoint(tmp_path / "out.pth", 0)
+    trainer.iteration = 4
+    assert checkpoint.keep(trainer, Diverged("nan")) == "there is no checkpoint yet"
+    assert not checkpoint.path.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_to_stop_wait_for_the_end_of_a_step(number) -> None:
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with program._stop_signals() as stopped:
+            signal.raise_signal(number)
+            assert stopped == [number]
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_terminal_that_goes_does_not_stop_what_nohup_started() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with program._stop_signals() as stopped:
+            signal.raise_signal(signal.SIGHUP)
+            assert stopped == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_initial_weights(tmp_path) -> None:
@@ -507,6 +598,15 @@ def test_photograph_of_another_size_is_named(polygons) -> None:
         make_sample(entry, polygons.network, polygons.config, HEIGHT, False)
 
 
+def test_a_photograph_of_54_megapixels_is_trained_on(polygons) -> None:
+    Image.new("RGB", (9000, 6000), (90, 120, 30)).save(polygons.folder / "photo.png")
+    large = [IMAGE | {"height": 6000, "width": 9000}]
+    [entry] = polygons.read(annotation(rectangle(900, 600, 4500, 3000), [900, 600, 3600, 2400]), images=large).entries
+    sample = make_sample(entry, polygons.network, polygons.config, HEIGHT, False)
+    assert sample.prepared.net_size == (HEIGHT, WIDTH)
+    assert sample.truth.boxes.tolist() == [[6, 4, 30, 20]]
+
+
 def test_damaged_rle_is_named(bitmaps) -> None:
     damaged = annotation(rle(np.ones((2 * HEIGHT, WIDTH), bool)) | {"size": [HEIGHT, WIDTH]}, [0, 0, 9, 9])
     with pytest.raises(DataError, match=r"photo\.png: .*RLE"):
@@ -650,6 +750,113 @@ def test_losses_are_drawn(trained) -> None:
         assert min(picture.size) > 300
 
 
+# -- what ends it early -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(data, tmp_path) -> Path:
+    """A copy of the data set, to damage."""
+    return Path(shutil.copytree(data, tmp_path / "own"))
+
+
+def ended(capsys, *given: str) -> str:
+    """What a training that fails says: one line."""
+    assert program.main(given) == program.EXIT_FAILED
+    told: str = capsys.readouterr().err
+    assert "Traceback" not in told
+    [line] = [line for line in told.splitlines() if line.startswith("train: ") and "losses.png" not in line]
+    return line
+
+
+def picture_of(data: Path, config: Path, iteration: int) -> Path:
+    """One that iterations before this one do not need."""
+    dataset = read_dataset(data / "train.json", data / "images" / "train", load_training_config(config))
+    batches = Batches(dataset, blendmask.load_config(config), load_training_config(config), 3)
+    before = {index for earlier in range(iteration) for index in batches.indices(earlier)}
+    return next(dataset.entries[index].path for index in batches.indices(iteration) if index not in before)
+
+
+def test_a_broken_picture_is_named_and_nothing_that_was_learnt_is_lost(own, tmp_path, capsys) -> None:
+    config = configure(tmp_path, KEYS | {"SOLVER.MAX_ITER": 3, "SOLVER.CHECKPOINT_PERIOD": 100})
+    picture = picture_of(own, config, 2)
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "out"
+    told = ended(capsys, *arguments(own, config, out))
+    assert f"{picture}: cannot be decoded" in told
+    assert f"2 iterations are kept in {out / 'checkpoint.pth'}, from which --resume goes on" in told
+    assert torch.load(out / program.CHECKPOINT, weights_only=True)["iteration"] == 2
+    before = (out / program.CHECKPOINT).read_bytes()
+    assert "2 iterations are kept" in ended(capsys, *arguments(own, config, out, "--resume"))  # and again
+    assert (out / program.CHECKPOINT).read_bytes() == before
+    picture.write_bytes(whole)
+    assert program.main(arguments(own, config, out, "--resume")) == 0
+    assert program.main(arguments(own, config, tmp_path / "never")) == 0
+    resumed, never = weights(out), weights(tmp_path / "never")
+    assert [key for key in never if not torch.equal(resumed[key], never[key])] == []
+
+
+def test_a_picture_over_the_limit_names_an_option_that_there_is(data, tmp_path, capsys) -> None:
+    config, out = configure(tmp_path, KEYS | {"SOLVER.MAX_ITER": 1}), tmp_path / "out"
+    told = ended(capsys, *arguments(data, config, out, "--max-image-pixels", "1000"))
+    assert "pixels are over the limit of 1000 (--max-image-pixels); there is no checkpoint yet" in told
+    assert not (out / program.CHECKPOINT).exists()  # which would be in the way of starting again
+    assert program.main(arguments(data, config, out, "--max-image-pixels", "1000000")) == 0
+
+
+def test_a_disk_that_is_full_from_the_start_is_told(data, tmp_path, capsys) -> None:
+    config, out = configure(tmp_path, KEYS | {"SOLVER.MAX_ITER": 1}), tmp_path / "out"
+    with DiskQuota():
+        told = ended(capsys, *arguments(data, config, out))
+    assert told == f"train: {out / 'checkpoint.pth'} cannot be saved: File too large; there is no checkpoint yet"
+
+
+def test_a_line_that_a_full_disk_cut_is_forgotten(tmp_path) -> None:
+    whole = json.dumps({"iteration": 20, "total_loss": 1.0}) + "\n"
+    (tmp_path / program.LOG).write_text(whole + whole.replace("20", "40") + whole[:9])
+    program._rewind_log(tmp_path, 40)
+    assert (tmp_path / program.LOG).read_text() == whole + whole.replace("20", "40")
+
+
+# -- from other weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(data, tmp_path) -> list[str]:
+    """Arguments that replace the data set by one of three classes."""
+    tree = json.loads((data / "train.json").read_text())
+    tree["categories"] = tree["categories"][:3]
+    for each in tree["annotations"]:
+        each["category_id"] = each["category_id"] % 3 + 1
+    (tmp_path / "three.json").write_text(json.dumps(tree))
+    return ["--annotations", str(tmp_path / "three.json")]
+
+
+THREE = KEYS | {"MODEL.FCOS.NUM_CLASSES": 3, "MODEL.BASIS_MODULE.NUM_CLASSES": 3, "SOLVER.MAX_ITER": 1}
+
+
+def test_weights_of_another_number_of_classes_are_fine_tuned(trained, data, three, tmp_path, capsys) -> None:
+    start, out = trained.whole / program.FINAL, tmp_path / "out"
+    config = configure(tmp_path, THREE | {"SOLVER.BASE_LR": 0.0})
+    assert program.main([*arguments(data, config, out, "--weights", str(start)), *three]) == 0
+    [told] = [line for line in capsys.readouterr().err.splitlines() if "start anew" in line]
+    before, after = weights(trained.whole), weights(out)
+    others = [key for key in before if before[key].shape != after[key].shape]
+    assert len(others) == 4
+    assert all(f"{key} {tuple(before[key].shape)}" in told for key in others)
+    kept = [key for key in before if key not in others and "running" not in key and "num_batches" not in key]
+    assert [key for key in kept if not torch.equal(before[key], after[key])] == []
+    bias = after["proposal_generator.fcos_head.cls_logits.bias"]
+    assert bias.tolist() == pytest.approx([-math.log(99)] * 3)
+
+
+def test_weights_of_another_network_are_refused_for_training_too(trained, data, three, tmp_path, capsys) -> None:
+    start, config = trained.whole / program.FINAL, configure(tmp_path, THREE | {"MODEL.FPN.OUT_CHANNELS": 32})
+    told = refusal(capsys, *arguments(data, config, tmp_path / "out", "--weights", str(start)), *three)
+    assert f"{start}: the weights do not fit the network" in told
+    assert not (tmp_path / "out").exists()
+
+
 # -- what the program refuses -----------------------------------------------------------------------------------------
 
 
@@ -700,6 +907,12 @@ def test_checkpoint_that_cannot_be_resumed_is_named(trained, tmp_path, data, cap
     checkpoint.write_bytes(whole if content is None else content)
     told = refusal(capsys, *arguments(data, configure(tmp_path, keys), tmp_path, "--resume"))
     assert str(checkpoint) in told
+
+
+def test_weights_alone_cannot_be_resumed(trained, tmp_path, data, capsys) -> None:
+    shutil.copy(trained.whole / program.FINAL, tmp_path / "checkpoint.pth")
+    told = refusal(capsys, *arguments(data, configure(tmp_path, KEYS), tmp_path, "--resume"))
+    assert f"{tmp_path / 'checkpoint.pth'}: is not the state of a training: it has no optimizer, iteration" in told
 
 
 def test_bad_annotations_end_the_program_before_it_starts(tmp_path, data, capsys) -> None:

@@ -1,16 +1,17 @@
 """The BlendMask network: PyTorch, numpy, Pillow and PyYAML only; it knows nothing of daemons and workers.
 
-`load_config`, `build`, `load_checkpoint`, `load_into` make a network, `for_inference` makes it fast; `prepare`,
+`load_config`, `build`, `load_weights` make a network, `for_inference` makes it fast; `prepare`,
 `segment`, `finish` use it.
 """
 
+from workers.blendmask.checkpoint import WeightsError, load_checkpoint, read_checkpoint
 from workers.blendmask.config import Config, ConfigError, load_config
 from workers.blendmask.inference import capture, segment, segment_images
 from workers.blendmask.model import BlendMask, build
 from workers.blendmask.optimise import for_inference
 from workers.blendmask.postprocess import Detections, Instances, finish, paste, paste_one, paste_window
 from workers.blendmask.preprocess import Prepared, collate, prepare
-from workers.blendmask.weights import WeightsError, load_checkpoint, load_into, random_weights
+from workers.blendmask.weights import load_into, load_to_fine_tune, load_weights, random_weights
 
 __all__ = [
     "BlendMask",
@@ -28,11 +29,14 @@ __all__ = [
     "load_checkpoint",
     "load_config",
     "load_into",
+    "load_to_fine_tune",
+    "load_weights",
     "paste",
     "paste_one",
     "paste_window",
     "prepare",
     "random_weights",
+    "read_checkpoint",
     "segment",
     "segment_images",
 ]

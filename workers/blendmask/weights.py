@@ -1,44 +1,58 @@
-"""Checkpoints: reading them, loading them strictly, and reproducible pseudo-random weights.
+"""Weights: loading them strictly, or to fine-tune, and reproducible pseudo-random ones.
 
-Rules: a file is unpickled as weights only, so that it cannot run code; every key and shape must agree, and what does
-not is named; random weights exist only when somebody asks for them with a seed.
+Rules: every key and shape must agree, and what does not is named; only a training may begin with weights of another
+number of classes, and is told which layers start anew; random weights exist only when somebody asks for them with a
+seed.
 """
 
+import contextlib
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from workers.blendmask.checkpoint import WeightsError, load_checkpoint
+
 NAMED_AT_MOST = 5  # mismatches of one kind spelt out in an error; the others are counted
+CLASSES = "proposal_generator.fcos_head.cls_logits.bias"  # has one value for each class
 
 
-class WeightsError(ValueError):
-    """A checkpoint that cannot be read or does not fit the network."""
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load the checkpoint at `path` into `model`; raises WeightsError, changing nothing, unless all of it fits."""
+    weights = load_checkpoint(path)
+    with _naming(path):
+        load_into(model, weights)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Read the state dict of a checkpoint in detectron2's form, `{"model": {key: tensor}, ...}`, onto the CPU.
+def load_to_fine_tune(model: nn.Module, path: str | Path) -> list[str]:
+    """As `load_weights`, but layers as wide as there are classes may be of another number of classes.
 
-    Raises WeightsError if the file cannot be read, is not of that form, or would need code to be unpickled.
+    Those keep what `model` has, and are returned, each with the checkpoint's shape: "layer.weight (80, 256, 3, 3)".
     """
+    weights, own = load_checkpoint(path), model.state_dict()
+    anew = {key: own[key] for key, value in weights.items() if key in own and _differs_in_classes(key, value, own[key])}
+    with _naming(path):
+        load_into(model, {**weights, **anew})
+    return [f"{key} {tuple(weights[key].shape)}" for key in anew]
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
-    except Exception as error:  # a damaged file makes torch.load raise a dozen kinds, AssertionError among them
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path}: is not a PyTorch checkpoint of plain tensors: {reason}") from error
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
-        raise WeightsError(f'{path}: expected {{"model": state dict}} as AdelaiDet saves it, found no "model" in it')
-    for key, value in model.items():
-        if not isinstance(value, Tensor):
-            raise WeightsError(f"{path}: {key} is a {type(value).__name__}, not a tensor")
-    return model
+        yield
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def _differs_in_classes(key: str, found: Tensor, own: Tensor) -> bool:
+    return bool(_OF_CLASSES.fullmatch(key)) and found.shape != own.shape and found.shape[1:] == own.shape[1:]
+
+
+_OF_CLASSES = re.compile(r"(?:proposal_generator\.fcos_head\.cls_logits|basis_module\.seg_head\.6)\.(?:weight|bias)")
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -51,11 +65,30 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             f"{key} (expected {tuple(wanted[key].shape)}, found {tuple(value.shape)})"
             for key, value in weights.items() if key in wanted and wanted[key].shape != value.shape
         ]),
+        _complaint("of another type", [
+            f"{key} (expected {_type(wanted[key])}, found {_type(value)})"
+            for key, value in weights.items()
+            if key in wanted and wanted[key].is_floating_point() and not value.is_floating_point()
+        ]),
     ]
     found = [complaint for complaint in complaints if complaint]
     if found:
-        raise WeightsError(f"the weights do not fit the network: {'; '.join(found)}")
+        raise WeightsError(f"the weights do not fit the network: {'; '.join(found)}{_hint(wanted, weights)}")
     model.load_state_dict(weights, strict=True)
+
+
+def _hint(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """What the mismatch comes from, where that is plain."""
+    if weights and not weights.keys() & wanted.keys():
+        return "; no name is the network's: these are weights of another program, or of a backbone alone"
+    own, found = wanted.get(CLASSES), weights.get(CLASSES)
+    if own is not None and found is not None and found.shape != own.shape:
+        return f"; the weights are of {len(found)} classes, MODEL.FCOS.NUM_CLASSES is {len(own)}"
+    return ""
+
+
+def _type(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def _complaint(kind: str, names: Sequence[str]) -> str:

@@ -62,7 +62,7 @@ def load(
         if isinstance(weights, int):
             blendmask.load_into(model, blendmask.random_weights(model, weights))
         else:
-            blendmask.load_into(model, blendmask.load_checkpoint(weights))
+            blendmask.load_weights(model, weights)
         device = devices.open_device("cpu" if name.startswith("cpu") else name, "hf32" if hf32 else "fp32")
     except (blendmask.WeightsError, DeviceError) as error:
         raise SubjectError(f"{name}: {error}") from error

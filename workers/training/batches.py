@@ -16,10 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from daemon.settings import Limits
 from workers.blendmask import Config, collate
 from workers.blendmask.targets import GroundTruth
 from workers.training.config import TrainingConfig
-from workers.training.dataset import Dataset, make_sample
+from workers.training.dataset import LIMITS, Dataset, make_sample
 
 WINDOW = 16  # batches: within so many, images are sorted by shape
 AHEAD = 3  # batches loaded ahead
@@ -41,11 +42,13 @@ class Batch:
 class Batches:
     """The batches of a training by iteration."""
 
-    def __init__(self, dataset: Dataset, network: Config, config: TrainingConfig, seed: int) -> None:
+    def __init__(self, dataset: Dataset, network: Config, config: TrainingConfig, seed: int,
+                 limits: Limits = LIMITS) -> None:
         self.dataset = dataset
         self.network = network
         self.config = config
         self.seed = seed
+        self.limits = limits  # on an image
         repeats = -(-config.batch // len(dataset.entries))  # a data set smaller than a batch fills it by repetition
         self.aspects = np.array([entry.width / entry.height for entry in dataset.entries] * repeats)
         self.per_epoch = len(self.aspects) // config.batch
@@ -69,7 +72,7 @@ class Batches:
         min_size = int(random.choice(self.config.min_sizes))
         samples = [
             make_sample(self.dataset.entries[index], self.network, self.config, min_size,
-                        self.config.flip and bool(random.random() < 0.5))
+                        self.config.flip and bool(random.random() < 0.5), self.limits)
             for index in self.indices(iteration)
         ]
         images = collate([sample.prepared for sample in samples]).contiguous(memory_format=torch.channels_last)

@@ -47,7 +47,7 @@ class TrainingConfig:
     clip_type: str  # "value" or "norm"
     clip_value: float
     clip_norm_type: float
-    freeze_at: int  # stages of the backbone that stay as they are: 1 the stem, 2 res2 too, ...
+    freeze_at: int  # stages of the backbone that stay as they are: 1 the stem, 2 res2 or level2 too, ...; 0, -1: none
     prior: float  # of each class at each location, when trained from scratch
     # schedule
     schedule: str  # "WarmupMultiStepLR" or "WarmupCosineLR"
@@ -72,6 +72,10 @@ def load_training_config(path: str | Path) -> TrainingConfig:
         if key.startswith("SOLVER.") and key not in _READ and key not in _FIXED and key not in _WITHOUT_EFFECT:
             raise ConfigError(f"{path}: unknown key {key} = {given[key]!r}: the training does not know it")
     values = read_keys(path, given, _READ, _FIXED)
+    bounds, levels = values["size_bounds"], 3 + given.get("MODEL.FCOS.TOP_LEVELS", 2)
+    if len(bounds) != levels - 1:
+        raise ConfigError(f"{path}: MODEL.FCOS.SIZES_OF_INTEREST = {bounds!r} is not supported; supported: "
+                          f"{levels - 1} numbers, as it has {levels} levels (MODEL.FCOS.TOP_LEVELS)")
     losses = LossConfig(**{field.name: values.pop(field.name) for field in fields(LossConfig)})
     return TrainingConfig(**values, losses=losses)
 
@@ -84,11 +88,10 @@ def _whole(field: str, default: int) -> Key:
     return Key(field, default, lambda value: is_int(value, 0), "a whole number from 0")
 
 
-def _ascending(field: str, default: tuple[int, ...], count: int | None = None) -> Key:
+def _ascending(field: str, default: tuple[int, ...]) -> Key:
     def accepts(value: Any) -> bool:
-        return (isinstance(value, tuple) and all(is_int(item, 1) for item in value) and list(value) == sorted(value)
-                and count in (None, len(value)))
-    return Key(field, default, accepts, f"{count or 'a list of'} whole numbers, ascending")
+        return isinstance(value, tuple) and all(is_int(item, 1) for item in value) and list(value) == sorted(value)
+    return Key(field, default, accepts, "a list of whole numbers, ascending")
 
 
 _READ: dict[str, Key] = {
@@ -110,7 +113,7 @@ _READ: dict[str, Key] = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of("clip_type", "value", ("value", "norm")),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": _number("clip_value", 1.0),
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": _number("clip_norm_type", 2.0),
-    "MODEL.BACKBONE.FREEZE_AT": _whole("freeze_at", 2),
+    "MODEL.BACKBONE.FREEZE_AT": Key("freeze_at", 2, lambda value: is_int(value, -1), "a whole number from -1"),
     "MODEL.FCOS.PRIOR_PROB": share("prior", 0.01),
     "SOLVER.LR_SCHEDULER_NAME": one_of("schedule", "WarmupMultiStepLR", ("WarmupMultiStepLR", "WarmupCosineLR")),
     "SOLVER.STEPS": _ascending("steps", (30000,)),
@@ -121,7 +124,7 @@ _READ: dict[str, Key] = {
     "SOLVER.WARMUP_FACTOR": _number("warmup_factor", 0.001),
     "SOLVER.CHECKPOINT_PERIOD": positive("checkpoint_period", 5000),
     "SOLVER.AMP.ENABLED": flag("mixed_precision", False),
-    "MODEL.FCOS.SIZES_OF_INTEREST": _ascending("size_bounds", (64, 128, 256, 512), 4),
+    "MODEL.FCOS.SIZES_OF_INTEREST": _ascending("size_bounds", (64, 128, 256, 512)),
     "MODEL.FCOS.POS_RADIUS": _number("centre_radius", 1.5),
     "MODEL.FCOS.LOSS_ALPHA": _number("focal_alpha", 0.25),
     "MODEL.FCOS.LOSS_GAMMA": _number("focal_gamma", 2.0),

@@ -7,6 +7,7 @@ are xyxy in network pixels, those of the resized image.
 """
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,8 @@ from workers.blendmask.targets import GroundTruth, bitmap_mask, polygon_mask
 from workers.training.config import TrainingConfig
 
 SMALLEST_SIDE = 1e-5  # network pixels: instances with a narrower box are dropped
-LIMITS = Limits()
+MAX_IMAGE_PIXELS = 500_000_000
+LIMITS = Limits(max_image_bytes=sys.maxsize, max_image_pixels=MAX_IMAGE_PIXELS)  # the images are the user's own
 
 
 class DataError(ValueError):
@@ -141,9 +143,10 @@ def _is_empty(box: Box, picture: coco_instances.Picture) -> bool:
 
 # ---- samples ----------------------------------------------------------------------------------------------------
 
-def make_sample(entry: Entry, network: Config, config: TrainingConfig, min_size: int, flip: bool) -> Sample:
+def make_sample(entry: Entry, network: Config, config: TrainingConfig, min_size: int, flip: bool,
+                limits: Limits = LIMITS) -> Sample:
     """Read, resize and perhaps flip an image, with its targets. Raises `DataError`."""
-    prepared = prepare(_pixels(entry), replace(network, min_size=min_size, max_size=config.max_size))
+    prepared = prepare(_pixels(entry, limits), replace(network, min_size=min_size, max_size=config.max_size))
     if flip:
         prepared = replace(prepared, tensor=prepared.tensor.flip(2).contiguous())
     scene = _Scene(entry, prepared.net_size, flip)
@@ -161,13 +164,14 @@ def make_sample(entry: Entry, network: Config, config: TrainingConfig, min_size:
     return Sample(prepared, truth)
 
 
-def _pixels(entry: Entry) -> images.Pixels:
+def _pixels(entry: Entry, limits: Limits) -> images.Pixels:
     try:
-        pixels = images.decode(entry.path.read_bytes(), LIMITS)
+        pixels = images.decode(entry.path.read_bytes(), limits)
     except OSError as error:
         raise DataError(f"{entry.path}: {error.strerror}") from error
     except images.ImageError as error:
-        raise DataError(f"{entry.path}: {error.reason}") from error
+        reason = error.reason.replace("limits.max_image_pixels", "--max-image-pixels")  # a training has no settings
+        raise DataError(f"{entry.path}: {reason}") from error
     if pixels.shape[:2] != (entry.height, entry.width):
         raise DataError(f"{entry.path}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, the annotations say "
                         f"{entry.width} x {entry.height}")

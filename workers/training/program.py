@@ -10,6 +10,11 @@ in AdelaiDet's form), categories.json (the names of the classes, which inference
 Annotations are checked whole first, and refused with all that is wrong, by annotation and image. Polygons of fewer than
 three points, of an odd number of coordinates or without an inside are left out, and so is an annotation that has no
 other: it is told how many.
+
+With --weights it starts from a checkpoint of the same network. Its number of classes may be another: the layers that
+depend on it start anew, and are named. Whatever ends a training early (Ctrl-C, SIGTERM, SIGHUP, a picture that cannot
+be read, a full disk), what it has learnt is in checkpoint.pth, and --resume goes on from there. Only what led to losses
+that are not finite is not saved: then checkpoint.pth is that of SOLVER.CHECKPOINT_PERIOD.
 """
 from __future__ import annotations
 
@@ -27,7 +32,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from daemon.program import positive
+
 if TYPE_CHECKING:
+    from workers.blendmask import BlendMask
     from workers.training.batches import Batches
     from workers.training.trainer import Trainer
 
@@ -40,27 +48,38 @@ class CannotStart(Exception):
     """Something that the caller must change first; the text says what."""
 
 
+class CannotSave(RuntimeError):
+    """A checkpoint that cannot be written; the text says which and why."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments (default: the process's); returns its exit code."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # an installed torch_npu without CANN breaks torch
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # loading threads, and whoever else, need the cores
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    from workers.training.dataset import DataError
-    from workers.training.trainer import TrainingError
-
     try:
-        trainer, batches = prepare(arguments)
+        trainer, batches = prepare(arguments, console)
     except CannotStart as error:
         console.print(f"train: {error}")
         return EXIT_CANNOT_START
+    except KeyboardInterrupt:
+        console.print("train: interrupted before the first iteration")
+        return EXIT_INTERRUPTED
+    from workers.training.dataset import DataError
+
     for note in batches.dataset.notes:
         console.print(f"train: {arguments.annotations}: {note}")
-    try:
-        finished = run(trainer, batches, arguments.output_dir, console)
-    except (DataError, TrainingError, OSError) as error:
-        console.print(f"train: {error}")
-        return EXIT_FAILED
+    expected = (DataError, RuntimeError, OSError, MemoryError)  # RuntimeError: PyTorch's, of devices and their memory
+    checkpoint = Checkpoint(arguments.output_dir / CHECKPOINT, trainer.iteration)
+    with _stop_signals() as stopped:
+        try:
+            finished = run(trainer, batches, checkpoint, console, stopped)
+        except Exception as error:
+            console.print(f"train: {_reason(error)}; {checkpoint.keep(trainer, error)}")
+            if not isinstance(error, expected):
+                raise
+            return EXIT_FAILED
     if not finished:
         console.print(f"train: interrupted after {trainer.iteration} iterations; --resume goes on")
         return EXIT_INTERRUPTED
@@ -68,16 +87,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Trainer, Batches]:
+def prepare(arguments: argparse.Namespace, console: Console) -> tuple[Trainer, Batches]:
     """The network on its device and its data, ready to train, from scratch or where it was. Raises `CannotStart`."""
     import torch
 
+    from daemon.settings import Limits
     from workers import blendmask, devices
     from workers.blendmask.initial import initialise
     from workers.training.batches import Batches
     from workers.training.config import load_training_config
-    from workers.training.dataset import DataError, read_dataset
-    from workers.training.trainer import Trainer, TrainingError
+    from workers.training.dataset import LIMITS, DataError, read_dataset
+    from workers.training.trainer import Trainer
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -98,8 +118,8 @@ def prepare(arguments: argparse.Namespace) -> tuple[Trainer, Batches]:
         torch.manual_seed(arguments.seed)
         model = blendmask.build(network)
         initialise(model, config.prior)
-        if arguments.weights:
-            blendmask.load_into(model, blendmask.load_checkpoint(arguments.weights))
+        if arguments.weights and not arguments.resume:
+            _start_from(model, arguments.weights, console)
         device = devices.open_device(arguments.device)
         trainer = Trainer(model.to(device.torch_device), config)
         if arguments.resume:
@@ -109,52 +129,83 @@ def prepare(arguments: argparse.Namespace) -> tuple[Trainer, Batches]:
         _rewind_log(output, trainer.iteration)
     except (blendmask.ConfigError, blendmask.WeightsError, DataError, devices.DeviceError, OSError) as error:
         raise CannotStart(str(error)) from error
-    except TrainingError as error:
-        raise CannotStart(str(error)) from error
-    return trainer, Batches(dataset, network, config, arguments.seed)
+    limits = Limits(max_image_bytes=LIMITS.max_image_bytes, max_image_pixels=arguments.max_image_pixels)
+    return trainer, Batches(dataset, network, config, arguments.seed, limits)
+
+
+def _start_from(model: BlendMask, weights: str, console: Console) -> None:
+    """Raises `WeightsError`."""
+    from workers import blendmask
+
+    anew = blendmask.load_to_fine_tune(model, weights)
+    if anew:
+        console.print(f"train: {weights}: of another number of classes; these layers start anew, all others are taken: "
+                      f"{', '.join(anew)}")
 
 
 def _restore(trainer: Trainer, checkpoint: Path) -> None:
-    """Go on where the checkpoint was saved. Raises `CannotStart`."""
-    import torch
-
+    """Go on where the checkpoint was saved. Raises `CannotStart`, `WeightsError`."""
+    from workers import blendmask
     from workers.training.trainer import TrainingError
 
-    device = next(trainer.model.parameters()).device
     try:
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file makes torch.load raise a dozen kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CannotStart(f"{checkpoint}: cannot be read: {reason}") from error
-    try:
-        trainer.restore(state)
+        trainer.restore(blendmask.read_checkpoint(checkpoint))
     except TrainingError as error:
         raise CannotStart(f"{checkpoint}: {error}") from error
 
 
-def run(trainer: Trainer, batches: Batches, output: Path, console: Console) -> bool:
-    """Train to the end, or until a signal asks to stop; returns whether the end was reached.
+def run(trainer: Trainer, batches: Batches, checkpoint: Checkpoint, console: Console, stopped: Sequence[int]) -> bool:
+    """Train to the end, or until something is in `stopped`; returns whether the end was reached.
 
-    Raises `DataError`, `TrainingError`, OSError.
+    Raises `DataError`, `TrainingError`, `CannotSave`, OSError, and what a device raises.
     """
+    output = checkpoint.path.parent
     device = next(trainer.model.parameters()).device
     max_iter = trainer.config.max_iter
     report = Report(output, console, max_iter)
-    with _stop_signals() as stopped, report:
-        loader = batches.ahead(range(trainer.iteration, max_iter))
-        with contextlib.closing(loader):
-            for batch in loader:
-                losses = trainer.step(batch.to(device))
-                report.add(trainer, losses, len(batch.truths))
-                if trainer.iteration % trainer.config.checkpoint_period == 0 or stopped:
-                    _save(output / CHECKPOINT, trainer.state())
-                    report.plot()
-                if stopped:
-                    return trainer.iteration == max_iter
-    _save(output / CHECKPOINT, trainer.state())
+    with report, contextlib.closing(batches.ahead(range(trainer.iteration, max_iter))) as loader:
+        for batch in loader:
+            losses = trainer.step(batch.to(device))
+            report.add(trainer, losses, len(batch.truths))
+            if trainer.iteration % trainer.config.checkpoint_period == 0 or stopped:
+                checkpoint.save(trainer)
+                report.plot()
+            if stopped and trainer.iteration < max_iter:
+                return False
+    checkpoint.save(trainer)
     _save(output / FINAL, {"model": trainer.model.state_dict()})
     report.plot()
     return True
+
+
+class Checkpoint:
+    """The last state of a training, from which it can go on, as a file."""
+
+    def __init__(self, path: Path, iteration: int) -> None:
+        self.path = path
+        self.iteration = iteration  # that the file is of; 0: there is none
+
+    def save(self, trainer: Trainer) -> None:
+        """Replace it by the state of now. Raises `CannotSave`: then it stays as it was."""
+        if trainer.iteration != self.iteration:
+            _save(self.path, trainer.state())
+            self.iteration = trainer.iteration
+
+    def keep(self, trainer: Trainer, error: Exception) -> str:
+        """Save what was learnt before `error` ended the training; returns what is there now, in words."""
+        from workers.training.trainer import Diverged
+
+        try:
+            if not isinstance(error, Diverged | CannotSave):
+                self.save(trainer)
+        except CannotSave as also:
+            return f"{also}; {self._kept()}"
+        return self._kept()
+
+    def _kept(self) -> str:
+        if self.iteration:
+            return f"{self.iteration} iterations are kept in {self.path}, from which --resume goes on"
+        return "there is no checkpoint yet"
 
 
 class Report:
@@ -220,10 +271,12 @@ class Report:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM add themselves to: the step that runs is finished and saved."""
+    """A list that signals to stop add themselves to: the step that runs is finished and saved."""
     received: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: received.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+    stops = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+        stops.append(signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in stops}
     try:
         yield received
     finally:
@@ -232,16 +285,27 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all."""
+    """Write a checkpoint, whole or not at all. Raises `CannotSave`."""
     import torch
 
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:  # given a path, torch would write the file's name into it
             torch.save(content, file)
+            os.fsync(file.fileno())
         beside.replace(path)
+    except (OSError, RuntimeError) as error:
+        refused = error.__context__ if isinstance(error.__context__, OSError) else error  # PyTorch trips over it
+        raise CannotSave(f"{path} cannot be saved: {_reason(refused)}") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _reason(error: BaseException) -> str:
+    """An error on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _write_categories(output: Path, categories: Sequence[Any]) -> None:
@@ -254,7 +318,15 @@ def _rewind_log(output: Path, iteration: int) -> None:
     log = output / LOG
     if log.exists():
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        log.write_text("".join(line for line in lines if json.loads(line)["iteration"] <= iteration), encoding="utf-8")
+        log.write_text("".join(line for line in lines if _iteration_of(line) <= iteration), encoding="utf-8")
+
+
+def _iteration_of(line: str) -> float:
+    """Beyond all where a full disk or a kill cut the line."""
+    try:
+        return float(json.loads(line)["iteration"])
+    except ValueError:
+        return float("inf")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -265,10 +337,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", required=True, type=Path, metavar="DIR", help="the folder that the file names are relative to")
     add("--annotations", required=True, type=Path, metavar="FILE", help="COCO instances (.json)")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="made where it is missing")
-    add("--weights", metavar="FILE", help="a checkpoint of the same network to start from (default: from scratch)")
+    add("--weights", metavar="FILE", help="a checkpoint of the same network, of any number of classes, to start from "
+        "(default: from scratch)")
     add("--resume", action="store_true", help="go on from the output folder's checkpoint.pth")
     add("--device", default="cpu", help="npu, npu:1, cuda, cuda:0 or cpu (default: cpu)")
     add("--threads", type=int, metavar="N", help="of the CPU's computations (default: PyTorch's choice)")
+    add("--max-image-pixels", type=positive, default=500_000_000, metavar="N",
+        help="a picture with more ends the training (default: 500000000)")
     add("--seed", type=int, default=0, metavar="N", help="of initial weights and of the order of images (default: 0)")
     return parser
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.blendmask import BlendMask
+from workers.blendmask import BlendMask, WeightsError, load_into
 from workers.blendmask.losses import losses
 from workers.training.batches import Batch
 from workers.training.config import TrainingConfig
@@ -24,33 +24,34 @@ class TrainingError(RuntimeError):
     """A training that cannot go on."""
 
 
+class Diverged(TrainingError):
+    """Its losses are not finite any more: its weights are not worth keeping."""
+
+
 class Trainer:
     """A network that learns. `iteration` is the number of steps done."""
 
     def __init__(self, model: BlendMask, config: TrainingConfig) -> None:
-        """Take a network that lives on its device, with the weights to start from.
-
-        Raises `TrainingError` when stages are to be frozen that it has not.
-        """
+        """Take a network that lives on its device, with the weights to start from."""
         self.model: BlendMask = model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.config = config
         self.iteration = 0
-        for stage in _frozen_stages(model, config.freeze_at):
-            stage.requires_grad_(False)
-            stage.eval()
+        for part in _frozen_parts(model, config.freeze_at):
+            part.requires_grad_(False)
+            part.eval()
         self.optimizer = torch.optim.SGD(
             list(_parameter_groups(model, config)), lr=config.base_lr, momentum=config.momentum,
             nesterov=config.nesterov,
         )
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """Learn from one batch; returns its losses. Raises `TrainingError` when one of them is not finite."""
+        """Learn from one batch; returns its losses. Raises `Diverged` when one of them is not finite."""
         device_type = batch.images.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=self.config.mixed_precision):
             found = losses(self.model, batch.images, batch.truths, self.config.losses)
         values = dict(zip(found, torch.stack([loss.detach() for loss in found.values()]).tolist()))
         if not all(math.isfinite(value) for value in values.values()):
-            raise TrainingError(f"iteration {self.iteration}: the losses are no longer finite: {values}; a lower "
+            raise Diverged(f"iteration {self.iteration}: the losses are no longer finite: {values}; a lower "
                                 "SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS may help")
         rate = learning_rate(self.iteration, self.config)
         for group in self.optimizer.param_groups:
@@ -79,14 +80,18 @@ class Trainer:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "iteration": self.iteration}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Any) -> None:
         """Go on where `state` was taken. Raises `TrainingError` when it is not of this training."""
+        parts = ("model", "optimizer", "iteration")
+        if not isinstance(state, Mapping) or (missing := [part for part in parts if part not in state]):
+            raise TrainingError("is not the state of a training: it has no " + (
+                ", ".join(missing) if isinstance(state, Mapping) else f"parts, it is a {type(state).__name__}"))
         try:
-            self.model.load_state_dict(state["model"])
+            load_into(self.model, state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.iteration = int(state["iteration"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise TrainingError(f"is not a checkpoint of this training: {error}") from error
+        except (WeightsError, AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise TrainingError(f"is not a checkpoint of this training: {' '.join(str(error).split())}") from error
 
 
 def learning_rate(iteration: int, config: TrainingConfig) -> float:
@@ -105,11 +110,16 @@ def _scheduled(iteration: int, config: TrainingConfig) -> float:
     return config.base_lr * config.gamma ** bisect.bisect_right(config.steps, iteration)
 
 
-def _frozen_stages(model: BlendMask, freeze_at: int) -> list[nn.Module]:
-    if freeze_at and model.config.backbone != "resnet":
-        raise TrainingError(f"MODEL.BACKBONE.FREEZE_AT {freeze_at} is supported for ResNets only; supported here: 0")
-    bottom_up = model.backbone.bottom_up
-    return [getattr(bottom_up, name) for name in ("stem", "res2", "res3", "res4", "res5")[:freeze_at]]
+# The parts of a backbone by stage, as far as FREEZE_AT counts; stages of one number have one stride.
+STAGES = {
+    "resnet": (("stem",), ("res2",), ("res3",), ("res4",), ("res5",)),
+    "dla": (("base_layer", "level0", "level1"), ("level2",), ("level3",), ("level4",), ("level5",)),
+}
+
+
+def _frozen_parts(model: BlendMask, freeze_at: int) -> list[nn.Module]:
+    stages = STAGES[model.config.backbone][: max(freeze_at, 0)]
+    return [getattr(model.backbone.bottom_up, name) for names in stages for name in names]
 
 
 def _parameter_groups(model: BlendMask, config: TrainingConfig) -> Iterator[dict[str, Any]]:
