@@ -61,7 +61,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under ``-n``: a file stays in one process, which makes its fixtures once, and so do all that share a Ray cluster."""
+    """Under ``-n`` a file stays in one process, which makes its fixtures once; so do all files that use Ray."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

@@ -41,7 +41,7 @@ def nested(folder: Path, test: str, **options: Any) -> subprocess.Popen[str]:
     """pytest on this test alone, with the conftest.py of these tests, in a folder of its own."""
     (folder / "test_nested.py").write_text(test)
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{ROOT}", "PYTEST_ADDOPTS": ""}
-    argv = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-c", os.devnull, "--rootdir", ".", "test_nested.py"]
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-c", os.devnull, "--rootdir", "."]
     return subprocess.Popen(argv, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, **options)
 
 
@@ -52,9 +52,17 @@ def ignore_and_block_all() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
 
 
+SHOWING = """
+import subprocess
+
+def test_it():
+    subprocess.run(["grep", "^Sig[BI]", "/proc/self/status"])
+    assert False, "to show it"
+"""
+
+
 def test_children_have_default_signals_however_the_tests_were_started(tmp_path: Path) -> None:
-    show = "import subprocess\ndef test_it():\n    subprocess.run(['grep', '^Sig[BI]', '/proc/self/status'])\n    assert 0\n"
-    output, _ = nested(tmp_path, show, preexec_fn=ignore_and_block_all).communicate(timeout=60)
+    output, _ = nested(tmp_path, SHOWING, preexec_fn=ignore_and_block_all).communicate(timeout=60)
     assert dict(re.findall(r"(Sig\w+):\s+(\w+)", output)) == {"SigBlk": "0" * 16, "SigIgn": "0" * 16}, output
 
 
