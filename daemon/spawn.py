@@ -318,14 +318,14 @@ def _with_preload(
     preload: Preload, base: Mapping[str, str], worker_env: Mapping[str, str]
 ) -> tuple[Preload, dict[str, str]]:
     """The library that a worker really gets, and LD_PRELOAD: ours behind what was there."""
-    if preload.path is None:
-        return preload, {}
     if "LD_PRELOAD" in worker_env:
         return Preload(None, "worker_env sets LD_PRELOAD"), {}
     present = [entry for entry in re.split(r"[:\s]+", base.get("LD_PRELOAD", "")) if entry]
     other = next((entry for entry in present if re.search("malloc", entry)), None)
     if other:
         return Preload(None, f"LD_PRELOAD already names {other}"), {}
+    if preload.path is None:
+        return preload, {}
     return preload, {"LD_PRELOAD": ":".join([*present, preload.path])}
 
 

@@ -10,12 +10,13 @@ venv_install() { # EXTRAS, such as test,dev; may be empty
       exit 1
     }
   fi
-  # Installing again is needed only when what is to be installed has changed.
-  local stamp
-  stamp="$1 $(cat setup.cfg constraints.txt | sha256sum)"
-  if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
+  # Installing again is needed only when what is to be installed has changed; each of these lines is there already.
+  local versions
+  versions=$(cat setup.cfg constraints.txt | sha256sum)
+  if ! grep -qsxF "$1 $versions" .venv/installed; then
     echo "Installing into .venv (torch alone is 200 MB to download, once) ..."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${1:+[$1]}"
-    echo "$stamp" >.venv/installed
+    { grep -sF " $versions" .venv/installed || true; echo "$1 $versions"; } >.venv/installed.new
+    mv .venv/installed.new .venv/installed
   fi
 }

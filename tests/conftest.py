@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 import psutil
@@ -37,6 +38,37 @@ START_S = 30.0
 STOP_S = 20.0
 
 T = TypeVar("T")
+
+
+def pytest_configure() -> None:
+    _give_children_default_signals()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: fixtures end, and with them their processes
+
+
+def _give_children_default_signals() -> None:
+    """However these tests were started: a child keeps what is ignored or blocked, as it is after nohup, after `&` in a
+    script and in some CI. What was to be ignored we still ignore, but by a handler, which ends with exec.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # Python ignores these, not its children
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, _ignore)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under ``-n`` a file stays in one process, which makes its fixtures once; so do all files that use Ray."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/cluster" if nodeid.startswith("tests/cluster/") else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 def _wait_until(condition: Callable[[], T], timeout_s: float = 10.0) -> T:

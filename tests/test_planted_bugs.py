@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from planted_bugs import BUGS, ROOT, Bug, problem
 
+pytestmark = pytest.mark.slow  # CI asks of whoever changes a core to plant its bugs anew, not those who try a change
+
 
 @pytest.mark.parametrize("bug", BUGS, ids=[f"{number}" for number, _ in enumerate(BUGS, 1)])
 def test_it_can_be_planted(bug: Bug) -> None:

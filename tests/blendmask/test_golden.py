@@ -44,10 +44,6 @@ class Case:
         return self.name + "-as_trained" * self.as_trained
 
 
-def slow(case: Case):
-    return pytest.param(case, marks=pytest.mark.slow)
-
-
 CASES = [
     Case("small_R18_chelsea", "small_R18", 0xD2F0D8F0),
     Case("small_R18_coffee", "small_R18", 0xD2F0D8F0),
@@ -63,9 +59,9 @@ CASES = [
     Case("small_R18_chelsea", "small_R18", 0xD2F0D8F0, as_trained=True),
     Case("small_R18_seed1_batch3", "small_R18", 0x2EF1AD94, seed=1, as_trained=True),
     Case("550_R_50_3x_chelsea", "550_R_50_3x", 0xB42193EC, as_trained=True),
-    slow(Case("R_50_1x_chelsea", "R_50_1x", 0xFDD93771)),
-    slow(Case("R_101_3x_coffee", "R_101_3x", 0x34D77CAC)),
-    slow(Case("R_101_dcni3_5x_chelsea", "R_101_dcni3_5x", 0xD94BD40F)),
+    Case("R_50_1x_chelsea", "R_50_1x", 0xFDD93771),
+    Case("R_101_3x_coffee", "R_101_3x", 0x34D77CAC),
+    Case("R_101_dcni3_5x_chelsea", "R_101_dcni3_5x", 0xD94BD40F),
 ]
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from workers import engines
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's and its libraries' own
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings: Ray's and its libraries' own
 
 ROOT = Path(__file__).resolve().parents[2]
 BAD = {7, 47, 87, 127, 167}

@@ -19,6 +19,7 @@ pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'"
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings: Ray's and its libraries' own
 
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = ("curl", "ray", "serve")
 PORTS = {"Ray": 6379, "its dashboard": 8265, "Serve": 8000}
 
 
@@ -36,8 +37,8 @@ class Shell:
     def __init__(self, folder: Path) -> None:
         from workers.cluster import trial
 
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self._environment = {**os.environ, **trial.environment(str(folder)), "PATH": path}
+        self.path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self._environment = {**os.environ, **trial.environment(str(folder)), "PATH": self.path}
 
     def start(self, command: str, log: Path) -> subprocess.Popen[bytes]:
         with log.open("wb") as file:
@@ -65,6 +66,9 @@ def shell() -> Iterator[Shell]:
 
 
 def test_serve_deploy_and_an_offline_run_as_documented(shell, tmp_path, wait_until) -> None:
+    for program in PROGRAMS:
+        if not shutil.which(program, path=shell.path):
+            pytest.skip(f"needs {program}")
     for name, port in PORTS.items():
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:

@@ -1,6 +1,7 @@
 """The Serve application on a real cluster of two nodes."""
 from __future__ import annotations
 
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ from workers import engines
 
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's and its libraries' own
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings: Ray's and its libraries' own
 
 
 def test_an_image_goes_in_over_http_and_coco_results_come_out(shared_app, photograph) -> None:
@@ -81,6 +82,13 @@ def test_metrics_have_the_daemons_names_and_a_node(shared_app, photograph) -> No
             assert f'blendmaskd_{name}{{device="npu:0",node="{node}"}}' in text
         assert f'blendmaskd_jobs_total{{node="{node}",outcome="bad-image"}}' in text
         assert f'blendmaskd_stage_seconds_count{{node="{node}",stage="device"}}' in text
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool (Debian: prometheus)")
+def test_promtool_finds_nothing_in_the_metrics(shared_app, photograph) -> None:
+    shared_app.answered(photograph)
+    shared_app.segment(b"no image")
+    text = shared_app.request("/metrics").body.decode()
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, ""), checked
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from daemon import spawn
 from workers import engines
 
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's and its libraries' own
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings: Ray's and its libraries' own
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = sorted((ROOT / "configs" / "demo" / "images").iterdir())
@@ -31,6 +32,7 @@ DEMO = {
 }
 
 
+@pytest.mark.skipif(not spawn.resolve_preload("auto").path, reason="needs tcmalloc (Debian: libtcmalloc-minimal4)")
 def test_what_the_daemon_applies_at_spawn_reaches_a_replica_and_is_verified_there(deploy) -> None:
     """The allocator is there from the start of the process, the CPU set before torch has made threads."""
     app = deploy({

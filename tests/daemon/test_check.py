@@ -96,6 +96,7 @@ def test_settings_that_do_not_hold_are_the_only_line(check: Check) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "complaint"),
     [
@@ -110,6 +111,7 @@ def test_weights_that_do_not_fit_are_told(check: Check, model: dict[str, str], c
     assert complaint in text
 
 
+@pytest.mark.slow
 def test_a_precision_that_the_device_lacks_is_told(check: Check) -> None:
     report = check(engine="native", model={**DEMO, "precision": "fp16"}, devices=["cpu:0"])
     assert any(level == "error" and "float16" in text for level, text in told(report, "device"))
@@ -182,6 +184,7 @@ def test_emulated_npus_open_and_npu_smi_tells_their_health(check: Check, npu_smi
     assert [(level, text.rpartition(", ")[2]) for level, text in told(report, "cpus")] == [("ok", "near it")] * 2
 
 
+@pytest.mark.slow
 def test_an_npu_host_without_cann_and_card_says_what_is_missing(check: Check, npu_smi: Any) -> None:
     environment = npu_smi({"info": (SAMPLES / "info_910B3_8npu.txt").read_text()})
     report = check(environment, engine="native", model=DEMO, devices=["npu:0", "npu:9"])

@@ -111,8 +111,8 @@ PROGRAM = re.compile(
 )
 
 
-def documented_flags() -> dict[str, set[str]]:
-    """By program, the flags that pages and README use with it."""
+def documented_flags() -> dict[str, list[str]]:
+    """By program, the flags that pages and README use with it, in order: they name tests."""
     flags: dict[str, set[str]] = {}
     for page in PAGES:
         for line in commands(page.read_text(encoding="utf-8")):
@@ -120,16 +120,16 @@ def documented_flags() -> dict[str, set[str]]:
             if found:
                 used = re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", found[2].partition(" #")[0])
                 flags.setdefault(found[1], set()).update(used)
-    return flags
+    return {program: sorted(used) for program, used in flags.items()}
 
 
 @pytest.mark.parametrize(("program", "flags"), documented_flags().items(), ids=str)
-def test_documented_programs_and_flags_exist(program: str, flags: set[str], programs: Path) -> None:
+def test_documented_programs_and_flags_exist(program: str, flags: list[str], programs: Path) -> None:
     argv = [*program.split(), "--help"]
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     shown = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0, shown.stderr
-    assert flags <= set(re.findall(r"--[a-z][a-z0-9-]*", shown.stdout))
+    assert set(flags) <= set(re.findall(r"--[a-z][a-z0-9-]*", shown.stdout))
 
 
 @pytest.fixture

@@ -299,6 +299,24 @@ def test_no_second_allocator_is_preloaded() -> None:
     assert (plan.environment["LD_PRELOAD"], plan.preload.path, plan.wanted["preload"]) == ("/x.so", None, None)
 
 
+@pytest.mark.parametrize(
+    ("base", "worker_env", "reason"),
+    [
+        ({}, {}, "tcmalloc is not installed"),
+        ({"LD_PRELOAD": "/a.so"}, {}, "tcmalloc is not installed"),
+        ({"LD_PRELOAD": "/opt/libjemalloc.so.2"}, {}, "LD_PRELOAD already names /opt/libjemalloc.so.2"),
+        ({}, {"LD_PRELOAD": "/x.so"}, "worker_env sets LD_PRELOAD"),
+        ({"LD_PRELOAD": "/opt/libjemalloc.so.2"}, {"LD_PRELOAD": ""}, "worker_env sets LD_PRELOAD"),
+    ],
+)
+def test_another_allocator_is_told_of_where_there_is_no_tcmalloc_too(
+    base: dict[str, str], worker_env: dict[str, str], reason: str
+) -> None:
+    plan = make_plan(preload=Preload(None, "tcmalloc is not installed"), base=base, worker_env=worker_env)
+    assert plan.preload == Preload(None, reason)
+    assert plan.environment.get("LD_PRELOAD") == {**base, **worker_env}.get("LD_PRELOAD")
+
+
 # ---------------------------------------------------------------------------------------------------- real processes
 
 

@@ -36,6 +36,7 @@ def guarded(daemon) -> Iterator[Guarded]:
         yield start(daemon, Path(folder))
 
 
+@pytest.mark.slow
 def test_a_thousand_strangers_get_nothing_and_leave_nothing(guarded: Guarded, wait_until, capfd) -> None:
     process = psutil.Process(guarded.daemon.process.pid)
     with guarded.client("alice") as alice, _Served(guarded) as served:

@@ -81,6 +81,7 @@ def test_all_are_busy_until_the_last_has_finished() -> None:
     assert sleeps[0] > 20  # 4 iterations of 5 ms, and then many more while the other took 240 ms
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_be_loaded_says_why() -> None:
     with (
         stopwatch("engine=native", "model.weights=/nowhere.pth", device="cpu:0") as one,
@@ -126,6 +127,7 @@ def test_two_sleeping_devices_are_twice_as_fast_as_one(tmp_path, parses_back, ca
             assert picture.width > 800
 
 
+@pytest.mark.slow
 def test_an_emulated_pair_with_everything_that_can_be_measured(config, script, tmp_path, parses_back) -> None:
     done = script(
         "eval_performance", "--config", config, "--random-weights", "0", "--devices", "npu:0", "npu:1",
@@ -153,6 +155,7 @@ def test_an_emulated_pair_with_everything_that_can_be_measured(config, script, t
     assert "NPU vs CPU speedup:" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_data_type_that_a_device_cannot_compute_is_reported_in_its_row(config, script, tmp_path, parses_back) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import torch\n"

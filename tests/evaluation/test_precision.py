@@ -83,6 +83,7 @@ def test_the_cpu_agrees_with_itself(run, tmp_path) -> None:
         assert np.asarray(picture.convert("L")).std() > 20  # it shows something
 
 
+@pytest.mark.slow
 def test_a_layer_with_a_planted_error_is_named(run, monkeypatch) -> None:
     module, load = "backbone.bottom_up.res3.0.conv2", subjects.load
 
@@ -102,6 +103,7 @@ def test_a_layer_with_a_planted_error_is_named(run, monkeypatch) -> None:
         assert any(failure.startswith(f"{name} on scene 1") for failure in report["failures"])
 
 
+@pytest.mark.slow
 def test_an_error_that_a_norm_takes_back_is_found_by_the_trace_alone(pair) -> None:
     module = "proposal_generator.fcos_head.cls_tower.0"
     with planted(pair[1], module, 1.02):
@@ -147,6 +149,7 @@ def test_the_losses_are_those_of_training_and_leave_the_network_as_it_was(pair) 
         assert torch.equal(buffer, before[name]), name
 
 
+@pytest.mark.slow
 def test_a_photograph_can_be_the_scene(run) -> None:
     code, report = run("--device", "cpu", "--images", str(ROOT / "tests" / "golden" / "images" / "chelsea.png"))
     assert code == 0
@@ -154,6 +157,7 @@ def test_a_photograph_can_be_the_scene(run) -> None:
     assert (scene["scene"], scene["size"]) == ("chelsea.png", "300x451")
 
 
+@pytest.mark.slow
 def test_an_emulated_npu_agrees(config, script, parses_back, tmp_path) -> None:
     weights = tmp_path / "weights.pth"
     network = blendmask.build(blendmask.load_config(config))

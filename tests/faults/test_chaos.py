@@ -63,6 +63,7 @@ def test_the_same_seed_gives_the_same_faults_each_kind_in_its_turn() -> None:
     assert next(injector.faults(1, (), 2, 1.0), None) is None
 
 
+@pytest.mark.slow
 def test_a_few_seconds_of_chaos(tmp_path, capsys) -> None:
     file = tmp_path / "chaos.json"
     kinds = "kill,crash,poison,exit,raise,bad-image,device,reload,bad-reload,vanish,mute,flood"
@@ -135,6 +136,7 @@ class Tampering:
                         front.send_multipart([client, *frames])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "seen"), [("drop", "lost"), ("double", "duplicated")])
 def test_it_sees_an_answer_that_is_lost_or_comes_twice(tmp_path, capsys, how, seen) -> None:
     file = tmp_path / "chaos.json"
@@ -146,6 +148,7 @@ def test_it_sees_an_answer_that_is_lost_or_comes_twice(tmp_path, capsys, how, se
     assert "failed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_with_the_report_so_far() -> None:
     argv = [sys.executable, "scripts/chaos.py", "--minutes", "60", "--faults", "none", "--clients", "1"]
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:

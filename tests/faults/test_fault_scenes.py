@@ -3,9 +3,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from workers.chaos import scenes
 
 
+@pytest.mark.slow
 def test_the_six_scenes(tmp_path, capsys) -> None:
     file = tmp_path / "row.json"
     assert scenes.main(["--seconds", "1", "--json", str(file)]) == 0

@@ -59,6 +59,7 @@ def test_kill_9_of_either_worker(scene, wait_until) -> None:
     assert {name: d["restarts"] for name, d in here.server.devices().items()} == {"cpu:0": 1, "cpu:1": 1}
 
 
+@pytest.mark.slow
 def test_a_real_time_signal_ends_a_worker_only(scene, wait_until) -> None:
     with scene() as here:
         pid = here.server.pids()["cpu:0"]
@@ -68,6 +69,7 @@ def test_a_real_time_signal_ends_a_worker_only(scene, wait_until) -> None:
     assert here.load.failures == []
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_silent_then_replaced(scene, wait_until) -> None:
     with scene(restarts={**QUICK_RESTARTS, "stall_s": 6}) as here:
         pid = here.server.pids()["cpu:1"]
@@ -91,6 +93,7 @@ def test_a_poison_image_fails_alone_and_by_name(scene, poison) -> None:
     assert here.load.failures == []
 
 
+@pytest.mark.slow
 def test_the_window_mates_of_a_poison_image_lose_nothing(scene) -> None:
     """They are in its very batch: started on the worker that it kills."""
     with scene(**FAULTY, batch=4, max_wait_ms=50, timed={"latency_ms": {1: 5, 4: 10}}, max_attempts=3) as here:
@@ -106,6 +109,7 @@ def test_the_window_mates_of_a_poison_image_lose_nothing(scene) -> None:
     assert here.load.failures == []
 
 
+@pytest.mark.slow
 def test_a_hung_worker_is_aborted_with_its_stacks(scene) -> None:
     restarts = {**QUICK_RESTARTS, "stall_s": 5}
     with scene(**FAULTY, restarts=restarts, max_attempts=1) as here:
@@ -116,6 +120,7 @@ def test_a_hung_worker_is_aborted_with_its_stacks(scene) -> None:
     assert "in faulty_segment" in here.server.log, "no stack dump"
 
 
+@pytest.mark.slow
 def test_memory_that_a_limit_refuses_costs_the_image_only(scene) -> None:
     """RLIMIT_AS: the engine sees MemoryError, and its worker lives on."""
     with scene(**FAULTY) as here:
@@ -140,6 +145,7 @@ def memory_group() -> Iterator[Path]:
     group.rmdir()
 
 
+@pytest.mark.slow
 def test_out_of_memory_kills_the_worker_and_fails_the_image(memory_group, scene) -> None:
     with scene(**FAULTY) as here, Client(here.server.endpoint, timeout_s=LONG_S) as client:
         for process in here.server.processes():
@@ -153,6 +159,7 @@ def test_out_of_memory_kills_the_worker_and_fails_the_image(memory_group, scene)
 # -- the engine fails -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_engine_that_raises_fails_that_image_only(scene) -> None:
     with scene(**FAULTY, batch=2, timed={"latency_ms": {1: 5, 2: 8}}) as here:
         pids = here.server.pids()
@@ -162,6 +169,7 @@ def test_an_engine_that_raises_fails_that_image_only(scene) -> None:
     assert here.server.pids() == pids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latency_ms", [5, 0], ids=["on the device's thread", "on the main thread"])
 def test_an_engine_that_only_raises_is_started_anew(daemon, wait_until, latency_ms) -> None:
     server = daemon(**FAULTY, devices=["cpu:0"], timed={"latency_ms": {1: latency_ms}})
@@ -179,6 +187,7 @@ def test_an_engine_that_only_raises_is_started_anew(daemon, wait_until, latency_
 # -- a device is gone for good ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "reason"), [(70, "died 2 times in a row"), (78, "cannot boot")])
 def test_a_device_that_dies_for_good_is_done_without_until_a_reload(
     scene, wait_until, tmp_path, code, reason
@@ -202,6 +211,7 @@ def test_a_device_that_dies_for_good_is_done_without_until_a_reload(
     assert here.load.failures == []
 
 
+@pytest.mark.slow
 def test_when_all_devices_are_gone_everything_is_answered_unavailable(scene, wait_until, tmp_path) -> None:
     with scene(worker_env=worker_env(tmp_path), restarts={**QUICK_RESTARTS, "give_up_after": 1}) as here:
         for device, pid in here.server.pids().items():
@@ -221,6 +231,7 @@ def test_when_all_devices_are_gone_everything_is_answered_unavailable(scene, wai
 # -- clients misbehave ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_jobs_of_a_client_that_left_are_cancelled(scene, wait_until) -> None:
     with scene(timed={"latency_ms": {1: 100}}) as here:
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
@@ -233,6 +244,7 @@ def test_jobs_of_a_client_that_left_are_cancelled(scene, wait_until) -> None:
     assert here.load.failures == []
 
 
+@pytest.mark.slow
 def test_clients_with_a_job_each_that_leave_together_cost_no_device_time(scene, wait_until) -> None:
     """No answer is under way to any of them that could say so: their connections do."""
     with scene(timed={"latency_ms": {1: 100}}) as here:
@@ -258,6 +270,7 @@ for number, _ in enumerate(client.map(images, window=32)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["socket", "shared"])
 def test_clients_that_are_killed_leave_nothing_behind(scene, wait_until, transport) -> None:
     with scene(timed={"latency_ms": {1: 20}}) as here:
@@ -272,6 +285,7 @@ def test_clients_that_are_killed_leave_nothing_behind(scene, wait_until, transpo
     assert here.load.failures == []
 
 
+@pytest.mark.slow
 def test_a_client_that_never_reads_costs_its_own_jobs_only(scene, wait_until) -> None:
     """Its answers fill the daemon's bounded buffer for it, and then nothing more is done for it."""
     with scene(timed={"latency_ms": {1: 1}}) as here, zmq.Context() as context:
@@ -289,6 +303,7 @@ def test_a_client_that_never_reads_costs_its_own_jobs_only(scene, wait_until) ->
     assert {failure.code for failure in here.load.failures} <= {Code.BUSY}
 
 
+@pytest.mark.slow
 def test_a_flood_is_answered_busy_at_once(scene) -> None:
     """600 images of 0.6 MB; what is refused is not kept."""
     with scene(queue={"max_jobs": 32}, timed={"latency_ms": {1: 50}}) as here:
@@ -309,6 +324,7 @@ def test_a_flood_is_answered_busy_at_once(scene) -> None:
 # -- the clock, signals, reload ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_wall_clock_that_jumps_changes_nothing(scene, wait_until, tmp_path) -> None:
     """libfaketime moves CLOCK_REALTIME of daemon and workers while they serve; CLOCK_MONOTONIC it leaves alone."""
     if not FAKETIME.exists():
@@ -367,6 +383,7 @@ def test_sigterm_under_load_answers_what_was_accepted(daemon, loaded, wait_until
     assert server.processes() == []
 
 
+@pytest.mark.slow
 def test_a_drain_that_takes_too_long_answers_draining(daemon, loaded, wait_until) -> None:
     server = daemon(drain_s=0.5, timed={"latency_ms": {1: 4000}}, restarts={**QUICK_RESTARTS, "stop_s": 1})
     load = loaded(server)
@@ -379,6 +396,7 @@ def test_a_drain_that_takes_too_long_answers_draining(daemon, loaded, wait_until
     assert {failure.code for failure in load.failures} == {Code.DRAINING}
 
 
+@pytest.mark.slow
 def test_a_drain_ends_a_reload_that_is_under_way(daemon, wait_until) -> None:
     """A worker is still busy, with a job that nobody waits for, when the check of the new settings would end."""
     server = daemon(timed={"latency_ms": {1: 2000}})
@@ -394,6 +412,7 @@ def test_a_drain_ends_a_reload_that_is_under_way(daemon, wait_until) -> None:
     assert "reload: accepted" not in server.log
 
 
+@pytest.mark.slow
 def test_a_reload_that_no_device_can_boot_by_is_undone(scene, wait_until, tmp_path) -> None:
     """The check ran on the CPU, and found nothing; one device is missed for a while, whoever asks again."""
     good, bad = tmp_path / "good", tmp_path / "bad"
@@ -417,6 +436,7 @@ def test_a_reload_that_no_device_can_boot_by_is_undone(scene, wait_until, tmp_pa
     assert here.load.failures == []
 
 
+@pytest.mark.slow
 def test_when_no_device_can_boot_any_more_a_reload_ends_no_daemon(daemon, wait_until, tmp_path) -> None:
     """Neither by the new settings nor by those before."""
     server = daemon(devices=["cpu:0"], worker_env=worker_env(tmp_path), restarts=QUICK_RESTARTS)
@@ -433,6 +453,7 @@ def test_when_no_device_can_boot_any_more_a_reload_ends_no_daemon(daemon, wait_u
     assert server.client.segment(picture()).width
 
 
+@pytest.mark.slow
 def test_a_device_that_a_reload_takes_out_is_not_missed(daemon, wait_until) -> None:
     server = daemon()
     server.settings_file.write_text(yaml.safe_dump({**server.settings, "devices": ["cpu:0"]}))
@@ -460,6 +481,7 @@ def test_sighup_under_load_replaces_workers_one_at_a_time(scene, wait_until) -> 
     assert 0 not in serving
 
 
+@pytest.mark.slow
 def test_a_reload_with_corrupt_weights_keeps_the_old_ones_serving(daemon, wait_until, tmp_path) -> None:
     """The native engine: the file is cut short in place while it serves, then mended."""
     weights = tmp_path / "small.pth"
@@ -490,6 +512,7 @@ def test_a_reload_with_corrupt_weights_keeps_the_old_ones_serving(daemon, wait_u
     assert server.client.segment(picture()).detections == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
@@ -516,6 +539,7 @@ def test_a_bad_reload_changes_nothing(scene, wait_until, settings, complaint) ->
 # -- the disk is full -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_submit_program_alone(scene, small_disk, tmp_path) -> None:
     """It says so, leaves its jobs, and goes on where there is room again."""
     names = [f"{number}.png" for number in range(200)]
@@ -558,6 +582,7 @@ def test_a_second_daemon_does_not_take_the_socket_over(scene) -> None:
     assert here.load.failures == []
 
 
+@pytest.mark.slow
 def test_no_worker_can_boot_the_daemon_says_why_and_ends(daemon) -> None:
     server = daemon(wait=False, engine="native", model={"weights": "/nowhere.pth"})
     assert server.process.wait(LONG_S) == 1

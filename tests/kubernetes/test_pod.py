@@ -18,6 +18,8 @@ from pod import ADDRESS, Pod, missing
 from daemon import keys
 from daemon.client import Client
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 START_S = 120.0  # loading torch twice on a loaded machine
 IMAGES = ROOT / "configs" / "demo" / "images"

@@ -7,7 +7,7 @@ import signal
 import pytest
 from sandbox import SETTINGS, Sandbox, Service, wait_for
 
-pytestmark = pytest.mark.systemd
+pytestmark = [pytest.mark.slow, pytest.mark.systemd]
 
 CHECK = f"cd /opt/blendmaskd && runuser -u blendmaskd -- venv/bin/python -m daemon check --settings {SETTINGS}"
 

@@ -13,7 +13,7 @@ from sandbox import SCRIPT as SANDBOX_SCRIPT
 
 from daemon import settings
 
-pytestmark = pytest.mark.systemd
+pytestmark = [pytest.mark.slow, pytest.mark.systemd]
 
 SCRIPT = REPOSITORY / "scripts/install_service.sh"
 WITHOUT_PIP = ("--environment", "/opt/environment")

@@ -10,7 +10,7 @@ from sandbox import FIRST_SETTINGS, REPOSITORY, UNITS, Service, wait_for
 
 from daemon.client import Client
 
-pytestmark = pytest.mark.systemd
+pytestmark = [pytest.mark.slow, pytest.mark.systemd]
 
 UNIT = REPOSITORY / "configs/blendmaskd.service"
 CUDA = REPOSITORY / "configs/blendmaskd-cuda.conf"

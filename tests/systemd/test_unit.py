@@ -21,7 +21,7 @@ from daemon import spawn, topology
 from daemon.client import Client
 from daemon.settings import Restarts, Settings
 
-pytestmark = pytest.mark.systemd
+pytestmark = [pytest.mark.slow, pytest.mark.systemd]
 
 UNIT = REPOSITORY / "configs/blendmaskd.service"
 SETTINGS = FIRST_SETTINGS.replace("npu", "cpu")

@@ -32,6 +32,7 @@ def saved(file: Path) -> Any:
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_a_daemon_of_its_own_is_measured_beside_its_devices_and_the_plain_path(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "run.json"
     assert run("--compare", "batch=1", "batch=auto", "--bare", "--json", str(file)) == 0
@@ -93,6 +94,7 @@ def test_transports_of_a_running_daemon_are_compared(shared_daemon: Any, tmp_pat
     assert [row["shared_memory"] for row in saved(file)["rows"]] == [False, True]
 
 
+@pytest.mark.slow
 def test_files_are_read_by_the_daemon_and_shown_in_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
     for number, size in enumerate([(40, 60), (60, 40)]):
@@ -110,6 +112,7 @@ def test_files_are_read_by_the_daemon_and_shown_in_a_picture(tmp_path: Path) -> 
         assert words in text
 
 
+@pytest.mark.slow
 def test_the_hosts_work_is_real_with_a_networks_outputs(tmp_path: Path) -> None:
     file, photo = tmp_path / "run.json", tmp_path / "photo.jpg"
     photo.write_bytes(pictures.synthetic((64, 64), "jpeg").payload or b"")
@@ -121,6 +124,7 @@ def test_the_hosts_work_is_real_with_a_networks_outputs(tmp_path: Path) -> None:
     assert row["answer_bytes"] > 1000
 
 
+@pytest.mark.slow
 def test_a_kill_under_load_costs_no_job(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "run.json"
     assert run("--kill", "--clients", "4", "--set", "restarts.first_delay_s=0.05", "--json", str(file)) == 0
@@ -131,6 +135,7 @@ def test_a_kill_under_load_costs_no_job(tmp_path: Path, capsys: Any) -> None:
     assert "none failed, 0 answers wrong" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_beside_a_flood_no_job_of_a_polite_client_fails(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "run.json"
     assert run("--flood", "--size", "64x64", "--json", str(file)) == 0
@@ -143,6 +148,7 @@ def test_beside_a_flood_no_job_of_a_polite_client_fails(tmp_path: Path, capsys: 
     assert "0 failed; the flood got" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_no_limit_of_devices_that_take_no_time(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     assert run("--clients", "1", "--mask-format", "none", "--set", "timed.latency_ms={1: 0}", "--bare", "--json",
@@ -161,6 +167,7 @@ def test_the_limit_of_a_device_is_what_its_engine_does_alone() -> None:
     assert found.ms_per_image == 1000 / found.fps
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_load_is_told_of(capfd: Any) -> None:
     assert run("--engine", "native", "--devices", "cpu:0") == 1
     assert re.search(r"model\.weights is not set[\s\S]*the bare loop of engine native ended", capfd.readouterr().err)

@@ -10,6 +10,8 @@ import pytest
 from daemon import evaluate_coco
 from workers import devices, shapes
 
+pytestmark = pytest.mark.slow
+
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo"
 FALLS_AT_MOST = 0.3  # of 100, in bfloat16
 

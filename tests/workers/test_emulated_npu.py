@@ -315,6 +315,7 @@ def outcomes() -> dict[str, str]:
     return json.loads(_python(str(Path(__file__))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_emulation(name: str, outcomes: dict[str, str]) -> None:
     assert outcomes[name] == "", outcomes[name]

@@ -34,6 +34,7 @@ def fuzz(*arguments: object, python_path: Path | None = None) -> tuple[int, dict
 INPUTS = {"headers": 8000, "images": 4000, "daemon": 2000, "memory": 400, "pages": 400}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", INPUTS)
 def test_a_short_run_breaks_no_rule(layer: str) -> None:
     code, found = fuzz("--layer", layer, "--inputs", INPUTS[layer])
@@ -54,6 +55,7 @@ if "workers.fuzz.child" in sys.orig_argv:
 """
 
 
+@pytest.mark.slow
 def test_what_kills_a_process_is_found_and_can_be_made_again(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(DIES.format(str(ROOT)))
     code, found = fuzz("--layer", "images", "--inputs", 200, python_path=tmp_path)

@@ -62,6 +62,7 @@ def install_a_torch_npu_that_cannot_be_imported(folder: Path) -> None:
     (folder / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')\n")
 
 
+@pytest.mark.slow
 def test_the_script_of_a_clone_gives_what_the_reference_gives(weights: str, tmp_path: Path) -> None:
     drawn, results = tmp_path / "result.jpg", tmp_path / "out.json"
     install_a_torch_npu_that_cannot_be_imported(tmp_path)
@@ -88,6 +89,7 @@ def test_the_script_of_a_clone_gives_what_the_reference_gives(weights: str, tmp_
         assert np.abs(np.asarray(overlay).astype(int) - np.asarray(original.convert("RGB"))).mean() > 5
 
 
+@pytest.mark.slow
 def test_an_npu_gives_what_the_cpu_gives(weights: str, folder: Path, tmp_path: Path) -> None:
     on_cpu, on_npu = tmp_path / "cpu.json", tmp_path / "npu.json"
     common = ["--config", CONFIG, "--weights", weights, "--input", str(folder / "c.jpg")]

@@ -24,6 +24,8 @@ import torch
 from daemon import settings, spawn, topology
 from workers.devices import GRAPHS
 
+pytestmark = pytest.mark.slow
+
 VERSION = "2.13.0"
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blendmaskd-tests"
