@@ -35,7 +35,8 @@ def plan(paths: Sequence[Path], out: Path, annotations: Path | None) -> list[Sou
     originals = {os.path.realpath(path): path for path in paths}
     for target in overlays:
         if os.path.realpath(target) in originals:
-            raise UsageError(f"the overlay {target} would take the place of that image: choose another --out")
+            remedy = "choose another --out, or leave that image out"
+            raise UsageError(f"the overlay {target} would take the place of that image: {remedy}")
     ids = _annotated_ids(paths, annotations) if annotations else range(1, len(paths) + 1)
     return [Source(*each) for each in zip(range(len(paths)), paths, photographs.names(paths), ids, overlays)]
 
