@@ -558,17 +558,16 @@ class Broker:
 
     def _suspect(self, holder: Worker, death: Death, now: float) -> list[Suspicion]:
         """Suspect all images that this dead worker held; each once."""
-        held: dict[int, tuple[Suspicion, bool]] = {}
+        held: dict[Suspicion, bool] = {}  # whether it was surely under way
         for lease in holder.leases.values():
             suspicion = self.remembered.keep(self._suspicion(lease) or Suspicion(self._identity(lease)), now)
             if lease.job is not None:
                 lease.job.suspicion = suspicion
-            started = held.get(id(suspicion), (suspicion, False))[1]
-            held[id(suspicion)] = suspicion, started or lease.started or lease.alone
-        for suspicion, under_way in held.values():
+            held[suspicion] = held.get(suspicion, False) or lease.started or lease.alone
+        for suspicion, under_way in held.items():
             suspicion.deaths.append(death)
             suspicion.attempts += under_way or len(held) == 1
-        return [suspicion for suspicion, _ in held.values()]
+        return list(held)
 
     def _recognise(self) -> None:
         """Jobs with an image that is suspected by now are suspects, wherever they are."""
