@@ -233,6 +233,7 @@ HOW = st.sampled_from(["replace"] * 6 + ["remove", "as text", "as float", "twice
 @given(place=st.sampled_from(PLACES), how=HOW, value=st.sampled_from(ODD))
 @example(place=("annotations", 1, "segmentation", "counts"), how="replace", value="")
 @example(place=("annotations", 0, "id"), how="replace", value=0)
+@example(place=("annotations", 1, "area"), how="replace", value=0)
 @example(place=("images", 0, "id"), how="as text", value=None)
 @example(place=("annotations", 0), how="twice", value=None)
 @example(place=("annotations", 2, "segmentation"), how="replace",
@@ -443,10 +444,17 @@ def test_a_text_is_an_rle_or_refused(text: str, height: int, width: int) -> None
 
 
 @pytest.mark.parametrize("points", [[0, 0, 3.5e8, 0, 0, 9], [0, 0, 0, -1e6, 9, 9], [0, 0, 9, 9, 1e400, 3],
-                                    [0, 0, 500, 500] * 4001])  # fmt: skip
+                                    [0, 0, 500, 500] * 4001, [5501, 0, 5505, 0, 5505, 9],
+                                    [4.3e9, 4.3e9, 4.3e9 + 9, 4.3e9, 4.3e9, 4.3e9 + 9]])  # fmt: skip
 def test_polygons_that_cannot_be_drawn_are_refused(points: list[float]) -> None:
     with pytest.raises(Fault, match=r"^segmentation\[2\]: "):
         coco_values.polygon(points, "segmentation[2]", 500, 500)
+
+
+@pytest.mark.parametrize("box", [[0, 0, 5501, 1], [-5001, 0, 1, 1], [0, -1e9, 1, 1], [0, 0, 1, 1e308]])
+def test_boxes_far_outside_are_refused(box: list[float]) -> None:
+    with pytest.raises(Fault, match=r"^bbox: reaches from"):
+        coco_values.box(box, 500, 400)
 
 
 @given(st.lists(st.floats(-4000, 4300), min_size=6, max_size=40).filter(lambda points: len(points) % 2 == 0))
