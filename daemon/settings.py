@@ -42,7 +42,7 @@ class Model(_Section, frozen=True):
     """Which network, with which weights, in which arithmetic."""
 
     config: str = "configs/BlendMask/R_50_1x.yaml"  # AdelaiDet's own keys
-    weights: str | None = None  # a checkpoint: {"model": state_dict}
+    weights: str | None = None  # a checkpoint of AdelaiDet: {"model": state_dict}, or the state dict alone
     # fp32: exact; hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs with AVX512-BF16 or AMX, else fp32; fp16: no CPU
     precision: Literal["fp32", "hf32", "bf16", "fp16", "auto"] = "fp32"
     # record the network's launches for each size of warm_up; npu and cuda. Never run on hardware by this project

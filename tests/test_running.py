@@ -26,7 +26,7 @@ DEFAULT_TIER = {
                              "daemon/test_supervisor.py::TestSupervisor"],
     "the wire's bytes": ["daemon/test_protocol.py"],
     "clients": ["daemon/test_client.py", "daemon/test_submit.py"],
-    "images and masks": ["workers/test_images.py", "workers/test_masks.py", "workers/test_results.py"],
+    "images and masks": ["daemon/test_images.py", "workers/test_masks.py", "workers/test_results.py"],
     "a golden of each variant": [f"blendmask/test_golden.py::{MASKS}[{network}" for network in VARIANTS],
     "kill -9, reload and drain": ["faults/test_faults.py::test_kill_9_of_either_worker",
                                   "faults/test_faults.py::test_sighup_under_load_replaces_workers_one_at_a_time",

@@ -160,7 +160,7 @@ def packed(name, content):
 
 def tarred(name, content):
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
         entry = tarfile.TarInfo(name)
         entry.size = len(content)
         archive.addfile(entry, io.BytesIO(content))
@@ -186,7 +186,7 @@ OTHERS = {
     "bzip2": (bz2.compress(GOOD), "(bzip2); unpack it"),
     "xz": (lzma.compress(GOOD), "(xz); unpack it"),
     "tar": (tarred("w.pth", GOOD), "tar archive; unpack it"),
-    "tar that looks like a pickle": (tarred("\x80\2", GOOD), "tar archive; unpack it"),
+    "tar that looks like a pickle": (tarred("\udc80\2", GOOD), "tar archive; unpack it"),
     "zip": (packed("run/w.pth", GOOD), "zip archive of something else (run/w.pth)"),
     "safetensors": ((23).to_bytes(8, "little") + b'{"a": {"dtype": "F32"}}', "a safetensors file"),
     "NumPy's array": (array_file(np.save, np.ones(3)), "NumPy"),

@@ -113,6 +113,15 @@ def test_fine_tuning_another_architecture_is_refused(tmp_path, small_config, cha
     assert crc32(model.state_dict()) == before
 
 
+def test_class_layers_of_other_features_are_another_architecture(tmp_path, small_config):
+    weights = random_weights(build(small_config))
+    weights[CLASS_LAYERS[0]] = torch.zeros(5, 32, 3, 3)
+    weights[CLASS_LAYERS[1]] = torch.zeros(5)
+    torch.save({"model": weights}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"1 of another shape: \S+cls_logits\.weight \(expected \(3, 64, 3, 3\)"):
+        load_to_fine_tune(build(small_config), tmp_path / "w.pth")
+
+
 def test_many_mismatches_are_counted_after_the_first(small_config):
     model = build(small_config)
     with pytest.raises(WeightsError, match=r"186 missing: backbone\.\S+, .* and 181 more$"):
