@@ -43,8 +43,10 @@ class Model(_Section, frozen=True):
 
     config: str = "configs/BlendMask/R_50_1x.yaml"  # AdelaiDet's own keys
     weights: str | None = None  # a checkpoint of AdelaiDet: {"model": state_dict}, or the state dict alone
-    # fp32: exact; hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs with AVX512-BF16 or AMX, else fp32; fp16: no CPU
+    # hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs with AVX512-BF16 or AMX, else fp32; fp16: no CPU
     precision: Literal["fp32", "hf32", "bf16", "fp16", "auto"] = "fp32"
+    # the network as it was trained, in AdelaiDet's order, image by image; slower. false: its answers but for rounding
+    exact: bool = False
     # record the network's launches for each size of warm_up; npu and cuda. Never run on hardware by this project
     graphs: bool = False
     categories: str | None = None  # a COCO `categories` list; default: beside the weights, else COCO's 80, else class_N
@@ -146,7 +148,7 @@ class Settings(_Section, frozen=True):
     endpoints: Endpoints = Endpoints()
     curve: Curve = Curve()
     insecure_tcp: bool = False  # tcp:// without keys: whoever reaches the port can submit, and read the traffic
-    # images per run on the device; auto: as many as give most images per second, learned for each padded size
+    # images per run on the device; auto: as many as give most images per second, learned for each padded size; exact: 1
     batch: Literal["auto"] | BatchSize = "auto"
     # what a device is known to take, batch size: milliseconds; where auto begins. The timed engine's table is known
     batch_latency_ms: dict[BatchSize, Positive] = {}
@@ -306,6 +308,26 @@ def _check_model(settings: Settings) -> None:
     cpus = [device for device in settings.devices if device.startswith("cpu:")]
     if settings.engine == "native" and graphs and cpus:
         raise SettingsError(f"model.graphs = True: {cpus[0]} is a CPU, which has none")
+    if settings.model.exact:
+        _check_exact(settings)
+
+
+def _check_exact(settings: Settings) -> None:
+    """What would round otherwise than the network as it was trained, or could not."""
+    model = settings.model
+    against = None
+    if settings.engine == "adelaidet":
+        against = "the engine adelaidet is AdelaiDet itself"
+    elif settings.engine == "timed":
+        against = "the engine timed has no network"
+    elif model.precision != "fp32":
+        against = f"model.precision = {model.precision!r} may round below float32"
+    elif model.graphs:
+        against = "model.graphs = True has never been compared with the network as it was trained"
+    elif settings.batch not in ("auto", 1):
+        against = f"batch = {settings.batch}: images are run one by one, for libraries sum a batch in another order"
+    if against:
+        raise SettingsError(f"model.exact = True: {against}; leave one of the two out")
 
 
 def _check_devices(devices: list[str]) -> None:

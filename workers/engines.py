@@ -18,7 +18,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -101,10 +101,15 @@ def batching(settings: Settings) -> Batching:
         table = settings.timed.latency_ms
     longest_ms = settings.latency_target_ms
     return Batching(
-        settings.batch,
+        batch_size(settings),
         {size: latency / 1000 for size, latency in table.items()},
         None if longest_ms is None else longest_ms / 1000,
     )
+
+
+def batch_size(settings: Settings) -> Literal["auto"] | int:
+    """What the setting `batch` comes to: with `model.exact` each image by itself, for a batch is summed otherwise."""
+    return 1 if settings.model.exact else settings.batch
 
 
 def best_batch(settings: Settings) -> int:
@@ -186,10 +191,12 @@ class NativeEngine(OnDevice):
             raise EngineError(str(error)) from error
         self._categories = self._resolve_categories(self._config.num_classes)
         self._open()
-        network = blendmask.for_inference(trained, self.device.dtype, self.device.channels_last)
-        self._network = network.to(self.device.torch_device)
+        self._network = network_for(trained, self.device, self._settings.exact)
         self._graphs: dict[tuple[int, ...], Any] = {}  # by the shape of a batch
         self._blendmask = blendmask
+
+    def actual(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        return super().actual(wanted) | {"exact": self._network.attends_everywhere}
 
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         if self._settings.graphs:
@@ -214,18 +221,35 @@ class NativeEngine(OnDevice):
         return self._graphs.get(images.shape, self._network.propose)(images)
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
-        return _to_coco(output, prepared, self._categories, options)
+        return to_coco(output, prepared, self._categories, options, self._settings.exact)
 
 
-def _to_coco(
-    output: Any, prepared: Any, names: Sequence[categories.Category], options: Options
+def network_for(trained: Any, device: Any, exact: bool) -> Any:
+    """The network as `device`, a `workers.devices.Device`, runs it: as it was trained, or made for inference."""
+    from workers import blendmask
+
+    network = trained if exact else blendmask.for_inference(trained, device.dtype, device.channels_last)
+    return network.to(device.torch_device)
+
+
+def to_coco(
+    output: Any, prepared: Any, names: Sequence[categories.Category], options: Options, exact: bool
 ) -> list[dict[str, Any]]:
-    """The COCO results of what our network said about an image."""
+    """The COCO results of what our network said about an image; `exact` is of the masks, see `masks_of`."""
     from workers import blendmask
 
     found = blendmask.finish(output, prepared)
-    stretched = results.Stretched(found.probabilities, found.boxes, found.image_size)
-    return results.to_coco(found.boxes, found.scores, found.classes, stretched, names, options)
+    return results.to_coco(found.boxes, found.scores, found.classes, masks_of(found, exact), names, options)
+
+
+def masks_of(found: Any, exact: bool) -> results.Masks:
+    """The masks of `blendmask.Detections`; `exact`: pasted, so that also values of one half are rounded as there."""
+    from workers import blendmask
+
+    probabilities, boxes, size = found.probabilities, found.boxes, found.image_size
+    if not exact:
+        return results.Stretched(probabilities, boxes, size)
+    return results.Pasted(lambda index: blendmask.paste_window(probabilities[index], boxes[index], size), size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +262,7 @@ class AdelaidetInput:
 
 
 class AdelaidetEngine(OnDevice):
-    """AdelaiDet's own BlendMask: the reference that the native engine equals."""
+    """AdelaiDet's own BlendMask: the reference that the native engine equals but for rounding."""
 
     def load(self) -> None:
         try:
@@ -247,7 +271,7 @@ class AdelaidetEngine(OnDevice):
         except ImportError as error:
             raise EngineError(
                 f"engine adelaidet: {error}. It needs detectron2 and AdelaiDet (adet), built from their sources for "
-                "this torch; engine native gives the same answers without them"
+                "this torch; engine native needs neither, and with model.exact computes what they do"
             ) from error
         weights = self._weights()
         self._open()
@@ -394,7 +418,7 @@ class ReplayEngine:
         return [self._output] * len(batch)
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
-        return _to_coco(output, prepared, self._categories, options)
+        return to_coco(output, prepared, self._categories, options, exact=False)
 
 
 @functools.lru_cache(maxsize=64)

@@ -29,7 +29,6 @@ from daemon.logs import in_a_line
 from daemon.program import UsageError, print_anything
 from daemon.protocol import Options
 from daemon.quiet import quiet
-from workers import results
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MODEL_ZOO = "https://github.com/aim-uofa/AdelaiDet/blob/master/configs/BlendMask/README.md"
@@ -77,8 +76,9 @@ class Network:
     def __init__(self, arguments: argparse.Namespace) -> None:
         """Raises `CannotStart`."""
         os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # an installed torch_npu without CANN breaks torch
-        from workers import blendmask, devices
+        from workers import blendmask, devices, engines
 
+        self.exact: bool = arguments.exact
         try:
             self.config = blendmask.load_config(arguments.config)
             self.categories: Sequence[Category] = categories.resolve(
@@ -96,18 +96,15 @@ class Network:
             raise CannotStart(f"--precision {arguments.precision}: {error}") from error
         except devices.DeviceError as error:
             raise CannotStart(f"--device {arguments.device}: {error}; --device cpu runs everywhere") from error
-        optimised = blendmask.for_inference(model, self.device.dtype, self.device.channels_last)
-        self.model = optimised.to(self.device.torch_device)
+        self.model = engines.network_for(model, self.device, self.exact)
 
     def segment(self, pixels: Pixels, options: Options) -> list[dict[str, Any]]:
         """The COCO results of an image, see `workers.results`."""
-        from workers import blendmask
+        from workers import blendmask, engines
 
         prepared = blendmask.prepare(pixels, self.config)
         (instances,) = blendmask.segment(self.model, [prepared], self.device.upload)
-        found = blendmask.finish(instances, prepared)
-        stretched = results.Stretched(found.probabilities, found.boxes, found.image_size)
-        return results.to_coco(found.boxes, found.scores, found.classes, stretched, self.categories, options)
+        return engines.to_coco(instances, prepared, self.categories, options, self.exact)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     try:
         _check_weights(arguments)
+        if arguments.exact and arguments.precision != "fp32":
+            raise CannotStart(f"--precision {arguments.precision}: --exact computes in fp32; leave one of them out")
         photographs = plan(arguments.input, arguments.output)
         _check_outputs(arguments, photographs)
         network = Network(arguments)
@@ -270,7 +269,9 @@ def _parser() -> argparse.ArgumentParser:
         "beside the weights, else COCO's names for 80 classes)")
     add("--precision", choices=("fp32", "hf32", "bf16", "fp16", "auto"), default="fp32",
         help="hf32 lets an NPU use HF32 and CUDA TF32; bf16 and fp16 are half precision; auto is bf16 on a CPU that "
-        "multiplies it (AVX512-BF16, AMX), else fp32 (default: fp32, exact)")
+        "multiplies it (AVX512-BF16, AMX), else fp32 (default: fp32)")
+    add("--exact", action="store_true", help="the network as it was trained, and masks as AdelaiDet pastes them: its "
+        "answers on the same host to the last bit, slower; without it fp32 may differ in a pixel of a mask's edge")
     return parser
 
 

@@ -46,15 +46,15 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     service_may: bool | None = None  # whether the service's user is in the group; None: there is no such user
 
 
-def device(facts: DeviceFacts, precision: str) -> list[Finding]:
-    """Whether it is there, healthy, free, and opens with this precision."""
+def device(facts: DeviceFacts, precision: str, exact: bool = False) -> list[Finding]:
+    """Whether it is there, healthy, free, and opens with this precision; `exact` is told beside it."""
     name = facts.device
     if facts.hidden:
         variable = VISIBLE_DEVICES[name.partition(":")[0]]
         return [error("device", facts.hidden, f"change {variable} or the setting devices")]
     if facts.probe and facts.probe.error:
         return [*_card(facts), error("device", f"{name}: {facts.probe.error}", _probe_remedy(facts))]
-    return [*_card(facts), *_users(facts), *(_opened(facts, precision) if facts.probe else _unopened(facts))]
+    return [*_card(facts), *_users(facts), *(_opened(facts, precision, exact) if facts.probe else _unopened(facts))]
 
 
 def plan(warnings: Iterable[str]) -> list[Finding]:
@@ -87,7 +87,7 @@ def _users(facts: DeviceFacts) -> list[Finding]:
     return [warning("device", f"{facts.device}: in use by {who}", "stop it, or share the device's memory and time")]
 
 
-def _opened(facts: DeviceFacts, precision: str) -> list[Finding]:
+def _opened(facts: DeviceFacts, precision: str, exact: bool) -> list[Finding]:
     assert facts.probe is not None
     probe, name = facts.probe, facts.device
     findings = [
@@ -98,7 +98,8 @@ def _opened(facts: DeviceFacts, precision: str) -> list[Finding]:
                               "model.precision: fp16, or fp32"))  # fmt: skip
     if not findings:
         health = f", health {facts.card.health}" if facts.card and facts.card.health else ""
-        findings = [ok("device", f"{name}: {probe.name}, {probe.memory_bytes / GIB:.0f} GiB{health}, {precision}")]
+        arithmetic = f"{precision}, exact" if exact else precision
+        findings = [ok("device", f"{name}: {probe.name}, {probe.memory_bytes / GIB:.0f} GiB{health}, {arithmetic}")]
     return findings
 
 

@@ -75,7 +75,8 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]
     opened = all((probe := probes.get(device)) is not None and not probe.error for device in npus)
 
     found = device_findings.identity(user, os.geteuid() == 0, devices.service_groups() is not None)
-    found += [line for each in configured for line in device_findings.device(each, settings.model.precision)]
+    model = settings.model
+    found += [line for each in configured for line in device_findings.device(each, model.precision, model.exact)]
     launched = [trial.plan for trial in tried.values() if trial.plan]
     found += device_findings.plan(dict.fromkeys(warning for each in launched for warning in each.warnings))
     if npus and not serving:

@@ -119,7 +119,10 @@ def test_the_device_part_reads_nothing_back_and_has_no_shape_that_depends_on_dat
 
 
 def test_blend_reads_each_detections_own_image_level_and_cell(small_model, small_config):
-    """And the top layer there is what it is everywhere, at corners, at borders and inside."""
+    """And the top layer there is what it is everywhere, at corners, at borders and inside.
+
+    As trained it has been run everywhere, as the reference does it: then the answer is the same to the last bit.
+    """
     sizes = [(6, 5), (4, 3), (3, 3), (2, 1), (1, 1)]
     generator = torch.Generator().manual_seed(1)
     features = [torch.randn(2, 64, *size, generator=generator) for size in sizes]
@@ -130,6 +133,10 @@ def test_blend_reads_each_detections_own_image_level_and_cell(small_model, small
     with torch.inference_mode():
         everywhere = [small_model.top_layer(level).flatten(2) for level in features]
         together = small_model.blend(Proposals(torch.empty(0), bases, features), images, levels, cells, boxes)
+        attended = [small_model.top_layer(level) for level in features]
+        exact = small_model.blend(Proposals(torch.empty(0), bases, features, attended), images, levels, cells, boxes)
+        read = torch.stack([everywhere[level][image, :, cell] for image, level, cell in where]).view(-1, 4, 7, 7)
+        assert torch.equal(exact, workers.blendmask.model.blend(bases, read, images, boxes, 28))
     for i, (image, level, cell) in enumerate(where):
         attention = everywhere[level][image, :, cell].view(1, 4, 7, 7)
         alone = workers.blendmask.model.blend(bases, attention, images[i: i + 1], boxes[i: i + 1], 28)

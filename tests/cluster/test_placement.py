@@ -57,6 +57,7 @@ def test_the_window_bounds_what_a_worker_is_given_and_load_decides_how_many_ther
 
     assert leases_at_once(loaded(batch=4)) == 8
     assert leases_at_once(loaded(engine="timed", timed={"latency_ms": {1: 20, 2: 30}})) == 4
+    assert leases_at_once(loaded(model={"exact": True})) == 2
     assert leases_at_once(loaded()) == 32, "nothing is known yet: the largest batch that is tried unasked"
     options = serve.worker_options(loaded(batch=4, drain_s=7.0, queue={"max_jobs": 9}), serve.Replicas(1, 3))
     assert options["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 8}

@@ -117,6 +117,13 @@ def test_a_precision_that_the_device_lacks_is_told(check: Check) -> None:
     assert any(level == "error" and "float16" in text for level, text in told(report, "device"))
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_whether_answers_are_exact_is_told(check: Check, exact: bool) -> None:
+    report = check(engine="native", model={**DEMO, "exact": exact}, devices=["cpu:0"])
+    [(level, text)] = told(report, "device")
+    assert (report["rc"], level, text.endswith("fp32, exact")) == (0, "ok", exact)
+
+
 def test_cpus_that_are_not_there_are_told(check: Check) -> None:
     report = check(devices=["cpu:0"], runtime={"cpus": {"cpu:0": "4000"}})
     assert report["rc"] == 1

@@ -26,9 +26,9 @@ from daemon.spawn import Preload
 OPENED = Probe(name="Ascend910B3", memory_bytes=64 << 30, bf16=True)
 
 
-def npu(precision: str = "fp32", **facts: Any) -> list[Finding]:
+def npu(precision: str = "fp32", exact: bool = False, **facts: Any) -> list[Finding]:
     sound = {"device": "npu:1", "tool": "npu-smi", "cards": 8, "card": Card("910B3", "OK"), "probe": OPENED}
-    return device_findings.device(DeviceFacts(**{**sound, **facts}), precision)
+    return device_findings.device(DeviceFacts(**{**sound, **facts}), precision, exact)
 
 
 def broken(error: str) -> list[Finding]:
@@ -173,6 +173,7 @@ FAULTS: list[Case] = [
 SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
     ("device", npu, "npu:1: Ascend910B3, 64 GiB, health OK, fp32"),
     ("bf16", lambda: npu("bf16"), "npu:1: Ascend910B3, 64 GiB, health OK, bf16"),
+    ("exact", lambda: npu(exact=True), "npu:1: Ascend910B3, 64 GiB, health OK, fp32, exact"),
     ("bf16 untold", lambda: npu("bf16", probe=Probe(name="x", memory_bytes=1 << 30)),
      "npu:1: x, 1 GiB, health OK, bf16"),
     ("ours", lambda: npu(probe=None, untried="it is in use by a running blendmaskd (pid 9)"),

@@ -75,6 +75,12 @@ def test_settings_survive_the_way_through_plain_values(tree: dict[str, Any]) -> 
     assert set(to_tree(found)) == set(Settings.__struct_fields__)
 
 
+def test_exact_goes_with_the_defaults_and_with_what_it_means() -> None:
+    assert not Settings().model.exact
+    assert from_tree({"model": {"exact": True}}).model.exact
+    assert from_tree({"model": {"exact": True, "precision": "fp32", "graphs": False}, "batch": 1}).model.exact
+
+
 # -- refusals: key, value, reason -------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -104,6 +110,17 @@ REFUSED = {
         {"devices": ["npu:0", "cpu:0"], "model": {"graphs": True}},
         "model.graphs = True: cpu:0 is a CPU, which has none",
     ),
+    "exactly what AdelaiDet says, of AdelaiDet": (
+        {"engine": "adelaidet", "model": {"exact": True}},
+        "model.exact = True: the engine adelaidet is AdelaiDet itself; leave one of the two out",
+    ),
+    "exactness of nothing": ({"engine": "timed", "model": {"exact": True}}, "the engine timed has no network"),
+    "exactly, in half": ({"model": {"exact": True, "precision": "bf16"}}, "exact = True: model.precision = 'bf16' may"),
+    "exactly, in HF32": ({"model": {"exact": True, "precision": "hf32"}}, "exact = True: model.precision = 'hf32' may"),
+    "exactly, as it comes": ({"model": {"exact": True, "precision": "auto"}}, "model.precision = 'auto' may round"),
+    "exactly, recorded": ({"model": {"exact": True, "graphs": True}}, "exact = True: model.graphs = True has never"),
+    "exactly, in batches": ({"model": {"exact": True}, "batch": 4}, "exact = True: batch = 4: images are run one"),
+    "exactness of a word": ({"model": {"exact": "yes"}}, "model.exact = 'yes': Expected `bool`, got `str`"),
     "task queue 3": ({"runtime": {"task_queue": 3}}, "runtime.task_queue = 3: Invalid enum value 3"),
     "no devices": ({"devices": []}, "devices = []: name at least one"),
     "unknown device": ({"devices": ["npu:0", "gpu:0"]}, "devices: 'gpu:0': expected npu:N, cuda:N or cpu:N"),

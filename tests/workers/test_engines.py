@@ -48,8 +48,10 @@ def test_the_timed_engine_sleeps_its_table_in_full_and_answers_with_a_checksum()
         (["engine=timed", "batch=4"], 4),
         (["engine=native"], 1),
         (["engine=native", "batch=3"], 3),
+        (["engine=native", "batch_latency_ms={1: 10, 2: 11}"], 2),
+        (["engine=native", "batch_latency_ms={1: 10, 2: 11}", "model.exact=true"], 1),
     ],
-    ids=["the record's table", "a table without gain", "timed, set", "native", "native, set"],
+    ids=["the record's table", "a table without gain", "timed, set", "native", "native, set", "a table", "exact"],
 )
 def test_the_batch_to_aim_at(overrides: list[str], size: int) -> None:
     assert engines.best_batch(settings.load(None, None, overrides)) == size

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO as CocoDataset
 from pycocotools.cocoeval import COCOeval
 
+from workers import blendmask
 from workers.blendmask import build, load_config, random_weights
 from workers.inference import CannotStart, main, plan
 
@@ -110,6 +112,29 @@ def test_precision_is_what_was_asked_for_or_refused(weights: str, folder: Path, 
     run = script(*common, "--json", str(tmp_path / "half.json"), "--precision", "fp16")
     assert run.returncode == 2
     assert "--precision fp16: cpu: float16 is some forty times slower" in run.stderr
+
+
+def test_exact_results_are_the_trained_networks_to_the_last_bit(weights: str, tmp_path: Path) -> None:
+    """And so their masks are the reference's, but where that one's value is one half."""
+    common = ["--config", CONFIG, "--weights", weights, "--input", str(CHELSEA), "--score-threshold", "0"]
+    assert main([*common, "--json", str(tmp_path / "exact.json"), "--exact"]) == 0
+    found = json.loads((tmp_path / "exact.json").read_text())
+    network = blendmask.build(blendmask.load_config(CONFIG))
+    blendmask.load_into(network, blendmask.load_checkpoint(weights))
+    pixels = np.asarray(Image.open(CHELSEA).convert("RGB"))[:, :, ::-1]
+    prepared = blendmask.prepare(pixels, network.config)
+    right = blendmask.finish(*blendmask.segment(network, [prepared]), prepared)
+    assert [one["score"] for one in found] == right.scores.tolist()
+    assert [one["bbox"][:2] for one in found] == right.boxes[:, :2].tolist()
+    for one, mask in zip(found, right.masks(), strict=True):
+        assert (coco_mask.decode(one["segmentation"]) == mask).all()
+
+
+@pytest.mark.parametrize("precision", ["hf32", "bf16", "fp16", "auto"])
+def test_exact_is_of_fp32(weights: str, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--config", CONFIG, "--weights", weights, "--input", str(CHELSEA), "--json", str(tmp_path / "out.json")]
+    assert main([*asked, "--exact", "--precision", precision]) == 2
+    assert f"--precision {precision}: --exact computes in fp32; leave one of them out" in capsys.readouterr().err
 
 
 def test_a_bad_image_among_many_is_reported_and_the_rest_is_done(

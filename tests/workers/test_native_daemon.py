@@ -1,6 +1,7 @@
 """The whole daemon with the native engine, on CPUs and on emulated NPUs: its answers are the bare network's."""
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,26 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
-def expected(weights: Path, photograph: str, kind: str) -> list[dict[str, Any]]:
-    """What the network itself says, without any daemon, in the memory format of the kind of device."""
+def expected(weights: Path, photograph: str, kind: str, exact: bool = False) -> list[dict[str, Any]]:
+    """What the network itself says, without any daemon, in the memory format of the kind of device.
+
+    `exact`: as it was trained, with each mask pasted over the whole image.
+    """
     config = blendmask.load_config(CONFIG)
     network = blendmask.build(config)
     blendmask.load_into(network, blendmask.load_checkpoint(weights))
-    network = blendmask.for_inference(network, channels_last=kind == "cpu")
+    if not exact:
+        network = blendmask.for_inference(network, channels_last=kind == "cpu")
     pixels = np.asarray(Image.open(GOLDEN / "images" / photograph).convert("RGB"))[:, :, ::-1]
     prepared = blendmask.prepare(np.ascontiguousarray(pixels), config)
     [instances] = blendmask.segment(network, [prepared])
     found = blendmask.finish(instances, prepared)
-    stretched = results.Stretched(found.probabilities, found.boxes, found.image_size)
+    pasted = list(found.masks())
+    masks: results.Masks = results.Stretched(found.probabilities, found.boxes, found.image_size)
+    if exact:
+        masks = results.Pasted(lambda index: (pasted[index], (0, 0)), found.image_size)
     classes = categories.resolve(config.num_classes)
-    return results.to_coco(found.boxes, found.scores, found.classes, stretched, classes, Options())
+    return results.to_coco(found.boxes, found.scores, found.classes, masks, classes, Options())
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +83,24 @@ def test_two_devices_answer_as_the_bare_network(daemon, weights, kind) -> None:
         names = {name: device["actual"]["device_name"] for name, device in devices.items()}
         assert names == {"npu:0": "Ascend910-emulated physical 0", "npu:1": "Ascend910-emulated physical 1"}
         assert {device["actual"]["task_queue"] for device in devices.values()} == {2}
+
+
+def test_a_reload_asks_for_exact_answers_and_they_do_not_depend_on_company(daemon, weights, wait_until) -> None:
+    """Eight jobs of one size, there at once, would make a batch, which is summed in another order."""
+    model = {"config": str(CONFIG), "weights": str(weights)}
+    table = {1: 100.0, 2: 101.0, 4: 102.0}  # by which a batch of four is best
+    server = daemon(devices=["cpu:0"], engine="native", model=model, batch_latency_ms=table, warm_up=[[64, 96]],
+                    runtime={"threads": 1})  # fmt: skip
+    photograph = GOLDEN / "images" / "chelsea.png"
+    served, exact = (expected(weights, photograph.name, "cpu", exact) for exact in (False, True))
+    assert served != exact, "in the last digits"
+    assert server.client.segment(photograph).detections == served
+    assert server.devices()["cpu:0"]["actual"]["exact"] is False
+    server.rewrite(model={**model, "exact": True})
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: server.devices()["cpu:0"]["actual"].get("exact"), 60)
+    server.wait_ready()
+    for answer in server.client.map([photograph] * 8, window=8):
+        assert answer.detections == exact
+    batches = wait_until(lambda: {batch for batch, *_ in server.devices()["cpu:0"]["shapes"]})
+    assert batches == {1}

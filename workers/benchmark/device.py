@@ -90,7 +90,7 @@ def _best(engine: Any, prepared: Any, settings: Settings, seconds: float) -> Lim
     from workers import engines
 
     best = _loop(engine, prepared, engines.best_batch(settings), seconds)
-    learns = settings.batch == "auto" and settings.engine != "timed" and not settings.batch_latency_ms
+    learns = engines.batch_size(settings) == "auto" and settings.engine != "timed" and not settings.batch_latency_ms
     while learns and best.batch < LARGEST_BATCH:
         more = _loop(engine, prepared, 2 * best.batch, seconds)
         if more.fps < WORTH * best.fps:

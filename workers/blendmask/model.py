@@ -17,7 +17,7 @@ from workers.blendmask.dla import Dla34
 from workers.blendmask.fcos import Fcos, FcosHead
 from workers.blendmask.fpn import Fpn
 from workers.blendmask.norms import BACKBONE_NORMS
-from workers.blendmask.patches import convolve, patches_of_levels
+from workers.blendmask.patches import convolve, patches_of_levels, values_of_levels
 
 
 def build(config: Config) -> "BlendMask":
@@ -50,6 +50,7 @@ class Proposals:
     packed: Tensor  # (N, sum of M, FIELDS) float32: the candidates, the only thing that the host reads
     bases: Tensor  # (N, K, H/4, W/4)
     box_features: list[Tensor]  # per level (N, C, H_l, W_l): what the top layer reads
+    attentions: list[Tensor] | None = None  # per level (N, K * A * A, H_l, W_l); None: only where they are read
 
     @property
     def level_sizes(self) -> list[tuple[int, int]]:
@@ -60,7 +61,8 @@ class Proposals:
 class BlendMask(nn.Module):
     """The network. Images are float32 (N, 3, H, W), normalised, then padded with zeros to multiples of 32.
 
-    There is no `forward`: between `propose` and `blend` the host chooses the boxes.
+    There is no `forward`: between `propose` and `blend` the host chooses the boxes. As it is built and trained it runs
+    the reference's operations in the reference's order; `for_inference` makes one that does not.
     """
 
     def __init__(self, config: Config, backbone: Fpn, proposal_generator: Fcos, basis_module: BasisModule,
@@ -71,6 +73,7 @@ class BlendMask(nn.Module):
         self.proposal_generator = proposal_generator
         self.basis_module = basis_module
         self.top_layer = top_layer
+        self.attends_everywhere = True  # the top layer in all cells, as the reference, not only in those that are read
 
     def propose(self, images: Tensor) -> Proposals:
         """Run everything that does not depend on which boxes are kept."""
@@ -81,17 +84,22 @@ class BlendMask(nn.Module):
         bases = self.basis_module(features[:3])  # (N, K, H/4, W/4)
         outputs = self.proposal_generator(features)
         box_features = [output.box_features for output in outputs]
-        return Proposals(self.proposal_generator.candidates(outputs), bases, box_features)
+        attentions = [self.top_layer(level) for level in box_features] if self.attends_everywhere else None
+        return Proposals(self.proposal_generator.candidates(outputs), bases, box_features, attentions)
 
     def blend(self, proposals: Proposals, images: Tensor, levels: Tensor, cells: Tensor, boxes: Tensor) -> Tensor:
         """Return mask probabilities (D, R, R) of the kept detections of a batch.
 
-        images, levels, cells (D,) int64 say which cell predicted each detection; boxes (D, 4) network pixels. The top
-        layer is run at these cells only: everywhere it would be a seventh of the network's multiplications.
+        images, levels, cells (D,) int64 say which cell predicted each detection; boxes (D, 4) network pixels. Where the
+        top layer has not been run everywhere, it is run at these cells: that spares a seventh of the network's
+        multiplications, and sums in another order.
         """
         size = self.config.attention_size
-        patches = patches_of_levels(proposals.box_features, images, levels, cells)  # (D, 9, C)
-        attentions = convolve(self.top_layer, patches)  # (D, K * A * A)
+        if proposals.attentions is None:
+            patches = patches_of_levels(proposals.box_features, images, levels, cells)  # (D, 9, C)
+            attentions = convolve(self.top_layer, patches)  # (D, K * A * A)
+        else:
+            attentions = values_of_levels(proposals.attentions, images, levels, cells)
         attentions = attentions.view(-1, self.config.num_bases, size, size)
         return blend(proposals.bases, attentions, images, boxes, self.config.resolution)
 

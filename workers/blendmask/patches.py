@@ -40,3 +40,12 @@ def patches_of_levels(maps: Sequence[Tensor], images: Tensor, levels: Tensor, ce
         here = (levels == level)[:, None, None]
         gathered = torch.where(here, patches_at(features, images, cells), gathered)
     return gathered
+
+
+def values_of_levels(maps: Sequence[Tensor], images: Tensor, levels: Tensor, cells: Tensor) -> Tensor:
+    """Return the values at cells that lie on several levels, (D, C); maps are (N, C, H_l, W_l). Shapes stay fixed."""
+    gathered = maps[0].new_zeros(len(cells), maps[0].shape[1])
+    for level, values in enumerate(maps):
+        at_cells = values.flatten(2)[images, :, cells.clamp(max=values.shape[2] * values.shape[3] - 1)]  # (D, C)
+        gathered = torch.where((levels == level)[:, None], at_cells, gathered)
+    return gathered

@@ -126,5 +126,5 @@ class Segmenter:
 
 def leases_at_once(settings: Settings) -> int:
     """How many images a worker is given at once: two batches, of the largest size that it may come to try."""
-    knows = settings.batch != "auto" or settings.batch_latency_ms or settings.engine == "timed"
+    knows = engines.batch_size(settings) != "auto" or settings.batch_latency_ms or settings.engine == "timed"
     return 2 * (engines.best_batch(settings) if knows else LARGEST)
