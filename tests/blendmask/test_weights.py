@@ -9,7 +9,7 @@ import pytest
 import torch
 from zoo import CONFIGS, GOLDEN, crc32
 
-from workers.blendmask import WeightsError, build, load_checkpoint, load_config, load_into, random_weights
+from blendmaskd_workers.blendmask import WeightsError, build, load_checkpoint, load_config, load_into, random_weights
 
 # Only the length of their training tells these from the second.
 SAME_NETWORK = {"R_50_3x": "R_50_1x", "550_R_50_1x": "550_R_50_3x"}

@@ -5,19 +5,18 @@ import io
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from workers import engines
+from blendmaskd_workers import engines
+from checkout import ROOT
 
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's and its libraries' own
 
-ROOT = Path(__file__).resolve().parents[2]
 PICTURES = sorted((ROOT / "configs" / "demo" / "images").iterdir())
 TIMED = {"devices": ["npu:0"], "engine": "timed", "timed": {"latency_ms": {"1": 20}}}
 DEMO = {

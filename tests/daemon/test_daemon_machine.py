@@ -1,4 +1,4 @@
-"""Broker and supervisor together under generated histories, played as `daemon/server.py` plays them.
+"""Broker and supervisor together under generated histories, played as `daemon/blendmaskd/shell/server.py` plays them.
 
 The machine is clients, processes and time. Processes load, serve, hang, die of images and of nothing, answer late; a
 device may be gone for good. After each step both cores' `check()` holds and what one knows agrees with the other and
@@ -18,10 +18,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from daemon import broker as broker_module
-from daemon import supervisor as supervisor_module
-from daemon.broker import Broker, Evict, Limits, SendClient, SendWorker
-from daemon.protocol import (
+from blendmaskd.core import broker as broker_module
+from blendmaskd.core import supervisor as supervisor_module
+from blendmaskd.core.broker import Broker, Evict, Limits, SendClient, SendWorker
+from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT, Kill, Spawn, State, Supervisor
+from blendmaskd.protocol import (
     Cancel,
     Code,
     Failed,
@@ -35,8 +36,7 @@ from daemon.protocol import (
     Stop,
     Submit,
 )
-from daemon.settings import Restarts
-from daemon.supervisor import EXIT_CANNOT_BOOT, Kill, Spawn, State, Supervisor
+from blendmaskd.settings import Restarts
 
 LIMITS = Limits(
     max_jobs=6, max_bytes=60, max_image_bytes=30, max_attempts=2, deadline_s=20.0, stall_s=8.0,

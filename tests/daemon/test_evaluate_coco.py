@@ -17,9 +17,10 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from daemon import evaluate_coco, protocol
-from daemon.evaluate_coco import score
-from daemon.protocol import FROM_CLIENT, GetStats, Stats
+from blendmaskd import protocol
+from blendmaskd.programs import evaluate_coco
+from blendmaskd.programs.evaluate_coco import score
+from blendmaskd.protocol import FROM_CLIENT, GetStats, Stats
 
 WIDTH, HEIGHT = 200, 100
 

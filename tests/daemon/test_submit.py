@@ -16,11 +16,12 @@ import zmq
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from daemon import program, protocol, submit
-from daemon.client import Client
-from daemon.photographs import find
-from daemon.program import NoDaemonError, UsageError, wait_for_daemon, write_json
-from daemon.sources import overlay_names, plan
+from blendmaskd import protocol
+from blendmaskd.client.blocking import Client
+from blendmaskd.programs import program, submit
+from blendmaskd.programs.photographs import find
+from blendmaskd.programs.program import NoDaemonError, UsageError, wait_for_daemon, write_json
+from blendmaskd.programs.sources import overlay_names, plan
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "submit.py"
 

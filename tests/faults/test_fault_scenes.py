@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 
-from workers.chaos import scenes
+from chaos import scenes
 
 
 def test_the_six_scenes(tmp_path, capsys) -> None:

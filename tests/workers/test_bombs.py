@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from daemon import spawn
-from daemon.settings import Limits
-from workers import bombs, images
-from workers.fuzz import bombs as made
-from workers.fuzz import pictures
-from workers.fuzz.program import bomb_bound
-from workers.images import ImageError, decode
+from blendmaskd import spawn
+from blendmaskd.settings import Limits
+from blendmaskd_workers import bombs, images
+from blendmaskd_workers.images import ImageError, decode
+from checkout import ROOT
+from fuzz import bombs as made
+from fuzz import pictures
+from fuzz.program import bomb_bound
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = Limits(max_image_bytes=2 << 20, max_image_pixels=1_000_000)
 quietly = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -157,11 +157,11 @@ def test_a_webps_size_is_known_before_it_is_opened(options: dict[str, Any]) -> N
 
 IN_A_PROCESS_OF_ITS_OWN = """
 import json, sys, warnings
-from workers.quiet import quiet
+from blendmaskd_workers.quiet import quiet
 quiet()
-from daemon import spawn
-from daemon.settings import Limits
-from workers.fuzz import bombs, child
+from blendmaskd import spawn
+from blendmaskd.settings import Limits
+from fuzz import bombs, child
 limits = Limits(max_image_bytes=int(sys.argv[1]), max_image_pixels=int(sys.argv[2]))
 print(json.dumps({name: child.measure(name, limits) for name in [*bombs.REFUSED, *bombs.COSTLY]}))
 """
@@ -189,12 +189,12 @@ def test_memory_is_bounded_by_pixels_and_bytes() -> None:
 
 QUIET = """
 import ast, sys
-from workers.quiet import quiet
+from blendmaskd_workers.quiet import quiet
 quiet()
 from PIL import TiffImagePlugin
-from daemon import spawn
-from daemon.settings import Limits
-from workers import images
+from blendmaskd import spawn
+from blendmaskd.settings import Limits
+from blendmaskd_workers import images
 for payload in ast.literal_eval(open(sys.argv[1]).read()):
     try:
         images.decode(payload, Limits())

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from daemon import evaluate_coco
-from workers import devices, shapes
+import shapes
+from blendmaskd.programs import evaluate_coco
+from blendmaskd_workers import devices
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo"
 FALLS_AT_MOST = 0.3  # of 100, in bfloat16

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from daemon import protocol
-from daemon.protocol import Code
-from workers import images
-from workers.fuzz import headers, pictures, rules
-from workers.fuzz.child import input_random
+from blendmaskd import protocol
+from blendmaskd.protocol import Code
+from blendmaskd_workers import images
+from checkout import ROOT
+from fuzz import headers, pictures, rules
+from fuzz.child import input_random
 
-ROOT = Path(__file__).resolve().parents[2]
 LONGEST_S = 240
 
 
@@ -48,10 +48,10 @@ def test_a_short_run_breaks_no_rule(layer: str) -> None:
 
 DIES = """
 import sys
-if "workers.fuzz.child" in sys.orig_argv:
+if "fuzz.child" in sys.orig_argv:
     sys.path.insert(0, {!r})
-    import os, workers.images
-    workers.images.from_raw = lambda *_: os.abort()
+    import os, blendmaskd_workers.images
+    blendmaskd_workers.images.from_raw = lambda *_: os.abort()
 """
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from daemon.settings import Limits
-from workers.images import ImageError, decode, from_raw, read_path
+from blendmaskd.settings import Limits
+from blendmaskd_workers.images import ImageError, decode, from_raw, read_path
 
 LIMITS = Limits()
 HEIGHT, WIDTH = 30, 40

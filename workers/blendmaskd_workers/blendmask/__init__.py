@@ -1,0 +1,38 @@
+"""The BlendMask network: PyTorch, numpy, Pillow and PyYAML only; it knows nothing of daemons and workers.
+
+`load_config`, `build`, `load_checkpoint`, `load_into` make a network, `for_inference` makes it fast; `prepare`,
+`segment`, `finish` use it.
+"""
+
+from blendmaskd_workers.blendmask.config import Config, ConfigError, load_config
+from blendmaskd_workers.blendmask.inference import capture, segment, segment_images
+from blendmaskd_workers.blendmask.model import BlendMask, build
+from blendmaskd_workers.blendmask.optimise import for_inference
+from blendmaskd_workers.blendmask.postprocess import Detections, Instances, finish, paste, paste_one, paste_window
+from blendmaskd_workers.blendmask.preprocess import Prepared, collate, prepare
+from blendmaskd_workers.blendmask.weights import WeightsError, load_checkpoint, load_into, random_weights
+
+__all__ = [
+    "BlendMask",
+    "Config",
+    "ConfigError",
+    "Detections",
+    "Instances",
+    "Prepared",
+    "WeightsError",
+    "build",
+    "capture",
+    "collate",
+    "finish",
+    "for_inference",
+    "load_checkpoint",
+    "load_config",
+    "load_into",
+    "paste",
+    "paste_one",
+    "paste_window",
+    "prepare",
+    "random_weights",
+    "segment",
+    "segment_images",
+]
