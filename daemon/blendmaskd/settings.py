@@ -41,28 +41,29 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class Model(_Section, frozen=True):
     """Which network, with which weights, in which arithmetic."""
 
-    config: str = "configs/BlendMask/R_50_1x.yaml"  # AdelaiDet's own keys
-    weights: str | None = None  # a checkpoint: {"model": state_dict}
+    config: str = "configs/BlendMask/R_50_1x.yaml"  # the network: a YAML file with AdelaiDet's own keys
+    weights: str | None = None  # a checkpoint of AdelaiDet or of our trainer
     # fp32: exact; hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs with AVX512-BF16 or AMX, else fp32; fp16: no CPU
     precision: Literal["fp32", "hf32", "bf16", "fp16", "auto"] = "fp32"
-    # record the network's launches for each size of warm_up; npu and cuda. Never run on hardware by this project
+    # record and replay the network's launches for each size of `warm_up`; npu and cuda only, not yet run on hardware
     graphs: bool = False
-    categories: str | None = None  # a COCO `categories` list; default: beside the weights, else COCO's 80, else class_N
+    # a COCO `categories` list; default: the one beside the weights, COCO's 80, or class_N
+    categories: str | None = None
 
 
 class Endpoints(_Section, frozen=True):
     """Where the daemon listens."""
 
-    # ipc:///PATH, guarded by the mode of its folder, or tcp://HOST:PORT, guarded by keys (curve)
+    # where clients connect: ipc:///PATH, guarded by its folder's mode, or tcp://HOST:PORT, guarded by keys (`curve`)
     clients: list[str] = msgspec.field(default_factory=lambda: ["ipc:///run/blendmaskd/client.sock"])
-    metrics: str | None = "127.0.0.1:9464"  # host:port of the status page, /metrics, /healthz, /readyz; null: off
+    metrics: str | None = "127.0.0.1:9464"  # HOST:PORT of the status page, /metrics, /healthz and /readyz; null: off
 
 
 class Curve(_Section, frozen=True):
     """Keys for tcp:// endpoints: encryption, and who may connect. `blendmaskd-keys` makes them."""
 
-    server_key: str | None = None  # the daemon's server.key_secret, of mode 0600; needed for tcp://
-    client_keys: str | None = None  # folder of the public keys that may connect; watched, no restart for a change
+    server_key: str | None = None  # the daemon's server.key_secret, mode 0600; required for tcp://
+    client_keys: str | None = None  # folder of the public keys that may connect; changes take effect at once
 
 
 class Queue(_Section, frozen=True):
@@ -71,109 +72,117 @@ class Queue(_Section, frozen=True):
     One client alone fills seven eighths of the queue: the rest is for others.
     """
 
-    max_jobs: Count = 256  # that wait for a device
-    max_bytes: Count = 1 << 30  # of the images that wait
-    # unanswered, waiting or on a device; its durable jobs are counted apart; null: as many as the queue lets it
+    max_jobs: Count = 256  # upper bound of the jobs that wait for a device
+    max_bytes: Count = 1 << 30  # upper bound of the bytes of their images
+    # upper bound of one client's unanswered jobs; durable jobs are counted separately; null: the queue's own bound
     max_jobs_per_client: Count | None = None
-    max_bytes_per_client: Count | None = None  # of the images of its unanswered jobs, durable ones counted apart
+    max_bytes_per_client: Count | None = None  # likewise, bytes of their images
 
 
 class Limits(_Section, frozen=True):
     """Bounds on one image."""
 
-    max_image_bytes: Count = 64 << 20  # of one payload, encoded or raw
-    # height x width, checked before decoding, which takes up to 16 bytes for each, in up to four threads of a worker
+    max_image_bytes: Count = 64 << 20  # upper bound of one image as it is sent, encoded or raw
+    # upper bound of height x width; decoding takes up to 16 bytes a pixel, in up to four threads of a worker
     max_image_pixels: Count = 50_000_000
-    max_connections: Count = 512  # over tcp://, at most half of the descriptors that the process has left
+    # upper bound of the connections over tcp://; never more than half of the free descriptors
+    max_connections: Count = 512
 
 
 class Paths(_Section, frozen=True):
     """Server-side images: a job may name a file below one of `roots`. Empty: refused."""
 
-    roots: list[str] = []  # folders below which a job may name a file, links resolved; empty: no job may
+    roots: list[str] = []  # folders whose files a job may name, links resolved; empty: jobs may name no files
 
 
 class Log(_Section, frozen=True):
     """What is written to stderr, or the journal; see docs/logs.md. A reload changes it."""
 
-    format: Literal["text", "json"] = "text"  # a line each; json: an object in a line
-    level: Literal["debug", "info", "warning", "error"] = "info"  # and above
-    # a line at each change of each job's state, by its name. Off: only of jobs that fail by no fault of their client
+    format: Literal["text", "json"] = "text"  # text: a line per event; json: a JSON object per line
+    level: Literal["debug", "info", "warning", "error"] = "info"  # lowest level written
+    # log every change of a job's state; off: only jobs that fail through no fault of their client
     jobs: bool = False
 
 
 class Runtime(_Section, frozen=True):
     """What is applied to a worker process at spawn."""
 
-    cpus: Literal["auto"] | dict[str, str] = "auto"  # {"npu:0": "0-15"}; auto: near the device, else an even split
-    task_queue: Literal[0, 1, 2] = 2  # TASK_QUEUE_ENABLE
-    # torch_npu's own binding, CPU_AFFINITY_CONF; ranges name slots (2,npu1:8-15), a bare mode gets the slot's CPUs
+    # CPUs of each device, {"npu:0": "0-15"}; auto: those near the device, or else an even split
+    cpus: Literal["auto"] | dict[str, str] = "auto"
+    task_queue: Literal[0, 1, 2] = 2  # torch_npu's TASK_QUEUE_ENABLE
+    # torch_npu's CPU_AFFINITY_CONF; its ranges name slots (2,npu1:8-15), a mode alone gets the slot's CPUs
     cpu_affinity_conf: str | None = None
-    preload: str = "auto"  # tcmalloc: auto, required, off, or a library's path
-    threads: Literal["auto"] | Count = "auto"  # OMP_NUM_THREADS; auto: the slot's CPUs, within its share of a quota
+    preload: str = "auto"  # tcmalloc: auto (if installed), required, off, or the path of a library
+    # OMP_NUM_THREADS; auto: as many as the slot has CPUs, within its share of a CPU quota
+    threads: Literal["auto"] | Count = "auto"
 
 
 class Restarts(_Section, frozen=True):
     """How a slot is kept filled."""
 
-    first_delay_s: Positive = 0.5  # before a dead worker is started again; doubled at each death in a row
-    longest_delay_s: Positive = 30.0  # that doubling leads to
-    give_up_after: Count = 6  # deaths in a row without `stable_s` of service between them
-    stable_s: Positive = 60.0  # a worker that served so long is forgiven its earlier deaths
-    start_timeout_s: Positive = 900.0  # loading, compiling and warm-up
-    stall_s: Positive = 60.0  # leases held and nothing finished, or no sign of life: abort with a stack dump, then kill
-    stop_s: Positive = 10.0  # between asking a worker to end and killing it
+    first_delay_s: Positive = 0.5  # delay before a dead worker is restarted; doubled at each further death
+    longest_delay_s: Positive = 30.0  # upper bound of the restart delay
+    give_up_after: Count = 6  # consecutive deaths, without `stable_s` of service between them, after which a slot fails
+    stable_s: Positive = 60.0  # after this time of service earlier deaths no longer count
+    start_timeout_s: Positive = 900.0  # upper bound of loading, compiling and warm-up
+    # a worker that holds leases and finishes none, or is silent, for this long is aborted, then killed
+    stall_s: Positive = 60.0
+    stop_s: Positive = 10.0  # time between asking a worker to exit and killing it
 
 
 class Timed(_Section, frozen=True):
     """The `timed` engine's latency table: batch size to milliseconds (defaults: one Ascend 910, 800x800)."""
 
-    # batch size: milliseconds; sizes between entries are interpolated. For the engine `timed` only
+    # milliseconds by batch size, interpolated between entries; for the engine `timed` only
     latency_ms: dict[BatchSize, NotNegative] = msgspec.field(
         default_factory=lambda: {1: 21.79, 2: 38.90, 4: 122.43, 8: 226.38}
     )
-    # an .npz of the native network's outputs: the host's work is then the native engine's, and each image gets these
+    # an .npz of recorded network outputs that every image gets; the host's work is then the native engine's
     outputs: str | None = None
 
 
 class Settings(_Section, frozen=True):
     """The whole tree. Field names are the keys of the YAML file."""
 
-    # npu:N, cuda:N or cpu:N, one worker process each, numbered as the daemon's environment shows them
+    # npu:N, cuda:N or cpu:N, a worker process for each; numbered as the daemon's environment numbers them
     devices: list[str] = msgspec.field(default_factory=lambda: ["npu:0", "npu:1"])
-    engine: Literal["native", "adelaidet", "timed"] = "native"  # adelaidet: where installed; timed: for load tests
+    # native: our network; adelaidet: where it is installed; timed: a latency table, for load tests
+    engine: Literal["native", "adelaidet", "timed"] = "native"
     model: Model = Model()
     endpoints: Endpoints = Endpoints()
     curve: Curve = Curve()
-    insecure_tcp: bool = False  # tcp:// without keys: whoever reaches the port can submit, and read the traffic
-    # images per run on the device; auto: as many as give most images per second, learned for each padded size
+    # allow tcp:// without keys: whoever reaches the port can submit jobs and read the traffic
+    insecure_tcp: bool = False
+    # images per run on the device; auto: the number with the most images per second, learned for each padded size
     batch: Literal["auto"] | BatchSize = "auto"
-    # what a device is known to take, batch size: milliseconds; where auto begins. The timed engine's table is known
+    # known milliseconds by batch size, where `batch: auto` begins; the timed engine's table is known
     batch_latency_ms: dict[BatchSize, Positive] = {}
-    latency_target_ms: Positive | None = None  # auto never chooses a batch that takes the device longer
-    # how long an idle device waits for a batch to fill; not at all while jobs come one at a time
+    latency_target_ms: Positive | None = None  # upper bound of a run's time on the device that `batch: auto` may choose
+    # how long an idle device waits for a batch to fill; never while jobs come one at a time
     max_wait_ms: NotNegative = 0.0
-    # image sizes (height, width) to run, alone and in a full batch, before a worker is ready
+    # image sizes (height, width) that are run, alone and in a full batch, before a worker is ready
     warm_up: list[tuple[Count, Count]] = msgspec.field(default_factory=lambda: [(800, 800)])
     queue: Queue = Queue()
     limits: Limits = Limits()
     paths: Paths = Paths()
-    # of all shared memory of local clients; a region has at most a quarter. 0: off, images come by socket
+    # upper bound of all local clients' shared memory, a quarter of it for one region; 0: images come by socket
     shared_memory_bytes: Annotated[int, Meta(ge=0)] = 1 << 30
-    # a file on a local disk in which durable jobs and their answers outlive the daemon, made if need be; null: off
+    # file on a local disk that keeps durable jobs and their answers, created if missing; null: no durable jobs
     spool: str | None = None
-    spool_bytes: Count = 4 << 30  # of images and answers in the spool; over it a durable job is answered `busy`
-    spool_keep_s: Positive = 604800.0  # of an answer in the spool, in time that daemons run; then it is dropped
-    max_attempts: Count = 2  # times a job may have been started when its worker died
-    deadline_s: Positive = 60.0  # of a job that names none
-    drain_s: Positive = 30.0  # on SIGTERM, for accepted jobs to finish
-    window_s: Positive = 10.0  # over which FPS are counted
+    # upper bound of images and answers in the spool; beyond it durable jobs are answered `busy`
+    spool_bytes: Count = 4 << 30
+    spool_keep_s: Positive = 604800.0  # how long an answer is kept, in running time of the daemon
+    max_attempts: Count = 2  # how many workers may die on a job before it fails
+    deadline_s: Positive = 60.0  # deadline of a job that names none
+    drain_s: Positive = 30.0  # time for accepted jobs to finish after SIGTERM
+    window_s: Positive = 10.0  # window over which FPS are averaged
     log: Log = Log()
-    # on the status page, with its results drawn in: whoever can open the page sees a client's image every few seconds
+    # show the last image and its results on the status page, to everyone who can open it
     show_last_image: bool = False
     runtime: Runtime = Runtime()
     restarts: Restarts = Restarts()
-    worker_env: dict[str, str] = {}  # added to every worker's environment, over what the daemon sets; shown by stats
+    # added to every worker's environment, overriding what the daemon sets; shown by stats
+    worker_env: dict[str, str] = {}
     timed: Timed = Timed()
 
 
