@@ -1,10 +1,7 @@
 #!/usr/bin/env python3
-"""Measure the average precision of a running daemon; see `daemon/evaluate_coco.py`, or --help."""
+"""Measure the average precision of a running daemon; see `daemon/blendmaskd/programs/evaluate_coco.py`, or --help."""
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from daemon.evaluate_coco import main
+from blendmaskd.programs.evaluate_coco import main
 
 sys.exit(main())

@@ -5,11 +5,8 @@
         --input photo.jpg --output result.jpg --device npu
 """
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the clone
-
-from workers.inference import main
+from blendmaskd_workers.programs.inference import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -159,7 +159,7 @@ make_environment() {
         "$PYTHON" -m venv $system_site $PREFIX/venv
         install_packages
     fi
-    runuser -u $USER_NAME -- $PREFIX/venv/bin/python -P -c 'import daemon.server, workers.loop' ||
+    runuser -u $USER_NAME -- $PREFIX/venv/bin/python -P -c 'import blendmaskd.shell.server, blendmaskd_workers.loop' ||
         fail "the user $USER_NAME cannot load blendmaskd from $PREFIX/venv"
 }
 
@@ -220,7 +220,7 @@ setting() {
 import functools
 import sys
 
-from daemon import settings
+from blendmaskd import settings
 
 try:
     value = functools.reduce(getattr, sys.argv[2].split("."), settings.load(sys.argv[1]))

@@ -12,7 +12,7 @@ rm -rf "$out"
 mkdir -p "$out"
 
 echo "Starting the daemon on cpu:0 and cpu:1 with the demo model; its log is $out/daemon.log"
-$python -m daemon --devices cpu:0 cpu:1 --set model.config=configs/demo/demo.yaml \
+$python -m blendmaskd --devices cpu:0 cpu:1 --set model.config=configs/demo/demo.yaml \
   --set model.weights=configs/demo/model_final.pth --set "endpoints.clients=[$endpoint]" \
   --set endpoints.metrics=null --set "warm_up=[[256, 320]]" 2>$out/daemon.log &
 daemon=$!

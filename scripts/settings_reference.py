@@ -1,18 +1,15 @@
 #!/usr/bin/env python3
 """Write docs/settings.md from the settings themselves: `python scripts/settings_reference.py`; a test compares them."""
 import ast
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from daemon import settings  # noqa: E402
+from blendmaskd import settings  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 HEAD = """# Settings
 
-*Written by `scripts/settings_reference.py` from `daemon/settings.py`; change it there.*
+*Written by `scripts/settings_reference.py` from `daemon/blendmaskd/settings.py`; change it there.*
 
 One YAML file, every key optional. Later sources win, key by key: file, environment, flags.
 

@@ -1,10 +1,7 @@
 #!/usr/bin/env python3
-"""Show what a running daemon does; see `daemon/show_stats.py`, or --help."""
+"""Show what a running daemon does; see `daemon/blendmaskd/programs/show_stats.py`, or --help."""
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from daemon.show_stats import main
+from blendmaskd.programs.show_stats import main
 
 sys.exit(main())

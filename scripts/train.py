@@ -1,10 +1,7 @@
 #!/usr/bin/env python3
-"""Train BlendMask; see `workers/training/program.py`, or --help."""
+"""Train BlendMask; see `workers/blendmaskd_workers/training/program.py`, or --help."""
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from workers.training.program import main
+from blendmaskd_workers.training.program import main
 
 sys.exit(main())

@@ -1,18 +1,16 @@
 #!/usr/bin/env python3
-"""Write docs/wire.md from the docstring of daemon/protocol.py: `python scripts/wire_reference.py`; a test compares."""
+"""Write docs/wire.md from the docstring of daemon/blendmaskd/protocol.py: `python scripts/wire_reference.py`; a test
+compares."""
 import re
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from daemon import protocol  # noqa: E402
+from blendmaskd import protocol  # noqa: E402
 
 PAGE = ROOT / "docs" / "wire.md"
 HEAD = """# The wire
 
-*Written by `scripts/wire_reference.py` from `daemon/protocol.py`; change it there.*
+*Written by `scripts/wire_reference.py` from `daemon/blendmaskd/protocol.py`; change it there.*
 
 A client in ten lines of pyzmq is in the [README](../README.md#a-client-in-ten-lines), one that goes through shared
 memory in [client.md](client.md#any-language), beside the [error codes](client.md#errors).

@@ -24,9 +24,9 @@ import pytest
 import yaml
 import zmq
 
-from daemon.client import Client
+from blendmaskd.client.blocking import Client
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS: dict[str, Any] = {
     "devices": ["cpu:0", "cpu:1"],
     "engine": "timed",
@@ -109,7 +109,7 @@ class Daemon:
         """Start it, again after it was killed, on the same endpoints."""
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "daemon", "--settings", self.settings_file],
+                [sys.executable, "-m", "blendmaskd", "--settings", self.settings_file],
                 cwd=ROOT, env=self._environment, stderr=log,
             )  # fmt: skip
 

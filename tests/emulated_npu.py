@@ -1,10 +1,10 @@
 """Two emulated "npu" devices that compute on the CPU, for tests only.
 
-`install` registers them with torch's PrivateUse1 hooks as torch.npu, with the names that `workers.devices` uses. A
-tensor on npu:i is a wrapper whose metadata says so and whose data is a CPU tensor, its twin: every operator is run on
-the twins and its results wrapped again, so results equal the CPU's bit for bit. As on the real device, operators
-refuse tensors of two devices, each thread has its own current device, and ASCEND_RT_VISIBLE_DEVICES renumbers the
-physical devices; `torch.npu.get_device_name` tells the physical one.
+`install` registers them with torch's PrivateUse1 hooks as torch.npu, with the names that `blendmaskd_workers.devices`
+uses. A tensor on npu:i is a wrapper whose metadata says so and whose data is a CPU tensor, its twin: every operator
+is run on the twins and its results wrapped again, so results equal the CPU's bit for bit. As on the real device,
+operators refuse tensors of two devices, each thread has its own current device, and ASCEND_RT_VISIBLE_DEVICES
+renumbers the physical devices; `torch.npu.get_device_name` tells the physical one.
 
 `host_waits` counts what makes a host wait for a real NPU: copies to the host, scalars read, outputs whose shape
 depends on data. A non-blocking upload in a stream of its own happens only when somebody waits for that stream; till

@@ -12,8 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
+from checkout import ROOT, SOURCES
+
 TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
 SCRIPT = ROOT / "scripts" / "test.sh"
 MASKS = "test_detections_and_masks_agree_in_the_photograph"
 VARIANTS = ["R_50_1x", "R_101_3x", "R_101_dcni3_5x", "550_R_50_3x", "DLA_34_syncbn_4x", "RT_R_50_4x_syncbn_shtw",
@@ -40,7 +41,7 @@ DEFAULT_TIER = {
 def nested(folder: Path, test: str, **options: Any) -> subprocess.Popen[str]:
     """pytest on this test alone, with the conftest.py of these tests, in a folder of its own."""
     (folder / "test_nested.py").write_text(test)
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{ROOT}", "PYTEST_ADDOPTS": ""}
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{SOURCES}", "PYTEST_ADDOPTS": ""}
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-c", os.devnull, "--rootdir", "."]
     return subprocess.Popen(argv, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, **options)
 

@@ -1,15 +1,14 @@
 """The small network with its reproducible weights, and the golden files."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from workers.blendmask import BlendMask, Config, build, load_config, load_into, random_weights
+from blendmaskd_workers.blendmask import BlendMask, Config, build, load_config, load_into, random_weights
+from checkout import ROOT
 
-ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 
 

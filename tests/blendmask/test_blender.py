@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.blendmask.blender import blend, roi_align
+from blendmaskd_workers.blendmask.blender import blend, roi_align
 
 HEIGHT, WIDTH, SIDE = 5, 7, 4  # of the bases, and of the crop
 BASES = torch.randn(2, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))

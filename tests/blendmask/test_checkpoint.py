@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from workers.blendmask import WeightsError, checkpoint, load_checkpoint, read_checkpoint
+from blendmaskd_workers.blendmask import WeightsError, checkpoint, load_checkpoint, read_checkpoint
 
 WEIGHTS = {
     "backbone.conv.weight": torch.arange(4096.0).reshape(2, 2, 32, 32) / 7,

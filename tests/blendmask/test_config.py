@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from zoo import CONFIGS, GOLDEN
 
-from workers.blendmask import ConfigError, load_config
-from workers.blendmask.config import given_keys
+from blendmaskd_workers.blendmask import ConfigError, load_config
+from blendmaskd_workers.blendmask.config import given_keys
 
 R_50 = CONFIGS["R_50_1x"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from workers.blendmask.deformable import DeformableConv
+from blendmaskd_workers.blendmask.deformable import DeformableConv
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -9,8 +9,8 @@ from pycocotools import mask as coco_mask
 from torch.utils.hooks import RemovableHandle
 from zoo import CONFIGS, GOLDEN, crc32
 
-from workers import engines
-from workers.blendmask import (
+from blendmaskd_workers import engines
+from blendmaskd_workers.blendmask import (
     Detections,
     Instances,
     Prepared,

@@ -4,7 +4,6 @@ import json
 import zlib
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from workers.blendmask import BlendMask, build, collate, load_config, load_into, prepare, random_weights
-from workers.blendmask.losses import losses
-from workers.blendmask.targets import GroundTruth, assign, polygon_mask
+from blendmaskd_workers.blendmask import BlendMask, build, collate, load_config, load_into, prepare, random_weights
+from blendmaskd_workers.training.losses import losses
+from blendmaskd_workers.training.targets import GroundTruth, assign, polygon_mask
+from checkout import ROOT
 
-ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 CONFIGS = {"small_R18": GOLDEN / "small_R18.yaml", "R_50_1x": ROOT / "configs/BlendMask/R_50_1x.yaml"}
 EMPTY = {"sem": (), "nosem": (), "sem_img1_empty": (1,), "nosem_all_empty": (0, 1)}

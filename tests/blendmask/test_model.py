@@ -11,10 +11,19 @@ import pytest
 import torch
 from zoo import CONFIGS
 
-import workers.blendmask
-from workers.blendmask import build, collate, finish, load_config, load_into, prepare, random_weights, segment
-from workers.blendmask.fcos import FIELDS
-from workers.blendmask.model import Proposals
+import blendmaskd_workers.blendmask
+from blendmaskd_workers.blendmask import (
+    build,
+    collate,
+    finish,
+    load_config,
+    load_into,
+    prepare,
+    random_weights,
+    segment,
+)
+from blendmaskd_workers.blendmask.fcos import FIELDS
+from blendmaskd_workers.blendmask.model import Proposals
 
 
 def noise(height: int, width: int, seed: int = 0):
@@ -136,10 +145,10 @@ def test_blend_reads_each_detections_own_image_level_and_cell(small_model, small
         attended = [small_model.top_layer(level) for level in features]
         exact = small_model.blend(Proposals(torch.empty(0), bases, features, attended), images, levels, cells, boxes)
         read = torch.stack([everywhere[level][image, :, cell] for image, level, cell in where]).view(-1, 4, 7, 7)
-        assert torch.equal(exact, workers.blendmask.model.blend(bases, read, images, boxes, 28))
+        assert torch.equal(exact, blendmaskd_workers.blendmask.model.blend(bases, read, images, boxes, 28))
     for i, (image, level, cell) in enumerate(where):
         attention = everywhere[level][image, :, cell].view(1, 4, 7, 7)
-        alone = workers.blendmask.model.blend(bases, attention, images[i: i + 1], boxes[i: i + 1], 28)
+        alone = blendmaskd_workers.blendmask.model.blend(bases, attention, images[i: i + 1], boxes[i: i + 1], 28)
         torch.testing.assert_close(together[i], alone[0])
 
 
@@ -159,12 +168,13 @@ def test_host_functions_may_run_in_several_threads(small_model, small_config, ph
 
 
 def test_the_network_imports_nothing_but_its_few_libraries():
-    allowed = {"torch", "numpy", "yaml", "PIL", "pycocotools", "workers"}
-    for path in Path(workers.blendmask.__file__).parent.glob("*.py"):
+    allowed = {"torch", "numpy", "yaml", "PIL", "pycocotools", "blendmaskd_workers"}
+    for path in Path(blendmaskd_workers.blendmask.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 top = name.split(".")[0]
                 assert top in allowed or top in sys.stdlib_module_names, f"{path.name} imports {name}"
-                assert top != "workers" or name.startswith("workers.blendmask"), f"{path.name} imports {name}"
+                own = name.startswith("blendmaskd_workers.blendmask")
+                assert top != "blendmaskd_workers" or own, f"{path.name} imports {name}"

@@ -9,8 +9,17 @@ import torch
 from torch import nn
 from zoo import CONFIGS
 
-from workers.blendmask import BlendMask, build, for_inference, load_config, load_into, prepare, random_weights, segment
-from workers.blendmask.norms import FrozenBatchNorm, NaiveGroupNorm
+from blendmaskd_workers.blendmask import (
+    BlendMask,
+    build,
+    for_inference,
+    load_config,
+    load_into,
+    prepare,
+    random_weights,
+    segment,
+)
+from blendmaskd_workers.blendmask.norms import FrozenBatchNorm, NaiveGroupNorm
 
 SMALL = load_config(CONFIGS["small_R18"])
 NETWORKS = {

@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.blendmask import Detections, Instances, Prepared, finish, paste, paste_one, paste_window, postprocess
+from blendmaskd_workers.blendmask import (
+    Detections,
+    Instances,
+    Prepared,
+    finish,
+    paste,
+    paste_one,
+    paste_window,
+    postprocess,
+)
 
 SIZE = (30, 41)  # of the photograph
 

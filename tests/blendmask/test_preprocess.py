@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from workers.blendmask import collate, prepare
-from workers.blendmask.preprocess import resized_size
+from blendmaskd_workers.blendmask import collate, prepare
+from blendmaskd_workers.blendmask.preprocess import resized_size
 
 
 @pytest.mark.parametrize(("height", "width", "expected"), [

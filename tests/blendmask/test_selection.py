@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.blendmask import selection
-from workers.blendmask.fcos import NOT_A_CANDIDATE
-from workers.blendmask.selection import batched_nms, select
+from blendmaskd_workers.blendmask import selection
+from blendmaskd_workers.blendmask.fcos import NOT_A_CANDIDATE
+from blendmaskd_workers.blendmask.selection import batched_nms, select
 
 NO_LIMIT = 10**6
 

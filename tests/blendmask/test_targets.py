@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from workers.blendmask.targets import GroundTruth, Targets, assign, bitmap_mask, centreness, polygon_mask
+from blendmaskd_workers.training.targets import GroundTruth, Targets, assign, bitmap_mask, centreness, polygon_mask
 
 STRIDES = (8, 16, 32, 64, 128)
 CLASSES = 5

@@ -10,7 +10,7 @@ import pytest
 import torch
 from zoo import CONFIGS, GOLDEN, crc32
 
-from workers.blendmask import (
+from blendmaskd_workers.blendmask import (
     WeightsError,
     build,
     load_checkpoint,

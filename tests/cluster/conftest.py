@@ -11,12 +11,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from checkout import ROOT
+
 PORT = 18600
 START_S = 120.0
 
@@ -82,7 +82,7 @@ Deploy = Callable[..., Application]
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
     """Nodes a, the head, and b."""
-    from workers.cluster.trial import trial
+    from cluster_trial import trial
 
     with trial({"a": {}, "b": {}}) as running:
         yield running
@@ -92,7 +92,7 @@ def cluster() -> Iterator[Any]:
 def _applications() -> Iterator[Deploy]:
     from ray import serve
 
-    from workers.cluster.serve import application
+    from blendmaskd_workers.cluster.serve import application
 
     serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": PORT})
     names: list[str] = []

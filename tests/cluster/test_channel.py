@@ -12,12 +12,12 @@ import msgpack
 import numpy as np
 import pytest
 
-from daemon import settings
-from daemon.protocol import Code, Failed, Image, Options, Report
-from daemon.spawn import Assignment
-from workers import engines
-from workers.cluster.channel import Answer, LocalChannel, WorkerLost
-from workers.loop import Loop
+from blendmaskd import settings
+from blendmaskd.protocol import Code, Failed, Image, Options, Report
+from blendmaskd.spawn import Assignment
+from blendmaskd_workers import engines
+from blendmaskd_workers.cluster.channel import Answer, LocalChannel, WorkerLost
+from blendmaskd_workers.loop import Loop
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 RAW = Image(kind="raw", shape=PICTURE.shape)

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from checkout import ROOT, SOURCES
+
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workers import engines
+from blendmaskd_workers import engines
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings: Ray's and its libraries' own
 
-ROOT = Path(__file__).resolve().parents[2]
 BAD = {7, 47, 87, 127, 167}
 TIMED = ["--devices", "npu:0", "--set", "engine=timed", "--set", "batch=1"]
 RUN_S = 150.0
@@ -147,7 +148,7 @@ def test_an_image_that_ends_workers_fails_alone(cluster, tmp_path) -> None:
     for number in range(10):
         width = 12 if number == 3 else 24
         Image.fromarray(np.zeros((16, width, 3), np.uint8)).save(tmp_path / "in" / f"{number}.png")
-    poison = ["--set", f"worker_env={{PYTHONPATH: '{ROOT / 'tests' / 'cluster' / 'poison'}:{ROOT}'}}"]
+    poison = ["--set", f"worker_env={{PYTHONPATH: '{ROOT / 'tests' / 'cluster' / 'poison'}:{SOURCES}'}}"]
     program = Program(cluster, tmp_path / "out", tmp_path / "in", *TIMED, "--workers", "1", *poison)
     program.end(1)
     assert {each["file_name"]: each["code"] for each in program.failures()} == {"3.png": "worker-lost"}

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from checkout import ROOT
+
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings: Ray's and its libraries' own
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("curl", "ray", "serve")
 PORTS = {"Ray": 6379, "its dashboard": 8265, "Serve": 8000}
 
@@ -35,7 +36,7 @@ class Shell:
     """Runs commands in the repository, with this Python's programs and Ray's files in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        from workers.cluster import trial
+        import cluster_trial as trial
 
         self.path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self._environment = {**os.environ, **trial.environment(str(folder)), "PATH": self.path}
@@ -56,7 +57,7 @@ class Shell:
 
 @pytest.fixture
 def shell() -> Iterator[Shell]:
-    from workers.cluster import trial
+    import cluster_trial as trial
 
     folder = Path(tempfile.mkdtemp(prefix="bmd-"))
     yield Shell(folder)

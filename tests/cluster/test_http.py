@@ -6,9 +6,9 @@ import json
 import msgpack
 import pytest
 
-from daemon.protocol import Code, Failed, Image, Options
-from workers.cluster import http
-from workers.cluster.channel import Answer
+from blendmaskd.protocol import Code, Failed, Image, Options
+from blendmaskd_workers.cluster import http
+from blendmaskd_workers.cluster.channel import Answer
 
 
 def test_a_query_has_the_wires_fields() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from daemon.program import OutputError, UsageError
-from daemon.protocol import Code
-from workers.cluster import journal
-from workers.cluster.journal import Line, Part, Run, Tries
+from blendmaskd.programs.program import OutputError, UsageError
+from blendmaskd.protocol import Code
+from blendmaskd_workers.cluster import journal
+from blendmaskd_workers.cluster.journal import Line, Part, Run, Tries
 
 STAMP = (10, 20)
 ABOUT = {"images": 3, "engine": "timed"}

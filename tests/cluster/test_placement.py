@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
 
-from daemon import settings
-from daemon.spawn import SpawnError
+from blendmaskd import settings
+from blendmaskd.spawn import SpawnError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's and its libraries' own
 
@@ -18,7 +18,7 @@ def loaded(**tree: Any) -> settings.Settings:
 
 
 def test_a_worker_takes_one_accelerator_or_cpus() -> None:
-    from workers.cluster import placement
+    from blendmaskd_workers.cluster import placement
 
     npu = placement.actor_options(loaded(devices=["npu:0", "npu:1"]))
     assert (npu["resources"], npu["num_cpus"]) == ({"NPU": 1}, 1)
@@ -31,7 +31,7 @@ def test_a_worker_takes_one_accelerator_or_cpus() -> None:
 
 
 def test_the_environment_has_what_is_the_same_on_all_nodes() -> None:
-    from workers.cluster import placement
+    from blendmaskd_workers.cluster import placement
 
     runtime = {"preload": "off", "task_queue": 1, "threads": 3}
     options = placement.actor_options(loaded(devices=["npu:0"], runtime=runtime, worker_env={"MINE": "1"}))
@@ -43,7 +43,7 @@ def test_the_environment_has_what_is_the_same_on_all_nodes() -> None:
 
 
 def test_devices_of_two_kinds_and_a_missing_library_are_refused() -> None:
-    from workers.cluster import placement
+    from blendmaskd_workers.cluster import placement
 
     with pytest.raises(placement.PlacementError, match="of one kind"):
         placement.actor_options(loaded(devices=["npu:0", "cpu:0"]))
@@ -52,8 +52,8 @@ def test_devices_of_two_kinds_and_a_missing_library_are_refused() -> None:
 
 
 def test_the_window_bounds_what_a_worker_is_given_and_load_decides_how_many_there_are() -> None:
-    from workers.cluster import serve
-    from workers.cluster.segmenter import leases_at_once
+    from blendmaskd_workers.cluster import serve
+    from blendmaskd_workers.cluster.segmenter import leases_at_once
 
     assert leases_at_once(loaded(batch=4)) == 8
     assert leases_at_once(loaded(engine="timed", timed={"latency_ms": {1: 20, 2: 30}})) == 4
@@ -67,7 +67,7 @@ def test_the_window_bounds_what_a_worker_is_given_and_load_decides_how_many_ther
 
 
 def test_nodes_of_one_name_are_told_apart() -> None:
-    from workers.cluster import placement
+    from blendmaskd_workers.cluster import placement
 
     nodes = [{"NodeName": "10.0.0.1", "NodeID": "abcdef99"}, {"NodeName": "10.0.0.1", "NodeID": "123456ff"},
              {"NodeName": "10.0.0.2", "NodeID": "777777ff"}]  # fmt: skip

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from workers import engines
+from blendmaskd_workers import engines
 
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
 

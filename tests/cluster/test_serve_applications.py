@@ -5,20 +5,19 @@ import io
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from daemon import spawn
-from workers import engines
+from blendmaskd import spawn
+from blendmaskd_workers import engines
+from checkout import ROOT, SOURCES
 
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings: Ray's and its libraries' own
 
-ROOT = Path(__file__).resolve().parents[2]
 PICTURES = sorted((ROOT / "configs" / "demo" / "images").iterdir())
 TIMED = {"devices": ["npu:0"], "engine": "timed", "timed": {"latency_ms": {"1": 20}}}
 DEMO = {
@@ -98,7 +97,7 @@ def test_a_worker_is_killed_under_load_and_no_client_notices(deploy, photograph)
 
 def test_an_image_that_ends_workers_is_given_up_and_costs_no_more_of_them(deploy, wait_until) -> None:
     folder = ROOT / "tests" / "cluster" / "poison"
-    app = deploy({**TIMED, "batch": 1, "worker_env": {"PYTHONPATH": f"{folder}:{ROOT}"}}, replicas=2, fronts=1)
+    app = deploy({**TIMED, "batch": 1, "worker_env": {"PYTHONPATH": f"{folder}:{SOURCES}"}}, replicas=2, fronts=1)
 
     def pids() -> set[int]:
         return {device["pid"] for device in app.stats()["devices"]}

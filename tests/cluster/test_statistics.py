@@ -5,11 +5,11 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from daemon.metrics import health
-from daemon.protocol import Report
-from daemon.settings import Queue
-from daemon.stats import Stats, status_line
-from workers.cluster import statistics
+from blendmaskd.core.metrics import health
+from blendmaskd.core.stats import Stats, status_line
+from blendmaskd.protocol import Report
+from blendmaskd.settings import Queue
+from blendmaskd_workers.cluster import statistics
 
 
 def worker(node: str, device: str, images: int, *, leased: int = 0, state: str = "ready") -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import zmq
 
-from daemon import keys
-from daemon.client import Client
+from blendmaskd import keys
+from blendmaskd.client.blocking import Client
 
 
 def free_port() -> int:

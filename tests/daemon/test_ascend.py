@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from daemon import ascend
-from daemon.ascend import Card
+from blendmaskd import ascend
+from blendmaskd.ascend import Card
 
 SAMPLES = Path(__file__).parents[1] / "data" / "npu-smi"
 DRIVER = """Version=24.1.rc3

@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from daemon import bombs, images, spawn
-from daemon.images import ImageError, decode
-from daemon.settings import Limits
-from workers.fuzz import bombs as made
-from workers.fuzz import pictures
-from workers.fuzz.program import bomb_bound
+from blendmaskd import spawn
+from blendmaskd.images import bombs
+from blendmaskd.images import decoding as images
+from blendmaskd.images.decoding import ImageError, decode
+from blendmaskd.settings import Limits
+from checkout import ROOT
+from fuzz import bombs as made
+from fuzz import pictures
+from fuzz.program import bomb_bound
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = Limits(max_image_bytes=2 << 20, max_image_pixels=1_000_000)
 quietly = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -156,11 +158,11 @@ def test_a_webps_size_is_known_before_it_is_opened(options: dict[str, Any]) -> N
 
 IN_A_PROCESS_OF_ITS_OWN = """
 import json, sys, warnings
-from daemon.quiet import quiet
+from blendmaskd.images.quiet import quiet
 quiet()
-from daemon import spawn
-from daemon.settings import Limits
-from workers.fuzz import bombs, child
+from blendmaskd import spawn
+from blendmaskd.settings import Limits
+from fuzz import bombs, child
 limits = Limits(max_image_bytes=int(sys.argv[1]), max_image_pixels=int(sys.argv[2]))
 print(json.dumps({name: child.measure(name, limits) for name in [*bombs.REFUSED, *bombs.COSTLY]}))
 """
@@ -188,12 +190,12 @@ def test_memory_is_bounded_by_pixels_and_bytes() -> None:
 
 QUIET = """
 import ast, sys
-from daemon.quiet import quiet
+from blendmaskd.images.quiet import quiet
 quiet()
 from PIL import TiffImagePlugin
-from daemon import spawn
-from daemon.settings import Limits
-from daemon import images
+from blendmaskd import spawn
+from blendmaskd.settings import Limits
+from blendmaskd.images import decoding
 for payload in ast.literal_eval(open(sys.argv[1]).read()):
     try:
         images.decode(payload, Limits())

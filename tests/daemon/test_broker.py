@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from daemon.broker import Acquit, Action, Broker, Evict, Limits, SendClient, SendWorker
-from daemon.protocol import (
+from blendmaskd.core.broker import Acquit, Action, Broker, Evict, Limits, SendClient, SendWorker
+from blendmaskd.core.regions import PAGE, Memory
+from blendmaskd.protocol import (
     Cancel,
     Code,
     Failed,
@@ -24,7 +25,6 @@ from daemon.protocol import (
     Stop,
     Submit,
 )
-from daemon.regions import PAGE, Memory
 
 LIMITS = Limits(
     max_jobs=4, max_bytes=1000, max_image_bytes=500, max_attempts=2, deadline_s=10.0, stall_s=5.0, paths_allowed=False
@@ -414,7 +414,7 @@ def test_the_only_lease_of_a_worker_that_dies_counts_as_started(broker: Broker) 
     assert outcome["poison"].code is Code.WORKER_LOST
 
 
-# -- images that kill, see daemon/suspects.py -------------------------------------------------------------------------
+# -- images that kill, see daemon/blendmaskd/core/suspects.py ----------------------------------------------------------
 
 
 def submit_image(

@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from daemon.broker import Action, Broker, Evict, Limits, SendClient, SendWorker
-from daemon.protocol import (
+from blendmaskd.core.broker import Action, Broker, Evict, Limits, SendClient, SendWorker
+from blendmaskd.core.regions import PAGE, Memory
+from blendmaskd.protocol import (
     Cancel,
     CloseRegion,
     Code,
@@ -25,7 +26,6 @@ from daemon.protocol import (
     Stop,
     Submit,
 )
-from daemon.regions import PAGE, Memory
 
 LIMITS = Limits(
     max_jobs=6, max_bytes=60, max_image_bytes=30, max_attempts=2, deadline_s=20.0, stall_s=8.0,

@@ -3,14 +3,13 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from daemon.settings import Settings
+from blendmaskd.settings import Settings
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "capacity.md").read_text(encoding="utf-8")
 RATES = (100, 10_000, 1_000_000)
 FUNCTIONS = {"ceil": math.ceil, "sqrt": math.sqrt, "log": math.log}

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.categories import COCO, CategoriesError, Category, load, resolve
+from blendmaskd.coco.categories import COCO, CategoriesError, Category, load, resolve
 
 LIST = [{"id": 7, "name": "gear", "supercategory": "part"}, {"id": 2, "name": "bolt"}]
 

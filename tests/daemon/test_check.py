@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from checkout import ROOT, SOURCES
+
 SAMPLES = ROOT / "tests" / "data" / "npu-smi"
 DEMO = {"config": "configs/demo/demo.yaml", "weights": "configs/demo/model_final.pth"}
-EMULATED = {"PYTHONPATH": f"{ROOT / 'tests' / 'emulated'}:{ROOT}"}
+EMULATED = {"PYTHONPATH": f"{ROOT / 'tests' / 'emulated'}:{SOURCES}"}
 
 Check = Callable[..., dict[str, Any]]
 
@@ -34,7 +35,7 @@ def check(tmp_path: Path) -> Check:
         }
         file = tmp_path / "daemon.yaml"
         file.write_text(yaml.safe_dump({**sound, **settings}))
-        argv = [sys.executable, "-m", "daemon", "check", "--settings", str(file), "--json"]
+        argv = [sys.executable, "-m", "blendmaskd", "check", "--settings", str(file), "--json"]
         done = subprocess.run(
             argv, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, timeout=120
         )
@@ -79,7 +80,7 @@ def test_a_cpu_host_is_green_in_a_few_lines(check: Check) -> None:
 
 
 def test_the_text_names_the_remedy(tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "daemon", "check", "--devices", "cpu:0", "--set", "engine=timed"]
+    argv = [sys.executable, "-m", "blendmaskd", "check", "--devices", "cpu:0", "--set", "engine=timed"]
     argv += ["--set", f"endpoints.clients=[ipc://{tmp_path}/{'x' * 120}]", "--set", "endpoints.metrics=null"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1

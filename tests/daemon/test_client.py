@@ -16,9 +16,9 @@ import pytest
 import zmq
 from PIL import Image
 
-from daemon import protocol
-from daemon.client import AsyncClient, Client, JobFailed, Segmentation, ServerPath
-from daemon.protocol import FROM_CLIENT, Code
+from blendmaskd import protocol
+from blendmaskd.client.blocking import AsyncClient, Client, JobFailed, Segmentation, ServerPath
+from blendmaskd.protocol import FROM_CLIENT, Code
 
 Pixels = npt.NDArray[np.uint8]
 SLOW_MS = 250

@@ -22,11 +22,11 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from daemon import coco_values
-from daemon.average_precision import METRICS, Kind, Reference, labels, score
-from daemon.categories import Category
-from daemon.coco_instances import LISTED, InstancesError, read, read_names
-from daemon.coco_values import LONGEST_OUTLINE, Fault, outline
+from blendmaskd.coco import values as coco_values
+from blendmaskd.coco.average_precision import METRICS, Kind, Reference, labels, score
+from blendmaskd.coco.categories import Category
+from blendmaskd.coco.instances import LISTED, InstancesError, read, read_names
+from blendmaskd.coco.values import LONGEST_OUTLINE, Fault, outline
 
 Tree = Any
 
@@ -471,7 +471,7 @@ def test_a_file_that_would_take_all_memory_is_refused_within_a_gigabyte(folder: 
     tree["annotations"][0]["segmentation"] = [[-164.1, -221.8, 208000000.0, 350000000.0, 226.0, 236.6, 272.0, 384.3]]
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30));"
-        "from daemon.evaluate_coco import main; sys.exit(main(sys.argv[1:]))"
+        "from blendmaskd.programs.evaluate_coco import main; sys.exit(main(sys.argv[1:]))"
     )
     given_arguments = ["ipc:///nowhere", "--images", str(folder), "--annotations", str(write(folder, tree))]
     run = subprocess.run(

@@ -1,4 +1,5 @@
-"""Broker, supervisor and clients' exchanges together under generated histories, as `daemon/server.py` plays them.
+"""Broker, supervisor and clients' exchanges together under generated histories, as
+`daemon/blendmaskd/shell/server.py` plays them.
 
 The machine is clients, processes and time. Two clients are `Exchange`s, as `Client` has them: what they try again is
 their decision. The third is bare: it says what it likes, and submits what failed again under another name. What they
@@ -23,13 +24,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from daemon import broker as broker_module
-from daemon import exchange, protocol
-from daemon import supervisor as supervisor_module
-from daemon.broker import Acquit, Broker, Evict, Limits, SendClient, SendWorker
-from daemon.connection import RETRIES
-from daemon.exchange import Exchange, JobFailed, Segmentation
-from daemon.protocol import (
+from blendmaskd import protocol
+from blendmaskd.client import exchange
+from blendmaskd.client.connection import RETRIES
+from blendmaskd.client.exchange import Exchange, JobFailed, Segmentation
+from blendmaskd.core import broker as broker_module
+from blendmaskd.core import supervisor as supervisor_module
+from blendmaskd.core.broker import Acquit, Broker, Evict, Limits, SendClient, SendWorker
+from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT, Kill, Spawn, State, Supervisor
+from blendmaskd.protocol import (
     FROM_CLIENT,
     Cancel,
     Code,
@@ -45,8 +48,7 @@ from daemon.protocol import (
     Stop,
     Submit,
 )
-from daemon.settings import Restarts
-from daemon.supervisor import EXIT_CANNOT_BOOT, Kill, Spawn, State, Supervisor
+from blendmaskd.settings import Restarts
 
 LIMITS = Limits(
     max_jobs=6, max_bytes=60, max_image_bytes=30, max_attempts=2, deadline_s=20.0, stall_s=8.0,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import zmq
 
-from daemon.departures import Departures
+from blendmaskd.shell.admission.departures import Departures
 
 Connect = Callable[[bytes], zmq.Socket[bytes]]
 

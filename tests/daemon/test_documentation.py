@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from daemon.protocol import Code
+from blendmaskd.protocol import Code
+from checkout import ROOT, SOURCES
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -126,7 +126,7 @@ def documented_flags() -> dict[str, list[str]]:
 @pytest.mark.parametrize(("program", "flags"), documented_flags().items(), ids=str)
 def test_documented_programs_and_flags_exist(program: str, flags: list[str], programs: Path) -> None:
     argv = [*program.split(), "--help"]
-    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": SOURCES}
     shown = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0, shown.stderr
     assert set(flags) <= set(re.findall(r"--[a-z][a-z0-9-]*", shown.stdout))
@@ -151,7 +151,7 @@ def test_commands_that_are_said_to_run_do(
     [daemon] = [block for kind, block in blocks if kind == "daemon"]
     scripts = [block for kind, block in blocks if kind == "commands"]
     assert len(scripts) >= 2
-    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": SOURCES}
     run = {"cwd": ROOT, "env": environment, "text": True}
     served = f"exec {daemon.strip()} --set endpoints.metrics=127.0.0.1:0"
     with (tmp_path / "log").open("w") as log, subprocess.Popen(["bash", "-c", served], stderr=log, **run) as process:

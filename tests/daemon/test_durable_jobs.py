@@ -18,12 +18,12 @@ import pytest
 import yaml
 import zmq
 
-from daemon import protocol
-from daemon.client import AsyncClient, Client, JobFailed, ServerPath
-from daemon.protocol import TO_CLIENT, Code
+from blendmaskd import protocol
+from blendmaskd.client.blocking import AsyncClient, Client, JobFailed, ServerPath
+from blendmaskd.protocol import TO_CLIENT, Code
+from checkout import ROOT, SOURCES
 
-ROOT = Path(__file__).resolve().parents[2]
-FAULTY = {"worker_env": {"PYTHONPATH": f"{ROOT / 'workers/chaos/faulty_engine'}:{ROOT}"}}
+FAULTY = {"worker_env": {"PYTHONPATH": f"{ROOT / 'tests/chaos/faulty_engine'}:{ROOT}/tests:{SOURCES}"}}
 KILLS = 12  # the width of an image that the faulty engine dies of
 
 
@@ -299,7 +299,7 @@ def refused(folder: Path, spool: Path) -> str:
     tree = {"devices": ["cpu:0"], "engine": "timed", "endpoints": endpoints, "spool": str(spool)}
     (folder / "s.yaml").write_text(yaml.safe_dump(tree))
     ended = subprocess.run(
-        [sys.executable, "-m", "daemon", "--settings", folder / "s.yaml"],
+        [sys.executable, "-m", "blendmaskd", "--settings", folder / "s.yaml"],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert ended.returncode == 78, ended.stderr

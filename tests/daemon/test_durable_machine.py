@@ -19,10 +19,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from daemon import broker, durable
-from daemon.broker import DURABLE, Broker, Limits, Losses, Returned, SendClient, SendWorker
-from daemon.durable import UNPROVEN_LOSSES, Durable, State
-from daemon.protocol import (
+from blendmaskd.core import broker, durable
+from blendmaskd.core.broker import DURABLE, Broker, Limits, Losses, Returned, SendClient, SendWorker
+from blendmaskd.core.durable import UNPROVEN_LOSSES, Durable, State
+from blendmaskd.core.spool_messages import AnswerKept, Look, Reply, Request, Store, StoreAnswer, Stored
+from blendmaskd.protocol import (
     Accepted,
     Code,
     Failed,
@@ -37,8 +38,7 @@ from daemon.protocol import (
     Started,
     Submit,
 )
-from daemon.spool import Spool
-from daemon.spool_messages import AnswerKept, Look, Reply, Request, Store, StoreAnswer, Stored
+from blendmaskd.shell.spool import Spool
 
 LIMITS = Limits(
     max_jobs=6, max_jobs_per_client=12, max_bytes=10_000, max_image_bytes=100, max_attempts=2, deadline_s=20.0,

@@ -21,10 +21,12 @@ import zmq
 from PIL import Image
 from pycocotools import mask as rle
 
-from daemon import coco_instances, evaluate_coco, protocol
-from daemon.average_precision import Reference, score
-from daemon.evaluate_coco import flaw
-from daemon.protocol import FROM_CLIENT, GetStats, Stats
+from blendmaskd import protocol
+from blendmaskd.coco import instances as coco_instances
+from blendmaskd.coco.average_precision import Reference, score
+from blendmaskd.programs import evaluate_coco
+from blendmaskd.programs.evaluate_coco import flaw
+from blendmaskd.protocol import FROM_CLIENT, GetStats, Stats
 
 WIDTH, HEIGHT = 200, 100
 
@@ -368,7 +370,8 @@ def test_names_that_the_terminal_has_not_lose_nothing(shared_daemon: Any, tmp_pa
 
 @pytest.mark.parametrize("library", ["pycocotools", "numpy"])
 def test_a_library_that_is_missing_is_named(tmp_path: Path, library: str) -> None:
-    code = f"import sys; sys.modules[{library!r}] = None; from daemon.evaluate_coco import main; sys.exit(main())"
+    code = (f"import sys; sys.modules[{library!r}] = None\n"
+            "from blendmaskd.programs.evaluate_coco import main; sys.exit(main())")
     given = ["ipc:///nowhere", "--images", str(tmp_path), "--annotations", str(tmp_path / "none.json")]
     run = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False,
                          cwd=Path(evaluate_coco.__file__).parents[1])  # fmt: skip

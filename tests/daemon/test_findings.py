@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from daemon import check
-from daemon.ascend import Card
-from daemon.check import cpu_findings, device_findings, endpoint_findings, resource_findings, software_findings
-from daemon.check.device_findings import DeviceFacts, NodeFacts, Probe
-from daemon.check.endpoint_findings import EndpointFacts, Holder, TcpFacts
-from daemon.check.finding import Finding, as_tree
-from daemon.check.resource_findings import FolderFacts, LimitFacts, SpoolFacts
-from daemon.check.software_findings import VersionFacts
-from daemon.spawn import Preload
+from blendmaskd import check
+from blendmaskd.ascend import Card
+from blendmaskd.check import cpu_findings, device_findings, endpoint_findings, resource_findings, software_findings
+from blendmaskd.check.device_findings import DeviceFacts, NodeFacts, Probe
+from blendmaskd.check.endpoint_findings import EndpointFacts, Holder, TcpFacts
+from blendmaskd.check.finding import Finding, as_tree
+from blendmaskd.check.resource_findings import FolderFacts, LimitFacts, SpoolFacts
+from blendmaskd.check.software_findings import VersionFacts
+from blendmaskd.spawn import Preload
 
 OPENED = Probe(name="Ascend910B3", memory_bytes=64 << 30, bf16=True)
 
@@ -247,7 +247,7 @@ def test_every_complaint_is_among_the_planted_faults(monkeypatch: pytest.MonkeyP
 
         return record
 
-    for name in (module.name for module in pkgutil.iter_modules(check.__path__, "daemon.check.")):
+    for name in (module.name for module in pkgutil.iter_modules(check.__path__, "blendmaskd.check.")):
         if not name.endswith("_findings"):
             continue
         judging = importlib.import_module(name)

@@ -20,13 +20,14 @@ import pytest
 import zmq
 from curve import Guarded, free_port, nothing_more, start
 
-from daemon import keys, settings, show_stats, submit
-from daemon.client import AsyncClient, Client, HandshakeError
-from daemon.protocol import Code, GetStats, Image, Submit, encode
-from daemon.sockets import Sockets
-from workers.benchmark import program as benchmark
+from blendmaskd import keys, settings
+from blendmaskd.client.blocking import AsyncClient, Client, HandshakeError
+from blendmaskd.programs import show_stats, submit
+from blendmaskd.protocol import Code, GetStats, Image, Submit, encode
+from blendmaskd.shell.sockets import Sockets
+from blendmaskd_workers.benchmark import program as benchmark
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 IMAGE = np.zeros((48, 64, 3), np.uint8)
 SUBMIT = encode(Submit(job="job", image=Image(kind="raw", shape=IMAGE.shape)), [IMAGE.tobytes()])
 
@@ -402,7 +403,7 @@ def _closed(connection: socket.socket) -> bool:
 
 
 def _start_fails(tmp_path: Path, *overrides: str) -> str:
-    argv = [sys.executable, "-m", "daemon", "--devices", "cpu:0", "--set", "engine=timed"]
+    argv = [sys.executable, "-m", "blendmaskd", "--devices", "cpu:0", "--set", "engine=timed"]
     for override in overrides:
         argv += ["--set", override]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=30)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from daemon.images import ImageError, decode, from_raw, read_path
-from daemon.settings import Limits
+from blendmaskd.images.decoding import ImageError, decode, from_raw, read_path
+from blendmaskd.settings import Limits
 
 LIMITS = Limits()
 HEIGHT, WIDTH = 30, 40

@@ -7,9 +7,9 @@ from collections import defaultdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.broker import Broker, Limits, SendWorker
-from daemon.jobs import Step
-from daemon.protocol import Cancel, Code, FailedLease, Finished, Image, Lease, Started, Submit
+from blendmaskd.core.broker import Broker, Limits, SendWorker
+from blendmaskd.core.jobs import Step
+from blendmaskd.protocol import Cancel, Code, FailedLease, Finished, Image, Lease, Started, Submit
 
 LIMITS = Limits(max_jobs=4, max_bytes=1 << 20, max_image_bytes=100, max_attempts=2, deadline_s=50, stall_s=1000)
 ENDS = {"answered", "failed", "dropped"}

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import zmq.auth
 
-from daemon import keys
-from daemon.access import LOCAL, AllowedKeys, Identities, Verdict
-from daemon.keys import KeyFileError
-
-ROOT = Path(__file__).resolve().parents[2]
+from blendmaskd import keys
+from blendmaskd.keys import KeyFileError
+from blendmaskd.shell.admission.access import LOCAL, AllowedKeys, Identities, Verdict
+from checkout import ROOT
 
 
 def _mode(path: Path) -> int:

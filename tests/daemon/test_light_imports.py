@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-import daemon
+import blendmaskd
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-ALL = sorted(module.name for module in pkgutil.walk_packages(daemon.__path__, "daemon."))
-PURE = ["daemon.broker", "daemon.categories", "daemon.exchange", "daemon.protocol", "daemon.regions", "daemon.settings",
-        "daemon.stats", "daemon.supervisor"]  # fmt: skip
-WORKERS = ["workers.engines", "workers.inference", "workers.loop", "workers.random_weights",
-           "workers.results"]  # fmt: skip
+ALL = sorted(module.name for module in pkgutil.walk_packages(blendmaskd.__path__, "blendmaskd."))
+METRICS = "blendmaskd.core.metrics"  # prometheus_client loads threads and sockets
+PURE = [*(name for name in ALL if name.startswith("blendmaskd.core.") and name != METRICS),
+        *(f"blendmaskd.{name}" for name in ("client.exchange", "coco.categories", "protocol", "settings"))]  # fmt: skip
+WORKERS = [f"blendmaskd_workers.{name}" for name in (
+    "engines", "loop", "programs.inference", "programs.random_weights", "results")]  # fmt: skip
 
 
 @cache
@@ -23,17 +24,17 @@ def loaded_with(module: str) -> set[str]:
     code = f"import sys, {module}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     names = run.stdout.split()
-    return {name.partition(".")[0] for name in names} | {name for name in names if name.startswith(("daemon", "worke"))}
+    return {name.partition(".")[0] for name in names} | {name for name in names if name.startswith("blendmaskd")}
 
 
-def test_the_package_is_ours_and_not_python_daemon() -> None:
-    assert Path(daemon.__path__[0]) == ROOT / "daemon"
-    assert {"daemon.broker", "daemon.client", "daemon.submit", "daemon.show_stats", "daemon.server"} <= set(ALL)
+def test_the_package_is_this_checkout_s() -> None:
+    assert Path(blendmaskd.__path__[0]) == ROOT / "daemon" / "blendmaskd"
+    assert {"blendmaskd.core.broker", "blendmaskd.client.blocking", "blendmaskd.shell.server"} <= set(ALL)
 
 
 @pytest.mark.parametrize("module", ALL)
 def test_no_module_of_the_daemon_loads_torch_or_workers(module: str) -> None:
-    assert not loaded_with(module) & {"torch", "workers"}
+    assert not loaded_with(module) & {"torch", "blendmaskd_workers"}
 
 
 @pytest.mark.parametrize("module", WORKERS)
@@ -47,4 +48,4 @@ def test_a_pure_core_loads_no_socket_process_thread_or_log(module: str) -> None:
 
 
 def test_the_client_loads_no_numpy() -> None:
-    assert "numpy" not in loaded_with("daemon.client")
+    assert "numpy" not in loaded_with("blendmaskd.client.blocking")

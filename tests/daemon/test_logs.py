@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from daemon import protocol
-from daemon.client import JobFailed
-from daemon.job_log import FAILURES_PER_S, JobLog
-from daemon.jobs import Step
-from daemon.logs import JsonFormatter, TextFormatter, about
-from daemon.protocol import Cancel, Image, Submit
+from blendmaskd import protocol
+from blendmaskd.client.blocking import JobFailed
+from blendmaskd.core.jobs import Step
+from blendmaskd.logs import JsonFormatter, TextFormatter, about
+from blendmaskd.protocol import Cancel, Image, Submit
+from blendmaskd.shell.job_log import FAILURES_PER_S, JobLog
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
 
@@ -63,7 +63,7 @@ def test_an_exception_goes_with_its_line() -> None:
 
 @pytest.mark.parametrize("same_file", [True, False])
 def test_priorities_are_for_the_journal_alone(same_file: bool, tmp_path: Path) -> None:
-    program = ("import logging; from daemon import logs, settings; logs.configure(settings.Log()); "
+    program = ("import logging; from blendmaskd import logs, settings; logs.configure(settings.Log()); "
                "logging.getLogger('blendmaskd').warning('so'); logging.getLogger('PIL').info('not so')")  # fmt: skip
     with (tmp_path / "err").open("w") as err:
         status = os.fstat(err.fileno())

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from daemon.client import Client
-from daemon.metrics import health, render
-from daemon.protocol import Code, Report
-from daemon.stats import STAGE_BOUNDS_S, Stats
+from blendmaskd.client.blocking import Client
+from blendmaskd.core.metrics import health, render
+from blendmaskd.core.stats import STAGE_BOUNDS_S, Stats
+from blendmaskd.protocol import Code, Report
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)
 STATUS = re.compile(r"^STATUS=([\d.]+) FPS = (.*), (\d+) waiting, seq (\d+)", re.MULTILINE)

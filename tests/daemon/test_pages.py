@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from daemon import pages
-from daemon.metrics import STALE_S
-from daemon.pages import MOST_CONNECTIONS, Pages
+from blendmaskd.core.metrics import STALE_S
+from blendmaskd.shell import pages
+from blendmaskd.shell.pages import MOST_CONNECTIONS, Pages
 
 DEVICE = {"device": "npu:0", "state": "ready", "fps": 1.0, "busy_share": 0.5, "memory_bytes": 1, "restarts": 0,
           "device_memory_bytes": 0, "images": 1, "busy_seconds": 1.0,

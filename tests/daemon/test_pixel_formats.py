@@ -20,10 +20,10 @@ import pytest
 import tifffile
 from PIL import Image
 
-from daemon.images import ImageError, decode
-from daemon.settings import Limits
-from workers.fuzz import pictures, tiffs
-from workers.fuzz.tiffs import DEFLATE, LONG, LZMA, LZW, NONE, PACKBITS, SHORT, Layout
+from blendmaskd.images.decoding import ImageError, decode
+from blendmaskd.settings import Limits
+from fuzz import pictures, tiffs
+from fuzz.tiffs import DEFLATE, LONG, LZMA, LZW, NONE, PACKBITS, SHORT, Layout
 
 LIMITS = Limits()
 HEIGHT, WIDTH = 20, 18

@@ -13,12 +13,12 @@ import pytest
 import zmq
 from memory_files import SEALS, pixels
 
-from daemon import protocol
-from daemon.client import Client, JobFailed
-from daemon.places import PLACES
-from daemon.protocol import FROM_CLIENT, Code, Failed, Place
-from daemon.regions import RegionError
-from daemon.shared_memory import Ended, Offered, SharedMemory
+from blendmaskd import protocol
+from blendmaskd.client.blocking import Client, JobFailed
+from blendmaskd.client.places import PLACES
+from blendmaskd.core.regions import RegionError
+from blendmaskd.protocol import FROM_CLIENT, Code, Failed, Place
+from blendmaskd.shell.shared_memory import Ended, Offered, SharedMemory
 
 
 class Peer:

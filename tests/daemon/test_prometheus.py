@@ -18,7 +18,8 @@ import psutil
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from checkout import ROOT
+
 CONFIGS = ROOT / "configs"
 RULES = yaml.safe_load((CONFIGS / "prometheus-rules.yml").read_text())
 DASHBOARD = json.loads((CONFIGS / "grafana-dashboard.json").read_text())

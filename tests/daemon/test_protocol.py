@@ -7,8 +7,8 @@ import zmq
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from daemon import protocol
-from daemon.protocol import (
+from blendmaskd import protocol
+from blendmaskd.protocol import (
     FROM_CLIENT,
     FROM_WORKER,
     MAGIC,

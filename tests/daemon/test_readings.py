@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from daemon import readings
-from daemon.readings import Reading, Readings, parse_npu_readings
+from blendmaskd.programs import readings
+from blendmaskd.programs.readings import Reading, Readings, parse_npu_readings
 
 SAMPLES = Path(__file__).resolve().parents[1] / "data" / "npu-smi"
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_files import SEALS, memory_file, memory_of
 
-from daemon import regions
-from daemon.protocol import OpenRegion, Place
-from daemon.regions import Memory, RegionError
-from workers.regions import Regions as WorkerRegions
+from blendmaskd.core import regions
+from blendmaskd.core.regions import Memory, RegionError
+from blendmaskd.protocol import OpenRegion, Place
+from blendmaskd_workers.regions import Regions as WorkerRegions
 
 MB = 1 << 20
 OURS = Memory(descriptor=0, inode=1, bytes=4096, seals=SEALS, page_bytes=4096, pid=7)

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from daemon import journal
-from daemon.journal import Journal
-from daemon.program import UsageError
+from blendmaskd.programs import journal
+from blendmaskd.programs.journal import Journal
+from blendmaskd.programs.program import UsageError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "submit.py"
 IMAGES = 60

@@ -6,9 +6,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.settings import Settings, SettingsError, from_tree, load, to_tree
-
-ROOT = Path(__file__).resolve().parents[2]
+from blendmaskd.settings import Settings, SettingsError, from_tree, load, to_tree
+from checkout import ROOT
 
 
 def write(folder: Path, text: str) -> Path:

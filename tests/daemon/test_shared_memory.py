@@ -30,15 +30,17 @@ import zmq
 from memory_files import Pixels, memory_file, memory_of, pixels
 from PIL import Image as PillowImage
 
-from daemon import images, protocol, shared_memory
-from daemon.client import AsyncClient, Client, Segmentation, SharedMemoryError
-from daemon.places import PLACES
-from daemon.protocol import MAGIC, MEMORY_SUFFIX, TO_CLIENT, Code, Failed, Image, Place, Submit
-from daemon.settings import Limits
-from daemon.shared_memory import SharedMemory
-from workers import engines
+from blendmaskd import protocol
+from blendmaskd.client.blocking import AsyncClient, Client, Segmentation, SharedMemoryError
+from blendmaskd.client.places import PLACES
+from blendmaskd.images import decoding as images
+from blendmaskd.protocol import MAGIC, MEMORY_SUFFIX, TO_CLIENT, Code, Failed, Image, Place, Submit
+from blendmaskd.settings import Limits
+from blendmaskd.shell import shared_memory
+from blendmaskd.shell.shared_memory import SharedMemory
+from blendmaskd_workers import engines
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 MB = 1 << 20
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 
@@ -604,7 +606,7 @@ def _as_nobody() -> Iterator[None]:
 
 CLIENT = """
 import sys, numpy
-from daemon.client import Client
+from blendmaskd.client.blocking import Client
 client = Client(sys.argv[1], transport="shared")
 images = [numpy.full((200, 300, 3), n % 256, numpy.uint8) for n in range(int(sys.argv[2]))]
 for answer in client.map(images): print(answer.width, flush=True)

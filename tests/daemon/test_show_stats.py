@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from daemon.stats import STAGE_BOUNDS_S, Histogram
-from daemon.tables import quantile, tables
+from blendmaskd.core.stats import STAGE_BOUNDS_S, Histogram
+from blendmaskd.programs.tables import quantile, tables
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "stats.py"
 ENVIRONMENT = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from daemon import settings, spawn, topology
-from daemon.spawn import Preload, SpawnError
+from blendmaskd import settings, spawn, topology
+from blendmaskd.spawn import Preload, SpawnError
 
 NONE = Preload(None, "runtime.preload is off")
 OBSERVER = (
-    "import json, os; from daemon import spawn; told = spawn.assignment(os.environ);"
+    "import json, os; from blendmaskd import spawn; told = spawn.assignment(os.environ);"
     "print(json.dumps([spawn.observe(told.wanted), spawn.differences(told.wanted, spawn.observe(told.wanted))]))"
 )
 
@@ -28,7 +28,7 @@ def make_plan(
     cpus: tuple[int, ...] = (4, 5, 6),
     base: Mapping[str, str] | None = None,
     preload: Preload = NONE,
-    arguments: tuple[str, ...] = ("-m", "workers"),
+    arguments: tuple[str, ...] = ("-m", "blendmaskd_workers"),
     **tree: Any,
 ) -> spawn.LaunchPlan:
     tuned = settings.from_tree({"devices": [device], **tree})
@@ -64,7 +64,7 @@ def test_an_npu_slot_sees_one_card_and_its_settings() -> None:
         "PYTHONFAULTHANDLER": "1",
         spawn.ASSIGNMENT: told,
     }
-    assert plan.argv == (sys.executable, "-m", "workers", "npu:1.3")
+    assert plan.argv == (sys.executable, "-m", "blendmaskd_workers", "npu:1.3")
     assert "secret" not in " ".join(plan.argv)
     assert (plan.cpus, plan.warnings) == ((4, 5, 6), ())
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.protocol import MAX_HEADER_BYTES, Code, Report, encode
-from daemon.protocol import Stats as StatsMessage
-from daemon.stats import FRESH_S, RESOLUTION, STAGE_BOUNDS_S, STAGES, Histogram, Stats, status_line
+from blendmaskd.core.stats import FRESH_S, RESOLUTION, STAGE_BOUNDS_S, STAGES, Histogram, Stats, status_line
+from blendmaskd.protocol import MAX_HEADER_BYTES, Code, Report, encode
+from blendmaskd.protocol import Stats as StatsMessage
 
 
 def report(start: float, images: int, busy_s: float = 0.0, length_s: float = 1.0, **more: Any) -> Report:

@@ -17,8 +17,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from daemon.client import Client, JobFailed
-from daemon.pages import Pages
+from blendmaskd.client.blocking import Client, JobFailed
+from blendmaskd.shell.pages import Pages
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra test)")
 

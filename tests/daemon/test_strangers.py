@@ -20,8 +20,8 @@ import pytest
 import zmq
 from curve import Guarded, start
 
-from daemon.client import Client, HandshakeError
-from daemon.protocol import Image, Submit, encode
+from blendmaskd.client.blocking import Client, HandshakeError
+from blendmaskd.protocol import Image, Submit, encode
 
 IMAGE = np.zeros((48, 64, 3), np.uint8)
 WAVES, EACH = 3, 67  # of five kinds: a thousand and five

@@ -17,13 +17,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from daemon import program, protocol, submit
-from daemon.client import Client
-from daemon.photographs import find
-from daemon.program import NoDaemonError, UsageError, wait_for_daemon, write_json
-from daemon.sources import overlay_names, plan
-from workers.fuzz import tiffs
-from workers.fuzz.tiffs import Layout
+from blendmaskd import protocol
+from blendmaskd.client.blocking import Client
+from blendmaskd.programs import program, submit
+from blendmaskd.programs.photographs import find
+from blendmaskd.programs.program import NoDaemonError, UsageError, wait_for_daemon, write_json
+from blendmaskd.programs.sources import overlay_names, plan
+from fuzz import tiffs
+from fuzz.tiffs import Layout
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "submit.py"
 

@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from daemon.settings import Restarts
-from daemon.supervisor import EXIT_CANNOT_BOOT, Action, InvalidTransition, Kill, Spawn, State, Stop, Supervisor
+from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT, Action, InvalidTransition, Kill, Spawn, State, Stop, Supervisor
+from blendmaskd.settings import Restarts
 
 RESTARTS = Restarts(
     first_delay_s=0.5, longest_delay_s=4.0, give_up_after=4, stable_s=60.0, start_timeout_s=100.0, stop_s=2.0

@@ -6,9 +6,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from daemon.protocol import Image, Place
-from daemon.regions import RegionError
-from daemon.suspects import KEEP_S, MOST, Death, Suspects, Suspicion
+from blendmaskd.core.regions import RegionError
+from blendmaskd.core.suspects import KEEP_S, MOST, Death, Suspects, Suspicion
+from blendmaskd.protocol import Image, Place
 
 RAW = Image(kind="raw", shape=(20, 10, 3))
 BYTES = bytes(range(200)) * 3

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon import topology
-from daemon.topology import TopologyError, plan_cpus
+from blendmaskd import topology
+from blendmaskd.topology import TopologyError, plan_cpus
 
 Tools = Callable[[str, Mapping[str, str]], dict[str, str]]
 SAMPLES = Path(__file__).parents[1] / "data" / "npu-smi"
@@ -357,7 +357,7 @@ def test_this_host_has_a_plan() -> None:
 
 
 def test_the_module_is_light() -> None:
-    program = "import daemon.topology, daemon.spawn, sys; print('torch' in sys.modules or 'zmq' in sys.modules)"
+    program = "import blendmaskd.topology, blendmaskd.spawn, sys; print('torch' in sys.modules or 'zmq' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from daemon.readings import Reading
-from daemon.watch import View, sparkline
+from blendmaskd.programs.readings import Reading
+from blendmaskd.programs.watch import View, sparkline
 
 
 def device(name: str, **more: Any) -> dict[str, Any]:

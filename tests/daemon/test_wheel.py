@@ -8,11 +8,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from checkout import ROOT
+
 SERVE = """
-import daemon.pages, sys, urllib.request
-assert daemon.pages.__file__.startswith(sys.argv[1]), daemon.pages.__file__
-server = daemon.pages.Pages("127.0.0.1:0")
+import blendmaskd.shell.pages, sys, urllib.request
+assert blendmaskd.shell.pages.__file__.startswith(sys.argv[1]), blendmaskd.shell.pages.__file__
+server = blendmaskd.shell.pages.Pages("127.0.0.1:0")
 print(urllib.request.urlopen(f"http://127.0.0.1:{server.port}/").read().decode()[:15])
 server.close()
 """

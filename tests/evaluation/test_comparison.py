@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from workers import blendmask
-from workers.blendmask import BlendMask, Instances, Prepared
-from workers.evaluation import comparison, scenes, subjects
-from workers.evaluation.comparison import Difference, compare, compare_detections, compare_losses
-from workers.evaluation.subjects import Subject
+from blendmaskd_workers import blendmask
+from blendmaskd_workers.blendmask import BlendMask, Instances, Prepared
+from blendmaskd_workers.evaluation import comparison, scenes, subjects
+from blendmaskd_workers.evaluation.comparison import Difference, compare, compare_detections, compare_losses
+from blendmaskd_workers.evaluation.subjects import Subject
 
 
 @pytest.fixture(autouse=True)

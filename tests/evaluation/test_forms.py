@@ -2,7 +2,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.evaluation.forms import Form
+from blendmaskd_workers.evaluation.forms import Form
 
 ROW = Form("batch={batch:2d}: {median_ms:.2f}ms | {note}")
 BLOCK = Form("[{name}]\n  rel_diff={rel_diff:.3e} ({percent:.2f}%)")

@@ -15,13 +15,13 @@ import psutil
 import pytest
 from PIL import Image
 
-from daemon import settings as settings_module
-from daemon import topology
-from daemon.spawn import Preload
-from workers.evaluation import logs, performance
-from workers.evaluation.timing import CannotTime, Request, Stopwatch, figures, time_together
+from blendmaskd import settings as settings_module
+from blendmaskd import topology
+from blendmaskd.spawn import Preload
+from blendmaskd_workers.evaluation import logs, performance
+from blendmaskd_workers.evaluation.timing import CannotTime, Request, Stopwatch, figures, time_together
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 EMULATED = {"PYTHONPATH": str(ROOT / "tests" / "emulated")}
 
 

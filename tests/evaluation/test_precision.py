@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from workers import blendmask
-from workers.evaluation import logs, precision, subjects
-from workers.evaluation.subjects import Subject
+from blendmaskd_workers import blendmask
+from blendmaskd_workers.evaluation import logs, precision, subjects
+from blendmaskd_workers.evaluation.subjects import Subject
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 EMULATED = {"PYTHONPATH": str(ROOT / "tests" / "emulated")}
 LOSSES = {"loss_basis_sem", "loss_mask", "loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
 LEVELS = ["p3", "p4", "p5", "p6", "p7"]

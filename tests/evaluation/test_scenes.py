@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from workers import blendmask
-from workers.evaluation import scenes
+from blendmaskd_workers import blendmask
+from blendmaskd_workers.evaluation import scenes
 
 
 def test_scenes_depend_on_the_seed_alone() -> None:

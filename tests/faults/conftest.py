@@ -14,7 +14,7 @@ import psutil
 import pytest
 from raw_load import Load, picture
 
-from daemon.client import Client
+from blendmaskd.client.blocking import Client
 
 GROWTH_BYTES = 32 << 20  # allocators keep some; the floods of these tests are of hundreds of megabytes
 SETTLE_S = 60.0

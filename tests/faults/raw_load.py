@@ -10,8 +10,8 @@ import msgpack
 import numpy as np
 import zmq
 
-from daemon import protocol
-from daemon.protocol import TO_CLIENT, Failed, Image, Result, Submit
+from blendmaskd import protocol
+from blendmaskd.protocol import TO_CLIENT, Failed, Image, Result, Submit
 
 IN_FLIGHT = 8
 ANSWER_S = 60.0

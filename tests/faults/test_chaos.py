@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import zmq
 
-from daemon import protocol
-from daemon.protocol import TO_CLIENT, Code, Result
-from workers.chaos import growth, injector, program
-from workers.chaos.ledger import Ledger
+from blendmaskd import protocol
+from blendmaskd.protocol import TO_CLIENT, Code, Result
+from chaos import growth, injector, program
+from chaos.ledger import Ledger
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--minutes", "0.05", "--clients", "3", "--latency", "5"]
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from workers.chaos import scenes
+from chaos import scenes
 
 
 @pytest.mark.slow

@@ -27,12 +27,12 @@ import yaml
 import zmq
 from raw_load import Load, answer, picture, submission
 
-from daemon.client import Client, JobFailed
-from daemon.protocol import Cancel, Code, Failed, encode
-from workers import blendmask
-from workers.chaos.poison import Poison, worker_env
+from blendmaskd.client.blocking import Client, JobFailed
+from blendmaskd.protocol import Cancel, Code, Failed, encode
+from blendmaskd_workers import blendmask
+from chaos.poison import Poison, worker_env
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FAULTY = {"worker_env": worker_env()}
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 LIMIT_BYTES = 512 << 20
@@ -261,7 +261,7 @@ def test_clients_with_a_job_each_that_leave_together_cost_no_device_time(scene, 
 VANISHING = """
 import sys
 import numpy as np
-from daemon.client import Client
+from blendmaskd.client.blocking import Client
 client = Client(sys.argv[1], transport=sys.argv[2])
 images = (np.full((256, 256, 3), n % 256, np.uint8) for n in range(10_000))
 for number, _ in enumerate(client.map(images, window=32)):
@@ -355,9 +355,10 @@ def test_a_wall_clock_that_jumps_changes_nothing(scene, wait_until, tmp_path) ->
 
 def test_no_decision_reads_the_wall_clock() -> None:
     """Of what daemon and workers load, only snapshots with the failures they list, and logs, tell the time of day."""
-    code = "import sys, daemon.server, workers.loop, workers.engines; print(*sys.modules)"
+    code = ("import sys, blendmaskd.shell.server, blendmaskd_workers.loop, blendmaskd_workers.engines;"
+            "print(*(getattr(module, '__file__', '') for name, module in sys.modules.items() if 'blendmaskd' in name))")
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    paths = [ROOT / f"{name.replace('.', '/')}.py" for name in loaded.split() if name.startswith(("daemon.", "worke"))]
+    paths = [Path(name) for name in loaded.split()]
     wall = {"time", "time_ns", "localtime", "gmtime", "now", "utcnow", "today"}
     readers = set()
     for path in filter(Path.exists, paths):
@@ -574,7 +575,7 @@ def test_kill_9_of_the_daemon_leaves_no_worker(daemon, wait_until) -> None:
 def test_a_second_daemon_does_not_take_the_socket_over(scene) -> None:
     with scene() as here:
         second = subprocess.run(
-            [sys.executable, "-m", "daemon", "--settings", here.server.settings_file],
+            [sys.executable, "-m", "blendmaskd", "--settings", here.server.settings_file],
             cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         assert second.returncode == 78

@@ -11,19 +11,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
 from raw_load import answer, picture, submission
 
-from daemon import protocol
-from daemon.client import AsyncClient, Client, JobFailed, ServerPath
-from daemon.protocol import Code, Failed
-from workers.chaos.poison import Poison, worker_env
+from blendmaskd import protocol
+from blendmaskd.client.blocking import AsyncClient, Client, JobFailed, ServerPath
+from blendmaskd.protocol import Code, Failed
+from chaos.poison import Poison, worker_env
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FAULTY = {"worker_env": worker_env()}
 LONG_S = 60.0
 MAX_ATTEMPTS = 2  # the default
@@ -149,7 +148,7 @@ def test_by_whatever_way_it_comes(scene, tmp_path, way) -> None:
 
 def _durable_from_shared_memory(server: Any) -> None:
     """As no client of ours does: the wire lets a durable job's image lie in shared memory."""
-    from daemon.places import Region
+    from blendmaskd.client.places import Region
 
     pixels = picture(Poison.KILLS)
     region = Region(1 << 16, 1)

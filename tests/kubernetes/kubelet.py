@@ -24,7 +24,7 @@ PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 IMAGE_ENVIRONMENT = {  # what an image's ENV would hold
     "PATH": "/opt/image:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
     "LD_LIBRARY_PATH": "/opt/python/lib",
-    "PYTHONPATH": "/opt/blendmaskd:/opt/site",
+    "PYTHONPATH": "/opt/blendmaskd/daemon:/opt/blendmaskd/workers:/opt/site",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from daemon import settings
+from blendmaskd import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFESTS = ROOT / "configs" / "kubernetes"

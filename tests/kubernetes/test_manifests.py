@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 from manifests import ROOT, Manifests, Object, made_by_hand
 
-from daemon import keys
+from blendmaskd import keys
 
 OLDEST, NEWEST = "1.25", str(kubernetes_validate.latest_version())
 WRITABLE = ("/run/blendmaskd", "/var/lib/blendmaskd", "/var/log/blendmaskd", "/tmp")
@@ -102,7 +102,7 @@ def test_the_settings_are_the_daemons(manifests: Manifests) -> None:
 def test_the_daemon_gets_the_settings_and_keys_where_it_looks_for_them(manifests: Manifests) -> None:
     mounts = {mount["name"]: mount["mountPath"] for mount in manifests.container["volumeMounts"]}
     command = manifests.container["command"]
-    assert command[:3] == ["python", "-m", "daemon"]
+    assert command[:3] == ["python", "-m", "blendmaskd"]
     assert command[command.index("--settings") + 1] == f"{mounts['settings']}/daemon.yaml"
     assert manifests.settings.curve.client_keys == mounts["client-keys"]
     assert Path(manifests.settings.curve.server_key).parent == Path(mounts["server-key"])

@@ -15,8 +15,8 @@ import pytest
 from manifests import ROOT, Manifests, Object, made_by_hand, port_of
 from pod import ADDRESS, Pod, missing
 
-from daemon import keys
-from daemon.client import Client
+from blendmaskd import keys
+from blendmaskd.client.blocking import Client
 
 pytestmark = pytest.mark.slow
 
@@ -124,7 +124,7 @@ def test_programs_in_the_container_find_the_daemon(pod: Pod) -> None:
 def test_a_client_in_the_pod_shares_memory(pod: Pod) -> None:
     frames = """
 import sys
-from daemon.client import Client
+from blendmaskd.client.blocking import Client
 with Client(transport="shared", timeout_s=60) as client:
     print(len(client.segment(sys.argv[1]).detections))
 """

@@ -69,7 +69,7 @@ def make_environment(sandbox: Sandbox, python: Path) -> None:
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     sandbox.run(f"{python}/bin/{version}", "-m", "venv", "--without-pip", "/opt/environment")
     here = sandbox.path(f"/opt/environment/lib/{version}/site-packages/here.pth")
-    here.write_text("/opt/source\nimport site; site.addsitedir('/opt/site')\n")
+    here.write_text("/opt/source/daemon\n/opt/source/workers\nimport site; site.addsitedir('/opt/site')\n")
 
 
 @pytest.fixture(scope="session")

@@ -87,8 +87,8 @@ class Service:
         found = {}
         for pid in self.pids():
             command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-            if "workers" in command:
-                found[command[command.index("workers") + 1]] = pid
+            if "blendmaskd_workers" in command:
+                found[command[command.index("blendmaskd_workers") + 1]] = pid
         return found
 
     def main_pid(self) -> int:

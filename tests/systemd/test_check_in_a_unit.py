@@ -9,7 +9,7 @@ from sandbox import SETTINGS, Sandbox, Service, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.systemd]
 
-CHECK = f"cd /opt/blendmaskd && runuser -u blendmaskd -- venv/bin/python -m daemon check --settings {SETTINGS}"
+CHECK = f"cd /opt/blendmaskd && runuser -u blendmaskd -- venv/bin/python -m blendmaskd check --settings {SETTINGS}"
 
 
 def check(sandbox: Sandbox) -> str:

@@ -11,7 +11,7 @@ import pytest
 from sandbox import INSTALL, REPOSITORY, SETTINGS, UNITS, Sandbox, Service
 from sandbox import SCRIPT as SANDBOX_SCRIPT
 
-from daemon import settings
+from blendmaskd import settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.systemd]
 

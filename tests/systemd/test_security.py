@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from sandbox import FIRST_SETTINGS, REPOSITORY, UNITS, Service, wait_for
 
-from daemon.client import Client
+from blendmaskd.client.blocking import Client
 
 pytestmark = [pytest.mark.slow, pytest.mark.systemd]
 
@@ -41,8 +41,8 @@ def guarded(installed: Service, request: pytest.FixtureRequest) -> Iterator[Serv
     drop_in.write_text(request.param)
     sandbox.run("systemctl", "daemon-reload")
     sandbox.run("rm", "-rf", KEYS, "/tmp/alice")
-    sandbox.run(PYTHON, "-m", "daemon.keys", "server", KEYS, "--owner", "blendmaskd")
-    sandbox.run(PYTHON, "-m", "daemon.keys", "client", "alice", "--to", "/tmp/alice", "--allow", f"{KEYS}/clients")
+    sandbox.run(PYTHON, "-m", "blendmaskd.keys", "server", KEYS, "--owner", "blendmaskd")
+    sandbox.run(PYTHON, "-m", "blendmaskd.keys", "client", "alice", "--to", "/tmp/alice", "--allow", f"{KEYS}/clients")
     installed.settings(SETTINGS)
     try:
         installed.start()
@@ -57,7 +57,7 @@ def guarded(installed: Service, request: pytest.FixtureRequest) -> Iterator[Serv
 
 
 def _stats(service: Service, *flags: str) -> subprocess.CompletedProcess[str]:
-    return service.sandbox.run(PYTHON, "-m", "daemon.show_stats", TCP, "--json", *flags, check=False)
+    return service.sandbox.run(PYTHON, "-m", "blendmaskd.programs.show_stats", TCP, "--json", *flags, check=False)
 
 
 def test_keys_guard_tcp_and_the_spool_is_written(guarded: Service) -> None:

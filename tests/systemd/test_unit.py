@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from sandbox import FIRST_SETTINGS, REPOSITORY, UNITS, Service, wait_for
 
-from daemon import spawn, topology
-from daemon.client import Client
-from daemon.settings import Restarts, Settings
+from blendmaskd import spawn, topology
+from blendmaskd.client.blocking import Client
+from blendmaskd.settings import Restarts, Settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.systemd]
 
@@ -144,7 +144,7 @@ def test_a_member_of_the_group_hands_images_over_in_shared_memory(service: Servi
     """Another user than the service's makes the memory; the workers find the daemon in a /proc that hides others."""
     segment = """
 import numpy
-from daemon.client import Client
+from blendmaskd.client.blocking import Client
 with Client("ipc:///run/blendmaskd/client.sock", transport="shared") as client:
     print(client.segment(numpy.zeros((48, 64, 3), numpy.uint8)).width)
 """

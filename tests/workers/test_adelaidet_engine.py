@@ -10,7 +10,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from workers import blendmask
+from blendmaskd_workers import blendmask
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CONFIG = GOLDEN / "small_R18.yaml"

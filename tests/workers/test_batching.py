@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.batching import LARGEST, LONG_S, Batching
+from blendmaskd_workers.batching import LARGEST, LONG_S, Batching
 
 SIZE = (800, 800)
 RECORD = {1: 0.02179, 2: 0.03890, 4: 0.12243, 8: 0.22638}  # one Ascend 910

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from daemon import settings as settings_module
-from workers.benchmark import device, pictures, program, servers
+from blendmaskd import settings as settings_module
+from blendmaskd_workers.benchmark import device, pictures, program, servers
 
 BRIEF = ["--seconds", "0.4", "--warm-up", "0.1", "--rounds", "1", "--limit-seconds", "0.1", "--size", "64x64",
          "--set", "timed.latency_ms={1: 4, 2: 6}"]  # fmt: skip

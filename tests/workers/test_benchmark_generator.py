@@ -13,14 +13,14 @@ import pytest
 import zmq
 from PIL import Image
 
-from daemon import protocol
-from daemon.program import UsageError
-from daemon.protocol import FROM_CLIENT, Code, Failed, Options, Result, Submit, ToClient
-from workers.benchmark import pictures
-from workers.benchmark.connection import Sending
-from workers.benchmark.generator import Generator
-from workers.benchmark.load import FAILED_PAUSE_S, ClosedLoop, OpenLoop
-from workers.benchmark.pictures import Picture
+from blendmaskd import protocol
+from blendmaskd.programs.program import UsageError
+from blendmaskd.protocol import FROM_CLIENT, Code, Failed, Options, Result, Submit, ToClient
+from blendmaskd_workers.benchmark import pictures
+from blendmaskd_workers.benchmark.connection import Sending
+from blendmaskd_workers.benchmark.generator import Generator
+from blendmaskd_workers.benchmark.load import FAILED_PAUSE_S, ClosedLoop, OpenLoop
+from blendmaskd_workers.benchmark.pictures import Picture
 
 RAW = pictures.synthetic((32, 48), "raw")
 SOCKET = Sending("socket", Options(), deadline_s=10.0, places=1)

@@ -7,8 +7,8 @@ import statistics
 
 import pytest
 
-from workers.benchmark import load
-from workers.benchmark.load import FAILED_PAUSE_S, ClosedLoop, OpenLoop, Sample
+from blendmaskd_workers.benchmark import load
+from blendmaskd_workers.benchmark.load import FAILED_PAUSE_S, ClosedLoop, OpenLoop, Sample
 
 
 def answered(intended: float, latency: float, sent: float | None = None, code: str = "") -> Sample:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from workers import benchmark_network, blendmask, devices
-from workers.benchmark_network import check_equal, multiplications, plain, served
+from blendmaskd_workers import blendmask, devices
+from blendmaskd_workers.programs import benchmark_network
+from blendmaskd_workers.programs.benchmark_network import check_equal, multiplications, plain, served
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG, CHELSEA = str(GOLDEN / "small_R18.yaml"), str(GOLDEN / "images" / "chelsea.png")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from workers.benchmark import measure, report
+from blendmaskd_workers.benchmark import measure, report
 
 
 def row(variant: str, round: int, fps: float, load: dict[str, float] | None = None, **more: Any) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from daemon import evaluate_coco
-from workers import devices, shapes
+import shapes
+from blendmaskd.programs import evaluate_coco
+from blendmaskd_workers import devices
 
 pytestmark = pytest.mark.slow
 

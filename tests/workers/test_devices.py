@@ -15,11 +15,11 @@ import psutil
 import pytest
 import torch
 
-from daemon import settings, spawn
-from workers import devices
-from workers.devices import DeviceError
+from blendmaskd import settings, spawn
+from blendmaskd_workers import devices
+from blendmaskd_workers.devices import DeviceError
+from checkout import ROOT, SOURCES
 
-ROOT = Path(__file__).parents[2]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -107,8 +107,11 @@ def test_an_npu_without_torch_npu_is_refused() -> None:
 )
 def test_an_npu_whose_torch_npu_cannot_load_is_explained(tmp_path: Path, program: str, reason: str) -> None:
     (tmp_path / "torch_npu.py").write_text(program)
-    opener = "from workers import devices\ntry: devices.open_device('npu:0')\nexcept devices.DeviceError as e: print(e)"
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    opener = (
+        "from blendmaskd_workers import devices\n"
+        "try: devices.open_device('npu:0')\nexcept devices.DeviceError as e: print(e)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{SOURCES}", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     answer = subprocess.run([sys.executable, "-c", opener], env=environment, capture_output=True, text=True, check=True)
     assert "is CANN's set_env.sh sourced?" in answer.stdout
     assert reason in answer.stdout
@@ -155,7 +158,7 @@ def test_a_cpu_workers_process_has_what_its_plan_wants() -> None:
     """Torch in a real process: one thread per CPU of the slot, all of its threads on these."""
     cpu = max(os.sched_getaffinity(0))
     probe = (
-        "import json, os, torch; from daemon import spawn; from workers import devices;"
+        "import json, os, torch; from blendmaskd import spawn; from blendmaskd_workers import devices;"
         "told = spawn.assignment(os.environ); torch.ones(300, 300) @ torch.ones(300, 300);"
         "print(json.dumps(devices.actual(told.wanted, devices.open_device(told.local_device))))"
     )

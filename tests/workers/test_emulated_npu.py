@@ -20,7 +20,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).parents[2]
+from checkout import ROOT, SOURCES
+
 NPU = [torch.device("npu", 0), torch.device("npu", 1)] if hasattr(torch, "npu") else []
 
 
@@ -179,7 +180,7 @@ def check_what_a_host_waits_for_is_counted() -> None:
 
 
 def check_workers_devices_opens_them() -> None:
-    from workers import devices
+    from blendmaskd_workers import devices
 
     device = devices.open_device("npu:1", "fp32")
     assert device.name() == "Ascend910-emulated physical 1"
@@ -198,8 +199,7 @@ def check_workers_devices_opens_them() -> None:
 
 def check_an_upload_beside_the_computation_arrives_when_it_is_taken() -> None:
     import emulated_npu
-
-    from workers import devices
+    from blendmaskd_workers import devices
 
     device = devices.open_device("npu:1")
     image = torch.randn(1, 3, 8, 8)
@@ -215,8 +215,8 @@ def check_an_upload_beside_the_computation_arrives_when_it_is_taken() -> None:
 
 
 def check_a_graph_computes_again_what_was_recorded() -> None:
-    from workers import devices
-    from workers.blendmask import capture, config, model, random_weights
+    from blendmaskd_workers import devices
+    from blendmaskd_workers.blendmask import capture, config, model, random_weights
 
     small = config.load_config(ROOT / "tests/golden/small_R18.yaml")
     network = model.build(small)
@@ -244,9 +244,9 @@ def check_the_engine_serves_what_the_network_says() -> None:
 
     import numpy as np
 
-    from daemon import settings
-    from daemon.protocol import Options
-    from workers import blendmask, engines
+    from blendmaskd import settings
+    from blendmaskd.protocol import Options
+    from blendmaskd_workers import blendmask, engines
 
     config = blendmask.load_config(ROOT / "tests/golden/small_R18.yaml")
     network = blendmask.build(config)
@@ -276,8 +276,7 @@ def check_the_engine_serves_what_the_network_says() -> None:
 
 def check_the_network_equals_the_cpus() -> None:
     import emulated_npu
-
-    from workers.blendmask import config, inference, model, preprocess
+    from blendmaskd_workers.blendmask import config, inference, model, preprocess
 
     small = config.load_config(ROOT / "tests/golden/small_R18.yaml")
     torch.manual_seed(0)
@@ -333,7 +332,7 @@ def test_a_process_without_torch_does_not_load_it() -> None:
 def _python(*arguments: str, **variables: str) -> str:
     """What Python prints where the emulated devices are."""
     environment = {name: value for name, value in os.environ.items() if name != "ASCEND_RT_VISIBLE_DEVICES"}
-    environment |= {"PYTHONPATH": f"{ROOT / 'tests' / 'emulated'}:{ROOT}", "OMP_NUM_THREADS": "1", **variables}
+    environment |= {"PYTHONPATH": f"{ROOT / 'tests' / 'emulated'}:{SOURCES}", "OMP_NUM_THREADS": "1", **variables}
     result = subprocess.run(
         [sys.executable, "-W", "error", *arguments], env=environment, capture_output=True, text=True, timeout=120
     )

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from daemon import settings
-from daemon.protocol import Options
-from daemon.supervisor import EXIT_CANNOT_BOOT
-from workers import __main__ as program
-from workers import blendmask, engines
-from workers.engines import EngineError
+from blendmaskd import settings
+from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT
+from blendmaskd.protocol import Options
+from blendmaskd_workers import __main__ as program
+from blendmaskd_workers import blendmask, engines
+from blendmaskd_workers.engines import EngineError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from daemon import images, protocol
-from daemon.protocol import Code
-from workers.fuzz import headers, pictures, rules
-from workers.fuzz.child import input_random
+from blendmaskd import protocol
+from blendmaskd.images import decoding as images
+from blendmaskd.protocol import Code
+from checkout import ROOT
+from fuzz import headers, pictures, rules
+from fuzz.child import input_random
 
-ROOT = Path(__file__).resolve().parents[2]
 LONGEST_S = 240
 
 
@@ -48,10 +49,10 @@ def test_a_short_run_breaks_no_rule(layer: str) -> None:
 
 DIES = """
 import sys
-if "workers.fuzz.child" in sys.orig_argv:
+if "fuzz.child" in sys.orig_argv:
     sys.path.insert(0, {!r})
-    import os, daemon.images
-    daemon.images.from_raw = lambda *_: os.abort()
+    import os, blendmaskd.images.decoding
+    blendmaskd.images.decoding.from_raw = lambda *_: os.abort()
 """
 
 

@@ -14,13 +14,13 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO as CocoDataset
 from pycocotools.cocoeval import COCOeval
 
-from workers import blendmask
-from workers.blendmask import build, load_config, random_weights
-from workers.inference import CannotStart, main, plan
+from blendmaskd_workers import blendmask
+from blendmaskd_workers.blendmask import build, load_config, random_weights
+from blendmaskd_workers.programs.inference import CannotStart, main, plan
+from checkout import ROOT
 
 # pycocotools 2.0.11 hands numpy an array by a protocol that numpy 2.4 warns about.
 
-ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 CONFIG = str(GOLDEN / "small_R18.yaml")
 CHELSEA = str(GOLDEN / "images" / "chelsea.png")
@@ -243,7 +243,10 @@ def test_mistakes_are_answered_with_what_to_do(
 
 
 def test_help_and_mistakes_do_not_wait_for_torch() -> None:
-    code = "import sys, workers.inference as i; print(i.main(['--config=c', '--input=i']), 'torch' in sys.modules)"
+    code = (
+        "import sys, blendmaskd_workers.programs.inference as i;"
+        "print(i.main(['--config=c', '--input=i']), 'torch' in sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.stdout.split() == ["2", "False"]
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import zmq
 
-from daemon import protocol
-from daemon.client import JobFailed, ServerPath
-from daemon.protocol import TO_CLIENT, Cancel, Code, Image, Lease, Options, Submit
-from workers.batching import Batching
-from workers.loop import Busy, Item, Prepared
+from blendmaskd import protocol
+from blendmaskd.client.blocking import JobFailed, ServerPath
+from blendmaskd.protocol import TO_CLIENT, Cancel, Code, Image, Lease, Options, Submit
+from blendmaskd_workers.batching import Batching
+from blendmaskd_workers.loop import Busy, Item, Prepared
 
 
 def item(name: int, size: tuple[int, int] = (64, 64), ready_at: float = 0.0, **fields: bool) -> Item:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco_mask
 
-from workers import masks
-from workers.blendmask import paste_one
+from blendmaskd_workers import masks
+from blendmaskd_workers.blendmask import paste_one
 
 NEAR = 1e-5  # of the threshold: there float32's rounding decides
 

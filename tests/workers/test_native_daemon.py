@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from daemon import categories
-from daemon.protocol import Options
-from workers import blendmask, results
+from blendmaskd.coco import categories
+from blendmaskd.protocol import Options
+from blendmaskd_workers import blendmask, results
+from checkout import ROOT, SOURCES
 
-ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 CONFIG = GOLDEN / "small_R18.yaml"
-EMULATED = {"PYTHONPATH": f"{ROOT / 'tests' / 'emulated'}:{ROOT}"}
+EMULATED = {"PYTHONPATH": f"{ROOT / 'tests' / 'emulated'}:{SOURCES}"}
 PHOTOGRAPHS = ["chelsea.png", "coffee.png", "rocket.png"]
 
 

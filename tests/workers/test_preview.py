@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from workers.preview import BEST, EACH_S, SHARE, SIDE, Previews, picture
+from blendmaskd_workers.preview import BEST, EACH_S, SHARE, SIDE, Previews, picture
 
 RED_BGR = np.zeros((40, 60, 3), np.uint8) + np.array([0, 0, 255], np.uint8)
 

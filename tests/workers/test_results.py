@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO as CocoDataset
 
-from daemon.categories import COCO
-from daemon.protocol import Options
-from workers.results import Pasted, Stretched, Window, encode_rle, keep, to_coco, trace_polygons
+from blendmaskd.coco.categories import COCO
+from blendmaskd.protocol import Options
+from blendmaskd_workers.results import Pasted, Stretched, Window, encode_rle, keep, to_coco, trace_polygons
 
 # pycocotools 2.0.11 hands numpy an array by a protocol that numpy 2.4 warns about.
 

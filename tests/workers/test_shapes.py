@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from daemon import categories
-from workers import blendmask, shapes
-from workers.shapes import CATEGORIES, Scene
+import shapes
+from blendmaskd.coco import categories
+from blendmaskd_workers import blendmask
+from shapes import CATEGORIES, Scene
 
 DEMO = Path(__file__).resolve().parents[2] / "configs/demo"
 COUNTS = {"train": 6, "held_out": 3}

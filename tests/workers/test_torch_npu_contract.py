@@ -1,4 +1,5 @@
-"""The real torch_npu under a worker's launch plan and `workers.devices`, over a stand-in for CANN (cann_stub.c).
+"""The real torch_npu under a worker's launch plan and `blendmaskd_workers.devices`, over a stand-in for CANN
+(cann_stub.c).
 
 Without CANN an installed torch_npu breaks `import torch`, so its wheel is unpacked into a folder of its own. The
 stand-in computes nothing: what is shown is that every name and variable exists, that set-up runs to its end, that
@@ -21,20 +22,20 @@ from typing import Any
 import pytest
 import torch
 
-from daemon import settings, spawn, topology
-from workers.devices import GRAPHS
+from blendmaskd import settings, spawn, topology
+from blendmaskd_workers.devices import GRAPHS
+from checkout import ROOT, SOURCES
 
 pytestmark = pytest.mark.slow
 
 VERSION = "2.13.0"
-ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blendmaskd-tests"
 
 PROBE = """
 import dataclasses, json, os, sys
 import torch
-from daemon import spawn
-from workers import devices
+from blendmaskd import spawn
+from blendmaskd_workers import devices
 
 told = spawn.assignment(os.environ)
 device = devices.open_device(told.local_device, told.settings.model.precision)
@@ -118,7 +119,7 @@ class Launcher:
 
     def __init__(self, torch_npu: Path, cann: Path) -> None:
         self.worker_env = {
-            "PYTHONPATH": f"{torch_npu}:{ROOT}",
+            "PYTHONPATH": f"{torch_npu}:{SOURCES}",
             "LD_LIBRARY_PATH": f"{cann}:{torch_npu}/torch_npu/lib",
         }
 
@@ -151,9 +152,9 @@ def launcher(torch_npu: Path, cann: Path) -> Launcher:
 
 
 def _api_names() -> list[str]:
-    """The attributes of torch.npu that workers/devices.py uses, read from its source."""
+    """The attributes of torch.npu that workers/blendmaskd_workers/devices.py uses, read from its source."""
     names = set()
-    for node in ast.walk(ast.parse((ROOT / "workers" / "devices.py").read_text())):
+    for node in ast.walk(ast.parse((ROOT / "workers" / "blendmaskd_workers" / "devices.py").read_text())):
         match node:
             case ast.Attribute(value=ast.Name(id="api") | ast.Attribute(attr="api"), attr=name):
                 names.add(name)

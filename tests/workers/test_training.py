@@ -21,17 +21,18 @@ import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from workers import blendmask, shapes
-from workers.blendmask import Config, ConfigError
-from workers.blendmask.initial import initialise
-from workers.blendmask.losses import semantic_loss
-from workers.training import program
-from workers.training.batches import Batch, Batches
-from workers.training.config import TrainingConfig, load_training_config
-from workers.training.dataset import DataError, Dataset, Sample, make_sample, read_dataset
-from workers.training.trainer import Diverged, Trainer, TrainingError, learning_rate
+import shapes
+from blendmaskd_workers import blendmask
+from blendmaskd_workers.blendmask import Config, ConfigError
+from blendmaskd_workers.training import program
+from blendmaskd_workers.training.batches import Batch, Batches
+from blendmaskd_workers.training.config import TrainingConfig, load_training_config
+from blendmaskd_workers.training.dataset import DataError, Dataset, Sample, make_sample, read_dataset
+from blendmaskd_workers.training.initial import initialise
+from blendmaskd_workers.training.losses import semantic_loss
+from blendmaskd_workers.training.trainer import Diverged, Trainer, TrainingError, learning_rate
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "tests" / "golden" / "small_R18.yaml"
 HEIGHT, WIDTH = 40, 60  # of the photograph in most tests
 CATEGORIES = [{"id": 9, "name": "moth"}, {"id": 3, "name": "bee"}, {"id": 7, "name": "fly"}]  # classes 2, 0, 1

@@ -5,8 +5,8 @@ import os
 import signal
 from collections.abc import Sequence
 
-from workers.chaos.poison import Poison
-from workers.engines import TimedEngine, TimedInput
+from blendmaskd_workers.engines import TimedEngine, TimedInput
+from chaos.poison import Poison
 
 segment = TimedEngine.segment
 

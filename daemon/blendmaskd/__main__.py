@@ -1,0 +1,77 @@
+"""Start the daemon, or check first whether this host can serve.
+
+    blendmaskd check --settings configs/daemon.yaml        # see blendmaskd check --help
+    blendmaskd --settings configs/daemon.yaml              # or python -m blendmaskd
+    blendmaskd --devices cpu:0 cpu:1 --set model.weights=R_50_1x.pth
+
+Settings come from the file, then the environment (BLENDMASKD__QUEUE__MAX_JOBS=64), then flags; docs/settings.md lists
+them.
+Signals: SIGTERM and SIGINT drain and stop (a second one does not wait), SIGHUP reloads settings and weights.
+"""
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+from blendmaskd import logs, settings
+from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT
+from blendmaskd.shell import server
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["check"]:
+        return _check(argv[1:])
+    arguments = _parse(argv)
+    if arguments.log_level:
+        arguments.set.append(f"log.level={arguments.log_level}")
+    load = _loader(arguments)
+    try:
+        loaded = load()
+    except settings.SettingsError as error:
+        print(f"blendmaskd: {error}", file=sys.stderr)
+        return EXIT_CANNOT_BOOT
+    if arguments.check:
+        return 0
+    logs.configure(loaded.log)
+    return server.main_loop(loaded, load)
+
+
+def _check(argv: list[str]) -> int:
+    from blendmaskd.check import program as check
+    from blendmaskd.programs import program  # what they need, serving does not
+
+    parser = _parser("blendmaskd check", check.__doc__)
+    parser.add_argument("--json", action="store_true", help="for programs")
+    arguments = parser.parse_args(argv)
+    return program.guarded("blendmaskd check", lambda: check.main(_loader(arguments), arguments.json))
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _parser("blendmaskd", __doc__)
+    parser.add_argument("--check", action="store_true", help="only check the settings; exit code 78 when they are bad")
+    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="the setting log.level")
+    return parser.parse_args(argv)
+
+
+def _parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """With the flags that say what the settings are."""
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--settings", metavar="FILE", help="YAML settings; without it the defaults hold")
+    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="instead of the file's: npu:0 cuda:0 cpu:0")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as batch=2")
+    return parser
+
+
+def _loader(arguments: argparse.Namespace) -> Callable[[], settings.Settings]:
+    """Reads the settings that the flags mean, anew at each call."""
+    return functools.partial(settings.load, arguments.settings, os.environ, arguments.set, devices=arguments.devices)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

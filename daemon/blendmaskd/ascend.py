@@ -1,0 +1,104 @@
+"""What a host says of its Ascend software and cards: health, who uses them, versions and which of them belong together.
+
+Parsers of what npu-smi prints and of the files that CANN, driver and firmware leave, and Huawei's table of versions.
+Pure: texts in, values out; what is not understood is left out. Device numbers and CPU sets are `blendmaskd.topology`'s.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from blendmaskd.topology import PCI_ADDRESS
+
+Chip = tuple[int, int]  # NPU id, chip id: npu-smi's names, see `topology.parse_npu_map`
+
+# torch_npu's release: the CANN it was made for. From COMPATIBILITY.md of github.com/Ascend/pytorch, August 2026. A
+# release serves the torch of its first three numbers. 2.13.0 was not in the table yet.
+CANN_OF_TORCH_NPU = {
+    "2.12.0": "9.1.0", "2.11.0": "9.1.0", "2.10.0.post4": "9.1.0", "2.9.0.post6": "9.1.0", "2.7.1.post8": "9.1.0",
+    "2.9.0.post2": "9.0.0", "2.8.0.post4": "9.0.0", "2.7.1.post4": "9.0.0",
+    "2.9.0": "8.5.0", "2.8.0.post2": "8.5.0", "2.7.1.post2": "8.5.0", "2.6.0.post5": "8.5.0",
+    "2.8.0": "8.3.RC1", "2.7.1": "8.3.RC1", "2.6.0.post3": "8.3.RC1", "2.1.0.post17": "8.3.RC1",
+    "2.6.0": "8.2.RC1", "2.5.1.post1": "8.2.RC1", "2.1.0.post13": "8.2.RC1",
+    "2.5.1": "8.1.RC1", "2.4.0.post4": "8.1.RC1", "2.3.1.post6": "8.1.RC1", "2.1.0.post12": "8.1.RC1",
+    "2.4.0.post2": "8.0.0", "2.3.1.post4": "8.0.0", "2.1.0.post10": "8.0.0",
+    "2.4.0": "8.0.RC3", "2.3.1.post2": "8.0.RC3", "2.1.0.post8": "8.0.RC3",
+    "2.3.1": "8.0.RC2", "2.2.0.post2": "8.0.RC2", "2.1.0.post6": "8.0.RC2",
+    "2.2.0": "8.0.RC1", "2.1.0.post4": "8.0.RC1", "2.1.0": "7.0.0",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A chip as ``npu-smi info`` lists it."""
+
+    name: str  # 910B3
+    health: str  # OK, Warning, Alarm, Critical
+
+
+def parse_npu_cards(text: str) -> dict[Chip, Card]:
+    """``npu-smi info``: each chip's name and health."""
+    return {chip: Card(cells[0].split()[1], cells[1]) for chip, cells in chips(text)}
+
+
+def chips(text: str) -> Iterator[tuple[Chip, list[str]]]:
+    """``npu-smi info``: each chip with the cells of its first line: NPU and name, health, power and temperature.
+
+    A chip takes two lines; the second one has its number and its PCI address.
+    """
+    above: list[str] = []
+    for cells in _rows(text.partition("Process id")[0]):
+        first = cells[0].split()
+        if above and PCI_ADDRESS.fullmatch(cells[1]):
+            yield (int(above[0].split()[0]), int(first[0])), above
+            above = []
+        elif len(first) > 1:
+            above = cells
+
+
+def parse_npu_processes(text: str) -> dict[Chip, list[tuple[int, str]]]:
+    """``npu-smi info``: the processes on each chip, as pid and name; chips that nobody uses are left out."""
+    found: dict[Chip, list[tuple[int, str]]] = {}
+    for cells in _rows(text.partition("Process id")[2]):
+        chip = cells[0].split()
+        if len(chip) == 2 and chip[1].isdigit() and len(cells) > 2 and cells[1].isdigit():
+            found.setdefault((int(chip[0]), int(chip[1])), []).append((int(cells[1]), cells[2]))
+    return found
+
+
+def parse_version(text: str) -> str:
+    """The version that a ``version.info`` or ``ascend_*_install.info`` file tells; empty if it tells none."""
+    found = re.search(r"^version\s*=\s*(\S+)$", text, re.IGNORECASE | re.MULTILINE)
+    return found[1] if found else ""
+
+
+def parse_firmware_ranges(text: str) -> list[tuple[str, str]]:
+    """The firmware that a driver works with, by its ``version.info``: ``compatible_version_fw=[7.0.0,7.5.99]``."""
+    line = re.search(r"^compatible_version_fw\s*=(.*)$", text, re.MULTILINE)
+    return re.findall(r"\[([^,\]]+),([^\]]+)\]", line[1]) if line else []
+
+
+def cann_for(torch_npu: str) -> str:
+    """The CANN that a release of torch_npu was made for; empty where the table does not have it."""
+    return CANN_OF_TORCH_NPU.get(torch_npu.partition("+")[0], "")
+
+
+def order(version: str) -> tuple[int, ...]:
+    """Versions of CANN, driver and firmware in their order: 8.2.RC1 < 8.2.0 < 8.5.0. Empty for what is none."""
+    parts = re.match(r"(\d+)((?:\.\d+)*)(?:\.RC(\d+))?", version, re.IGNORECASE)
+    if not parts:
+        return ()
+    numbers = [int(number) for number in re.findall(r"\d+", parts[1] + parts[2])]
+    return (*numbers, -1, int(parts[3])) if parts[3] else tuple(numbers)
+
+
+def within(version: str, ranges: list[tuple[str, str]]) -> bool:
+    """Whether a version lies in one of these ranges, bounds included."""
+    return any(order(low) <= order(version) <= order(high) for low, high in ranges)
+
+
+def _rows(text: str) -> list[list[str]]:
+    """The cells of the lines that begin with a number."""
+    lines = [[cell.strip() for cell in line.strip("| \t").split("|")] for line in text.splitlines()]
+    return [cells for cells in lines if len(cells) > 1 and re.match(r"\d+(\s|$)", cells[0])]

@@ -1,0 +1,30 @@
+"""What more than one area asks of the host: a small file's text, and whose a process is."""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+
+def read(path: Path) -> str:
+    """Empty where it is not there, or not ours to read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process is a daemon of ours or a worker of one."""
+    try:
+        process = psutil.Process(pid)
+        return any(_is_daemon(each.cmdline()) for each in (process, *process.parents()))
+    except psutil.Error:
+        return False
+
+
+def _is_daemon(argv: Sequence[str]) -> bool:
+    modules = [argument for option, argument in itertools.pairwise(argv) if option == "-m"]
+    return "blendmaskd" in modules or any(Path(argument).name == "blendmaskd" for argument in argv[:2])

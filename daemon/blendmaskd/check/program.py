@@ -1,0 +1,114 @@
+"""`blendmaskd check`: asks this host whether the daemon can serve with these settings, and says what to mend.
+
+    blendmaskd check --settings configs/daemon.yaml
+    blendmaskd check --devices cpu:0 cpu:1 --set model.weights=model_final.pth
+    blendmaskd check --settings /etc/blendmaskd/daemon.yaml --json
+
+Run it as the user that the daemon will run as, in the same environment: rights, limits and CANN's variables are looked
+at as they are here. Each line is ok, warning (it will serve, not as it could) or error, with the remedy below it.
+Nothing is changed. Each device is opened as its worker would, for a moment, unless a daemon of ours has it; weights are
+loaded on the CPU. Exit code: 0 when there is no error (warnings do not count), 1 otherwise.
+"""
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from blendmaskd.check import (
+    cpu_findings,
+    cpus,
+    device_findings,
+    devices,
+    endpoint_findings,
+    endpoints,
+    resource_findings,
+    resources,
+    software,
+    software_findings,
+    trials,
+)
+from blendmaskd.check.finding import Finding, as_tree
+from blendmaskd.check.trials import WEIGHTS, Trial
+from blendmaskd.settings import Settings, SettingsError
+
+STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
+EXIT_ERRORS = 1
+
+
+def main(load: Callable[[], Settings], as_json: bool) -> int:
+    """Check with the settings that `load` gives. Returns the exit code."""
+    try:
+        settings = load()
+    except SettingsError as error:
+        found = [Finding("settings", "error", str(error), "docs/settings.md")]
+    else:
+        summary = f"{' '.join(settings.devices)}, engine {settings.engine}"
+        found = [Finding("settings", "ok", summary), *examine(settings, os.environ)]
+    if as_json:
+        print(json.dumps(as_tree(found), indent=1))
+    else:
+        _show(found)
+    return EXIT_ERRORS if any(finding.level == "error" for finding in found) else 0
+
+
+def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]:
+    """Every check, in the order of the report. Takes seconds: devices are opened and weights loaded."""
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    wanted = list(endpoints.wanted(settings))
+    serving = next((each.holder for each in wanted if each.holder and each.holder.ours), None)
+    preload, preload_complaint = software.preload(settings)
+    plan, near, cpus_complaint = cpus.places(settings, environment)
+    tried = trials.start(settings, plan, preload, serving, environment)
+    npus = [device for device in settings.devices if device.startswith("npu") and settings.engine != "timed"]
+    cards = devices.Npus(environment) if npus else None
+    versions = software.versions(environment)
+    probes = {device: trials.probe(trial) for device, trial in tried.items() if device != WEIGHTS}
+    configured = [
+        devices.device(name, settings, cards, environment, probes.get(name), serving) for name in settings.devices
+    ]
+    opened = all((probe := probes.get(device)) is not None and not probe.error for device in npus)
+
+    found = device_findings.identity(user, os.geteuid() == 0, devices.service_groups() is not None)
+    model = settings.model
+    found += [line for each in configured for line in device_findings.device(each, model.precision, model.exact)]
+    launched = [trial.plan for trial in tried.values() if trial.plan]
+    found += device_findings.plan(dict.fromkeys(warning for each in launched for warning in each.warnings))
+    if npus and not serving:
+        found += device_findings.nodes(devices.nodes(npus, environment), opened, user)
+    found += software_findings.versions(versions, bool(npus))
+    found += cpu_findings.unplaced(cpus_complaint)
+    found += cpu_findings.cpus(plan, near, cpus.placed(settings), cards is not None and cards.answers)
+    found += cpu_findings.governor(cpus.slow_governors(cpu for own in plan.values() for cpu in own))
+    found += software_findings.allocator(
+        settings.runtime.preload, launched[-1].preload if launched and preload else preload, preload_complaint,
+        apt=shutil.which("apt-get") is not None, dnf=shutil.which("dnf") is not None,
+    )  # fmt: skip
+    found += [line for each in wanted for line in endpoint_findings.endpoint(each)]
+    found += [line for each in endpoints.keys(settings) for line in endpoint_findings.tcp(each)]
+    found += [line for each in resources.folders(settings) for line in resource_findings.folder(each)]
+    found += [line for each in resources.spool(settings) for line in resource_findings.spool(each)]
+    found += _weights(settings, tried.get(WEIGHTS))
+    return found + resource_findings.limits(resources.limits(settings))
+
+
+def _weights(settings: Settings, trial: Trial | None) -> list[Finding]:
+    if trial is None:
+        return resource_findings.weights(settings.engine, None, None, 0.0) if settings.engine == "timed" else []
+    trial.end()
+    return resource_findings.weights(settings.engine, settings.model.weights, trial.complaint, trial.took_s)
+
+
+def _show(found: Sequence[Finding]) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    for finding in found:
+        console.print(Text(f"{finding.level:8}", STYLES[finding.level]), Text(f"{finding.area:12} {finding.text}"))
+        if finding.remedy:
+            console.print(Text(f"{'':22}-> {finding.remedy}", "dim"))
+    counts = as_tree(found)
+    console.print(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['error']} errors")

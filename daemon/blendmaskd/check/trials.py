@@ -1,0 +1,89 @@
+"""Trials: processes that do what a worker would, all at once, each with the launch plan of its device.
+
+torch is only ever loaded by these processes.
+"""
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from blendmaskd import spawn, topology
+from blendmaskd.check.device_findings import Probe
+from blendmaskd.check.endpoint_findings import Holder
+from blendmaskd.settings import Settings
+from blendmaskd.spawn import LaunchPlan, Preload, SpawnError
+from blendmaskd.topology import Cpus
+
+WEIGHTS = "weights"
+
+
+class Trial:
+    """A process of `python -m blendmaskd_workers`, started by a launch plan as a worker is; or why none could be."""
+
+    def __init__(self, start: Callable[[], LaunchPlan], timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._began = time.monotonic()
+        self.took_s = 0.0
+        self.printed = ""
+        self.complaint: str | None = None
+        self.plan: LaunchPlan | None = None
+        try:
+            self.plan = start()
+            self._process = spawn.launch(self.plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except SpawnError as error:
+            self.complaint = str(error)
+
+    def end(self) -> Trial:
+        """Wait for it: `printed` or `complaint` hold what came of it."""
+        if self.complaint is not None:
+            return self
+        try:
+            printed, complaint = self._process.communicate(timeout=self._timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            self.complaint = f"not done after restarts.start_timeout_s = {self._timeout_s:g} s"
+            return self
+        self.took_s = time.monotonic() - self._began
+        self.printed = printed.decode(errors="replace")
+        code = self._process.returncode
+        if code != 0:
+            last = (complaint.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+            self.complaint = last if code > 0 else f"the process that tried it died of signal {-code}: {last}"
+        return self
+
+
+def start(
+    settings: Settings,
+    plan: Mapping[str, Cpus],
+    preload: Preload | None,
+    serving: Holder | None,
+    environment: Mapping[str, str],
+) -> dict[str, Trial]:
+    """All at once, by device, and `WEIGHTS`; the engine timed loads nothing and opens nothing."""
+    if settings.engine == "timed" or not plan:
+        return {}
+
+    def trial(device: str, argument: str) -> Trial:
+        def launch_plan() -> LaunchPlan:
+            return spawn.plan(
+                device, 0, settings, plan.get(device) or topology.available_cpus(), base_environment=environment,
+                endpoint="", token="", preload=preload or Preload(None),
+                arguments=("-m", "blendmaskd_workers", argument),
+            )  # fmt: skip
+
+        return Trial(launch_plan, settings.restarts.start_timeout_s)
+
+    tried = [device for device in settings.devices if device.startswith("cpu") or not serving]
+    return {WEIGHTS: trial("cpu:0", "--check"), **{device: trial(device, "--probe") for device in tried}}
+
+
+def probe(trial: Trial) -> Probe:
+    """Waits for the trial of a device."""
+    trial.end()
+    if trial.complaint is not None:
+        return Probe(error=trial.complaint)
+    return msgspec.json.decode(trial.printed, type=Probe)

@@ -1,0 +1,172 @@
+"""What the clients share: endpoint, keys, socket options, how images travel.
+
+A wrong key is silence to ZeroMQ's users: what its events tell of a handshake becomes `HandshakeError`, or, where only
+guessing is possible, a hint in the TimeoutError.
+"""
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import zmq
+
+from blendmaskd.client.exchange import Exchange, Image, Job
+from blendmaskd.client.places import Places
+from blendmaskd.keys import PUBLIC, Pair, read_pair, read_public
+from blendmaskd.protocol import Fetch, Forget, Options
+
+DEFAULT_ENDPOINT = "ipc:///run/blendmaskd/client.sock"
+RETRIES = 8
+
+EVENTS = (
+    zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)  # fmt: skip
+
+Transport = Literal["auto", "socket", "shared"]
+KeyFile = str | Path | None
+Keys = tuple[bytes, Pair]  # the daemon's public one, and our own
+
+
+class HandshakeError(ConnectionError):
+    """The daemon does not let us in, or wants keys that we were not given; the text says what to do.
+
+    The client may be used again: it connects anew.
+    """
+
+
+class Connection:
+    """What both clients share: endpoint, keys (None: it has none), settings, the exchange."""
+
+    def __init__(
+        self, endpoint: str, timeout_s: float, retries: int, transport: Transport, server_key: KeyFile, key: KeyFile
+    ) -> None:
+        self.endpoint = endpoint
+        self._key_files = server_key, key
+        self.keys = _keys(endpoint, server_key, key)
+        self._refused = ""  # why the connection was refused for good; ZeroMQ does not try again then
+        self._failed_handshakes = 0
+        self._places = _places(endpoint, transport)
+        self._exchange = Exchange(retries, timeout_s, self._places)
+
+    @property
+    def timeout_s(self) -> float:
+        """How long an answer is waited for."""
+        return self._exchange.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, seconds: float) -> None:
+        self._exchange.timeout_s = seconds
+
+    def _open(self, socket: zmq.Socket[Any]) -> None:
+        introduce(socket, self.keys)
+        socket.set(zmq.LINGER, 0)
+        socket.set(zmq.SNDHWM, 0)  # at a mark a send would block, whatever `timeout_s` says; callers bound themselves
+        socket.set(zmq.RCVHWM, 0)
+        socket.set(zmq.RECONNECT_IVL, 50)
+        socket.set(zmq.RECONNECT_IVL_MAX, 1000)
+        try:
+            socket.connect(self.endpoint)
+        except zmq.ZMQError as error:
+            raise ValueError(f"{self.endpoint}: {error}: expected ipc:///PATH or tcp://HOST:PORT") from None
+
+    def _on_event(self, event: int) -> bool:
+        """Take in what happened to the connection. Whether it stands now; `_refused` says why it never will."""
+        match event:
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._failed_handshakes = 0
+                return True
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._failed_handshakes += 1
+            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                public = Path(self._key_files[1] or "").with_suffix(PUBLIC)
+                self._refused = (
+                    f"{self.endpoint}: the daemon does not allow this key: put its public half, {public}, into the "
+                    "folder that the daemon's settings name as curve.client_keys"
+                )
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if self.keys:
+                self._refused = f"{self.endpoint}: who listens there does not use keys: is it the right endpoint?"
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                self._refused = (
+                    f"{self.endpoint}: the daemon there wants keys: its public one and your secret one (server_key and "
+                    "key; programs: --server-key FILE --key FILE); `blendmaskd-keys --help` says how to make them"
+                )
+        return False
+
+    def _renew(self, socket: zmq.Socket[Any]) -> None:
+        """Connect once more after a refusal: things may have changed."""
+        if not self._refused:
+            return
+        self._refused = ""
+        with contextlib.suppress(zmq.ZMQError):  # ZeroMQ may have forgotten it
+            socket.disconnect(self.endpoint)
+        socket.connect(self.endpoint)
+        self._exchange.reconnected(time.monotonic())
+
+    def _add(self, image: Image, deadline_s: float | None, priority: int, options: Mapping[str, Any]) -> Job:
+        return self._exchange.add(image, deadline_s, priority, Options(**options), time.monotonic())
+
+    def _add_durable(
+        self, image: Image, name: str | None, deadline_s: float | None, priority: int, options: Mapping[str, Any]
+    ) -> Job:
+        return self._exchange.add_durable(image, name, deadline_s, priority, Options(**options), time.monotonic())
+
+    def _ask(self, request: Fetch | Forget) -> Job:
+        return self._exchange.ask(request, time.monotonic())
+
+    def _timed_out(self) -> TimeoutError:
+        return TimeoutError(
+            f"no answer from {self.endpoint} within {self.timeout_s:g} s: does the daemon run there?{self.hint}"
+        )
+
+    @property
+    def hint(self) -> str:
+        """What else may be the reason for silence: something to end an error's text with."""
+        if not self._failed_handshakes:
+            return ""
+        question = f"is {self._key_files[0]} the public key of this daemon?" if self.keys else (
+            "does it want keys (server_key and key; programs: --server-key FILE --key FILE)?"
+        )  # fmt: skip
+        return f" {self._failed_handshakes} handshakes failed: {question}"
+
+
+def introduce(socket: zmq.Socket[Any], keys: Keys | None) -> None:
+    """Give a socket, before it connects, what a daemon knows a client by: an identity, and keys where it has any."""
+    socket.set(zmq.IDENTITY, b"c" + secrets.token_bytes(15))  # ROUTERs reserve identities that begin with 0
+    if keys:
+        server, pair = keys
+        socket.set(zmq.CURVE_SERVERKEY, server)
+        socket.set(zmq.CURVE_PUBLICKEY, pair.public)
+        socket.set(zmq.CURVE_SECRETKEY, pair.secret)
+
+
+def _places(endpoint: str, transport: Transport) -> Places | None:
+    local = endpoint.startswith("ipc://")
+    if transport not in get_args(Transport):
+        raise ValueError(f"transport = {transport!r}: expected {', '.join(get_args(Transport))}")
+    if transport == "shared" and not local:
+        raise ValueError(f"{endpoint}: transport 'shared' needs the daemon on this host, by an ipc:///PATH endpoint")
+    if transport == "socket" or not local:
+        return None
+    return Places(endpoint.removeprefix("ipc://"), required=transport == "shared")
+
+
+def _keys(endpoint: str, server_key: KeyFile, key: KeyFile) -> Keys | None:
+    """The server's public key and our own pair. Raises ValueError when one is missing or cannot be used."""
+    if server_key is None and key is None:
+        return None
+    if not endpoint.startswith("tcp://"):
+        raise ValueError(f"{endpoint}: keys are for tcp://HOST:PORT; ipc:// is guarded by the mode of its socket")
+    if server_key is None or key is None:
+        missing = "server_key (the daemon's server.key)" if server_key is None else "key (our own NAME.key_secret)"
+        raise ValueError(f"{endpoint}: keys come in twos: {missing} is missing")
+    return read_public(server_key), read_pair(key)
+
+
+def check_window(window: int) -> None:
+    if window < 1:
+        raise ValueError(f"window = {window}: expected at least 1")

@@ -1,0 +1,274 @@
+"""A client's jobs: what is in flight, what is sent when, what an answer means. No socket and no clock:
+`blendmaskd.client.blocking` and `blendmaskd.client.asynchronous` bring those.
+"""
+from __future__ import annotations
+
+import itertools
+import math
+import secrets
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import msgspec
+
+from blendmaskd import protocol
+from blendmaskd.protocol import (
+    TO_CLIENT,
+    Accepted,
+    Code,
+    Failed,
+    Fetch,
+    Forget,
+    Forgotten,
+    Options,
+    Place,
+    Result,
+    Stats,
+    Submit,
+)
+
+if TYPE_CHECKING:
+    from blendmaskd.client.places import Places
+
+LEAST_RETRY_S = 0.05
+LONGEST_DEADLINE_S = 86400.0  # that the wire allows
+ANSWER_S = 0.5  # that the daemon's `timeout` may take to come, so that the client does not give up just before it
+
+
+class JobFailed(Exception):
+    """A job was answered with a failure: `code` says which, `reason` why; `job` is its name in the daemon's log."""
+
+    def __init__(self, code: Code, reason: str, retry_after_s: float | None = None, job: str = "") -> None:
+        super().__init__(f"{code}: {reason}")
+        self.job = job
+        self.code = code
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class SharedMemoryError(RuntimeError):
+    """A client that demands shared memory cannot have it; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPath:
+    """An image that the server reads itself, below a root that its settings allow."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Segmentation:
+    """The answer to a job. `detections` are COCO results in descending score, see `blendmaskd.protocol`."""
+
+    width: int  # pixels
+    height: int
+    device: str
+    timings: dict[str, float]  # seconds by stage
+    detections: list[dict[str, Any]]
+    job: str = ""  # its name in the daemon's log
+
+
+Image = str | Path | bytes | ServerPath | Any  # Any: an array, or what else has `shape`, `dtype` and a buffer
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A submission, or what else is asked of a job, until its answer is taken."""
+
+    request: Submit | Fetch | Forget
+    payload: list[Any]
+    retries_left: int
+    give_up_at: float  # no retry starts after it
+    send_at: float  # inf: sent, waiting
+    answer: Segmentation | Accepted | Forgotten | Exception | None = None
+    place: Place | None = None  # in shared memory, taken until it has its last answer
+    by_socket: bool = False  # whatever shared memory there is
+
+    @property
+    def name(self) -> str:
+        return self.request.job
+
+    def frames(self) -> list[Any]:
+        if self.place is None or self.by_socket:
+            return protocol.encode(self.request, self.payload)
+        assert isinstance(self.request, Submit)
+        image = msgspec.structs.replace(self.request.image, place=self.place)
+        return protocol.encode(msgspec.structs.replace(self.request, image=image))
+
+    def result(self) -> Segmentation:
+        """Its segmentation; raises the failure that it has instead."""
+        self.check()
+        assert isinstance(self.answer, Segmentation)
+        return self.answer
+
+    def check(self) -> None:
+        """Raise the failure that it has."""
+        assert self.answer is not None
+        if isinstance(self.answer, Exception):
+            raise self.answer
+
+
+class Exchange:
+    """What is in flight, and what is to be sent when. Pure, but for `places`, which are shared memory.
+
+    An image goes by shared memory as soon as there is a place for it, and by socket otherwise; only where `places` are
+    required it waits. It goes by socket for good once it was refused (the region may have ended), or sent to whom we
+    are not connected any more.
+    """
+
+    def __init__(self, retries: int, timeout_s: float, places: Places | None = None) -> None:
+        self.timeout_s = timeout_s
+        self._retries = retries
+        self._places = places
+        self._held: list[Job] = []  # until there is a place for them
+        self._prefix = secrets.token_hex(8)
+        self._numbers = itertools.count(1)
+        self.jobs: dict[str, Job] = {}  # unanswered
+        self.answered: deque[Job] = deque()  # to be taken from here
+        self.stats: deque[dict[str, Any]] = deque()
+
+    def add(self, image: Image, deadline_s: float | None, priority: int, options: Options, now: float) -> Job:
+        """A new job, to be sent at once. Raises OSError for a file that cannot be read, TypeError for no image."""
+        described, payload = describe(image)
+        name = f"{self._prefix}-{next(self._numbers)}"
+        if deadline_s is None:
+            deadline_s = min(max(self.timeout_s - ANSWER_S, self.timeout_s / 2), LONGEST_DEADLINE_S)
+        submit = Submit(job=name, image=described, options=options, deadline_s=deadline_s, priority=priority)
+        job = self.jobs[name] = Job(submit, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now)
+        return job
+
+    def add_durable(
+        self, image: Image, name: str | None, deadline_s: float | None, priority: int, options: Options, now: float
+    ) -> Job:
+        """A new durable job, accepted when it has an answer. As `add`; its image goes by socket: it is copied."""
+        described, payload = describe(image)
+        submit = Submit(job=name or secrets.token_hex(16), image=described, options=options, deadline_s=deadline_s,
+                        priority=priority, durable=True)  # fmt: skip
+        return self._ask(submit, payload, now)
+
+    def ask(self, request: Fetch | Forget, now: float) -> Job:
+        """Something about a durable job, to be sent at once."""
+        return self._ask(request, [], now)
+
+    def _ask(self, request: Submit | Fetch | Forget, payload: list[Any], now: float) -> Job:
+        if request.job in self.jobs:
+            raise ValueError(f"job {request.job}: this client waits for an answer about it already")
+        job = Job(request, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now, by_socket=True)
+        self.jobs[request.job] = job
+        return job
+
+    def due(self, now: float) -> Iterator[list[Any]]:
+        """Frames to be sent now."""
+        for job in list(self.jobs.values()):
+            if job.send_at <= now:
+                job.send_at = math.inf
+                if self._placed(job, now):
+                    yield job.frames()
+
+    def next_send(self) -> float:
+        """When `due` has something to send."""
+        return min((job.send_at for job in self.jobs.values()), default=math.inf)
+
+    def reconnected(self, now: float) -> None:
+        """Whoever is at the other end now may not know of what was sent before."""
+        for job in self.jobs.values():
+            job.by_socket = job.by_socket or job.place is not None
+            job.send_at = min(job.send_at, now)
+
+    def drop(self, name: str) -> bool:
+        """Wait for this job no longer; whether it was unanswered."""
+        job = self.jobs.pop(name, None)
+        if job is not None:
+            self._give_back(job)
+        return job is not None
+
+    def receive(self, frames: list[Any], now: float) -> None:
+        """Take in a message. A job that has its last answer now is in `answered`, a snapshot in `stats`."""
+        message: protocol.ToClient
+        message, payload = protocol.decode(frames, TO_CLIENT)
+        match message:
+            case Stats():
+                self.stats.append(message.stats)
+            case Result() if message.job in self.jobs:
+                detections = msgpack.unpackb(memoryview(payload[0]))
+                size = message.width, message.height
+                answer = Segmentation(*size, message.device, message.timings, detections, message.job)
+                self._answer(self.jobs[message.job], answer)
+            case Accepted() | Forgotten() if message.job in self.jobs:
+                self._answer(self.jobs[message.job], message)
+            case Failed() if message.job in self.jobs:
+                self._failed(self.jobs[message.job], message, now)
+        self._release(now)
+
+    def receive_memory(self, now: float) -> None:
+        """The daemon says something of our shared memory."""
+        assert self._places is not None
+        self._places.receive(now)
+        self._release(now)
+
+    def _release(self, now: float) -> None:
+        for job in self._held:
+            job.send_at = now  # there may be a place now
+        self._held.clear()
+
+    def _failed(self, job: Job, message: Failed, now: float) -> None:
+        if message.code is Code.BAD_REQUEST and self._places and job.place is not None:
+            self._places.doubt(job.place, now)
+            self._give_back(job)
+            job.by_socket, job.send_at = True, now
+            return
+        may_retry = message.code.retryable and message.code is not Code.TIMEOUT
+        again_at = now + max(message.retry_after_s or 0.0, LEAST_RETRY_S)
+        if may_retry and job.retries_left and again_at < job.give_up_at:
+            job.retries_left -= 1
+            job.send_at = again_at
+            return
+        self._answer(job, JobFailed(message.code, message.reason, message.retry_after_s, message.job))
+
+    def _answer(self, job: Job, answer: Segmentation | Accepted | Forgotten | Exception) -> None:
+        del self.jobs[job.name]
+        self._give_back(job)
+        job.answer = answer
+        self.answered.append(job)
+
+    def _give_back(self, job: Job) -> None:
+        if self._places and job.place is not None:
+            self._places.give_back(job.place)
+            job.place = None
+
+    def _placed(self, job: Job, now: float) -> bool:
+        """Put its image to where it travels from. False: it is not to be sent now."""
+        if self._places is None or job.place is not None or job.by_socket or not job.payload:
+            return True
+        job.place = self._places.put(job.payload[0], now)
+        if job.place is not None or not self._places.required:
+            return True
+        if self._places.problem:
+            self._answer(job, SharedMemoryError(f"shared memory is required: {self._places.problem}"))
+        else:
+            job.send_at = self._places.again_at
+            self._held.append(job)
+        return False
+
+
+def describe(image: Image) -> tuple[protocol.Image, list[Any]]:
+    """How an image travels, and its payload frames."""
+    match image:
+        case ServerPath():
+            return protocol.Image(kind="path", path=image.path), []
+        case str() | Path():
+            return protocol.Image(kind="encoded"), [Path(image).read_bytes()]
+        case bytes() | bytearray() | memoryview():
+            return protocol.Image(kind="encoded"), [image]
+    shape, dtype = getattr(image, "shape", None), str(getattr(image, "dtype", ""))
+    if shape is None:
+        raise TypeError(f"{type(image).__name__} is not an image: expected a path, bytes or an array")
+    if len(shape) != 3:
+        raise TypeError(f"array of shape {tuple(shape)}: expected (height, width, 3)")
+    contiguous = memoryview(image) if memoryview(image).c_contiguous else image.tobytes()
+    return protocol.Image(kind="raw", shape=(int(shape[0]), int(shape[1]), int(shape[2])), dtype=dtype), [contiguous]

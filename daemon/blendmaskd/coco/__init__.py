@@ -1,0 +1,1 @@
+"""COCO annotations: categories, instances checked whole, average precision."""

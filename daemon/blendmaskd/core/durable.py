@@ -1,0 +1,501 @@
+"""Durable jobs: which the spool keeps, which of them the broker has, who waits for their answers. Pure.
+
+Events come from clients, from the broker and from the spool; what comes out is for them. What is asked of the spool
+takes effect in the order in which it was asked; its replies name jobs by ``seq``, which no two lives of a name share.
+
+Where a durable job is:
+
+=========  =============================================================================================
+storing    on its way into the spool; its clients are owed `Accepted`
+spooled    in the spool alone, in the line of its owner
+loading    on its way from the spool to the broker
+queued     the broker has it
+answered   on its way into the spool with its answer, which its waiters get when it is there
+=========  =============================================================================================
+
+What is answered and in the spool is nowhere here: the spool finds it by its name. So nothing that a client was told is
+ever only in memory, and what the daemon does not live to do is done by the next one. Owners take turns; none may take
+more of the spool than it leaves, or of the way into it than `broker.SHARE` times what it leaves.
+
+No socket, clock, process, thread, file or logger belongs in here.
+"""
+from __future__ import annotations
+
+import itertools
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable
+from enum import Enum
+
+import msgspec
+
+from blendmaskd.core.broker import SHARE, Broker, SendClient
+from blendmaskd.core.broker import Action as BrokerAction
+from blendmaskd.core.spool_messages import (
+    Answer,
+    AnswerKept,
+    Erase,
+    Erased,
+    Kept,
+    Known,
+    Load,
+    Loaded,
+    Look,
+    Looked,
+    Mark,
+    NotKept,
+    NotLoaded,
+    Reply,
+    Request,
+    Store,
+    StoreAnswer,
+    Stored,
+    Usage,
+)
+from blendmaskd.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit
+
+RETRY_S = 1.0  # after which the spool may have room, or work again
+MOST_LOADS = 5  # of a job whose image cannot be read
+UNPROVEN_LOSSES = 3  # daemons that died with a job: then it is the reason, perhaps, rather than what they died of
+MOST_LOOKS = 1000  # questions to the spool at a time
+Action = BrokerAction | Request
+
+
+class State(Enum):
+    """See the module."""
+
+    STORING = "storing"
+    SPOOLED = "spooled"
+    LOADING = "loading"
+    QUEUED = "queued"
+    ANSWERED = "answered"
+
+
+class Job(msgspec.Struct, eq=False):
+    """A durable job whose answer is not in the spool yet."""
+
+    seq: int
+    name: str
+    owner: bytes
+    priority: int
+    size: int
+    accepted: float
+    state: State
+    attempts: int = 0
+    losses: int = 0
+    loads: int = 0  # that failed
+    leased: bool = False  # as the spool knows it
+    submitters: dict[bytes, None] = {}  # are owed `Accepted`
+    waiters: dict[bytes, None] = {}  # are owed its answer
+    answer: tuple[Answer, Frames] | None = None
+
+
+class Owned(msgspec.Struct):
+    """What one owner has here."""
+
+    jobs: int = 0
+    bytes: int = 0
+    storing: int = 0  # of the jobs
+
+
+class Durable:
+    """See the module. `max_bytes` bounds the spool; 0: there is none. `check()` states the invariants."""
+
+    def __init__(
+        self, broker: Broker, max_bytes: int, now: float = 0.0, stored: Iterable[Stored] = (), next_seq: int = 1
+    ) -> None:
+        self.max_bytes = max_bytes
+        self.usage = Usage(answers=0, bytes=0)
+        self._broker = broker
+        self._seq = itertools.count(next_seq)
+        self._jobs: dict[str, Job] = {}
+        self._by_seq: dict[int, Job] = {}
+        self._lines: dict[int, OrderedDict[bytes, deque[Job]]] = {}  # priority: owners in turn; none is empty
+        self._states: Counter[State] = Counter()
+        self._storing_bytes = 0
+        self._owned: dict[bytes, Owned] = {}  # by owner
+        self._owed: Counter[bytes] = Counter()  # how many messages each client waits for
+        self._looks = 0
+        self._ended = False
+        for each in stored:
+            self._take_up(each, now)
+
+    @property
+    def unanswered(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is on its way somewhere, so that ending now would cost work."""
+        return self._states.total() > self._states[State.SPOOLED] + self._states[State.LOADING]
+
+    # -- clients ----------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, client: bytes, message: Submit, size: int, payload: Callable[[], Frames], now: float
+    ) -> list[Action]:
+        """Accept a job when the spool has it, or answer at once why not. `payload` reads its image of `size` bytes."""
+        job = self._jobs.get(message.job)
+        if job is not None and job.state is not State.STORING:
+            return [SendClient(client, Accepted(job=message.job))]
+        if job is not None:
+            self._owe(job.submitters, client)
+            return []
+        refusal = self._refusal(client, message, size)
+        if refusal is not None:
+            self._broker.outcomes[refusal.code] += 1
+            return [SendClient(client, refusal)]
+        image = payload()
+        if message.image.place:
+            message = msgspec.structs.replace(message, image=msgspec.structs.replace(message.image, place=None))
+        given_up = self._broker.given_up(message.job, message.image, image, now)
+        if given_up is not None:
+            self._broker.outcomes[given_up.code] += 1
+            return [SendClient(client, given_up)]
+        job = Job(next(self._seq), message.job, client, message.priority, size, now, State.STORING)
+        self._owe(job.submitters, client)
+        self._add(job)
+        return [Store(_stored(job), message, image)]
+
+    def fetch(self, client: bytes, message: Fetch) -> list[Action]:
+        """Send the answer as soon as there is one."""
+        if not self.max_bytes:
+            return [SendClient(client, _off(message.job))]
+        job = self._jobs.get(message.job)
+        if job is None:
+            return self._look(client, message.job)
+        if self._ended:
+            return [SendClient(client, _ending(message.job))]
+        if message.wait:
+            self._owe(job.waiters, client)
+        elif job.state is State.STORING:
+            self._owe(job.submitters, client)
+        else:
+            return [SendClient(client, Accepted(job=message.job))]
+        return []
+
+    def forget(self, client: bytes, message: Forget, now: float) -> list[Action]:
+        """Drop a job and its answer, wherever they are."""
+        if not self.max_bytes:
+            return [SendClient(client, _off(message.job))]
+        actions: list[Action] = []
+        job = self._jobs.get(message.job)
+        if job is not None:
+            self._remove(job)
+            if job.state is State.QUEUED:
+                actions += self._broker.withdraw(job.name, now)
+            failed = Failed(job=job.name, code=Code.CANCELLED, reason="it was forgotten")
+            actions += [SendClient(each, failed) for each in self._owed_for(job)]
+            self._broker.outcomes[Code.CANCELLED] += 1
+        return [*actions, Erase(client, message.job), *self.feed()]
+
+    def stop_waiting(self, client: bytes, message: Cancel) -> None:
+        """This client waits for that job no longer."""
+        if message.job in self._jobs:
+            self._settle(self._jobs[message.job].waiters, client)
+
+    def client_gone(self, client: bytes) -> None:
+        """Nobody waits there any more; its jobs stay."""
+        for job in self._jobs.values() if client in self._owed else ():
+            self._settle(job.waiters, client)
+            self._settle(job.submitters, client)
+
+    def waits(self, client: bytes) -> bool:
+        """Whether this client is owed something."""
+        return client in self._owed
+
+    # -- the broker -------------------------------------------------------------------------------------------------
+
+    def feed(self) -> list[Action]:
+        """Load what the broker has room for."""
+        actions: list[Action] = []
+        while self._lines and self._states[State.LOADING] < self._broker.room:
+            job = self._next()
+            self._set(job, State.LOADING)
+            actions.append(Load(job.seq))
+        return actions
+
+    def leased(self, name: str) -> list[Action]:
+        """A worker has it from now on: should the daemon die, it may have been the reason."""
+        job = self._jobs[name]
+        job.leased = True
+        return [_mark(job)]
+
+    def lost(self, name: str, attempts: int, losses: int) -> list[Action]:
+        """A worker died with it."""
+        job = self._jobs[name]
+        job.attempts, job.losses, job.leased = attempts, losses, False
+        return [_mark(job)]
+
+    def returned(self, name: str) -> list[Action]:
+        """The broker has it no more."""
+        job = self._jobs[name]
+        actions: list[Action] = []
+        if job.leased:
+            job.leased = False
+            actions = [_mark(job)]
+        self._line_up(job, first=True)
+        return actions
+
+    def answered(self, answer: Answer, payload: Frames) -> list[Action]:
+        """The broker's answer to a job."""
+        job = self._jobs[answer.job]
+        self._set(job, State.ANSWERED)
+        job.answer = (answer, payload)
+        return [StoreAnswer(job.seq, answer, payload), *self.feed()]
+
+    # -- the spool --------------------------------------------------------------------------------------------------
+
+    def replied(self, reply: Reply, now: float) -> list[Action]:
+        """What follows from what the spool says."""
+        match reply:
+            case Usage():
+                self.usage = reply
+                return []
+            case Looked():
+                return self._looked(reply)
+            case Erased():
+                return [SendClient(reply.client, _erased(reply))]
+        job = self._by_seq.get(reply.seq)
+        if job is None:
+            return []  # forgotten
+        match reply:
+            case Kept():
+                self._line_up(job)
+                return [*self._accept(job), *self.feed()]
+            case Known():
+                self._remove(job)
+                waiters = self._take(job.waiters)
+                return [*self._accept(job), *(each for client in waiters for each in self._look(client, job.name))]
+            case NotKept():
+                self._remove(job)
+                return self._fail(job, Code.UNAVAILABLE, f"the spool cannot be written: {reply.reason}")
+            case Loaded():
+                return self._loaded(job, reply, now)
+            case NotLoaded():
+                return self._not_loaded(job, reply.reason)
+            case AnswerKept():
+                assert job.answer is not None
+                self._remove(job)
+                return [SendClient(client, *job.answer) for client in self._take(job.waiters)]
+
+    def end(self) -> list[Action]:
+        """The daemon ends: what is left is done by the next one, and whoever waits is told so."""
+        self._ended = True
+        actions: list[Action] = []
+        for job in self._jobs.values():
+            actions += [SendClient(client, _ending(job.name)) for client in self._owed_for(job)]
+        return actions
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _take_up(self, stored: Stored, now: float) -> None:
+        """A job that an earlier daemon left. If a worker had it, that worker is lost, as the broker counts it."""
+        attempts, losses = stored.attempts, stored.losses
+        if stored.leased:
+            attempts += attempts > 0 or losses >= UNPROVEN_LOSSES
+            losses += 1
+        job = Job(stored.seq, stored.name, stored.owner, stored.priority, stored.size, now, State.LOADING)
+        job.attempts, job.losses = attempts, losses
+        self._add(job)
+        self._line_up(job)
+
+    def _refusal(self, client: bytes, message: Submit, size: int) -> Failed | None:
+        if not self.max_bytes:
+            return _off(message.job)
+        unfit = self._broker.unfit(message.job, message.image, size)
+        if unfit is not None:
+            return unfit
+        reason = self._shortage(size) or self._greed(self._owned.get(client, Owned()), size)
+        return _busy(message.job, reason) if reason else None
+
+    def _shortage(self, size: int) -> str:
+        """What there is no room for; empty: nothing."""
+        storing, limits = self._states[State.STORING], self._broker.limits
+        if storing >= limits.max_jobs or (storing and self._storing_bytes + size > limits.max_bytes):
+            return f"{storing} jobs are on their way into the spool"
+        used = self.usage.bytes + self._storing_bytes
+        if used + size > self.max_bytes:
+            return f"the spool has {used} of {self.max_bytes} bytes (spool_bytes)"
+        return ""
+
+    def _greed(self, own: Owned, size: int) -> str:
+        """What of its owner's is too much for one; empty: nothing."""
+        limits = self._broker.limits
+        if own.jobs >= limits.max_jobs_per_client:
+            return f"this client has {own.jobs} durable jobs unanswered, as many as one client may"
+        if own.bytes + size > limits.max_bytes_per_client:
+            return f"this client has {own.bytes} bytes unanswered: one client may have {limits.max_bytes_per_client}"
+        if own.storing >= SHARE * (limits.max_jobs - self._states[State.STORING]):
+            return f"this client has {own.storing} jobs on their way into the spool: the last places are for others"
+        if own.bytes and own.bytes + size > self.max_bytes - self.usage.bytes - self._storing_bytes:
+            return f"this client has {own.bytes} bytes in the spool: the last are for others"
+        return ""
+
+    def _add(self, job: Job) -> None:
+        self._jobs[job.name] = self._by_seq[job.seq] = job
+        own = self._owned.setdefault(job.owner, Owned())
+        own.jobs, own.bytes = own.jobs + 1, own.bytes + job.size
+        own.storing += job.state is State.STORING
+        self._states[job.state] += 1
+        self._storing_bytes += job.size if job.state is State.STORING else 0
+
+    def _remove(self, job: Job) -> None:
+        del self._jobs[job.name]
+        del self._by_seq[job.seq]
+        own = self._owned[job.owner]
+        own.jobs, own.bytes = own.jobs - 1, own.bytes - job.size
+        own.storing -= job.state is State.STORING
+        if not own.jobs:
+            del self._owned[job.owner]
+        if job.state is State.SPOOLED:
+            self._lines[job.priority][job.owner].remove(job)
+            self._tidy(job.priority, job.owner)
+        self._states[job.state] -= 1
+        self._storing_bytes -= job.size if job.state is State.STORING else 0
+
+    def _set(self, job: Job, state: State) -> None:
+        self._storing_bytes -= job.size if job.state is State.STORING else 0
+        self._owned[job.owner].storing -= job.state is State.STORING
+        self._states[job.state] -= 1
+        self._states[state] += 1
+        job.state = state
+
+    def _line_up(self, job: Job, first: bool = False) -> None:
+        self._set(job, State.SPOOLED)
+        line = self._lines.setdefault(job.priority, OrderedDict()).setdefault(job.owner, deque())
+        line.appendleft(job) if first else line.append(job)
+
+    def _next(self) -> Job:
+        """Out of the line: the highest priority's next owner's first."""
+        priority = max(self._lines)
+        owners = self._lines[priority]
+        owner = next(iter(owners))
+        job = owners[owner].popleft()
+        owners.move_to_end(owner)
+        self._tidy(priority, owner)
+        return job
+
+    def _tidy(self, priority: int, owner: bytes) -> None:
+        if not self._lines[priority][owner]:
+            del self._lines[priority][owner]
+        if not self._lines[priority]:
+            del self._lines[priority]
+
+    def _accept(self, job: Job) -> list[Action]:
+        return [SendClient(client, Accepted(job=job.name)) for client in self._take(job.submitters)]
+
+    def _fail(self, job: Job, code: Code, reason: str) -> list[Action]:
+        """Tell whoever waits of a job that was not accepted."""
+        self._broker.outcomes[code] += 1
+        failed = Failed(job=job.name, code=code, reason=reason, retry_after_s=RETRY_S)
+        return [SendClient(client, failed) for client in self._owed_for(job)]
+
+    def _owe(self, owed: dict[bytes, None], client: bytes) -> None:
+        if client not in owed:
+            owed[client] = None
+            self._owed[client] += 1
+
+    def _settle(self, owed: dict[bytes, None], client: bytes) -> None:
+        if client in owed:
+            del owed[client]
+            self._owed[client] -= 1
+            if not self._owed[client]:
+                del self._owed[client]
+
+    def _take(self, owed: dict[bytes, None]) -> list[bytes]:
+        """All of them, who are owed nothing any more."""
+        clients = list(owed)
+        for client in clients:
+            self._settle(owed, client)
+        return clients
+
+    def _owed_for(self, job: Job) -> list[bytes]:
+        """Whoever waits for anything of this job, and is owed nothing any more."""
+        return list(dict.fromkeys(self._take(job.submitters) + self._take(job.waiters)))
+
+    def _loaded(self, job: Job, loaded: Loaded, now: float) -> list[Action]:
+        if not self._broker.room:
+            self._line_up(job, first=True)
+            return []
+        self._set(job, State.QUEUED)
+        return [*self._broker.adopt(loaded.message, loaded.payload, job.accepted, now, job.attempts, job.losses)]
+
+    def _not_loaded(self, job: Job, reason: str) -> list[Action]:
+        """Behind the others, and tried again; in the end it is damaged rather than the disk's bad moment."""
+        job.loads += 1
+        if job.loads < MOST_LOADS:
+            self._line_up(job)
+            return []
+        self._broker.outcomes[Code.UNAVAILABLE] += 1
+        text = f"its image cannot be read from the spool: {reason}"
+        return self.answered(Failed(job=job.name, code=Code.UNAVAILABLE, reason=text), ())
+
+    def _look(self, client: bytes, name: str) -> list[Action]:
+        if self._looks >= MOST_LOOKS:
+            return [SendClient(client, _busy(name, f"{self._looks} answers are being fetched"))]
+        self._looks += 1
+        return [Look(client, name)]
+
+    def _looked(self, looked: Looked) -> list[Action]:
+        self._looks -= 1
+        if looked.reason:
+            reason = f"the spool cannot be read: {looked.reason}"
+            failed = Failed(job=looked.name, code=Code.UNAVAILABLE, reason=reason, retry_after_s=RETRY_S)
+            return [SendClient(looked.client, failed)]
+        if looked.answer is None:
+            return [SendClient(looked.client, Failed(job=looked.name, code=Code.BAD_REQUEST, reason=_UNKNOWN))]
+        return [SendClient(looked.client, looked.answer, looked.payload)]
+
+    def check(self) -> None:
+        """Raise AssertionError when an invariant does not hold."""
+        assert {job.seq for job in self._jobs.values()} == self._by_seq.keys(), "a job has one name of two"
+        lined = [job for owners in self._lines.values() for line in owners.values() for job in line]
+        assert len(lined) == len({job.seq for job in lined}), "a job is in a line twice"
+        assert {job.seq for job in lined} == {
+            job.seq for job in self._jobs.values() if job.state is State.SPOOLED
+        }, "a job is lost, or in a line and elsewhere"
+        assert all(line for owners in self._lines.values() for line in owners.values()), "an empty line is kept"
+        assert +self._states == Counter(job.state for job in self._jobs.values()), "states are miscounted"
+        storing = sum(job.size for job in self._jobs.values() if job.state is State.STORING)
+        assert self._storing_bytes == storing, "bytes are miscounted"
+        for owner in {job.owner for job in self._jobs.values()} | self._owned.keys():
+            jobs = [job for job in self._jobs.values() if job.owner == owner]
+            on_the_way = sum(job.state is State.STORING for job in jobs)
+            counted = Owned(len(jobs), sum(job.size for job in jobs), on_the_way)
+            assert self._owned[owner] == counted, "what an owner has is miscounted"
+        owed = Counter(client for job in self._jobs.values() for client in [*job.submitters, *job.waiters])
+        assert owed == self._owed, "what is owed is miscounted"
+        for job in self._jobs.values():
+            assert not job.submitters or job.state is State.STORING, "a job is in the spool and not accepted"
+            assert (job.answer is None) == (job.state is not State.ANSWERED), "an answer is nowhere"
+
+
+_UNKNOWN = "no durable job of this name: it was never accepted, or was forgotten, or its time was over (spool_keep_s)"
+
+
+def _stored(job: Job) -> Stored:
+    return Stored(seq=job.seq, name=job.name, owner=job.owner, priority=job.priority, size=job.size)
+
+
+def _mark(job: Job) -> Mark:
+    return Mark(job.seq, job.attempts, job.losses, job.leased)
+
+
+def _off(name: str) -> Failed:
+    reason = "durable jobs are off: name a spool in the daemon's settings (spool: PATH)"
+    return Failed(job=name, code=Code.BAD_REQUEST, reason=reason)
+
+
+def _busy(name: str, reason: str) -> Failed:
+    return Failed(job=name, code=Code.BUSY, reason=reason, retry_after_s=RETRY_S)
+
+
+def _ending(name: str) -> Failed:
+    return Failed(job=name, code=Code.DRAINING, reason="the daemon is stopping", retry_after_s=RETRY_S)
+
+
+def _erased(erased: Erased) -> Forgotten | Failed:
+    if not erased.reason:
+        return Forgotten(job=erased.name)
+    reason = f"the spool cannot be written: {erased.reason}"
+    return Failed(job=erased.name, code=Code.UNAVAILABLE, reason=reason, retry_after_s=RETRY_S)

@@ -1,0 +1,92 @@
+"""Regions of shared memory: which are open, and what may become one. Pure; `blendmaskd.shell.shared_memory` does the
+rest.
+
+A region counts in full, although its pages take memory only when its client writes to them: the bound holds whatever
+the clients do. No region and no process gets more than a share, so that one cannot take all.
+"""
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from blendmaskd.protocol import OpenRegion, Place
+
+MOST_REGIONS = 256  # each is two descriptors of the daemon's and a mapping in each worker
+SHARES = 4  # of all bytes a region, and of all regions a process, is at most one part in so many
+PAGE = 4096
+
+
+class RegionError(RuntimeError):
+    """Shared memory that cannot be had, or read; the text says why, `left` how many bytes could be had instead."""
+
+    def __init__(self, reason: str, left: int = 0) -> None:
+        super().__init__(reason)
+        self.left = left
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A memory file that a client handed over, as the kernel describes it."""
+
+    descriptor: int  # the daemon's
+    inode: int
+    bytes: int
+    seals: int
+    page_bytes: int
+    pid: int  # of its client; 0: of another namespace
+
+
+class Regions:
+    """All regions that are open, by name. `max_bytes` bounds their sum; 0: there are none."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._regions: dict[str, Memory] = {}
+
+    def __len__(self) -> int:
+        return len(self._regions)
+
+    def __iter__(self) -> Iterator[OpenRegion]:
+        """What a worker must know of each."""
+        for name in self._regions:
+            yield self.opening(name)
+
+    @property
+    def bytes(self) -> int:
+        """Of all that are open."""
+        return sum(memory.bytes for memory in self._regions.values())
+
+    def opening(self, name: str) -> OpenRegion:
+        memory = self._regions[name]
+        return OpenRegion(region=name, descriptor=memory.descriptor, inode=memory.inode, bytes=memory.bytes)
+
+    def add(self, name: str, memory: Memory) -> None:
+        """Open a region. Raises `RegionError` when this memory cannot be one."""
+        if not self.max_bytes:
+            raise RegionError("shared memory is off (shared_memory_bytes: 0)")
+        if not memory.seals & fcntl.F_SEAL_SHRINK:
+            raise RegionError("the memory is not sealed against shrinking (F_SEAL_SHRINK): workers could not map it")
+        if memory.page_bytes != PAGE:
+            raise RegionError("huge pages: reading where none is left would kill a worker")
+        if memory.bytes < 1:
+            raise RegionError("the memory has no bytes")
+        siblings = sum(other.pid == memory.pid for other in self._regions.values()) if memory.pid else 0
+        if len(self) >= MOST_REGIONS or siblings >= MOST_REGIONS // SHARES:
+            raise RegionError(f"all {MOST_REGIONS} regions, or the {MOST_REGIONS // SHARES} of a process, are taken")
+        left = max(min(self.max_bytes - self.bytes, self.max_bytes // SHARES), 0)
+        if memory.bytes > left:
+            raise RegionError(f"{memory.bytes} bytes: {left} are left for a region (shared_memory_bytes)", left)
+        self._regions[name] = memory
+
+    def remove(self, name: str) -> None:
+        del self._regions[name]
+
+    def complaint(self, place: Place) -> str | None:
+        """Why an image cannot lie there; None: it can."""
+        region = self._regions.get(place.region)
+        if region is None:
+            return f"region {place.region!r}: there is none of that name, or it has ended"
+        if place.offset + place.bytes > region.bytes:
+            return f"{place.bytes} bytes at {place.offset}: the region has {region.bytes}"
+        return None

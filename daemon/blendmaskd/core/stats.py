@@ -1,0 +1,220 @@
+"""Stats: what was served, by device and together. Pure: reports and answers in, a snapshot out.
+
+Workers report each second how many images they finished and how long the device was busy since their last report.
+The FPS of a device are the images in the reports of the last `window_s`, over the time that those reports span, up to
+now if they have stopped: an idle device has 0, a silent one falls to 0. **combined FPS = the sum of the devices' FPS**,
+exactly: each is rounded to 0.01 first.
+
+The shell takes one snapshot per second. It has a sequence number, and is what `stats` clients, Prometheus and the
+systemd status line all show, so that they agree. Its form::
+
+    {"seq", "time", "started" (both Unix), "engine", "window_s", "combined_fps", "degraded", "draining",
+     "serving" (devices that can serve), "queue": {"jobs", "bytes", "max_jobs", "max_bytes"}, "leased",
+     "regions": {"count", "bytes"} (shared memory), "answered", "failures": {code: n},
+     "spool": {"jobs", "answers", "bytes", "max_bytes", "trouble" (why it cannot be written, or empty)} or None,
+     "recent_failures": [{"time" (Unix), "job", "code", "reason"}] (newest first),
+     "stages": {stage: {"buckets": [cumulative counts at STAGE_BOUNDS_S], "count", "sum"}},
+     "latency": {"count", "p50", "p99" (seconds; None: no answer), "stages": {stage: mean seconds}} (of the window),
+     "last_image": {"device", "time"} or None,
+     "devices": [{"device", "slot", "generation", "pid", "state", "reason", "fps", "images", "busy_seconds",
+                  "busy_share", "restarts", "memory_bytes", "device_memory_bytes", "shapes",
+                  "wanted": {"cpus", "task_queue", "preload", "env"}, "actual": {...}}]}
+"""
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from blendmaskd.protocol import Report
+
+STAGES = ("queue", "decode", "wait", "device", "finish", "send", "total")
+STAGE_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+FRESH_S = 2.5  # a report older than this is no longer the present
+RESOLUTION = 1.04  # latencies are told apart when one is this many times the other
+FAILURES_OF_A_CODE, FAILURES = 5, 20  # that are remembered: a flood of `busy` must not wash the others away
+LONGEST_TEXT = 160  # of what is remembered of a failure: a snapshot is the header of one message
+
+
+@dataclass(slots=True)
+class DeviceStats:
+    """Counters of one device over all generations, and the window of its present worker."""
+
+    images: int = 0
+    busy_s: float = 0.0
+    window: deque[Report] = field(default_factory=deque)
+
+    def add(self, report: Report) -> None:
+        self.images += report.images
+        self.busy_s += report.busy_s
+        self.window.append(report)
+
+    def rates(self, now: float, window_s: float) -> tuple[float, float]:
+        """Images per second and busy share (0 to 1) over the window."""
+        while self.window and self.window[0].end <= now - window_s:
+            self.window.popleft()
+        if not self.window:
+            return 0.0, 0.0
+        newest = self.window[-1].end
+        end = newest if now - newest < FRESH_S else now
+        span = max(end - self.window[0].start, 1e-9)
+        images = sum(report.images for report in self.window)
+        busy = sum(report.busy_s for report in self.window)
+        return images / span, min(busy / span, 1.0)
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Seconds, counted by `STAGE_BOUNDS_S`; the last bucket is everything above."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(STAGE_BOUNDS_S) + 1))
+    sum: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(STAGE_BOUNDS_S, seconds)] += 1
+        self.sum += seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"buckets": list(accumulate(self.counts)), "count": sum(self.counts), "sum": self.sum}
+
+
+@dataclass(slots=True)
+class Second:
+    """The answers between two snapshots."""
+
+    end: float = math.inf
+    totals: Counter[int] = field(default_factory=Counter)  # by the power of `RESOLUTION` that is just above
+    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds by stage
+
+
+class Latency:
+    """How long the answers of the last `window_s` took."""
+
+    def __init__(self) -> None:
+        self._past: deque[Second] = deque()
+        self._present = Second()
+
+    def add(self, timings: Mapping[str, float]) -> None:
+        total = timings.get("total", 0.0)
+        self._present.totals[math.ceil(math.log(max(total, 1e-6), RESOLUTION))] += 1
+        sums = self._present.sums
+        for stage, seconds in timings.items():
+            sums[stage] += seconds
+
+    def take(self, now: float, window_s: float) -> dict[str, Any]:
+        """The window up to now; see `latency` in the module."""
+        self._present.end = now
+        self._past.append(self._present)
+        self._present = Second()
+        while self._past[0].end <= now - window_s:
+            self._past.popleft()
+        totals: Counter[int] = Counter()
+        sums: defaultdict[str, float] = defaultdict(float)
+        for second in self._past:
+            totals.update(second.totals)
+            for stage, seconds in second.sums.items():
+                sums[stage] += seconds
+        count = totals.total()
+        ordered = sorted(totals.items())
+        return {
+            "count": count,
+            "p50": _quantile(ordered, count * 0.5),
+            "p99": _quantile(ordered, count * 0.99),
+            "stages": {stage: sums[stage] / count for stage in STAGES if stage in sums},
+        }
+
+
+def _quantile(ordered: Iterable[tuple[int, int]], rank: float) -> float | None:
+    """The upper bound of the bucket that holds the `rank`-th latency, in seconds; None when there is none."""
+    for power, count in ordered:
+        rank -= count
+        if rank <= 0:
+            return float(f"{RESOLUTION**power:.3g}")
+    return None
+
+
+class Stats:
+    """See the module."""
+
+    def __init__(self, window_s: float) -> None:
+        self.window_s = window_s
+        self._seq = 0
+        self._devices: dict[str, DeviceStats] = {}
+        self._stages = {stage: Histogram() for stage in STAGES}
+        self._latency = Latency()
+        self._failures: dict[str, deque[dict[str, Any]]] = {}
+
+    def report(self, device: str, report: Report) -> None:
+        self._devices.setdefault(device, DeviceStats()).add(report)
+
+    def answered(self, timings: Mapping[str, float]) -> None:
+        for stage, seconds in timings.items():
+            if stage in self._stages:
+                self._stages[stage].observe(seconds)
+        self._latency.add(timings)
+
+    def failed(self, unix_time: float, job: str, code: str, reason: str) -> None:
+        """Remember a failure for people to look at; the counts are the broker's."""
+        failures = self._failures.setdefault(code, deque(maxlen=FAILURES_OF_A_CODE))
+        failures.append(
+            {"time": unix_time, "job": job[:LONGEST_TEXT], "code": str(code), "reason": reason[:LONGEST_TEXT]}
+        )
+
+    def lost(self, device: str) -> None:
+        """The device's worker is gone: what it did is no rate any more."""
+        if device in self._devices:
+            self._devices[device].window.clear()
+
+    def snapshot(
+        self, now: float, unix_time: float, slots: Iterable[Mapping[str, Any]], **totals: Any
+    ) -> dict[str, Any]:
+        """The next snapshot. `slots` and `totals` bring what broker and supervisor know, under the keys above."""
+        self._seq += 1
+        devices = [{**slot, **self._device(slot["device"], now)} for slot in slots]
+        serving = sum(device["state"] == "ready" for device in devices)
+        return {
+            "seq": self._seq,
+            "time": unix_time,
+            "window_s": self.window_s,
+            "combined_fps": round(sum(device["fps"] for device in devices), 2),
+            "degraded": serving < len(devices),
+            "serving": serving,
+            "stages": {stage: histogram.as_dict() for stage, histogram in self._stages.items()},
+            "latency": self._latency.take(now, self.window_s),
+            "recent_failures": self._recent_failures(),
+            "devices": devices,
+            **totals,
+        }
+
+    def _recent_failures(self) -> list[dict[str, Any]]:
+        kept = [failure for failures in self._failures.values() for failure in failures]
+        return sorted(kept, key=lambda failure: -failure["time"])[:FAILURES]
+
+    def _device(self, device: str, now: float) -> dict[str, Any]:
+        stats = self._devices.get(device, DeviceStats())
+        fps, busy_share = stats.rates(now, self.window_s)
+        newest = stats.window[-1] if stats.window else None
+        return {
+            "fps": round(fps, 2),
+            "images": stats.images,
+            "busy_seconds": stats.busy_s,
+            "busy_share": round(busy_share, 4),
+            "memory_bytes": newest.memory_bytes if newest else 0,
+            "device_memory_bytes": newest.device_memory_bytes if newest else 0,
+            "shapes": [list(shape) for shape in newest.shapes] if newest else [],
+        }
+
+
+def status_line(snapshot: Mapping[str, Any]) -> str:
+    """One line for people: `98.17 FPS = npu:0 49.10 + npu:1 49.07, 3 waiting, seq 17`."""
+    devices = snapshot["devices"]
+    parts = " + ".join(f"{device['device']} {device['fps']:.2f}" for device in devices)
+    line = f"{snapshot['combined_fps']:.2f} FPS = {parts}, {snapshot['queue']['jobs']} waiting, seq {snapshot['seq']}"
+    down = [f"{device['device']} {device['state']}" for device in devices if device["state"] != "ready"]
+    if down:
+        line += f"; {'degraded' if snapshot['serving'] else 'not serving'}: {', '.join(down)}"
+    return line

@@ -1,0 +1,340 @@
+"""Supervisor: keeps one worker process in each slot. Pure: events and `now` in, actions out.
+
+A slot is a configured device; a generation is one life of its worker. The state of a slot:
+
+========  ==========================================  =======================================================
+state     meaning                                     leaves by
+========  ==========================================  =======================================================
+STARTING  spawned, loading and warming up             `ready`; `exited`; its start deadline: killed
+READY     serving                                     `exited`; `evict`: killed; `reload`, `drain`: STOPPING
+STOPPING  told to stop, or being killed               `exited`; its deadline: the next, harder signal
+BACKOFF   dead; waits until its delay is over         its delay: STARTING
+FAILED    died too often, or cannot boot at all       `reload`: STARTING
+ENDED     stopped for good: drained, or taken out     nothing
+========  ==========================================  =======================================================
+
+A worker that has to go is first asked (`Stop`, through the broker's socket, so that it finishes what it holds), then
+aborted (SIGABRT, which dumps its stacks), then killed. Deaths in a row double the delay up to a longest one; after
+`give_up_after` of them the slot is FAILED. A worker that served for `stable_s` starts the count anew. Deaths that an
+image is to blame for do not count: as far as that shows at once, they are `blameless`; else they are taken off later.
+
+A reload replaces workers one at a time: the next one is asked to stop when no slot is on its way. It is tried until a
+worker has become ready by the new settings. If a slot that had not failed before fails for good until then, they are
+`refuted`, and nothing more is replaced until `undo`. Slots that had failed before, or are new, are passed by.
+"""
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from blendmaskd.settings import Restarts
+
+EXIT_CANNOT_BOOT = 78  # sysexits' EX_CONFIG: starting again cannot help
+
+
+class State(Enum):
+    """See the module's table."""
+
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+    BACKOFF = "backoff"
+    FAILED = "failed"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Start a worker of this generation in this slot."""
+
+    slot: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Ask this worker to finish what it holds and exit."""
+
+    slot: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Send this signal to the worker's process."""
+
+    slot: str
+    generation: int
+    signal: signal.Signals
+
+
+Action = Spawn | Stop | Kill
+
+
+class InvalidTransition(RuntimeError):
+    """An event that this state cannot have: a fault of ours."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """One configured device. `name` is the device's."""
+
+    name: str
+    state: State = State.BACKOFF
+    generation: int = 0
+    deadline: float | None = None  # of STARTING, STOPPING and BACKOFF
+    next_signal: signal.Signals | None = None  # what STOPPING does at its deadline
+    ready_since: float | None = None
+    failures: int = 0  # in a row
+    restarts: int = 0  # spawns after the first, replacements by reload not counted
+    stale: bool = False  # a reload is to replace its worker
+    was_up: bool = False  # or on its way, when the last reload came: its failure speaks against the new settings
+    ending: bool = False  # its worker is the last
+    wanted_down: bool = False  # it stops because we asked
+    reason: str = ""  # why it is where it is, for people
+
+    @property
+    def running(self) -> bool:
+        return self.state in (State.STARTING, State.READY, State.STOPPING)
+
+
+class Supervisor:
+    """See the module. `check()` states the invariants; tests call it after every step."""
+
+    def __init__(self, devices: Iterable[str], restarts: Restarts, drain_s: float) -> None:
+        self.slots = {device: Slot(device) for device in devices}
+        self.restarts = restarts
+        self.drain_s = drain_s
+        self.draining = False
+        self.trying = False  # a reload by whose settings no worker has become ready yet
+        self.refuted = ""  # why none will, for people
+
+    # -- what the shell may ask -------------------------------------------------------------------------------------
+
+    @property
+    def settled(self) -> bool:
+        """Whether no slot is on its first way up: what systemd waits for, together with one READY slot."""
+        return not any(
+            slot.state is State.STARTING or (slot.state is State.BACKOFF and slot.failures <= 1)
+            for slot in self.slots.values()
+        )
+
+    @property
+    def listed(self) -> list[Slot]:
+        """All but those that a reload has taken out."""
+        return [slot for slot in self.slots.values() if self.draining or slot.state is not State.ENDED]
+
+    @property
+    def ready_slots(self) -> int:
+        return sum(slot.state is State.READY for slot in self.slots.values())
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no slot can serve, now or after a restart."""
+        return all(slot.state in (State.FAILED, State.ENDED) for slot in self.slots.values())
+
+    @property
+    def ended(self) -> bool:
+        return all(slot.state is State.ENDED for slot in self.slots.values())
+
+    @property
+    def reloading(self) -> bool:
+        return any(slot.stale or slot.wanted_down for slot in self.slots.values())
+
+    def is_current(self, name: str, generation: int) -> bool:
+        """Whether this generation is the slot's living one."""
+        slot = self.slots.get(name)
+        return slot is not None and slot.generation == generation and slot.running
+
+    # -- events -----------------------------------------------------------------------------------------------------
+
+    def start(self, now: float) -> list[Action]:
+        return [self._spawn(slot, now) for slot in self.slots.values()]
+
+    def ready(self, name: str, generation: int, now: float) -> list[Action]:
+        """A worker is loaded and warm. Ignored from a worker that is being killed."""
+        slot = self.slots[name]
+        if slot.generation != generation or slot.state is not State.STARTING:
+            return []
+        slot.state, slot.deadline, slot.ready_since, slot.reason = State.READY, None, now, ""
+        self.trying = False
+        return self._replace_next(now)
+
+    def evict(self, name: str, generation: int, reason: str, now: float) -> list[Action]:
+        """A worker hangs: abort it, also while it is asked to stop."""
+        slot = self.slots[name]
+        asked = slot.state is State.STOPPING and slot.next_signal is signal.SIGABRT
+        if slot.generation != generation or not (asked or slot.state in (State.STARTING, State.READY)):
+            return []
+        slot.reason = reason
+        return self._abort(slot, now)
+
+    def exited(self, name: str, generation: int, how: str, code: int, blameless: bool, now: float) -> list[Action]:
+        """A worker's process is gone. `blameless`: it died of an image that had killed another worker before."""
+        slot = self.slots[name]
+        if slot.generation != generation or not slot.running:
+            raise InvalidTransition(f"{name}.{generation} exited in {slot}")
+        if slot.ready_since is not None and now - slot.ready_since >= self.restarts.stable_s:
+            slot.failures = 0
+        asked, slot.wanted_down = slot.wanted_down, False
+        slot.next_signal = slot.deadline = slot.ready_since = None
+        slot.stale = False  # its next life is new anyway
+        if slot.ending:
+            slot.state = State.ENDED
+        elif asked:
+            return [self._spawn(slot, now)]
+        elif code == EXIT_CANNOT_BOOT:
+            slot.state, slot.reason = State.FAILED, f"cannot boot: {how}"
+        else:
+            slot.failures += not blameless
+            self._back_off(slot, how, now)
+        if slot.state is State.FAILED and slot.was_up and self.trying:
+            self.trying, self.refuted = False, f"{slot.name}: {slot.reason}"
+        return self._replace_next(now)
+
+    def acquit(self, name: str) -> None:
+        """An image was to blame for a death that was counted: it was found out on a later one."""
+        slot = self.slots.get(name)
+        if slot is not None and slot.state is not State.FAILED:
+            slot.failures = max(slot.failures - 1, 0)
+
+    def reload(self, devices: Iterable[str], restarts: Restarts, now: float) -> list[Action]:
+        """Replace every worker, one at a time; add and take out slots as the device list says."""
+        for slot in self.slots.values():
+            slot.was_up = slot.state not in (State.FAILED, State.ENDED)
+        actions = self._renew(devices, restarts, now)
+        self.trying = True
+        return actions + self._replace_next(now)
+
+    def undo(self, devices: Iterable[str], restarts: Restarts, now: float) -> list[Action]:
+        """Back to what was before a reload that is refuted: workers that serve, serve by that."""
+        actions = self._renew(devices, restarts, now)
+        self.stop_replacing()
+        return actions
+
+    def stop_replacing(self) -> None:
+        """Workers that serve now are left as they are."""
+        for slot in self.slots.values():
+            slot.stale = False
+
+    def drain(self, now: float) -> list[Action]:
+        """Every worker finishes what it holds, and none is started any more."""
+        self.draining, self.refuted = True, ""
+        return [action for slot in self.slots.values() for action in self._end(slot, now)]
+
+    def expire(self, now: float) -> list[Action]:
+        """Do what is due."""
+        actions: list[Action] = []
+        for slot in self.slots.values():
+            if slot.deadline is None or now < slot.deadline:
+                continue
+            if slot.state is State.BACKOFF:
+                slot.restarts += 1
+                actions.append(self._spawn(slot, now))
+            elif slot.state is State.STARTING:
+                slot.reason = f"not ready within {self.restarts.start_timeout_s:g} s"
+                actions += self._abort(slot, now)
+            else:
+                actions += self._harder(slot, now)
+        return actions
+
+    def next_deadline(self) -> float | None:
+        return min((slot.deadline for slot in self.slots.values() if slot.deadline is not None), default=None)
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _renew(self, devices: Iterable[str], restarts: Restarts, now: float) -> list[Action]:
+        """Go by these from now on. What is loaded by others is stale, what is on its way begins anew."""
+        self.restarts, self.refuted = restarts, ""
+        wanted = list(devices)
+        actions: list[Action] = []
+        for name in wanted:
+            slot = self.slots.get(name)
+            if slot is None or slot.state is State.ENDED:
+                generation = slot.generation if slot else 0
+                self.slots[name] = Slot(name, generation=generation)
+                actions.append(self._spawn(self.slots[name], now))
+                continue
+            slot.failures = 0
+            if slot.state in (State.BACKOFF, State.FAILED):
+                actions.append(self._spawn(slot, now))
+            elif slot.state is State.STARTING:
+                actions += self._restart_starting(slot, now)
+            elif slot.state is State.READY:
+                slot.stale = True
+            else:
+                slot.ending = False  # STOPPING: its next life is new anyway
+        for slot in self.slots.values():
+            if slot.name not in wanted:
+                actions += self._end(slot, now)
+        return actions
+
+    def _spawn(self, slot: Slot, now: float) -> Spawn:
+        slot.state, slot.generation = State.STARTING, slot.generation + 1
+        slot.deadline = now + self.restarts.start_timeout_s
+        return Spawn(slot.name, slot.generation)
+
+    def _stop(self, slot: Slot, now: float) -> list[Action]:
+        slot.state, slot.wanted_down, slot.stale = State.STOPPING, True, False
+        slot.deadline, slot.next_signal = now + self.drain_s, signal.SIGABRT
+        return [Stop(slot.name, slot.generation)]
+
+    def _abort(self, slot: Slot, now: float) -> list[Action]:
+        slot.state, slot.next_signal, slot.stale = State.STOPPING, signal.SIGABRT, False
+        return self._harder(slot, now)
+
+    def _harder(self, slot: Slot, now: float) -> list[Action]:
+        assert slot.next_signal is not None
+        kill = Kill(slot.name, slot.generation, slot.next_signal)
+        slot.deadline, slot.next_signal = now + self.restarts.stop_s, signal.SIGKILL
+        return [kill]
+
+    def _restart_starting(self, slot: Slot, now: float) -> list[Action]:
+        """It loads what is no longer wanted; nobody would miss it."""
+        slot.wanted_down = True
+        slot.state, slot.next_signal = State.STOPPING, signal.SIGKILL
+        return self._harder(slot, now)
+
+    def _end(self, slot: Slot, now: float) -> list[Action]:
+        slot.ending = True
+        slot.stale = False
+        if slot.state is State.READY:
+            return self._stop(slot, now)
+        if slot.state is State.STARTING:
+            return self._restart_starting(slot, now)
+        if slot.state in (State.BACKOFF, State.FAILED):
+            slot.state, slot.deadline = State.ENDED, None
+        return []
+
+    def _back_off(self, slot: Slot, how: str, now: float) -> None:
+        if slot.failures >= self.restarts.give_up_after:
+            slot.state, slot.reason = State.FAILED, f"died {slot.failures} times in a row; the last time {how}"
+            return
+        doubled = self.restarts.first_delay_s * 2.0 ** max(slot.failures - 1, 0)
+        slot.state, slot.reason = State.BACKOFF, how
+        slot.deadline = now + min(doubled, self.restarts.longest_delay_s)
+
+    def _replace_next(self, now: float) -> list[Action]:
+        """The next stale worker is asked to stop, if every other slot is where it will stay for a while."""
+        if self.refuted:
+            return []
+        moving = (State.STARTING, State.STOPPING, State.BACKOFF)  # BACKOFF: perhaps what is new does not work
+        if any(slot.state in moving for slot in self.slots.values()):
+            return []
+        stale = next((slot for slot in self.slots.values() if slot.stale), None)
+        return [] if stale is None else self._stop(stale, now)
+
+    def check(self) -> None:
+        """Raise AssertionError when an invariant does not hold."""
+        for slot in self.slots.values():
+            timed = slot.state in (State.STARTING, State.STOPPING, State.BACKOFF)
+            assert (slot.deadline is not None) == timed, slot
+            assert (slot.ready_since is not None) <= (slot.state in (State.READY, State.STOPPING)), slot
+            assert slot.next_signal is None or slot.state is State.STOPPING, slot
+            assert slot.state is not State.STOPPING or slot.next_signal is not None, slot
+            assert slot.failures <= self.restarts.give_up_after, slot
+            assert not (self.draining and slot.state in (State.READY, State.STARTING, State.BACKOFF)), slot
+            assert not slot.stale or slot.state is State.READY, slot
+        assert not (self.refuted and (self.trying or self.draining)), self.refuted

@@ -1,0 +1,1 @@
+"""What an encoded image says of its pixels, read right or refused by name, within bounds."""

@@ -1,0 +1,1 @@
+"""Programs for people, and what only they share."""

@@ -1,0 +1,338 @@
+"""Submit images to a running daemon, and keep its answers.
+
+    python scripts/submit.py ipc:///run/blendmaskd/client.sock photos/ --out results/
+    python scripts/submit.py tcp://host:5555 'val2017/*.jpg' --out results/ --annotations instances_val2017.json
+
+    python scripts/submit.py ipc:///run/blendmaskd/client.sock photos/ --out results/ --resume
+
+Leaves in --out an overlay for each image (NAME.jpg), results.json, the list of all COCO results, and journal.jsonl,
+every answer as it came. Images are files, folders (the images right in them) and quoted globs (** goes into folders).
+
+--annotations gives each image the id that COCO annotations give its name, of the same type, so that pycocotools reads
+results.json against that file. Images that would get one id are refused.
+
+--resume continues a run that ended early, however it did: the same images and options again. What is answered is not
+submitted again, unless its file was changed since; failed images are tried again, missing overlays drawn; but not an
+image that failed as worker-lost: workers died with it, and the daemon has tried it again itself. It stays failed
+unless --retry-lost is given too. Where there is nothing to continue it begins. Without --resume a run begins anew, but
+never over answers of an unfinished one.
+
+Exit codes: 0 all done · 1 an image failed, listed at the end · 2 wrong arguments · 3 no daemon · 4 --out cannot be
+written, as on a full disk · 130 Ctrl-C. Once images were submitted results.json is written however the run ends, with
+what there is.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from blendmaskd.client.blocking import Client, JobFailed, Segmentation
+from blendmaskd.images import decoding as images
+from blendmaskd.images.quiet import quiet
+from blendmaskd.programs import overlay, photographs, program
+from blendmaskd.programs.journal import Journal, Stamp, given_up, stamp, unchanged
+from blendmaskd.programs.program import Failure, Interruptible, OutputError, UsageError
+from blendmaskd.programs.sources import Source, plan
+from blendmaskd.protocol import Code
+
+JOURNAL = "journal.jsonl"
+OVERLAY_THREADS = 2  # beside the one that keeps the daemon fed
+
+
+@dataclass(slots=True)
+class Run:
+    """What came of a run so far."""
+
+    journal: Journal
+    started: float = field(default_factory=time.monotonic)
+    results: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # by place
+    failures: list[Failure] = field(default_factory=list)
+    images: Counter[str] = field(default_factory=Counter)  # by device
+    before: int = 0  # images that an earlier run did
+    interrupted: bool = False  # by Ctrl-C
+    trouble: str = ""  # why nothing more can be kept
+    seconds: float = 0.0  # until the last answer
+
+    def take(self, source: Source, stamp: Stamp, answer: Segmentation | JobFailed) -> None:
+        """Keep an answer. Raises `OutputError`."""
+        self.seconds = time.monotonic() - self.started
+        if isinstance(answer, JobFailed):
+            self.failures.append(Failure(source.path, answer.code.value, answer.reason))
+            self.journal.failed(source.place, stamp, answer.code.value, answer.reason)
+            return
+        self.journal.answered(source.place, stamp, answer.device, answer.detections)
+        self.images[answer.device] += 1
+        self._keep(source, answer.detections)
+
+    def recall(self, source: Source) -> None:
+        """What the journal has of it."""
+        self.before += 1
+        self._keep(source, self.journal.contents.answers[source.place].detections)
+
+    def recall_failure(self, source: Source) -> None:
+        """What the journal has of it."""
+        failed = self.journal.contents.failed[source.place]
+        self.failures.append(Failure(source.path, failed.code, failed.reason))
+
+    def _keep(self, source: Source, detections: list[dict[str, Any]]) -> None:
+        named = {"image_id": source.image_id, "file_name": source.file_name}
+        self.results[source.place] = [{**named, **detection} for detection in detections]
+
+    def ordered(self) -> list[dict[str, Any]]:
+        """All results in the order of the images."""
+        return [result for _, results in sorted(self.results.items()) for result in results]
+
+    def summary(self) -> str:
+        """Images and FPS of each device and of all together."""
+        lines = [f"{self.before} images were done before"] if self.before else []
+        lines += [
+            f"{device}: {images} images, {images / self.seconds:.2f} FPS"
+            for device, images in sorted(self.images.items())
+        ]
+        done = self.images.total()
+        combined = done / self.seconds if done else 0.0
+        return "\n".join([*lines, f"combined: {done} images in {self.seconds:.1f} s, {combined:.2f} FPS"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
+    return program.guarded("submit", lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    quiet()
+    sources = plan(photographs.find(arguments.images), arguments.out, arguments.annotations)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out: {error}") from None
+    named = [(source.file_name, source.image_id) for source in sources]
+    journal = Journal(arguments.out / JOURNAL, named, _options(arguments))
+    with journal.open(resume=arguments.resume, anew=arguments.anew):
+        run = Run(journal)
+        left = _recall(run, sources, retry_lost=arguments.retry_lost)
+        if left:
+            with program.connect(arguments) as client:
+                submit(client, run, sources, left, arguments)
+        else:
+            submit(None, run, sources, left, arguments)
+    _tell(run, sources)
+    if run.trouble:
+        return program.EXIT_OUTPUT
+    if run.interrupted:
+        return program.EXIT_INTERRUPTED
+    return program.EXIT_FAILED if run.failures else 0
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those that an answer depends on."""
+    return {name: getattr(arguments, name) for name in ("score_threshold", "max_detections", "mask_format")}
+
+
+def _recall(run: Run, sources: Sequence[Source], *, retry_lost: bool) -> list[Source]:
+    """Take over what the journal has; returns what is left to submit."""
+    contents, paths = run.journal.contents, [source.path for source in sources]
+    answered = set(unchanged(contents, paths))
+    lost = set() if retry_lost else set(given_up(contents, paths))
+    for place in answered:
+        run.recall(sources[place])
+    for place in sorted(lost):
+        run.recall_failure(sources[place])
+    return [source for source in sources if source.place not in answered | lost]
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def submit(
+    client: Client | None, run: Run, sources: Sequence[Source], left: Sequence[Source], arguments: argparse.Namespace
+) -> None:
+    """Submit what is left, and write results.json and the overlays. Without anything left no client is needed."""
+    with _progress() as progress, ThreadPoolExecutor(OVERLAY_THREADS) as pool:
+        overlays = Overlays(run, pool, wanted=arguments.overlays)
+        overlays.catch_up(sources)
+        task = progress.add_task("", total=len(left))
+        try:
+            if client is not None:
+                with contextlib.closing(_answers(client, left, arguments, run)) as answers, Interruptible() as ctrl_c:
+                    while (answered := ctrl_c.wait(lambda: next(answers, None))) is not None:
+                        source, stamp, answer = answered
+                        run.take(source, stamp, answer)
+                        if isinstance(answer, Segmentation):
+                            overlays.draw(source, answer.detections)
+                        overlays.collect()
+                        progress.update(task, advance=1, description=_failed_so_far(run))
+        except KeyboardInterrupt:
+            run.interrupted = True
+        except OutputError as error:
+            run.trouble = str(error)
+        finally:
+            _write_results(run, arguments.out / "results.json")
+        overlays.finish()
+
+
+def _write_results(run: Run, path: Path) -> None:
+    try:
+        program.write_json(path, run.ordered())
+    except OSError as error:
+        run.trouble = run.trouble or f"{path}: {error.strerror}"
+
+
+def _answers(
+    client: Client, sources: Sequence[Source], arguments: argparse.Namespace, run: Run
+) -> Generator[tuple[Source, Stamp, Segmentation | JobFailed], None, None]:
+    """Each image with its answer, in order. When no answer comes any more, what is left is put among the failures."""
+    left = deque(sources)
+    stamps: deque[Stamp] = deque()
+
+    def paths() -> Iterator[Path]:
+        for source in sources:
+            stamps.append(stamp(source.path))  # before it is read: what is changed in between is not taken for done
+            yield source.path
+
+    answers = client.map(paths(), window=arguments.window, on_error="return", **_options(arguments))
+    with contextlib.closing(answers):
+        try:
+            for answer in answers:
+                yield left.popleft(), stamps.popleft(), answer
+        except TimeoutError as error:
+            run.failures += [Failure(source.path, "no-answer", str(error)) for source in left]
+
+
+class Overlays:
+    """The overlays of a run, drawn by threads of `pool`; `wanted` false: none are."""
+
+    def __init__(self, run: Run, pool: ThreadPoolExecutor, *, wanted: bool) -> None:
+        self._run = run
+        self._pool = pool
+        self._wanted = wanted
+        self._drawing: deque[tuple[Source, Future[None]]] = deque()
+
+    def draw(self, source: Source, detections: Sequence[dict[str, Any]]) -> None:
+        if self._wanted:
+            self._drawing.append((source, self._pool.submit(draw_overlay, source, detections)))
+
+    def catch_up(self, sources: Sequence[Source]) -> None:
+        """Draw what an earlier run did not come to, and what is gone since."""
+        contents = self._run.journal.contents
+        for place in sorted(self._run.results):
+            if place not in contents.drawn or not sources[place].overlay.is_file():
+                self.draw(sources[place], contents.answers[place].detections)
+
+    def collect(self) -> None:
+        """Take note of those that are done. Raises `OutputError` when the disk is full."""
+        while self._drawing and self._drawing[0][1].done():
+            self._note(*self._drawing.popleft())
+
+    def finish(self) -> None:
+        """Wait for those that are not done, unless nothing can be written any more."""
+        try:
+            while self._drawing and not self._run.trouble:
+                self._note(*self._drawing.popleft())
+        except OutputError as error:
+            self._run.trouble = str(error)
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _note(self, source: Source, drawing: Future[None]) -> None:
+        error = drawing.exception()
+        if error is None:
+            self._run.journal.drew(source.place)
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(f"{source.overlay}: {error.strerror}")
+        else:
+            self._run.failures.append(Failure(source.path, "overlay", f"{type(error).__name__}: {error}"))
+
+
+def draw_overlay(source: Source, detections: Sequence[dict[str, Any]]) -> None:
+    """Write the image with its results drawn over it, whole or not at all."""
+    pixels = images.read(source.path)
+    drawn = overlay.draw(Image.fromarray(pixels[:, :, ::-1]), detections)
+    source.overlay.parent.mkdir(parents=True, exist_ok=True)
+    beside = source.overlay.with_name(f".{source.place}.part")  # the journal's lock keeps others off
+    try:
+        drawn.save(beside, "JPEG", quality=92)
+        beside.replace(source.overlay)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# -- telling ----------------------------------------------------------------------------------------------------------
+
+
+class _FpsColumn(TextColumn):
+    """Images per second lately; in the end, of the whole run."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        speed = task.completed / task.finished_time if task.finished_time else task.speed
+        return Text(f"{speed:.2f} FPS" if speed else "-.-- FPS")
+
+
+def _progress() -> Progress:
+    return Progress(
+        BarColumn(), MofNCompleteColumn(), _FpsColumn(), TimeRemainingColumn(), TextColumn("[red]{task.description}"),
+        console=Console(stderr=True),
+    )  # fmt: skip
+
+
+def _failed_so_far(run: Run) -> str:
+    return f"{len(run.failures)} failed" if run.failures else ""
+
+
+def _tell(run: Run, sources: Sequence[Source]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    program.tell_failures(console, run.failures)
+    console.print(escape(run.summary()))
+    if run.interrupted:
+        console.print("[yellow]interrupted: what was not answered is cancelled; --resume goes on from here")
+    elif any(failure.code == "no-answer" for failure in run.failures):
+        console.print("[yellow]--resume goes on from here when a daemon answers again")
+    if any(failure.code == Code.WORKER_LOST for failure in run.failures):
+        console.print("[yellow]worker-lost is final: --resume leaves it so, --resume --retry-lost tries it again")
+    if run.trouble:
+        done = len(run.journal.contents.answers)
+        print(f"submit: cannot write {run.trouble}: stopped. {done} of {len(sources)} images are done and kept in the "
+              "journal; make room, and the same command with --resume goes on from there", file=sys.stderr)  # fmt: skip
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("endpoint", metavar="ENDPOINT", help="of the daemon: ipc:///PATH or tcp://HOST:PORT")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="a file, a folder or a quoted glob")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="for overlays and results.json")
+    parser.add_argument("--annotations", metavar="FILE", type=Path, help="COCO annotations whose image ids are used")
+    parser.add_argument("--score-threshold", metavar="S", type=program.share, default=0.3, help="0 to 1, default 0.3")
+    parser.add_argument("--max-detections", metavar="N", type=program.count, help="the best ones; default: all")
+    parser.add_argument("--mask-format", choices=["rle", "polygon", "none"], default="rle")
+    program.add_connection(parser)
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue a run that ended early")
+    again.add_argument("--anew", action="store_true", help="begin anew although --out holds an unfinished run")
+    parser.add_argument("--retry-lost", action="store_true", help="with --resume: what failed as worker-lost, too")
+    parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="only results.json")
+    arguments = parser.parse_args(argv)
+    if arguments.retry_lost and not arguments.resume:
+        parser.error("--retry-lost: only with --resume")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Tables: a snapshot for people, on a terminal. Pure: snapshots in, what rich prints out."""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from blendmaskd.core.stats import STAGE_BOUNDS_S
+from blendmaskd.spawn import differences
+
+GOOD, WARN, BAD = "green", "yellow", "bold red"
+STATE_STYLES = {"ready": GOOD, "starting": WARN, "stopping": WARN, "backoff": BAD, "failed": BAD, "silent": BAD}
+
+Snapshot = Mapping[str, Any]
+
+
+def tables(snapshot: Snapshot) -> RenderableType:
+    """A snapshot for people."""
+    parts: list[RenderableType] = [_headline(snapshot), _devices(snapshot["devices"]), _processes(snapshot["devices"])]
+    parts += [Text(note, BAD) for device in snapshot["devices"] for note in notes(device)]
+    if any(histogram["count"] for histogram in snapshot["stages"].values()):
+        parts.append(_stages(snapshot["stages"]))
+    return Group(*parts)
+
+
+def _headline(snapshot: Snapshot) -> Text:
+    queue, failures = snapshot["queue"], snapshot["failures"]
+    line = Text.assemble(
+        "combined ", (f"{snapshot['combined_fps']:.2f} FPS", "bold"), f" over {snapshot['window_s']:g} s · ",
+        f"{queue['jobs']} waiting ({size(queue['bytes'])}), {snapshot['leased']} leased · ",
+        f"{snapshot['answered']} answered · ",
+    )  # fmt: skip
+    told = ", ".join(f"{count} {code}" for code, count in sorted(failures.items()))
+    line.append(told or "no failures", BAD if told else "")
+    line.append(f" · seq {snapshot['seq']}")
+    if snapshot["draining"]:
+        line.append(" · draining", WARN)
+    if snapshot["degraded"]:
+        line.append(" · degraded" if snapshot["serving"] else " · not serving", BAD)
+    return line
+
+
+def _devices(devices: Iterable[Mapping[str, Any]]) -> Table:
+    table = new_table("device", "state", numbers=("FPS", "busy", "images", "memory", "restarts", "pid"))
+    for device in devices:
+        table.add_row(
+            device["device"],
+            Text(device["state"], STATE_STYLES.get(device["state"], "")),
+            f"{device['fps']:.2f}",
+            f"{device['busy_share']:.0%}",
+            str(device["images"]),
+            memory(device),
+            Text(str(device["restarts"]), WARN if device["restarts"] else ""),
+            str(device["pid"] or "-"),
+        )
+    return table
+
+
+def _processes(devices: Iterable[Mapping[str, Any]]) -> Table:
+    """What each worker's process was to have, and has."""
+    table = new_table("device", "CPUs", "preload", "task queue")
+    for device in devices:
+        table.add_row(device["device"], *(effect(device, key) for key in ("cpus", "preload", "task_queue")))
+    return table
+
+
+def new_table(*names: str, numbers: Sequence[str] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def memory(device: Mapping[str, Any]) -> str:
+    text = size(device["memory_bytes"])
+    return f"{text} + {size(device['device_memory_bytes'])} on device" if device["device_memory_bytes"] else text
+
+
+def effect(device: Mapping[str, Any], key: str) -> Text:
+    """What is in place, and beside it what was wanted where that is something else."""
+    wanted, actual = _short(device["wanted"].get(key)), _short(device["actual"].get(key))
+    if not device["actual"]:
+        return Text(wanted, "dim")  # not up yet
+    # What is not wanted is not set: it is no difference when the environment has it all the same.
+    if wanted in (actual, "-"):
+        return Text(actual)
+    return Text(f"{actual}, wanted {wanted}", BAD)
+
+
+def _short(value: Any) -> str:
+    return "-" if value is None else PurePath(value).name if isinstance(value, str) else str(value)
+
+
+def notes(device: Mapping[str, Any]) -> list[str]:
+    """Why a device is not ready, and what of its plan did not take effect."""
+    found = [f"{device['state']}: {device['reason']}"] if device["reason"] else []
+    if device["actual"]:
+        found += differences(device["wanted"], device["actual"])
+    return [f"{device['device']} {note}" for note in found]
+
+
+def _stages(stages: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = new_table("stage", numbers=("mean", "about p50", "about p99"))
+    for stage, histogram in stages.items():
+        if histogram["count"]:
+            mean = duration(histogram["sum"] / histogram["count"])
+            table.add_row(stage, mean, *(_quantile_text(histogram["buckets"], share) for share in (0.5, 0.99)))
+    return table
+
+
+def quantile(buckets: Sequence[int], share: float) -> float | None:
+    """Estimate of the time in seconds that `share` (0 to 1) of the observations stayed below, as Prometheus does.
+
+    `buckets` are cumulative counts at `STAGE_BOUNDS_S` and above; between two bounds the times are taken as spread
+    evenly. None where it lies above the last bound. There must be an observation.
+    """
+    rank = share * buckets[-1]
+    place = next(place for place, count in enumerate(buckets) if count >= rank and count)
+    if place == len(STAGE_BOUNDS_S):
+        return None
+    low, below = (STAGE_BOUNDS_S[place - 1], buckets[place - 1]) if place else (0.0, 0)
+    return low + (STAGE_BOUNDS_S[place] - low) * (rank - below) / (buckets[place] - below)
+
+
+def _quantile_text(buckets: Sequence[int], share: float) -> str:
+    seconds = quantile(buckets, share)
+    return f"> {duration(STAGE_BOUNDS_S[-1])}" if seconds is None else duration(seconds)
+
+
+def duration(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    digits = 2 if seconds < 0.01 else 1 if seconds < 0.1 else 0
+    return f"{seconds * 1000:.{digits}f} ms"
+
+
+def clock(unix_time: float) -> str:
+    """The local time of day."""
+    return time.strftime("%H:%M:%S", time.localtime(unix_time))
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

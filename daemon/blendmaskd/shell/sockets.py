@@ -1,0 +1,232 @@
+"""What the daemon owns of the host: its sockets, the locks beside them, the pages, the signals' pipe.
+
+Opened on entry, given back on exit; `StartError` says what to do when one cannot be had. Nothing is decided here, but
+one thing: what an ipc endpoint makes is never open to others than its owner and group, whatever the umask; the umask
+may narrow it further, and the mode of the folder guards it again.
+"""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import ipaddress
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import zmq
+
+from blendmaskd.keys import KeyFileError, read_pair
+from blendmaskd.protocol import MEMORY_SUFFIX
+from blendmaskd.settings import Settings
+from blendmaskd.shell.admission.access import AllowedKeys
+from blendmaskd.shell.admission.departures import Departures
+from blendmaskd.shell.admission.gate import Gate
+from blendmaskd.shell.pages import Pages
+from blendmaskd.shell.shared_memory import SharedMemory
+
+LINGER_MS = 2000  # for the last answers on their way to their clients
+NOT_FOR_OTHERS = 0o007
+MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve the others
+
+
+class StartError(RuntimeError):
+    """The daemon cannot start; the text says what to do."""
+
+
+class Sockets:
+    """`clients` and `workers` are ROUTERs, `signals` reads the numbers of SIGTERM, SIGINT and SIGHUP.
+
+    `gate` watches over tcp:// endpoints, and is None without; `allowed` are the keys that may connect there, None
+    where no keys are needed.
+
+    `departures` tells of clients that left, and is None with a gate, which has the socket's only monitor.
+
+    `no_memory` says why there is no shared memory, where there is none although there is an ipc endpoint.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._context = zmq.Context()
+        self._locks: dict[str, IO[str]] = {}  # by path
+        self._handlers: dict[int, Any] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=os.environ.get("RUNTIME_DIRECTORY"))
+        self.workers_endpoint = f"ipc://{self._folder.name}/workers.sock"
+        self.pages: Pages | None = None
+        self.shared_memory = SharedMemory()
+        self.no_memory = ""
+        self.gate: Gate | None = None
+        self.departures: Departures | None = None
+        self.allowed: AllowedKeys | None = None
+
+    def __enter__(self) -> Sockets:
+        try:
+            self.clients = self._router(self._settings.limits.max_image_bytes * 2 + (1 << 20))
+            self.workers = self._router(-1)
+            self.workers.set(zmq.SNDHWM, 0)  # at a mark a lease would be lost; what a worker may hold is bounded
+            endpoints = self._settings.endpoints.clients
+            if not any(map(_is_tcp, endpoints)):
+                self.departures = Departures(self._context, self.clients)
+            with _umask(NOT_FOR_OTHERS):
+                for endpoint in (each for each in endpoints if not _is_tcp(each)):
+                    self._bind(self.clients, endpoint)
+                self._bind(self.workers, self.workers_endpoint)
+            self._bind_tcp([each for each in endpoints if _is_tcp(each)])  # last: it changes the socket's options
+            if self._settings.endpoints.metrics:
+                self.pages = _pages(self._settings.endpoints.metrics)
+            self._catch_signals()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._handlers:
+            signal.set_wakeup_fd(-1)
+            self.signals.close()
+            self._wakeup.close()
+        if self.pages:
+            self.pages.close()
+        self.shared_memory.close()
+        self._context.destroy(linger=LINGER_MS)
+        if self.gate:
+            self.gate.end()
+        for path, lock in self._locks.items():
+            _unlink(path)
+            lock.close()
+        self._folder.cleanup()
+
+    def _router(self, max_message_bytes: int) -> zmq.Socket[bytes]:
+        router = self._context.socket(zmq.ROUTER)
+        router.set(zmq.ROUTER_MANDATORY, 1)
+        router.set(zmq.ROUTER_HANDOVER, 1)  # a client that reconnects gets the answers to what it sent before
+        router.set(zmq.MAXMSGSIZE, max_message_bytes)
+        return router
+
+    def _bind(self, router: zmq.Socket[bytes], endpoint: str) -> None:
+        if endpoint.startswith("ipc://"):
+            path = endpoint.removeprefix("ipc://")
+            self._lock(path)
+            _unlink(path)
+            try:
+                self.shared_memory.listen(f"{path}{MEMORY_SUFFIX}")
+            except OSError as error:
+                self.no_memory = f"{path}{MEMORY_SUFFIX}: {error}"
+        _listen(endpoint, router.bind)
+
+    def _bind_tcp(self, endpoints: Sequence[str]) -> None:
+        if not endpoints:
+            return
+        keys = None
+        if self._settings.curve.server_key and self._settings.curve.client_keys:
+            try:
+                keys = read_pair(self._settings.curve.server_key)
+            except KeyFileError as error:
+                raise StartError(f"curve.server_key: {error}") from None
+            self.allowed = AllowedKeys(self._settings.curve.client_keys)
+            if not self.allowed.folder.is_dir():
+                folder = self.allowed.folder
+                raise StartError(f"curve.client_keys: {folder}: no such folder; `blendmaskd-keys server` makes it")
+        self.gate = Gate(self._context, self.clients, self.allowed, self._settings.limits.max_connections)
+        self.gate.refresh()
+        for endpoint in endpoints:
+            _listen(endpoint, functools.partial(self.gate.bind, keys=keys))
+
+    def _lock(self, path: str) -> None:
+        """ZeroMQ takes over a socket path in use without a word: a lock beside it keeps a second daemon off."""
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            lock = open(f"{path}.lock", "w")  # noqa: SIM115
+        except OSError as error:
+            raise StartError(f"cannot use {path}: {error.strerror}; choose another endpoints.clients") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise StartError(f"another daemon serves {path}; stop it first, or choose another endpoint") from None
+        self._locks[path] = lock
+
+    def _catch_signals(self) -> None:
+        self.signals, self._wakeup = socket.socketpair()
+        self.signals.setblocking(False)
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self._handlers[number] = signal.signal(number, lambda *_: None)
+
+
+def is_loopback(endpoint: str | None) -> bool:
+    """Whether HOST:PORT is this host's alone; so is None, which is not listened to."""
+    if endpoint is None:
+        return True
+    host = endpoint.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _is_tcp(endpoint: str) -> bool:
+    return endpoint.startswith("tcp://")
+
+
+@contextlib.contextmanager
+def _umask(bits: int) -> Iterator[None]:
+    """Take these permissions away from new files, beside those that are taken away already."""
+    before = os.umask(0o777)
+    os.umask(before | bits)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _listen(endpoint: str, bind: Callable[[str], object]) -> None:
+    try:
+        bind(endpoint)
+    except zmq.ZMQError as error:
+        raise StartError(f"cannot listen on {endpoint}: {error}") from None
+
+
+def _unlink(path: str) -> None:
+    """In this order: where an ipc socket is without the other one, its daemon has no shared memory."""
+    for socket_path in (path, f"{path}{MEMORY_SUFFIX}"):
+        with contextlib.suppress(OSError):  # who listens there next says what is wrong
+            os.unlink(socket_path)
+
+
+def receive(router: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:
+    """The messages that are here, at most `MESSAGES_PER_TURN`."""
+    for _ in range(MESSAGES_PER_TURN):
+        if not int(router.get(zmq.EVENTS)) & zmq.POLLIN:  # a third of what an exception costs
+            return
+        frames = [router.recv(zmq.NOBLOCK, copy=False)]
+        while frames[-1].more:  # the frame knows; `recv_multipart` asks the socket, which costs as much as receiving
+            frames.append(router.recv(zmq.NOBLOCK, copy=False))
+        yield frames
+
+
+def send(router: zmq.Socket[bytes], to: bytes, frames: Sequence[Any]) -> None:
+    """Send a message without waiting; its payload is not copied.
+
+    Raises ZMQError: EHOSTUNREACH for a peer that has left, EAGAIN for one that does not read.
+    """
+    head, payload = (to, *frames[:2]), frames[2:]
+    for frame in head[:-1]:
+        router.send(frame, zmq.NOBLOCK | zmq.SNDMORE)
+    router.send(head[-1], zmq.NOBLOCK | (zmq.SNDMORE if payload else 0))
+    for place, frame in enumerate(payload, start=1):
+        router.send(frame, zmq.NOBLOCK | (zmq.SNDMORE if place < len(payload) else 0), copy=False)
+
+
+def _pages(endpoint: str) -> Pages:
+    try:
+        return Pages(endpoint)
+    except OSError as error:
+        raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {error.strerror}") from None

@@ -1,0 +1,374 @@
+"""The spool: durable jobs and their answers in a file, which outlives the daemon. SQLite in WAL mode.
+
+A thread does all reading and writing, so that a slow disk never holds the daemon's loop up; `ask` takes requests, in
+their order, and `replies` has what came of them when `fileno` is readable. What was asked for while one commit ran goes
+into the next one together. A commit with a new job or an answer is on the disk when its reply comes (`synchronous`
+FULL: one fsync of the log), whatever then happens to daemon or host; one with marks alone is not waited for (NORMAL):
+it outlives the daemon, and a host that loses its power may forget it.
+
+What must not get lost and cannot be written, on a full disk say, is tried again each second; until then it is in memory
+and `Usage.trouble` says why. New jobs are refused meanwhile. One daemon at a time has the file, by SQLite's own lock.
+
+Nothing is decided here.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from blendmaskd.core.spool_messages import (
+    AnswerKept,
+    Erase,
+    Erased,
+    Kept,
+    Known,
+    Load,
+    Loaded,
+    Look,
+    Looked,
+    Mark,
+    NotKept,
+    NotLoaded,
+    Reply,
+    Request,
+    Store,
+    StoreAnswer,
+    Stored,
+    Usage,
+)
+from blendmaskd.protocol import FROM_CLIENT, TO_CLIENT, Failed, Result, Submit
+
+VERSION = 1
+APPLICATION = 0x424D4431  # BMD1, as SQLite's application_id
+RETRY_S = 1.0
+EXPIRE_S = 60.0
+CLOSE_S = 10.0
+ROW_BYTES = 1024  # that a job takes beside its image or answer, generously
+MOST_AT_ONCE = 256  # requests in a commit
+
+_ERRORS = (sqlite3.Error, msgspec.MsgspecError, ValueError, OverflowError, MemoryError)  # of a disk, or a damaged row
+
+_SCHEMA = """
+CREATE TABLE jobs (
+    seq INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    owner BLOB NOT NULL,
+    submit BLOB NOT NULL,               -- header, as it came
+    priority INTEGER NOT NULL,
+    size INTEGER NOT NULL,              -- bytes of the image; of the answer when there is one
+    attempts INTEGER NOT NULL DEFAULT 0,
+    losses INTEGER NOT NULL DEFAULT 0,
+    leased INTEGER NOT NULL DEFAULT 0,
+    answer BLOB,                        -- header
+    answered REAL                       -- on the spool's clock
+);
+CREATE INDEX answered ON jobs (answered) WHERE answer IS NOT NULL;
+CREATE TABLE payloads (seq INTEGER PRIMARY KEY, frame BLOB NOT NULL);   -- the image, then the answer's
+CREATE TABLE clock (seconds REAL NOT NULL);                             -- that daemons have run with this spool
+INSERT INTO clock VALUES (0);
+"""
+
+
+class SpoolError(RuntimeError):
+    """The file cannot be the spool; the text says why and what to do."""
+
+
+class Spool:
+    """Open it with `open`, which gives what is in it; `close` when all is asked."""
+
+    def __init__(self, path: Path, keep_s: float) -> None:
+        self.path = path
+        self.keep_s = keep_s  # of answers, on the spool's clock
+        self.next_seq = 1
+        self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._replies: deque[Reply] = deque()
+        self._unsaved: list[Request] = []  # must be written, and could not be
+        self._trouble = ""
+        self._answers = self._bytes = 0
+
+    def open(self) -> list[Stored]:
+        """What has no answer, in its order. Raises `SpoolError`."""
+        try:
+            _make(self.path)
+            self._db = _connect(self.path)
+            stored = self._read()
+        except OSError as error:
+            raise SpoolError(f"spool {self.path}: {error.strerror}: its folder must be there, and writable") from None
+        except _ERRORS as error:
+            raise SpoolError(f"spool {self.path}: {_told(error)}") from None
+        self._opened = time.monotonic()
+        self._next_expiry = self._opened + EXPIRE_S
+        self._start()
+        return stored
+
+    def _start(self) -> None:
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
+        self._thread.start()
+
+    def fileno(self) -> int:
+        return self._wake
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(answers=self._answers, bytes=self._bytes, trouble=self._trouble)
+
+    def ask(self, request: Request) -> None:
+        self._requests.put(request)
+
+    def replies(self) -> Iterator[Reply]:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        while self._replies:
+            yield self._replies.popleft()
+
+    def close(self) -> None:
+        """Write what was asked for, as far as it can be written in `CLOSE_S`."""
+        self._requests.put(None)
+        self._thread.join(CLOSE_S)
+        if not self._thread.is_alive():
+            os.close(self._wake)
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        more = True
+        while more:
+            batch, more = self._wait()
+            now = time.monotonic()
+            if now >= self._next_expiry:
+                self._next_expiry = now + EXPIRE_S
+                with contextlib.suppress(sqlite3.Error), self._commit(synchronous=False):
+                    self._expire()
+            replies = self._carry_out(batch) if batch else []
+            self._replies.extend([self.usage, *replies])
+            os.eventfd_write(self._wake, 1)
+        self._db.close()
+
+    def _wait(self) -> tuple[list[Request], bool]:
+        """What to do now, and whether to go on afterwards."""
+        batch, self._unsaved = self._unsaved, []
+        try:
+            request = self._requests.get(timeout=RETRY_S if batch else max(self._next_expiry - time.monotonic(), 0.01))
+            while request is not None:
+                batch.append(request)
+                if len(batch) >= MOST_AT_ONCE:
+                    return batch, True
+                request = self._requests.get_nowait()
+        except queue.Empty:
+            return batch, True
+        return batch, False
+
+    def _carry_out(self, batch: Sequence[Request]) -> list[Reply]:
+        """In one commit; if that fails, in one each, to see which it is."""
+        self._trouble = ""
+        try:
+            with self._commit(synchronous=any(isinstance(each, Store | StoreAnswer | Erase) for each in batch)):
+                return [reply for each in batch for reply in self._do(each)]
+        except _ERRORS as error:
+            if len(batch) > 1:
+                return self._one_by_one(batch)
+            return self._refuse(batch[0], str(error))
+
+    def _one_by_one(self, batch: Sequence[Request]) -> list[Reply]:
+        replies, troubles = [], []
+        for each in batch:
+            replies += self._carry_out([each])
+            troubles.append(self._trouble)
+        self._trouble = max(troubles)
+        return replies
+
+    def _refuse(self, request: Request, reason: str) -> list[Reply]:
+        match request:
+            case Store():
+                return [NotKept(request.job.seq, reason)]
+            case Load():
+                return [NotLoaded(request.seq, reason)]
+            case Look():
+                return [Looked(request.client, request.name, None, (), reason)]
+            case Erase():
+                return [Erased(request.client, request.name, reason)]
+        self._trouble = reason
+        self._unsaved.append(request)
+        return []
+
+    @contextlib.contextmanager
+    def _commit(self, *, synchronous: bool) -> Iterator[None]:
+        self._db.execute(f"PRAGMA synchronous = {'FULL' if synchronous else 'NORMAL'}")
+        counted = self._answers, self._bytes
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._answers, self._bytes = counted
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _do(self, request: Request) -> list[Reply]:
+        match request:
+            case Store():
+                return [self._store(request)]
+            case Load():
+                return [self._load(request)]
+            case Mark(seq, attempts, losses, leased):
+                self._db.execute(
+                    "UPDATE jobs SET attempts = ?, losses = ?, leased = ? WHERE seq = ? AND answer IS NULL",
+                    (attempts, losses, leased, seq),
+                )
+                return []
+            case StoreAnswer():
+                self._store_answer(request)
+                return [AnswerKept(request.seq)]
+            case Look():
+                return [self._look(request)]
+            case Erase():
+                self._drop("name = ?", request.name)
+                return [Erased(request.client, request.name)]
+
+    def _store(self, request: Store) -> Reply:
+        job = request.job
+        row = self._db.execute("SELECT answer IS NULL FROM jobs WHERE name = ?", (job.name,)).fetchone()
+        if row is not None and not row[0]:
+            return Known(job.seq)
+        if row is not None:  # was forgotten when it could not be erased
+            self._drop("name = ?", job.name)
+        self._db.execute(
+            "INSERT INTO jobs (seq, name, owner, submit, priority, size) VALUES (?, ?, ?, ?, ?, ?)",
+            (job.seq, job.name, job.owner, msgspec.msgpack.encode(request.message), job.priority, job.size),
+        )
+        for frame in request.payload:
+            self._db.execute("INSERT INTO payloads VALUES (?, ?)", (job.seq, _buffer(frame)))
+        self._bytes += job.size + ROW_BYTES
+        return Kept(job.seq)
+
+    def _load(self, request: Load) -> Reply:
+        row = self._db.execute("SELECT submit FROM jobs WHERE seq = ?", (request.seq,)).fetchone()
+        if row is None:
+            return NotLoaded(request.seq, "it is gone")
+        message = FROM_CLIENT.decoder.decode(row[0])
+        assert isinstance(message, Submit)
+        return Loaded(request.seq, message, self._payload(request.seq))
+
+    def _store_answer(self, request: StoreAnswer) -> None:
+        row = self._db.execute("SELECT size FROM jobs WHERE seq = ? AND answer IS NULL", (request.seq,)).fetchone()
+        if row is None:
+            return  # forgotten
+        size = sum(len(frame) for frame in request.payload)
+        self._db.execute("DELETE FROM payloads WHERE seq = ?", (request.seq,))
+        for frame in request.payload:
+            self._db.execute("INSERT INTO payloads VALUES (?, ?)", (request.seq, _buffer(frame)))
+        self._db.execute(
+            "UPDATE jobs SET answer = ?, answered = ?, size = ?, leased = 0 WHERE seq = ?",
+            (msgspec.msgpack.encode(request.answer), self._clock(), size, request.seq),
+        )
+        self._bytes += size - row[0]
+        self._answers += 1
+
+    def _look(self, request: Look) -> Reply:
+        row = self._db.execute(
+            "SELECT seq, answer FROM jobs WHERE name = ? AND answer IS NOT NULL", (request.name,)
+        ).fetchone()
+        if row is None:
+            return Looked(request.client, request.name, None, ())
+        message = TO_CLIENT.decoder.decode(row[1])
+        assert isinstance(message, Result | Failed)
+        return Looked(request.client, request.name, message, self._payload(row[0]))
+
+    def _payload(self, seq: int) -> list[Any]:
+        return [row[0] for row in self._db.execute("SELECT frame FROM payloads WHERE seq = ?", (seq,))]
+
+    def _drop(self, where: str, value: Any) -> None:
+        rows = self._db.execute(f"SELECT seq, size, answer IS NOT NULL FROM jobs WHERE {where}", (value,)).fetchall()
+        for seq, size, answered in rows:
+            self._db.execute("DELETE FROM payloads WHERE seq = ?", (seq,))
+            self._db.execute("DELETE FROM jobs WHERE seq = ?", (seq,))
+            self._bytes -= size + ROW_BYTES
+            self._answers -= answered
+
+    def _expire(self) -> None:
+        self._drop("answer IS NOT NULL AND answered < ?", self._clock() - self.keep_s)
+        self._db.execute("UPDATE clock SET seconds = ?", (self._clock(),))
+
+    def _clock(self) -> float:
+        """Seconds that daemons have run: no change of the host's time makes answers old."""
+        return self._clock_before + time.monotonic() - self._opened
+
+    # -- opening ----------------------------------------------------------------------------------------------------
+
+    def _read(self) -> list[Stored]:
+        (seconds,) = self._db.execute("SELECT seconds FROM clock").fetchone()
+        newest, last, total, answers, count = self._db.execute(
+            "SELECT coalesce(max(answered), 0), coalesce(max(seq), 0), coalesce(sum(size), 0), count(answer), count(*) "
+            "FROM jobs"
+        ).fetchone()
+        self._clock_before: float = max(seconds, newest)
+        self.next_seq = last + 1
+        self._answers, self._bytes = answers, total + count * ROW_BYTES
+        rows = self._db.execute(
+            "SELECT seq, name, owner, priority, size, attempts, losses, leased <> 0 FROM jobs WHERE answer IS NULL "
+            "ORDER BY seq"
+        )
+        return [Stored(*row) for row in rows]
+
+
+def _buffer(frame: Any) -> memoryview:
+    return memoryview(frame)
+
+
+def _make(path: Path) -> None:
+    """An empty file, ours to read, that outlives a power failure. Raises OSError."""
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """The file, ours alone. Raises `SpoolError` and sqlite3.Error."""
+    db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        application, version, tables = (
+            db.execute(text).fetchone()[0]
+            for text in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+        )
+        if application != APPLICATION and (application or version or tables):
+            raise SpoolError(f"spool {path}: a database of another program: name another file")
+        if version > VERSION:
+            raise SpoolError(f"spool {path}: of a newer version of this program: use that, or name another file")
+        mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if mode != "wal":
+            raise SpoolError(f"spool {path}: no write-ahead log on this file system ({mode}): name a local disk")
+        if not version:
+            text = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}"
+            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {text}; COMMIT")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _told(error: Exception) -> str:
+    text = str(error)
+    if "locked" in text:
+        return "another daemon has it: stop that first, or name another file"
+    if "malformed" in text or "not a database" in text:
+        return f"{text}: move it away to begin an empty one; `sqlite3 FILE .recover` may read what is left"
+    if "readonly" in text or "unable to open" in text:
+        return f"{text}: file and folder must be the daemon's user's to write"
+    return text

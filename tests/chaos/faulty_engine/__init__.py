@@ -1,0 +1,1 @@
+"""Goes on PYTHONPATH as a folder, see `chaos.poison`."""

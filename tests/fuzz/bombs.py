@@ -1,0 +1,280 @@
+"""Small files that ask for much, each as large as some limits let it be; see `blendmaskd.images.bombs` for what holds
+them.
+
+`make(name, limits)` builds one. Those in `REFUSED` must be refused; the others cost no more than their pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+import struct
+import zlib
+from collections.abc import Callable
+
+from PIL import Image
+
+from blendmaskd.images.decoding import MOST_SIDE
+from blendmaskd.settings import Limits
+from fuzz.pictures import Entry, bmp, chunk, png, tiff, tiff_data
+
+_GREY: list[Entry] = [(258, 3, 1, 8), (262, 3, 1, 1)]
+
+
+def make(name: str, limits: Limits) -> bytes:
+    return {**REFUSED, **COSTLY}[name](limits)
+
+
+def deflated(count: int) -> bytes:
+    """So many zeros."""
+    compressor = zlib.compressobj(9)
+    block = bytes(1 << 20)
+    parts = [compressor.compress(block[: min(count - start, 1 << 20)]) for start in range(0, count, 1 << 20)]
+    return b"".join(parts) + compressor.flush()
+
+
+def _side(limits: Limits) -> int:
+    """Of a square just below the limit on pixels."""
+    return int(limits.max_image_pixels**0.5)
+
+
+def _noise(count: int) -> bytes:
+    return random.Random(3).randbytes(count)
+
+
+def _inflating(kind: bytes, limits: Limits) -> bytes:
+    return chunk(kind, b"a\0\0" + deflated(20 * limits.max_image_bytes))
+
+
+def _texts(_: Limits) -> bytes:
+    """As much as Pillow allows, 64 MiB in texts of 1 MiB."""
+    return _small(before=b"".join(_text(each) for each in range(63)))
+
+
+def _text(number: int) -> bytes:
+    return chunk(b"zTXt", b"a%d\0\0" % number + deflated((1 << 20) - 9))
+
+
+def _small(**extras: bytes) -> bytes:
+    return png(10, 10, deflated(310), **extras)  # type: ignore[arg-type]
+
+
+def _full(depth: int, colour: int, samples: int, interlace: int = 0) -> Callable[[Limits], bytes]:
+    def make(limits: Limits) -> bytes:
+        side = _side(limits)
+        rows = deflated(side * (1 + side * samples * depth // 8) + interlace * 16 * side)
+        return png(side, side, rows, depth=depth, colour=colour, interlace=interlace)
+
+    return make
+
+
+def _many_chunks(limits: Limits) -> bytes:
+    return _small(before=chunk(b"prVt", b"") * (limits.max_image_bytes // 13))
+
+
+def _many_chunks_behind(limits: Limits) -> bytes:
+    return _small(after=chunk(b"prVt", b"") * (limits.max_image_bytes // 13))
+
+
+def _many_data_chunks(limits: Limits) -> bytes:
+    return png(10, 10, b"", after=chunk(b"IDAT", b"") * (limits.max_image_bytes // 13))
+
+
+def _padding(limits: Limits) -> bytes:
+    return b"\xff\xd8" + b"\xff" * (limits.max_image_bytes - 2)
+
+
+def _runs(limits: Limits) -> bytes:
+    pairs = limits.max_image_bytes // 2 - 1000
+    return bmp(2000, 2000, b"\1\1" * pairs, compression=1)
+
+
+def _line_ends(limits: Limits) -> bytes:
+    return bmp(2000, 2000, b"\0\0" * (limits.max_image_bytes // 2 - 1000), compression=1)
+
+
+def _lines(limits: Limits) -> bytes:
+    height = limits.max_image_pixels // MOST_SIDE
+    return bmp(MOST_SIDE, height, b"\1\1\0\0" * height, compression=1)
+
+
+def _strip(limits: Limits) -> bytes:
+    return png(limits.max_image_pixels, 1, deflated(3 * limits.max_image_pixels + 1))
+
+
+def _nibbles(limits: Limits) -> bytes:
+    side = _side(limits)
+    row = b"\xff\1" * (side // 255) + b"\0\0"
+    return bmp(side, side, row * side + b"\0\1", bits=4, compression=2)
+
+
+def _delta(limits: Limits) -> bytes:
+    return bmp(MOST_SIDE, limits.max_image_pixels // MOST_SIDE, b"\0\2\1\xff" * 8, compression=1)
+
+
+def _scans(limits: Limits) -> bytes:
+    side = _side(limits)
+    whole = io.BytesIO()
+    Image.new("L", (side, side)).save(whole, "JPEG", progressive=True)
+    start = [match.start() for match in re.finditer(rb"\xff\xda", whole.getvalue())][-1]
+    scan = whole.getvalue()[start:-2]
+    return whole.getvalue()[:-2] + scan * ((limits.max_image_bytes - whole.tell()) // len(scan)) + b"\xff\xd9"
+
+
+def _exif_segments(limits: Limits) -> bytes:
+    whole = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(whole, "JPEG")
+    segment = b"\xff\xe1" + struct.pack(">H", 5008) + b"Exif\0\0" + bytes(5000)
+    return whole.getvalue()[:2] + segment * (limits.max_image_bytes // 5100) + whole.getvalue()[2:]
+
+
+def _tile(limits: Limits) -> bytes:
+    side = min(2 * _side(limits), 30_000)
+    data = deflated(side * side)
+    entries: list[Entry] = [
+        (256, 4, 1, 100),
+        (257, 4, 1, 100),
+        *_GREY,
+        (259, 3, 1, 8),
+        (322, 4, 1, side),
+        (323, 4, 1, side),
+        (324, 4, 1, 0),
+        (325, 4, 1, len(data)),
+    ]
+    entries[7] = (324, 4, 1, tiff_data(entries))
+    return tiff(entries, data)
+
+
+def _tiles(limits: Limits) -> bytes:
+    """A strip one pixel wide, in tiles 65520 wide that all lie at one place."""
+    data, count = deflated(65520 * 16), 4000
+    entries: list[Entry] = [
+        (256, 4, 1, 1),
+        (257, 4, 1, 16 * count),
+        *_GREY,
+        (259, 3, 1, 8),
+        (322, 4, 1, 65520),
+        (323, 4, 1, 16),
+        (324, 4, count, bytes(4 * count)),
+        (325, 4, count, struct.pack("<I", len(data)) * count),
+    ]
+    entries[7] = (324, 4, count, struct.pack("<I", tiff_data(entries)) * count)
+    return tiff(entries, data)
+
+
+def _strips(compression: int) -> Callable[[Limits], bytes]:
+    def make(limits: Limits) -> bytes:
+        rows = min(limits.max_image_bytes // 30, limits.max_image_pixels // 4, MOST_SIDE)
+        count = 3 * rows  # a strip for each row of each colour
+        data = deflated(4) if compression == 8 else bytes(4)
+        entries: list[Entry] = [
+            (256, 4, 1, 4),
+            (257, 4, 1, rows),
+            (258, 3, 3, struct.pack("<3H", 8, 8, 8)),
+            (262, 3, 1, 2),
+            (277, 3, 1, 3),
+            (284, 3, 1, 2),
+            (259, 3, 1, compression),
+            (278, 4, 1, 1),
+            (273, 4, count, bytes(4 * count)),
+            (279, 4, count, struct.pack("<I", len(data)) * count),
+        ]
+        entries[8] = (273, 4, count, struct.pack("<I", tiff_data(entries)) * count)
+        return tiff(entries, data)
+
+    return make
+
+
+def _depths(limits: Limits) -> bytes:
+    count = limits.max_image_bytes // 2 - 1000
+    return tiff([*_one_pixel(), (258, 3, count, _noise(2 * count))])
+
+
+def _resolutions(limits: Limits) -> bytes:
+    count = limits.max_image_bytes // 8 - 1000
+    return tiff([*_one_pixel(), (258, 3, 1, 8), (282, 5, count, _noise(8 * count))])
+
+
+def _one_pixel() -> list[Entry]:
+    return [(256, 4, 1, 1), (257, 4, 1, 1), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 1)]
+
+
+def _deep_directory(limits: Limits) -> bytes:
+    """A TIFF whose EXIF directory has all the numbers."""
+    count = limits.max_image_bytes // 8 - 1000
+    entries = [*_one_pixel(), (258, 3, 1, 8), (34665, 4, 1, 0)]
+    start = tiff_data(entries)
+    entries[-1] = (34665, 4, 1, start)
+    inside = struct.pack("<HHHIII", 1, 33434, 5, count, start + 2 + 12 + 4, 0)
+    return tiff(entries, inside + _noise(8 * count))
+
+
+def _overlapping(limits: Limits) -> bytes:
+    """A directory of a thousand entries that all lie at one place."""
+    size = limits.max_image_bytes // 2
+    entries: list[Entry] = [(40000 + number, 7, size, 0) for number in range(1000)]
+    start = tiff_data(entries)
+    return tiff([(tag, kind, count, start) for tag, kind, count, _ in entries], bytes(size))
+
+
+def _orientations(limits: Limits) -> bytes:
+    count = limits.max_image_bytes // 8 - 1000
+    return _small(before=chunk(b"eXIf", tiff([(0x0112, 5, count, _noise(8 * count))])))
+
+
+def _big_directory(limits: Limits) -> bytes:
+    count = limits.max_image_bytes // 20 - 1000
+    entry = struct.pack("<HHQQ", 40000, 4, 1, 0)
+    return b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, count) + entry * count + bytes(8)
+
+
+def _canvas(_: Limits) -> bytes:
+    """A WebP of 16 pixels on a canvas of the largest size that there is."""
+    whole = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(whole, "WEBP", lossless=True)
+    place = bytes(6) + b"\x0f\0\0" * 2 + bytes(4) + whole.getvalue()[12:]
+    body = b"WEBP" + b"VP8X" + struct.pack("<II", 10, 2) + b"\xfe\x3f\0" * 2 + b"ANIM" + struct.pack("<I", 6) + bytes(6)
+    body += b"ANMF" + struct.pack("<I", len(place)) + place
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+REFUSED: dict[str, Callable[[Limits], bytes]] = {
+    "png-text-inflates": lambda limits: _small(before=_inflating(b"zTXt", limits)),
+    "png-text-behind-inflates": lambda limits: _small(after=_inflating(b"zTXt", limits)),
+    "png-profile-inflates": lambda limits: _small(before=_inflating(b"iCCP", limits)),
+    "png-many-chunks": _many_chunks,
+    "png-many-chunks-behind": _many_chunks_behind,
+    "png-many-data-chunks": _many_data_chunks,
+    "png-strip": _strip,
+    "png-giant": lambda _: png(1 << 31, 1 << 31, b""),
+    "jpeg-padding": _padding,
+    "jpeg-scans": _scans,
+    "jpeg-exif-segments": _exif_segments,
+    "bmp-runs": _runs,
+    "bmp-line-ends": _line_ends,
+    "bmp-giant": lambda _: bmp(2**31 - 1, -(2**31 - 1), b"", bits=24),
+    "tiff-tile": _tile,
+    "tiff-tiles": _tiles,
+    "tiff-strips": _strips(1),
+    "tiff-deflated-strips": _strips(8),
+    "tiff-big-directory": _big_directory,
+    "webp-canvas": _canvas,
+}
+COSTLY: dict[str, Callable[[Limits], bytes]] = {
+    "png-8-bit": _full(8, 2, 3),
+    "png-16-bit": _full(16, 6, 4),
+    "png-16-bit-interlaced": _full(16, 6, 4, interlace=1),
+    "png-palette": _full(8, 3, 1),
+    "png-data-inflates": lambda limits: png(10, 10, deflated(20 * limits.max_image_bytes)),
+    "png-63-texts": _texts,
+    "png-orientations": _orientations,
+    "bmp-lines": _lines,
+    "bmp-nibbles": _nibbles,
+    "bmp-delta": _delta,
+    "bmp-without-data": lambda limits: bmp(MOST_SIDE, limits.max_image_pixels // MOST_SIDE, b""),
+    "tiff-depths": _depths,
+    "tiff-resolutions": _resolutions,
+    "tiff-deep-directory": _deep_directory,
+    "tiff-overlapping": _overlapping,
+}

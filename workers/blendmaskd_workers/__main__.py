@@ -1,0 +1,106 @@
+"""A worker process: `python -m blendmaskd_workers`, started by the daemon for one device; not for people.
+
+With ``--check`` it only loads settings and weights, on the CPU, and says on stderr what is wrong with them: the daemon
+tries a reload this way first. With ``--probe`` it only opens its device and prints what it found, as JSON; `blendmaskd
+check` asks so.
+"""
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+
+import msgspec
+
+from blendmaskd import logs, spawn
+from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT
+from blendmaskd.settings import Settings
+from blendmaskd.spawn import Assignment, SpawnError
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def main(argv: list[str]) -> int:
+    try:
+        assignment = spawn.assignment(os.environ)
+    except SpawnError as error:
+        print(f"workers: {error}", file=sys.stderr)
+        return EXIT_CANNOT_BOOT
+    logs.configure(assignment.settings.log, slot=assignment.identity)
+    _die_with(assignment.daemon_pid)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the daemon's business: it drains, then tells its workers
+    if "--check" in argv:
+        return _check(assignment.settings)
+    return _probe(assignment) if "--probe" in argv else _work(assignment)
+
+
+def _die_with(daemon_pid: int) -> None:
+    """The kernel kills this process when the daemon dies, however it dies: no orphan keeps a device."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != daemon_pid:
+        os._exit(1)  # it died before the kernel knew
+
+
+def _check(settings: Settings) -> int:
+    from blendmaskd_workers import engines
+    from blendmaskd_workers.engines import EngineError
+
+    on_cpus = any(device.startswith("cpu:") for device in settings.devices)
+    precision = settings.model.precision if on_cpus else "fp32"  # another device's is not for a CPU to judge
+    model = msgspec.structs.replace(settings.model, precision=precision)
+    try:
+        engines.make(msgspec.structs.replace(settings, model=model), "cpu").load()
+    except EngineError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CANNOT_BOOT
+    return 0
+
+
+def _probe(assignment: Assignment) -> int:
+    from blendmaskd_workers import devices
+    from blendmaskd_workers.devices import DeviceError
+
+    try:
+        device = devices.open_device(assignment.local_device, assignment.settings.model.precision)
+    except DeviceError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CANNOT_BOOT
+    found = {
+        "name": device.name(),
+        "memory_bytes": device.memory().total,
+        "bf16": device.multiplies_bf16(),
+        "differences": spawn.differences(assignment.wanted, devices.actual(assignment.wanted, device)),
+    }
+    sys.stdout.buffer.write(msgspec.json.encode(found))
+    sys.stdout.flush()
+    return 0
+
+
+def _work(assignment: Assignment) -> int:
+    log = logging.getLogger("blendmaskd.worker")
+    settings = assignment.settings
+    from blendmaskd.images.quiet import quiet
+    from blendmaskd_workers import engines
+    from blendmaskd_workers.channel import Channel
+    from blendmaskd_workers.engines import EngineError
+    from blendmaskd_workers.loop import Loop
+
+    quiet()
+    engine = engines.make(settings, assignment.local_device)
+    batching = engines.batching(settings)
+    try:
+        engine.load()
+        engine.warm_up(settings.warm_up, batching.target())
+    except EngineError as error:
+        log.error("%s", error)
+        return error.exit_code
+    return Loop(assignment, engine, batching, Channel(assignment.identity, assignment.endpoint)).run()
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    logging.shutdown()
+    os._exit(code)  # pool threads may still be in a long call that nobody waits for

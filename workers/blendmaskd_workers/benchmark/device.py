@@ -1,0 +1,112 @@
+"""The devices' own limit: an engine in a bare loop, batches of one prepared image, one after the other.
+
+No daemon, transport, decoding and masks. The loop runs in a process of its own, started on the first device as the
+daemon starts a worker: same CPUs, threads, allocator and environment. `python -m blendmaskd_workers.benchmark.device`
+is that process, and not for people.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from blendmaskd import spawn, topology
+from blendmaskd.images.decoding import Pixels
+from blendmaskd.settings import Settings
+
+LARGEST_BATCH = 16  # that is tried for batch auto
+LEAST_RUNS = 2
+WORTH = 1.01  # a gain below is noise
+
+
+class LimitError(RuntimeError):
+    """The bare loop could not run; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What one device does alone."""
+
+    batch: int
+    fps: float
+
+    @property
+    def ms_per_image(self) -> float:
+        return 1000 / self.fps
+
+
+def limit(settings: Settings, pixels: Pixels, seconds: float) -> Limit:
+    """Measure the first device for about `seconds` on an image (HxWx3 BGR). Raises `LimitError`."""
+    device = settings.devices[0]
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        np.save(file, pixels)
+        file.flush()
+        plan = spawn.plan(
+            device, 0, settings, topology.host_plan(settings.devices, settings.runtime.cpus)[device],
+            base_environment=os.environ, endpoint="", token="", preload=spawn.resolve_preload(settings.runtime.preload),
+            arguments=("-m", "blendmaskd_workers.benchmark.device", "--image", file.name, "--seconds", str(seconds)),
+        )  # fmt: skip
+        process = spawn.launch(plan, stdout=subprocess.PIPE)
+        try:
+            output, _ = process.communicate()
+        finally:
+            process.kill()
+    if process.returncode:
+        raise LimitError(f"the bare loop of engine {settings.engine} ended with {process.returncode}; see above")
+    return Limit(**json.loads(output.splitlines()[-1]))
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--image", required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("identity")  # for `ps`
+    arguments = parser.parse_args(argv)
+    from blendmaskd_workers import engines
+
+    assignment = spawn.assignment(os.environ)
+    engine = engines.make(assignment.settings, assignment.local_device)
+    try:
+        engine.load()
+    except engines.EngineError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    prepared = engine.prepare(np.load(arguments.image))
+    found = _best(engine, prepared, assignment.settings, arguments.seconds)
+    print(json.dumps(asdict(found)))
+    return 0
+
+
+def _best(engine: Any, prepared: Any, settings: Settings, seconds: float) -> Limit:
+    """At the batch that the worker begins with; where it would try larger ones, the best of these."""
+    from blendmaskd_workers import engines
+
+    best = _loop(engine, prepared, engines.best_batch(settings), seconds)
+    learns = engines.batch_size(settings) == "auto" and settings.engine != "timed" and not settings.batch_latency_ms
+    while learns and best.batch < LARGEST_BATCH:
+        more = _loop(engine, prepared, 2 * best.batch, seconds)
+        if more.fps < WORTH * best.fps:
+            break
+        best = more
+    return best
+
+
+def _loop(engine: Any, prepared: Any, batch: int, seconds: float) -> Limit:
+    engine.segment([prepared] * batch)
+    runs, start = 0, time.perf_counter()
+    while runs < LEAST_RUNS or time.perf_counter() - start < seconds:
+        engine.segment([prepared] * batch)
+        runs += 1
+    return Limit(batch, runs * batch / (time.perf_counter() - start))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""One measurement: a load on a server for a while, and everything that is to be said of it as a row.
+
+Keys of a row beside those of `load.figures` (what is not known is missing):
+
+=====================  ===============================================================================
+load                   {"clients": n} in a closed loop, {"rate": jobs per second} in an open one
+checked                results that could be compared with their image by its checksum
+answer_bytes           payload of the last result
+shared_memory          whether all images went by it
+devices                how many
+busy_share             0 to 1: of the devices' time, by the daemon's own stats
+busy_ms_per_image      device time for an image, by the same
+stages_ms              {stage: mean}, by the same
+cpu_s_per_1000         CPU seconds for 1000 images: {"broker", "workers", "generator"}
+generator_share        of one core that this program took
+memory_mb              {"kind": "pss" or "rss", "broker", "workers"}
+=====================  ===============================================================================
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blendmaskd_workers.benchmark import load, servers
+from blendmaskd_workers.benchmark.generator import Generator
+from blendmaskd_workers.benchmark.load import ClosedLoop, OpenLoop, Schedule
+from blendmaskd_workers.benchmark.servers import Server
+
+SEED = 0
+
+Row = dict[str, Any]
+Snapshot = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """How much load: closed loop without a rate."""
+
+    clients: int
+    rate: float | None = None
+
+    def __str__(self) -> str:
+        if self.rate is None:
+            return f"{self.clients} client{'s' if self.clients > 1 else ''}"
+        return f"{self.rate:g} jobs/s"
+
+    def schedule(self, start: float) -> Schedule:
+        """The same gaps in each round."""
+        if self.rate is None:
+            return ClosedLoop(self.clients, start)
+        return OpenLoop(self.rate, self.clients, start, SEED)
+
+    def as_dict(self) -> dict[str, float]:
+        return {"clients": self.clients} if self.rate is None else {"rate": self.rate}
+
+
+def measure(
+    server: Server, generator: Generator, point: Point, warm_up_s: float, seconds: float, tick: Callable[[], None]
+) -> Row:
+    """Load the server; `tick` is called each second. The row as above."""
+    generator.begin(point.schedule(time.monotonic()))
+    generator.run(warm_up_s, tick)
+    before = generator.stats() if server.tells_stats else None
+    cpu_before, own_before = servers.cpu_seconds(server), time.process_time()
+    start = time.monotonic()
+    generator.run(seconds, tick)
+    end = time.monotonic()
+    cpu, own = _difference(servers.cpu_seconds(server), cpu_before), time.process_time() - own_before
+    after = generator.stats() if server.tells_stats else None
+    generator.drain()
+    row = {"load": point.as_dict(), **load.figures(generator.samples, start, end)}
+    per_1000 = 1000 / max(row["images"], 1)
+    return row | {
+        "checked": generator.checked,
+        "answer_bytes": generator.answer_bytes,
+        "shared_memory": generator.by_shared_memory,
+        **({} if before is None or after is None else by_the_stats(before, after, row["fps"])),
+        "cpu_s_per_1000": {name: spent * per_1000 for name, spent in {**cpu, "generator": own}.items()},
+        "generator_share": own / (end - start),
+        "memory_mb": servers.memory_mb(server),
+    }
+
+
+def by_the_stats(before: Snapshot, after: Snapshot, fps: float) -> Row:
+    """What the daemon says of itself, between two snapshots.
+
+    Workers report each second, so the snapshots' counters end at other times than the measurement. Their quotients
+    don't suffer from that: device time for an image, seconds for a job in each stage.
+    """
+    earlier = {device["device"]: device for device in before["devices"]}
+    new = {"images": 0, "busy_seconds": 0.0}
+    for device in after["devices"]:
+        for key in new:
+            new[key] += device[key] - earlier.get(device["device"], new)[key] if device["device"] in earlier else 0
+    stages = {}
+    for stage, now in after["stages"].items():
+        then = before["stages"].get(stage, {"count": 0, "sum": 0.0})
+        if now["count"] > then["count"]:
+            stages[stage] = 1000 * (now["sum"] - then["sum"]) / (now["count"] - then["count"])
+    devices = len(after["devices"])
+    row: Row = {"devices": devices, "stages_ms": stages}
+    if new["images"]:  # else the measurement was shorter than the time between two reports
+        busy_s = new["busy_seconds"] / new["images"]
+        row |= {"busy_share": busy_s * fps / devices, "busy_ms_per_image": 1000 * busy_s}
+    return row
+
+
+def _difference(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    return {name: after[name] - before[name] for name in after}

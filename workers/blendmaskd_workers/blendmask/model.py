@@ -1,0 +1,105 @@
+"""BlendMask (Chen et al., arXiv:2001.00309): the whole network, cut where the device needs the host.
+
+Axes: N images, H x W the padded image, K bases, A side of an attention map, D detections of the batch, R side of a
+mask. Inference runs `propose` on the device, `selection.select` on the host with the one packed copy that came back,
+`blend` on the device. Module names are AdelaiDet's, so that its checkpoints load unchanged.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from blendmaskd_workers.blendmask.backbone import ResNet
+from blendmaskd_workers.blendmask.basis import BasisModule
+from blendmaskd_workers.blendmask.blender import blend
+from blendmaskd_workers.blendmask.config import SIZE_DIVISOR, Config
+from blendmaskd_workers.blendmask.dla import Dla34
+from blendmaskd_workers.blendmask.fcos import Fcos, FcosHead
+from blendmaskd_workers.blendmask.fpn import Fpn
+from blendmaskd_workers.blendmask.norms import BACKBONE_NORMS
+from blendmaskd_workers.blendmask.patches import convolve, patches_of_levels, values_of_levels
+
+
+def build(config: Config) -> "BlendMask":
+    """Build the network that `config` describes, in evaluation mode, on the CPU, with PyTorch's initial weights."""
+    bottom_up, channels = build_bottom_up(config), config.fpn_channels
+    head = FcosHead(channels, config.num_classes, config.num_share_convs, config.num_cls_convs, config.num_box_convs,
+                    config.head_norm, len(config.strides), config.use_scale)
+    return BlendMask(
+        config,
+        backbone=Fpn(bottom_up, bottom_up.channels, channels, coarse_levels=len(config.strides) - 3),
+        proposal_generator=Fcos(head, config.score_threshold, config.threshold_with_centreness, config.pre_nms_topk),
+        basis_module=BasisModule(channels, config.basis_channels, config.basis_convs, config.num_bases,
+                                 config.semantic_classes),
+        top_layer=nn.Conv2d(channels, config.num_bases * config.attention_size**2, 3, padding=1),
+    ).eval()
+
+
+def build_bottom_up(config: Config) -> Dla34 | ResNet:
+    norm = BACKBONE_NORMS[config.backbone_norm]
+    if config.backbone == "dla":
+        return Dla34(norm)
+    return ResNet(config.depth, norm, config.stem_channels, config.res2_channels, config.res2_width,
+                  config.stride_in_1x1, config.deformable, config.deformable_interval)
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What `propose` leaves on the device."""
+
+    packed: Tensor  # (N, sum of M, FIELDS) float32: the candidates, the only thing that the host reads
+    bases: Tensor  # (N, K, H/4, W/4)
+    box_features: list[Tensor]  # per level (N, C, H_l, W_l): what the top layer reads
+    attentions: list[Tensor] | None = None  # per level (N, K * A * A, H_l, W_l); None: only where they are read
+
+    @property
+    def level_sizes(self) -> list[tuple[int, int]]:
+        """Heights and widths of the levels in cells."""
+        return [(level.shape[2], level.shape[3]) for level in self.box_features]
+
+
+class BlendMask(nn.Module):
+    """The network. Images are float32 (N, 3, H, W), normalised, then padded with zeros to multiples of 32.
+
+    There is no `forward`: between `propose` and `blend` the host chooses the boxes. As it is built and trained it runs
+    the reference's operations in the reference's order; `for_inference` makes one that does not.
+    """
+
+    def __init__(self, config: Config, backbone: Fpn, proposal_generator: Fcos, basis_module: BasisModule,
+                 top_layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.proposal_generator = proposal_generator
+        self.basis_module = basis_module
+        self.top_layer = top_layer
+        self.attends_everywhere = True  # the top layer in all cells, as the reference, not only in those that are read
+
+    def propose(self, images: Tensor) -> Proposals:
+        """Run everything that does not depend on which boxes are kept."""
+        assert images.ndim == 4, images.shape
+        assert images.shape[1] == 3, images.shape
+        assert all(side % SIZE_DIVISOR == 0 for side in images.shape[2:]), images.shape
+        features = self.backbone(images.to(self.backbone.fpn_lateral3.weight.dtype))  # p3 to p5, p6 or p7
+        bases = self.basis_module(features[:3])  # (N, K, H/4, W/4)
+        outputs = self.proposal_generator(features)
+        box_features = [output.box_features for output in outputs]
+        attentions = [self.top_layer(level) for level in box_features] if self.attends_everywhere else None
+        return Proposals(self.proposal_generator.candidates(outputs), bases, box_features, attentions)
+
+    def blend(self, proposals: Proposals, images: Tensor, levels: Tensor, cells: Tensor, boxes: Tensor) -> Tensor:
+        """Return mask probabilities (D, R, R) of the kept detections of a batch.
+
+        images, levels, cells (D,) int64 say which cell predicted each detection; boxes (D, 4) network pixels. Where the
+        top layer has not been run everywhere, it is run at these cells: that spares a seventh of the network's
+        multiplications, and sums in another order.
+        """
+        size = self.config.attention_size
+        if proposals.attentions is None:
+            patches = patches_of_levels(proposals.box_features, images, levels, cells)  # (D, 9, C)
+            attentions = convolve(self.top_layer, patches)  # (D, K * A * A)
+        else:
+            attentions = values_of_levels(proposals.attentions, images, levels, cells)
+        attentions = attentions.view(-1, self.config.num_bases, size, size)
+        return blend(proposals.bases, attentions, images, boxes, self.config.resolution)
+

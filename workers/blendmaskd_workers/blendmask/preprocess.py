@@ -1,0 +1,94 @@
+"""From a photograph to network input, as detectron2's DefaultPredictor does it: resize, normalise, pad. Host only.
+
+Axes: H x W pixels, N images. The network's pixels are those of the resized image; padding is bottom and right.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blendmaskd_workers.blendmask.config import SIZE_DIVISOR, Config
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One image, ready to be batched."""
+
+    tensor: Tensor  # (3, h, w) float32 on the CPU, normalised, not padded
+    image_size: tuple[int, int]  # height, width of the photograph
+    net_size: tuple[int, int]  # h, w after resizing
+    padded_size: tuple[int, int]  # H, W once padded by itself: batch together only images in which these agree
+
+
+def prepare(image: npt.NDArray[np.uint8], config: Config) -> Prepared:
+    """Resize and normalise a BGR photograph (H, W, 3) uint8. Safe to call from several threads.
+
+    Raises ValueError for an array of another kind, or without pixels.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise ValueError(f"expected a uint8 image (H, W, 3) in BGR, got {image.dtype} {image.shape}")
+    height, width = resized_size(image.shape[0], image.shape[1], config)
+    if config.channel_order == "RGB":
+        image = image[:, :, ::-1]
+    pixels = np.empty((3, height, width), np.float32)
+    pixels[...] = _resize(image, height, width).transpose(2, 0, 1)
+    pixels -= _per_channel(config.pixel_mean)
+    pixels /= _per_channel(config.pixel_std)
+    return Prepared(
+        tensor=torch.from_numpy(pixels),
+        image_size=(image.shape[0], image.shape[1]),
+        net_size=(height, width),
+        padded_size=(_padded(height), _padded(width)),
+    )
+
+
+def _resize(image: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+    if image.shape[:2] == (height, width):  # Pillow would copy it three times
+        return image
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def resized_size(height: int, width: int, config: Config) -> tuple[int, int]:
+    """Return height and width after the shorter side became `min_size` or, if that is less, the longer `max_size`.
+
+    Sides never vanish: where the reference would round a side of an extreme strip to 0 and fail, it is 1 pixel.
+    """
+    scale = config.min_size / min(height, width)
+    if height < width:
+        new_height, new_width = float(config.min_size), scale * width
+    else:
+        new_height, new_width = scale * height, float(config.min_size)
+    longer = max(new_height, new_width)
+    if longer > config.max_size:
+        shrink = config.max_size / longer
+        new_height, new_width = new_height * shrink, new_width * shrink
+    return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
+
+
+def collate(batch: Sequence[Prepared]) -> Tensor:
+    """Return the images as one float32 tensor (N, 3, H, W), padded with zeros to the largest, then to multiples of 32.
+
+    Where the images' padded sizes differ, their results depend on each other (GroupNorm sees the padding), exactly
+    as in the reference: a server batches only images whose `padded_size` is equal.
+    """
+    height = max(prepared.padded_size[0] for prepared in batch)
+    width = max(prepared.padded_size[1] for prepared in batch)
+    if len(batch) == 1 and batch[0].net_size == (height, width):
+        return batch[0].tensor[None]
+    images = torch.zeros(len(batch), 3, height, width)
+    for image, prepared in zip(images, batch):
+        image[:, : prepared.net_size[0], : prepared.net_size[1]] = prepared.tensor
+    return images
+
+
+def _per_channel(values: Sequence[float]) -> npt.NDArray[np.float32]:
+    return np.array(values, np.float32)[:, None, None]
+
+
+def _padded(side: int) -> int:
+    return -(-side // SIZE_DIVISOR) * SIZE_DIVISOR

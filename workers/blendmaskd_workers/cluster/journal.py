@@ -1,0 +1,221 @@
+"""The journal of an offline run: each worker keeps a part of it, so that nothing that is done is done again.
+
+``run.json`` says what the run is about, and is locked by the program that runs it. ``journal/`` has a part for each
+worker that there ever was, lines of JSON:
+
+    {"image": 3, "stamp": [bytes, mtime in ns], "node": "a", "device": "npu:0", "width": 640, "height": 480,
+     "detections": [...]}
+    {"image": 4, "stamp": [...], "node": "a", "device": "npu:0", "code": "bad-image", "reason": "..."}
+
+A line is given to the kernel the moment its image is done, and to the disk once a second. Of several lines of an image
+any counts; one that is torn or damaged does not. The folder must be one that all nodes share.
+
+``journal/tries/`` has an empty file for each time that a task was begun, by which a worker sees that it is not the
+first with it.
+"""
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from blendmaskd.programs.journal import Stamp
+from blendmaskd.programs.program import OutputError, UsageError
+from blendmaskd.protocol import Code
+
+VERSION = 1
+SYNC_S = 1.0
+FINAL = {Code.BAD_IMAGE, Code.TOO_LARGE, Code.BAD_REQUEST, Code.WORKER_LOST}  # of an image that stays as it is
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What came of an image."""
+
+    image: int  # its place
+    stamp: Stamp
+    node: str
+    device: str
+    width: int = 0
+    height: int = 0
+    code: Code | None = None  # of a failure
+    reason: str = ""
+    detections: msgspec.Raw = msgspec.Raw(b"null")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a line is, and what must be known of it without reading it again."""
+
+    part: Path
+    offset: int
+    length: int
+    code: Code | None
+
+    @property
+    def final(self) -> bool:
+        """Whether trying again would bring the same."""
+        return self.code is None or self.code in FINAL
+
+
+class Part:
+    """A worker's part. For any thread; `OutputError` where it cannot be written."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """`folder` is the run's. Raises `OutputError` where this node does not see it."""
+        if not (folder / "run.json").is_file():
+            raise OutputError(f"{folder}: this node does not see the run there: --output must be on storage that all "
+                              "nodes share")  # fmt: skip
+        self.path = folder / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl"
+        self._lock = threading.Lock()
+        self._synced = time.monotonic()
+        try:
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise OutputError(f"{self.path}: {error.strerror}") from None
+
+    def write(self, line: Line) -> None:
+        left = memoryview(msgspec.json.encode(line) + b"\n")
+        with self._lock:
+            try:
+                while left:
+                    left = left[os.write(self._fd, left) :]
+                if time.monotonic() - self._synced >= SYNC_S:
+                    self._synced = time.monotonic()
+                    os.fdatasync(self._fd)
+            except OSError as error:
+                raise OutputError(f"{self.path}: {error.strerror}") from None
+
+
+class Tries:
+    """How often tasks and images were begun."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "journal" / "tries"
+
+    def so_far(self, name: str) -> int:
+        """How often it was begun."""
+        return len(list(self._folder.glob(f"{name}.*")))
+
+    def begin(self, name: str) -> int:
+        """The number of this try, from 1."""
+        for number in itertools.count(1):
+            try:
+                os.close(os.open(self._folder / f"{name}.{number}", os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+            except FileExistsError:
+                continue
+            return number
+        raise AssertionError("numbers do not end")
+
+
+class Run:
+    """A run's folder, locked, for the program that runs it."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        """`about` tells runs apart: what answers depend on."""
+        self.folder = folder
+        self._about = {"version": VERSION, **about}
+
+    def open(self, *, resume: bool, anew: bool) -> Self:
+        """Continue what is there with `resume`, else begin.
+
+        Raises `UsageError` for another run's folder, one that is in use, and, unless `anew`, for one whose answers
+        would be lost; `OutputError` where it cannot be written.
+        """
+        try:
+            self._lock()
+            found = _about(self.folder / "run.json")
+            if found and not anew:
+                try:
+                    self._check(found, resume=resume)
+                except UsageError:
+                    self.close()
+                    raise
+            if not resume or not found:
+                shutil.rmtree(self.folder / "journal", ignore_errors=True)
+            shutil.rmtree(self.folder / "journal" / "tries", ignore_errors=True)
+            (self.folder / "journal" / "tries").mkdir(parents=True)
+            (self.folder / "run.json").write_text(json.dumps(self._about, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{error.filename}: {error.strerror}") from None
+        return self
+
+    def close(self) -> None:
+        """Let others continue it."""
+        os.close(self._fd)
+
+    def _lock(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = f"another run writes into {self.folder}/: let it end, or choose another --output"
+            raise UsageError(text) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF):  # a file system without locks
+                raise
+
+    def _check(self, found: dict[str, Any], *, resume: bool) -> None:
+        if not resume:
+            if any((self.folder / "journal").glob("*.jsonl")):
+                raise UsageError(f"{self.folder}/ holds a run: --resume continues it, --anew throws it away")
+            return
+        for name, wanted in self._about.items():
+            if found.get(name) != wanted:
+                raise UsageError(f"--resume: {self.folder}/ was begun with {name} {found.get(name)!r}, not with "
+                                 f"{wanted!r}: --anew begins anew, or choose another --output")  # fmt: skip
+
+
+def index(folder: Path, stamps: Mapping[int, Stamp]) -> dict[int, Entry]:
+    """What is done of the images in `stamps`, by place, as far as they were not changed since."""
+    found: dict[int, Entry] = {}
+    for part in sorted((folder / "journal").glob("*.jsonl")):
+        for offset, line in _lines(part):
+            try:
+                read = msgspec.json.decode(line, type=Line)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                continue  # damaged: its image is done again
+            if stamps.get(read.image, ()) != read.stamp:
+                continue
+            if read.image not in found or read.code is None:  # a result rather than a failure where there are both
+                found[read.image] = Entry(part, offset, len(line), read.code)
+    return found
+
+
+def recall(entry: Entry) -> Line:
+    """A line of the index."""
+    with entry.part.open("rb") as file:
+        file.seek(entry.offset)
+        return msgspec.json.decode(file.read(entry.length), type=Line)
+
+
+def _lines(part: Path) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    with part.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):  # but for a torn last one
+                yield offset, line
+            offset += len(line)
+
+
+def _about(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} is not of this program: choose another --output")
+    return tree

@@ -1,0 +1,74 @@
+"""Segment a folder or Parquet files with every accelerator of a Ray cluster, or of this machine.
+
+    python scripts/segment_dataset.py --input photos/ --output out/ --settings configs/daemon.yaml
+    python scripts/segment_dataset.py --input 'train/*.parquet' --output out/ --format parquet --address ray-head:6379
+    python scripts/segment_dataset.py --input photos/ --output out/ --resume
+
+Leaves in --output results.json, the list of all COCO results (or results.parquet, a row for each image),
+failures.json, the images without a result and why, and the journal. Images are files, folders (the images right in
+them), quoted globs, or Parquet files with a column of encoded images. All nodes must see --input and --output under
+the same paths.
+
+--resume continues a run that ended early, however it did: what is in the journal is not done again, unless its file was
+changed since; images that failed for reasons of their own stay failed, those that ended workers (worker-lost) unless
+--retry-lost is given too. Without --address a cluster that runs on this
+machine is used, else one is started for the run.
+
+Exit codes: 0 all done · 1 an image failed, listed at the end · 2 wrong arguments · 3 no cluster, or no device in it ·
+4 --output cannot be written · 130 Ctrl-C.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from blendmaskd.programs import program
+from blendmaskd.programs.program import UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
+    return program.guarded("segment_dataset", lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        dataset = importlib.import_module("blendmaskd_workers.cluster.dataset")
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error.name} is not installed: pip install -c constraints.txt '.[ray]'") from None
+    code: int = dataset.run(arguments)
+    return code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", metavar="IMAGES", nargs="+", required=True, help="files, folders, quoted globs, or "
+                        "Parquet files or folders of them")  # fmt: skip
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True)
+    parser.add_argument("--settings", metavar="FILE", help="as the daemon's; default: its defaults")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting, over the file's")
+    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="of which kind: npu:0, cuda:0 or cpu:0")
+    parser.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster; default: the one on this machine")
+    parser.add_argument("--workers", metavar="N", type=program.positive, help="at most; default: all of the cluster's")
+    parser.add_argument("--format", choices=["coco", "parquet"], default="coco", help="results.json or results.parquet")
+    parser.add_argument("--column", metavar="NAME", default="image", help="of a Parquet file, with the encoded images; "
+                        "default image")  # fmt: skip
+    parser.add_argument("--name-column", metavar="NAME", help="with the images' file names; default: FILE#ROW")
+    parser.add_argument("--score-threshold", metavar="S", type=program.share, default=0.3, help="0 to 1, default 0.3")
+    parser.add_argument("--max-detections", metavar="N", type=program.count, help="the best ones; default: all")
+    parser.add_argument("--mask-format", choices=["rle", "polygon", "none"], default="rle")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue a run that ended early")
+    again.add_argument("--anew", action="store_true", help="begin anew although --output holds a run")
+    parser.add_argument("--retry-lost", action="store_true", help="with --resume: what failed as worker-lost, too")
+    arguments = parser.parse_args(argv)
+    if arguments.retry_lost and not arguments.resume:
+        parser.error("--retry-lost: only with --resume")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""A device, opened and set up for inference, exact unless told otherwise; the only module that calls device APIs.
+
+`open_device` takes a device as this process sees it (``npu:0``, ``cuda:0``, ``cpu``), `Device` is what the rest of a
+worker needs of it, `actual` tells what took effect in the process. Device APIs keep the current device per thread:
+every thread that computes calls `Device.use` once. Network code stays free of device names; it follows its tensors.
+"""
+from __future__ import annotations
+
+import importlib
+import resource
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from blendmaskd import spawn
+
+Precision = Literal["fp32", "hf32", "bf16", "fp16", "auto"]
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CPUINFO = Path("/proc/cpuinfo")
+CPU_BF16 = frozenset({"avx512_bf16", "amx_bf16"})  # its flags of CPUs that multiply bfloat16
+GRAPHS = {"cuda": "CUDAGraph", "npu": "NPUGraph"}
+
+T = TypeVar("T")
+
+
+class DeviceError(RuntimeError):
+    """A device that cannot be used; the text says what is missing."""
+
+
+class UnsupportedError(DeviceError):
+    """Something that this kind of device never does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Memory figures in bytes: the device's own, or this process's on a CPU."""
+
+    used: int
+    peak: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A tensor on its way to the device, sent by one thread for another."""
+
+    tensor: Tensor
+    arrived: Any = None  # an event; None where there is nothing to wait for
+    api: Any = None
+
+    def take(self) -> Tensor:
+        """The tensor; what the calling thread's stream does from now on waits until it is there. May be repeated."""
+        if self.arrived is not None:
+            stream = self.api.current_stream(self.tensor.device)
+            stream.wait_event(self.arrived)
+            self.tensor.record_stream(stream)  # its memory belongs to the stream of the copy
+        return self.tensor
+
+
+class Device:
+    """The CPU, and what npu and cuda share with it."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.torch_device = device
+        self.dtype = dtype  # that a network should compute in
+        # Convolutions like the channels innermost on a CPU and on CUDA's tensor cores; an NPU has formats of its own.
+        self.channels_last = device.type == "cpu" or (device.type == "cuda" and dtype != torch.float32)
+
+    def use(self) -> None:
+        """Make this the calling thread's current device."""
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        """A host tensor on the device. The copy may still be under way: later work of this thread waits for it."""
+        return tensor
+
+    def stage(self, tensor: Tensor) -> Staged:
+        """Send a host tensor to the device beside what it computes, from any thread."""
+        return Staged(tensor)
+
+    def graph(self, compute: Callable[[Tensor], T], example: Tensor) -> Callable[[Tensor], T]:
+        """`compute` for inputs like `example`, which is on the device, as one launch. Raises `UnsupportedError`.
+
+        Nothing in `compute` may depend on values. Each call overwrites the result of the one before.
+        """
+        raise UnsupportedError(f"{self.torch_device}: graphs need an npu or cuda device")
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+
+    def memory(self) -> Memory:
+        """Memory in use now and at most so far, and all there is."""
+        used = psutil.Process().memory_info().rss
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return Memory(used, max(used, peak), psutil.virtual_memory().total)
+
+    def name(self) -> str:
+        """The device's model, such as ``Ascend910B3``."""
+        return "cpu"
+
+    def multiplies_bf16(self) -> bool | None:
+        """Whether it computes in bfloat16 by itself; None where it does not tell."""
+        return cpu_multiplies_bf16()
+
+    def task_queue(self) -> int | None:
+        """The task queue's level that torch_npu really uses; None where there is none."""
+        return None
+
+
+class Accelerator(Device):
+    """An npu or cuda device: torch.npu and torch.cuda share the names used here."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, api: Any) -> None:
+        super().__init__(device, dtype)
+        self.api = api
+        self._uploads = api.Stream(device)
+
+    def use(self) -> None:
+        self.api.set_device(self.torch_device)
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(self.torch_device, non_blocking=True)  # torch keeps pinned memory for the next
+
+    def stage(self, tensor: Tensor) -> Staged:
+        self.use()
+        arrived = self.api.Event()
+        with self.api.stream(self._uploads):
+            on_device = self.upload(tensor)
+            arrived.record(self._uploads)
+        return Staged(on_device, arrived, self.api)
+
+    def graph(self, compute: Callable[[Tensor], T], example: Tensor) -> Callable[[Tensor], T]:
+        place = example.clone()
+        beside = self.api.Stream(self.torch_device)
+        beside.wait_stream(self.api.current_stream(self.torch_device))
+        with self.api.stream(beside):
+            compute(place)  # what libraries do at their first call must not be recorded
+        self.synchronize()
+        graph = getattr(self.api, GRAPHS[self.torch_device.type])()
+        with self.api.graph(graph):
+            result = compute(place)
+
+        def replay(tensor: Tensor) -> T:
+            place.copy_(tensor)
+            graph.replay()
+            return result
+
+        return replay
+
+    def synchronize(self) -> None:
+        self.api.synchronize(self.torch_device)
+
+    def memory(self) -> Memory:
+        device = self.torch_device
+        _, total = self.api.mem_get_info(device)
+        return Memory(self.api.memory_allocated(device), self.api.max_memory_allocated(device), total)
+
+    def name(self) -> str:
+        return str(self.api.get_device_name(self.torch_device))
+
+    def multiplies_bf16(self) -> bool | None:
+        ask = getattr(self.api, "is_bf16_supported", None)
+        return bool(ask()) if ask else None
+
+    def task_queue(self) -> int | None:
+        read = getattr(self.api, "get_task_queue_enable", None)  # torch_npu before 2.13 cannot tell
+        return int(read()) if read else None
+
+
+def open_device(name: str, precision: Precision = "fp32") -> Device:
+    """The device, ready to compute in the calling thread: set, without per-shape compilation, with its arithmetic.
+
+    `name` is a kind with an index or without: ``npu:1``, ``cuda``, ``cpu``. ``fp32`` rounds nothing below float32;
+    ``hf32`` allows HF32 on an NPU and TF32 on CUDA; ``bf16`` and ``fp16`` ask for networks of that type; ``auto`` is
+    ``bf16`` on a CPU that multiplies it, else ``fp32``. Raises `DeviceError` where there is no such device, and
+    `UnsupportedError` where a CPU has no arithmetic for a precision.
+    """
+    kind, _, index = name.partition(":")
+    if kind == "cpu":
+        return Device(torch.device("cpu"), _cpu_dtype(precision))
+    api = _load_npu() if kind == "npu" else torch.cuda
+    count = api.device_count() if api.is_available() else 0
+    number = int(index or 0)
+    if number >= count:
+        raise DeviceError(f"{name}: {count} {kind} devices are visible to this process")
+    device = Accelerator(torch.device(kind, number), HALF.get(precision, torch.float32), api)
+    device.use()
+    if kind == "npu":
+        _set_up_npu(api, precision)
+    else:
+        _set_up_cuda(precision)
+    return device
+
+
+def actual(wanted: Mapping[str, Any], device: Device) -> dict[str, Any]:
+    """What took effect in this process, by the libraries' own account where they give one; see `spawn.observe`."""
+    observed = spawn.observe(wanted) | {"threads": torch.get_num_threads(), "device_name": device.name()}
+    observed["dtype"] = str(device.dtype).removeprefix("torch.")
+    queue = device.task_queue()
+    return observed if queue is None else observed | {"task_queue": queue}
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has AVX512-BF16 or AMX; others take longer in bfloat16 than in float32."""
+    flags = set(CPUINFO.read_text(encoding="utf-8", errors="replace").split())
+    return bool(flags & CPU_BF16)
+
+
+def _cpu_dtype(precision: Precision) -> torch.dtype:
+    if precision == "fp16":
+        raise UnsupportedError("cpu: float16 is some forty times slower than float32 here; fp32, or auto, are for CPUs")
+    if precision == "bf16" and not cpu_multiplies_bf16():
+        raise UnsupportedError("cpu: has neither AVX512-BF16 nor AMX, and would be slower in bfloat16 than in float32; "
+                               "fp32, or auto, are for such CPUs")  # fmt: skip
+    return torch.bfloat16 if precision in ("bf16", "auto") and cpu_multiplies_bf16() else torch.float32
+
+
+def _load_npu() -> Any:
+    """torch.npu, which torch_npu registers at import; workers start with torch's automatic import off."""
+    if not hasattr(torch, "npu"):
+        try:
+            importlib.import_module("torch_npu")
+        except (ImportError, OSError, RuntimeError) as error:  # mostly: CANN's libraries are not found
+            if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
+                raise DeviceError("npu: torch_npu is not installed") from None
+            raise DeviceError(f"npu: torch_npu cannot be loaded; is CANN's set_env.sh sourced? {error}") from error
+    extended: Any = torch
+    return extended.npu
+
+
+def _set_up_npu(api: Any, precision: Precision) -> None:
+    exact = precision != "hf32"
+    api.set_compile_mode(jit_compile=False)  # an Ascend 910A would compile every operator for every image shape
+    api.conv.allow_hf32 = not exact  # torch_npu's own default is on
+    api.matmul.allow_hf32 = not exact
+    if exact:  # the default of 910B and later; on a 910A allow_hf32=False alone would select float16
+        api.set_option({"ACL_PRECISION_MODE": "must_keep_origin_dtype"})
+
+
+def _set_up_cuda(precision: Precision) -> None:
+    allow = precision == "hf32"
+    torch.backends.cuda.matmul.allow_tf32 = allow
+    torch.backends.cudnn.allow_tf32 = allow  # torch's own default is on

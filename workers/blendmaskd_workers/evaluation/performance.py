@@ -1,0 +1,365 @@
+"""The performance program: how fast is the network on each device, in batches, in data types, on all devices together?
+
+    python scripts/eval_performance.py --config configs/BlendMask/R_50_1x.yaml --weights R_50_1x.pth \\
+        --devices npu:0 npu:1 --batch-sizes 1 2 4 8 --dtypes fp32 fp16 bf16 --runtime-options --cpu-baseline
+    python scripts/eval_performance.py --config … --random-weights 0 --devices cpu:0 cpu:1 --iterations 5 --warm-up 1
+    python scripts/eval_performance.py --engine timed --devices npu:0 npu:1   # the program itself
+
+It times the network alone: from the prepared image on the host to boxes and mask probabilities on the host, without
+decoding, pasted masks or transport, which the daemon hides behind the device (scripts/benchmark.py shows how well).
+Each device is timed in a process of its own, started as the daemon starts workers: pinned, with its task queue and
+allocator. What is quoted is the median latency, and FPS, throughput and speed-ups by it.
+
+Writes performance_eval.log, performance_eval.json and pictures below --output-dir. Exit code: 0 measured, 2 could not.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from blendmaskd import settings as settings_module
+from blendmaskd import spawn, topology
+from blendmaskd.programs import program
+from blendmaskd.settings import Settings, SettingsError
+from blendmaskd.spawn import Preload, SpawnError
+from blendmaskd.topology import Cpus, TopologyError
+from blendmaskd_workers.evaluation import logs, outputs
+from blendmaskd_workers.evaluation.timing import CannotTime, Request, Stopwatch, figures, time_together
+from blendmaskd_workers.programs import random_weights
+
+EXIT_CANNOT_START = 2
+STABLE_PERCENT = 5.0  # bar for the coefficient of variation of latency
+BASELINE_ITERATIONS = 10  # at most: what takes milliseconds on a device takes seconds on the host's CPUs
+TURNS = 5  # of each choice of runtime options
+TASK_QUEUE_DEFAULT = 1  # torch_npu's own
+TIMED = "engine timed sleeps a latency table: the figures show this program, not a device"
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with these arguments (default: the process's); returns its exit code."""
+    arguments = _parse(argv)
+    return program.guarded("eval_performance", lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    try:
+        with _weights(arguments) as weights:
+            report = measure(arguments, _settings(arguments, weights))
+    except (CannotTime, SettingsError, SpawnError, TopologyError, OSError, ValueError) as error:
+        print(f"eval_performance: {error}", file=sys.stderr)
+        return EXIT_CANNOT_START
+    outputs.write(arguments.output_dir, "performance", report, logs.write_performance(report))
+    return 0
+
+
+def measure(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """The report; the log's form is that of `logs.write_performance`."""
+    preload = spawn.resolve_preload(settings.runtime.preload)
+    cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
+    request = Request(arguments.iterations, arguments.warm_up)
+    with contextlib.ExitStack() as running:
+        stopwatches = [
+            running.enter_context(Stopwatch(device, settings, cpus[device], preload, arguments.size))
+            for device in settings.devices
+        ]
+        for one in stopwatches:
+            _wait_until_ready(one)
+        alone = [_latency(one, request) for one in stopwatches]
+        batches = _batches(stopwatches[0], request, arguments.batch_sizes)
+        dtypes = _dtypes(stopwatches[0], request, arguments.dtypes)
+        together = _together(stopwatches, request, alone[0]) if len(stopwatches) > 1 else None
+        run = _describe(arguments, stopwatches[0])
+    baseline = _baseline(settings, preload, arguments.size, request) if arguments.cpu_baseline else []
+    options = _runtime_options(settings, cpus, preload, arguments.size, request) if arguments.runtime_options else []
+    return {
+        "run": run,
+        "latency": [*baseline, *alone],
+        "speedups": [_speedup(baseline[0], row) for row in alone if baseline],
+        "batches": batches,
+        "best_batch": _best(batches),
+        "dtypes": dtypes,
+        "together": together,
+        "runtime_options": options,
+    }
+
+
+def _latency(one: Stopwatch, request: Request, label: str = "") -> Row:
+    _progress(f"{one.device}: batch 1")
+    [latencies_ms] = time_together([one], request)
+    found = figures(latencies_ms)
+    return {
+        "device": label or one.device,
+        "model": one.model,
+        "cpus": one.actual["cpus"],
+        **found,
+        "stable": found["cv_percent"] < STABLE_PERCENT,
+        "latencies_ms": latencies_ms,
+    }
+
+
+def _baseline(settings: Settings, preload: Preload, size: str, request: Request) -> list[Row]:
+    """The same on all CPUs of the host."""
+    few = dataclasses.replace(request, iterations=min(request.iterations, BASELINE_ITERATIONS), warm_up=1)
+    with Stopwatch("cpu:0", settings, topology.available_cpus(), preload, size) as one:
+        _wait_until_ready(one)
+        return [_latency(one, few, label="CPU")]
+
+
+def _speedup(baseline: Row, row: Row) -> Row:
+    kind = row["device"].partition(":")[0].upper()
+    return {"kind": kind, "device": row["device"], "speedup": baseline["median_ms"] / row["median_ms"]}
+
+
+def _batches(one: Stopwatch, request: Request, sizes: Sequence[int]) -> list[Row]:
+    return [{"batch": size, **_try(one, dataclasses.replace(request, batch=size))} for size in sizes]
+
+
+def _best(batches: Sequence[Row]) -> int | None:
+    """The batch size of most images per second; None where none was measured."""
+    rates = {int(row["batch"]): float(row["fps"]) for row in batches if "fps" in row}
+    return max(rates, key=lambda size: rates[size], default=None)
+
+
+def _dtypes(one: Stopwatch, request: Request, dtypes: Sequence[str]) -> list[Row]:
+    rows = [{"dtype": dtype, **_try(one, dataclasses.replace(request, dtype=dtype))} for dtype in dtypes]
+    return _with_gain(rows, "dtype")
+
+
+def _try(one: Stopwatch, request: Request) -> Row:
+    """Median and FPS of a measurement, or why the device cannot do it: no memory, no kernel for the type."""
+    _progress(f"{one.device}: batch {request.batch}, {request.dtype}")
+    try:
+        [latencies_ms] = time_together([one], request)
+    except CannotTime as error:
+        return {"failed": str(error)}
+    return _quoted(figures(latencies_ms, request.batch))
+
+
+def _quoted(found: Mapping[str, float]) -> Row:
+    return {name: found[name] for name in ("median_ms", "fps")}
+
+
+def _with_gain(rows: Sequence[Row], name: str) -> list[Row]:
+    """Each row's FPS in percent over those of the first that was measured."""
+    first = next((row for row in rows if "fps" in row), None)
+    if first is None:
+        return list(rows)
+
+    def gain(row: Row) -> Row:
+        percent = 100 * (row["fps"] / first["fps"] - 1)
+        return {**row, "gain_percent": percent, "base": first[name]}
+
+    return [gain(row) if "fps" in row else row for row in rows]
+
+
+def _together(stopwatches: Sequence[Stopwatch], request: Request, single: Row) -> Row:
+    _progress(" and ".join(one.device for one in stopwatches) + " together")
+    rows = []
+    for one, latencies_ms in zip(stopwatches, time_together(stopwatches, request)):
+        found = figures(latencies_ms)
+        rows.append({"device": one.device, "avg_ms": found["avg_ms"], **_quoted(found), "cpus": one.actual["cpus"]})
+    combined = sum(row["fps"] for row in rows)
+    return {
+        "devices": rows,
+        "single": single["device"],
+        "single_fps": single["fps"],
+        "combined_fps": combined,
+        "speedup": combined / single["fps"],
+    }
+
+
+# ---- runtime options --------------------------------------------------------------------------------------------
+
+def _runtime_options(
+    settings: Settings, cpus: dict[str, Cpus], preload: Preload, size: str, request: Request
+) -> list[Row]:
+    """The first device without any option, with each alone, and with all; a process each, timed in turns."""
+    device = settings.devices[0]
+    skipped = _without_effect(device, settings, cpus[device], preload)
+    options = [option for option in ("affinity", "task_queue", "tcmalloc") if option not in skipped]
+    choices = [(), *((option,) for option in options), *([tuple(options)] if len(options) > 1 else [])]
+    with contextlib.ExitStack() as running:
+        stopwatches = {
+            " + ".join(chosen) or "none":
+            running.enter_context(_with_options(chosen, device, settings, cpus[device], preload, size))
+            for chosen in choices
+        }  # fmt: skip
+        rows = [
+            {"options": name, **row, **_took_effect(stopwatches[name])}
+            for name, row in _in_turns(stopwatches, request).items()
+        ]
+    return [*_with_gain(rows, "options"), *({"options": name, "skipped": why} for name, why in skipped.items())]
+
+
+def _with_options(
+    chosen: Sequence[str], device: str, settings: Settings, cpus: Cpus, preload: Preload, size: str
+) -> Stopwatch:
+    """A process with these options; it has the same number of threads with any."""
+    affinity = "affinity" in chosen
+    runtime = msgspec.structs.replace(
+        settings.runtime,
+        threads=len(cpus) if settings.runtime.threads == "auto" else settings.runtime.threads,
+        cpu_affinity_conf=settings.runtime.cpu_affinity_conf if affinity else None,
+        task_queue=settings.runtime.task_queue if "task_queue" in chosen else TASK_QUEUE_DEFAULT,
+    )
+    return Stopwatch(
+        device,
+        msgspec.structs.replace(settings, runtime=runtime),
+        cpus if affinity else topology.available_cpus(),
+        preload if "tcmalloc" in chosen else Preload(None, "not chosen"),
+        size,
+    )
+
+
+def _in_turns(stopwatches: Mapping[str, Stopwatch], request: Request) -> dict[str, Row]:
+    """A measurement of each in several rounds, so that what else the host does meets all alike."""
+    turns = min(TURNS, request.iterations)
+    one_turn = dataclasses.replace(request, iterations=-(-request.iterations // turns))
+    latencies: dict[str, list[float]] = {name: [] for name in stopwatches}
+    for turn, (name, one) in itertools.product(range(turns), stopwatches.items()):
+        _progress(f"{one.device} with options: {name} ({turn + 1} of {turns})")
+        if turn == 0:
+            _wait_until_ready(one)
+        [latencies_ms] = time_together([one], one_turn)
+        latencies[name] += latencies_ms
+    return {name: _quoted(figures(latencies_ms)) for name, latencies_ms in latencies.items()}
+
+
+def _took_effect(one: Stopwatch) -> Row:
+    """What the process itself says of its options."""
+    preloaded = one.actual["preload"]
+    return {
+        "cpus": one.actual["cpus"],
+        "task_queue": str(one.actual["task_queue"]),
+        "preload": os.path.basename(preloaded) if preloaded else logs.NONE,
+    }
+
+
+def _without_effect(device: str, settings: Settings, cpus: Cpus, preload: Preload) -> dict[str, str]:
+    """The options that would change nothing here, and why."""
+    skipped = {}
+    if cpus == topology.available_cpus():
+        skipped["affinity"] = f"{device} has all CPUs to itself"
+    if not device.startswith("npu"):
+        skipped["task_queue"] = "only an NPU has one"
+    elif settings.runtime.task_queue == TASK_QUEUE_DEFAULT:
+        skipped["task_queue"] = f"runtime.task_queue is torch_npu's default, {TASK_QUEUE_DEFAULT}"
+    if preload.path is None:
+        skipped["tcmalloc"] = preload.reason
+    return skipped
+
+
+# ---- command line -----------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def _weights(arguments: argparse.Namespace) -> Iterator[str | None]:
+    """A checkpoint: the one given, or one of random weights for as long as the context lasts."""
+    if arguments.random_weights is None:
+        yield arguments.weights and os.path.abspath(arguments.weights)
+        return
+    with tempfile.TemporaryDirectory(prefix="eval-performance-") as folder:
+        path = Path(folder) / "random.pth"
+        random_weights.save(arguments.config, path, arguments.random_weights)
+        yield str(path)
+
+
+def _settings(arguments: argparse.Namespace, weights: str | None) -> Settings:
+    overrides = [f"engine={arguments.engine}", f"model.precision={'hf32' if arguments.hf32 == 'on' else 'fp32'}"]
+    if arguments.engine != "timed":  # absolute: the processes run in another folder
+        overrides += [f"model.config={os.path.abspath(arguments.config)}", f"model.weights={weights}"]
+    return settings_module.load(None, os.environ, [*overrides, *arguments.set], arguments.devices)
+
+
+def _describe(arguments: argparse.Namespace, one: Stopwatch) -> Row:
+    described = {"engine": arguments.engine}
+    if arguments.engine == "timed":
+        described["note"] = TIMED
+    else:
+        seed = arguments.random_weights
+        described["config"] = arguments.config
+        described["weights"] = arguments.weights if seed is None else f"random, seed {seed}"
+    return {
+        **described,
+        "devices": " ".join(arguments.devices),
+        "hf32": arguments.hf32,
+        "image": arguments.size,
+        "network_input": one.network_input,
+        "iterations": arguments.iterations,
+        "warm_up": arguments.warm_up,
+        "quoted": "medians; FPS, throughput and speed-ups are by the median latency",
+    }
+
+
+def _wait_until_ready(one: Stopwatch) -> None:
+    one.ready()
+    for warning in one.warnings():
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _progress(text: str) -> None:
+    print(f"timing {text}", file=sys.stderr)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="eval_performance", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="the network, in AdelaiDet's YAML keys")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--weights", metavar="FILE", help="an AdelaiDet checkpoint of that network (.pth)")
+    weights.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights instead")
+    add("--devices", nargs="+", required=True, metavar="DEVICE",
+        help="npu:0 npu:1, cuda:0, cpu:0; batches, data types and options are timed on the first")
+    add("--engine", default="native", choices=["native", "adelaidet", "timed"], help="default: native")
+    add("--batch-sizes", type=_count, nargs="+", default=[], metavar="N", help="such as 1 2 4 8")
+    add("--dtypes", nargs="+", default=[], choices=["fp32", "fp16", "bf16"],
+        help="what convolutions and matrix products compute in, by autocast")
+    add("--runtime-options", action="store_true",
+        help="CPU affinity, task queue and tcmalloc: none, each alone, all of them")
+    add("--cpu-baseline", action="store_true", help="compare with all CPUs of the host")
+    add("--size", type=_size, default="800x800", metavar="HxW",
+        help="of the random photograph (default: 800x800); the network resizes it as its configuration says")
+    add("--hf32", choices=("on", "off"), default="off", help="on: let an NPU use HF32 and CUDA TF32 (default: off)")
+    add("--iterations", type=_count, default=50, metavar="N", help="of each measurement (default: 50)")
+    add("--warm-up", type=_count, default=10, metavar="N", help="iterations before it (default: 10)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the daemon, such as runtime.cpus")
+    add("--output-dir", type=Path, default=Path("out/performance"), metavar="FOLDER", help="default: out/performance")
+    arguments = parser.parse_args(argv)
+    _check(parser, arguments)
+    return arguments
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.engine == "timed":
+        if arguments.dtypes or arguments.cpu_baseline or arguments.runtime_options:
+            parser.error("engine timed sleeps: it has no data types, CPU baseline or runtime options")
+    elif arguments.config is None or (arguments.weights is None and arguments.random_weights is None):
+        parser.error("--config and --weights (or --random-weights) are needed")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
+    return int(text)
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected HEIGHTxWIDTH, such as 800x1280")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""A process that times an engine on one device: `python -m blendmaskd_workers.evaluation.stopwatch`; not for people.
+
+`blendmaskd_workers.evaluation.performance` launches it by a `blendmaskd.spawn` plan, as the daemon launches workers,
+and talks to it in lines of JSON. It says once that it is ready, then answers requests, each in three steps, so that
+several devices can be timed at the same time and none is timed while another has finished:
+
+    request {"batch": 2, "dtype": "fp32", "iterations": 50, "warm_up": 10}   answer {} after the warm-up
+    request {}                                                               answer {"latencies_ms": […]}
+    request {}: until it comes, the device is kept busy                      answer {}
+
+A request that fails is answered {"failed": reason} instead and is over. The end of its input ends the process.
+"""
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import IO, Any
+
+import numpy as np
+
+from blendmaskd import spawn
+from blendmaskd_workers import engines
+from blendmaskd_workers.engines import Engine, EngineError
+
+DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # names that torch gives to what autocast can compute in
+
+
+def main(argv: list[str]) -> int:
+    """Time the engine of this process's assignment on a random photograph of the size argv[0], such as 800x1280."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the program's business: it ends us
+    with os.fdopen(os.dup(1), "w", buffering=1) as answers, open(0, "rb", buffering=0, closefd=False) as requests:
+        os.dup2(2, 1)  # what libraries print must not come between the answers
+        assignment = spawn.assignment(os.environ)
+        engine = engines.make(assignment.settings, assignment.local_device)
+        try:
+            engine.load()
+        except EngineError as error:
+            _say(answers, failed=str(error))
+            return error.exit_code
+        height, width = map(int, argv[0].split("x"))
+        prepared = engine.prepare(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+        actual = engine.actual(assignment.wanted)
+        _say(answers, actual=actual, network_input="{}x{}".format(*prepared.padded_size))
+        while line := requests.readline():
+            try:
+                _answer(json.loads(line), engine, prepared, requests, answers)
+            except (RuntimeError, NotImplementedError) as error:  # out of memory; no kernel for a data type
+                _say(answers, failed=(str(error).splitlines() or [type(error).__name__])[0])
+    return 0
+
+
+def _answer(request: dict[str, Any], engine: Engine, prepared: Any, requests: IO[bytes], answers: IO[str]) -> None:
+    batch = [prepared] * int(request["batch"])
+    synchronize = engine.device.synchronize if isinstance(engine, engines.OnDevice) else _nothing
+    with _autocast(engine, request["dtype"]):
+        for _ in range(request["warm_up"]):
+            engine.segment(batch)
+        _say(answers)
+        if not requests.readline():
+            return
+        latencies_ms = [_time_ms(engine, batch, synchronize) for _ in range(request["iterations"])]
+        _say(answers, latencies_ms=latencies_ms)
+        while not select.select([requests], [], [], 0)[0]:
+            engine.segment(batch)
+        requests.readline()
+        _say(answers)
+
+
+def _time_ms(engine: Engine, batch: list[Any], synchronize: Callable[[], None]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    engine.segment(batch)
+    synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+def _autocast(engine: Engine, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Convolutions and matrix products in `dtype`, the rest as torch sees fit for it; nothing for fp32."""
+    if dtype == "fp32" or not isinstance(engine, engines.OnDevice):
+        return contextlib.nullcontext()
+    torch = importlib.import_module("torch")
+    autocast: contextlib.AbstractContextManager[Any] = torch.autocast(
+        engine.device.torch_device.type, getattr(torch, DTYPES[dtype])
+    )
+    return autocast
+
+
+def _nothing() -> None:
+    """What a sleeping engine needs to be synchronised."""
+
+
+def _say(answers: IO[str], **answer: Any) -> None:
+    answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,142 @@
+"""Timing devices in processes of their own, started as the daemon starts workers; torch is never imported here.
+
+`Stopwatch` is one such process, at the other end of which `blendmaskd_workers.evaluation.stopwatch` runs;
+`time_together` asks one or several at the same time; `figures` sums up. Latencies are in milliseconds.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from blendmaskd import spawn
+from blendmaskd.settings import Settings
+from blendmaskd.spawn import Preload
+from blendmaskd.topology import Cpus
+
+CODE = Path(__file__).resolve().parents[2]  # where the processes find this same code
+END_S = 30.0  # for a process to end by itself
+
+
+class CannotTime(Exception):
+    """A device that cannot be timed, or not in this way; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One measurement."""
+
+    iterations: int
+    warm_up: int
+    batch: int = 1
+    dtype: str = "fp32"
+
+
+class Stopwatch:
+    """A process that times one device, for as long as the context lasts."""
+
+    def __init__(self, device: str, settings: Settings, cpus: Cpus, preload: Preload, size: str) -> None:
+        """Plan it; `size` is the photograph's, HEIGHTxWIDTH. Raises `SpawnError` for a device that is hidden."""
+        self.device = device
+        self.plan = spawn.plan(
+            device, 1, settings, cpus, base_environment=os.environ, endpoint="", token="", preload=preload,
+            arguments=("-m", "blendmaskd_workers.evaluation.stopwatch", size),
+        )  # fmt: skip
+        self.actual: Mapping[str, Any] = {}  # what took effect, see `spawn.observe`; known once `ready`
+        self.network_input = ""  # what the network sees of a photograph of that size, HEIGHTxWIDTH
+
+    def __enter__(self) -> Self:
+        """Start it; it is `ready` later. Raises `SpawnError` or OSError."""
+        self._process = spawn.launch(self.plan, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CODE)
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        if error is not None:
+            self._process.kill()  # nobody wants what it measures
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ready(self) -> None:
+        """Wait until the network is loaded. Raises `CannotTime`."""
+        answer = self.answer()
+        self.actual, self.network_input = answer["actual"], answer["network_input"]
+
+    def warnings(self) -> list[str]:
+        """Where the process is not as it was planned, a sentence each; once it is ready."""
+        differences = spawn.differences(self.plan.wanted, self.actual)
+        return [*self.plan.warnings, *(f"{self.device}: {text}" for text in differences)]
+
+    @property
+    def model(self) -> str:
+        """The device's model, such as ``Ascend910B3``; ``no device`` where the engine uses none."""
+        return str(self.actual.get("device_name", "no device"))
+
+    def ask(self, **request: Any) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died, and the missing answer tells how
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """The answer to a step of a request. Raises `CannotTime`."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise CannotTime(f"{self.device}: its process ended with exit code {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            raise CannotTime(f"{self.device}: {answer['failed']}")
+        return answer
+
+
+def time_together(stopwatches: Sequence[Stopwatch], request: Request) -> list[list[float]]:
+    """The latencies of each device, all of which are busy until the last has finished. Raises `CannotTime`."""
+    fields = {name: getattr(request, name) for name in Request.__slots__}
+    for one in stopwatches:
+        one.ask(**fields)
+    for one in stopwatches:
+        one.answer()  # warm
+    for one in stopwatches:
+        one.ask()
+    latencies_ms = [one.answer()["latencies_ms"] for one in stopwatches]
+    for one in stopwatches:
+        one.ask()
+    for one in stopwatches:
+        one.answer()
+    return latencies_ms
+
+
+def figures(latencies_ms: Sequence[float], batch: int = 1) -> dict[str, float]:
+    """What a measurement comes to: milliseconds, images per second, coefficient of variation in percent.
+
+    Images per second are by the median: what else happens on the host for a moment does not count.
+    """
+    average, deviation = statistics.fmean(latencies_ms), statistics.pstdev(latencies_ms)
+    median = statistics.median(latencies_ms)
+    return {
+        "avg_ms": average,
+        "median_ms": median,
+        "std_ms": deviation,
+        "min_ms": min(latencies_ms),
+        "max_ms": max(latencies_ms),
+        "fps": 1000 * batch / median,
+        "cv_percent": 100 * deviation / average,
+    }

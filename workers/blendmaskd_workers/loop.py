@@ -1,0 +1,414 @@
+"""The worker's loop: receive, decode, batch, run, finish, answer, so that the device does not wait.
+
+=========  ==========================================================================================
+main       takes leases in, reports each second
+host       a small pool: decodes and prepares the next images, finishes and answers the last ones
+device     one: forms batches from what is prepared, runs the engine
+teller     one: tells the daemon which batch has started
+preview    one, where `show_last_image` is on: draws a picture now and then
+=========  ==========================================================================================
+
+A lease that comes while no other is held is lone: the device thread does all of it, because nothing could overlap and
+each change of thread costs time; while such leases are quick, the main thread does. It is not reported as started as
+long as it is the only one: if the worker dies, the daemon knows what it died of.
+
+While the device waits, its thread must do nothing that gives the interpreter lock away, such as sending: taking the
+lock back can last as long as a host thread's longest step. So a batch's start is told by a thread of its own, and only
+what must be done lies between two runs.
+
+A lease ends with exactly one `Finished` or `FailedLease`, whatever happens to its image; `_end` is the only place that
+sends one. Deadlines and revocations are looked at twice, before decoding and right before the device.
+"""
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import psutil
+
+from blendmaskd import protocol
+from blendmaskd.core.regions import RegionError
+from blendmaskd.images import decoding as images
+from blendmaskd.images.decoding import ImageError
+from blendmaskd.logs import about
+from blendmaskd.protocol import Code
+from blendmaskd.settings import Settings
+from blendmaskd.spawn import Assignment
+from blendmaskd_workers.batching import Batching
+from blendmaskd_workers.channel import Connection
+from blendmaskd_workers.engines import Engine
+from blendmaskd_workers.preview import Previews
+from blendmaskd_workers.regions import Regions
+
+log = logging.getLogger("blendmaskd.worker")
+
+REPORT_S = 1.0
+QUICK_S = 0.002  # so long the main thread may be kept from receiving
+SWITCH_S = 0.0005  # how long a thread that needs the interpreter lock waits until it asks for it; Python's own is 5 ms
+ENGINE_FAILURES_IN_A_ROW = 3  # then the device is taken to be broken rather than the images
+EXIT_ENGINE_BROKEN = 70  # sysexits' EX_SOFTWARE
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """A lease on its way through the worker."""
+
+    lease: protocol.Lease
+    payload: Sequence[Any]
+    received: float
+    prepared: Any = None
+    ready_at: float = 0.0  # when it was prepared
+    lone: bool = False  # not reported as started, because it is the only one
+    revoked: bool = False
+    preview: images.Pixels | None = None  # to be drawn once its results are known
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class Loop:
+    """Serves leases with a loaded engine until told to stop. `run` returns the exit code."""
+
+    def __init__(self, assignment: Assignment, engine: Engine, batching: Batching, channel: Connection) -> None:
+        self._assignment = assignment
+        self._settings: Settings = assignment.settings
+        self._engine = engine
+        self._batching = batching  # the device thread's; others only read
+        self._lock = threading.Lock()  # for the next two
+        self._held: dict[int, Item] = {}
+        self._images = 0  # finished since the last report
+        self._most_held = 0, 0  # at once, in the last second and in this one
+        self._lone_is_quick = False  # as the last one was
+        self._failures = 0  # of the engine, in a row
+        self._channel = channel
+        self._regions = Regions(assignment.daemon_pid)
+        self._previews = Previews(self._send_preview) if self._settings.show_last_image else None
+        self._prepared = Prepared(batching, self._settings.max_wait_ms / 1000, lambda: max(self._most_held) <= 1)
+        self._busy = Busy()
+        self._exit_code: int | None = None
+        self._host = ThreadPoolExecutor(_host_threads(), thread_name_prefix="host")
+        self._teller = ThreadPoolExecutor(1, thread_name_prefix="teller")
+
+    def run(self) -> int:
+        with self._channel:
+            threading.Thread(target=self._run_device, name="device", daemon=True).start()
+            sys.setswitchinterval(SWITCH_S)
+            gc.collect()
+            gc.freeze()  # a collection that looks through all of torch would hold every thread up for 0.1 s
+            actual = self._engine.actual(self._assignment.wanted)
+            self._channel.send(
+                protocol.Ready(token=self._assignment.token, pid=os.getpid(), window=self._window(), actual=actual)
+            )
+            reporter = Reporter(self._report)
+            while self._exit_code is None:
+                self._receive()
+                reporter.report_if_due()
+                self._channel.wait(reporter.due_ms())
+        return self._exit_code
+
+    # -- main thread ------------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        for message, payload in self._channel.receive():
+            match message:
+                case protocol.Lease():
+                    self._accept(Item(message, payload, time.monotonic()))
+                case protocol.Revoke():
+                    item = self._held.get(message.lease)
+                    if item is not None:
+                        item.revoked = True
+                case protocol.OpenRegion():
+                    self._regions.open(message)
+                case protocol.CloseRegion():
+                    self._regions.close(message.region)
+                case protocol.Stop():
+                    self._exit_code = 0
+                    self._channel.wake()
+
+    def _accept(self, item: Item) -> None:
+        with self._lock:
+            others = list(self._held.values())
+            self._held[item.lease.lease] = item
+        before, now = self._most_held
+        self._most_held = before, max(now, len(others) + 1)
+        if not others:
+            item.lone = True
+            if not self._lone_is_quick:
+                self._prepared.put(item)
+            elif self._can_run(item):  # nobody else uses the device: all that is held is this
+                self._run_and_count([item])
+            return
+        for lone in [other for other in others if other.lone]:
+            lone.lone = False
+            self._channel.send(protocol.Started(leases=[lone.lease.lease]))
+        self._host.submit(self._prepare_and_put, item)
+
+    def _window(self) -> int:
+        return 2 * self._batching.target()  # one batch runs, one is already here
+
+    def _report(self, start: float, end: float) -> None:
+        with self._lock:
+            images, self._images = self._images, 0
+        self._most_held = self._most_held[1], len(self._held)
+        self._channel.send(
+            protocol.Report(
+                start=start,
+                end=end,
+                images=images,
+                busy_s=self._busy.take(end),
+                memory_bytes=psutil.Process().memory_info().rss,
+                device_memory_bytes=self._engine.device_memory_bytes(),
+                shapes=self._batching.seen(),
+                window=self._window(),
+            )
+        )
+
+    # -- host threads, for a lone lease the device thread -----------------------------------------------------------
+
+    def _prepare_and_put(self, item: Item) -> None:
+        if self._prepare(item):
+            self._prepared.put(item)
+
+    def _prepare(self, item: Item) -> bool:
+        """Whether the image is ready for the device; its lease is ended otherwise."""
+        if self._overdue(item):
+            return False
+        try:
+            pixels = self._pixels(item)
+            item.preview = self._previews.take(pixels) if self._previews else None
+            item.prepared = self._engine.prepare(pixels)
+        except ImageError as error:
+            self._fail(item, error.code, error.reason)
+        except RegionError as error:
+            self._fail(item, Code.BAD_REQUEST, str(error))
+        except Exception as error:
+            log.exception("preparing its image failed", extra=about(lease=item.lease.lease))
+            self._fail(item, Code.ENGINE_FAILED, f"preparing the image: {type(error).__name__}: {error}")
+        else:
+            item.payload = ()
+            item.ready_at = time.monotonic()
+            item.timings["decode"] = item.ready_at - item.received
+            return True
+        return False
+
+    def _pixels(self, item: Item) -> images.Pixels:
+        image, limits = item.lease.image, self._settings.limits
+        match image.kind:
+            case "encoded":
+                return images.decode(self._payload(item), limits)
+            case "raw":
+                return images.from_raw(self._payload(item), image.shape or (), image.dtype, image.order, limits)
+            case "path":
+                return images.decode(images.read_path(image.path or "", self._settings.paths.roots, limits), limits)
+
+    def _payload(self, item: Item) -> images.Payload:
+        place = item.lease.image.place
+        buffer: images.Payload = self._regions.view(place) if place else memoryview(item.payload[0])
+        return buffer
+
+    def _finish(self, item: Item, output: Any) -> None:
+        start = time.monotonic()
+        try:
+            detections = self._engine.finish(output, item.prepared, item.lease.options)
+        except Exception as error:
+            log.exception("finishing its results failed", extra=about(lease=item.lease.lease))
+            self._fail(item, Code.ENGINE_FAILED, f"finishing the results: {type(error).__name__}: {error}")
+            return
+        height, width = item.prepared.image_size
+        payload = msgpack.packb(detections)
+        item.timings["finish"] = time.monotonic() - start
+        self._end(
+            protocol.Finished(lease=item.lease.lease, width=width, height=height, timings=item.timings), [payload]
+        )
+        if self._previews and item.preview is not None:
+            self._previews.draw(item.preview, detections)
+
+    def _send_preview(self, jpeg: bytes) -> None:
+        self._channel.send(protocol.Preview(), [jpeg])
+
+    # -- device thread ----------------------------------------------------------------------------------------------
+
+    def _run_device(self) -> None:
+        try:
+            while self._exit_code is None:
+                self._run_and_count([item for item in self._prepared.take() if self._can_run(item)])
+        except BaseException:
+            log.exception("the device thread died")
+            self._break()
+
+    def _run_and_count(self, batch: list[Item]) -> None:
+        if batch:
+            self._failures = 0 if self._run(batch) else self._failures + 1
+        if self._failures >= ENGINE_FAILURES_IN_A_ROW:
+            log.error("the engine failed %d times in a row: starting anew", self._failures)
+            self._break()
+
+    def _break(self) -> None:
+        self._exit_code = EXIT_ENGINE_BROKEN
+        self._channel.wake()
+
+    def _can_run(self, item: Item) -> bool:
+        return self._prepare(item) if item.prepared is None else not self._overdue(item)
+
+    def _run(self, batch: list[Item]) -> bool:
+        """Run a batch; when the engine raises on several images, each is tried alone. False when all failed."""
+        start = time.monotonic()
+        self._lone_is_quick = False
+        if not batch[0].lone:
+            self._teller.submit(self._channel.send, protocol.Started(leases=[item.lease.lease for item in batch]))
+        size = batch[0].prepared.padded_size
+        try:
+            with self._busy:
+                outputs = self._engine.segment([item.prepared for item in batch])
+        except Exception as error:
+            if len(batch) > 1:
+                log.warning("the engine failed on a batch of %d, trying each image alone: %s", len(batch), error)
+                alone = [self._run([item]) for item in batch]
+                if all(alone):
+                    self._batching.refuse(size, len(batch))
+                return any(alone)
+            log.exception("the engine failed", extra=about(lease=batch[0].lease.lease))
+            self._fail(batch[0], Code.ENGINE_FAILED, f"{type(error).__name__}: {error}")
+            return False
+        end = time.monotonic()
+        self._batching.observe(size, len(batch), end - start)
+        self._lone_is_quick = batch[0].lone and end - batch[0].received < QUICK_S
+        for item, output in zip(batch, outputs):
+            item.timings |= {"wait": start - item.ready_at, "device": end - start}
+            if len(self._held) == 1:
+                self._finish(item, output)
+            else:
+                self._host.submit(self._finish, item, output)
+        return True
+
+    # -- any thread -------------------------------------------------------------------------------------------------
+
+    def _overdue(self, item: Item) -> bool:
+        """Whether nobody waits for it any more; its lease is ended then."""
+        if item.revoked:
+            self._fail(item, Code.CANCELLED, "revoked")
+        elif time.monotonic() >= item.lease.deadline:
+            self._fail(item, Code.TIMEOUT, "the deadline passed before the device was free")
+        else:
+            return False
+        return True
+
+    def _fail(self, item: Item, code: Code, reason: str) -> None:
+        self._end(protocol.FailedLease(lease=item.lease.lease, code=code, reason=reason))
+
+    def _end(self, message: protocol.Finished | protocol.FailedLease, payload: Sequence[bytes] = ()) -> None:
+        with self._lock:
+            del self._held[message.lease]
+            self._images += isinstance(message, protocol.Finished)
+        self._channel.send(message, payload)
+
+
+def _host_threads() -> int:
+    """One to decode the next image and one to finish the last, more where the slot has the CPUs."""
+    return min(max(len(os.sched_getaffinity(0)), 2), 4)
+
+
+class Prepared:
+    """Images that are ready for the device, in the order of their arrival here; a lone one may be unprepared.
+
+    Those that go ahead are run first, in batches of their own: company would make them wait for its share of the time.
+    An incomplete batch waits until its oldest image has been ready for `max_wait_s`, unless `lonely` says that no
+    partner is to be expected.
+    """
+
+    def __init__(self, batching: Batching, max_wait_s: float, lonely: Callable[[], bool]) -> None:
+        self._batching = batching
+        self._max_wait_s = max_wait_s
+        self._lonely = lonely
+        self._items: deque[Item] = deque()
+        self._changed = threading.Condition()
+
+    def put(self, item: Item) -> None:
+        with self._changed:
+            place = sum(other.lease.ahead for other in self._items) if item.lease.ahead else len(self._items)
+            self._items.insert(place, item)
+            self._changed.notify()
+
+    def take(self) -> list[Item]:
+        """Wait for the next batch: the oldest image and those of its padded size, as many as pay."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items)
+            while True:
+                batch, missing = self._matching()
+                left = batch[0].ready_at + self._max_wait_s - time.monotonic()
+                if not missing or left <= 0 or self._lonely():
+                    break
+                self._changed.wait(left)
+            for item in batch:
+                self._items.remove(item)
+        return batch
+
+    def _matching(self) -> tuple[list[Item], bool]:
+        """What may run now, and whether it would pay to have more."""
+        oldest = self._items[0]
+        if oldest.lease.alone or oldest.prepared is None:
+            return [oldest], False
+        size, ahead = oldest.prepared.padded_size, oldest.lease.ahead
+        alike = [
+            item
+            for item in self._items
+            if item.prepared is not None
+            and (item.prepared.padded_size, item.lease.ahead) == (size, ahead)
+            and not item.lease.alone
+        ]
+        if ahead:
+            return alike[: self._batching.choose(size, len(alike))], False
+        return alike[: self._batching.choose(size, len(alike))], len(alike) < self._batching.target(size)
+
+
+class Busy:
+    """How long the device was busy: entered around each run, read by the main thread while one is under way."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._seconds = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            assert self._since is not None
+            self._seconds += time.monotonic() - self._since
+            self._since = None
+
+    def take(self, now: float) -> float:
+        """Seconds since the last call."""
+        with self._lock:
+            if self._since is not None and now > self._since:
+                self._seconds += now - self._since
+                self._since = now
+            seconds, self._seconds = self._seconds, 0.0
+            return seconds
+
+
+class Reporter:
+    """Calls `report(start, end)` once per second, with adjoining bounds."""
+
+    def __init__(self, report: Callable[[float, float], None]) -> None:
+        self._report = report
+        self._start = time.monotonic()
+
+    def due_ms(self) -> int:
+        return max(0, int((self._start + REPORT_S - time.monotonic()) * 1000) + 1)
+
+    def report_if_due(self) -> None:
+        now = time.monotonic()
+        if now - self._start >= REPORT_S:
+            self._report(self._start, now)
+            self._start = now

@@ -1,0 +1,70 @@
+"""Preview: now and then the last segmented image with its results, small, for the status page (`show_last_image`).
+
+Drawing takes longer than many a device does for an image, so it is a thread's own work, done after the answer has left,
+at most every `EACH_S` and never for more than `SHARE` of the time: a picture that took long to draw keeps the next one
+away. Its pixels are a copy, because those of shared memory are their client's again after the answer.
+"""
+from __future__ import annotations
+
+import io
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from PIL import Image
+
+from blendmaskd.images.decoding import Pixels
+from blendmaskd.programs import overlay
+
+log = logging.getLogger("blendmaskd.worker")
+
+EACH_S = 2.0
+SHARE = 0.05
+SIDE = 960  # pixels of the longer one
+BEST = 30  # instances that are drawn
+QUALITY = 80
+
+
+class Previews:
+    """`take` decides, from any thread, whether this image is one; `draw` sends its picture, a JPEG, when it is done."""
+
+    def __init__(self, send: Callable[[bytes], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._send = send
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._next = clock()
+        self._artist = ThreadPoolExecutor(1, thread_name_prefix="preview")
+
+    def take(self, pixels: Pixels) -> Pixels | None:
+        """A copy of these pixels if a picture is due; it is to be drawn when its results are known."""
+        with self._lock:
+            now = self._clock()
+            if now < self._next:
+                return None
+            self._next = now + EACH_S
+        return pixels.copy()
+
+    def draw(self, pixels: Pixels, results: Sequence[Mapping[str, Any]]) -> None:
+        self._artist.submit(self._draw, pixels, results)
+
+    def _draw(self, pixels: Pixels, results: Sequence[Mapping[str, Any]]) -> None:
+        start = self._clock()
+        try:
+            self._send(picture(pixels, results))
+        except Exception:
+            log.exception("the preview could not be drawn")
+        end = self._clock()
+        with self._lock:
+            self._next = max(self._next, end + (end - start) / SHARE)
+
+
+def picture(pixels: Pixels, results: Sequence[Mapping[str, Any]]) -> bytes:
+    """A JPEG of an image (height, width, BGR) with its best COCO results drawn over it."""
+    drawn = overlay.draw(Image.fromarray(pixels[:, :, ::-1]), results[:BEST])
+    drawn.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    drawn.save(file, "JPEG", quality=QUALITY)
+    return file.getvalue()

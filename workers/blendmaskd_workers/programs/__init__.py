@@ -1,0 +1,1 @@
+"""Programs beside the worker: inference on one image, benchmarks of masks and network, random weights."""

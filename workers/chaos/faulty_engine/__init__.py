@@ -1,1 +1,0 @@
-"""Goes on PYTHONPATH as a folder, see `workers.chaos.poison`."""
