@@ -41,7 +41,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class Model(_Section, frozen=True):
     """Which network, with which weights, in which arithmetic."""
 
-    config: str = "configs/BlendMask/R_50_1x.yaml"  # AdelaiDet's own keys
+    config: str = "configs/BlendMask/R_50_1x.yaml"  # the network: a YAML file with AdelaiDet's own keys
     weights: str | None = None  # a checkpoint of AdelaiDet: {"model": state_dict}, or the state dict alone
     # hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs with AVX512-BF16 or AMX, else fp32; fp16: no CPU
     precision: Literal["fp32", "hf32", "bf16", "fp16", "auto"] = "fp32"
