@@ -61,7 +61,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kind", ["cpu", "npu"])
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("npu", marks=pytest.mark.slow)])
 def test_two_devices_answer_as_the_bare_network(daemon, weights, kind) -> None:
     server = daemon(
         devices=[f"{kind}:0", f"{kind}:1"],
