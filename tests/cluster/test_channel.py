@@ -17,6 +17,7 @@ from blendmaskd.protocol import Code, Failed, Image, Options, Report
 from blendmaskd.spawn import Assignment
 from blendmaskd_workers import engines
 from blendmaskd_workers.cluster.channel import Answer, LocalChannel, WorkerLost
+from blendmaskd_workers.engines import timed
 from blendmaskd_workers.loop import Loop
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -60,7 +61,7 @@ def test_every_lease_ends_with_its_own_images_answer(worker) -> None:
         assert isinstance(answer, Answer)
         assert (answer.width, answer.height, answer.node, answer.device) == (6, 4, "here", "cpu:0")
         [detection] = msgpack.unpackb(answer.detections)
-        assert detection["checksum"] == engines.checksum(picture)
+        assert detection["checksum"] == timed.checksum(picture)
     assert worker.channel.held() == 0
     assert worker.channel.stalled_s() == 0
 

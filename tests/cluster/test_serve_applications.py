@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blendmaskd_workers import engines
+from blendmaskd_workers.engines import timed
 from checkout import ROOT
 
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
@@ -109,7 +109,7 @@ def test_one_node_is_killed_in_mid_run_and_every_image_is_answered(cluster, depl
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(segment, range(60)))
     for number, answer in enumerate(found):
-        assert answer["detections"][0]["checksum"] == engines.checksum(_pixels(number))
+        assert answer["detections"][0]["checksum"] == timed.checksum(_pixels(number))
     assert {answer["node"] for answer in found} == {"a", "b", "c"}
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 if sys.argv[:1] == ["-m"]:  # `python -m blendmaskd_workers`, before its module is found
     from blendmaskd import spawn
-    from blendmaskd_workers.engines import Pixels, TimedEngine, TimedInput
+    from blendmaskd_workers.engines import Pixels
+    from blendmaskd_workers.engines.timed import TimedEngine, TimedInput
     from chaos.poison import BROKEN_DEVICES, HOARD_BYTES, Poison
 
     load, prepare, segment = TimedEngine.load, TimedEngine.prepare, TimedEngine.segment

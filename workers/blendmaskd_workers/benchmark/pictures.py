@@ -17,7 +17,8 @@ from PIL import Image
 from blendmaskd import protocol
 from blendmaskd.programs.program import UsageError
 from blendmaskd.settings import Limits
-from blendmaskd_workers import engines, images
+from blendmaskd_workers import images
+from blendmaskd_workers.engines import timed
 from blendmaskd_workers.images import ImageError, Pixels
 
 Encoding = Literal["raw", "jpeg", "png", "path"]
@@ -73,4 +74,4 @@ def _encoded(pixels: Pixels, encoding: Encoding) -> Picture:
 
 def _picture(image: protocol.Image, payload: bytes | None) -> Picture:
     unchecked = Picture(image, payload, 0)
-    return replace(unchecked, checksum=engines.checksum(unchecked.pixels()))
+    return replace(unchecked, checksum=timed.checksum(unchecked.pixels()))

@@ -28,6 +28,7 @@ import numpy as np
 from blendmaskd import spawn
 from blendmaskd_workers import engines
 from blendmaskd_workers.engines import Engine, EngineError
+from blendmaskd_workers.engines.on_device import OnDevice
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # names that torch gives to what autocast can compute in
 
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 def _answer(request: dict[str, Any], engine: Engine, prepared: Any, requests: IO[bytes], answers: IO[str]) -> None:
     batch = [prepared] * int(request["batch"])
-    synchronize = engine.device.synchronize if isinstance(engine, engines.OnDevice) else _nothing
+    synchronize = engine.device.synchronize if isinstance(engine, OnDevice) else _nothing
     with _autocast(engine, request["dtype"]):
         for _ in range(request["warm_up"]):
             engine.segment(batch)
@@ -83,7 +84,7 @@ def _time_ms(engine: Engine, batch: list[Any], synchronize: Callable[[], None]) 
 
 def _autocast(engine: Engine, dtype: str) -> contextlib.AbstractContextManager[Any]:
     """Convolutions and matrix products in `dtype`, the rest as torch sees fit for it; nothing for fp32."""
-    if dtype == "fp32" or not isinstance(engine, engines.OnDevice):
+    if dtype == "fp32" or not isinstance(engine, OnDevice):
         return contextlib.nullcontext()
     torch = importlib.import_module("torch")
     autocast: contextlib.AbstractContextManager[Any] = torch.autocast(
