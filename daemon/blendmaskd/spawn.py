@@ -21,8 +21,9 @@ from typing import Any
 
 import msgspec
 
+from blendmaskd.discovery import cpu_quota
 from blendmaskd.settings import Settings
-from blendmaskd.topology import VISIBLE_DEVICES, Cpus, TopologyError, cpu_quota, format_cpus, parse_cpus, visible_id
+from blendmaskd.topology import VISIBLE_DEVICES, Cpus, TopologyError, format_cpus, parse_cpus, visible_id
 
 ASSIGNMENT = "BLENDMASKD_ASSIGNMENT"
 TCMALLOC_NAMES = ("libtcmalloc.so.4", "libtcmalloc_minimal.so.4", "libtcmalloc.so")

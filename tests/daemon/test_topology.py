@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blendmaskd import topology
+from blendmaskd import discovery, topology
 from blendmaskd.topology import TopologyError, plan_cpus
 
 Tools = Callable[[str, Mapping[str, str]], dict[str, str]]
@@ -278,9 +278,9 @@ def test_sysfs_tells_the_cpus_near_a_card(sysfs: Path, tools: Tools) -> None:
     environment = tools(
         "npu-smi", {"info": sample("info_910B3_8npu"), "info -m": sample("info_m_910B3_mcu")}
     )
-    near = topology.discover(TWO, environment, sysfs)
+    near = discovery.discover(TWO, environment, sysfs)
     assert ranges(near) == {"npu:0": "4-7,12-15", "npu:1": "0-3,8-11"}
-    plan = plan_cpus(TWO, "auto", range(16), near, topology.cores(range(16), sysfs))
+    plan = plan_cpus(TWO, "auto", range(16), near, discovery.cores(range(16), sysfs))
     assert ranges(plan) == {"npu:0": "4-7,12-15", "npu:1": "0-3,8-11"}
 
 
@@ -291,13 +291,13 @@ def test_npu_smi_is_asked_where_sysfs_knows_no_node(sysfs: Path, tools: Tools) -
         "info -m": sample("info_m_910B3_mcu"),
         "info -t topo": sample("constructed_topo_2npu_sys"),
     }
-    near = topology.discover(TWO, tools("npu-smi", answers), sysfs)
+    near = discovery.discover(TWO, tools("npu-smi", answers), sysfs)
     assert ranges(near) == {"npu:0": "0-23", "npu:1": "48-71"}
 
 
 def test_npu_smi_is_believed_where_it_alone_knows(sysfs: Path, tools: Tools) -> None:
     environment = tools("npu-smi", {"info -t topo": sample("constructed_topo_2npu_shared")})
-    assert ranges(topology.discover(TWO, environment, sysfs)) == {"npu:0": "0-31", "npu:1": "0-31"}
+    assert ranges(discovery.discover(TWO, environment, sysfs)) == {"npu:0": "0-31", "npu:1": "0-31"}
 
 
 def test_a_card_whose_npu_id_is_not_its_index_is_found(sysfs: Path, tools: Tools) -> None:
@@ -305,7 +305,7 @@ def test_a_card_whose_npu_id_is_not_its_index_is_found(sysfs: Path, tools: Tools
     environment = tools(
         "npu-smi", {"info": sample("info_910B3_8npu"), "info -m": sample("info_m_npuid4_logic0")}
     )
-    assert ranges(topology.discover(TWO, environment, sysfs)) == {"npu:0": "4-7,12-15"}
+    assert ranges(discovery.discover(TWO, environment, sysfs)) == {"npu:0": "4-7,12-15"}
 
 
 def test_an_index_counts_visible_devices(sysfs: Path, tools: Tools) -> None:
@@ -313,9 +313,9 @@ def test_an_index_counts_visible_devices(sysfs: Path, tools: Tools) -> None:
     add_pci(sysfs, "0000:c2:00.0", 1)
     environment = tools("npu-smi", {"info": sample("info_910B3_8npu"), "info -m": sample("info_m_910A")})
     environment["ASCEND_RT_VISIBLE_DEVICES"] = "1"
-    assert ranges(topology.discover(["npu:0"], environment, sysfs)) == {"npu:0": "4-7,12-15"}
+    assert ranges(discovery.discover(["npu:0"], environment, sysfs)) == {"npu:0": "4-7,12-15"}
     with pytest.raises(TopologyError, match="npu:1: not visible, ASCEND_RT_VISIBLE_DEVICES=1"):
-        topology.discover(TWO, environment, sysfs)
+        discovery.discover(TWO, environment, sysfs)
 
 
 def test_cuda_devices_are_found_by_index_or_uuid(sysfs: Path, tools: Tools) -> None:
@@ -323,37 +323,37 @@ def test_cuda_devices_are_found_by_index_or_uuid(sysfs: Path, tools: Tools) -> N
     add_pci(sysfs, "0000:43:00.0", 1)
     query = "--query-gpu=index,uuid,pci.bus_id --format=csv,noheader"
     environment = tools("nvidia-smi", {query: "0, GPU-a, 00000000:1B:00.0\n1, GPU-b, 00000000:43:00.0\n"})
-    assert ranges(topology.discover(["cuda:1", "cuda:0"], environment, sysfs)) == {
+    assert ranges(discovery.discover(["cuda:1", "cuda:0"], environment, sysfs)) == {
         "cuda:1": "4-7,12-15",
         "cuda:0": "0-3,8-11",
     }
     environment["CUDA_VISIBLE_DEVICES"] = "GPU-b"
-    assert ranges(topology.discover(["cuda:0"], environment, sysfs)) == {"cuda:0": "4-7,12-15"}
+    assert ranges(discovery.discover(["cuda:0"], environment, sysfs)) == {"cuda:0": "4-7,12-15"}
 
 
 def test_a_host_without_tools_tells_nothing(sysfs: Path, tmp_path: Path) -> None:
-    assert topology.discover(["npu:0", "cuda:0", "cpu:0"], {"PATH": str(tmp_path)}, sysfs) == {}
+    assert discovery.discover(["npu:0", "cuda:0", "cpu:0"], {"PATH": str(tmp_path)}, sysfs) == {}
 
 
 @pytest.mark.parametrize("ending", ["exec /bin/sleep 60", "exit 1"])
 def test_a_tool_that_hangs_or_fails_tells_nothing(
     ending: str, sysfs: Path, tools: Tools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topology, "TOOL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(discovery, "TOOL_TIMEOUT_S", 0.2)
     environment = tools("npu-smi", {})
     script = Path(environment["PATH"]) / "npu-smi"
     script.write_text(f"#!/bin/sh\n/bin/cat '{SAMPLES / 'topo_910B3_8npu.txt'}'\n{ending}\n")
     before = time.monotonic()
-    assert topology.discover(["npu:0"], environment, sysfs) == {}
+    assert discovery.discover(["npu:0"], environment, sysfs) == {}
     assert time.monotonic() - before < 20
 
 
 def test_this_host_has_a_plan() -> None:
-    available = topology.available_cpus()
+    available = discovery.available_cpus()
     assert set(available) == os.sched_getaffinity(0)
-    plan = topology.host_plan(["cpu:0", "cpu:1"], "auto")
+    plan = discovery.host_plan(["cpu:0", "cpu:1"], "auto")
     assert {cpu for cpus in plan.values() for cpu in cpus} == set(available)
-    assert topology.host_plan(["cpu:0"], {"cpu:0": str(available[-1])}) == {"cpu:0": (available[-1],)}
+    assert discovery.host_plan(["cpu:0"], {"cpu:0": str(available[-1])}) == {"cpu:0": (available[-1],)}
 
 
 def test_the_module_is_light() -> None:
@@ -377,4 +377,4 @@ def test_a_quota_is_the_tightest_of_the_groups(tmp_path, files, cpus) -> None:
         path = tmp_path / "groups" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert topology.cpu_quota(tmp_path / "groups", own) == cpus
+    assert discovery.cpu_quota(tmp_path / "groups", own) == cpus

@@ -15,8 +15,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from blendmaskd import discovery
 from blendmaskd import settings as settings_module
-from blendmaskd import topology
 from blendmaskd.spawn import Preload
 from blendmaskd_workers.evaluation import logs, performance
 from blendmaskd_workers.evaluation.timing import CannotTime, Request, Stopwatch, figures, time_together
@@ -46,14 +46,14 @@ def test_figures() -> None:
 
 def stopwatch(*overrides: str, device: str = "npu:0") -> Stopwatch:
     settings = settings_module.load(None, None, ["engine=timed", *overrides], [device])
-    return Stopwatch(device, settings, topology.available_cpus()[:1], Preload(None, "not wanted"), "64x96")
+    return Stopwatch(device, settings, discovery.available_cpus()[:1], Preload(None, "not wanted"), "64x96")
 
 
 def test_a_device_is_timed_in_a_pinned_process_of_its_own() -> None:
     with stopwatch("timed.latency_ms={1: 5, 2: 8}") as one:
         one.ready()
         assert one.network_input == "64x96"
-        assert one.actual["cpus"] == str(topology.available_cpus()[0])
+        assert one.actual["cpus"] == str(discovery.available_cpus()[0])
         assert one.actual["env"]["ASCEND_RT_VISIBLE_DEVICES"] == "0"
         for batch, least in ((1, 5), (2, 8)):
             [latencies_ms] = time_together([one], Request(iterations=4, warm_up=1, batch=batch))
@@ -113,7 +113,7 @@ def test_two_sleeping_devices_are_twice_as_fast_as_one(tmp_path, parses_back, ca
             break
     assert together["speedup"] >= 1.95
     assert together["combined_fps"] == pytest.approx(sum(row["fps"] for row in together["devices"]))
-    if len(topology.available_cpus()) > 1:
+    if len(discovery.available_cpus()) > 1:
         assert len({row["cpus"] for row in together["devices"]}) == 2
     assert [row["batch"] for row in report["batches"]] == [1, 2, 4]
     assert report["best_batch"] == 2
@@ -146,7 +146,7 @@ def test_an_emulated_pair_with_everything_that_can_be_measured(config, script, t
     assert "off" in options["tcmalloc"]["skipped"]
     assert options["none"]["task_queue"] == "1"
     assert options["task_queue"]["task_queue"] == "2"
-    if len(topology.available_cpus()) > 1:
+    if len(discovery.available_cpus()) > 1:
         everything = options["affinity + task_queue"]
         assert everything["cpus"] == report["together"]["devices"][0]["cpus"] != options["none"]["cpus"]
         assert everything["task_queue"] == "2"

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from blendmaskd import settings, spawn, topology
+from blendmaskd import discovery, settings, spawn, topology
 from blendmaskd_workers.devices import GRAPHS
 from checkout import ROOT, SOURCES
 
@@ -106,7 +106,7 @@ def _compile(library: Path, source: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_cpus() -> tuple[int, int]:
-    cpus = topology.available_cpus()
+    cpus = discovery.available_cpus()
     if len(cpus) < 2:
         pytest.skip("needs two CPUs")
     return cpus[0], cpus[1]

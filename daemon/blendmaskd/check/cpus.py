@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 
-from blendmaskd import topology
+from blendmaskd import discovery, topology
 from blendmaskd.check.host import read
 from blendmaskd.settings import Settings
 from blendmaskd.topology import Cpus, TopologyError
@@ -25,10 +25,10 @@ def places(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[str
             if not device.startswith("cpu"):
                 topology.visible_id(device, environment)
             visible.append(device)
-    available = topology.available_cpus()
-    near = topology.discover([device for device in visible if device not in placed(settings)], environment)
+    available = discovery.available_cpus()
+    near = discovery.discover([device for device in visible if device not in placed(settings)], environment)
     try:
-        plan = topology.plan_cpus(visible, settings.runtime.cpus, available, near, topology.cores(available))
+        plan = topology.plan_cpus(visible, settings.runtime.cpus, available, near, discovery.cores(available))
     except TopologyError as error:
         return {}, near, str(error)
     return plan, near, ""
@@ -38,7 +38,7 @@ def slow_governors(cpus: Iterable[int]) -> dict[int, str]:
     """CPUs whose governor may keep them at a low clock."""
     slow = {}
     for cpu in cpus:
-        folder = topology.SYSFS / f"devices/system/cpu/cpu{cpu}/cpufreq"
+        folder = discovery.SYSFS / f"devices/system/cpu/cpu{cpu}/cpufreq"
         governor, driver = read(folder / "scaling_governor").strip(), read(folder / "scaling_driver").strip()
         if governor == "powersave" and driver not in DYNAMIC_DRIVERS:
             slow[cpu] = governor

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from blendmaskd import spawn, topology
+from blendmaskd import discovery, spawn
 from blendmaskd.check.device_findings import Probe
 from blendmaskd.check.endpoint_findings import Holder
 from blendmaskd.settings import Settings
@@ -70,7 +70,7 @@ def start(
     def trial(device: str, argument: str) -> Trial:
         def launch_plan() -> LaunchPlan:
             return spawn.plan(
-                device, 0, settings, plan.get(device) or topology.available_cpus(), base_environment=environment,
+                device, 0, settings, plan.get(device) or discovery.available_cpus(), base_environment=environment,
                 endpoint="", token="", preload=preload or Preload(None),
                 arguments=("-m", "blendmaskd_workers", argument),
             )  # fmt: skip

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import IO, Any
 
-from blendmaskd import spawn, topology
+from blendmaskd import discovery, spawn, topology
 from blendmaskd.settings import Settings
 
 
@@ -74,7 +74,7 @@ class Launcher:
     def __init__(self, settings: Settings, base_environment: dict[str, str]) -> None:
         self.token = secrets.token_hex(16)  # a worker proves with it that this run of the daemon started it
         self._environment = base_environment
-        cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
+        cpus = discovery.host_plan(settings.devices, settings.runtime.cpus)
         self.basis = Basis(settings, cpus, spawn.resolve_preload(settings.runtime.preload))
 
     def worker(self, slot: str, generation: int, endpoint: str) -> Child:
@@ -87,7 +87,7 @@ class Launcher:
         cpus, old = self.basis.cpus, self.basis.settings
         if (settings.devices, settings.runtime.cpus) != (old.devices, old.runtime.cpus):
             # only then: npu-smi can take seconds, in which no job would move
-            cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
+            cpus = discovery.host_plan(settings.devices, settings.runtime.cpus)
         basis = Basis(settings, cpus, preload)
         plan = self._plan("cpu:0", 0, endpoint, basis, ["--check"])
         stderr = tempfile.TemporaryFile()  # noqa: SIM115
@@ -105,7 +105,7 @@ class Launcher:
             slot,
             generation,
             basis.settings,
-            basis.cpus.get(slot) or topology.available_cpus(),
+            basis.cpus.get(slot) or discovery.available_cpus(),
             base_environment=self._environment,
             endpoint=endpoint,
             token=self.token,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from blendmaskd import spawn, topology
+from blendmaskd import discovery, spawn
 from blendmaskd.settings import Settings
 from blendmaskd_workers.images import Pixels
 
@@ -50,7 +50,7 @@ def limit(settings: Settings, pixels: Pixels, seconds: float) -> Limit:
         np.save(file, pixels)
         file.flush()
         plan = spawn.plan(
-            device, 0, settings, topology.host_plan(settings.devices, settings.runtime.cpus)[device],
+            device, 0, settings, discovery.host_plan(settings.devices, settings.runtime.cpus)[device],
             base_environment=os.environ, endpoint="", token="", preload=spawn.resolve_preload(settings.runtime.preload),
             arguments=("-m", "blendmaskd_workers.benchmark.device", "--image", file.name, "--seconds", str(seconds)),
         )  # fmt: skip

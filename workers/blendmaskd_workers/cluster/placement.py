@@ -20,7 +20,7 @@ from typing import Any
 
 import ray
 
-from blendmaskd import spawn, topology
+from blendmaskd import discovery, spawn, topology
 from blendmaskd.settings import Settings
 from blendmaskd.spawn import Assignment
 
@@ -152,9 +152,9 @@ def _base_environment(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def _plan_cpus(devices: Sequence[str], settings: Settings, base: Mapping[str, str]) -> dict[str, topology.Cpus]:
-    available = topology.available_cpus()
-    near = topology.discover(devices, base)
-    return topology.plan_cpus(devices, settings.runtime.cpus, available, near, topology.cores(available))
+    available = discovery.available_cpus()
+    near = discovery.discover(devices, base)
+    return topology.plan_cpus(devices, settings.runtime.cpus, available, near, discovery.cores(available))
 
 
 def _apply(plan: spawn.LaunchPlan) -> None:

@@ -28,8 +28,8 @@ from typing import Any
 
 import msgspec
 
+from blendmaskd import discovery, spawn
 from blendmaskd import settings as settings_module
-from blendmaskd import spawn, topology
 from blendmaskd.programs import program
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.spawn import Preload, SpawnError
@@ -67,7 +67,7 @@ def _main(arguments: argparse.Namespace) -> int:
 def measure(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """The report; the log's form is that of `logs.write_performance`."""
     preload = spawn.resolve_preload(settings.runtime.preload)
-    cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
+    cpus = discovery.host_plan(settings.devices, settings.runtime.cpus)
     request = Request(arguments.iterations, arguments.warm_up)
     with contextlib.ExitStack() as running:
         stopwatches = [
@@ -112,7 +112,7 @@ def _latency(one: Stopwatch, request: Request, label: str = "") -> Row:
 def _baseline(settings: Settings, preload: Preload, size: str, request: Request) -> list[Row]:
     """The same on all CPUs of the host."""
     few = dataclasses.replace(request, iterations=min(request.iterations, BASELINE_ITERATIONS), warm_up=1)
-    with Stopwatch("cpu:0", settings, topology.available_cpus(), preload, size) as one:
+    with Stopwatch("cpu:0", settings, discovery.available_cpus(), preload, size) as one:
         _wait_until_ready(one)
         return [_latency(one, few, label="CPU")]
 
@@ -217,7 +217,7 @@ def _with_options(
     return Stopwatch(
         device,
         msgspec.structs.replace(settings, runtime=runtime),
-        cpus if affinity else topology.available_cpus(),
+        cpus if affinity else discovery.available_cpus(),
         preload if "tcmalloc" in chosen else Preload(None, "not chosen"),
         size,
     )
@@ -250,7 +250,7 @@ def _took_effect(one: Stopwatch) -> Row:
 def _without_effect(device: str, settings: Settings, cpus: Cpus, preload: Preload) -> dict[str, str]:
     """The options that would change nothing here, and why."""
     skipped = {}
-    if cpus == topology.available_cpus():
+    if cpus == discovery.available_cpus():
         skipped["affinity"] = f"{device} has all CPUs to itself"
     if not device.startswith("npu"):
         skipped["task_queue"] = "only an NPU has one"
