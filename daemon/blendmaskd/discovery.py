@@ -9,9 +9,6 @@ import os
 import subprocess
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
-
-import psutil
 
 from blendmaskd.topology import (
     Cpus,
@@ -29,17 +26,18 @@ CGROUPS = Path("/sys/fs/cgroup")
 TOOL_TIMEOUT_S = 10.0  # npu-smi takes seconds on a busy host
 
 
-def host_plan(devices: Sequence[str], settings_cpus: Literal["auto"] | Mapping[str, str]) -> dict[str, Cpus]:
+def host_plan(
+    devices: Sequence[str], placed: Mapping[str, Cpus], environment: Mapping[str, str]
+) -> dict[str, Cpus]:
     """The CPU set of each device on this host; see `plan_cpus`."""
-    placed = () if settings_cpus == "auto" else settings_cpus
     available = available_cpus()
-    near = discover([device for device in devices if device not in placed], os.environ)
-    return plan_cpus(devices, settings_cpus, available, near, cores(available))
+    near = discover([device for device in devices if device not in placed], environment)
+    return plan_cpus(devices, placed, available, near, cores(available))
 
 
 def available_cpus() -> Cpus:
     """The CPUs that this process may use: its affinity mask, which a cgroup or systemd may have narrowed."""
-    return tuple(sorted(psutil.Process().cpu_affinity() or range(psutil.cpu_count() or 1)))
+    return tuple(sorted(os.sched_getaffinity(os.getpid())))
 
 
 def cpu_quota(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float:

@@ -95,6 +95,8 @@ import msgpack
 import msgspec
 from msgspec import Meta
 
+from blendmaskd.wanted import Actual
+
 MAGIC = b"BMD1"
 MAX_HEADER_BYTES = 64 << 10
 MEMORY_SUFFIX = ".fd"
@@ -244,7 +246,7 @@ class Ready(_Message, tag="ready", frozen=True, kw_only=True):
     token: str  # of this run of the daemon, so that no orphan of another run is taken on
     pid: int
     window: Annotated[int, Meta(ge=1)]  # leases it wants to hold
-    actual: dict[str, Any]  # what took effect of what was wanted at spawn
+    actual: Actual
 
 
 class Started(_Message, tag="started", frozen=True, kw_only=True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Literal
 
 VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 PCI_ADDRESS = re.compile(r"\b[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\b", re.IGNORECASE)
@@ -17,27 +16,26 @@ PCI_ADDRESS = re.compile(r"\b[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\b", re
 Cpus = tuple[int, ...]  # sorted, without repeats
 
 
-class TopologyError(ValueError):
-    """A device or CPU set that this process cannot use; the text names device and CPUs."""
+class HostError(ValueError):
+    """This host cannot do what the settings demand; the text names what, and what to change."""
 
 
 def plan_cpus(
     devices: Sequence[str],
-    settings_cpus: Literal["auto"] | Mapping[str, str],
+    placed: Mapping[str, Cpus],
     available: Collection[int],
     near: Mapping[str, Iterable[int]],
     cores: Iterable[Cpus] = (),
 ) -> dict[str, Cpus]:
     """A non-empty CPU set for each device, out of `available`.
 
-    CPU lists in the settings are taken as they are. Each other device gets its share of the CPUs near it, or, when
+    `placed` are the settings' own, taken as they are. Each other device gets its share of the CPUs near it, or, when
     these are unknown or not available, of the CPUs that are near no device; devices that compete for CPUs split them
     evenly, whole cores (`cores`: CPUs that are hyperthreads of one core) where there are enough. CPUs that the
     settings gave away are avoided if that leaves any. Only with more devices than CPUs is a CPU shared.
 
-    Raises `TopologyError` for a CPU list that holds no CPU or one that is not available.
+    Raises `HostError` for a CPU that is not available.
     """
-    placed = {} if settings_cpus == "auto" else settings_cpus
     plan = {device: _checked(device, placed[device], available) for device in devices if device in placed}
     given = {cpu for cpus in plan.values() for cpu in cpus}
     free = frozenset(available) - given or frozenset(available)
@@ -52,7 +50,7 @@ def plan_cpus(
 def visible_id(device: str, environment: Mapping[str, str]) -> str:
     """What the host calls a device: ``npu:1`` is ``5`` where ASCEND_RT_VISIBLE_DEVICES=4,5 and ``1`` where it is unset.
 
-    CUDA may name it by UUID. Raises `TopologyError` when the variable makes fewer devices visible.
+    CUDA may name it by UUID. Raises `HostError` when the variable makes fewer devices visible.
     """
     kind, _, index = device.partition(":")
     variable = VISIBLE_DEVICES[kind]
@@ -60,7 +58,7 @@ def visible_id(device: str, environment: Mapping[str, str]) -> str:
         return index
     visible = [name.strip() for name in environment[variable].split(",") if name.strip()]
     if int(index) >= len(visible):
-        raise TopologyError(f"{device}: not visible, {variable}={environment[variable]}")
+        raise HostError(f"{device}: not visible, {variable}={environment[variable]}")
     return visible[int(index)]
 
 
@@ -141,15 +139,12 @@ def parse_cuda_addresses(text: str) -> dict[str, str]:
     return addresses
 
 
-def _checked(device: str, text: str, available: Collection[int]) -> Cpus:
-    cpus = parse_cpus(text)
-    if not cpus:
-        raise TopologyError(f"runtime.cpus.{device} = {text!r}: holds no CPU")
+def _checked(device: str, cpus: Cpus, available: Collection[int]) -> Cpus:
     missing = set(cpus).difference(available)
     if missing:
-        raise TopologyError(
-            f"runtime.cpus.{device} = {text!r}: CPUs {format_cpus(missing)} are not available to this process,"
-            f" which may use {format_cpus(available)}"
+        raise HostError(
+            f"runtime.cpus.{device} = {format_cpus(cpus)!r}: CPUs {format_cpus(missing)} are not available to this"
+            f" process, which may use {format_cpus(available)}"
         )
     return cpus
 

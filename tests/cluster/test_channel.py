@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from blendmaskd import settings
+from blendmaskd.assignment import Assignment
 from blendmaskd.protocol import Code, Failed, Image, Options, Report
-from blendmaskd.spawn import Assignment
+from blendmaskd.wanted import Wanted
 from blendmaskd_workers import engines
 from blendmaskd_workers.cluster.channel import Answer, LocalChannel, WorkerLost
 from blendmaskd_workers.engines import timed
@@ -31,7 +32,7 @@ class Worker:
         self.reports: list[Report] = []
         self.engine = engines.make(loaded, "cpu")
         self.channel = LocalChannel("here", "cpu:0", self.reports.append)
-        wanted = {"cpus": "0", "threads": None, "task_queue": None, "preload": None, "env": {}}
+        wanted = Wanted(cpus="0", threads=None, task_queue=None, preload=None, env={})
         assignment = Assignment("cpu:0", "cpu", 0, "", "", os.getpid(), loaded, wanted)
         self._loop = Loop(assignment, self.engine, engines.batching(loaded), self.channel)
         self._thread = threading.Thread(target=self._run)

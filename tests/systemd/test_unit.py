@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from sandbox import FIRST_SETTINGS, REPOSITORY, UNITS, Service, wait_for
 
-from blendmaskd import discovery, spawn
+from blendmaskd import discovery
 from blendmaskd.client.blocking import Client
 from blendmaskd.settings import Restarts, Settings
+from blendmaskd.wanted import differences_shown
 
 pytestmark = pytest.mark.systemd
 
@@ -101,7 +102,7 @@ def test_workers_get_what_the_settings_want(service: Service) -> None:
             devices = wait_for(lambda: _ready_devices(client))
         for device in devices:
             assert device["actual"]["preload"] == library
-            assert spawn.differences(device["wanted"], device["actual"]) == []
+            assert differences_shown(device) == []
     finally:
         service.settings(SETTINGS)
         service.systemctl("restart")

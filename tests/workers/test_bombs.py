@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blendmaskd import spawn
 from blendmaskd.settings import Limits
+from blendmaskd.shell import launch
 from blendmaskd_workers import bombs, images
 from blendmaskd_workers.images import ImageError, decode
 from checkout import ROOT
@@ -159,7 +159,6 @@ IN_A_PROCESS_OF_ITS_OWN = """
 import json, sys, warnings
 from blendmaskd_workers.quiet import quiet
 quiet()
-from blendmaskd import spawn
 from blendmaskd.settings import Limits
 from fuzz import bombs, child
 limits = Limits(max_image_bytes=int(sys.argv[1]), max_image_pixels=int(sys.argv[2]))
@@ -170,7 +169,7 @@ print(json.dumps({name: child.measure(name, limits) for name in [*bombs.REFUSED,
 def in_a_process(code: str, *arguments: object) -> str:
     """What Python code prints; it may say nothing on stderr, nor take longer than a minute."""
     argv = [sys.executable, "-c", code, *map(str, arguments)]
-    preload = spawn.resolve_preload("auto").path  # a worker's allocator, where it is installed
+    preload = launch.resolve_preload("auto").path  # a worker's allocator, where it is installed
     environment = {**os.environ, **({"LD_PRELOAD": preload} if preload else {})}
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == ""
@@ -192,7 +191,6 @@ import ast, sys
 from blendmaskd_workers.quiet import quiet
 quiet()
 from PIL import TiffImagePlugin
-from blendmaskd import spawn
 from blendmaskd.settings import Limits
 from blendmaskd_workers import images
 for payload in ast.literal_eval(open(sys.argv[1]).read()):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from blendmaskd import settings
-from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT
+from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.protocol import Options
 from blendmaskd_workers import __main__ as program
 from blendmaskd_workers import blendmask, engines

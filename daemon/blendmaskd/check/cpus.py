@@ -7,29 +7,24 @@ from collections.abc import Iterable, Mapping
 from blendmaskd import discovery, topology
 from blendmaskd.check.host import read
 from blendmaskd.settings import Settings
-from blendmaskd.topology import Cpus, TopologyError
+from blendmaskd.topology import Cpus, HostError
 
 DYNAMIC_DRIVERS = ("intel_pstate", "amd-pstate-epp")  # their powersave raises the clock as needed
-
-
-def placed(settings: Settings) -> Iterable[str]:
-    """The devices whose CPUs the settings name."""
-    return () if settings.runtime.cpus == "auto" else settings.runtime.cpus
 
 
 def places(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[str, Cpus], dict[str, Cpus], str]:
     """The plan, the CPUs near each device, and what stands in the way of a plan."""
     visible = []
     for device in settings.devices:
-        with contextlib.suppress(TopologyError):  # `devices.device` tells of it
+        with contextlib.suppress(HostError):  # `devices.device` tells of it
             if not device.startswith("cpu"):
                 topology.visible_id(device, environment)
             visible.append(device)
-    available = discovery.available_cpus()
-    near = discovery.discover([device for device in visible if device not in placed(settings)], environment)
+    available, placed = discovery.available_cpus(), settings.runtime.placed
+    near = discovery.discover([device for device in visible if device not in placed], environment)
     try:
-        plan = topology.plan_cpus(visible, settings.runtime.cpus, available, near, discovery.cores(available))
-    except TopologyError as error:
+        plan = topology.plan_cpus(visible, placed, available, near, discovery.cores(available))
+    except HostError as error:
         return {}, near, str(error)
     return plan, near, ""
 

@@ -14,7 +14,7 @@ from blendmaskd.check.device_findings import DeviceFacts, NodeFacts, Probe
 from blendmaskd.check.endpoint_findings import Holder
 from blendmaskd.check.host import is_ours
 from blendmaskd.settings import Settings
-from blendmaskd.topology import TopologyError
+from blendmaskd.topology import HostError
 
 NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")  # beside davinciN
 SERVICE_USER = "blendmaskd"
@@ -54,7 +54,7 @@ def device(
         return DeviceFacts(device=device, probe=probe, untried=untried)
     try:
         host_id = topology.visible_id(device, environment)
-    except TopologyError as error:
+    except HostError as error:
         return DeviceFacts(device=device, hidden=str(error))
     if kind == "npu" and npus is not None:
         chip = npus.chip(host_id)
@@ -81,7 +81,7 @@ def _gpus(environment: Mapping[str, str]) -> dict[str, str]:
 def nodes(npus: Iterable[str], environment: Mapping[str, str]) -> list[NodeFacts]:
     names = list(NODES)
     for device in npus:
-        with contextlib.suppress(TopologyError):
+        with contextlib.suppress(HostError):
             names.append(f"davinci{topology.visible_id(device, environment)}")
     return [_node(Path("/dev") / name) for name in names]
 

@@ -28,9 +28,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.settings import Restarts
-
-EXIT_CANNOT_BOOT = 78  # sysexits' EX_CONFIG: starting again cannot help
 
 
 class State(Enum):
@@ -141,11 +140,6 @@ class Supervisor:
     @property
     def reloading(self) -> bool:
         return any(slot.stale or slot.wanted_down for slot in self.slots.values())
-
-    def is_current(self, name: str, generation: int) -> bool:
-        """Whether this generation is the slot's living one."""
-        slot = self.slots.get(name)
-        return slot is not None and slot.generation == generation and slot.running
 
     # -- events -----------------------------------------------------------------------------------------------------
 

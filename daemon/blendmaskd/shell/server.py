@@ -17,19 +17,24 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import msgspec
 import zmq
 
-from blendmaskd import logs, protocol, spawn, topology
+from blendmaskd import logs, protocol
+from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.core import broker, supervisor
+from blendmaskd.core.launch_plan import Basis
 from blendmaskd.core.stats import Stats, status_line
 from blendmaskd.logs import about
 from blendmaskd.protocol import FROM_WORKER, ProtocolError
 from blendmaskd.settings import Settings, SettingsError
-from blendmaskd.shell import systemd
-from blendmaskd.shell.children import Basis, Candidate, Child, Launcher, how_it_ended, worker_name
+from blendmaskd.shell import launch, systemd
+from blendmaskd.shell.processes import Check, Child, Launcher, how_it_ended, worker_name
 from blendmaskd.shell.sockets import Sockets, StartError, is_loopback, receive
 from blendmaskd.shell.spool import SpoolError
 from blendmaskd.shell.traffic import Traffic
+from blendmaskd.topology import HostError
+from blendmaskd.wanted import differences
 
 log = logging.getLogger("blendmaskd")
 
@@ -46,11 +51,14 @@ class Server:
         self._notifier = systemd.from_environment()
         self._stats = Stats(settings.window_s)
         self._supervisor = supervisor.Supervisor(settings.devices, settings.restarts, settings.drain_s)
-        self._launcher = Launcher(settings, dict(os.environ))
+        self._launcher = Launcher(dict(os.environ))
+        self._basis = launch.basis(settings)
         self._children: dict[str, Child] = {}  # by worker name
         self._fds: dict[int, Callable[[], None]] = {}  # pidfds and the signal pipe
-        self._candidate: Candidate | None = None  # for a reload
-        self._before = self._launcher.basis  # the last that a worker has booted by, while a reload is tried
+        self._check: Check | None = None  # for a reload
+        self._candidate = self._basis  # what it tries
+        self._check_deadline = 0.0
+        self._before = self._basis  # the last that a worker has booted by, while a reload is tried
         self._opened = settings  # what sockets and files were opened by
         self._started = time.time()
         self._last_image: dict[str, Any] | None = None
@@ -139,9 +147,9 @@ class Server:
     def _tick(self, now: float) -> None:
         self._next_tick = now + TICK_S
         self._traffic.tick(now)
-        if self._candidate is not None and now >= self._candidate.deadline:
+        if self._check is not None and now >= self._check_deadline:
             log.error("reload: the check of settings and weights takes too long (restarts.start_timeout_s)")
-            self._candidate.child.process.kill()
+            self._check.child.process.kill()
         self._traffic.snapshot = snapshot = self._stats.snapshot(
             now,
             time.time(),
@@ -170,8 +178,8 @@ class Server:
             "state": "silent" if silent else slot.state.value,
             "reason": slot.reason,
             "restarts": slot.restarts,
-            "wanted": child.wanted if child else {},
-            "actual": child.actual if child else {},
+            "wanted": msgspec.to_builtins(child.wanted) if child else {},
+            "actual": msgspec.to_builtins(child.actual) if child and child.actual else {},
         }
 
     def _follow(self, now: float) -> None:
@@ -255,7 +263,7 @@ class Server:
             return
         self._unsettled = True
         child.actual = message.actual
-        for difference in spawn.differences(child.wanted, message.actual):
+        for difference in differences(child.wanted, message.actual):
             log.warning("%s", difference, extra=about(slot=child.name))
         actions = self._supervisor.ready(child.slot, child.generation, now)
         if self._supervisor.slots[child.slot].state is supervisor.State.READY:
@@ -286,9 +294,9 @@ class Server:
 
     def _spawn(self, slot: str, generation: int) -> None:
         try:
-            child = self._launcher.worker(slot, generation, self._sockets.workers_endpoint)
-        except (OSError, spawn.SpawnError) as error:
-            if isinstance(error, spawn.SpawnError) and not self._traffic.snapshot:
+            child = self._launcher.worker(slot, generation, self._basis, self._sockets.workers_endpoint)
+        except (OSError, HostError) as error:
+            if isinstance(error, HostError) and not self._traffic.snapshot:
                 raise  # nothing is served yet: the settings do not fit this host
             how = f"cannot be started: {error}"
             self._supervise(self._supervisor.exited(slot, generation, how, 1, False, time.monotonic()))
@@ -311,7 +319,7 @@ class Server:
         self._supervise(actions)
 
     def _kill_all(self) -> None:
-        for child in [*self._children.values(), *([self._candidate.child] if self._candidate else [])]:
+        for child in [*self._children.values(), *([self._check.child] if self._check else [])]:
             child.process.kill()
             child.reap()
 
@@ -342,31 +350,33 @@ class Server:
         self._drain_deadline = time.monotonic() + self.settings.drain_s
         self._broker.drain()
         self._supervisor.stop_replacing()
-        if self._candidate is not None:
-            self._candidate.child.process.kill()
+        if self._check is not None:
+            self._check.child.process.kill()
 
     def _reload(self) -> None:
         """Read the settings anew, and let a process of its own try them together with the weights."""
-        if self._candidate is not None or self._drain_deadline is not None:
+        if self._check is not None or self._drain_deadline is not None:
             log.warning("reload: not now, another reload or a drain is under way")
             return
         self._notifier.reloading()
         try:
             settings = self._load_settings()
             _refuse_rebinding(self._opened, settings)
-            self._candidate = self._launcher.try_out(settings, self._sockets.workers_endpoint, time.monotonic())
-        except (SettingsError, spawn.SpawnError, topology.TopologyError, OSError) as error:
+            self._candidate = self._launcher.basis(settings, self._basis)
+            self._check = self._launcher.check(self._candidate)
+        except (SettingsError, HostError, OSError) as error:
             self._end_reload(f"reload refused, nothing changed: {error}")
             return
         log.info("reload: checking settings and weights")
-        self._watch(self._candidate.child.pidfd, self._on_tried)
+        self._check_deadline = time.monotonic() + settings.restarts.start_timeout_s
+        self._watch(self._check.child.pidfd, self._on_tried)
 
     def _on_tried(self) -> None:
-        assert self._candidate is not None
-        candidate, self._candidate = self._candidate, None
-        self._unwatch(candidate.child.pidfd)
-        code = candidate.child.reap()
-        complaint = candidate.complaint()
+        assert self._check is not None
+        check, self._check = self._check, None
+        self._unwatch(check.child.pidfd)
+        code = check.child.reap()
+        complaint = check.complaint()
         if self._drain_deadline is not None:
             return
         if code != 0:
@@ -374,8 +384,8 @@ class Server:
             return
         log.info("reload: accepted, replacing the workers one at a time")
         if not self._supervisor.trying:
-            self._before = self._launcher.basis
-        self._adopt(candidate.basis)
+            self._before = self._basis
+        self._adopt(self._candidate)
         settings = self.settings
         self._supervise(self._supervisor.reload(settings.devices, settings.restarts, time.monotonic()))
 
@@ -388,7 +398,7 @@ class Server:
 
     def _adopt(self, basis: Basis) -> None:
         """Go by this from now on, but for workers that run; that all is ready is told anew."""
-        self._launcher.basis = basis
+        self._basis = basis
         self.settings = settings = basis.settings
         self._supervisor.drain_s = settings.drain_s
         self._traffic.adopt(settings)
@@ -440,6 +450,6 @@ def main_loop(settings: Settings, load_settings: Callable[[], Settings]) -> int:
     """Serve with these settings; see `Server.run`. Says what is wrong, on stderr, when it cannot start."""
     try:
         return Server(settings, load_settings).run()
-    except (StartError, SettingsError, SpoolError, spawn.SpawnError, topology.TopologyError) as error:
+    except (StartError, SettingsError, SpoolError, HostError) as error:
         print(f"blendmaskd: {error}", file=sys.stderr)
-        return supervisor.EXIT_CANNOT_BOOT
+        return EXIT_CANNOT_BOOT

@@ -12,16 +12,19 @@ device runs.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT
+from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.protocol import Options
 from blendmaskd.settings import Settings
 from blendmaskd_workers.batching import Batching
+
+if TYPE_CHECKING:
+    from blendmaskd_workers.devices import Device
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) BGR
 
@@ -49,14 +52,12 @@ class Prepared(Protocol):
 class Engine(Protocol):
     """See the module."""
 
+    @property
+    def device(self) -> Device | None:
+        """What it computes on, once loaded; None: it uses none."""
+
     def load(self) -> None:
         """Open the device and load the network. Raises `EngineError`."""
-
-    def actual(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """What took effect in this process of what was wanted at spawn, see `spawn.observe`."""
-
-    def device_memory_bytes(self) -> int:
-        """Bytes held on the device; 0 where that is the host's memory."""
 
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         """Run once for each image size (height, width), alone and in a full batch, so that no job pays for it."""

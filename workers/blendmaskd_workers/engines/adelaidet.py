@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from blendmaskd.protocol import Options
 from blendmaskd_workers import results
 from blendmaskd_workers.engines import EngineError, Pixels
@@ -43,8 +45,6 @@ class AdelaidetEngine(OnDevice):
         self._categories = self._resolve_categories(config.MODEL.FCOS.NUM_CLASSES)
 
     def prepare(self, image: Pixels) -> AdelaidetInput:
-        import torch
-
         height, width = image.shape[:2]
         original = image[:, :, ::-1] if self._predictor.input_format == "RGB" else image
         resized = self._predictor.aug.get_transform(original).apply_image(original)
@@ -53,8 +53,6 @@ class AdelaidetEngine(OnDevice):
         return AdelaidetInput(tensor, (height, width), padded)
 
     def segment(self, batch: Sequence[AdelaidetInput]) -> list[Any]:
-        import torch
-
         self.device.use()
         inputs = [
             {"image": item.image, "height": item.image_size[0], "width": item.image_size[1]} for item in batch

@@ -9,7 +9,8 @@ import numpy as np
 
 from blendmaskd import categories
 from blendmaskd.protocol import Options
-from blendmaskd_workers import results
+from blendmaskd_workers import blendmask, results
+from blendmaskd_workers.devices import Staged
 from blendmaskd_workers.engines import EngineError, Pixels
 from blendmaskd_workers.engines.on_device import OnDevice
 
@@ -18,7 +19,7 @@ from blendmaskd_workers.engines.on_device import OnDevice
 class Sent:
     """An image that is on its way to the device, padded, and what `blendmaskd_workers.blendmask.finish` needs of it."""
 
-    staged: Any  # blendmaskd_workers.devices.Staged, (1, 3, H, W) float32
+    staged: Staged  # (1, 3, H, W) float32
     image_size: tuple[int, int]
     net_size: tuple[int, int]
     padded_size: tuple[int, int]
@@ -28,8 +29,6 @@ class NativeEngine(OnDevice):
     """`blendmaskd_workers.blendmask` on one device."""
 
     def load(self) -> None:
-        from blendmaskd_workers import blendmask
-
         weights = self._weights()
         try:
             self._config = blendmask.load_config(self._settings.config)
@@ -42,7 +41,6 @@ class NativeEngine(OnDevice):
         network = blendmask.for_inference(trained, self.device.dtype, self.device.channels_last)
         self._network = network.to(self.device.torch_device)
         self._graphs: dict[tuple[int, ...], Any] = {}  # by the shape of a batch
-        self._blendmask = blendmask
 
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         if self._settings.graphs:
@@ -50,18 +48,18 @@ class NativeEngine(OnDevice):
                 image = self.prepare(np.full((height, width, 3), 127, np.uint8)).staged.take()
                 for size in sorted({1, batch}):
                     images = image.expand(size, -1, -1, -1)
-                    self._graphs[images.shape] = self._blendmask.capture(self._network, self.device.graph, images)
+                    self._graphs[images.shape] = blendmask.capture(self._network, self.device.graph, images)
         super().warm_up(image_sizes, batch)
 
     def prepare(self, image: Pixels) -> Sent:
-        prepared = self._blendmask.prepare(image, self._config)
-        staged = self.device.stage(self._blendmask.collate([prepared]))
+        prepared = blendmask.prepare(image, self._config)
+        staged = self.device.stage(blendmask.collate([prepared]))
         return Sent(staged, prepared.image_size, prepared.net_size, prepared.padded_size)
 
     def segment(self, batch: Sequence[Sent]) -> list[Any]:
         self.device.use()
         images = [item.staged.take() for item in batch]
-        return list(self._blendmask.segment_images(self._network, images, self.device.upload, self._propose))
+        return list(blendmask.segment_images(self._network, images, self.device.upload, self._propose))
 
     def _propose(self, images: Any) -> Any:
         return self._graphs.get(images.shape, self._network.propose)(images)
@@ -74,8 +72,6 @@ def to_coco(
     output: Any, prepared: Any, names: Sequence[categories.Category], options: Options
 ) -> list[dict[str, Any]]:
     """The COCO results of what our network said about an image."""
-    from blendmaskd_workers import blendmask
-
     found = blendmask.finish(output, prepared)
     stretched = results.Stretched(found.probabilities, found.boxes, found.image_size)
     return results.to_coco(found.boxes, found.scores, found.classes, stretched, names, options)

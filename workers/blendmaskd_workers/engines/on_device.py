@@ -1,8 +1,7 @@
 """What the engines that compute share: a device, opened when the network is loaded."""
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,22 +9,18 @@ import numpy as np
 from blendmaskd import categories
 from blendmaskd.categories import CategoriesError
 from blendmaskd.settings import Settings
+from blendmaskd_workers import devices
 from blendmaskd_workers.engines import EngineError, Pixels
 
 
 class OnDevice:
     """What the engines that compute share: a device, opened when the network is loaded."""
 
+    device: devices.Device
+
     def __init__(self, settings: Settings, device: str) -> None:
         self._settings = settings.model
         self._device_name = device
-
-    def actual(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        observed: dict[str, Any] = devices().actual(wanted, self.device)
-        return observed
-
-    def device_memory_bytes(self) -> int:
-        return 0 if self._device_name == "cpu" else int(self.device.memory().used)
 
     def prepare(self, image: Pixels) -> Any:
         raise NotImplementedError
@@ -41,10 +36,10 @@ class OnDevice:
 
     def _open(self) -> None:
         try:
-            self.device = devices().open_device(self._device_name, self._settings.precision)
-        except devices().UnsupportedError as error:
+            self.device = devices.open_device(self._device_name, self._settings.precision)
+        except devices.UnsupportedError as error:
             raise EngineError(f"model.precision = {self._settings.precision}: {error}") from error
-        except devices().DeviceError as error:
+        except devices.DeviceError as error:
             raise EngineError(str(error), exit_code=1) from error  # a driver may come back
 
     def _weights(self) -> str:
@@ -60,8 +55,3 @@ class OnDevice:
             return categories.resolve(classes, self._settings.weights, self._settings.categories)
         except CategoriesError as error:
             raise EngineError(str(error)) from error
-
-
-def devices() -> Any:
-    """`blendmaskd_workers.devices`, which imports torch: not before an engine needs it."""
-    return importlib.import_module("blendmaskd_workers.devices")

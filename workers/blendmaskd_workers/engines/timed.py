@@ -4,13 +4,13 @@ from __future__ import annotations
 import functools
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from blendmaskd import categories, spawn
+from blendmaskd import categories
 from blendmaskd.protocol import Options
 from blendmaskd_workers import results
 from blendmaskd_workers.engines import Pixels
@@ -34,6 +34,8 @@ class TimedEngine:
     Sizes between entries are interpolated; beyond the last, each image takes as long as in the last.
     """
 
+    device = None
+
     def __init__(self, latency_ms: dict[int, float]) -> None:
         sizes = sorted(latency_ms)
         counts = np.arange(LARGEST_BATCH + 1)
@@ -43,12 +45,6 @@ class TimedEngine:
 
     def load(self) -> None:
         pass
-
-    def actual(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        return spawn.observe(wanted)
-
-    def device_memory_bytes(self) -> int:
-        return 0
 
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         pass

@@ -1,0 +1,107 @@
+"""Child processes of the daemon: the workers, and the process that tries new settings before they are taken on.
+
+A `Launcher` knows everything that a start needs; a `Child` is a process with a descriptor that tells of its end.
+Whether and when one is started or killed is not decided here.
+"""
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import IO
+
+from blendmaskd.core import launch_plan
+from blendmaskd.core.launch_plan import Basis, LaunchPlan
+from blendmaskd.settings import Settings
+from blendmaskd.shell import launch
+from blendmaskd.wanted import Actual
+
+
+class Child:
+    """A process of ours; `pidfd` becomes readable when it has ended."""
+
+    def __init__(self, slot: str, generation: int, plan: LaunchPlan, stderr: IO[bytes] | None = None) -> None:
+        self.name = worker_name(slot, generation)
+        self.slot = slot
+        self.generation = generation
+        self.process = launch.launch(plan, stderr=stderr)
+        self.wanted = plan.wanted
+        self.warnings = plan.warnings
+        self.actual: Actual | None = None  # not up yet
+        try:
+            self.pidfd = os.pidfd_open(self.process.pid)
+        except OSError:  # out of descriptors, say: nobody would hear of its end
+            self.process.kill()
+            self.process.wait()
+            raise
+
+    def reap(self) -> int:
+        """Its exit code, negative for a signal; waits for its end."""
+        os.close(self.pidfd)
+        return self.process.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The process that tries what workers may be started by, together with the weights."""
+
+    child: Child
+    stderr: IO[bytes]  # a file, which never keeps it waiting
+
+    def complaint(self) -> str:
+        """The end of what it said."""
+        with self.stderr as file:
+            file.seek(0)
+            return file.read().decode(errors="replace").strip()[-2000:]
+
+
+class Launcher:
+    """Starts processes. Raises `HostError`; OSError where the host has no process, memory or descriptor left."""
+
+    def __init__(self, base_environment: Mapping[str, str]) -> None:
+        self.token = secrets.token_hex(16)  # a worker proves with it that this run of the daemon started it
+        self._environment = base_environment
+
+    def basis(self, settings: Settings, old: Basis) -> Basis:
+        """What these settings come to. The host is asked for CPUs only where they may be others than before: npu-smi
+        can take seconds, in which no job would move.
+        """
+        if (settings.devices, settings.runtime.cpus) == (old.settings.devices, old.settings.runtime.cpus):
+            return launch.on_cpus(old.cpus, settings)
+        return launch.basis(settings, self._environment)
+
+    def worker(self, slot: str, generation: int, basis: Basis, endpoint: str) -> Child:
+        """Start a worker, which connects to `endpoint`."""
+        plan = launch_plan.plan(
+            slot, basis, self._environment, generation=generation, endpoint=endpoint, token=self.token
+        )
+        return Child(slot, generation, plan)
+
+    def check(self, basis: Basis) -> Check:
+        """Start a process that loads settings and weights on the CPU; it ends with 0 when both are good."""
+        plan = launch_plan.plan(
+            "cpu:0", basis, self._environment, arguments=("-m", "blendmaskd_workers", "--check")
+        )
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            return Check(Child("check", 0, plan, stderr), stderr)
+        except BaseException:
+            stderr.close()
+            raise
+
+
+def worker_name(slot: str, generation: int) -> str:
+    """Its identity on the wire, never used twice."""
+    return f"{slot}.{generation}"
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code, as of `subprocess`, in words."""
+    if -code in list(signal.Signals):
+        return f"killed by {signal.Signals(-code).name}"
+    if code < 0:
+        return f"killed by signal {-code}"
+    return f"exited with code {code}"
