@@ -36,8 +36,12 @@ class Assignment:
 
     @property
     def identity(self) -> str:
-        """``slot.generation``: never used twice while the daemon lives."""
-        return f"{self.device}.{self.generation}"
+        return identity(self.device, self.generation)
+
+
+def identity(slot: str, generation: int) -> str:
+    """A worker's on the wire, never used twice while the daemon lives: ``npu:1.3``."""
+    return f"{slot}.{generation}"
 
 
 def read(environment: Mapping[str, str]) -> Assignment:

@@ -10,29 +10,21 @@ import subprocess
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from blendmaskd.topology import (
-    Cpus,
-    parse_cpus,
-    parse_cuda_addresses,
-    parse_npu_addresses,
-    parse_npu_affinity,
-    parse_npu_map,
-    plan_cpus,
-    visible_id,
-)
+from blendmaskd import topology
+from blendmaskd.topology import Cpus, parse_cpus, plan_cpus, visible_id
 
 SYSFS = Path("/sys")
 CGROUPS = Path("/sys/fs/cgroup")
 TOOL_TIMEOUT_S = 10.0  # npu-smi takes seconds on a busy host
 
 
-def host_plan(
+def places(
     devices: Sequence[str], placed: Mapping[str, Cpus], environment: Mapping[str, str]
-) -> dict[str, Cpus]:
-    """The CPU set of each device on this host; see `plan_cpus`."""
+) -> tuple[dict[str, Cpus], dict[str, Cpus]]:
+    """The CPU set of each device on this host, see `plan_cpus`, and what is near those that are not `placed`."""
     available = available_cpus()
     near = discover([device for device in devices if device not in placed], environment)
-    return plan_cpus(devices, placed, available, near, cores(available))
+    return plan_cpus(devices, placed, available, near, cores(available)), near
 
 
 def available_cpus() -> Cpus:
@@ -48,9 +40,9 @@ def cpu_quota(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) ->
     lines = own.read_text().splitlines() if own.exists() else []
     path = next((line[3:] for line in lines if line.startswith("0::")), "/")
     folder = cgroups / path.lstrip("/")
-    limits = [f"{group}/cpu.max" for group in (folder, *folder.parents) if group.is_relative_to(cgroups)]
-    found = [_read_text(limit).split() for limit in limits]
-    found.append([_read_text(f"{cgroups}/cpu/cpu.cfs_{what}_us").strip() for what in ("quota", "period")])
+    limits = [group / "cpu.max" for group in (folder, *folder.parents) if group.is_relative_to(cgroups)]
+    found = [_read(limit).split() for limit in limits]
+    found.append([_read(cgroups / f"cpu/cpu.cfs_{what}_us") for what in ("quota", "period")])
     return min((int(one[0]) / int(one[1]) for one in found if len(one) == 2 and one[0].isdigit()), default=math.inf)
 
 
@@ -81,18 +73,18 @@ def pci_cpus(address: str, sysfs: Path = SYSFS) -> Cpus:
 
 def _near_npu(environment: Mapping[str, str], sysfs: Path) -> dict[str, Cpus]:
     """By logic id. The PCI address leads to the kernel's own answer; npu-smi's table is asked where that fails."""
-    addresses = parse_npu_addresses(ask_tool(["npu-smi", "info"], environment))
-    chips = parse_npu_map(ask_tool(["npu-smi", "info", "-m"], environment))
+    addresses = topology.parse_npu_addresses(ask_tool(["npu-smi", "info"], environment))
+    chips = topology.parse_npu_map(ask_tool(["npu-smi", "info", "-m"], environment))
     near = {i: pci_cpus(addresses[chip], sysfs) for i, chip in chips.items() if chip in addresses}
     near = {i: cpus for i, cpus in near.items() if cpus}
     if not chips or len(near) < len(chips):
-        near = parse_npu_affinity(ask_tool(["npu-smi", "info", "-t", "topo"], environment)) | near
+        near = topology.parse_npu_affinity(ask_tool(["npu-smi", "info", "-t", "topo"], environment)) | near
     return {str(i): cpus for i, cpus in near.items()}
 
 
 def _near_cuda(environment: Mapping[str, str], sysfs: Path) -> dict[str, Cpus]:
     query = ["nvidia-smi", "--query-gpu=index,uuid,pci.bus_id", "--format=csv,noheader"]
-    addresses = parse_cuda_addresses(ask_tool(query, environment))
+    addresses = topology.parse_cuda_addresses(ask_tool(query, environment))
     found = {name: pci_cpus(address, sysfs) for name, address in addresses.items()}
     return {name: cpus for name, cpus in found.items() if cpus}
 
@@ -107,13 +99,6 @@ def ask_tool(argv: Sequence[str], environment: Mapping[str, str]) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return answer.stdout.decode(errors="replace")
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 def _read(path: Path) -> str:

@@ -108,7 +108,7 @@ def test_a_worker_is_told_its_assignment(device: str, local: str) -> None:
     assert (told.device, told.local_device, told.generation) == (device, local, 3)
     assert (told.identity, told.endpoint, told.token) == (f"{device}.3", "ipc:///run/workers", "secret")
     assert told.settings == settings.from_tree({"devices": [device], "deadline_s": 7.5, "worker_env": {"A": "b"}})
-    assert told.wanted == plan.wanted
+    assert told == plan.assignment
     assert told.daemon_pid == os.getpid()
 
 
@@ -119,12 +119,12 @@ def test_a_worker_that_the_daemon_did_not_start_is_told_so(environment: dict[str
 
 
 def test_what_is_wanted_is_for_the_stats() -> None:
-    plan = make_plan("npu:1", worker_env={"ASCEND_GLOBAL_LOG_LEVEL": "3"})
-    assert plan.wanted == Wanted(cpus="4-6", threads=3, task_queue=2, preload=None, env=plan.wanted.env)
-    assert plan.wanted.env["ASCEND_GLOBAL_LOG_LEVEL"] == "3"
-    assert ASSIGNMENT not in plan.wanted.env
-    assert b"secret" not in msgspec.json.encode(plan.wanted)
-    assert make_plan("cpu:0").wanted.task_queue is None
+    wanted = make_plan("npu:1", worker_env={"ASCEND_GLOBAL_LOG_LEVEL": "3"}).assignment.wanted
+    assert wanted == Wanted(cpus="4-6", threads=3, task_queue=2, preload=None, env=wanted.env)
+    assert wanted.env["ASCEND_GLOBAL_LOG_LEVEL"] == "3"
+    assert ASSIGNMENT not in wanted.env
+    assert b"secret" not in msgspec.json.encode(wanted)
+    assert make_plan("cpu:0").assignment.wanted.task_queue is None
 
 
 @pytest.mark.parametrize(("quota", "threads"), [(0.5, "1"), (4.0, "2"), (100.0, "3")])
@@ -139,7 +139,7 @@ def test_threads_are_the_settings_or_one_per_cpu() -> None:
 
 def test_worker_env_comes_last() -> None:
     plan = make_plan(worker_env={"TASK_QUEUE_ENABLE": "0", "OMP_NUM_THREADS": "9", "PATH": "/x"}, base={"PATH": "/y"})
-    assert (plan.wanted.task_queue, plan.wanted.threads, plan.environment["PATH"]) == (0, 9, "/x")
+    assert (plan.assignment.wanted.task_queue, plan.assignment.wanted.threads, plan.environment["PATH"]) == (0, 9, "/x")
 
 
 def test_caches_and_logs_go_where_the_unit_may_write() -> None:
@@ -231,7 +231,7 @@ def test_a_blocking_launch_is_warned_of() -> None:
 def test_other_preloads_are_kept(base: str, preloaded: str) -> None:
     plan = make_plan(preload=Preload("/t.so"), base={"LD_PRELOAD": base})
     assert plan.environment["LD_PRELOAD"] == preloaded
-    assert (plan.preload, plan.wanted.preload) == (Preload("/t.so"), "/t.so")
+    assert (plan.preload, plan.assignment.wanted.preload) == (Preload("/t.so"), "/t.so")
 
 
 def test_no_second_allocator_is_preloaded() -> None:
@@ -239,7 +239,7 @@ def test_no_second_allocator_is_preloaded() -> None:
     assert plan.environment["LD_PRELOAD"] == "/opt/libjemalloc.so.2"
     assert plan.preload == Preload(None, "LD_PRELOAD already names /opt/libjemalloc.so.2")
     plan = make_plan(preload=Preload("/t.so"), worker_env={"LD_PRELOAD": "/x.so"})
-    assert (plan.environment["LD_PRELOAD"], plan.preload.path, plan.wanted.preload) == ("/x.so", None, None)
+    assert (plan.environment["LD_PRELOAD"], plan.preload.path, plan.assignment.wanted.preload) == ("/x.so", None, None)
 
 
 def test_a_device_without_cpus_of_its_own_has_all() -> None:

@@ -349,9 +349,10 @@ def test_a_tool_that_hangs_or_fails_tells_nothing(
 def test_this_host_has_a_plan() -> None:
     available = discovery.available_cpus()
     assert set(available) == os.sched_getaffinity(0)
-    plan = discovery.host_plan(["cpu:0", "cpu:1"], {}, os.environ)
+    plan, near = discovery.places(["cpu:0", "cpu:1"], {}, os.environ)
+    assert near == {}
     assert {cpu for cpus in plan.values() for cpu in cpus} == set(available)
-    assert discovery.host_plan(["cpu:0"], {"cpu:0": available[-1:]}, os.environ) == {"cpu:0": (available[-1],)}
+    assert discovery.places(["cpu:0"], {"cpu:0": available[-1:]}, os.environ) == ({"cpu:0": available[-1:]}, {})
 
 
 def test_the_module_is_light() -> None:

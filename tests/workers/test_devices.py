@@ -134,7 +134,7 @@ def test_cuda_rounds_to_tf32_only_when_asked(
 def test_actual_is_what_the_libraries_say(monkeypatch: pytest.MonkeyPatch) -> None:
     cpus = tuple(sorted(os.sched_getaffinity(0)))
     tuned = settings.from_tree({"devices": ["cpu:0"], "runtime": {"threads": 1}})
-    wanted = launch_plan.plan("cpu:0", Basis(tuned, {}, Preload(None, "off"), cpus, math.inf), {}).wanted
+    wanted = launch_plan.plan("cpu:0", Basis(tuned, {}, Preload(None, "off"), cpus, math.inf), {}).assignment.wanted
     for name, value in wanted.env.items():
         monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
@@ -160,12 +160,12 @@ def test_a_cpu_workers_process_has_what_its_plan_wants() -> None:
         "actual = process.observe(told.wanted, devices.open_device(told.local_device));"
         "print(msgspec.json.encode(actual).decode())"
     )
-    basis = launch.on_cpus({"cpu:1": (cpu,)}, settings.from_tree({"devices": ["cpu:1"]}))
+    basis = launch.basis(settings.from_tree({"devices": ["cpu:1"], "runtime": {"cpus": {"cpu:1": str(cpu)}}}))
     plan = launch_plan.plan("cpu:1", basis, os.environ, arguments=("-c", probe))
     running = launch.launch(plan, stdout=subprocess.PIPE, cwd=ROOT)
     output, _ = running.communicate(timeout=60)
     actual = msgspec.json.decode(output, type=Actual)
-    assert differences(plan.wanted, actual) == []
+    assert differences(plan.assignment.wanted, actual) == []
     assert (actual.cpus, actual.threads) == (str(cpu), 1)
 
 

@@ -131,7 +131,8 @@ class Launcher:
         extra = tree.pop("worker_env", {})
         tuned = settings.from_tree({"devices": ["npu:1"], "worker_env": self.worker_env | extra, **tree})
         arguments = ("-c", f"NAMES = {_api_names()!r}\n{PROBE}")
-        return launch_plan.plan("npu:1", launch.on_cpus({"npu:1": cpus}, tuned), os.environ, arguments=arguments)
+        basis = Basis(tuned, {"npu:1": cpus}, launch.resolve_preload("auto"), cpus, math.inf)
+        return launch_plan.plan("npu:1", basis, os.environ, arguments=arguments)
 
     def probe(self, plan: LaunchPlan) -> dict[str, Any]:
         process = launch.launch(plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -253,7 +254,7 @@ def test_torch_npu_reads_every_variable_that_the_plan_sets(torch_npu: Path) -> N
     base = {"STATE_DIRECTORY": "/var/lib/blendmaskd", "LOGS_DIRECTORY": "/var/log/blendmaskd"}
     off = Preload(None, "off")
     on_npu, on_cpu = (
-        set(launch_plan.plan(device, Basis(tuned, {}, off, (0,), math.inf), base).wanted.env)
+        set(launch_plan.plan(device, Basis(tuned, {}, off, (0,), math.inf), base).assignment.wanted.env)
         for device in ("npu:0", "cpu:0")
     )
     names = on_npu - on_cpu - {"ASCEND_PROCESS_LOG_PATH"}  # which is CANN's

@@ -20,13 +20,10 @@ def places(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[str
             if not device.startswith("cpu"):
                 topology.visible_id(device, environment)
             visible.append(device)
-    available, placed = discovery.available_cpus(), settings.runtime.placed
-    near = discovery.discover([device for device in visible if device not in placed], environment)
     try:
-        plan = topology.plan_cpus(visible, placed, available, near, discovery.cores(available))
+        return *discovery.places(visible, settings.runtime.placed, environment), ""
     except HostError as error:
-        return {}, near, str(error)
-    return plan, near, ""
+        return {}, {}, str(error)
 
 
 def slow_governors(cpus: Iterable[int]) -> dict[int, str]:

@@ -54,12 +54,11 @@ class Basis:
 class LaunchPlan:
     """All that a start needs, and what stats show next to it."""
 
-    device: str
+    assignment: Assignment
     argv: tuple[str, ...]
     environment: Mapping[str, str]  # the whole of it
     cpus: Cpus
     preload: Preload
-    wanted: Wanted
     warnings: tuple[str, ...]  # for the log: settings that will not do what they say
 
 
@@ -90,16 +89,16 @@ def plan(
         preload=preload.path,
         env=dict(sorted(own.items())),
     )
-    local = LOCAL[_kind(device)]
-    assigned = Assignment(device, local, generation, endpoint, token, os.getpid(), settings, wanted)
+    assignment = Assignment(
+        device, LOCAL[_kind(device)], generation, endpoint, token, os.getpid(), settings, wanted
+    )
     inherited = {name: value for name, value in base_environment.items() if name not in NOT_INHERITED}
     return LaunchPlan(
-        device=device,
-        argv=(sys.executable, *arguments, assigned.identity),
-        environment={**inherited, **own, ASSIGNMENT: msgspec.json.encode(assigned).decode()},
+        assignment=assignment,
+        argv=(sys.executable, *arguments, assignment.identity),
+        environment={**inherited, **own, ASSIGNMENT: msgspec.json.encode(assignment).decode()},
         cpus=cpus,
         preload=preload,
-        wanted=wanted,
         warnings=tuple(warnings),
     )
 

@@ -1,20 +1,12 @@
 """Reload: by what workers are started, and how that becomes something else. Pure: events and `now` in, actions out.
 
-A reload takes four steps, and may end at each but the second:
+First a process loads the new settings and weights: a complaint of it, its deadline and a drain end the reload. Then the
+new settings are adopted: workers are started by them, and the next older worker is asked to stop whenever no slot is on
+its way, until none is left or the daemon drains. They are on trial until a worker has become ready by them; if a slot
+fails for good before that, they are undone, and workers that serve are left as they are. A slot that had failed before,
+or is new, does not speak against them.
 
-=======  ===================================================  ========================================================
-step     what happens                                         ends it
-=======  ===================================================  ========================================================
-check    a process loads the new settings and weights         its complaint; its deadline, or a drain: it is killed
-adopt    from now on workers are started by them
-trial    no worker has become ready by them yet               a slot that was up, or on its way, fails for good: undone
-replace  the next older worker is asked to stop whenever no   none is left; a drain
-         slot is on its way
-=======  ===================================================  ========================================================
-
-Slots that had failed before, or are new, are passed by: they do not speak against the new settings. When a reload is
-undone, workers that serve are left as they are. The first start is reported in the same way as a reload: once, when no
-slot is on its first way up, or when none can ever serve.
+The first start is reported like a reload: once, when no slot is on its first way up, or when none can ever serve.
 """
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any
 from blendmaskd import discovery
 from blendmaskd.core.launch_plan import TCMALLOC_PACKAGES, Basis, LaunchPlan, Preload
 from blendmaskd.settings import Settings
-from blendmaskd.topology import Cpus, HostError, format_cpus
+from blendmaskd.topology import HostError, format_cpus
 
 TCMALLOC_NAMES = ("libtcmalloc.so.4", "libtcmalloc_minimal.so.4", "libtcmalloc.so")
 LIBRARY_FOLDERS = tuple(
@@ -35,14 +35,13 @@ def basis(
     settings: Settings,
     environment: Mapping[str, str] = os.environ,
     devices: Sequence[str] = (),
+    old: Basis | None = None,
 ) -> Basis:
     """What `devices`, those of the settings unless given, come to on this host. Raises `HostError`."""
-    cpus = discovery.host_plan(devices or settings.devices, settings.runtime.placed, environment)
-    return on_cpus(cpus, settings)
-
-
-def on_cpus(cpus: Mapping[str, Cpus], settings: Settings) -> Basis:
-    """The same where the CPUs of each device are known."""
+    if old and (settings.devices, settings.runtime.cpus) == (old.settings.devices, old.settings.runtime.cpus):
+        cpus = old.cpus  # npu-smi can take seconds, in which no job would move
+    else:
+        cpus, _ = discovery.places(devices or settings.devices, settings.runtime.placed, environment)
     preload = resolve_preload(settings.runtime.preload)
     return Basis(settings, cpus, preload, discovery.available_cpus(), discovery.cpu_quota())
 
@@ -60,7 +59,7 @@ def launch(plan: LaunchPlan, **popen: Any) -> subprocess.Popen[bytes]:
     try:
         os.sched_setaffinity(0, plan.cpus)
     except OSError as error:
-        raise HostError(f"{plan.device}: cannot run on CPUs {format_cpus(plan.cpus)}: {error}") from None
+        raise HostError(f"{plan.assignment.device}: cannot run on CPUs {format_cpus(plan.cpus)}: {error}") from None
     try:
         return subprocess.Popen(plan.argv, env=plan.environment, **popen)
     finally:

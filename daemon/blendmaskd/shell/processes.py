@@ -15,7 +15,6 @@ from typing import IO
 
 from blendmaskd.core import launch_plan
 from blendmaskd.core.launch_plan import Basis, LaunchPlan
-from blendmaskd.settings import Settings
 from blendmaskd.shell import launch
 from blendmaskd.wanted import Actual
 
@@ -23,13 +22,13 @@ from blendmaskd.wanted import Actual
 class Child:
     """A process of ours; `pidfd` becomes readable when it has ended."""
 
-    def __init__(self, slot: str, generation: int, plan: LaunchPlan, stderr: IO[bytes] | None = None) -> None:
-        self.name = worker_name(slot, generation)
-        self.slot = slot
-        self.generation = generation
-        self.process = launch.launch(plan, stderr=stderr)
-        self.wanted = plan.wanted
+    def __init__(self, plan: LaunchPlan, stderr: IO[bytes] | None = None) -> None:
+        self.name = plan.assignment.identity
+        self.slot = plan.assignment.device
+        self.generation = plan.assignment.generation
+        self.wanted = plan.assignment.wanted
         self.warnings = plan.warnings
+        self.process = launch.launch(plan, stderr=stderr)
         self.actual: Actual | None = None  # not up yet
         try:
             self.pidfd = os.pidfd_open(self.process.pid)
@@ -65,37 +64,23 @@ class Launcher:
         self.token = secrets.token_hex(16)  # a worker proves with it that this run of the daemon started it
         self._environment = base_environment
 
-    def basis(self, settings: Settings, old: Basis) -> Basis:
-        """What these settings come to. The host is asked for CPUs only where they may be others than before: npu-smi
-        can take seconds, in which no job would move.
-        """
-        if (settings.devices, settings.runtime.cpus) == (old.settings.devices, old.settings.runtime.cpus):
-            return launch.on_cpus(old.cpus, settings)
-        return launch.basis(settings, self._environment)
-
     def worker(self, slot: str, generation: int, basis: Basis, endpoint: str) -> Child:
         """Start a worker, which connects to `endpoint`."""
         plan = launch_plan.plan(
             slot, basis, self._environment, generation=generation, endpoint=endpoint, token=self.token
         )
-        return Child(slot, generation, plan)
+        return Child(plan)
 
     def check(self, basis: Basis) -> Check:
         """Start a process that loads settings and weights on the CPU; it ends with 0 when both are good."""
-        plan = launch_plan.plan(
-            "cpu:0", basis, self._environment, arguments=("-m", "blendmaskd_workers", "--check")
-        )
+        arguments = ("-m", "blendmaskd_workers", "--check")
+        plan = launch_plan.plan("cpu:0", basis, self._environment, arguments=arguments)
         stderr = tempfile.TemporaryFile()  # noqa: SIM115
         try:
-            return Check(Child("check", 0, plan, stderr), stderr)
+            return Check(Child(plan, stderr), stderr)
         except BaseException:
             stderr.close()
             raise
-
-
-def worker_name(slot: str, generation: int) -> str:
-    """Its identity on the wire, never used twice."""
-    return f"{slot}.{generation}"
 
 
 def how_it_ended(code: int) -> str:

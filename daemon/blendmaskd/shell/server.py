@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from blendmaskd import logs, protocol
-from blendmaskd.assignment import EXIT_CANNOT_BOOT
+from blendmaskd.assignment import EXIT_CANNOT_BOOT, identity
 from blendmaskd.core import broker, reload, supervisor
 from blendmaskd.core.reload import Reload
 from blendmaskd.core.stats import Stats, status_line
@@ -29,7 +29,7 @@ from blendmaskd.logs import about
 from blendmaskd.protocol import FROM_WORKER, ProtocolError
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch, systemd
-from blendmaskd.shell.processes import Check, Child, Launcher, how_it_ended, worker_name
+from blendmaskd.shell.processes import Check, Child, Launcher, how_it_ended
 from blendmaskd.shell.sockets import Sockets, StartError, is_loopback, receive
 from blendmaskd.shell.spool import SpoolError
 from blendmaskd.shell.traffic import Traffic
@@ -160,7 +160,7 @@ class Server:
         self._notifier.send(WATCHDOG="1", STATUS=status_line(snapshot))
 
     def _describe(self, slot: supervisor.Slot, now: float) -> dict[str, Any]:
-        name = worker_name(slot.name, slot.generation)
+        name = identity(slot.name, slot.generation)
         child = self._children.get(name)
         heard = self._broker.last_heard(name)
         silent = slot.state is supervisor.State.READY and heard is not None and now - heard > SILENT_S
@@ -264,9 +264,9 @@ class Server:
                 case supervisor.Spawn(slot, generation):
                     self._spawn(slot, generation)
                 case supervisor.Stop(slot, generation):
-                    self._traffic.carry_out(self._broker.retire(worker_name(slot, generation)))
+                    self._traffic.carry_out(self._broker.retire(identity(slot, generation)))
                 case supervisor.Kill(slot, generation, number):
-                    name = worker_name(slot, generation)
+                    name = identity(slot, generation)
                     log.warning("sent %s", number.name, extra=about(slot=name))
                     self._children[name].process.send_signal(number)
                 case reload.StopCheck(why):
@@ -353,7 +353,7 @@ class Server:
         try:
             settings = self._load_settings()
             reload.refuse_rebinding(self._opened, settings)
-            candidate = self._launcher.basis(settings, self._reload.basis)
+            candidate = launch.basis(settings, old=self._reload.basis)
             self._check = self._launcher.check(candidate)
         except (SettingsError, HostError, OSError) as error:
             self._supervise(self._reload.refuse(str(error)))
@@ -393,7 +393,7 @@ class Server:
                 self._next_tick = 0.0
                 bad = slot.state in (supervisor.State.BACKOFF, supervisor.State.FAILED)
                 reason = f": {slot.reason}" if slot.reason else ""
-                level, name = logging.ERROR if bad else logging.INFO, worker_name(slot.name, slot.generation)
+                level, name = logging.ERROR if bad else logging.INFO, identity(slot.name, slot.generation)
                 log.log(level, "%s%s", slot.state.value, reason, extra=about(slot=name))
 
     def _tell_ready(self) -> None:

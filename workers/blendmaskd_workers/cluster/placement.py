@@ -24,7 +24,7 @@ import ray
 from blendmaskd import topology
 from blendmaskd.assignment import Assignment
 from blendmaskd.core import launch_plan
-from blendmaskd.core.launch_plan import LOCAL, Basis, LaunchPlan
+from blendmaskd.core.launch_plan import Basis, LaunchPlan
 from blendmaskd.settings import Settings
 from blendmaskd.shell import launch
 from blendmaskd_workers import process
@@ -91,8 +91,7 @@ def occupy(settings: Settings) -> Place:
     siblings = [f"{kind}:{i}" for i in range(max(capacity(settings, node["Resources"]), number + 1))]
     plan = launch_plan.plan(f"{kind}:{number}", launch.basis(settings, base, siblings), base)
     _apply(plan)
-    assignment = Assignment(plan.device, LOCAL[kind], 0, "", "", os.getpid(), settings, plan.wanted)
-    return Place(node_name(node, nodes), assignment, plan.warnings)
+    return Place(node_name(node, nodes), plan.assignment, plan.warnings)
 
 
 def node_name(node: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> str:
@@ -105,7 +104,7 @@ def node_name(node: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> st
 def _environment(settings: Settings, kind: str) -> dict[str, str]:
     """What must be in a worker's environment when its process starts, as far as it is the same on all nodes."""
     basis = Basis(settings, {}, launch.resolve_preload(settings.runtime.preload), available=(0,), quota=math.inf)
-    own = launch_plan.plan(f"{kind}:0", basis, {}).wanted.env
+    own = launch_plan.plan(f"{kind}:0", basis, {}).assignment.wanted.env
     kept = {name: value for name, value in own.items() if name not in OF_THE_NODE | _visible_devices()}
     return kept | settings.worker_env
 
@@ -154,7 +153,7 @@ def _apply(plan: LaunchPlan) -> None:
     """What can still be changed in a running process. LD_PRELOAD cannot: if it is missing, `process.observe` tells."""
     for name in ("CPU_AFFINITY_CONF", *_visible_devices()):
         os.environ.pop(name, None)
-    os.environ.update({name: value for name, value in plan.wanted.env.items() if name != "LD_PRELOAD"})
+    os.environ.update({name: value for name, value in plan.assignment.wanted.env.items() if name != "LD_PRELOAD"})
     wanted = topology.format_cpus(plan.cpus)
     for _ in range(ROUNDS):
         others = [int(thread.rpartition("/")[2]) for thread, mask in process.thread_masks().items() if mask != wanted]

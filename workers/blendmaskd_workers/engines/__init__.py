@@ -84,7 +84,7 @@ def make(settings: Settings, device: str) -> Engine:
 
             return AdelaidetEngine(settings, device)
         case "timed" if settings.timed.outputs is not None:
-            from blendmaskd_workers.engines.replay import ReplayEngine
+            from blendmaskd_workers.engines.native import ReplayEngine
 
             return ReplayEngine(settings)
         case "timed":

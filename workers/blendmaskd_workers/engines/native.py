@@ -1,4 +1,4 @@
-"""The engine native: `blendmaskd_workers.blendmask` on one device."""
+"""The engine native, and the timed one that does the native one's work on the host."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -9,10 +9,12 @@ import numpy as np
 
 from blendmaskd import categories
 from blendmaskd.protocol import Options
+from blendmaskd.settings import Settings
 from blendmaskd_workers import blendmask, results
 from blendmaskd_workers.devices import Staged
 from blendmaskd_workers.engines import EngineError, Pixels
 from blendmaskd_workers.engines.on_device import OnDevice
+from blendmaskd_workers.engines.timed import TimedEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +67,54 @@ class NativeEngine(OnDevice):
         return self._graphs.get(images.shape, self._network.propose)(images)
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
-        return to_coco(output, prepared, self._categories, options)
+        return _to_coco(output, prepared, self._categories, options)
 
 
-def to_coco(
+def _to_coco(
     output: Any, prepared: Any, names: Sequence[categories.Category], options: Options
 ) -> list[dict[str, Any]]:
     """The COCO results of what our network said about an image."""
     found = blendmask.finish(output, prepared)
     stretched = results.Stretched(found.probabilities, found.boxes, found.image_size)
     return results.to_coco(found.boxes, found.scores, found.classes, stretched, names, options)
+
+
+class ReplayEngine:
+    """The timed engine with the native one's work on the host: images are prepared, and given outputs finished.
+
+    The outputs are the fields of `blendmaskd_workers.blendmask.Instances` in an .npz; every image gets the same.
+    """
+
+    device = None
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._timed = TimedEngine(settings.timed.latency_ms)
+
+    def load(self) -> None:
+        try:
+            self._config = blendmask.load_config(self._settings.model.config)
+            with np.load(self._settings.timed.outputs or "") as arrays:
+                self._output = blendmask.Instances(**arrays)
+            self._categories = categories.resolve(
+                self._config.num_classes, self._settings.model.weights, self._settings.model.categories
+            )
+        except (OSError, TypeError, ValueError) as error:
+            raise EngineError(f"timed.outputs, model.config: {error}") from error
+
+    def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
+        for height, width in image_sizes:
+            prepared = self.prepare(np.full((height, width, 3), 127, np.uint8))
+            self.finish(self._output, prepared, Options())
+
+    def prepare(self, image: Pixels) -> Any:
+        prepared = blendmask.prepare(image, self._config)
+        blendmask.collate([prepared])  # what the native engine sends to the device
+        return prepared
+
+    def segment(self, batch: Sequence[Any]) -> list[Any]:
+        self._timed.sleep(len(batch))
+        return [self._output] * len(batch)
+
+    def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
+        return _to_coco(output, prepared, self._categories, options)

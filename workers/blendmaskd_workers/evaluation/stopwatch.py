@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 def _answer(request: dict[str, Any], engine: Engine, prepared: Any, requests: IO[bytes], answers: IO[str]) -> None:
     batch = [prepared] * int(request["batch"])
-    synchronize = engine.device.synchronize if engine.device else _nothing
+    synchronize = engine.device.synchronize if engine.device else lambda: None
     with _autocast(engine, request["dtype"]):
         for _ in range(request["warm_up"]):
             engine.segment(batch)
@@ -91,10 +91,6 @@ def _autocast(engine: Engine, dtype: str) -> contextlib.AbstractContextManager[A
         engine.device.torch_device.type, getattr(torch, DTYPES[dtype])
     )
     return autocast
-
-
-def _nothing() -> None:
-    """What a sleeping engine needs to be synchronised."""
 
 
 def _say(answers: IO[str], **answer: Any) -> None:

@@ -84,7 +84,7 @@ class Stopwatch:
 
     def warnings(self) -> list[str]:
         """Where the process is not as it was planned, a sentence each; once it is ready."""
-        found = differences(self.plan.wanted, self.actual)
+        found = differences(self.plan.assignment.wanted, self.actual)
         return [*self.plan.warnings, *(f"{self.device}: {text}" for text in found)]
 
     @property
