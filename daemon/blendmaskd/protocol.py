@@ -138,6 +138,14 @@ class ProtocolError(ValueError):
         self.job = job
 
 
+class RegionError(RuntimeError):
+    """Shared memory that cannot be had, or read; the text says why, `left` how many bytes could be had instead."""
+
+    def __init__(self, reason: str, left: int = 0) -> None:
+        super().__init__(reason)
+        self.left = left
+
+
 class _Message(msgspec.Struct, tag_field="type", frozen=True):
     """What travels as a header: a map with the key ``type``."""
 

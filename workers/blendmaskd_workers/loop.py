@@ -38,9 +38,8 @@ import psutil
 
 from blendmaskd import protocol
 from blendmaskd.assignment import Assignment
-from blendmaskd.core.regions import RegionError
 from blendmaskd.logs import about
-from blendmaskd.protocol import Code
+from blendmaskd.protocol import Code, RegionError
 from blendmaskd.settings import Settings
 from blendmaskd_workers import images, process
 from blendmaskd_workers.batching import Batching
