@@ -10,7 +10,6 @@ import secrets
 import signal
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import IO
 
 from blendmaskd.core import launch_plan
@@ -28,6 +27,7 @@ class Child:
         self.generation = plan.assignment.generation
         self.wanted = plan.assignment.wanted
         self.warnings = plan.warnings
+        self._stderr = stderr
         self.process = launch.launch(plan, stderr=stderr)
         self.actual: Actual | None = None  # not up yet
         try:
@@ -42,17 +42,10 @@ class Child:
         os.close(self.pidfd)
         return self.process.wait()
 
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """The process that tries what workers may be started by, together with the weights."""
-
-    child: Child
-    stderr: IO[bytes]  # a file, which never keeps it waiting
-
     def complaint(self) -> str:
-        """The end of what it said."""
-        with self.stderr as file:
+        """The end of what it said, where it has a stderr of its own."""
+        assert self._stderr is not None
+        with self._stderr as file:
             file.seek(0)
             return file.read().decode(errors="replace").strip()[-2000:]
 
@@ -71,16 +64,11 @@ class Launcher:
         )
         return Child(plan)
 
-    def check(self, basis: Basis) -> Check:
+    def check(self, basis: Basis) -> Child:
         """Start a process that loads settings and weights on the CPU; it ends with 0 when both are good."""
         arguments = ("-m", "blendmaskd_workers", "--check")
-        plan = launch_plan.plan("cpu:0", basis, self._environment, arguments=arguments)
-        stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        try:
-            return Check(Child(plan, stderr), stderr)
-        except BaseException:
-            stderr.close()
-            raise
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115 - its own; a pipe would keep it waiting
+        return Child(launch_plan.plan("cpu:0", basis, self._environment, arguments=arguments), stderr)
 
 
 def how_it_ended(code: int) -> str:

@@ -29,7 +29,7 @@ from blendmaskd.logs import about
 from blendmaskd.protocol import FROM_WORKER, ProtocolError
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch, systemd
-from blendmaskd.shell.processes import Check, Child, Launcher, how_it_ended
+from blendmaskd.shell.processes import Child, Launcher, how_it_ended
 from blendmaskd.shell.sockets import Sockets, StartError, is_loopback, receive
 from blendmaskd.shell.spool import SpoolError
 from blendmaskd.shell.traffic import Traffic
@@ -55,7 +55,7 @@ class Server:
         self._launcher = Launcher(dict(os.environ))
         self._children: dict[str, Child] = {}  # by worker name
         self._fds: dict[int, Callable[[], None]] = {}  # pidfds and the signal pipe
-        self._check: Check | None = None  # for a reload
+        self._check: Child | None = None  # for a reload
         self._opened = settings  # what sockets and files were opened by
         self._started = time.time()
         self._last_image: dict[str, Any] | None = None
@@ -273,7 +273,7 @@ class Server:
                     if why:
                         log.error("reload: %s", why)
                     assert self._check is not None
-                    self._check.child.process.kill()
+                    self._check.process.kill()
                 case reload.Adopt(basis, undone):
                     self._adopt(basis.settings, undone)
                 case reload.Ready():
@@ -312,7 +312,7 @@ class Server:
         self._supervise(actions)
 
     def _kill_all(self) -> None:
-        for child in [*self._children.values(), *([self._check.child] if self._check else [])]:
+        for child in [*self._children.values(), *([self._check] if self._check else [])]:
             child.process.kill()
             child.reap()
 
@@ -360,13 +360,13 @@ class Server:
             return
         log.info("reload: checking settings and weights")
         self._reload.try_out(candidate, time.monotonic())
-        self._watch(self._check.child.pidfd, self._on_tried)
+        self._watch(self._check.pidfd, self._on_tried)
 
     def _on_tried(self) -> None:
         assert self._check is not None
         check, self._check = self._check, None
-        self._unwatch(check.child.pidfd)
-        code = check.child.reap()
+        self._unwatch(check.pidfd)
+        code = check.reap()
         complaint = check.complaint() or how_it_ended(code)
         self._supervise(self._reload.tried(complaint if code else None, time.monotonic()))
 
