@@ -31,6 +31,7 @@ STATS = "daemon/blendmaskd/core/stats.py"
 SUPERVISOR = "daemon/blendmaskd/core/supervisor.py"
 SUSPECTS = "daemon/blendmaskd/core/suspects.py"
 PROTOCOL = "daemon/blendmaskd/protocol.py"
+RELOAD = "daemon/blendmaskd/core/reload.py"
 BATCHING = "workers/blendmaskd_workers/batching.py"
 BROKER_TESTS = ["test_broker.py", "test_broker_machine.py", "test_daemon_machine.py"]
 CORE_TESTS = {
@@ -39,6 +40,7 @@ CORE_TESTS = {
     SUSPECTS: ["test_suspects.py", *BROKER_TESTS],
     PROTOCOL: ["test_protocol.py", "test_daemon_machine.py"],
     SUPERVISOR: ["test_supervisor.py", "test_daemon_machine.py"],
+    RELOAD: ["test_reload.py", "test_daemon_machine.py"],
     STATS: ["test_stats.py"],
     "daemon/blendmaskd/core/regions.py": ["test_broker_machine.py", "test_regions.py"],
     BATCHING: ["../workers/test_batching.py"],
@@ -123,20 +125,19 @@ BUGS = [
         "slot.failures += 1", "poison images take a healthy device out of service"),
     Bug(SUPERVISOR, "        elif asked:\n            return [self._spawn(slot, now)]\n", "",
         "a reload looks like deaths: back-off, and the slot is given up"),
-    Bug(SUPERVISOR, "slot.state is State.FAILED and slot.was_up and self.trying", "False",
+    Bug(RELOAD, "if self.trying and (slot := next(failed, None)):", "if False:",
         "settings that no device can boot take one device after the other"),
-    Bug(SUPERVISOR, "slot.was_up = slot.state not in (State.FAILED, State.ENDED)",
-        "slot.was_up = slot.state is State.READY",
+    Bug(RELOAD, "if slot.state not in (State.FAILED, State.ENDED)}", "if slot.state is State.READY}",
         "settings that no device can boot take all when one is on its way as they come"),
-    Bug(SUPERVISOR, "return self._replace_next(now)\n\n    def acquit", "return []\n\n    def acquit",
+    Bug(RELOAD, "State.STOPPING, State.BACKOFF)", "State.STOPPING, State.BACKOFF, State.FAILED)",
         "a reload stops half-way when a worker dies meanwhile"),
     Bug(SUPERVISOR, "signal.SIGABRT\n        return [Stop(", "None\n        return [Stop(",
         "the loop crashes on a worker that does not stop"),
     Bug(SUPERVISOR, "now + self.restarts.stop_s, signal.SIGKILL\n        return [kill]",
         "now + self.restarts.stop_s, signal.SIGABRT\n        return [kill]",
         "a stopped worker is aborted for ever and never killed"),
-    Bug(SUPERVISOR, "        moving = (State.STARTING, State.STOPPING, State.BACKOFF)",
-        "        moving = ()", "a reload replaces all workers at once: nobody serves"),
+    Bug(RELOAD, " and not any(slot.state in MOVING for slot in slots)", "",
+        "a reload replaces all workers at once: nobody serves"),
     Bug(SUPERVISOR, "slot.state, slot.deadline = State.ENDED, None\n        return []",
         "slot.state = State.ENDED\n        return []", "a drained daemon starts workers again"),
     Bug(SUPERVISOR, "slot.deadline = now + min(doubled, self.restarts.longest_delay_s)",

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 
 from blendmaskd import logs, settings
-from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT
+from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.shell import server
 
 

@@ -98,6 +98,8 @@ import msgpack
 import msgspec
 from msgspec import Meta
 
+from blendmaskd.wanted import Actual
+
 MAGIC = b"BMD1"
 MAX_HEADER_BYTES = 64 << 10
 MEMORY_SUFFIX = ".fd"
@@ -137,6 +139,14 @@ class ProtocolError(ValueError):
     def __init__(self, reason: str, job: str = "") -> None:
         super().__init__(reason)
         self.job = job
+
+
+class RegionError(RuntimeError):
+    """Shared memory that cannot be had, or read; the text says why, `left` how many bytes could be had instead."""
+
+    def __init__(self, reason: str, left: int = 0) -> None:
+        super().__init__(reason)
+        self.left = left
 
 
 class _Message(msgspec.Struct, tag_field="type", frozen=True):
@@ -247,7 +257,7 @@ class Ready(_Message, tag="ready", frozen=True, kw_only=True):
     token: str  # of this run of the daemon, so that no orphan of another run is taken on
     pid: int
     window: Annotated[int, Meta(ge=1)]  # leases it wants to hold
-    actual: dict[str, Any]  # what took effect of what was wanted at spawn
+    actual: Actual
 
 
 class Started(_Message, tag="started", frozen=True, kw_only=True):

@@ -19,9 +19,10 @@ import msgspec
 import yaml
 from msgspec import Meta
 
+from blendmaskd.topology import Cpus, parse_cpus
+
 ENVIRONMENT_PREFIX = "BLENDMASKD__"
 DEVICE = re.compile(r"^(npu|cuda|cpu):(0|[1-9][0-9]*)$")
-CPU_LIST = re.compile(r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
 
 LARGEST = 1e9  # of seconds and milliseconds: keeps infinity out
 Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
@@ -117,6 +118,11 @@ class Runtime(_Section, frozen=True):
     preload: str = "auto"  # tcmalloc: auto (if installed), required, off, or the path of a library
     # OMP_NUM_THREADS; auto: as many as the slot has CPUs, within its share of a CPU quota
     threads: Literal["auto"] | Count = "auto"
+
+    @property
+    def placed(self) -> dict[str, Cpus]:
+        """The devices whose CPUs are named here, with these; none with auto."""
+        return {} if self.cpus == "auto" else {device: parse_cpus(text) for device, text in self.cpus.items()}
 
 
 class Restarts(_Section, frozen=True):
@@ -287,14 +293,14 @@ def _check(settings: Settings) -> None:
     _check_devices(settings.devices)
     _check_endpoints(settings.endpoints)
     _check_keys(settings)
-    cpus = settings.runtime.cpus
-    if isinstance(cpus, dict):
-        for device, ranges in cpus.items():
-            if device not in settings.devices:
-                raise SettingsError(f"runtime.cpus.{device}: not among devices {settings.devices}")
-            if not CPU_LIST.match(ranges):
-                raise SettingsError(f"runtime.cpus.{device} = {ranges!r}: expected a CPU list such as 0-7,16")
-    preload = settings.runtime.preload
+    runtime = settings.runtime
+    for device, cpus in runtime.placed.items():
+        if device not in settings.devices:
+            raise SettingsError(f"runtime.cpus.{device}: not among devices {settings.devices}")
+        if not cpus and runtime.cpus != "auto":
+            text = runtime.cpus[device]
+            raise SettingsError(f"runtime.cpus.{device} = {text!r}: expected a CPU list such as 0-7,16")
+    preload = runtime.preload
     if preload not in ("auto", "required", "off") and not preload.startswith("/"):
         raise SettingsError(f"runtime.preload = {preload!r}: expected auto, required, off or an absolute path")
     _check_model(settings)

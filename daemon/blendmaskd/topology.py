@@ -1,87 +1,41 @@
 """Which CPUs are near which device, and which of them each slot gets.
 
-`discover` asks the host (sysfs, npu-smi, nvidia-smi); the `parse_*` functions and `plan_cpus` are pure. What the host
-does not tell is left out, never guessed: a device of unknown place gets an even share of the CPUs. Devices are
-numbered as this process sees them: with ASCEND_RT_VISIBLE_DEVICES=4,5 (or CUDA_VISIBLE_DEVICES) npu:0 is the host's
-card 4. Nothing here starts a worker or imports torch.
+Pure; `blendmaskd.discovery` asks the host, and the `parse_*` functions read what its tools say. What the host does not
+tell is left out, never guessed: a device of unknown place gets an even share of the CPUs. Devices are numbered as this
+process sees them: with ASCEND_RT_VISIBLE_DEVICES=4,5 (or CUDA_VISIBLE_DEVICES) npu:0 is the host's card 4.
 """
 from __future__ import annotations
 
 import itertools
-import math
-import os
 import re
-import subprocess
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Literal
-
-import psutil
 
 VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
-SYSFS = Path("/sys")
-CGROUPS = Path("/sys/fs/cgroup")
-TOOL_TIMEOUT_S = 10.0  # npu-smi takes seconds on a busy host
 PCI_ADDRESS = re.compile(r"\b[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\b", re.IGNORECASE)
 
 Cpus = tuple[int, ...]  # sorted, without repeats
 
 
-class TopologyError(ValueError):
-    """A device or CPU set that this process cannot use; the text names device and CPUs."""
-
-
-def host_plan(devices: Sequence[str], settings_cpus: Literal["auto"] | Mapping[str, str]) -> dict[str, Cpus]:
-    """The CPU set of each device on this host; see `plan_cpus`."""
-    placed = () if settings_cpus == "auto" else settings_cpus
-    available = available_cpus()
-    near = discover([device for device in devices if device not in placed], os.environ)
-    return plan_cpus(devices, settings_cpus, available, near, cores(available))
-
-
-def available_cpus() -> Cpus:
-    """The CPUs that this process may use: its affinity mask, which a cgroup or systemd may have narrowed."""
-    return tuple(sorted(psutil.Process().cpu_affinity() or range(psutil.cpu_count() or 1)))
-
-
-def cpu_quota(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float:
-    """How many CPUs' time this process's cgroup may use, which no CPU set shows; infinite without a limit.
-
-    Of cgroup 2 the tightest ``cpu.max`` from its own group upwards; of cgroup 1 what a container sees as its own.
-    """
-    lines = own.read_text().splitlines() if own.exists() else []
-    path = next((line[3:] for line in lines if line.startswith("0::")), "/")
-    folder = cgroups / path.lstrip("/")
-    limits = [f"{group}/cpu.max" for group in (folder, *folder.parents) if group.is_relative_to(cgroups)]
-    found = [_read_text(limit).split() for limit in limits]
-    found.append([_read_text(f"{cgroups}/cpu/cpu.cfs_{what}_us").strip() for what in ("quota", "period")])
-    return min((int(one[0]) / int(one[1]) for one in found if len(one) == 2 and one[0].isdigit()), default=math.inf)
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+class HostError(ValueError):
+    """This host cannot do what the settings demand; the text names what, and what to change."""
 
 
 def plan_cpus(
     devices: Sequence[str],
-    settings_cpus: Literal["auto"] | Mapping[str, str],
+    placed: Mapping[str, Cpus],
     available: Collection[int],
     near: Mapping[str, Iterable[int]],
     cores: Iterable[Cpus] = (),
 ) -> dict[str, Cpus]:
     """A non-empty CPU set for each device, out of `available`.
 
-    CPU lists in the settings are taken as they are. Each other device gets its share of the CPUs near it, or, when
+    `placed` are the settings' own, taken as they are. Each other device gets its share of the CPUs near it, or, when
     these are unknown or not available, of the CPUs that are near no device; devices that compete for CPUs split them
     evenly, whole cores (`cores`: CPUs that are hyperthreads of one core) where there are enough. CPUs that the
     settings gave away are avoided if that leaves any. Only with more devices than CPUs is a CPU shared.
 
-    Raises `TopologyError` for a CPU list that holds no CPU or one that is not available.
+    Raises `HostError` for a CPU that is not available.
     """
-    placed = {} if settings_cpus == "auto" else settings_cpus
     plan = {device: _checked(device, placed[device], available) for device in devices if device in placed}
     given = {cpu for cpus in plan.values() for cpu in cpus}
     free = frozenset(available) - given or frozenset(available)
@@ -96,7 +50,7 @@ def plan_cpus(
 def visible_id(device: str, environment: Mapping[str, str]) -> str:
     """What the host calls a device: ``npu:1`` is ``5`` where ASCEND_RT_VISIBLE_DEVICES=4,5 and ``1`` where it is unset.
 
-    CUDA may name it by UUID. Raises `TopologyError` when the variable makes fewer devices visible.
+    CUDA may name it by UUID. Raises `HostError` when the variable makes fewer devices visible.
     """
     kind, _, index = device.partition(":")
     variable = VISIBLE_DEVICES[kind]
@@ -104,33 +58,8 @@ def visible_id(device: str, environment: Mapping[str, str]) -> str:
         return index
     visible = [name.strip() for name in environment[variable].split(",") if name.strip()]
     if int(index) >= len(visible):
-        raise TopologyError(f"{device}: not visible, {variable}={environment[variable]}")
+        raise HostError(f"{device}: not visible, {variable}={environment[variable]}")
     return visible[int(index)]
-
-
-def discover(devices: Collection[str], environment: Mapping[str, str], sysfs: Path = SYSFS) -> dict[str, Cpus]:
-    """The CPUs near each device, for those of which the host tells them: a CPU device is near to none."""
-    near: dict[str, Cpus] = {}
-    for kind, find in (("npu", _near_npu), ("cuda", _near_cuda)):
-        ids = {device: visible_id(device, environment) for device in devices if device.startswith(kind)}
-        found = find(environment, sysfs) if ids else {}
-        near.update({device: found[name] for device, name in ids.items() if name in found})
-    return near
-
-
-def cores(cpus: Iterable[int], sysfs: Path = SYSFS) -> list[Cpus]:
-    """The hyperthreads of each core among `cpus`, where sysfs tells."""
-    texts = {_read(sysfs / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus}
-    return sorted(parse_cpus(text) for text in texts if text)
-
-
-def pci_cpus(address: str, sysfs: Path = SYSFS) -> Cpus:
-    """The CPUs near a PCI device such as ``0000:c1:00.0``; empty where its NUMA node is unknown."""
-    folder = sysfs / "bus/pci/devices" / address
-    node = _read(folder / "numa_node")
-    if node.startswith("-"):  # firmware tells no node; local_cpulist then is simply every CPU
-        return ()
-    return parse_cpus(_read(folder / "local_cpulist") or _read(sysfs / f"devices/system/node/node{node}/cpulist"))
 
 
 def parse_cpus(text: str) -> Cpus:
@@ -210,15 +139,12 @@ def parse_cuda_addresses(text: str) -> dict[str, str]:
     return addresses
 
 
-def _checked(device: str, text: str, available: Collection[int]) -> Cpus:
-    cpus = parse_cpus(text)
-    if not cpus:
-        raise TopologyError(f"runtime.cpus.{device} = {text!r}: holds no CPU")
+def _checked(device: str, cpus: Cpus, available: Collection[int]) -> Cpus:
     missing = set(cpus).difference(available)
     if missing:
-        raise TopologyError(
-            f"runtime.cpus.{device} = {text!r}: CPUs {format_cpus(missing)} are not available to this process,"
-            f" which may use {format_cpus(available)}"
+        raise HostError(
+            f"runtime.cpus.{device} = {format_cpus(cpus)!r}: CPUs {format_cpus(missing)} are not available to this"
+            f" process, which may use {format_cpus(available)}"
         )
     return cpus
 
@@ -245,40 +171,3 @@ def _split(pool: frozenset[int], shares: int, cores: Iterable[Cpus]) -> list[Cpu
         return [units[share % len(units)] for share in range(shares)]
     bounds = [len(units) * share // shares for share in range(shares + 1)]
     return [tuple(sorted(cpu for unit in units[a:b] for cpu in unit)) for a, b in itertools.pairwise(bounds)]
-
-
-def _near_npu(environment: Mapping[str, str], sysfs: Path) -> dict[str, Cpus]:
-    """By logic id. The PCI address leads to the kernel's own answer; npu-smi's table is asked where that fails."""
-    addresses = parse_npu_addresses(ask_tool(["npu-smi", "info"], environment))
-    chips = parse_npu_map(ask_tool(["npu-smi", "info", "-m"], environment))
-    near = {i: pci_cpus(addresses[chip], sysfs) for i, chip in chips.items() if chip in addresses}
-    near = {i: cpus for i, cpus in near.items() if cpus}
-    if not chips or len(near) < len(chips):
-        near = parse_npu_affinity(ask_tool(["npu-smi", "info", "-t", "topo"], environment)) | near
-    return {str(i): cpus for i, cpus in near.items()}
-
-
-def _near_cuda(environment: Mapping[str, str], sysfs: Path) -> dict[str, Cpus]:
-    query = ["nvidia-smi", "--query-gpu=index,uuid,pci.bus_id", "--format=csv,noheader"]
-    addresses = parse_cuda_addresses(ask_tool(query, environment))
-    found = {name: pci_cpus(address, sysfs) for name, address in addresses.items()}
-    return {name: cpus for name, cpus in found.items() if cpus}
-
-
-def ask_tool(argv: Sequence[str], environment: Mapping[str, str]) -> str:
-    """What a vendor's tool prints; empty when it is absent, fails or hangs."""
-    try:
-        answer = subprocess.run(
-            argv, env={**environment, "LC_ALL": "C"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, timeout=TOOL_TIMEOUT_S, check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return answer.stdout.decode(errors="replace")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""

@@ -9,7 +9,6 @@ from pycocotools import mask as coco_mask
 from torch.utils.hooks import RemovableHandle
 from zoo import CONFIGS, GOLDEN, crc32
 
-from blendmaskd_workers import engines
 from blendmaskd_workers.blendmask import (
     Detections,
     Instances,
@@ -24,6 +23,7 @@ from blendmaskd_workers.blendmask import (
     random_weights,
     segment,
 )
+from blendmaskd_workers.engines import native
 
 SCORE_ROUNDING = 2e-6  # scores this close may swap places
 RELATIVE = 1e-4  # bound of stages, in terms of their maximum
@@ -206,7 +206,7 @@ def test_detections_and_masks_agree_in_the_photograph(run):
             {"scores": found.scores, "classes": found.classes, "boxes": found.boxes},
             {"scores": golden["scores"], "classes": golden["pred_classes"], "boxes": golden["pred_boxes"]})
         pasted = [encoded_and_decoded(mask) for mask in found.masks()]
-        rles = engines.masks_of(found, run.exact).rles(range(len(order)))
+        rles = native.masks_of(found, run.exact).rles(range(len(order)))
         size = [int(side) for side in golden["rle_size"]]
         for i_golden, i_found in enumerate(order):
             low, high = (decoded(size, golden[key][i_golden]) for key in ("rle_counts_lo", "rle_counts_hi"))

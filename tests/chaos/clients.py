@@ -18,9 +18,9 @@ import zmq
 
 from blendmaskd import protocol
 from blendmaskd.protocol import TO_CLIENT, Code, Failed, Options, Result, Stats
-from blendmaskd_workers import engines
 from blendmaskd_workers.benchmark.connection import NAME_BYTES, Connection, Sending, Transport
 from blendmaskd_workers.benchmark.pictures import Picture
+from blendmaskd_workers.engines import timed
 from chaos.ledger import RESULT, Ledger
 from chaos.poison import Poison
 
@@ -37,7 +37,7 @@ POISONS = {"crash": Poison.CRASHES_DECODING, "poison": Poison.KILLS, "exit": Poi
 
 def _raw(height: int, width: int, seed: int = 0) -> Picture:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    return Picture(protocol.Image(kind="raw", shape=(height, width, 3)), pixels.tobytes(), engines.checksum(pixels))
+    return Picture(protocol.Image(kind="raw", shape=(height, width, 3)), pixels.tobytes(), timed.checksum(pixels))
 
 
 GOOD = [_raw(height, width, seed) for seed, (height, width) in enumerate(SIZES)]

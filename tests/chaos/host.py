@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import yaml
 
 from blendmaskd.client.blocking import Client
 from blendmaskd.programs.program import NoDaemonError
+from blendmaskd_workers.process import end_with_parent
 from chaos import poison
 
 START_S = 60.0
@@ -25,7 +25,6 @@ STOP_S = 60.0
 STALL_S = 5.0
 STARTING_S = 20.0  # then a worker that was stopped while it started is killed
 EXIT_CANNOT_BOOT = "78"
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class Host:
@@ -137,7 +136,7 @@ class Host:
 
 def _drain_with_parent() -> None:
     """In the child: SIGTERM when this program dies, however it dies."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
 
 
 def all_ready(stats: Mapping[str, Any]) -> bool:

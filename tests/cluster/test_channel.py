@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from blendmaskd import settings
+from blendmaskd.assignment import Assignment
 from blendmaskd.protocol import Code, Failed, Image, Options, Report
-from blendmaskd.spawn import Assignment
+from blendmaskd.wanted import Wanted
 from blendmaskd_workers import engines
 from blendmaskd_workers.cluster.channel import Answer, LocalChannel, WorkerLost
+from blendmaskd_workers.engines import timed
 from blendmaskd_workers.loop import Loop
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -30,7 +32,7 @@ class Worker:
         self.reports: list[Report] = []
         self.engine = engines.make(loaded, "cpu")
         self.channel = LocalChannel("here", "cpu:0", self.reports.append)
-        wanted = {"cpus": "0", "threads": None, "task_queue": None, "preload": None, "env": {}}
+        wanted = Wanted(cpus="0", threads=None, task_queue=None, preload=None, env={})
         assignment = Assignment("cpu:0", "cpu", 0, "", "", os.getpid(), loaded, wanted)
         self._loop = Loop(assignment, self.engine, engines.batching(loaded), self.channel)
         self._thread = threading.Thread(target=self._run)
@@ -60,7 +62,7 @@ def test_every_lease_ends_with_its_own_images_answer(worker) -> None:
         assert isinstance(answer, Answer)
         assert (answer.width, answer.height, answer.node, answer.device) == (6, 4, "here", "cpu:0")
         [detection] = msgpack.unpackb(answer.detections)
-        assert detection["checksum"] == engines.checksum(picture)
+        assert detection["checksum"] == timed.checksum(picture)
     assert worker.channel.held() == 0
     assert worker.channel.stalled_s() == 0
 

@@ -21,7 +21,7 @@ pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'"
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blendmaskd_workers import engines
+from blendmaskd_workers.engines import timed
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings: Ray's and its libraries' own
 
@@ -106,7 +106,7 @@ def test_a_killed_run_is_resumed_without_doing_work_twice(cluster, folder, tmp_p
     for result in results:
         number = result["image_id"] - 1
         assert result["file_name"] == f"{number:04d}.png"
-        assert result["checksum"] == engines.checksum(_pixels(number))
+        assert result["checksum"] == timed.checksum(_pixels(number))
     failed = [(each["image_id"] - 1, each["code"]) for each in second.failures()]
     assert failed == [(number, "bad-image") for number in sorted(BAD)]
     assert all("not a JPEG" in each["reason"] for each in second.failures())

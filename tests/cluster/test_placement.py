@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
 
 from blendmaskd import settings
-from blendmaskd.spawn import SpawnError
+from blendmaskd.topology import HostError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's and its libraries' own
 
@@ -47,7 +47,7 @@ def test_devices_of_two_kinds_and_a_missing_library_are_refused() -> None:
 
     with pytest.raises(placement.PlacementError, match="of one kind"):
         placement.actor_options(loaded(devices=["npu:0", "cpu:0"]))
-    with pytest.raises(SpawnError, match=r"runtime\.preload"):
+    with pytest.raises(HostError, match=r"runtime\.preload"):
         placement.actor_options(loaded(devices=["npu:0"], runtime={"preload": "/nowhere/libmalloc.so"}))
 
 

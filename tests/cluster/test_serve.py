@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from blendmaskd_workers import engines
+from blendmaskd_workers.engines import timed
 
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
 
@@ -27,7 +27,7 @@ def test_an_image_goes_in_over_http_and_coco_results_come_out(shared_app, photog
 
     pixels = np.zeros((4, 6, 3), np.uint8)
     raw = shared_app.segment(pixels.tobytes(), "kind=raw&shape=4,6,3&order=rgb")
-    assert raw.tree["detections"][0]["checksum"] == engines.checksum(pixels)
+    assert raw.tree["detections"][0]["checksum"] == timed.checksum(pixels)
 
 
 @pytest.mark.parametrize(

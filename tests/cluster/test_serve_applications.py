@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blendmaskd import spawn
-from blendmaskd_workers import engines
+from blendmaskd.shell import launch
+from blendmaskd_workers.engines import timed
 from checkout import ROOT, SOURCES
 
 pytest.importorskip("ray", reason="needs the extra ray: pip install -e '.[ray]'")
@@ -31,7 +31,7 @@ DEMO = {
 }
 
 
-@pytest.mark.skipif(not spawn.resolve_preload("auto").path, reason="needs tcmalloc (Debian: libtcmalloc-minimal4)")
+@pytest.mark.skipif(not launch.resolve_preload("auto").path, reason="needs tcmalloc (Debian: libtcmalloc-minimal4)")
 def test_what_the_daemon_applies_at_spawn_reaches_a_replica_and_is_verified_there(deploy) -> None:
     """The allocator is there from the start of the process, the CPU set before torch has made threads."""
     app = deploy({
@@ -133,7 +133,7 @@ def test_one_node_is_killed_in_mid_run_and_every_image_is_answered(cluster, depl
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(segment, range(60)))
     for number, answer in enumerate(found):
-        assert answer["detections"][0]["checksum"] == engines.checksum(_pixels(number))
+        assert answer["detections"][0]["checksum"] == timed.checksum(_pixels(number))
     assert {answer["node"] for answer in found} == {"a", "b", "c"}
 
 

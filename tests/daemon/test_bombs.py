@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blendmaskd import spawn
 from blendmaskd.images import bombs
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, decode
 from blendmaskd.settings import Limits
+from blendmaskd.shell import launch
 from checkout import ROOT
 from fuzz import bombs as made
 from fuzz import pictures
@@ -160,7 +160,6 @@ IN_A_PROCESS_OF_ITS_OWN = """
 import json, sys, warnings
 from blendmaskd.images.quiet import quiet
 quiet()
-from blendmaskd import spawn
 from blendmaskd.settings import Limits
 from fuzz import bombs, child
 limits = Limits(max_image_bytes=int(sys.argv[1]), max_image_pixels=int(sys.argv[2]))
@@ -171,7 +170,7 @@ print(json.dumps({name: child.measure(name, limits) for name in [*bombs.REFUSED,
 def in_a_process(code: str, *arguments: object) -> str:
     """What Python code prints; it may say nothing on stderr, nor take longer than a minute."""
     argv = [sys.executable, "-c", code, *map(str, arguments)]
-    preload = spawn.resolve_preload("auto").path  # a worker's allocator, where it is installed
+    preload = launch.resolve_preload("auto").path  # a worker's allocator, where it is installed
     environment = {**os.environ, **({"LD_PRELOAD": preload} if preload else {})}
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == ""
@@ -193,7 +192,6 @@ import ast, sys
 from blendmaskd.images.quiet import quiet
 quiet()
 from PIL import TiffImagePlugin
-from blendmaskd import spawn
 from blendmaskd.settings import Limits
 from blendmaskd.images import decoding
 for payload in ast.literal_eval(open(sys.argv[1]).read()):

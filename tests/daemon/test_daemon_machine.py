@@ -1,4 +1,4 @@
-"""Broker, supervisor and clients' exchanges together under generated histories, as
+"""Broker, supervisor, reload and clients' exchanges together under generated histories, as
 `daemon/blendmaskd/shell/server.py` plays them.
 
 The machine is clients, processes and time. Two clients are `Exchange`s, as `Client` has them: what they try again is
@@ -17,21 +17,25 @@ import math
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from blendmaskd import protocol
+from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.client import exchange
 from blendmaskd.client.connection import RETRIES
 from blendmaskd.client.exchange import Exchange, JobFailed, Segmentation
 from blendmaskd.core import broker as broker_module
+from blendmaskd.core import reload as reload_module
 from blendmaskd.core import supervisor as supervisor_module
 from blendmaskd.core.broker import Acquit, Broker, Evict, Limits, SendClient, SendWorker
-from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT, Kill, Spawn, State, Supervisor
+from blendmaskd.core.launch_plan import Basis, Preload
+from blendmaskd.core.reload import Adopt, GiveUp, Ready, Reload, StopCheck
+from blendmaskd.core.supervisor import Kill, Spawn, State, Supervisor
 from blendmaskd.protocol import (
     FROM_CLIENT,
     Cancel,
@@ -48,7 +52,7 @@ from blendmaskd.protocol import (
     Stop,
     Submit,
 )
-from blendmaskd.settings import Restarts
+from blendmaskd.settings import Model, Restarts, Settings
 
 LIMITS = Limits(
     max_jobs=6, max_bytes=60, max_image_bytes=30, max_attempts=2, deadline_s=20.0, stall_s=8.0,
@@ -59,6 +63,7 @@ RESTARTS = Restarts(
 )
 DRAIN_S = 10.0
 DEVICES = ("npu:0", "npu:1")
+BAD = "bad.pth"
 TIMEOUT_S = 15.0  # of the exchanges
 REFUSALS = {Code.BUSY, Code.TOO_LARGE, Code.DRAINING, Code.UNAVAILABLE, Code.WORKER_LOST}
 
@@ -84,11 +89,11 @@ class Process:
         return f"{self.device}.{self.generation}"
 
 
-class Basis(NamedTuple):
-    """What workers are started by."""
-
-    devices: tuple[str, ...]
-    bootable: bool  # whether any device can boot by it
+def basis(devices: tuple[str, ...], bootable: bool) -> Basis:
+    """What workers are started by, and whether any device can boot by it."""
+    model = Model(weights=None if bootable else BAD)
+    settings = Settings(devices=list(devices), model=model, restarts=RESTARTS, drain_s=DRAIN_S)
+    return Basis(settings, {}, Preload(None), (0,), math.inf)
 
 
 class DaemonMachine(RuleBasedStateMachine):
@@ -107,7 +112,9 @@ class DaemonMachine(RuleBasedStateMachine):
         self.killed: Counter[bytes] = Counter()  # workers, by poison images since the last reload
         self.died_with: Counter[bytes] = Counter()  # workers that died of whatever, by images that they held
         self.gone: set[str] = set()  # devices on which nothing can start
-        self.basis = self.before = Basis(DEVICES, bootable=True)
+        self.reload = Reload(self.supervisor, basis(DEVICES, bootable=True))
+        self.reported = False  # as ready
+        self.checking = False  # a process tries the reload's candidate
         self.served_before = False  # one of the wanted devices, when the last reload came
         self.seen: list[tuple[str, int]] = []  # every lease there was
         self.jobs = 0
@@ -142,19 +149,41 @@ class DaemonMachine(RuleBasedStateMachine):
                 case Acquit(device):
                     self.supervisor.acquit(device)
 
-    def supervisor_does(self, actions: list[supervisor_module.Action]) -> None:
+    def supervisor_does(self, actions: Iterable[reload_module.Action]) -> None:
         for action in actions:
-            name = f"{action.slot}.{action.generation}"
             match action:
                 case Spawn(device, generation):
                     assert not any(other.device == device for other in self.processes.values()), "two in one slot"
-                    self.processes[name] = Process(device, generation, self.basis.bootable)
-                case supervisor_module.Stop():
-                    self.broker_does(self.broker.retire(name))
-                case Kill(signal=number):
+                    process = Process(device, generation, self.bootable)
+                    self.processes[process.name] = process
+                case supervisor_module.Stop(device, generation):
+                    assert self.supervisor.slots[device].ending or not self.moving(device), "two are taken down at once"
+                    self.broker_does(self.broker.retire(f"{device}.{generation}"))
+                case Kill(device, generation, number):
+                    name = f"{device}.{generation}"
                     # A stopped process takes SIGABRT only when it goes on; SIGKILL always works.
                     if number is signal.SIGKILL or not self.processes[name].hung:
                         self.end(self.processes[name], -number)
+                case StopCheck():
+                    self.check_ends(bad=True)
+                case Adopt(adopted, undone):
+                    self.killed.clear()
+                    self.broker_does(self.broker.forget_suspects(self.now))
+                    assert adopted is self.reload.basis
+                    assert bool(undone) <= (adopted.settings.model.weights is None), "what it goes back to has served"
+                case Ready():
+                    assert any(p.bootable and not p.loading for p in self.processes.values()), "ready for what?"
+                    self.reported = True
+                case GiveUp():
+                    assert not self.reported, "it has served"
+
+    @property
+    def bootable(self) -> bool:
+        return self.reload.basis.settings.model.weights is None
+
+    def moving(self, but: str) -> list[str]:
+        gone = (State.READY, State.FAILED, State.ENDED)
+        return [slot.name for slot in self.supervisor.slots.values() if slot.state not in gone and slot.name != but]
 
     def end(self, process: Process, code: int) -> None:
         """Its process is gone: as `Server._reap`."""
@@ -167,11 +196,7 @@ class DaemonMachine(RuleBasedStateMachine):
 
     def follow(self) -> None:
         """As `Server._follow`."""
-        if self.supervisor.refuted:
-            self.basis = self.before
-            self.killed.clear()
-            self.broker_does(self.broker.forget_suspects(self.now))
-            self.supervisor_does(self.supervisor.undo(self.basis.devices, RESTARTS, self.now))
+        self.supervisor_does(self.reload.follow(self.now))
         hopeless = self.supervisor.hopeless and not self.supervisor.draining
         if hopeless == self.told_available:
             self.told_available = not hopeless
@@ -300,10 +325,8 @@ class DaemonMachine(RuleBasedStateMachine):
             self.end(process, EXIT_CANNOT_BOOT)
             return
         process.loading = False
-        actions = self.supervisor.ready(process.device, process.generation, self.now)
-        if self.supervisor.slots[process.device].state is State.READY:
+        if self.supervisor.ready(process.device, process.generation, self.now):
             self.broker_does(self.broker.ready(process.name, process.device, 2, self.now))
-        self.supervisor_does(actions)
 
     @precondition(lambda self: self.alive(loading=True))
     @rule(pick=pick)
@@ -413,20 +436,37 @@ class DaemonMachine(RuleBasedStateMachine):
                 self.end(process, 0)
             while process.held and process.name in self.processes:
                 self.ends_lease(process, next(iter(process.held)))
+        if self.checking:
+            self.check_ends(bad=False)
         self.let_pass(1.0)
 
-    @precondition(lambda self: self.draining_until is None)
-    @rule(devices=st.sampled_from([DEVICES, DEVICES, DEVICES[:1]]), bootable=st.sampled_from([True, True, False]))
-    def reload(self, devices: tuple[str, ...], bootable: bool) -> None:
+    @precondition(lambda self: not self.reload.busy)
+    @rule(devices=st.sampled_from([DEVICES, DEVICES, DEVICES[:1]]), bootable=st.sampled_from([True, True, False]),
+          at_once=st.booleans())  # fmt: skip
+    def begin_reload(self, devices: tuple[str, ...], bootable: bool, at_once: bool) -> None:
+        """As `Server._on_reload`; the check may end at once."""
+        self.reload.try_out(basis(devices, bootable), self.now)
+        self.checking = True
+        if at_once:
+            self.check_ends(bad=False)
+
+    @precondition(lambda self: self.checking)
+    @rule(bad=st.sampled_from([False, False, True]))
+    def check_ends(self, bad: bool) -> None:
         """As `Server._on_tried`."""
-        if not self.supervisor.trying:
-            self.before = self.basis
-        self.basis = Basis(devices, bootable)
+        self.checking = False
+        candidate, before = self.reload.candidate, self.reload.basis
+        assert candidate is not None
+        devices = candidate.settings.devices
         slots = [self.supervisor.slots[device] for device in devices if device in self.supervisor.slots]
-        self.served_before = any(slot.state is State.READY for slot in slots)
-        self.killed.clear()
-        self.broker_does(self.broker.forget_suspects(self.now))
-        self.supervisor_does(self.supervisor.reload(devices, RESTARTS, self.now))
+        served = any(slot.state is State.READY for slot in slots)
+        actions = self.reload.tried("bad" if bad else None, self.now)
+        adopted = self.reload.basis is candidate
+        assert adopted == (not bad and self.draining_until is None)
+        assert adopted or self.reload.basis is before
+        if adopted:
+            self.served_before = served
+        self.supervisor_does(actions)
 
     @precondition(lambda self: self.draining_until is None)
     @rule(really=st.sampled_from([False, False, False, True]))
@@ -434,7 +474,7 @@ class DaemonMachine(RuleBasedStateMachine):
         if really:
             self.draining_until = self.now + DRAIN_S
             self.broker.drain()
-            self.supervisor.stop_replacing()
+            self.supervisor_does(self.reload.drain())
 
     # -- what holds -------------------------------------------------------------------------------------------------
 
@@ -443,6 +483,7 @@ class DaemonMachine(RuleBasedStateMachine):
         self.follow()
         self.broker.check()
         self.supervisor.check()
+        self.reload.check()
         assert self.broker.unanswered == len(self.owed)
         assert max(self.killed.values(), default=0) <= LIMITS.max_attempts, "one image costs more workers than it may"
         for client in {client for client, _ in self.owed}:
@@ -468,11 +509,11 @@ class DaemonMachine(RuleBasedStateMachine):
         for job in self.asked:
             assert isinstance(job.answer, Segmentation | JobFailed), f"{job} waits for ever"
         assert all(each.next_send() == math.inf for each in self.exchanges.values())
-        assert not self.supervisor.reloading, f"a reload that stopped half-way: {self.supervisor.slots}"
+        assert not self.reload.reloading, f"a reload that stopped half-way: {self.supervisor.slots}"
         if self.draining_until is not None:
             assert self.supervisor.ended, self.supervisor.slots
         else:
-            assert self.basis.bootable or not self.served_before, "settings stand that nothing can boot by"
+            assert self.bootable or not self.served_before, "settings stand that nothing can boot by"
 
 
 TestDaemon = DaemonMachine.TestCase

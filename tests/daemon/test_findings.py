@@ -21,7 +21,7 @@ from blendmaskd.check.endpoint_findings import EndpointFacts, Holder, TcpFacts
 from blendmaskd.check.finding import Finding, as_tree
 from blendmaskd.check.resource_findings import FolderFacts, LimitFacts, SpoolFacts
 from blendmaskd.check.software_findings import VersionFacts
-from blendmaskd.spawn import Preload
+from blendmaskd.core.launch_plan import Preload
 
 OPENED = Probe(name="Ascend910B3", memory_bytes=64 << 30, bf16=True)
 

@@ -16,8 +16,7 @@ from memory_files import SEALS, pixels
 from blendmaskd import protocol
 from blendmaskd.client.blocking import Client, JobFailed
 from blendmaskd.client.places import PLACES
-from blendmaskd.core.regions import RegionError
-from blendmaskd.protocol import FROM_CLIENT, Code, Failed, Place
+from blendmaskd.protocol import FROM_CLIENT, Code, Failed, Place, RegionError
 from blendmaskd.shell.shared_memory import Ended, Offered, SharedMemory
 
 

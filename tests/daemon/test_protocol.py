@@ -39,6 +39,7 @@ from blendmaskd.protocol import (
     decode,
     encode,
 )
+from blendmaskd.wanted import Actual
 
 ENCODED = {"kind": "encoded"}
 PLACE = {"region": "r", "offset": 0, "bytes": 1}
@@ -75,6 +76,7 @@ PLACED_BYTES = [
     b"\xa4type\xa6submit"),
 ]
 
+ACTUAL = Actual(cpus="0-3", threads=4, task_queue=None, preload="/t.so", env={"A": "b"}, thread_cpus={"a/7": "1"})
 MESSAGES: list[tuple[Any, protocol.Kinds[Any]]] = [
     (Submit(job="a", image=Image(kind="path", path="/data/a.jpg")), FROM_CLIENT),
     (Cancel(job="a"), FROM_CLIENT),
@@ -83,7 +85,7 @@ MESSAGES: list[tuple[Any, protocol.Kinds[Any]]] = [
     (Result(job="a", width=2, height=1, device="npu:0", timings={"total": 0.5}), TO_CLIENT),
     (Failed(job="a", code=Code.BUSY, reason="full", retry_after_s=0.5), TO_CLIENT),
     (Stats(stats={"seq": 1, "devices": [{"fps": 0.25}]}), TO_CLIENT),
-    (Ready(token="t", pid=7, window=2, actual={"cpus": "0-3"}), FROM_WORKER),
+    (Ready(token="t", pid=7, window=2, actual=ACTUAL), FROM_WORKER),
     (Started(leases=[1, 2]), FROM_WORKER),
     (Finished(lease=1, width=2, height=1, timings={}), FROM_WORKER),
     (FailedLease(lease=1, code=Code.BAD_IMAGE, reason="empty"), FROM_WORKER),

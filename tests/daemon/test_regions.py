@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from memory_files import SEALS, memory_file, memory_of
 
 from blendmaskd.core import regions
-from blendmaskd.core.regions import Memory, RegionError
-from blendmaskd.protocol import OpenRegion, Place
+from blendmaskd.core.regions import Memory
+from blendmaskd.protocol import OpenRegion, Place, RegionError
 from blendmaskd_workers.regions import Regions as WorkerRegions
 
 MB = 1 << 20

@@ -136,6 +136,9 @@ REFUSED = {
     "CPUs of words": (
         {"devices": ["cpu:0"], "runtime": {"cpus": {"cpu:0": "all"}}}, "runtime.cpus.cpu:0 = 'all': expected a CPU list"
     ),
+    "CPUs downwards": (
+        {"devices": ["cpu:0"], "runtime": {"cpus": {"cpu:0": "5-2"}}}, "runtime.cpus.cpu:0 = '5-2': expected a CPU list"
+    ),
     "preload of a name": ({"runtime": {"preload": "jemalloc"}}, "runtime.preload = 'jemalloc': expected auto, re"),
     "no latency for one": ({"timed": {"latency_ms": {2: 5}}}, "timed.latency_ms: needs an entry for batch size 1"),
     "negative latency": ({"timed": {"latency_ms": {1: -5}}}, "latency_ms[...] = {1: -5}: Expected `float` >= 0.0"),

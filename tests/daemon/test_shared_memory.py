@@ -38,7 +38,7 @@ from blendmaskd.protocol import MAGIC, MEMORY_SUFFIX, TO_CLIENT, Code, Failed, I
 from blendmaskd.settings import Limits
 from blendmaskd.shell import shared_memory
 from blendmaskd.shell.shared_memory import SharedMemory
-from blendmaskd_workers import engines
+from blendmaskd_workers.engines import timed
 from checkout import ROOT
 
 MB = 1 << 20
@@ -56,7 +56,7 @@ def checksums(answers: list[Any]) -> list[int]:
 
 
 def expected(images: list[Pixels]) -> list[int]:
-    return [engines.checksum(image) for image in images]
+    return [timed.checksum(image) for image in images]
 
 
 def held(daemon: Any) -> list[str]:

@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT, Action, InvalidTransition, Kill, Spawn, State, Stop, Supervisor
+from blendmaskd.assignment import EXIT_CANNOT_BOOT
+from blendmaskd.core.supervisor import Action, InvalidTransition, Kill, Spawn, State, Stop, Supervisor
 from blendmaskd.settings import Restarts
 
 RESTARTS = Restarts(
@@ -32,6 +33,12 @@ def up() -> Supervisor:
 def die(supervisor: Supervisor, slot: str, now: float, code: int = -9, blameless: bool = False) -> list[Action]:
     generation = supervisor.slots[slot].generation
     actions = supervisor.exited(slot, generation, "killed by SIGKILL", code, blameless, now)
+    supervisor.check()
+    return actions
+
+
+def renew(supervisor: Supervisor, devices: list[str], now: float) -> list[Action]:
+    actions = supervisor.renew(devices, RESTARTS, DRAIN_S, now)
     supervisor.check()
     return actions
 
@@ -146,79 +153,20 @@ def test_a_hung_worker_is_aborted_then_killed(up: Supervisor) -> None:
     assert up.slots[A].failures == 1
 
 
-def test_a_reload_goes_past_a_device_that_was_gone_before_it(up: Supervisor) -> None:
-    die(up, A, 0.0, code=EXIT_CANNOT_BOOT)
-    assert up.reload([A, B], RESTARTS, 0.1) == [Spawn(A, 2)]
-    assert die(up, A, 0.2, code=EXIT_CANNOT_BOOT) == [Stop(B, 1)]
-    assert up.reloading
-    assert not up.refuted
-
-
-def test_a_reload_by_which_the_first_worker_cannot_boot_is_undone(up: Supervisor) -> None:
-    assert up.reload([A, B, "npu:2"], RESTARTS, 0.0) == [Spawn("npu:2", 1)]
-    assert die(up, "npu:2", 0.1, code=EXIT_CANNOT_BOOT) == [Stop(A, 1)], "a new device may not be there"
-    assert die(up, A, 0.2, code=0) == [Spawn(A, 2)]
-    assert die(up, A, 0.3, code=EXIT_CANNOT_BOOT) == []
-    assert up.refuted.startswith(f"{A}: cannot boot")
-    assert up.undo([A, B], RESTARTS, 0.4) == [Spawn(A, 3)]
-    assert up.slots["npu:2"].state is State.ENDED
-    assert up.ready(A, 3, 0.5) == [], "B serves by what is back"
-    assert up.settled
-    assert not up.reloading
-    assert not up.refuted
-
-
-@pytest.mark.parametrize("code", [1, -9])
-def test_a_reload_by_which_the_first_worker_keeps_dying_is_undone(up: Supervisor, code: int) -> None:
-    up.reload([A, B], RESTARTS, 0.0)
-    die(up, A, 0.0, code=0)
-    now = 0.0
-    for _ in range(RESTARTS.give_up_after - 1):
-        assert die(up, A, now, code=code) == []
-        assert not up.refuted
-        now = up.slots[A].deadline or now
-        assert [type(action) for action in up.expire(now)] == [Spawn]
-    assert die(up, A, now, code=code) == []
-    assert up.refuted
-    assert up.undo([A, B], RESTARTS, now) == [Spawn(A, up.slots[A].generation)]
-    assert up.slots[B].generation == 1
-
-
-def test_a_worker_that_was_on_its_way_when_the_reload_came_speaks_against_it_too(up: Supervisor) -> None:
-    die(up, A, 0.0)
-    assert up.reload([A, B], RESTARTS, 0.1) == [Spawn(A, 2)]
-    assert die(up, A, 0.2, code=EXIT_CANNOT_BOOT) == [], "B is not tried by the same"
-    assert up.refuted
-
-
-def test_a_reload_that_one_worker_has_booted_by_goes_past_a_device_that_fails(up: Supervisor) -> None:
-    up.reload([A, B, "npu:2"], RESTARTS, 0.0)
-    assert up.ready("npu:2", 1, 0.1) == [Stop(A, 1)]
-    die(up, A, 0.2, code=0)
-    assert die(up, A, 0.3, code=EXIT_CANNOT_BOOT) == [Stop(B, 1)]
-    assert not up.refuted
-
-
-def test_a_drain_stops_a_reload(up: Supervisor) -> None:
-    up.reload([A, B], RESTARTS, 0.0)
-    up.stop_replacing()
-    die(up, A, 0.1, code=0)
-    assert up.ready(A, 2, 0.2) == [], "B may finish what it has"
-
-
 def test_a_worker_that_is_replaced_has_no_past(up: Supervisor) -> None:
     for _ in range(RESTARTS.give_up_after - 1):
         die(up, A, 0.0)
         [spawn] = up.expire(100.0)
         up.ready(A, spawn.generation, 100.0)
-    up.reload([A, B], RESTARTS, 100.0)
+    renew(up, [A, B], 100.0)
+    up.replace(A, 100.0)
     die(up, A, 100.1, code=0)
     die(up, A, 100.2, code=1)
     assert up.slots[A].state is State.BACKOFF
 
 
 def test_a_worker_that_hangs_while_it_is_asked_to_stop_is_not_waited_for(up: Supervisor) -> None:
-    assert up.reload([A, B], RESTARTS, 0.0) == [Stop(A, 1)]
+    assert up.replace(A, 0.0) == [Stop(A, 1)]
     assert up.evict(A, 1, "no progress", 5.0) == [Kill(A, 1, signal.SIGABRT)], "long before the drain is over"
     assert up.evict(A, 1, "again", 5.1) == []
     assert die(up, A, 5.2, code=-6) == [Spawn(A, 2)]
@@ -228,55 +176,34 @@ def test_a_start_that_takes_too_long_is_aborted() -> None:
     supervisor = Supervisor([A], RESTARTS, DRAIN_S)
     supervisor.start(0.0)
     assert supervisor.expire(100.0) == [Kill(A, 1, signal.SIGABRT)]
-    assert supervisor.ready(A, 1, 100.5) == [], "too late"
+    assert not supervisor.ready(A, 1, 100.5), "too late"
     assert supervisor.slots[A].state is State.STOPPING
 
 
-def test_reload_replaces_one_worker_at_a_time(up: Supervisor) -> None:
-    assert up.reload([A, B], RESTARTS, 10.0) == [Stop(A, 1)]
-    assert up.expire(11.0) == []
-    assert die(up, A, 12.0, code=0) == [Spawn(A, 2)]
-    assert up.reloading
-    assert up.ready(A, 2, 13.0) == [Stop(B, 1)]
-    assert die(up, B, 14.0, code=0) == [Spawn(B, 2)]
-    assert up.ready(B, 2, 15.0) == []
-    assert not up.reloading
-    assert up.slots[A].restarts == up.slots[A].failures == 0
-
-
-def test_reload_waits_for_a_new_worker_that_dies(up: Supervisor) -> None:
-    up.reload([A, B], RESTARTS, 10.0)
-    die(up, A, 12.0, code=0)
-    assert die(up, A, 13.0, code=1) == [], "B serves on"
-    [spawn] = up.expire(13.5)
-    assert spawn == Spawn(A, 3)
-    assert up.ready(A, 3, 14.0) == [Stop(B, 1)]
-
-
 def test_a_worker_that_does_not_stop_is_made_to(up: Supervisor) -> None:
-    up.reload([A, B], RESTARTS, 0.0)
+    up.replace(A, 0.0)
     assert up.expire(DRAIN_S) == [Kill(A, 1, signal.SIGABRT)]
     assert up.expire(DRAIN_S + 2.0) == [Kill(A, 1, signal.SIGKILL)]
     assert die(up, A, 33.0) == [Spawn(A, 2)], "it was asked to go: no back-off"
 
 
-def test_reload_gives_a_failed_slot_another_chance_and_follows_the_device_list(up: Supervisor) -> None:
+def test_other_settings_give_a_failed_slot_another_chance_and_follow_the_device_list(up: Supervisor) -> None:
     die(up, A, 0.0, code=EXIT_CANNOT_BOOT)
-    actions = up.reload([A, "npu:2"], RESTARTS, 1.0)
+    actions = renew(up, [A, "npu:2"], 1.0)
     assert actions == [Spawn(A, 2), Spawn("npu:2", 1), Stop(B, 1)]
     die(up, B, 2.0, code=0)
     assert up.slots[B].state is State.ENDED
     assert [slot.name for slot in up.listed] == [A, "npu:2"]
     up.ready(A, 2, 3.0)
     up.ready("npu:2", 1, 3.0)
-    assert up.reload([A, B, "npu:2"], RESTARTS, 4.0)[0] == Spawn(B, 2), "generations are never used twice"
+    assert renew(up, [A, B, "npu:2"], 4.0) == [Spawn(B, 2)], "generations are never used twice"
 
 
 def test_a_device_taken_out_and_put_back_while_it_stops_is_kept(up: Supervisor) -> None:
-    up.reload([A], RESTARTS, 0.0)
+    renew(up, [A], 0.0)
     assert up.slots[B].state is State.STOPPING
-    up.reload([A, B], RESTARTS, 1.0)
-    assert Spawn(B, 2) in die(up, B, 2.0, code=0)
+    renew(up, [A, B], 1.0)
+    assert die(up, B, 2.0, code=0) == [Spawn(B, 2)]
 
 
 def test_drain_stops_everything_for_good(up: Supervisor) -> None:
@@ -323,19 +250,13 @@ class SupervisorMachine(RuleBasedStateMachine):
                     self.living[slot] = self.latest[slot] = generation
                 case Stop(slot, generation) | Kill(slot, generation, _):
                     assert self.living.get(slot) == generation
-                    if isinstance(action, Stop) and not self.supervisor.slots[slot].ending:
-                        assert not self.moving(slot), "two are taken down at once"
                     self.asked.add(slot)
-
-    def moving(self, but: str) -> list[str]:
-        gone = (State.READY, State.FAILED, State.ENDED)
-        return [slot.name for slot in self.supervisor.slots.values() if slot.state not in gone and slot.name != but]
 
     @precondition(lambda self: self.living)
     @rule(pick=st.integers(0, 9))
     def become_ready(self, pick: int) -> None:
         slot = sorted(self.living)[pick % len(self.living)]
-        self.carry_out(self.supervisor.ready(slot, self.living[slot], self.now))
+        self.supervisor.ready(slot, self.living[slot], self.now)
 
     @rule(slot=st.sampled_from([A, B]))
     def acquit(self, slot: str) -> None:
@@ -348,9 +269,6 @@ class SupervisorMachine(RuleBasedStateMachine):
         self.asked.discard(slot)
         generation = self.living.pop(slot)
         self.carry_out(self.supervisor.exited(slot, generation, "died", code, blameless, self.now))
-        if self.supervisor.refuted:
-            self.carry_out(self.supervisor.undo(self.before, RESTARTS, self.now))
-            assert not self.supervisor.reloading or self.asked, "what serves is left"
 
     @precondition(lambda self: self.living)
     @rule(pick=st.integers(0, 9))
@@ -360,10 +278,17 @@ class SupervisorMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.supervisor.draining)
     @rule(devices=st.lists(st.sampled_from([A, B, "npu:2"]), min_size=1, unique=True))
-    def reload(self, devices: list[str]) -> None:
-        self.before = [slot.name for slot in self.supervisor.listed if not slot.ending]
-        self.carry_out(self.supervisor.reload(devices, RESTARTS, self.now))
+    def renew(self, devices: list[str]) -> None:
+        self.carry_out(self.supervisor.renew(devices, RESTARTS, DRAIN_S, self.now))
         assert not any(slot.ending and slot.name in devices for slot in self.supervisor.slots.values())
+
+    def serving(self) -> list[str]:
+        return [slot.name for slot in self.supervisor.slots.values() if slot.state is State.READY]
+
+    @precondition(lambda self: self.serving() and not self.supervisor.draining)
+    @rule(pick=st.integers(0, 9))
+    def replace(self, pick: int) -> None:
+        self.carry_out(self.supervisor.replace(self.serving()[pick % len(self.serving())], self.now))
 
     @precondition(lambda self: not self.supervisor.draining)
     @rule()

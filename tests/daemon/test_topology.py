@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blendmaskd import topology
-from blendmaskd.topology import TopologyError, plan_cpus
+from blendmaskd import discovery, topology
+from blendmaskd.topology import HostError, plan_cpus
 
 Tools = Callable[[str, Mapping[str, str]], dict[str, str]]
 SAMPLES = Path(__file__).parents[1] / "data" / "npu-smi"
@@ -131,69 +131,67 @@ def ranges(plan: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 
 def test_devices_get_the_cpus_near_them() -> None:
     near = topology.parse_npu_affinity(sample("constructed_topo_2npu_sys"))
-    plan = plan_cpus(TWO, "auto", range(96), {f"npu:{i}": cpus for i, cpus in near.items()})
+    plan = plan_cpus(TWO, {}, range(96), {f"npu:{i}": cpus for i, cpus in near.items()})
     assert ranges(plan) == {"npu:0": "0-23", "npu:1": "48-71"}
 
 
 def test_devices_near_the_same_cpus_split_them() -> None:
     near = topology.parse_npu_affinity(sample("constructed_topo_2npu_shared"))
-    plan = plan_cpus(TWO, "auto", range(96), {f"npu:{i}": cpus for i, cpus in near.items()})
+    plan = plan_cpus(TWO, {}, range(96), {f"npu:{i}": cpus for i, cpus in near.items()})
     assert ranges(plan) == {"npu:0": "0-15", "npu:1": "16-31"}
 
 
 def test_only_available_cpus_are_given() -> None:
     near = {"npu:0": range(24), "npu:1": range(48, 72)}
-    plan = plan_cpus(TWO, "auto", [*range(4, 12), *range(50, 60)], near)
+    plan = plan_cpus(TWO, {}, [*range(4, 12), *range(50, 60)], near)
     assert ranges(plan) == {"npu:0": "4-11", "npu:1": "50-59"}
 
 
 def test_unknown_devices_split_what_is_available() -> None:
-    assert ranges(plan_cpus(["cpu:0", "cpu:1"], "auto", range(7), {})) == {"cpu:0": "0-2", "cpu:1": "3-6"}
+    assert ranges(plan_cpus(["cpu:0", "cpu:1"], {}, range(7), {})) == {"cpu:0": "0-2", "cpu:1": "3-6"}
 
 
 def test_near_cpus_that_are_not_available_count_as_unknown() -> None:
     near = {"npu:0": range(24), "npu:1": range(48, 72)}
-    assert ranges(plan_cpus(TWO, "auto", range(8), near)) == {"npu:0": "0-3", "npu:1": "4-7"}
+    assert ranges(plan_cpus(TWO, {}, range(8), near)) == {"npu:0": "0-3", "npu:1": "4-7"}
 
 
 def test_a_device_of_unknown_place_gets_cpus_that_are_near_no_other() -> None:
-    plan = plan_cpus(["npu:0", "cpu:0"], "auto", range(8), {"npu:0": range(2)})
+    plan = plan_cpus(["npu:0", "cpu:0"], {}, range(8), {"npu:0": range(2)})
     assert ranges(plan) == {"npu:0": "0-1", "cpu:0": "2-7"}
 
 
 def test_overlapping_ranges_are_split_as_one() -> None:
-    plan = plan_cpus(TWO, "auto", range(8), {"npu:0": range(6), "npu:1": range(4, 8)})
+    plan = plan_cpus(TWO, {}, range(8), {"npu:0": range(6), "npu:1": range(4, 8)})
     assert ranges(plan) == {"npu:0": "0-3", "npu:1": "4-7"}
 
 
 def test_hyperthreads_stay_together() -> None:
     cores = [(i, i + 4) for i in range(4)]
-    assert ranges(plan_cpus(TWO, "auto", range(8), {}, cores)) == {"npu:0": "0-1,4-5", "npu:1": "2-3,6-7"}
+    assert ranges(plan_cpus(TWO, {}, range(8), {}, cores)) == {"npu:0": "0-1,4-5", "npu:1": "2-3,6-7"}
 
 
 def test_hyperthreads_are_parted_only_where_cores_are_fewer_than_devices() -> None:
-    assert ranges(plan_cpus(TWO, "auto", [0, 1], {}, [(0, 1)])) == {"npu:0": "0", "npu:1": "1"}
+    assert ranges(plan_cpus(TWO, {}, [0, 1], {}, [(0, 1)])) == {"npu:0": "0", "npu:1": "1"}
 
 
 def test_more_devices_than_cpus_share() -> None:
-    plan = plan_cpus(["cpu:0", "cpu:1", "cpu:2"], "auto", [0, 1], {})
+    plan = plan_cpus(["cpu:0", "cpu:1", "cpu:2"], {}, [0, 1], {})
     assert ranges(plan) == {"cpu:0": "0", "cpu:1": "1", "cpu:2": "0"}
 
 
 def test_the_settings_win_and_the_others_keep_clear_of_them() -> None:
-    plan = plan_cpus(TWO, {"npu:1": "0-1"}, range(8), {"npu:0": range(8), "npu:1": range(4, 8)})
+    plan = plan_cpus(TWO, {"npu:1": (0, 1)}, range(8), {"npu:0": range(8), "npu:1": range(4, 8)})
     assert ranges(plan) == {"npu:0": "2-7", "npu:1": "0-1"}
 
 
 def test_settings_that_take_every_cpu_leave_them_shared() -> None:
-    assert ranges(plan_cpus(TWO, {"npu:1": "0-3"}, range(4), {})) == {"npu:0": "0-3", "npu:1": "0-3"}
+    assert ranges(plan_cpus(TWO, {"npu:1": (0, 1, 2, 3)}, range(4), {})) == {"npu:0": "0-3", "npu:1": "0-3"}
 
 
 def test_a_cpu_that_is_not_available_is_refused_by_name() -> None:
-    with pytest.raises(TopologyError, match=r"runtime\.cpus\.npu:1 = '2-5': CPUs 4-5 .* may use 0-3"):
-        plan_cpus(TWO, {"npu:1": "2-5"}, range(4), {})
-    with pytest.raises(TopologyError, match=r"npu:0 = '5-2': holds no CPU"):
-        plan_cpus(TWO, {"npu:0": "5-2"}, range(8), {})
+    with pytest.raises(HostError, match=r"runtime\.cpus\.npu:1 = '2-5': CPUs 4-5 .* may use 0-3"):
+        plan_cpus(TWO, {"npu:1": (2, 3, 4, 5)}, range(4), {})
 
 
 @given(
@@ -205,7 +203,7 @@ def test_a_cpu_that_is_not_available_is_refused_by_name() -> None:
 def test_every_plan_is_usable(count: int, available: set[int], near: dict[int, set[int]], hyperthreads: bool) -> None:
     devices = [f"npu:{i}" for i in range(count)]
     cores = [(i, i + 8) for i in range(8)] if hyperthreads else []
-    plan = plan_cpus(devices, "auto", available, {f"npu:{i}": cpus for i, cpus in near.items()}, cores)
+    plan = plan_cpus(devices, {}, available, {f"npu:{i}": cpus for i, cpus in near.items()}, cores)
     assert list(plan) == devices
     assert all(plan.values()), "an empty CPU set"
     assert all(available.issuperset(cpus) for cpus in plan.values())
@@ -218,7 +216,7 @@ def test_every_plan_is_usable(count: int, available: set[int], near: dict[int, s
 )
 def test_an_even_split_gives_every_cpu_once(count: int, available: set[int], hyperthreads: bool) -> None:
     cores = [(i, i + 8) for i in range(8)] if hyperthreads else []
-    shares = list(plan_cpus([f"cpu:{i}" for i in range(count)], "auto", available, {}, cores).values())
+    shares = list(plan_cpus([f"cpu:{i}" for i in range(count)], {}, available, {}, cores).values())
     assert sorted(cpu for share in shares for cpu in share) == sorted(available)
     units = len({cpu % 8 for cpu in available}) if hyperthreads else len(available)
     if hyperthreads and units >= count:
@@ -278,9 +276,9 @@ def test_sysfs_tells_the_cpus_near_a_card(sysfs: Path, tools: Tools) -> None:
     environment = tools(
         "npu-smi", {"info": sample("info_910B3_8npu"), "info -m": sample("info_m_910B3_mcu")}
     )
-    near = topology.discover(TWO, environment, sysfs)
+    near = discovery.discover(TWO, environment, sysfs)
     assert ranges(near) == {"npu:0": "4-7,12-15", "npu:1": "0-3,8-11"}
-    plan = plan_cpus(TWO, "auto", range(16), near, topology.cores(range(16), sysfs))
+    plan = plan_cpus(TWO, {}, range(16), near, discovery.cores(range(16), sysfs))
     assert ranges(plan) == {"npu:0": "4-7,12-15", "npu:1": "0-3,8-11"}
 
 
@@ -291,13 +289,13 @@ def test_npu_smi_is_asked_where_sysfs_knows_no_node(sysfs: Path, tools: Tools) -
         "info -m": sample("info_m_910B3_mcu"),
         "info -t topo": sample("constructed_topo_2npu_sys"),
     }
-    near = topology.discover(TWO, tools("npu-smi", answers), sysfs)
+    near = discovery.discover(TWO, tools("npu-smi", answers), sysfs)
     assert ranges(near) == {"npu:0": "0-23", "npu:1": "48-71"}
 
 
 def test_npu_smi_is_believed_where_it_alone_knows(sysfs: Path, tools: Tools) -> None:
     environment = tools("npu-smi", {"info -t topo": sample("constructed_topo_2npu_shared")})
-    assert ranges(topology.discover(TWO, environment, sysfs)) == {"npu:0": "0-31", "npu:1": "0-31"}
+    assert ranges(discovery.discover(TWO, environment, sysfs)) == {"npu:0": "0-31", "npu:1": "0-31"}
 
 
 def test_a_card_whose_npu_id_is_not_its_index_is_found(sysfs: Path, tools: Tools) -> None:
@@ -305,7 +303,7 @@ def test_a_card_whose_npu_id_is_not_its_index_is_found(sysfs: Path, tools: Tools
     environment = tools(
         "npu-smi", {"info": sample("info_910B3_8npu"), "info -m": sample("info_m_npuid4_logic0")}
     )
-    assert ranges(topology.discover(TWO, environment, sysfs)) == {"npu:0": "4-7,12-15"}
+    assert ranges(discovery.discover(TWO, environment, sysfs)) == {"npu:0": "4-7,12-15"}
 
 
 def test_an_index_counts_visible_devices(sysfs: Path, tools: Tools) -> None:
@@ -313,9 +311,9 @@ def test_an_index_counts_visible_devices(sysfs: Path, tools: Tools) -> None:
     add_pci(sysfs, "0000:c2:00.0", 1)
     environment = tools("npu-smi", {"info": sample("info_910B3_8npu"), "info -m": sample("info_m_910A")})
     environment["ASCEND_RT_VISIBLE_DEVICES"] = "1"
-    assert ranges(topology.discover(["npu:0"], environment, sysfs)) == {"npu:0": "4-7,12-15"}
-    with pytest.raises(TopologyError, match="npu:1: not visible, ASCEND_RT_VISIBLE_DEVICES=1"):
-        topology.discover(TWO, environment, sysfs)
+    assert ranges(discovery.discover(["npu:0"], environment, sysfs)) == {"npu:0": "4-7,12-15"}
+    with pytest.raises(HostError, match="npu:1: not visible, ASCEND_RT_VISIBLE_DEVICES=1"):
+        discovery.discover(TWO, environment, sysfs)
 
 
 def test_cuda_devices_are_found_by_index_or_uuid(sysfs: Path, tools: Tools) -> None:
@@ -323,41 +321,42 @@ def test_cuda_devices_are_found_by_index_or_uuid(sysfs: Path, tools: Tools) -> N
     add_pci(sysfs, "0000:43:00.0", 1)
     query = "--query-gpu=index,uuid,pci.bus_id --format=csv,noheader"
     environment = tools("nvidia-smi", {query: "0, GPU-a, 00000000:1B:00.0\n1, GPU-b, 00000000:43:00.0\n"})
-    assert ranges(topology.discover(["cuda:1", "cuda:0"], environment, sysfs)) == {
+    assert ranges(discovery.discover(["cuda:1", "cuda:0"], environment, sysfs)) == {
         "cuda:1": "4-7,12-15",
         "cuda:0": "0-3,8-11",
     }
     environment["CUDA_VISIBLE_DEVICES"] = "GPU-b"
-    assert ranges(topology.discover(["cuda:0"], environment, sysfs)) == {"cuda:0": "4-7,12-15"}
+    assert ranges(discovery.discover(["cuda:0"], environment, sysfs)) == {"cuda:0": "4-7,12-15"}
 
 
 def test_a_host_without_tools_tells_nothing(sysfs: Path, tmp_path: Path) -> None:
-    assert topology.discover(["npu:0", "cuda:0", "cpu:0"], {"PATH": str(tmp_path)}, sysfs) == {}
+    assert discovery.discover(["npu:0", "cuda:0", "cpu:0"], {"PATH": str(tmp_path)}, sysfs) == {}
 
 
 @pytest.mark.parametrize("ending", ["exec /bin/sleep 60", "exit 1"])
 def test_a_tool_that_hangs_or_fails_tells_nothing(
     ending: str, sysfs: Path, tools: Tools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topology, "TOOL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(discovery, "TOOL_TIMEOUT_S", 0.2)
     environment = tools("npu-smi", {})
     script = Path(environment["PATH"]) / "npu-smi"
     script.write_text(f"#!/bin/sh\n/bin/cat '{SAMPLES / 'topo_910B3_8npu.txt'}'\n{ending}\n")
     before = time.monotonic()
-    assert topology.discover(["npu:0"], environment, sysfs) == {}
+    assert discovery.discover(["npu:0"], environment, sysfs) == {}
     assert time.monotonic() - before < 20
 
 
 def test_this_host_has_a_plan() -> None:
-    available = topology.available_cpus()
+    available = discovery.available_cpus()
     assert set(available) == os.sched_getaffinity(0)
-    plan = topology.host_plan(["cpu:0", "cpu:1"], "auto")
+    plan, near = discovery.places(["cpu:0", "cpu:1"], {}, os.environ)
+    assert near == {}
     assert {cpu for cpus in plan.values() for cpu in cpus} == set(available)
-    assert topology.host_plan(["cpu:0"], {"cpu:0": str(available[-1])}) == {"cpu:0": (available[-1],)}
+    assert discovery.places(["cpu:0"], {"cpu:0": available[-1:]}, os.environ) == ({"cpu:0": available[-1:]}, {})
 
 
 def test_the_module_is_light() -> None:
-    program = "import blendmaskd.topology, blendmaskd.spawn, sys; print('torch' in sys.modules or 'zmq' in sys.modules)"
+    program = "import blendmaskd.shell.launch, sys; print('torch' in sys.modules or 'zmq' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
 
@@ -377,4 +376,4 @@ def test_a_quota_is_the_tightest_of_the_groups(tmp_path, files, cpus) -> None:
         path = tmp_path / "groups" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert topology.cpu_quota(tmp_path / "groups", own) == cpus
+    assert discovery.cpu_quota(tmp_path / "groups", own) == cpus

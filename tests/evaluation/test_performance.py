@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -11,13 +12,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 from PIL import Image
 
+from blendmaskd import discovery
 from blendmaskd import settings as settings_module
-from blendmaskd import topology
-from blendmaskd.spawn import Preload
+from blendmaskd.core.launch_plan import Basis, Preload
 from blendmaskd_workers.evaluation import logs, performance
 from blendmaskd_workers.evaluation.timing import CannotTime, Request, Stopwatch, figures, time_together
 from checkout import ROOT
@@ -46,15 +48,16 @@ def test_figures() -> None:
 
 def stopwatch(*overrides: str, device: str = "npu:0") -> Stopwatch:
     settings = settings_module.load(None, None, ["engine=timed", *overrides], [device])
-    return Stopwatch(device, settings, topology.available_cpus()[:1], Preload(None, "not wanted"), "64x96")
+    basis = Basis(settings, {}, Preload(None, "not wanted"), discovery.available_cpus()[:1], math.inf)
+    return Stopwatch(device, basis, "64x96")
 
 
 def test_a_device_is_timed_in_a_pinned_process_of_its_own() -> None:
     with stopwatch("timed.latency_ms={1: 5, 2: 8}") as one:
         one.ready()
         assert one.network_input == "64x96"
-        assert one.actual["cpus"] == str(topology.available_cpus()[0])
-        assert one.actual["env"]["ASCEND_RT_VISIBLE_DEVICES"] == "0"
+        assert one.actual.cpus == str(discovery.available_cpus()[0])
+        assert one.actual.env["ASCEND_RT_VISIBLE_DEVICES"] == "0"
         for batch, least in ((1, 5), (2, 8)):
             [latencies_ms] = time_together([one], Request(iterations=4, warm_up=1, batch=batch))
             assert len(latencies_ms) == 4
@@ -65,7 +68,7 @@ def test_what_does_not_take_effect_is_said() -> None:
     with stopwatch("worker_env={OMP_NUM_THREADS: '3'}", "runtime.cpu_affinity_conf=npu_affine:1") as one:
         one.ready()
         assert any("npu_affine:1" in warning for warning in one.warnings())
-        one.actual = {**one.actual, "preload": None, "threads": 1}
+        one.actual = msgspec.structs.replace(one.actual, preload=None, threads=1)
         assert "npu:0: threads: wanted 3, is 1" in one.warnings()
 
 
@@ -114,7 +117,7 @@ def test_two_sleeping_devices_are_twice_as_fast_as_one(tmp_path, parses_back, ca
             break
     assert together["speedup"] >= 1.95
     assert together["combined_fps"] == pytest.approx(sum(row["fps"] for row in together["devices"]))
-    if len(topology.available_cpus()) > 1:
+    if len(discovery.available_cpus()) > 1:
         assert len({row["cpus"] for row in together["devices"]}) == 2
     assert [row["batch"] for row in report["batches"]] == [1, 2, 4]
     assert report["best_batch"] == 2
@@ -148,7 +151,7 @@ def test_an_emulated_pair_with_everything_that_can_be_measured(config, script, t
     assert "off" in options["tcmalloc"]["skipped"]
     assert options["none"]["task_queue"] == "1"
     assert options["task_queue"]["task_queue"] == "2"
-    if len(topology.available_cpus()) > 1:
+    if len(discovery.available_cpus()) > 1:
         everything = options["affinity + task_queue"]
         assert everything["cpus"] == report["together"]["devices"][0]["cpus"] != options["none"]["cpus"]
         assert everything["task_queue"] == "2"

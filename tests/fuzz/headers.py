@@ -11,6 +11,7 @@ import msgpack
 
 from blendmaskd import protocol
 from blendmaskd.protocol import MAGIC, Code, Image, Kinds, Options, Place
+from blendmaskd.wanted import Actual
 from fuzz.mutate import EDGES, mutate, number
 
 _IMAGES = (
@@ -38,8 +39,9 @@ _FROM_CLIENT: tuple[protocol.Message, ...] = (
     protocol.Cancel(job="job"),
     protocol.GetStats(),
 )
+_ACTUAL = Actual(cpus="0-3", threads=2, task_queue=None, preload=None, env={}, thread_cpus={"a/7": "1"})
 _FROM_WORKER: tuple[protocol.Message, ...] = (
-    protocol.Ready(token="t", pid=7, window=2, actual={"cpus": "0-3"}),
+    protocol.Ready(token="t", pid=7, window=2, actual=_ACTUAL),
     protocol.Started(leases=[1, 2]),
     protocol.Preview(),
     protocol.Finished(lease=1, width=2, height=1, timings={"decode": 0.5}),

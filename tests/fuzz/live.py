@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from blendmaskd.client.blocking import Client
-from blendmaskd_workers import engines
+from blendmaskd_workers.engines import timed
 from chaos.host import Host
 from fuzz.rules import LIMITS, BrokenRuleError
 
@@ -90,7 +90,7 @@ class GoodClient(threading.Thread):
 
     def run(self) -> None:
         small, large = (np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8) for side in (20, 300))
-        expected = [engines.checksum(small), engines.checksum(large)]
+        expected = [timed.checksum(small), timed.checksum(large)]
         try:
             with Client(self._endpoint, timeout_s=GOOD_S) as client:
                 while not self._ended.is_set():

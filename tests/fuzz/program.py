@@ -37,9 +37,9 @@ from typing import Any
 
 import msgspec
 
-from blendmaskd import spawn
 from blendmaskd.programs import program
 from blendmaskd.settings import Limits
+from blendmaskd.shell import launch
 from fuzz import bombs, rules
 from fuzz.child import Progress, input_random
 from fuzz.live import Target, target
@@ -162,7 +162,7 @@ def _run_child(layer: str, seed: int, numbers: range, folder: str) -> Progress:
 
 def _as_a_worker() -> dict[str, str]:
     """The environment, with a worker's allocator: what asks for much cleared memory pays for it there at once."""
-    preload = spawn.resolve_preload("auto").path
+    preload = launch.resolve_preload("auto").path
     return {**os.environ, **({"LD_PRELOAD": preload} if preload else {})}
 
 

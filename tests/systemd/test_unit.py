@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from sandbox import FIRST_SETTINGS, REPOSITORY, UNITS, Service, wait_for
 
-from blendmaskd import spawn, topology
+from blendmaskd import discovery
 from blendmaskd.client.blocking import Client
 from blendmaskd.settings import Restarts, Settings
+from blendmaskd.wanted import differences_shown
 
 pytestmark = [pytest.mark.slow, pytest.mark.systemd]
 
@@ -55,7 +56,7 @@ def test_waits_are_longer_than_what_they_wait_for(installed: Service) -> None:
     assert _seconds(installed, "TimeoutStartUSec") > 2 * (restarts.start_timeout_s + restarts.stop_s)
     shipped = re.search(r"^WatchdogSec=(\d+)s$", UNIT.read_text(), re.MULTILINE)  # the drop-in hides it from systemd
     assert shipped
-    assert int(shipped[1]) > 3 * topology.TOOL_TIMEOUT_S
+    assert int(shipped[1]) > 3 * discovery.TOOL_TIMEOUT_S
 
 
 def test_start_fails_when_no_worker_can_start(installed: Service) -> None:
@@ -101,7 +102,7 @@ def test_workers_get_what_the_settings_want(service: Service) -> None:
             devices = wait_for(lambda: _ready_devices(client))
         for device in devices:
             assert device["actual"]["preload"] == library
-            assert spawn.differences(device["wanted"], device["actual"]) == []
+            assert differences_shown(device) == []
     finally:
         service.settings(SETTINGS)
         service.systemctl("restart")

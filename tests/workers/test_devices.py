@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import math
 import mmap
 import os
 import subprocess
@@ -11,12 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 import torch
 
-from blendmaskd import settings, spawn
-from blendmaskd_workers import devices
+from blendmaskd import settings
+from blendmaskd.core import launch_plan
+from blendmaskd.core.launch_plan import Basis, Preload
+from blendmaskd.shell import launch
+from blendmaskd.wanted import Actual, differences
+from blendmaskd_workers import devices, process
 from blendmaskd_workers.devices import DeviceError
 from checkout import ROOT, SOURCES
 
@@ -128,28 +133,20 @@ def test_cuda_rounds_to_tf32_only_when_asked(
 
 def test_actual_is_what_the_libraries_say(monkeypatch: pytest.MonkeyPatch) -> None:
     cpus = tuple(sorted(os.sched_getaffinity(0)))
-    wanted = spawn.plan(
-        "cpu:0",
-        1,
-        settings.from_tree({"devices": ["cpu:0"], "runtime": {"threads": 1}}),
-        cpus,
-        base_environment={},
-        endpoint="",
-        token="",
-        preload=spawn.Preload(None, "off"),
-    ).wanted
-    for name, value in wanted["env"].items():
+    tuned = settings.from_tree({"devices": ["cpu:0"], "runtime": {"threads": 1}})
+    wanted = launch_plan.plan("cpu:0", Basis(tuned, {}, Preload(None, "off"), cpus, math.inf), {}).assignment.wanted
+    for name, value in wanted.env.items():
         monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        actual = devices.actual(wanted, devices.open_device("cpu"))
-        assert actual["device_name"] == "cpu"
-        assert spawn.differences(wanted, actual) == []
-        assert json.loads(json.dumps(actual)) == actual
+        actual = process.observe(wanted, devices.open_device("cpu"))
+        assert actual.device_name == "cpu"
+        assert differences(wanted, actual) == []
+        assert msgspec.json.decode(msgspec.json.encode(actual), type=Actual) == actual
         torch.set_num_threads(2)
-        actual = devices.actual(wanted, devices.open_device("cpu"))
-        assert spawn.differences(wanted, actual) == ["threads: wanted 1, is 2"]
+        actual = process.observe(wanted, devices.open_device("cpu"))
+        assert differences(wanted, actual) == ["threads: wanted 1, is 2"]
     finally:
         torch.set_num_threads(threads)
 
@@ -158,26 +155,18 @@ def test_a_cpu_workers_process_has_what_its_plan_wants() -> None:
     """Torch in a real process: one thread per CPU of the slot, all of its threads on these."""
     cpu = max(os.sched_getaffinity(0))
     probe = (
-        "import json, os, torch; from blendmaskd import spawn; from blendmaskd_workers import devices;"
-        "told = spawn.assignment(os.environ); torch.ones(300, 300) @ torch.ones(300, 300);"
-        "print(json.dumps(devices.actual(told.wanted, devices.open_device(told.local_device))))"
+        "import os, msgspec, torch; from blendmaskd import assignment; from blendmaskd_workers import devices, process;"
+        "told = assignment.read(os.environ); torch.ones(300, 300) @ torch.ones(300, 300);"
+        "actual = process.observe(told.wanted, devices.open_device(told.local_device));"
+        "print(msgspec.json.encode(actual).decode())"
     )
-    plan = spawn.plan(
-        "cpu:1",
-        1,
-        settings.from_tree({"devices": ["cpu:1"]}),
-        (cpu,),
-        base_environment=os.environ,
-        endpoint="",
-        token="",
-        preload=spawn.resolve_preload("auto"),
-        arguments=("-c", probe),
-    )
-    process = spawn.launch(plan, stdout=subprocess.PIPE, cwd=ROOT)
-    output, _ = process.communicate(timeout=60)
-    actual: dict[str, Any] = json.loads(output)
-    assert spawn.differences(plan.wanted, actual) == []
-    assert (actual["cpus"], actual["threads"]) == (str(cpu), 1)
+    basis = launch.basis(settings.from_tree({"devices": ["cpu:1"], "runtime": {"cpus": {"cpu:1": str(cpu)}}}))
+    plan = launch_plan.plan("cpu:1", basis, os.environ, arguments=("-c", probe))
+    running = launch.launch(plan, stdout=subprocess.PIPE, cwd=ROOT)
+    output, _ = running.communicate(timeout=60)
+    actual = msgspec.json.decode(output, type=Actual)
+    assert differences(plan.assignment.wanted, actual) == []
+    assert (actual.cpus, actual.threads) == (str(cpu), 1)
 
 
 @needs_cuda

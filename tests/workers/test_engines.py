@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from blendmaskd import settings
-from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT
+from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.protocol import Options
 from blendmaskd_workers import __main__ as program
 from blendmaskd_workers import blendmask, engines
-from blendmaskd_workers.engines import EngineError
+from blendmaskd_workers.engines import EngineError, timed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -121,9 +121,9 @@ def test_outputs_that_cannot_be_read_are_named(tmp_path: Path, content: bytes | 
 
 def test_a_large_image_is_known_by_a_part_of_its_rows() -> None:
     image = np.random.default_rng(0).integers(0, 256, (800, 800, 3), np.uint8)
-    rows = {row for row in range(0, 800, 7) if engines.checksum(changed(image, row)) != engines.checksum(image)}
+    rows = {row for row in range(0, 800, 7) if timed.checksum(changed(image, row)) != timed.checksum(image)}
     assert 0 in rows
-    assert engines.checksum(image[:20]) == zlib.crc32(image[:20].data), "a small one by all"
+    assert timed.checksum(image[:20]) == zlib.crc32(image[:20].data), "a small one by all"
 
 
 def changed(image: np.ndarray, row: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import platform
 import shutil
@@ -22,7 +23,10 @@ from typing import Any
 import pytest
 import torch
 
-from blendmaskd import settings, spawn, topology
+from blendmaskd import discovery, settings, topology
+from blendmaskd.core import launch_plan
+from blendmaskd.core.launch_plan import Basis, LaunchPlan, Preload
+from blendmaskd.shell import launch
 from blendmaskd_workers.devices import GRAPHS
 from checkout import ROOT, SOURCES
 
@@ -34,17 +38,19 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blen
 PROBE = """
 import dataclasses, json, os, sys
 import torch
-from blendmaskd import spawn
-from blendmaskd_workers import devices
+import msgspec
+from blendmaskd import assignment
+from blendmaskd.wanted import differences
+from blendmaskd_workers import devices, process
 
-told = spawn.assignment(os.environ)
+told = assignment.read(os.environ)
 device = devices.open_device(told.local_device, told.settings.model.precision)
 image = torch.arange(12.0).reshape(3, 4)
 on_device = device.upload(image)
 staged = device.stage(image)
 device.synchronize()
 npu, options = torch.npu, sys.modules["torch_npu"]._C._npu_getOption
-actual = devices.actual(told.wanted, device)
+actual = process.observe(told.wanted, device)
 print(json.dumps({
     "device": str(on_device.device),
     "copied": torch.equal(on_device.cpu(), image),
@@ -54,9 +60,9 @@ print(json.dumps({
     "precision_mode": options("ACL_PRECISION_MODE").decode(),
     "jit_compile": options("jitCompile").decode(),
     "memory": dataclasses.asdict(device.memory()),
-    "actual": actual,
-    "threads": spawn.thread_masks(),
-    "differences": spawn.differences(told.wanted, actual),
+    "actual": msgspec.to_builtins(actual),
+    "threads": process.thread_masks(),
+    "differences": differences(told.wanted, actual),
 }))
 """
 
@@ -108,7 +114,7 @@ def _compile(library: Path, source: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_cpus() -> tuple[int, int]:
-    cpus = topology.available_cpus()
+    cpus = discovery.available_cpus()
     if len(cpus) < 2:
         pytest.skip("needs two CPUs")
     return cpus[0], cpus[1]
@@ -123,23 +129,15 @@ class Launcher:
             "LD_LIBRARY_PATH": f"{cann}:{torch_npu}/torch_npu/lib",
         }
 
-    def plan(self, cpus: tuple[int, ...], **tree: Any) -> spawn.LaunchPlan:
+    def plan(self, cpus: tuple[int, ...], **tree: Any) -> LaunchPlan:
         extra = tree.pop("worker_env", {})
         tuned = settings.from_tree({"devices": ["npu:1"], "worker_env": self.worker_env | extra, **tree})
-        return spawn.plan(
-            "npu:1",
-            1,
-            tuned,
-            cpus,
-            base_environment=os.environ,
-            endpoint="ipc://none",
-            token="",
-            preload=spawn.resolve_preload("auto"),
-            arguments=("-c", f"NAMES = {_api_names()!r}\n{PROBE}"),
-        )
+        arguments = ("-c", f"NAMES = {_api_names()!r}\n{PROBE}")
+        basis = Basis(tuned, {"npu:1": cpus}, launch.resolve_preload("auto"), cpus, math.inf)
+        return launch_plan.plan("npu:1", basis, os.environ, arguments=arguments)
 
-    def probe(self, plan: spawn.LaunchPlan) -> dict[str, Any]:
-        process = spawn.launch(plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def probe(self, plan: LaunchPlan) -> dict[str, Any]:
+        process = launch.launch(plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         found: dict[str, Any] = json.loads(output.splitlines()[-1])
@@ -256,9 +254,9 @@ def test_a_forced_affinity_conf_leaves_the_slots_cpus_and_is_reported(
 def test_torch_npu_reads_every_variable_that_the_plan_sets(torch_npu: Path) -> None:
     tuned = settings.from_tree({"devices": ["npu:0"], "runtime": {"cpu_affinity_conf": "1"}})
     base = {"STATE_DIRECTORY": "/var/lib/blendmaskd", "LOGS_DIRECTORY": "/var/log/blendmaskd"}
-    off = spawn.Preload(None, "off")
+    off = Preload(None, "off")
     on_npu, on_cpu = (
-        set(spawn.plan(device, 1, tuned, (0,), base_environment=base, endpoint="", token="", preload=off).wanted["env"])
+        set(launch_plan.plan(device, Basis(tuned, {}, off, (0,), math.inf), base).assignment.wanted.env)
         for device in ("npu:0", "cpu:0")
     )
     names = on_npu - on_cpu - {"ASCEND_PROCESS_LOG_PATH"}  # which is CANN's

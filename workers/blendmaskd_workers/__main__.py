@@ -6,7 +6,6 @@ check` asks so.
 """
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -14,34 +13,28 @@ import sys
 
 import msgspec
 
-from blendmaskd import logs, spawn
-from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT
+from blendmaskd import assignment, logs
+from blendmaskd.assignment import EXIT_CANNOT_BOOT, Assignment, AssignmentError
 from blendmaskd.settings import Settings
-from blendmaskd.spawn import Assignment, SpawnError
-
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+from blendmaskd.wanted import differences
+from blendmaskd_workers import process
 
 
 def main(argv: list[str]) -> int:
     try:
-        assignment = spawn.assignment(os.environ)
-    except SpawnError as error:
+        assigned = assignment.read(os.environ)
+    except AssignmentError as error:
         print(f"workers: {error}", file=sys.stderr)
         return EXIT_CANNOT_BOOT
-    logs.configure(assignment.settings.log, slot=assignment.identity)
-    _die_with(assignment.daemon_pid)
+    logs.configure(assigned.settings.log, slot=assigned.identity)
+    process.end_with_parent()
+    if os.getppid() != assigned.daemon_pid:
+        return 1  # it died before the kernel knew
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon's business: it drains, then tells its workers
     if "--check" in argv:
-        return _check(assignment.settings)
-    return _probe(assignment) if "--probe" in argv else _work(assignment)
-
-
-def _die_with(daemon_pid: int) -> None:
-    """The kernel kills this process when the daemon dies, however it dies: no orphan keeps a device."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != daemon_pid:
-        os._exit(1)  # it died before the kernel knew
+        return _check(assigned.settings)
+    return _probe(assigned) if "--probe" in argv else _work(assigned)
 
 
 def _check(settings: Settings) -> int:
@@ -72,7 +65,7 @@ def _probe(assignment: Assignment) -> int:
         "name": device.name(),
         "memory_bytes": device.memory().total,
         "bf16": device.multiplies_bf16(),
-        "differences": spawn.differences(assignment.wanted, devices.actual(assignment.wanted, device)),
+        "differences": differences(assignment.wanted, process.observe(assignment.wanted, device)),
     }
     sys.stdout.buffer.write(msgspec.json.encode(found))
     sys.stdout.flush()

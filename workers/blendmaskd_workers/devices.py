@@ -1,14 +1,14 @@
 """A device, opened and set up for inference, exact unless told otherwise; the only module that calls device APIs.
 
 `open_device` takes a device as this process sees it (``npu:0``, ``cuda:0``, ``cpu``), `Device` is what the rest of a
-worker needs of it, `actual` tells what took effect in the process. Device APIs keep the current device per thread:
+worker needs of it. Device APIs keep the current device per thread:
 every thread that computes calls `Device.use` once. Network code stays free of device names; it follows its tensors.
 """
 from __future__ import annotations
 
 import importlib
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,8 +16,6 @@ from typing import Any, Literal, TypeVar
 import psutil
 import torch
 from torch import Tensor
-
-from blendmaskd import spawn
 
 Precision = Literal["fp32", "hf32", "bf16", "fp16", "auto"]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,6 +96,20 @@ class Device:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return Memory(used, max(used, peak), psutil.virtual_memory().total)
 
+    def held_bytes(self) -> int:
+        """Bytes held on the device; 0 where that is the host's memory."""
+        return 0
+
+    def effects(self) -> dict[str, Any]:
+        """What took effect by the libraries' own account, of the fields of `blendmaskd.wanted.Actual`."""
+        queue = self.task_queue()
+        return {
+            "threads": torch.get_num_threads(),
+            "device_name": self.name(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **({} if queue is None else {"task_queue": queue}),
+        }
+
     def name(self) -> str:
         """The device's model, such as ``Ascend910B3``."""
         return "cpu"
@@ -159,6 +171,9 @@ class Accelerator(Device):
         _, total = self.api.mem_get_info(device)
         return Memory(self.api.memory_allocated(device), self.api.max_memory_allocated(device), total)
 
+    def held_bytes(self) -> int:
+        return int(self.api.memory_allocated(self.torch_device))
+
     def name(self) -> str:
         return str(self.api.get_device_name(self.torch_device))
 
@@ -194,14 +209,6 @@ def open_device(name: str, precision: Precision = "fp32") -> Device:
     else:
         _set_up_cuda(precision)
     return device
-
-
-def actual(wanted: Mapping[str, Any], device: Device) -> dict[str, Any]:
-    """What took effect in this process, by the libraries' own account where they give one; see `spawn.observe`."""
-    observed = spawn.observe(wanted) | {"threads": torch.get_num_threads(), "device_name": device.name()}
-    observed["dtype"] = str(device.dtype).removeprefix("torch.")
-    queue = device.task_queue()
-    return observed if queue is None else observed | {"task_queue": queue}
 
 
 def cpu_multiplies_bf16() -> bool:

@@ -37,13 +37,13 @@ import msgpack
 import psutil
 
 from blendmaskd import protocol
-from blendmaskd.core.regions import RegionError
+from blendmaskd.assignment import Assignment
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
 from blendmaskd.logs import about
-from blendmaskd.protocol import Code
+from blendmaskd.protocol import Code, RegionError
 from blendmaskd.settings import Settings
-from blendmaskd.spawn import Assignment
+from blendmaskd_workers import process
 from blendmaskd_workers.batching import Batching
 from blendmaskd_workers.channel import Connection
 from blendmaskd_workers.engines import Engine
@@ -103,7 +103,7 @@ class Loop:
             sys.setswitchinterval(SWITCH_S)
             gc.collect()
             gc.freeze()  # a collection that looks through all of torch would hold every thread up for 0.1 s
-            actual = self._engine.actual(self._assignment.wanted)
+            actual = process.observe(self._assignment.wanted, self._engine.device, self._engine.exact)
             self._channel.send(
                 protocol.Ready(token=self._assignment.token, pid=os.getpid(), window=self._window(), actual=actual)
             )
@@ -165,7 +165,7 @@ class Loop:
                 images=images,
                 busy_s=self._busy.take(end),
                 memory_bytes=psutil.Process().memory_info().rss,
-                device_memory_bytes=self._engine.device_memory_bytes(),
+                device_memory_bytes=self._engine.device.held_bytes() if self._engine.device else 0,
                 shapes=self._batching.seen(),
                 window=self._window(),
             )

@@ -8,8 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 
-from blendmaskd.core.regions import RegionError
-from blendmaskd.protocol import OpenRegion, Place
+from blendmaskd.protocol import OpenRegion, Place, RegionError
 
 
 class Regions:

@@ -4,41 +4,33 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 
-from blendmaskd import topology
+from blendmaskd import discovery, topology
 from blendmaskd.check.host import read
 from blendmaskd.settings import Settings
-from blendmaskd.topology import Cpus, TopologyError
+from blendmaskd.topology import Cpus, HostError
 
 DYNAMIC_DRIVERS = ("intel_pstate", "amd-pstate-epp")  # their powersave raises the clock as needed
-
-
-def placed(settings: Settings) -> Iterable[str]:
-    """The devices whose CPUs the settings name."""
-    return () if settings.runtime.cpus == "auto" else settings.runtime.cpus
 
 
 def places(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[str, Cpus], dict[str, Cpus], str]:
     """The plan, the CPUs near each device, and what stands in the way of a plan."""
     visible = []
     for device in settings.devices:
-        with contextlib.suppress(TopologyError):  # `devices.device` tells of it
+        with contextlib.suppress(HostError):  # `devices.device` tells of it
             if not device.startswith("cpu"):
                 topology.visible_id(device, environment)
             visible.append(device)
-    available = topology.available_cpus()
-    near = topology.discover([device for device in visible if device not in placed(settings)], environment)
     try:
-        plan = topology.plan_cpus(visible, settings.runtime.cpus, available, near, topology.cores(available))
-    except TopologyError as error:
-        return {}, near, str(error)
-    return plan, near, ""
+        return *discovery.places(visible, settings.runtime.placed, environment), ""
+    except HostError as error:
+        return {}, {}, str(error)
 
 
 def slow_governors(cpus: Iterable[int]) -> dict[int, str]:
     """CPUs whose governor may keep them at a low clock."""
     slow = {}
     for cpu in cpus:
-        folder = topology.SYSFS / f"devices/system/cpu/cpu{cpu}/cpufreq"
+        folder = discovery.SYSFS / f"devices/system/cpu/cpu{cpu}/cpufreq"
         governor, driver = read(folder / "scaling_governor").strip(), read(folder / "scaling_driver").strip()
         if governor == "powersave" and driver not in DYNAMIC_DRIVERS:
             slow[cpu] = governor

@@ -8,13 +8,13 @@ import pwd
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from blendmaskd import ascend, topology
+from blendmaskd import ascend, discovery, topology
 from blendmaskd.ascend import Card, Chip
 from blendmaskd.check.device_findings import DeviceFacts, NodeFacts, Probe
 from blendmaskd.check.endpoint_findings import Holder
 from blendmaskd.check.host import is_ours
 from blendmaskd.settings import Settings
-from blendmaskd.topology import TopologyError
+from blendmaskd.topology import HostError
 
 NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")  # beside davinciN
 SERVICE_USER = "blendmaskd"
@@ -24,11 +24,11 @@ class Npus:
     """What npu-smi tells of this host's cards."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        text = topology.ask_tool(["npu-smi", "info"], environment)
+        text = discovery.ask_tool(["npu-smi", "info"], environment)
         self.answers = bool(text)
         self.cards = ascend.parse_npu_cards(text)
         self._users = ascend.parse_npu_processes(text)
-        self._chips = topology.parse_npu_map(topology.ask_tool(["npu-smi", "info", "-m"], environment))
+        self._chips = topology.parse_npu_map(discovery.ask_tool(["npu-smi", "info", "-m"], environment))
 
     def chip(self, host_id: str) -> Chip | None:
         """By logic id; cards in their order where npu-smi has no map."""
@@ -54,7 +54,7 @@ def device(
         return DeviceFacts(device=device, probe=probe, untried=untried)
     try:
         host_id = topology.visible_id(device, environment)
-    except TopologyError as error:
+    except HostError as error:
         return DeviceFacts(device=device, hidden=str(error))
     if kind == "npu" and npus is not None:
         chip = npus.chip(host_id)
@@ -73,7 +73,7 @@ def device(
 def _gpus(environment: Mapping[str, str]) -> dict[str, str]:
     """Names by index and by UUID."""
     query = ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"]
-    lines = topology.ask_tool(query, environment).splitlines()
+    lines = discovery.ask_tool(query, environment).splitlines()
     rows = [[cell.strip() for cell in line.split(",", 2)] for line in lines]
     return {key: row[2] for row in rows if len(row) == 3 for key in row[:2]}
 
@@ -81,7 +81,7 @@ def _gpus(environment: Mapping[str, str]) -> dict[str, str]:
 def nodes(npus: Iterable[str], environment: Mapping[str, str]) -> list[NodeFacts]:
     names = list(NODES)
     for device in npus:
-        with contextlib.suppress(TopologyError):
+        with contextlib.suppress(HostError):
             names.append(f"davinci{topology.visible_id(device, environment)}")
     return [_node(Path("/dev") / name) for name in names]
 

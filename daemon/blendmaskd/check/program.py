@@ -83,7 +83,7 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]
         found += device_findings.nodes(devices.nodes(npus, environment), opened, user)
     found += software_findings.versions(versions, bool(npus))
     found += cpu_findings.unplaced(cpus_complaint)
-    found += cpu_findings.cpus(plan, near, cpus.placed(settings), cards is not None and cards.answers)
+    found += cpu_findings.cpus(plan, near, settings.runtime.placed, cards is not None and cards.answers)
     found += cpu_findings.governor(cpus.slow_governors(cpu for own in plan.values() for cpu in own))
     found += software_findings.allocator(
         settings.runtime.preload, launched[-1].preload if launched and preload else preload, preload_complaint,

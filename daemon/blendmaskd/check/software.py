@@ -6,11 +6,13 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from blendmaskd import ascend, spawn
+from blendmaskd import ascend
 from blendmaskd.check.host import read
 from blendmaskd.check.software_findings import VersionFacts
+from blendmaskd.core.launch_plan import Preload
 from blendmaskd.settings import Settings
-from blendmaskd.spawn import Preload, SpawnError
+from blendmaskd.shell import launch
+from blendmaskd.topology import HostError
 
 ASCEND = Path("/usr/local/Ascend")
 CANN_FOLDERS = ("ascend-toolkit", "cann", "nnae", "nnrt")  # below ASCEND, in the order of install_service.sh
@@ -51,6 +53,6 @@ def _cann_version(home: Path) -> str:
 def preload(settings: Settings) -> tuple[Preload | None, str]:
     """The allocator that the settings mean, or why it cannot be had."""
     try:
-        return spawn.resolve_preload(settings.runtime.preload), ""
-    except SpawnError as error:
+        return launch.resolve_preload(settings.runtime.preload), ""
+    except HostError as error:
         return None, str(error)

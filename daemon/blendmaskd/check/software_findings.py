@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import msgspec
 
-from blendmaskd import ascend, spawn
+from blendmaskd import ascend
 from blendmaskd.check.finding import Finding, error, ok, warning
+from blendmaskd.core.launch_plan import TCMALLOC_PACKAGES, Preload
 
 _PAIR = "the pairs are in docs/deployment.md; the newest at github.com/Ascend/pytorch, COMPATIBILITY.md"
 
@@ -77,7 +78,7 @@ def _firmware(facts: VersionFacts) -> list[Finding]:
                     "install the firmware of the driver's package")]  # fmt: skip
 
 
-def allocator(choice: str, preload: spawn.Preload | None, complaint: str, apt: bool, dnf: bool) -> list[Finding]:
+def allocator(choice: str, preload: Preload | None, complaint: str, apt: bool, dnf: bool) -> list[Finding]:
     """Whether workers get tcmalloc. `complaint`: why a required or named library cannot be had."""
     install = _install_tcmalloc(apt, dnf)
     if preload is None:
@@ -92,4 +93,4 @@ def allocator(choice: str, preload: spawn.Preload | None, complaint: str, apt: b
 def _install_tcmalloc(apt: bool, dnf: bool) -> str:
     if apt:
         return "apt-get install libtcmalloc-minimal4"
-    return "dnf install gperftools-libs" if dnf else spawn.TCMALLOC_PACKAGES
+    return "dnf install gperftools-libs" if dnf else TCMALLOC_PACKAGES

@@ -4,18 +4,21 @@ torch is only ever loaded by these processes.
 """
 from __future__ import annotations
 
+import functools
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 
 import msgspec
 
-from blendmaskd import spawn, topology
+from blendmaskd import discovery
 from blendmaskd.check.device_findings import Probe
 from blendmaskd.check.endpoint_findings import Holder
+from blendmaskd.core import launch_plan
+from blendmaskd.core.launch_plan import Basis, LaunchPlan, Preload
 from blendmaskd.settings import Settings
-from blendmaskd.spawn import LaunchPlan, Preload, SpawnError
-from blendmaskd.topology import Cpus
+from blendmaskd.shell import launch
+from blendmaskd.topology import Cpus, HostError
 
 WEIGHTS = "weights"
 
@@ -32,8 +35,8 @@ class Trial:
         self.plan: LaunchPlan | None = None
         try:
             self.plan = start()
-            self._process = spawn.launch(self.plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        except SpawnError as error:
+            self._process = launch.launch(self.plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except HostError as error:
             self.complaint = str(error)
 
     def end(self) -> Trial:
@@ -67,15 +70,12 @@ def start(
     if settings.engine == "timed" or not plan:
         return {}
 
-    def trial(device: str, argument: str) -> Trial:
-        def launch_plan() -> LaunchPlan:
-            return spawn.plan(
-                device, 0, settings, plan.get(device) or topology.available_cpus(), base_environment=environment,
-                endpoint="", token="", preload=preload or Preload(None),
-                arguments=("-m", "blendmaskd_workers", argument),
-            )  # fmt: skip
+    basis = Basis(settings, plan, preload or Preload(None), discovery.available_cpus(), discovery.cpu_quota())
 
-        return Trial(launch_plan, settings.restarts.start_timeout_s)
+    def trial(device: str, argument: str) -> Trial:
+        arguments = ("-m", "blendmaskd_workers", argument)
+        start = functools.partial(launch_plan.plan, device, basis, environment, arguments=arguments)
+        return Trial(start, settings.restarts.start_timeout_s)
 
     tried = [device for device in settings.devices if device.startswith("cpu") or not serving]
     return {WEIGHTS: trial("cpu:0", "--check"), **{device: trial(device, "--probe") for device in tried}}

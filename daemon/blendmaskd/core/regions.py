@@ -10,19 +10,11 @@ import fcntl
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from blendmaskd.protocol import OpenRegion, Place
+from blendmaskd.protocol import OpenRegion, Place, RegionError
 
 MOST_REGIONS = 256  # each is two descriptors of the daemon's and a mapping in each worker
 SHARES = 4  # of all bytes a region, and of all regions a process, is at most one part in so many
 PAGE = 4096
-
-
-class RegionError(RuntimeError):
-    """Shared memory that cannot be had, or read; the text says why, `left` how many bytes could be had instead."""
-
-    def __init__(self, reason: str, left: int = 0) -> None:
-        super().__init__(reason)
-        self.left = left
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ systemd status line all show, so that they agree. Its form::
      "last_image": {"device", "time"} or None,
      "devices": [{"device", "slot", "generation", "pid", "state", "reason", "fps", "images", "busy_seconds",
                   "busy_share", "restarts", "memory_bytes", "device_memory_bytes", "shapes",
-                  "wanted": {"cpus", "task_queue", "preload", "env"}, "actual": {...}}]}
+                  "wanted", "actual": the fields of `blendmaskd.wanted`; {} while there is no worker, or it is not up}]}
 """
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ A slot is a configured device; a generation is one life of its worker. The state
 state     meaning                                     leaves by
 ========  ==========================================  =======================================================
 STARTING  spawned, loading and warming up             `ready`; `exited`; its start deadline: killed
-READY     serving                                     `exited`; `evict`: killed; `reload`, `drain`: STOPPING
+READY     serving                                     `exited`; `evict`: killed; `replace`, `drain`: STOPPING
 STOPPING  told to stop, or being killed               `exited`; its deadline: the next, harder signal
 BACKOFF   dead; waits until its delay is over         its delay: STARTING
-FAILED    died too often, or cannot boot at all       `reload`: STARTING
+FAILED    died too often, or cannot boot at all       `renew`: STARTING
 ENDED     stopped for good: drained, or taken out     nothing
 ========  ==========================================  =======================================================
 
@@ -18,9 +18,7 @@ aborted (SIGABRT, which dumps its stacks), then killed. Deaths in a row double t
 `give_up_after` of them the slot is FAILED. A worker that served for `stable_s` starts the count anew. Deaths that an
 image is to blame for do not count: as far as that shows at once, they are `blameless`; else they are taken off later.
 
-A reload replaces workers one at a time: the next one is asked to stop when no slot is on its way. It is tried until a
-worker has become ready by the new settings. If a slot that had not failed before fails for good until then, they are
-`refuted`, and nothing more is replaced until `undo`. Slots that had failed before, or are new, are passed by.
+Which worker is replaced when other settings come is decided in `blendmaskd.core.reload`.
 """
 from __future__ import annotations
 
@@ -29,9 +27,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.settings import Restarts
-
-EXIT_CANNOT_BOOT = 78  # sysexits' EX_CONFIG: starting again cannot help
 
 
 class State(Enum):
@@ -89,8 +86,6 @@ class Slot:
     ready_since: float | None = None
     failures: int = 0  # in a row
     restarts: int = 0  # spawns after the first, replacements by reload not counted
-    stale: bool = False  # a reload is to replace its worker
-    was_up: bool = False  # or on its way, when the last reload came: its failure speaks against the new settings
     ending: bool = False  # its worker is the last
     wanted_down: bool = False  # it stops because we asked
     reason: str = ""  # why it is where it is, for people
@@ -108,8 +103,6 @@ class Supervisor:
         self.restarts = restarts
         self.drain_s = drain_s
         self.draining = False
-        self.trying = False  # a reload by whose settings no worker has become ready yet
-        self.refuted = ""  # why none will, for people
 
     # -- what the shell may ask -------------------------------------------------------------------------------------
 
@@ -139,28 +132,18 @@ class Supervisor:
     def ended(self) -> bool:
         return all(slot.state is State.ENDED for slot in self.slots.values())
 
-    @property
-    def reloading(self) -> bool:
-        return any(slot.stale or slot.wanted_down for slot in self.slots.values())
-
-    def is_current(self, name: str, generation: int) -> bool:
-        """Whether this generation is the slot's living one."""
-        slot = self.slots.get(name)
-        return slot is not None and slot.generation == generation and slot.running
-
     # -- events -----------------------------------------------------------------------------------------------------
 
     def start(self, now: float) -> list[Action]:
         return [self._spawn(slot, now) for slot in self.slots.values()]
 
-    def ready(self, name: str, generation: int, now: float) -> list[Action]:
-        """A worker is loaded and warm. Ignored from a worker that is being killed."""
+    def ready(self, name: str, generation: int, now: float) -> bool:
+        """A worker is loaded and warm. False, and ignored, from one that is being killed."""
         slot = self.slots[name]
         if slot.generation != generation or slot.state is not State.STARTING:
-            return []
+            return False
         slot.state, slot.deadline, slot.ready_since, slot.reason = State.READY, None, now, ""
-        self.trying = False
-        return self._replace_next(now)
+        return True
 
     def evict(self, name: str, generation: int, reason: str, now: float) -> list[Action]:
         """A worker hangs: abort it, also while it is asked to stop."""
@@ -180,7 +163,6 @@ class Supervisor:
             slot.failures = 0
         asked, slot.wanted_down = slot.wanted_down, False
         slot.next_signal = slot.deadline = slot.ready_since = None
-        slot.stale = False  # its next life is new anyway
         if slot.ending:
             slot.state = State.ENDED
         elif asked:
@@ -190,9 +172,7 @@ class Supervisor:
         else:
             slot.failures += not blameless
             self._back_off(slot, how, now)
-        if slot.state is State.FAILED and slot.was_up and self.trying:
-            self.trying, self.refuted = False, f"{slot.name}: {slot.reason}"
-        return self._replace_next(now)
+        return []
 
     def acquit(self, name: str) -> None:
         """An image was to blame for a death that was counted: it was found out on a later one."""
@@ -200,28 +180,39 @@ class Supervisor:
         if slot is not None and slot.state is not State.FAILED:
             slot.failures = max(slot.failures - 1, 0)
 
-    def reload(self, devices: Iterable[str], restarts: Restarts, now: float) -> list[Action]:
-        """Replace every worker, one at a time; add and take out slots as the device list says."""
+    def renew(self, devices: Iterable[str], restarts: Restarts, drain_s: float, now: float) -> list[Action]:
+        """Go by these from now on, also in adding and taking out slots. Workers that serve are left; what is on its way
+        begins anew, what failed tries again.
+        """
+        self.restarts, self.drain_s = restarts, drain_s
+        wanted = list(devices)
+        actions: list[Action] = []
+        for name in wanted:
+            slot = self.slots.get(name)
+            if slot is None or slot.state is State.ENDED:
+                generation = slot.generation if slot else 0
+                self.slots[name] = Slot(name, generation=generation)
+                actions.append(self._spawn(self.slots[name], now))
+                continue
+            slot.failures = 0
+            if slot.state in (State.BACKOFF, State.FAILED):
+                actions.append(self._spawn(slot, now))
+            elif slot.state is State.STARTING:
+                actions += self._restart_starting(slot, now)
+            elif slot.state is State.STOPPING:
+                slot.ending = False  # its next life is new anyway
         for slot in self.slots.values():
-            slot.was_up = slot.state not in (State.FAILED, State.ENDED)
-        actions = self._renew(devices, restarts, now)
-        self.trying = True
-        return actions + self._replace_next(now)
-
-    def undo(self, devices: Iterable[str], restarts: Restarts, now: float) -> list[Action]:
-        """Back to what was before a reload that is refuted: workers that serve, serve by that."""
-        actions = self._renew(devices, restarts, now)
-        self.stop_replacing()
+            if slot.name not in wanted:
+                actions += self._end(slot, now)
         return actions
 
-    def stop_replacing(self) -> None:
-        """Workers that serve now are left as they are."""
-        for slot in self.slots.values():
-            slot.stale = False
+    def replace(self, name: str, now: float) -> list[Action]:
+        """Ask a worker that serves to make room for the next."""
+        return self._stop(self.slots[name], now)
 
     def drain(self, now: float) -> list[Action]:
         """Every worker finishes what it holds, and none is started any more."""
-        self.draining, self.refuted = True, ""
+        self.draining = True
         return [action for slot in self.slots.values() for action in self._end(slot, now)]
 
     def expire(self, now: float) -> list[Action]:
@@ -245,44 +236,18 @@ class Supervisor:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _renew(self, devices: Iterable[str], restarts: Restarts, now: float) -> list[Action]:
-        """Go by these from now on. What is loaded by others is stale, what is on its way begins anew."""
-        self.restarts, self.refuted = restarts, ""
-        wanted = list(devices)
-        actions: list[Action] = []
-        for name in wanted:
-            slot = self.slots.get(name)
-            if slot is None or slot.state is State.ENDED:
-                generation = slot.generation if slot else 0
-                self.slots[name] = Slot(name, generation=generation)
-                actions.append(self._spawn(self.slots[name], now))
-                continue
-            slot.failures = 0
-            if slot.state in (State.BACKOFF, State.FAILED):
-                actions.append(self._spawn(slot, now))
-            elif slot.state is State.STARTING:
-                actions += self._restart_starting(slot, now)
-            elif slot.state is State.READY:
-                slot.stale = True
-            else:
-                slot.ending = False  # STOPPING: its next life is new anyway
-        for slot in self.slots.values():
-            if slot.name not in wanted:
-                actions += self._end(slot, now)
-        return actions
-
     def _spawn(self, slot: Slot, now: float) -> Spawn:
         slot.state, slot.generation = State.STARTING, slot.generation + 1
         slot.deadline = now + self.restarts.start_timeout_s
         return Spawn(slot.name, slot.generation)
 
     def _stop(self, slot: Slot, now: float) -> list[Action]:
-        slot.state, slot.wanted_down, slot.stale = State.STOPPING, True, False
+        slot.state, slot.wanted_down = State.STOPPING, True
         slot.deadline, slot.next_signal = now + self.drain_s, signal.SIGABRT
         return [Stop(slot.name, slot.generation)]
 
     def _abort(self, slot: Slot, now: float) -> list[Action]:
-        slot.state, slot.next_signal, slot.stale = State.STOPPING, signal.SIGABRT, False
+        slot.state, slot.next_signal = State.STOPPING, signal.SIGABRT
         return self._harder(slot, now)
 
     def _harder(self, slot: Slot, now: float) -> list[Action]:
@@ -299,7 +264,6 @@ class Supervisor:
 
     def _end(self, slot: Slot, now: float) -> list[Action]:
         slot.ending = True
-        slot.stale = False
         if slot.state is State.READY:
             return self._stop(slot, now)
         if slot.state is State.STARTING:
@@ -316,16 +280,6 @@ class Supervisor:
         slot.state, slot.reason = State.BACKOFF, how
         slot.deadline = now + min(doubled, self.restarts.longest_delay_s)
 
-    def _replace_next(self, now: float) -> list[Action]:
-        """The next stale worker is asked to stop, if every other slot is where it will stay for a while."""
-        if self.refuted:
-            return []
-        moving = (State.STARTING, State.STOPPING, State.BACKOFF)  # BACKOFF: perhaps what is new does not work
-        if any(slot.state in moving for slot in self.slots.values()):
-            return []
-        stale = next((slot for slot in self.slots.values() if slot.stale), None)
-        return [] if stale is None else self._stop(stale, now)
-
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
         for slot in self.slots.values():
@@ -336,5 +290,3 @@ class Supervisor:
             assert slot.state is not State.STOPPING or slot.next_signal is not None, slot
             assert slot.failures <= self.restarts.give_up_after, slot
             assert not (self.draining and slot.state in (State.READY, State.STARTING, State.BACKOFF)), slot
-            assert not slot.stale or slot.state is State.READY, slot
-        assert not (self.refuted and (self.trying or self.draining)), self.refuted

@@ -24,8 +24,7 @@ from typing import Any
 
 import msgspec
 
-from blendmaskd.core.regions import RegionError
-from blendmaskd.protocol import Frames, Image, Place
+from blendmaskd.protocol import Frames, Image, Place, RegionError
 
 KEEP_S = 600.0
 MOST = 1024  # remembered at once: what a few hundred deaths can leave

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from blendmaskd import topology
+from blendmaskd import discovery
 from blendmaskd.ascend import Chip, chips
 from blendmaskd.topology import parse_npu_map
 
@@ -44,7 +44,7 @@ def _number(text: str) -> float | None:
 class Readings:
     """Asks npu-smi every `EACH_S`. `latest` is by chip logic id, which is the host's number of a device."""
 
-    def __init__(self, ask: Callable[..., str] = topology.ask_tool) -> None:
+    def __init__(self, ask: Callable[..., str] = discovery.ask_tool) -> None:
         self._ask = ask
         self.latest: Mapping[int, Reading] = {}
         self._numbers: dict[str, int] = {}  # by device, of its last worker

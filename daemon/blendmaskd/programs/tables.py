@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blendmaskd.core.stats import STAGE_BOUNDS_S
-from blendmaskd.spawn import differences
+from blendmaskd.wanted import differences_shown
 
 GOOD, WARN, BAD = "green", "yellow", "bold red"
 STATE_STYLES = {"ready": GOOD, "starting": WARN, "stopping": WARN, "backoff": BAD, "failed": BAD, "silent": BAD}
@@ -102,9 +102,7 @@ def _short(value: Any) -> str:
 def notes(device: Mapping[str, Any]) -> list[str]:
     """Why a device is not ready, and what of its plan did not take effect."""
     found = [f"{device['state']}: {device['reason']}"] if device["reason"] else []
-    if device["actual"]:
-        found += differences(device["wanted"], device["actual"])
-    return [f"{device['device']} {note}" for note in found]
+    return [f"{device['device']} {note}" for note in (*found, *differences_shown(device))]
 
 
 def _stages(stages: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -17,19 +17,24 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import msgspec
 import zmq
 
-from blendmaskd import logs, protocol, spawn, topology
-from blendmaskd.core import broker, supervisor
+from blendmaskd import logs, protocol
+from blendmaskd.assignment import EXIT_CANNOT_BOOT, identity
+from blendmaskd.core import broker, reload, supervisor
+from blendmaskd.core.reload import Reload
 from blendmaskd.core.stats import Stats, status_line
 from blendmaskd.logs import about
 from blendmaskd.protocol import FROM_WORKER, ProtocolError
 from blendmaskd.settings import Settings, SettingsError
-from blendmaskd.shell import systemd
-from blendmaskd.shell.children import Basis, Candidate, Child, Launcher, how_it_ended, worker_name
+from blendmaskd.shell import launch, systemd
+from blendmaskd.shell.processes import Child, Launcher, how_it_ended
 from blendmaskd.shell.sockets import Sockets, StartError, is_loopback, receive
 from blendmaskd.shell.spool import SpoolError
 from blendmaskd.shell.traffic import Traffic
+from blendmaskd.topology import HostError
+from blendmaskd.wanted import differences
 
 log = logging.getLogger("blendmaskd")
 
@@ -46,17 +51,15 @@ class Server:
         self._notifier = systemd.from_environment()
         self._stats = Stats(settings.window_s)
         self._supervisor = supervisor.Supervisor(settings.devices, settings.restarts, settings.drain_s)
-        self._launcher = Launcher(settings, dict(os.environ))
+        self._reload = Reload(self._supervisor, launch.basis(settings))
+        self._launcher = Launcher(dict(os.environ))
         self._children: dict[str, Child] = {}  # by worker name
         self._fds: dict[int, Callable[[], None]] = {}  # pidfds and the signal pipe
-        self._candidate: Candidate | None = None  # for a reload
-        self._before = self._launcher.basis  # the last that a worker has booted by, while a reload is tried
+        self._check: Child | None = None  # for a reload
         self._opened = settings  # what sockets and files were opened by
         self._started = time.time()
         self._last_image: dict[str, Any] | None = None
         self._next_tick = 0.0
-        self._served = False  # at least once
-        self._told_ready = False
         self._told_states: dict[str, str] = {}
         self._told_available = True
         self._unsettled = True  # states of slots may have changed
@@ -123,6 +126,8 @@ class Server:
             self._keep_house(now)
 
     def _due(self) -> float:
+        if self._unsettled:
+            return 0.0
         deadlines = [self._next_tick, self._broker.next_deadline(), self._supervisor.next_deadline()]
         return min(deadline for deadline in deadlines if deadline is not None)
 
@@ -139,9 +144,6 @@ class Server:
     def _tick(self, now: float) -> None:
         self._next_tick = now + TICK_S
         self._traffic.tick(now)
-        if self._candidate is not None and now >= self._candidate.deadline:
-            log.error("reload: the check of settings and weights takes too long (restarts.start_timeout_s)")
-            self._candidate.child.process.kill()
         self._traffic.snapshot = snapshot = self._stats.snapshot(
             now,
             time.time(),
@@ -158,7 +160,7 @@ class Server:
         self._notifier.send(WATCHDOG="1", STATUS=status_line(snapshot))
 
     def _describe(self, slot: supervisor.Slot, now: float) -> dict[str, Any]:
-        name = worker_name(slot.name, slot.generation)
+        name = identity(slot.name, slot.generation)
         child = self._children.get(name)
         heard = self._broker.last_heard(name)
         silent = slot.state is supervisor.State.READY and heard is not None and now - heard > SILENT_S
@@ -170,34 +172,20 @@ class Server:
             "state": "silent" if silent else slot.state.value,
             "reason": slot.reason,
             "restarts": slot.restarts,
-            "wanted": child.wanted if child else {},
-            "actual": child.actual if child else {},
+            "wanted": msgspec.to_builtins(child.wanted) if child else {},
+            "actual": msgspec.to_builtins(child.actual) if child and child.actual else {},
         }
 
     def _follow(self, now: float) -> None:
-        """What follows from where things are now: tell of changes, undo a reload, end a drain, give up."""
+        """What follows from where things are now: report changes, go on with a reload, end a drain."""
         self._tell_states()
-        if self._supervisor.refuted:
-            self._undo_reload()
+        self._supervise(self._reload.follow(now))
         hopeless = self._supervisor.hopeless and not self._supervisor.draining
         if hopeless == self._told_available:
             self._told_available = not hopeless
             self._traffic.carry_out(self._broker.set_available(not hopeless))
-        if self._supervisor.settled and self._supervisor.ready_slots and not self._supervisor.reloading:
-            self._tell_ready()
-        elif hopeless and not self._told_ready and self._drain_deadline is None:
-            self._give_up()
         if self._drain_deadline is not None:
             self._follow_drain(now)
-
-    def _give_up(self) -> None:
-        """Nothing can serve by these settings: the end of a first start, but not of a daemon that others reload."""
-        if self._served:
-            self._told_ready = True
-            self._end_reload("reload: no worker can be started; mend what is said above and reload")
-        else:
-            log.error("no worker can be started; see above")
-            self._exit_code = 1
 
     def _follow_drain(self, now: float) -> None:
         assert self._drain_deadline is not None
@@ -255,12 +243,10 @@ class Server:
             return
         self._unsettled = True
         child.actual = message.actual
-        for difference in spawn.differences(child.wanted, message.actual):
+        for difference in differences(child.wanted, message.actual):
             log.warning("%s", difference, extra=about(slot=child.name))
-        actions = self._supervisor.ready(child.slot, child.generation, now)
-        if self._supervisor.slots[child.slot].state is supervisor.State.READY:
+        if self._supervisor.ready(child.slot, child.generation, now):
             self._traffic.carry_out(self._broker.ready(child.name, child.slot, message.window, now))
-        self._supervise(actions)
 
     def _evict(self, action: broker.Evict) -> None:
         child = self._children[action.worker]
@@ -274,24 +260,39 @@ class Server:
 
     # -- processes --------------------------------------------------------------------------------------------------
 
-    def _supervise(self, actions: Iterable[supervisor.Action]) -> None:
+    def _supervise(self, actions: Iterable[reload.Action]) -> None:
         for action in actions:
             self._unsettled = True
-            name = worker_name(action.slot, action.generation)
             match action:
-                case supervisor.Spawn():
-                    self._spawn(action.slot, action.generation)
-                case supervisor.Stop():
-                    self._traffic.carry_out(self._broker.retire(name))
-                case supervisor.Kill():
-                    log.warning("sent %s", action.signal.name, extra=about(slot=name))
-                    self._children[name].process.send_signal(action.signal)
+                case supervisor.Spawn(slot, generation):
+                    self._spawn(slot, generation)
+                case supervisor.Stop(slot, generation):
+                    self._traffic.carry_out(self._broker.retire(identity(slot, generation)))
+                case supervisor.Kill(slot, generation, number):
+                    name = identity(slot, generation)
+                    log.warning("sent %s", number.name, extra=about(slot=name))
+                    self._children[name].process.send_signal(number)
+                case reload.StopCheck(why):
+                    if why:
+                        log.error("reload: %s", why)
+                    assert self._check is not None
+                    self._check.process.kill()
+                case reload.Adopt(basis, undone):
+                    self._adopt(basis.settings, undone)
+                case reload.Ready():
+                    self._tell_ready()
+                case reload.Over(text):
+                    log.error("%s", text)
+                    self._notifier.send(READY="1", STATUS=text)
+                case reload.GiveUp():
+                    log.error("no worker can be started; see above")
+                    self._exit_code = 1
 
     def _spawn(self, slot: str, generation: int) -> None:
         try:
-            child = self._launcher.worker(slot, generation, self._sockets.workers_endpoint)
-        except (OSError, spawn.SpawnError) as error:
-            if isinstance(error, spawn.SpawnError) and not self._traffic.snapshot:
+            child = self._launcher.worker(slot, generation, self._reload.basis, self._sockets.workers_endpoint)
+        except (OSError, HostError) as error:
+            if isinstance(error, HostError) and not self._traffic.snapshot:
                 raise  # nothing is served yet: the settings do not fit this host
             how = f"cannot be started: {error}"
             self._supervise(self._supervisor.exited(slot, generation, how, 1, False, time.monotonic()))
@@ -314,7 +315,7 @@ class Server:
         self._supervise(actions)
 
     def _kill_all(self) -> None:
-        for child in [*self._children.values(), *([self._candidate.child] if self._candidate else [])]:
+        for child in [*self._children.values(), *([self._check] if self._check else [])]:
             child.process.kill()
             child.reap()
 
@@ -333,7 +334,7 @@ class Server:
             if number in (signal.SIGTERM, signal.SIGINT):
                 self._drain(signal.Signals(number))
             elif number == signal.SIGHUP:
-                self._reload()
+                self._on_reload()
 
     def _drain(self, number: signal.Signals) -> None:
         if self._drain_deadline is not None:
@@ -344,67 +345,46 @@ class Server:
         self._notifier.send(STOPPING="1")
         self._drain_deadline = time.monotonic() + self.settings.drain_s
         self._broker.drain()
-        self._supervisor.stop_replacing()
-        if self._candidate is not None:
-            self._candidate.child.process.kill()
+        self._supervise(self._reload.drain())
 
-    def _reload(self) -> None:
+    def _on_reload(self) -> None:
         """Read the settings anew, and let a process of its own try them together with the weights."""
-        if self._candidate is not None or self._drain_deadline is not None:
+        if self._reload.busy:
             log.warning("reload: not now, another reload or a drain is under way")
             return
         self._notifier.reloading()
         try:
             settings = self._load_settings()
-            _refuse_rebinding(self._opened, settings)
-            self._candidate = self._launcher.try_out(settings, self._sockets.workers_endpoint, time.monotonic())
-        except (SettingsError, spawn.SpawnError, topology.TopologyError, OSError) as error:
-            self._end_reload(f"reload refused, nothing changed: {error}")
+            reload.refuse_rebinding(self._opened, settings)
+            candidate = launch.basis(settings, old=self._reload.basis)
+            self._check = self._launcher.check(candidate)
+        except (SettingsError, HostError, OSError) as error:
+            self._supervise(self._reload.refuse(str(error)))
             return
         log.info("reload: checking settings and weights")
-        self._watch(self._candidate.child.pidfd, self._on_tried)
+        self._reload.try_out(candidate, time.monotonic())
+        self._watch(self._check.pidfd, self._on_tried)
 
     def _on_tried(self) -> None:
-        assert self._candidate is not None
-        candidate, self._candidate = self._candidate, None
-        self._unwatch(candidate.child.pidfd)
-        code = candidate.child.reap()
-        complaint = candidate.complaint()
-        if self._drain_deadline is not None:
-            return
-        if code != 0:
-            self._end_reload(f"reload refused, nothing changed: {complaint or how_it_ended(code)}")
-            return
-        log.info("reload: accepted, replacing the workers one at a time")
-        if not self._supervisor.trying:
-            self._before = self._launcher.basis
-        self._adopt(candidate.basis)
-        settings = self.settings
-        self._supervise(self._supervisor.reload(settings.devices, settings.restarts, time.monotonic()))
+        assert self._check is not None
+        check, self._check = self._check, None
+        self._unwatch(check.pidfd)
+        code = check.reap()
+        complaint = check.complaint() or how_it_ended(code)
+        self._supervise(self._reload.tried(complaint if code else None, time.monotonic()))
 
-    def _undo_reload(self) -> None:
-        """The check on the CPU found nothing, but a device cannot boot by these settings."""
-        log.error("reload undone, the settings before it are back: %s", self._supervisor.refuted)
-        self._adopt(self._before)
-        settings = self.settings
-        self._supervise(self._supervisor.undo(settings.devices, settings.restarts, time.monotonic()))
-
-    def _adopt(self, basis: Basis) -> None:
-        """Go by this from now on, but for workers that run; that all is ready is told anew."""
-        self._launcher.basis = basis
-        self.settings = settings = basis.settings
-        self._supervisor.drain_s = settings.drain_s
+    def _adopt(self, settings: Settings, undone: str) -> None:
+        if undone:
+            log.error("reload undone, the settings before it are back: %s", undone)
+        else:
+            log.info("reload: accepted, replacing the workers one at a time")
+        self.settings = settings
         self._traffic.adopt(settings)
         self._traffic.carry_out(self._broker.forget_suspects(time.monotonic()))
         self._stats.window_s = settings.window_s
         logs.configure(settings.log)
         if not settings.show_last_image:
             self._show_image(None, None)
-        self._told_ready = False
-
-    def _end_reload(self, text: str) -> None:
-        log.error("%s", text)
-        self._notifier.send(READY="1", STATUS=text)
 
     # -- telling ----------------------------------------------------------------------------------------------------
 
@@ -417,33 +397,20 @@ class Server:
                 self._next_tick = 0.0
                 bad = slot.state in (supervisor.State.BACKOFF, supervisor.State.FAILED)
                 reason = f": {slot.reason}" if slot.reason else ""
-                level, name = logging.ERROR if bad else logging.INFO, worker_name(slot.name, slot.generation)
+                level, name = logging.ERROR if bad else logging.INFO, identity(slot.name, slot.generation)
                 log.log(level, "%s%s", slot.state.value, reason, extra=about(slot=name))
 
     def _tell_ready(self) -> None:
-        if self._told_ready or self._drain_deadline is not None:
-            return
-        self._told_ready = self._served = True
         ready, slots = self._supervisor.ready_slots, len(self._supervisor.listed)
         log.info("ready: %d of %d devices%s", ready, slots, "" if ready == slots else ", degraded")
         self._tick(time.monotonic())  # whoever waited for this sees it in the status and at /readyz
         self._notifier.send(READY="1")
 
 
-def _refuse_rebinding(old: Settings, new: Settings) -> None:
-    for key in ("endpoints", "curve", "insecure_tcp", "spool"):
-        if getattr(old, key) != getattr(new, key):
-            raise SettingsError(f"{key}: a change needs a restart")
-    if old.limits.max_connections != new.limits.max_connections:
-        raise SettingsError("limits.max_connections: a change needs a restart")
-    if new.limits.max_image_bytes > old.limits.max_image_bytes:  # ZeroMQ would close the connection of a larger message
-        raise SettingsError("limits.max_image_bytes: a higher one needs a restart")
-
-
 def main_loop(settings: Settings, load_settings: Callable[[], Settings]) -> int:
     """Serve with these settings; see `Server.run`. Says what is wrong, on stderr, when it cannot start."""
     try:
         return Server(settings, load_settings).run()
-    except (StartError, SettingsError, SpoolError, spawn.SpawnError, topology.TopologyError) as error:
+    except (StartError, SettingsError, SpoolError, HostError) as error:
         print(f"blendmaskd: {error}", file=sys.stderr)
-        return supervisor.EXIT_CANNOT_BOOT
+        return EXIT_CANNOT_BOOT

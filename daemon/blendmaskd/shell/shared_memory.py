@@ -30,8 +30,8 @@ from typing import Any
 
 import msgpack
 
-from blendmaskd.core.regions import Memory, RegionError
-from blendmaskd.protocol import MAGIC
+from blendmaskd.core.regions import Memory
+from blendmaskd.protocol import MAGIC, RegionError
 
 MOST_UNANSWERED = 32  # connections; for one more, the oldest of them is closed
 ANSWER_BY_S = 3.0  # that a client may take to send its memory

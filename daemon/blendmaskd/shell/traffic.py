@@ -19,10 +19,9 @@ import zmq
 
 from blendmaskd import protocol
 from blendmaskd.core import broker, durable
-from blendmaskd.core.regions import RegionError
 from blendmaskd.core.stats import Stats
 from blendmaskd.logs import about, shown
-from blendmaskd.protocol import FROM_CLIENT, Code, ProtocolError
+from blendmaskd.protocol import FROM_CLIENT, Code, ProtocolError, RegionError
 from blendmaskd.settings import Settings
 from blendmaskd.shell.admission.access import Identities, Verdict
 from blendmaskd.shell.job_log import JobLog

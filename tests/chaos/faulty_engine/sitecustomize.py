@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if sys.argv[:1] == ["-m"]:  # `python -m blendmaskd_workers`, before its module is found
-    from blendmaskd import spawn
-    from blendmaskd_workers.engines import Pixels, TimedEngine, TimedInput
+    from blendmaskd import assignment
+    from blendmaskd_workers.engines import Pixels
+    from blendmaskd_workers.engines.timed import TimedEngine, TimedInput
     from chaos.poison import BOOT_S, BROKEN_DEVICES, HOARD_BYTES, Poison
 
     load, prepare, segment = TimedEngine.load, TimedEngine.prepare, TimedEngine.segment
 
     def faulty_load(self: TimedEngine) -> None:
-        broken = Path(os.environ.get(BROKEN_DEVICES, "/nowhere")) / spawn.assignment(os.environ).device
+        broken = Path(os.environ.get(BROKEN_DEVICES, "/nowhere")) / assignment.read(os.environ).device
         if broken.exists() and "--check" not in sys.argv:
             os._exit(int(broken.read_text()))
         time.sleep(float(os.environ.get(BOOT_S, "0")))

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Sequence
 
-from blendmaskd_workers.engines import TimedEngine, TimedInput
+from blendmaskd_workers.engines.timed import TimedEngine, TimedInput
 from chaos.poison import Poison
 
 segment = TimedEngine.segment

@@ -10,7 +10,6 @@ is there when the device is free. Each process prints a line when it is ready.
 """
 from __future__ import annotations
 
-import ctypes
 import json
 import signal
 import sys
@@ -22,13 +21,13 @@ import zmq
 
 from blendmaskd import protocol
 from blendmaskd.protocol import Result
+from blendmaskd_workers import process
 
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _OPEN_NAME = "@" * 16
 
 
 def main(argv: list[str]) -> int:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    process.end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's business: it ends us
     match argv:
         case ["proxy", front, back]:

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from blendmaskd import spawn, topology
+from blendmaskd import assignment
+from blendmaskd.core import launch_plan
 from blendmaskd.images.decoding import Pixels
 from blendmaskd.settings import Settings
+from blendmaskd.shell import launch
 
 LARGEST_BATCH = 16  # that is tried for batch auto
 LEAST_RUNS = 2
@@ -45,16 +47,14 @@ class Limit:
 
 def limit(settings: Settings, pixels: Pixels, seconds: float) -> Limit:
     """Measure the first device for about `seconds` on an image (HxWx3 BGR). Raises `LimitError`."""
-    device = settings.devices[0]
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file, pixels)
         file.flush()
-        plan = spawn.plan(
-            device, 0, settings, topology.host_plan(settings.devices, settings.runtime.cpus)[device],
-            base_environment=os.environ, endpoint="", token="", preload=spawn.resolve_preload(settings.runtime.preload),
+        plan = launch_plan.plan(
+            settings.devices[0], launch.basis(settings), os.environ,
             arguments=("-m", "blendmaskd_workers.benchmark.device", "--image", file.name, "--seconds", str(seconds)),
         )  # fmt: skip
-        process = spawn.launch(plan, stdout=subprocess.PIPE)
+        process = launch.launch(plan, stdout=subprocess.PIPE)
         try:
             output, _ = process.communicate()
         finally:
@@ -72,15 +72,15 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     from blendmaskd_workers import engines
 
-    assignment = spawn.assignment(os.environ)
-    engine = engines.make(assignment.settings, assignment.local_device)
+    assigned = assignment.read(os.environ)
+    engine = engines.make(assigned.settings, assigned.local_device)
     try:
         engine.load()
     except engines.EngineError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     prepared = engine.prepare(np.load(arguments.image))
-    found = _best(engine, prepared, assignment.settings, arguments.seconds)
+    found = _best(engine, prepared, assigned.settings, arguments.seconds)
     print(json.dumps(asdict(found)))
     return 0
 

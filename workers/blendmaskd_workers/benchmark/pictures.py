@@ -19,7 +19,7 @@ from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, Pixels
 from blendmaskd.programs.program import UsageError
 from blendmaskd.settings import Limits
-from blendmaskd_workers import engines
+from blendmaskd_workers.engines import timed
 
 Encoding = Literal["raw", "jpeg", "png", "path"]
 JPEG_QUALITY = 90
@@ -74,4 +74,4 @@ def _encoded(pixels: Pixels, encoding: Encoding) -> Picture:
 
 def _picture(image: protocol.Image, payload: bytes | None) -> Picture:
     unchecked = Picture(image, payload, 0)
-    return replace(unchecked, checksum=engines.checksum(unchecked.pixels()))
+    return replace(unchecked, checksum=timed.checksum(unchecked.pixels()))

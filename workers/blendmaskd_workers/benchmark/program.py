@@ -51,8 +51,7 @@ from blendmaskd.programs import photographs, program
 from blendmaskd.programs.program import UsageError
 from blendmaskd.protocol import Options
 from blendmaskd.settings import Settings, SettingsError
-from blendmaskd.spawn import SpawnError
-from blendmaskd.topology import TopologyError
+from blendmaskd.topology import HostError
 from blendmaskd_workers.benchmark import device, flood, kill, pictures, replay, report, servers
 from blendmaskd_workers.benchmark.arguments import LOAD_OPTIONS, load_parser, parse
 from blendmaskd_workers.benchmark.connection import Sending, Transport
@@ -101,7 +100,7 @@ def _main(arguments: argparse.Namespace) -> int:
             if arguments.flood:
                 return _flood(variants[0], console)
             rows = _measure_all(variants, arguments, console)
-    except (SettingsError, SpawnError, TopologyError) as error:
+    except (SettingsError, HostError) as error:
         raise UsageError(str(error)) from None
     except LimitError as error:
         raise OSError(str(error)) from None

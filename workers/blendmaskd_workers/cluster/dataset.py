@@ -24,7 +24,7 @@ from blendmaskd.programs import program
 from blendmaskd.programs.program import NoDaemonError, OutputError, UsageError
 from blendmaskd.protocol import Code, Options
 from blendmaskd.settings import Settings, SettingsError
-from blendmaskd.spawn import SpawnError
+from blendmaskd.topology import HostError
 from blendmaskd_workers.cluster import journal, outputs, placement, tasks
 from blendmaskd_workers.cluster.actor import SegmentTasks
 from blendmaskd_workers.cluster.journal import Run
@@ -130,7 +130,7 @@ def _segment(
             for row in _rows(left, loaded, arguments.output.absolute(), options, workers):
                 tally.add(row)
                 progress.update(bar, advance=row["images"], description=_description(tally))
-    except (PlacementError, SpawnError) as error:
+    except (PlacementError, HostError) as error:
         raise UsageError(str(error)) from None
     except RayError as error:
         raise _explained(error) from error

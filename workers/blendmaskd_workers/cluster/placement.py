@@ -1,16 +1,17 @@
-"""What a worker asks of Ray, and what it makes of its process: the part that `blendmaskd.shell.children` has on one
+"""What a worker asks of Ray, and what it makes of its process: the part that `blendmaskd.shell.processes` has on one
 host.
 
 `actor_options` is for whoever starts workers: resources, and by the runtime environment what must be there before the
 process starts. `occupy` is for the worker itself, before anything imports torch: it learns from Ray on which node and
-device it is, plans with `blendmaskd.spawn` as the daemon does, and applies what depends on the node: visible devices,
-threads, CPU set. What took effect is then compared with what was wanted, as everywhere.
+device it is, plans as the daemon does, and applies what depends on the node: visible devices, threads, CPU set. What
+took effect is then compared with what was wanted, as everywhere.
 """
 from __future__ import annotations
 
 import contextlib
 import errno
 import itertools
+import math
 import os
 import socket
 from collections import Counter
@@ -20,12 +21,15 @@ from typing import Any
 
 import ray
 
-from blendmaskd import spawn, topology
+from blendmaskd import topology
+from blendmaskd.assignment import Assignment
+from blendmaskd.core import launch_plan
+from blendmaskd.core.launch_plan import Basis, LaunchPlan
 from blendmaskd.settings import Settings
-from blendmaskd.spawn import Assignment
+from blendmaskd.shell import launch
+from blendmaskd_workers import process
 
 RESOURCES = {"npu": "NPU", "cuda": "GPU"}  # Ray's own names; a CPU worker takes CPUs
-LOCAL = {"npu": "npu:0", "cuda": "cuda:0", "cpu": "cpu"}
 # Differ from node to node; a worker sets them itself, before torch reads them.
 OF_THE_NODE = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "CPU_AFFINITY_CONF", "CUDA_DEVICE_ORDER"}
 ROUNDS = 20  # of giving threads their CPUs, while other threads start more
@@ -76,7 +80,7 @@ def capacity(settings: Settings, resources: Mapping[str, float]) -> int:
 def occupy(settings: Settings) -> Place:
     """Take the place that Ray has given this worker's process. Once in a process, before torch is imported.
 
-    Raises `PlacementError`, `spawn.SpawnError` or `topology.TopologyError` where the node is not what settings demand.
+    Raises `PlacementError` or `HostError` where the node is not what settings demand.
     """
     context = ray.get_runtime_context()
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -85,14 +89,9 @@ def occupy(settings: Settings) -> Place:
     number = _number(kind, context.get_accelerator_ids())
     base = _base_environment(context.runtime_env.get("env_vars") or {})
     siblings = [f"{kind}:{i}" for i in range(max(capacity(settings, node["Resources"]), number + 1))]
-    cpus = _plan_cpus(siblings, settings, base)[f"{kind}:{number}"]
-    plan = spawn.plan(
-        f"{kind}:{number}", 0, settings, cpus, base_environment=base, endpoint="", token="",
-        preload=spawn.resolve_preload(settings.runtime.preload),
-    )  # fmt: skip
+    plan = launch_plan.plan(f"{kind}:{number}", launch.basis(settings, base, siblings), base)
     _apply(plan)
-    assignment = Assignment(plan.device, LOCAL[kind], 0, "", "", os.getpid(), settings, plan.wanted)
-    return Place(node_name(node, nodes), assignment, plan.warnings)
+    return Place(node_name(node, nodes), plan.assignment, plan.warnings)
 
 
 def node_name(node: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> str:
@@ -104,9 +103,8 @@ def node_name(node: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> st
 
 def _environment(settings: Settings, kind: str) -> dict[str, str]:
     """What must be in a worker's environment when its process starts, as far as it is the same on all nodes."""
-    preload = spawn.resolve_preload(settings.runtime.preload)
-    plan = spawn.plan(f"{kind}:0", 0, settings, (0,), base_environment={}, endpoint="", token="", preload=preload)
-    own: dict[str, str] = plan.wanted["env"]
+    basis = Basis(settings, {}, launch.resolve_preload(settings.runtime.preload), available=(0,), quota=math.inf)
+    own = launch_plan.plan(f"{kind}:0", basis, {}).assignment.wanted.env
     kept = {name: value for name, value in own.items() if name not in OF_THE_NODE | _visible_devices()}
     return kept | settings.worker_env
 
@@ -151,20 +149,14 @@ def _base_environment(given: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in hidden}
 
 
-def _plan_cpus(devices: Sequence[str], settings: Settings, base: Mapping[str, str]) -> dict[str, topology.Cpus]:
-    available = topology.available_cpus()
-    near = topology.discover(devices, base)
-    return topology.plan_cpus(devices, settings.runtime.cpus, available, near, topology.cores(available))
-
-
-def _apply(plan: spawn.LaunchPlan) -> None:
-    """What can still be changed in a running process. LD_PRELOAD cannot: if it is missing, `spawn.observe` tells."""
+def _apply(plan: LaunchPlan) -> None:
+    """What can still be changed in a running process. LD_PRELOAD cannot: if it is missing, `process.observe` tells."""
     for name in ("CPU_AFFINITY_CONF", *_visible_devices()):
         os.environ.pop(name, None)
-    os.environ.update({name: value for name, value in plan.wanted["env"].items() if name != "LD_PRELOAD"})
+    os.environ.update({name: value for name, value in plan.assignment.wanted.env.items() if name != "LD_PRELOAD"})
     wanted = topology.format_cpus(plan.cpus)
     for _ in range(ROUNDS):
-        others = [int(thread.rpartition("/")[2]) for thread, mask in spawn.thread_masks().items() if mask != wanted]
+        others = [int(thread.rpartition("/")[2]) for thread, mask in process.thread_masks().items() if mask != wanted]
         for thread in others:
             with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                 os.sched_setaffinity(thread, plan.cpus)

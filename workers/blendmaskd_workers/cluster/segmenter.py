@@ -14,11 +14,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from blendmaskd import logs, protocol, spawn
+import msgspec
+
+from blendmaskd import logs, protocol
 from blendmaskd.core.stats import Stats
 from blendmaskd.logs import about
 from blendmaskd.protocol import Failed, Image, Options
 from blendmaskd.settings import Settings
+from blendmaskd.wanted import differences
 from blendmaskd_workers import engines
 from blendmaskd_workers.batching import LARGEST
 from blendmaskd_workers.cluster import placement
@@ -73,7 +76,7 @@ class Segmenter:
 
     def differences(self) -> list[str]:
         """Where the process is not what its plan wanted."""
-        return spawn.differences(self._wanted, self._actual)
+        return differences(self._wanted, self._actual)
 
     def trouble(self) -> str | None:
         """Why this worker should be replaced; None while it is well."""
@@ -88,7 +91,8 @@ class Segmenter:
         slot = {
             "device": self.device, "node": self.node, "slot": self.device, "generation": 0, "pid": os.getpid(),
             "state": "stopping" if trouble else "ready", "reason": trouble or "", "restarts": 0,
-            "wanted": self._wanted, "actual": self._actual, "differences": self.differences(),
+            "wanted": msgspec.to_builtins(self._wanted), "actual": msgspec.to_builtins(self._actual),
+            "differences": self.differences(),
         }  # fmt: skip
         with self._lock:
             return self._stats.snapshot(

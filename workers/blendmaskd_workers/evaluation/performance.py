@@ -29,11 +29,11 @@ from typing import Any
 import msgspec
 
 from blendmaskd import settings as settings_module
-from blendmaskd import spawn, topology
+from blendmaskd.core.launch_plan import Basis, Preload
 from blendmaskd.programs import program
 from blendmaskd.settings import Settings, SettingsError
-from blendmaskd.spawn import Preload, SpawnError
-from blendmaskd.topology import Cpus, TopologyError
+from blendmaskd.shell import launch
+from blendmaskd.topology import HostError
 from blendmaskd_workers.evaluation import logs, outputs
 from blendmaskd_workers.evaluation.timing import CannotTime, Request, Stopwatch, figures, time_together
 from blendmaskd_workers.programs import random_weights
@@ -57,7 +57,7 @@ def _main(arguments: argparse.Namespace) -> int:
     try:
         with _weights(arguments) as weights:
             report = measure(arguments, _settings(arguments, weights))
-    except (CannotTime, SettingsError, SpawnError, TopologyError, OSError, ValueError) as error:
+    except (CannotTime, SettingsError, HostError, OSError, ValueError) as error:
         print(f"eval_performance: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
     outputs.write(arguments.output_dir, "performance", report, logs.write_performance(report))
@@ -66,12 +66,11 @@ def _main(arguments: argparse.Namespace) -> int:
 
 def measure(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """The report; the log's form is that of `logs.write_performance`."""
-    preload = spawn.resolve_preload(settings.runtime.preload)
-    cpus = topology.host_plan(settings.devices, settings.runtime.cpus)
+    basis = launch.basis(settings)
     request = Request(arguments.iterations, arguments.warm_up)
     with contextlib.ExitStack() as running:
         stopwatches = [
-            running.enter_context(Stopwatch(device, settings, cpus[device], preload, arguments.size))
+            running.enter_context(Stopwatch(device, basis, arguments.size))
             for device in settings.devices
         ]
         for one in stopwatches:
@@ -81,8 +80,8 @@ def measure(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]
         dtypes = _dtypes(stopwatches[0], request, arguments.dtypes)
         together = _together(stopwatches, request, alone[0]) if len(stopwatches) > 1 else None
         run = _describe(arguments, stopwatches[0])
-    baseline = _baseline(settings, preload, arguments.size, request) if arguments.cpu_baseline else []
-    options = _runtime_options(settings, cpus, preload, arguments.size, request) if arguments.runtime_options else []
+    baseline = _baseline(basis, arguments.size, request) if arguments.cpu_baseline else []
+    options = _runtime_options(basis, arguments.size, request) if arguments.runtime_options else []
     return {
         "run": run,
         "latency": [*baseline, *alone],
@@ -102,17 +101,17 @@ def _latency(one: Stopwatch, request: Request, label: str = "") -> Row:
     return {
         "device": label or one.device,
         "model": one.model,
-        "cpus": one.actual["cpus"],
+        "cpus": one.actual.cpus,
         **found,
         "stable": found["cv_percent"] < STABLE_PERCENT,
         "latencies_ms": latencies_ms,
     }
 
 
-def _baseline(settings: Settings, preload: Preload, size: str, request: Request) -> list[Row]:
+def _baseline(basis: Basis, size: str, request: Request) -> list[Row]:
     """The same on all CPUs of the host."""
     few = dataclasses.replace(request, iterations=min(request.iterations, BASELINE_ITERATIONS), warm_up=1)
-    with Stopwatch("cpu:0", settings, topology.available_cpus(), preload, size) as one:
+    with Stopwatch("cpu:0", dataclasses.replace(basis, cpus={}), size) as one:
         _wait_until_ready(one)
         return [_latency(one, few, label="CPU")]
 
@@ -169,7 +168,7 @@ def _together(stopwatches: Sequence[Stopwatch], request: Request, single: Row) -
     rows = []
     for one, latencies_ms in zip(stopwatches, time_together(stopwatches, request)):
         found = figures(latencies_ms)
-        rows.append({"device": one.device, "avg_ms": found["avg_ms"], **_quoted(found), "cpus": one.actual["cpus"]})
+        rows.append({"device": one.device, "avg_ms": found["avg_ms"], **_quoted(found), "cpus": one.actual.cpus})
     combined = sum(row["fps"] for row in rows)
     return {
         "devices": rows,
@@ -182,18 +181,16 @@ def _together(stopwatches: Sequence[Stopwatch], request: Request, single: Row) -
 
 # ---- runtime options --------------------------------------------------------------------------------------------
 
-def _runtime_options(
-    settings: Settings, cpus: dict[str, Cpus], preload: Preload, size: str, request: Request
-) -> list[Row]:
+def _runtime_options(basis: Basis, size: str, request: Request) -> list[Row]:
     """The first device without any option, with each alone, and with all; a process each, timed in turns."""
-    device = settings.devices[0]
-    skipped = _without_effect(device, settings, cpus[device], preload)
+    device = basis.settings.devices[0]
+    skipped = _without_effect(device, basis)
     options = [option for option in ("affinity", "task_queue", "tcmalloc") if option not in skipped]
     choices = [(), *((option,) for option in options), *([tuple(options)] if len(options) > 1 else [])]
     with contextlib.ExitStack() as running:
         stopwatches = {
             " + ".join(chosen) or "none":
-            running.enter_context(_with_options(chosen, device, settings, cpus[device], preload, size))
+            running.enter_context(_with_options(chosen, device, basis, size))
             for chosen in choices
         }  # fmt: skip
         rows = [
@@ -203,24 +200,22 @@ def _runtime_options(
     return [*_with_gain(rows, "options"), *({"options": name, "skipped": why} for name, why in skipped.items())]
 
 
-def _with_options(
-    chosen: Sequence[str], device: str, settings: Settings, cpus: Cpus, preload: Preload, size: str
-) -> Stopwatch:
+def _with_options(chosen: Sequence[str], device: str, basis: Basis, size: str) -> Stopwatch:
     """A process with these options; it has the same number of threads with any."""
-    affinity = "affinity" in chosen
+    affinity, settings = "affinity" in chosen, basis.settings
     runtime = msgspec.structs.replace(
         settings.runtime,
-        threads=len(cpus) if settings.runtime.threads == "auto" else settings.runtime.threads,
+        threads=len(basis.cpus[device]) if settings.runtime.threads == "auto" else settings.runtime.threads,
         cpu_affinity_conf=settings.runtime.cpu_affinity_conf if affinity else None,
         task_queue=settings.runtime.task_queue if "task_queue" in chosen else TASK_QUEUE_DEFAULT,
     )
-    return Stopwatch(
-        device,
-        msgspec.structs.replace(settings, runtime=runtime),
-        cpus if affinity else topology.available_cpus(),
-        preload if "tcmalloc" in chosen else Preload(None, "not chosen"),
-        size,
+    chosen_basis = dataclasses.replace(
+        basis,
+        settings=msgspec.structs.replace(settings, runtime=runtime),
+        cpus=basis.cpus if affinity else {},
+        preload=basis.preload if "tcmalloc" in chosen else Preload(None, "not chosen"),
     )
+    return Stopwatch(device, chosen_basis, size)
 
 
 def _in_turns(stopwatches: Mapping[str, Stopwatch], request: Request) -> dict[str, Row]:
@@ -239,25 +234,25 @@ def _in_turns(stopwatches: Mapping[str, Stopwatch], request: Request) -> dict[st
 
 def _took_effect(one: Stopwatch) -> Row:
     """What the process itself says of its options."""
-    preloaded = one.actual["preload"]
+    preloaded = one.actual.preload
     return {
-        "cpus": one.actual["cpus"],
-        "task_queue": str(one.actual["task_queue"]),
+        "cpus": one.actual.cpus,
+        "task_queue": str(one.actual.task_queue),
         "preload": os.path.basename(preloaded) if preloaded else logs.NONE,
     }
 
 
-def _without_effect(device: str, settings: Settings, cpus: Cpus, preload: Preload) -> dict[str, str]:
+def _without_effect(device: str, basis: Basis) -> dict[str, str]:
     """The options that would change nothing here, and why."""
     skipped = {}
-    if cpus == topology.available_cpus():
+    if basis.cpus[device] == basis.available:
         skipped["affinity"] = f"{device} has all CPUs to itself"
     if not device.startswith("npu"):
         skipped["task_queue"] = "only an NPU has one"
-    elif settings.runtime.task_queue == TASK_QUEUE_DEFAULT:
+    elif basis.settings.runtime.task_queue == TASK_QUEUE_DEFAULT:
         skipped["task_queue"] = f"runtime.task_queue is torch_npu's default, {TASK_QUEUE_DEFAULT}"
-    if preload.path is None:
-        skipped["tcmalloc"] = preload.reason
+    if basis.preload.path is None:
+        skipped["tcmalloc"] = basis.preload.reason
     return skipped
 
 

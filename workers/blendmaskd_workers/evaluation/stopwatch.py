@@ -1,8 +1,8 @@
 """A process that times an engine on one device: `python -m blendmaskd_workers.evaluation.stopwatch`; not for people.
 
-`blendmaskd_workers.evaluation.performance` launches it by a `blendmaskd.spawn` plan, as the daemon launches workers,
-and talks to it in lines of JSON. It says once that it is ready, then answers requests, each in three steps, so that
-several devices can be timed at the same time and none is timed while another has finished:
+`blendmaskd_workers.evaluation.performance` launches it as the daemon launches workers, and talks to it in lines of
+JSON. It says once that it is ready, then answers requests, each in three steps, so that several devices can be timed at
+the same time and none is timed while another has finished:
 
     request {"batch": 2, "dtype": "fp32", "iterations": 50, "warm_up": 10}   answer {} after the warm-up
     request {}                                                               answer {"latencies_ms": […]}
@@ -23,10 +23,11 @@ import time
 from collections.abc import Callable
 from typing import IO, Any
 
+import msgspec
 import numpy as np
 
-from blendmaskd import spawn
-from blendmaskd_workers import engines
+from blendmaskd import assignment
+from blendmaskd_workers import engines, process
 from blendmaskd_workers.engines import Engine, EngineError
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # names that torch gives to what autocast can compute in
@@ -37,8 +38,8 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the program's business: it ends us
     with os.fdopen(os.dup(1), "w", buffering=1) as answers, open(0, "rb", buffering=0, closefd=False) as requests:
         os.dup2(2, 1)  # what libraries print must not come between the answers
-        assignment = spawn.assignment(os.environ)
-        engine = engines.make(assignment.settings, assignment.local_device)
+        assigned = assignment.read(os.environ)
+        engine = engines.make(assigned.settings, assigned.local_device)
         try:
             engine.load()
         except EngineError as error:
@@ -46,8 +47,8 @@ def main(argv: list[str]) -> int:
             return error.exit_code
         height, width = map(int, argv[0].split("x"))
         prepared = engine.prepare(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
-        actual = engine.actual(assignment.wanted)
-        _say(answers, actual=actual, network_input="{}x{}".format(*prepared.padded_size))
+        actual = process.observe(assigned.wanted, engine.device)
+        _say(answers, actual=msgspec.to_builtins(actual), network_input="{}x{}".format(*prepared.padded_size))
         while line := requests.readline():
             try:
                 _answer(json.loads(line), engine, prepared, requests, answers)
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 def _answer(request: dict[str, Any], engine: Engine, prepared: Any, requests: IO[bytes], answers: IO[str]) -> None:
     batch = [prepared] * int(request["batch"])
-    synchronize = engine.device.synchronize if isinstance(engine, engines.OnDevice) else _nothing
+    synchronize = engine.device.synchronize if engine.device else lambda: None
     with _autocast(engine, request["dtype"]):
         for _ in range(request["warm_up"]):
             engine.segment(batch)
@@ -83,17 +84,13 @@ def _time_ms(engine: Engine, batch: list[Any], synchronize: Callable[[], None]) 
 
 def _autocast(engine: Engine, dtype: str) -> contextlib.AbstractContextManager[Any]:
     """Convolutions and matrix products in `dtype`, the rest as torch sees fit for it; nothing for fp32."""
-    if dtype == "fp32" or not isinstance(engine, engines.OnDevice):
+    if dtype == "fp32" or engine.device is None:
         return contextlib.nullcontext()
     torch = importlib.import_module("torch")
     autocast: contextlib.AbstractContextManager[Any] = torch.autocast(
         engine.device.torch_device.type, getattr(torch, DTYPES[dtype])
     )
     return autocast
-
-
-def _nothing() -> None:
-    """What a sleeping engine needs to be synchronised."""
 
 
 def _say(answers: IO[str], **answer: Any) -> None:

@@ -10,15 +10,17 @@ import json
 import os
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from blendmaskd import spawn
-from blendmaskd.settings import Settings
-from blendmaskd.spawn import Preload
-from blendmaskd.topology import Cpus
+import msgspec
+
+from blendmaskd.core import launch_plan
+from blendmaskd.core.launch_plan import Basis
+from blendmaskd.shell import launch
+from blendmaskd.wanted import Actual, differences
 
 CODE = Path(__file__).resolve().parents[2]  # where the processes find this same code
 END_S = 30.0  # for a process to end by itself
@@ -41,19 +43,20 @@ class Request:
 class Stopwatch:
     """A process that times one device, for as long as the context lasts."""
 
-    def __init__(self, device: str, settings: Settings, cpus: Cpus, preload: Preload, size: str) -> None:
-        """Plan it; `size` is the photograph's, HEIGHTxWIDTH. Raises `SpawnError` for a device that is hidden."""
+    actual: Actual  # what took effect; known once `ready`
+
+    def __init__(self, device: str, basis: Basis, size: str) -> None:
+        """Plan it; `size` is the photograph's, HEIGHTxWIDTH. Raises `HostError` for a device that is hidden."""
         self.device = device
-        self.plan = spawn.plan(
-            device, 1, settings, cpus, base_environment=os.environ, endpoint="", token="", preload=preload,
+        self.plan = launch_plan.plan(
+            device, basis, os.environ, generation=1,
             arguments=("-m", "blendmaskd_workers.evaluation.stopwatch", size),
         )  # fmt: skip
-        self.actual: Mapping[str, Any] = {}  # what took effect, see `spawn.observe`; known once `ready`
         self.network_input = ""  # what the network sees of a photograph of that size, HEIGHTxWIDTH
 
     def __enter__(self) -> Self:
-        """Start it; it is `ready` later. Raises `SpawnError` or OSError."""
-        self._process = spawn.launch(self.plan, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CODE)
+        """Start it; it is `ready` later. Raises `HostError` or OSError."""
+        self._process = launch.launch(self.plan, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CODE)
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
@@ -77,17 +80,17 @@ class Stopwatch:
     def ready(self) -> None:
         """Wait until the network is loaded. Raises `CannotTime`."""
         answer = self.answer()
-        self.actual, self.network_input = answer["actual"], answer["network_input"]
+        self.actual, self.network_input = msgspec.convert(answer["actual"], Actual), answer["network_input"]
 
     def warnings(self) -> list[str]:
         """Where the process is not as it was planned, a sentence each; once it is ready."""
-        differences = spawn.differences(self.plan.wanted, self.actual)
-        return [*self.plan.warnings, *(f"{self.device}: {text}" for text in differences)]
+        found = differences(self.plan.assignment.wanted, self.actual)
+        return [*self.plan.warnings, *(f"{self.device}: {text}" for text in found)]
 
     @property
     def model(self) -> str:
         """The device's model, such as ``Ascend910B3``; ``no device`` where the engine uses none."""
-        return str(self.actual.get("device_name", "no device"))
+        return self.actual.device_name or "no device"
 
     def ask(self, **request: Any) -> None:
         assert self._process.stdin is not None

@@ -37,10 +37,11 @@ from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, Pixels
 from blendmaskd.programs import program
 from blendmaskd.programs.program import UsageError
-from blendmaskd_workers import blendmask, devices, engines, masks
+from blendmaskd_workers import blendmask, devices, masks
 from blendmaskd_workers.blendmask import BlendMask, Config, Detections, Instances
 from blendmaskd_workers.blendmask.deformable import DeformableConv
 from blendmaskd_workers.blendmask.postprocess import MASK_THRESHOLD
+from blendmaskd_workers.engines import native
 from blendmaskd_workers.masks import Floats
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -162,7 +163,7 @@ def stretched(probability: Floats, box: Floats, image_size: tuple[int, int]) -> 
 
 def pasted_into_windows(found: Detections) -> Rles:
     """The same, evaluated only inside each mask's box, as the native engine does it with model.exact."""
-    return engines.masks_of(found, exact=True).rles(range(len(found.boxes)))
+    return native.masks_of(found, exact=True).rles(range(len(found.boxes)))
 
 
 def served(network: BlendMask, pixels: Pixels) -> tuple[Instances, Rles]:

@@ -78,7 +78,8 @@ class Network:
     def __init__(self, arguments: argparse.Namespace) -> None:
         """Raises `CannotStart`."""
         os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # an installed torch_npu without CANN breaks torch
-        from blendmaskd_workers import blendmask, devices, engines
+        from blendmaskd_workers import blendmask, devices
+        from blendmaskd_workers.engines import native
 
         self.exact: bool = arguments.exact
         try:
@@ -98,15 +99,16 @@ class Network:
             raise CannotStart(f"--precision {arguments.precision}: {error}") from error
         except devices.DeviceError as error:
             raise CannotStart(f"--device {arguments.device}: {error}; --device cpu runs everywhere") from error
-        self.model = engines.network_for(model, self.device, self.exact)
+        self.model = native.network_for(model, self.device, self.exact)
 
     def segment(self, pixels: Pixels, options: Options) -> list[dict[str, Any]]:
         """The COCO results of an image, see `blendmaskd_workers.results`."""
-        from blendmaskd_workers import blendmask, engines
+        from blendmaskd_workers import blendmask
+        from blendmaskd_workers.engines import native
 
         prepared = blendmask.prepare(pixels, self.config)
         (instances,) = blendmask.segment(self.model, [prepared], self.device.upload)
-        return engines.to_coco(instances, prepared, self.categories, options, self.exact)
+        return native.to_coco(instances, prepared, self.categories, options, self.exact)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,117 @@
+"""Starting worker processes: asks the host what a plan needs to know, and does what `blendmaskd.core.launch_plan` says.
+
+The environment of the calling process is never edited, torch is never imported.
+"""
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blendmaskd import discovery
+from blendmaskd.core.launch_plan import TCMALLOC_PACKAGES, Basis, LaunchPlan, Preload
+from blendmaskd.settings import Settings
+from blendmaskd.topology import HostError, format_cpus
+
+TCMALLOC_NAMES = ("libtcmalloc.so.4", "libtcmalloc_minimal.so.4", "libtcmalloc.so")
+LIBRARY_FOLDERS = tuple(
+    Path(folder)
+    for folder in (
+        f"/usr/lib/{platform.machine()}-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib",
+        "/usr/local/lib64",
+        "/usr/local/lib",
+    )
+)
+
+
+def basis(
+    settings: Settings,
+    environment: Mapping[str, str] = os.environ,
+    devices: Sequence[str] = (),
+    old: Basis | None = None,
+) -> Basis:
+    """What `devices`, those of the settings unless given, come to on this host. Raises `HostError`."""
+    if old and (settings.devices, settings.runtime.cpus) == (old.settings.devices, old.settings.runtime.cpus):
+        cpus = old.cpus  # npu-smi can take seconds, in which no job would move
+    else:
+        cpus, _ = discovery.places(devices or settings.devices, settings.runtime.placed, environment)
+    preload = resolve_preload(settings.runtime.preload)
+    return Basis(settings, cpus, preload, discovery.available_cpus(), discovery.cpu_quota())
+
+
+def launch(plan: LaunchPlan, **popen: Any) -> subprocess.Popen[bytes]:
+    """Start the planned process; it has its CPU set from before its first instruction.
+
+    A child inherits the affinity of the thread that starts it, so this thread takes on the worker's CPUs for the
+    milliseconds of the start. Nothing runs between fork and exec: that would be unsafe once the daemon has threads,
+    and setting the mask later would miss the threads that a library makes as it is loaded.
+
+    Raises `HostError` when the CPUs are gone, OSError when the program cannot be started.
+    """
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, plan.cpus)
+    except OSError as error:
+        raise HostError(f"{plan.assignment.device}: cannot run on CPUs {format_cpus(plan.cpus)}: {error}") from None
+    try:
+        return subprocess.Popen(plan.argv, env=plan.environment, **popen)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def resolve_preload(choice: str, folders: Iterable[Path] = LIBRARY_FOLDERS) -> Preload:
+    """The library that the setting `runtime.preload` means: ``auto``, ``required``, ``off`` or a path.
+
+    ld.so only warns of a library that it cannot preload, so it is looked for here, first in ld.so's cache, then in
+    `folders`. Raises `HostError` when a required or named library is missing.
+    """
+    if choice == "off":
+        return Preload(None, "runtime.preload is off")
+    if choice not in ("auto", "required"):
+        if not _loadable(Path(choice)):
+            raise HostError(f"runtime.preload = {choice}: no such library for this machine ({TCMALLOC_PACKAGES})")
+        return Preload(choice)
+    listed = _ldconfig()
+    for name in TCMALLOC_NAMES:
+        for path in (*listed.get(name, ()), *(folder / name for folder in folders)):
+            if _loadable(path):
+                return Preload(str(path))
+    if choice == "required":
+        raise HostError(f"runtime.preload = required: tcmalloc is not installed ({TCMALLOC_PACKAGES})")
+    return Preload(None, f"tcmalloc is not installed ({TCMALLOC_PACKAGES})")
+
+
+def _ldconfig() -> dict[str, list[Path]]:
+    """ld.so's cache: soname to paths."""
+    for program in ("/sbin/ldconfig", "/usr/sbin/ldconfig"):
+        try:
+            listed = subprocess.run([program, "-p"], capture_output=True, text=True, timeout=10, check=True).stdout
+        except (OSError, subprocess.SubprocessError):
+            continue
+        found: dict[str, list[Path]] = {}
+        for name, path in re.findall(r"^\s+(\S+) \(.*\) => (/.+)$", listed, re.MULTILINE):
+            found.setdefault(name, []).append(Path(path))
+        return found
+    return {}
+
+
+def _loadable(path: Path) -> bool:
+    """Whether a file is an ELF library of this interpreter's word size, byte order and machine."""
+    ours = _elf_identity(Path(sys.executable))
+    return ours is not None and _elf_identity(path) == ours
+
+
+def _elf_identity(path: Path) -> tuple[bytes, bytes] | None:
+    try:
+        with path.open("rb") as file:
+            head = file.read(20)
+    except OSError:
+        return None
+    return (head[4:6], head[18:20]) if head.startswith(b"\x7fELF") else None

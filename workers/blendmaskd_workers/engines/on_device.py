@@ -1,0 +1,58 @@
+"""What the engines that compute share: a device, opened when the network is loaded."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from blendmaskd.coco import categories
+from blendmaskd.coco.categories import CategoriesError
+from blendmaskd.settings import Settings
+from blendmaskd_workers import devices
+from blendmaskd_workers.engines import EngineError, Pixels
+
+
+class OnDevice:
+    """What the engines that compute share: a device, opened when the network is loaded."""
+
+    device: devices.Device
+    exact: bool | None = None
+
+    def __init__(self, settings: Settings, device: str) -> None:
+        self._settings = settings.model
+        self._device_name = device
+
+    def prepare(self, image: Pixels) -> Any:
+        raise NotImplementedError
+
+    def segment(self, batch: Sequence[Any]) -> list[Any]:
+        raise NotImplementedError
+
+    def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
+        for height, width in image_sizes:
+            prepared = self.prepare(np.full((height, width, 3), 127, np.uint8))
+            for size in sorted({1, batch}):
+                self.segment([prepared] * size)
+
+    def _open(self) -> None:
+        try:
+            self.device = devices.open_device(self._device_name, self._settings.precision)
+        except devices.UnsupportedError as error:
+            raise EngineError(f"model.precision = {self._settings.precision}: {error}") from error
+        except devices.DeviceError as error:
+            raise EngineError(str(error), exit_code=1) from error  # a driver may come back
+
+    def _weights(self) -> str:
+        if self._settings.weights is None:
+            raise EngineError(
+                "model.weights is not set: name a checkpoint of AdelaiDet's BlendMask, or make one of seeded random "
+                "weights for a trial: python scripts/random_weights.py --config CONFIG --output random.pth"
+            )
+        return self._settings.weights
+
+    def _resolve_categories(self, classes: int) -> Sequence[categories.Category]:
+        try:
+            return categories.resolve(classes, self._settings.weights, self._settings.categories)
+        except CategoriesError as error:
+            raise EngineError(str(error)) from error
