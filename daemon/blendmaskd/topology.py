@@ -16,8 +16,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 SYSFS = Path("/sys")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -41,6 +39,8 @@ def host_plan(devices: Sequence[str], settings_cpus: Literal["auto"] | Mapping[s
 
 def available_cpus() -> Cpus:
     """The CPUs that this process may use: its affinity mask, which a cgroup or systemd may have narrowed."""
+    import psutil  # of the extra serve: who only shows statistics needs none of it
+
     return tuple(sorted(psutil.Process().cpu_affinity() or range(psutil.cpu_count() or 1)))
 
 

@@ -36,6 +36,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from blendmaskd import files
 from blendmaskd.client.blocking import Client, JobFailed, Segmentation
 from blendmaskd.programs import overlay, photographs, program
 from blendmaskd.programs.journal import Journal, Stamp, stamp, unchanged
@@ -246,12 +247,8 @@ def draw_overlay(source: Source, detections: Sequence[dict[str, Any]]) -> None:
     with Image.open(source.path) as image:
         drawn = overlay.draw(_upright(image), detections)
     source.overlay.parent.mkdir(parents=True, exist_ok=True)
-    beside = source.overlay.with_name(f".{source.overlay.name}.part")  # the journal's lock keeps others off
-    try:
+    with files.whole(source.overlay, mark="part") as beside:  # the journal's lock keeps others off
         drawn.save(beside, "JPEG", quality=92)
-        beside.replace(source.overlay)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _upright(image: Image.Image) -> Image.Image:

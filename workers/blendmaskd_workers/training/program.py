@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from blendmaskd import files
+
 if TYPE_CHECKING:
     from blendmaskd_workers.training.batches import Batches
     from blendmaskd_workers.training.trainer import Trainer
@@ -229,13 +231,8 @@ def _save(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint, whole or not at all."""
     import torch
 
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:  # given a path, torch would write the file's name into it
-            torch.save(content, file)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with files.whole(path) as beside, beside.open("wb") as file:  # given a path, torch would write its name into it
+        torch.save(content, file)
 
 
 def _write_categories(output: Path, categories: Sequence[Any]) -> None:
