@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from blendmaskd import spawn, topology
-from blendmaskd.check.device_findings import Probe
-from blendmaskd.check.endpoint_findings import Holder
+from blendmaskd.check.endpoints import Holder
+from blendmaskd.probe import Probe
 from blendmaskd.settings import Settings
 from blendmaskd.spawn import LaunchPlan, Preload, SpawnError
 from blendmaskd.topology import Cpus
