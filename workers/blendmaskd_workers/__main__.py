@@ -15,7 +15,9 @@ import sys
 import msgspec
 
 from blendmaskd import logs, spawn
+from blendmaskd.commands import lacking
 from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT
+from blendmaskd.probe import Cause, Probe
 from blendmaskd.settings import Settings
 from blendmaskd.spawn import Assignment, SpawnError
 
@@ -32,9 +34,16 @@ def main(argv: list[str]) -> int:
     _die_with(assignment.daemon_pid)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon's business: it drains, then tells its workers
-    if "--check" in argv:
-        return _check(assignment.settings)
-    return _probe(assignment) if "--probe" in argv else _work(assignment)
+    try:
+        if "--check" in argv:
+            return _check(assignment.settings)
+        if "--probe" in argv:
+            print(msgspec.json.encode(_probe(assignment)).decode(), flush=True)
+            return 0
+        return _work(assignment)
+    except ModuleNotFoundError as error:
+        print(f"workers: {lacking(error)}", file=sys.stderr)
+        return EXIT_CANNOT_BOOT
 
 
 def _die_with(daemon_pid: int) -> None:
@@ -59,24 +68,21 @@ def _check(settings: Settings) -> int:
     return 0
 
 
-def _probe(assignment: Assignment) -> int:
-    from blendmaskd_workers import devices
-    from blendmaskd_workers.devices import DeviceError
-
+def _probe(assignment: Assignment) -> Probe:
+    try:
+        from blendmaskd_workers import devices
+    except ModuleNotFoundError as error:
+        return Probe(error=lacking(error), cause=Cause.NO_PACKAGE)
     try:
         device = devices.open_device(assignment.local_device, assignment.settings.model.precision)
-    except DeviceError as error:
-        print(error, file=sys.stderr)
-        return EXIT_CANNOT_BOOT
-    found = {
-        "name": device.name(),
-        "memory_bytes": device.memory().total,
-        "bf16": device.multiplies_bf16(),
-        "differences": spawn.differences(assignment.wanted, devices.actual(assignment.wanted, device)),
-    }
-    sys.stdout.buffer.write(msgspec.json.encode(found))
-    sys.stdout.flush()
-    return 0
+    except devices.DeviceError as error:
+        return Probe(error=str(error), cause=error.cause)
+    return Probe(
+        name=device.name(),
+        memory_bytes=device.memory().total,
+        bf16=device.multiplies_bf16(),
+        differences=tuple(spawn.differences(assignment.wanted, devices.actual(assignment.wanted, device))),
+    )
 
 
 def _work(assignment: Assignment) -> int:
