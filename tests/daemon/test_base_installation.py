@@ -184,7 +184,7 @@ def test_what_a_client_s_host_runs_can_be_imported_there(python: Any) -> None:
 
 
 def test_a_module_of_ours_that_is_missing_is_our_own_fault(python: Any) -> None:
-    code = "import sys; from blendmaskd.commands import run; run('x', 'blendmaskd.nowhere')"
+    code = "import sys; from blendmaskd.extras import run; run('x', 'blendmaskd.nowhere')"
     assert "ModuleNotFoundError: No module named 'blendmaskd.nowhere'" in python("-c", code).stderr
 
 

@@ -15,8 +15,8 @@ import sys
 import msgspec
 
 from blendmaskd import logs, spawn
-from blendmaskd.commands import lacking
 from blendmaskd.core.supervisor import EXIT_CANNOT_BOOT
+from blendmaskd.extras import lacking
 from blendmaskd.probe import Cause, Probe
 from blendmaskd.settings import Settings
 from blendmaskd.spawn import Assignment, SpawnError

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from blendmaskd.commands import run
+from blendmaskd.extras import run
 
 inference = partial(run, "blendmaskd-inference", "blendmaskd_workers.programs.inference")
 train = partial(run, "blendmaskd-train", "blendmaskd_workers.training.program")
