@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import io
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -277,7 +276,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--require-mask-ap", metavar="Y", type=program.percentage, default=0.0, help="percent")
     program.add_connection(parser)
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -313,7 +313,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     again.add_argument("--anew", action="store_true", help="begin anew although --out holds an unfinished run")
     parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="only results.json")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,6 @@ Exit codes: 0 all done · 1 an image failed, listed at the end · 2 wrong argume
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +57,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     again.add_argument("--resume", action="store_true", help="continue a run that ended early")
     again.add_argument("--anew", action="store_true", help="begin anew although --output holds a run")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -54,7 +54,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the checkpoint, such as random.pth")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

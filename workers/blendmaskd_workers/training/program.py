@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -262,7 +261,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="of the CPU's computations (default: PyTorch's choice)")
     add("--seed", type=int, default=0, metavar="N", help="of initial weights and of the order of images (default: 0)")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
