@@ -2,6 +2,6 @@
 """Load a daemon and compare it with the bare device; `--help` tells more."""
 import sys
 
-from blendmaskd_workers.benchmark.program import main
+from blendmaskd_workers.commands import benchmark
 
-sys.exit(main())
+sys.exit(benchmark())

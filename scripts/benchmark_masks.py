@@ -2,6 +2,6 @@
 """Compare mask encoding with pasting; `--help` tells more."""
 import sys
 
-from blendmaskd_workers.programs.benchmark_masks import main
+from blendmaskd_workers.commands import benchmark_masks
 
-sys.exit(main())
+sys.exit(benchmark_masks())

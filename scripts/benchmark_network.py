@@ -2,6 +2,6 @@
 """Compare the network as served with the plain one; `--help` tells more."""
 import sys
 
-from blendmaskd_workers.programs.benchmark_network import main
+from blendmaskd_workers.commands import benchmark_network
 
-sys.exit(main())
+sys.exit(benchmark_network())

@@ -2,6 +2,6 @@
 """Time devices: latency, batches, data types, several at once, runtime options; `--help` tells more."""
 import sys
 
-from blendmaskd_workers.evaluation.performance import main
+from blendmaskd_workers.commands import eval_performance
 
-sys.exit(main())
+sys.exit(eval_performance())

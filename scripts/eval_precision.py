@@ -2,6 +2,6 @@
 """Compare a device with the CPU, value by value and layer by layer; `--help` tells more."""
 import sys
 
-from blendmaskd_workers.evaluation.precision import main
+from blendmaskd_workers.commands import eval_precision
 
-sys.exit(main())
+sys.exit(eval_precision())

@@ -2,6 +2,6 @@
 """Measure the average precision of a running daemon; see `daemon/blendmaskd/programs/evaluate_coco.py`, or --help."""
 import sys
 
-from blendmaskd.programs.evaluate_coco import main
+from blendmaskd.commands import evaluate_coco
 
-sys.exit(main())
+sys.exit(evaluate_coco())

@@ -2,7 +2,7 @@
 """Make CURVE keys for TCP endpoints; see `daemon/blendmaskd/keys.py`, or --help."""
 import sys
 
-from blendmaskd.keys import main
+from blendmaskd.commands import keys
 
-sys.exit(main())
+sys.exit(keys())
 

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/venv.sh
-venv_install ""
+venv_install serve
 
 out=out/quickstart
 endpoint=ipc://$out/client.sock # relative, because the path of a socket has at most 107 bytes

@@ -2,6 +2,6 @@
 """Make a checkpoint of random weights; see `workers/blendmaskd_workers/programs/random_weights.py`, or --help."""
 import sys
 
-from blendmaskd_workers.programs.random_weights import main
+from blendmaskd_workers.commands import random_weights
 
-sys.exit(main())
+sys.exit(random_weights())

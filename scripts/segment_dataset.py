@@ -3,6 +3,6 @@
 --help."""
 import sys
 
-from blendmaskd_workers.cluster.program import main
+from blendmaskd_workers.commands import segment_dataset
 
-sys.exit(main())
+sys.exit(segment_dataset())

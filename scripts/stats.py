@@ -2,6 +2,6 @@
 """Show what a running daemon does; see `daemon/blendmaskd/programs/show_stats.py`, or --help."""
 import sys
 
-from blendmaskd.programs.show_stats import main
+from blendmaskd.commands import stats
 
-sys.exit(main())
+sys.exit(stats())

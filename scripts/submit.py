@@ -2,6 +2,6 @@
 """Submit images to a running daemon; see `daemon/blendmaskd/programs/submit.py`, or --help."""
 import sys
 
-from blendmaskd.programs.submit import main
+from blendmaskd.commands import submit
 
-sys.exit(main())
+sys.exit(submit())

@@ -2,6 +2,6 @@
 """Train BlendMask; see `workers/blendmaskd_workers/training/program.py`, or --help."""
 import sys
 
-from blendmaskd_workers.training.program import main
+from blendmaskd_workers.commands import train
 
-sys.exit(main())
+sys.exit(train())

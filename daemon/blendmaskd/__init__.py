@@ -1,1 +1,46 @@
-"""blendmaskd: broker, supervisor and client. Nothing here imports torch."""
+"""BlendMask instance segmentation from every accelerator of a host: the client, and the daemon that it talks to.
+
+    from blendmaskd import Client
+
+    with Client("ipc:///run/blendmaskd/client.sock") as client:
+        print(client.segment("photo.jpg").detections)
+
+The names below are the client's; `blendmaskd.client.blocking` describes them. Each is loaded when it is first asked
+for, so that ``import blendmaskd`` alone loads no library. Nothing here imports torch.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blendmaskd.client.blocking import (
+        DEFAULT_ENDPOINT,
+        AsyncClient,
+        Client,
+        Code,
+        HandshakeError,
+        Image,
+        JobFailed,
+        KeyFileError,
+        Segmentation,
+        ServerPath,
+        SharedMemoryError,
+    )
+else:  # type checkers read the imports above instead, and so notice a misspelt name
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from blendmaskd.client import blocking
+
+        return getattr(blocking, name)
+
+
+__all__ = [
+    "DEFAULT_ENDPOINT", "AsyncClient", "Client", "Code", "HandshakeError", "Image", "JobFailed", "KeyFileError",
+    "Segmentation", "ServerPath", "SharedMemoryError",
+]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -16,9 +16,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from blendmaskd import logs, settings
+from blendmaskd import commands, logs, settings
 from blendmaskd.assignment import EXIT_CANNOT_BOOT
-from blendmaskd.shell import server
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_CANNOT_BOOT
     if arguments.check:
         return 0
+    from blendmaskd.shell import server  # what it needs, a check of settings does not
+
     logs.configure(loaded.log)
     return server.main_loop(loaded, load)
 
@@ -74,4 +75,4 @@ def _loader(arguments: argparse.Namespace) -> Callable[[], settings.Settings]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.serve())

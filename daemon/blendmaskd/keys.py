@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import pwd
 import re
 import stat
 import sys
@@ -23,6 +22,8 @@ from pathlib import Path
 
 import zmq
 import zmq.auth
+
+from blendmaskd import files
 
 PUBLIC, SECRET = ".key", ".key_secret"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
@@ -55,7 +56,7 @@ def read_pair(path: str | Path) -> Pair:
         raise KeyFileError(f"{path}: has no secret key: name the file that ends in {SECRET}")
     found = path.stat()
     mode = stat.S_IMODE(found.st_mode)
-    if is_open_to_others(mode, found.st_uid, os.geteuid()):
+    if hasattr(os, "geteuid") and is_open_to_others(mode, found.st_uid, os.geteuid()):  # else modes mean nothing
         raise KeyFileError(f"{path}: has mode {mode:04o}, so others may read it: chmod 600 {path}")
     if zmq.curve_public(secret) != public:
         raise KeyFileError(f"{path}: its two keys do not belong together: make a new pair with blendmaskd-keys")
@@ -119,21 +120,15 @@ def make_folder(folder: Path, owner: str | None = None) -> None:
 
 def write(path: Path, text: str, mode: int, force: bool, owner: str | None) -> None:
     """Write a file whole or not at all, never wider open than `mode`, over another only with `force`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            os.fchmod(descriptor, mode)  # whatever the umask took away
-            file.write(text)
-        _give(beside, owner)
-        if force:
-            beside.replace(path)
-        else:
-            path.hardlink_to(beside)
+        with files.whole(path, over=force) as beside:
+            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                beside.chmod(mode)  # whatever the umask took away
+                file.write(text)
+            _give(beside, owner)
     except FileExistsError:
         raise _exists(path) from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _exists(path: Path) -> FileExistsError:
@@ -143,6 +138,10 @@ def _exists(path: Path) -> FileExistsError:
 def _give(path: Path, owner: str | None) -> None:
     if owner is None:
         return
+    try:
+        import pwd  # where files have owners
+    except ModuleNotFoundError:
+        raise KeyFileError(f"--owner {owner}: files have no owners to choose on {sys.platform}: leave it out") from None
     try:
         entry = pwd.getpwnam(owner)
     except KeyError:

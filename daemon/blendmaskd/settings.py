@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import yaml
 from msgspec import Meta
 
 from blendmaskd.topology import Cpus, parse_cpus
@@ -237,6 +236,8 @@ def to_tree(settings: Settings) -> dict[str, Any]:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
+    import yaml  # of the extra serve, as in `_yaml`: clients have this module too
+
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -251,6 +252,8 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def _yaml(text: str, name: str) -> Any:
+    import yaml
+
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

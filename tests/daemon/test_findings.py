@@ -15,70 +15,71 @@ import pytest
 
 from blendmaskd import check
 from blendmaskd.ascend import Card
-from blendmaskd.check import cpu_findings, device_findings, endpoint_findings, resource_findings, software_findings
-from blendmaskd.check.device_findings import DeviceFacts, NodeFacts, Probe
-from blendmaskd.check.endpoint_findings import EndpointFacts, Holder, TcpFacts
+from blendmaskd.check import cpus, devices, endpoints, resources, software
+from blendmaskd.check.devices import DeviceFacts, NodeFacts
+from blendmaskd.check.endpoints import EndpointFacts, Holder, TcpFacts
 from blendmaskd.check.finding import Finding, as_tree
-from blendmaskd.check.resource_findings import FolderFacts, LimitFacts, SpoolFacts
-from blendmaskd.check.software_findings import VersionFacts
+from blendmaskd.check.resources import FolderFacts, LimitFacts, SpoolFacts
+from blendmaskd.check.software import VersionFacts
 from blendmaskd.core.launch_plan import Preload
+from blendmaskd.probe import Cause, Probe
 
 OPENED = Probe(name="Ascend910B3", memory_bytes=64 << 30, bf16=True)
 
 
 def npu(precision: str = "fp32", exact: bool = False, **facts: Any) -> list[Finding]:
     sound = {"device": "npu:1", "tool": "npu-smi", "cards": 8, "card": Card("910B3", "OK"), "probe": OPENED}
-    return device_findings.device(DeviceFacts(**{**sound, **facts}), precision, exact)
+    return devices.judge(DeviceFacts(**{**sound, **facts}), precision, exact)
 
 
-def broken(error: str) -> list[Finding]:
-    return npu(probe=Probe(error=error))
+def broken(error: str, cause: Cause | None = None) -> list[Finding]:
+    return npu(probe=Probe(error=error, cause=cause))
 
 
 def nodes(opened: bool = False, **facts: Any) -> list[Finding]:
     sound = {"path": "/dev/davinci1", "there": True, "usable": True, "group": "HwHiAiUser", "member": True}
-    return device_findings.nodes([NodeFacts(**{**sound, **facts})], opened, "alice")
+    return devices.judge_nodes([NodeFacts(**{**sound, **facts})], opened, "alice")
 
 
 def versions(**facts: Any) -> list[Finding]:
     sound = {"python": "3.11.7", "torch": "2.9.0", "torch_npu": "2.9.0", "machine": "aarch64", "cann": "8.5.0",
              "cann_home": "/usr/local/Ascend/cann", "driver": "25.3.rc1", "firmware": "7.8.0.2.212",
              "firmware_ranges": [("7.0.0", "8.9.9")]}  # fmt: skip
-    return software_findings.versions(VersionFacts(**{**sound, **facts}), npu=True)
+    return software.judge_versions(VersionFacts(**{**sound, **facts}), npu=True)
 
 
 def allocator(choice: str = "auto", path: str | None = None, complaint: str = "", reason: str = "not installed",
               apt: bool = False, dnf: bool = False) -> list[Finding]:  # fmt: skip
     preload = None if complaint else Preload(path, "" if path else reason)
-    return software_findings.allocator(choice, preload, complaint, apt, dnf)
+    return software.judge_allocator(choice, preload, complaint, apt, dnf)
 
 
 def ipc(path: str = "/run/user/1/bmd.sock", **facts: Any) -> list[Finding]:
-    return endpoint_findings.endpoint(EndpointFacts(setting="endpoints.clients", endpoint=f"ipc://{path}", **facts))
+    return endpoints.judge(EndpointFacts(setting="endpoints.clients", endpoint=f"ipc://{path}", **facts))
 
 
 def tcp(**facts: Any) -> list[Finding]:
-    return endpoint_findings.endpoint(EndpointFacts(setting="endpoints.metrics", endpoint="127.0.0.1:9464", **facts))
+    return endpoints.judge(EndpointFacts(setting="endpoints.metrics", endpoint="127.0.0.1:9464", **facts))
 
 
 def folder(**facts: Any) -> list[Finding]:
     sound = {"setting": "paths.roots", "path": "/data", "there": True, "usable": True}
-    return resource_findings.folder(FolderFacts(**{**sound, **facts}))
+    return resources.judge_folder(FolderFacts(**{**sound, **facts}))
 
 
 def spool(**facts: Any) -> list[Finding]:
     sound = {"path": "/var/s.db", "free_bytes": 8 << 30, "may_take_bytes": 4 << 30}
-    return resource_findings.spool(SpoolFacts(**{**sound, **facts}))
+    return resources.judge_spool(SpoolFacts(**{**sound, **facts}))
 
 
 def keys(**facts: Any) -> list[Finding]:
-    return endpoint_findings.tcp(TcpFacts(**{"client_keys": "/keys", "names": ("alice",), **facts}))
+    return endpoints.judge_keys(TcpFacts(**{"client_keys": "/keys", "names": ("alice",), **facts}))
 
 
 def limits(**facts: Any) -> list[Finding]:
     sound = {"files": 1024, "hard_files": 1 << 20, "locked_bytes": None, "available_bytes": 8 << 30,
              "promised_bytes": 2 << 30}  # fmt: skip
-    return resource_findings.limits(LimitFacts(**{**sound, **facts}))
+    return resources.judge_limits(LimitFacts(**{**sound, **facts}))
 
 
 TWO = {"npu:0": (0, 1), "npu:1": (2, 3)}
@@ -95,24 +96,25 @@ FAULTS: list[Case] = [
     ("in use", lambda: npu(users=((139667, "python"),)), "warning", r"npu:1: in use by pid 139667 \(python\)", "stop"),
     ("not as wanted", lambda: npu(probe=Probe(differences=("preload: wanted /x, is None",))), "warning",
      "npu:1: preload: wanted /x, is None", "troubleshooting"),
-    ("plan", lambda: device_findings.plan(["npu:0: ASCEND_LAUNCH_BLOCKING turns the task queue off"]), "warning",
+    ("plan", lambda: devices.judge_plans(["npu:0: ASCEND_LAUNCH_BLOCKING turns the task queue off"]), "warning",
      "turns the task queue off", "runtime"),
     ("no bf16", lambda: npu("bf16", probe=Probe(name="Ascend910A", bf16=False)), "error",
      "Ascend910A does not compute in bfloat16", "fp16"),
-    ("no CANN here", lambda: broken("npu: torch_npu cannot be loaded; is CANN's set_env.sh sourced? libhccl.so"),
-     "error", "npu:1: npu: torch_npu cannot be loaded", "source CANN's set_env.sh"),
-    ("no torch_npu", lambda: broken("npu: torch_npu is not installed"), "error", "not installed", "pip install"),
-    ("not visible", lambda: broken("npu:0: 0 npu devices are visible to this process"), "error", "0 npu devices",
-     "permissions"),
-    ("precision", lambda: broken("cpu: float16 is some forty times slower"), "error", "float16", "auto"),
-    ("anything else", lambda: broken("RuntimeError: 507033"), "error", "507033", "troubleshooting"),
+    ("no CANN here", lambda: broken("torch_npu cannot be loaded: libhccl.so", Cause.NO_CANN), "error",
+     "npu:1: torch_npu cannot be loaded: libhccl.so", "source CANN's set_env.sh"),
+    ("no torch_npu", lambda: broken("no torch_npu", Cause.NO_TORCH_NPU), "error", "npu:1: no torch_npu",
+     "pip install the torch_npu"),
+    ("not the extra", lambda: broken("no torch", Cause.NO_PACKAGE), "error", "npu:1: no torch", r"blendmaskd\[serve\]"),
+    ("not visible", lambda: broken("none here", Cause.NOT_VISIBLE), "error", "npu:1: none here", "permissions"),
+    ("precision", lambda: broken("no float16", Cause.PRECISION), "error", "npu:1: no float16", "auto"),
+    ("anything else", lambda: broken("is CANN's set_env.sh sourced? 507033"), "error", "507033", "troubleshooting"),
     ("no node", lambda: nodes(there=False), "error", "not there: /dev/davinci1", "driver"),
     ("shut node", lambda: nodes(usable=False, member=False), "error",
      r"/dev/davinci1: alice may not use it \(group HwHiAiUser\)", "usermod --append --groups HwHiAiUser alice"),
     ("old login", lambda: nodes(usable=False, member=True), "error", "may not use it", "log in again"),
     ("service shut out", lambda: nodes(opened=True, service_may=False), "error",
      "blendmaskd is not in the group HwHiAiUser", "usermod --append --groups HwHiAiUser blendmaskd"),
-    ("no torch", lambda: versions(torch=""), "error", "torch is not installed", "pip install"),
+    ("no torch", lambda: versions(torch=""), "error", "torch is not installed", r"blendmaskd\[serve\]"),
     ("no torch_npu package", lambda: versions(torch_npu=""), "warning", "torch_npu is not installed", "deployment"),
     ("wrong pair", lambda: versions(torch="2.8.0"), "error", "torch_npu 2.9.0 needs torch 2.9.0, this is 2.8.0",
      "pip install torch==2.9.0"),
@@ -131,13 +133,13 @@ FAULTS: list[Case] = [
     ("no tcmalloc, apt", lambda: allocator(apt=True), "warning", "tcmalloc is not installed",
      "apt-get install libtcmalloc-minimal4"),
     ("no tcmalloc", lambda: allocator(), "warning", "tcmalloc is not installed", "Debian: .*; openEuler: "),
-    ("no such CPUs", lambda: cpu_findings.unplaced("runtime.cpus.npu:0 = '4000': CPUs 4000 are not available"), "error",
+    ("no such CPUs", lambda: cpus.judge_complaint("runtime.cpus.npu:0 = '4000': CPUs 4000 are not available"), "error",
      "4000 are not available", "CPUs of this list"),
-    ("shared CPUs", lambda: cpu_findings.cpus({"npu:0": (0, 1), "npu:1": (1, 2)}, {}, (), hinted=False), "warning",
+    ("shared CPUs", lambda: cpus.judge({"npu:0": (0, 1), "npu:1": (1, 2)}, {}, (), hinted=False), "warning",
      "npu:0: CPUs 0-1, shared with npu:1", "more CPUs"),
-    ("unknown place", lambda: cpu_findings.cpus(TWO, {}, (), hinted=True), "warning", "which are near it is not known",
+    ("unknown place", lambda: cpus.judge(TWO, {}, (), hinted=True), "warning", "which are near it is not known",
      "runtime.cpus"),
-    ("governor", lambda: cpu_findings.governor({0: "powersave", 1: "powersave"}), "warning", "powersave on CPUs 0-1",
+    ("governor", lambda: cpus.judge_governors({0: "powersave", 1: "powersave"}), "warning", "powersave on CPUs 0-1",
      "cpupower"),
     ("socket taken", lambda: ipc(holder=Holder(pid=7, command="other")), "error", r"taken by other \(pid 7\)", "stop"),
     ("socket taken by who knows", lambda: ipc(holder=Holder()), "error", "taken by another process", "stop"),
@@ -160,13 +162,13 @@ FAULTS: list[Case] = [
     ("no client keys", lambda: keys(names=()), "warning", "/keys holds no keys", "blendmaskd-keys client"),
     ("a file that is no key", lambda: keys(complaints=("/keys/a.key: no",)), "warning", "/keys/a.key: no", "mend"),
     ("open metrics", lambda: tcp(open_to_all=True), "warning", "open to whoever reaches the port", "127.0.0.1"),
-    ("weights", lambda: resource_findings.weights("native", "a.pth", "a.pth: no key backbone", 0), "error", "no key",
+    ("weights", lambda: resources.judge_weights("native", "a.pth", "a.pth: no key backbone", 0), "error", "no key",
      "network"),
-    ("no weights", lambda: resource_findings.weights("native", None, "model.weights is not set", 0), "error", "not set",
+    ("no weights", lambda: resources.judge_weights("native", None, "model.weights is not set", 0), "error", "not set",
      "--set"),
     ("few files", lambda: limits(files=256), "warning", "256 open files: some 85 clients", "ulimit -n 65536"),
     ("little memory", lambda: limits(available_bytes=1 << 30), "warning", "may take 2.0 GiB, 1.0 GiB are", "max_bytes"),
-    ("root", lambda: device_findings.identity("root", is_root=True, has_service=True), "warning", "run as root",
+    ("root", lambda: devices.judge_identity("root", is_root=True, has_service=True), "warning", "run as root",
      "runuser"),
 ]  # fmt: skip
 
@@ -190,9 +192,9 @@ SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
     ("cuda", lambda: npu(device="cuda:0", tool="nvidia-smi", card=Card("H100", "")),
      "cuda:0: Ascend910B3, 64 GiB, fp32"),
     ("tcmalloc", lambda: allocator(path="/usr/lib64/libtcmalloc.so.4"), "/usr/lib64/libtcmalloc.so.4"),
-    ("near", lambda: cpu_findings.cpus({"npu:0": (2, 3)}, {"npu:0": (2, 3, 4)}, (), hinted=True),
+    ("near", lambda: cpus.judge({"npu:0": (2, 3)}, {"npu:0": (2, 3, 4)}, (), hinted=True),
      "npu:0: CPUs 2-3, near it"),
-    ("placed", lambda: cpu_findings.cpus({"npu:0": (2,)}, {}, ["npu:0"], hinted=True),
+    ("placed", lambda: cpus.judge({"npu:0": (2,)}, {}, ["npu:0"], hinted=True),
      "npu:0: CPUs 2, by runtime.cpus"),
     ("our socket", lambda: ipc(holder=Holder(pid=9, command="python", ours=True)),
      "endpoints.clients: ipc:///run/user/1/bmd.sock: served by a running blendmaskd (pid 9)"),
@@ -202,9 +204,9 @@ SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
     ("folder", folder, "paths.roots: /data"),
     ("spool", spool, "spool: /var/s.db"),
     ("keys", keys, "1 clients may connect by tcp"),
-    ("weights", lambda: resource_findings.weights("native", "a.pth", None, 1.25),
+    ("weights", lambda: resources.judge_weights("native", "a.pth", None, 1.25),
      "a.pth: matches the config, loaded in 1.2 s"),
-    ("no weights needed", lambda: resource_findings.weights("timed", None, None, 0), "the engine timed needs none"),
+    ("no weights needed", lambda: resources.judge_weights("timed", None, None, 0), "the engine timed needs none"),
     ("limits", limits, "1024 open files: some 341 clients; locked memory: no limit"),
 ]  # fmt: skip
 
@@ -225,13 +227,13 @@ def test_what_is_sound_is_told_in_a_line(name: str, judge: Callable[[], list[Fin
 
 
 def test_what_does_not_concern_these_settings_is_not_told() -> None:
-    assert cpu_findings.governor({}) == []
-    assert cpu_findings.unplaced("") == []
-    assert device_findings.identity("root", is_root=True, has_service=False) == []
-    assert device_findings.identity("alice", is_root=False, has_service=True) == []
+    assert cpus.judge_governors({}) == []
+    assert cpus.judge_complaint("") == []
+    assert devices.judge_identity("root", is_root=True, has_service=False) == []
+    assert devices.judge_identity("alice", is_root=False, has_service=True) == []
     emulated = NodeFacts(path="/dev/davinci0", there=False)
-    assert device_findings.nodes([emulated], opened=True, user="alice") == []
-    [line] = software_findings.versions(VersionFacts(python="3.11.7", torch="2.13.0+cpu"), npu=False)
+    assert devices.judge_nodes([emulated], opened=True, user="alice") == []
+    [line] = software.judge_versions(VersionFacts(python="3.11.7", torch="2.13.0+cpu"), npu=False)
     assert (line.level, line.text) == ("ok", "Python 3.11.7, torch 2.13.0+cpu")
 
 
@@ -248,8 +250,6 @@ def test_every_complaint_is_among_the_planted_faults(monkeypatch: pytest.MonkeyP
         return record
 
     for name in (module.name for module in pkgutil.iter_modules(check.__path__, "blendmaskd.check.")):
-        if not name.endswith("_findings"):
-            continue
         judging = importlib.import_module(name)
         calls = [node for node in ast.walk(ast.parse(inspect.getsource(judging))) if isinstance(node, ast.Call)]
         named = [call for call in calls if isinstance(call.func, ast.Name)]
@@ -260,6 +260,10 @@ def test_every_complaint_is_among_the_planted_faults(monkeypatch: pytest.MonkeyP
     for _, judge, *_ in FAULTS:
         judge()
     assert seen == sites
+
+
+def test_every_cause_has_a_remedy() -> None:
+    assert set(devices.REMEDIES) == {None, *Cause}
 
 
 def test_the_report_counts() -> None:

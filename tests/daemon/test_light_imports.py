@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import blendmaskd
+from blendmaskd.client import blocking
 from checkout import ROOT
 
 ALL = sorted(module.name for module in pkgutil.walk_packages(blendmaskd.__path__, "blendmaskd."))
@@ -49,3 +50,17 @@ def test_a_pure_core_loads_no_socket_process_thread_or_log(module: str) -> None:
 
 def test_the_client_loads_no_numpy() -> None:
     assert "numpy" not in loaded_with("blendmaskd.client.blocking")
+
+
+def test_the_package_alone_loads_no_library() -> None:
+    assert not loaded_with("blendmaskd") & {"zmq", "msgspec", "msgpack", "numpy", "PIL", "torch", "rich", "yaml"}
+
+
+def test_the_package_exports_the_client_s_names() -> None:
+    assert blendmaskd.Client is blocking.Client
+    assert blocking.__all__ == blendmaskd.__all__
+    assert set(blendmaskd.__all__) <= set(dir(blendmaskd))
+    with pytest.raises(AttributeError, match="'blendmaskd' has no attribute 'Klient'"):
+        blendmaskd.Klient  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(ImportError, match="Klient"):
+        exec("from blendmaskd import Klient")

@@ -19,6 +19,7 @@ import torch
 from blendmaskd import settings
 from blendmaskd.core import launch_plan
 from blendmaskd.core.launch_plan import Basis, Preload
+from blendmaskd.probe import Cause
 from blendmaskd.shell import launch
 from blendmaskd.wanted import Actual, differences
 from blendmaskd_workers import devices, process
@@ -67,8 +68,9 @@ def test_what_a_cpu_computes_in(
     for flags, wanted in {"avx512f": plain, "avx512f avx512_bf16": able, "amx_tile amx_bf16": able}.items():
         cpu_with(flags, monkeypatch, tmp_path)
         if isinstance(wanted, str):
-            with pytest.raises(devices.UnsupportedError, match=wanted):
+            with pytest.raises(devices.UnsupportedError, match=wanted) as refused:
                 devices.open_device("cpu:0", precision)
+            assert refused.value.cause is Cause.PRECISION
         else:
             assert devices.open_device("cpu:0", precision).dtype == wanted
 
@@ -93,14 +95,16 @@ def test_memory_of_the_cpu_is_this_process() -> None:
 
 def test_a_cuda_device_that_is_not_there_is_refused() -> None:
     count = torch.cuda.device_count()
-    with pytest.raises(DeviceError, match=f"cuda:{count}: {count} cuda devices are visible to this process"):
+    with pytest.raises(DeviceError, match=f"cuda:{count}: {count} cuda devices are visible to this process") as refused:
         devices.open_device(f"cuda:{count}")
+    assert refused.value.cause is Cause.NOT_VISIBLE
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_npu") is not None, reason="needs a host without torch_npu")
 def test_an_npu_without_torch_npu_is_refused() -> None:
-    with pytest.raises(DeviceError, match="torch_npu is not installed"):
+    with pytest.raises(DeviceError, match="torch_npu is not installed") as refused:
         devices.open_device("npu:0")
+    assert refused.value.cause is Cause.NO_TORCH_NPU
 
 
 @pytest.mark.parametrize(
@@ -114,10 +118,11 @@ def test_an_npu_whose_torch_npu_cannot_load_is_explained(tmp_path: Path, program
     (tmp_path / "torch_npu.py").write_text(program)
     opener = (
         "from blendmaskd_workers import devices\n"
-        "try: devices.open_device('npu:0')\nexcept devices.DeviceError as e: print(e)"
+        "try: devices.open_device('npu:0')\nexcept devices.DeviceError as e: print(e.cause, e)"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{SOURCES}", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     answer = subprocess.run([sys.executable, "-c", opener], env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.startswith("no-cann ")
     assert "is CANN's set_env.sh sourced?" in answer.stdout
     assert reason in answer.stdout
 

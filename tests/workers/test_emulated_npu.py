@@ -332,7 +332,8 @@ def test_a_process_without_torch_does_not_load_it() -> None:
 def _python(*arguments: str, **variables: str) -> str:
     """What Python prints where the emulated devices are."""
     environment = {name: value for name, value in os.environ.items() if name != "ASCEND_RT_VISIBLE_DEVICES"}
-    environment |= {"PYTHONPATH": f"{ROOT / 'tests' / 'emulated'}:{SOURCES}", "OMP_NUM_THREADS": "1", **variables}
+    path = f"{ROOT / 'tests' / 'emulated'}:{ROOT / 'tests'}:{SOURCES}"
+    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
     result = subprocess.run(
         [sys.executable, "-W", "error", *arguments], env=environment, capture_output=True, text=True, timeout=120
     )

@@ -15,6 +15,8 @@ import msgspec
 
 from blendmaskd import assignment, logs
 from blendmaskd.assignment import EXIT_CANNOT_BOOT, Assignment, AssignmentError
+from blendmaskd.extras import lacking
+from blendmaskd.probe import Cause, Probe
 from blendmaskd.settings import Settings
 from blendmaskd.wanted import differences
 from blendmaskd_workers import process
@@ -32,9 +34,16 @@ def main(argv: list[str]) -> int:
         return 1  # it died before the kernel knew
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon's business: it drains, then tells its workers
-    if "--check" in argv:
-        return _check(assigned.settings)
-    return _probe(assigned) if "--probe" in argv else _work(assigned)
+    try:
+        if "--check" in argv:
+            return _check(assigned.settings)
+        if "--probe" in argv:
+            print(msgspec.json.encode(_probe(assigned)).decode(), flush=True)
+            return 0
+        return _work(assigned)
+    except ModuleNotFoundError as error:
+        print(f"workers: {lacking(error)}", file=sys.stderr)
+        return EXIT_CANNOT_BOOT
 
 
 def _check(settings: Settings) -> int:
@@ -52,24 +61,21 @@ def _check(settings: Settings) -> int:
     return 0
 
 
-def _probe(assignment: Assignment) -> int:
-    from blendmaskd_workers import devices
-    from blendmaskd_workers.devices import DeviceError
-
+def _probe(assignment: Assignment) -> Probe:
+    try:
+        from blendmaskd_workers import devices
+    except ModuleNotFoundError as error:
+        return Probe(error=lacking(error), cause=Cause.NO_PACKAGE)
     try:
         device = devices.open_device(assignment.local_device, assignment.settings.model.precision)
-    except DeviceError as error:
-        print(error, file=sys.stderr)
-        return EXIT_CANNOT_BOOT
-    found = {
-        "name": device.name(),
-        "memory_bytes": device.memory().total,
-        "bf16": device.multiplies_bf16(),
-        "differences": differences(assignment.wanted, process.observe(assignment.wanted, device)),
-    }
-    sys.stdout.buffer.write(msgspec.json.encode(found))
-    sys.stdout.flush()
-    return 0
+    except devices.DeviceError as error:
+        return Probe(error=str(error), cause=error.cause)
+    return Probe(
+        name=device.name(),
+        memory_bytes=device.memory().total,
+        bf16=device.multiplies_bf16(),
+        differences=tuple(differences(assignment.wanted, process.observe(assignment.wanted, device))),
+    )
 
 
 def _work(assignment: Assignment) -> int:

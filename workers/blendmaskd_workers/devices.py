@@ -17,6 +17,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from blendmaskd.probe import Cause
+
 Precision = Literal["fp32", "hf32", "bf16", "fp16", "auto"]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CPUINFO = Path("/proc/cpuinfo")
@@ -27,7 +29,11 @@ T = TypeVar("T")
 
 
 class DeviceError(RuntimeError):
-    """A device that cannot be used; the text says what is missing."""
+    """A device that cannot be used; the text says what is missing, `cause` what kind of thing that is."""
+
+    def __init__(self, text: str, cause: Cause | None = None) -> None:
+        super().__init__(text)
+        self.cause = cause
 
 
 class UnsupportedError(DeviceError):
@@ -201,7 +207,7 @@ def open_device(name: str, precision: Precision = "fp32") -> Device:
     count = api.device_count() if api.is_available() else 0
     number = int(index or 0)
     if number >= count:
-        raise DeviceError(f"{name}: {count} {kind} devices are visible to this process")
+        raise DeviceError(f"{name}: {count} {kind} devices are visible to this process", Cause.NOT_VISIBLE)
     device = Accelerator(torch.device(kind, number), HALF.get(precision, torch.float32), api)
     device.use()
     if kind == "npu":
@@ -219,10 +225,11 @@ def cpu_multiplies_bf16() -> bool:
 
 def _cpu_dtype(precision: Precision) -> torch.dtype:
     if precision == "fp16":
-        raise UnsupportedError("cpu: float16 is some forty times slower than float32 here; fp32, or auto, are for CPUs")
+        raise UnsupportedError("cpu: float16 is some forty times slower than float32 here; fp32, or auto, are for CPUs",
+                               Cause.PRECISION)  # fmt: skip
     if precision == "bf16" and not cpu_multiplies_bf16():
         raise UnsupportedError("cpu: has neither AVX512-BF16 nor AMX, and would be slower in bfloat16 than in float32; "
-                               "fp32, or auto, are for such CPUs")  # fmt: skip
+                               "fp32, or auto, are for such CPUs", Cause.PRECISION)  # fmt: skip
     return torch.bfloat16 if precision in ("bf16", "auto") and cpu_multiplies_bf16() else torch.float32
 
 
@@ -233,8 +240,9 @@ def _load_npu() -> Any:
             importlib.import_module("torch_npu")
         except (ImportError, OSError, RuntimeError) as error:  # mostly: CANN's libraries are not found
             if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
-                raise DeviceError("npu: torch_npu is not installed") from None
-            raise DeviceError(f"npu: torch_npu cannot be loaded; is CANN's set_env.sh sourced? {error}") from error
+                raise DeviceError("npu: torch_npu is not installed", Cause.NO_TORCH_NPU) from None
+            text = f"npu: torch_npu cannot be loaded; is CANN's set_env.sh sourced? {error}"
+            raise DeviceError(text, Cause.NO_CANN) from error
     extended: Any = torch
     return extended.npu
 

@@ -1,13 +1,14 @@
-"""Asks which CPUs each device would get, and how they are clocked."""
+"""Whether each device gets CPUs of its own, near it and at full clock."""
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
 
 from blendmaskd import discovery, topology
+from blendmaskd.check.finding import Finding, error, ok, warning
 from blendmaskd.check.host import read
 from blendmaskd.settings import Settings
-from blendmaskd.topology import Cpus, HostError
+from blendmaskd.topology import Cpus, HostError, format_cpus
 
 DYNAMIC_DRIVERS = ("intel_pstate", "amd-pstate-epp")  # their powersave raises the clock as needed
 
@@ -16,14 +17,14 @@ def places(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[str
     """The plan, the CPUs near each device, and what stands in the way of a plan."""
     visible = []
     for device in settings.devices:
-        with contextlib.suppress(HostError):  # `devices.device` tells of it
+        with contextlib.suppress(HostError):  # `devices.ask` tells of it
             if not device.startswith("cpu"):
                 topology.visible_id(device, environment)
             visible.append(device)
     try:
         return *discovery.places(visible, settings.runtime.placed, environment), ""
-    except HostError as error:
-        return {}, {}, str(error)
+    except HostError as problem:
+        return {}, {}, str(problem)
 
 
 def slow_governors(cpus: Iterable[int]) -> dict[int, str]:
@@ -35,3 +36,36 @@ def slow_governors(cpus: Iterable[int]) -> dict[int, str]:
         if governor == "powersave" and driver not in DYNAMIC_DRIVERS:
             slow[cpu] = governor
     return slow
+
+
+def judge_complaint(complaint: str) -> list[Finding]:
+    """`complaint`: what stands in the way of a plan; empty: nothing."""
+    return [error("cpus", complaint, "runtime.cpus: auto, or CPUs of this list")] if complaint else []
+
+
+def judge(plan: Mapping[str, Cpus], near: Mapping[str, Cpus], placed: Iterable[str], hinted: bool) -> list[Finding]:
+    """The CPU set of each device. `placed`: by the settings; `hinted`: the host's tool answers at all."""
+    findings = []
+    for name, own in plan.items():
+        shared = sorted(other for other, theirs in plan.items() if other != name and set(theirs) & set(own))
+        text = f"{name}: CPUs {format_cpus(own)}"
+        by_place = set(near.get(name, ())) & set(own)
+        if shared:
+            findings.append(warning("cpus", f"{text}, shared with {', '.join(shared)}",
+                                    "fewer devices, more CPUs, or runtime.cpus"))  # fmt: skip
+        elif name.startswith("npu") and hinted and name not in placed and not by_place:
+            findings.append(warning("cpus", f"{text}; which are near it is not known",
+                                    "npu-smi info -t topo; then name them in runtime.cpus"))  # fmt: skip
+        else:
+            why = "by runtime.cpus" if name in placed else "near it" if by_place else "an even share"
+            findings.append(ok("cpus", f"{text}, {why}"))
+    return findings
+
+
+def judge_governors(slow: Mapping[int, str]) -> list[Finding]:
+    """CPUs of the plan, by governor, that a fixed low clock may hold back."""
+    if not slow:
+        return []
+    names = ", ".join(sorted(set(slow.values())))
+    return [warning("cpus", f"governor {names} on CPUs {format_cpus(slow)}: they may run at a low clock",
+                    "cpupower frequency-set --governor performance")]  # fmt: skip

@@ -1,23 +1,59 @@
-"""Asks the tools, the environment and /dev for the devices, and who may use them."""
+"""Whether the devices are there, healthy and free, open as a worker needs them, and to whom."""
 from __future__ import annotations
 
 import contextlib
 import grp
 import os
 import pwd
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+import msgspec
 
 from blendmaskd import ascend, discovery, topology
 from blendmaskd.ascend import Card, Chip
-from blendmaskd.check.device_findings import DeviceFacts, NodeFacts, Probe
-from blendmaskd.check.endpoint_findings import Holder
+from blendmaskd.check.endpoints import Holder
+from blendmaskd.check.finding import Finding, error, ok, warning
 from blendmaskd.check.host import is_ours
+from blendmaskd.probe import Cause, Probe
 from blendmaskd.settings import Settings
-from blendmaskd.topology import HostError
+from blendmaskd.topology import VISIBLE_DEVICES, HostError
 
 NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")  # beside davinciN
 SERVICE_USER = "blendmaskd"
+GIB = 1 << 30
+REMEDIES = {
+    None: "docs/troubleshooting.md",
+    Cause.NO_PACKAGE: "pip install 'blendmaskd[serve]'",
+    Cause.NO_TORCH_NPU: "pip install the torch_npu that belongs to your CANN and torch: docs/deployment.md",
+    Cause.NO_CANN: "source CANN's set_env.sh in this shell; see the lines of versions and permissions",
+    Cause.NOT_VISIBLE: "see the lines of permissions; is the driver loaded?",
+    Cause.PRECISION: "model.precision: auto, or fp32",
+}  # of what a process complained of that tried to open a device
+
+
+class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """One configured npu or cuda device, and cpu ones of engines that compute."""
+
+    device: str
+    hidden: str = ""  # why the daemon's environment does not show it
+    tool: str = ""  # npu-smi, nvidia-smi; empty for a CPU
+    cards: int | None = None  # how many the tool lists; None: it does not answer
+    card: Card | None = None
+    users: tuple[tuple[int, str], ...] = ()  # pid and name of processes on it, ours left out
+    probe: Probe | None = None  # None: not tried
+    untried: str = ""  # why not
+
+
+class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """A device node of the Ascend driver."""
+
+    path: str
+    there: bool
+    usable: bool = False  # for reading and writing by this user
+    group: str = ""
+    member: bool = False  # this user is, or becomes at the next login
+    service_may: bool | None = None  # whether the service's user is in the group; None: there is no such user
 
 
 class Npus:
@@ -40,7 +76,7 @@ class Npus:
         return tuple((pid, name) for pid, name in self._users.get(chip, ()) if not is_ours(pid))
 
 
-def device(
+def ask(
     device: str,
     settings: Settings,
     npus: Npus | None,
@@ -54,8 +90,8 @@ def device(
         return DeviceFacts(device=device, probe=probe, untried=untried)
     try:
         host_id = topology.visible_id(device, environment)
-    except HostError as error:
-        return DeviceFacts(device=device, hidden=str(error))
+    except HostError as problem:
+        return DeviceFacts(device=device, hidden=str(problem))
     if kind == "npu" and npus is not None:
         chip = npus.chip(host_id)
         return DeviceFacts(
@@ -78,7 +114,7 @@ def _gpus(environment: Mapping[str, str]) -> dict[str, str]:
     return {key: row[2] for row in rows if len(row) == 3 for key in row[:2]}
 
 
-def nodes(npus: Iterable[str], environment: Mapping[str, str]) -> list[NodeFacts]:
+def ask_nodes(npus: Iterable[str], environment: Mapping[str, str]) -> list[NodeFacts]:
     names = list(NODES)
     for device in npus:
         with contextlib.suppress(HostError):
@@ -114,3 +150,103 @@ def service_groups() -> set[int] | None:
     except KeyError:
         return None
     return set(os.getgrouplist(SERVICE_USER, user.pw_gid))
+
+
+def judge(facts: DeviceFacts, precision: str, exact: bool = False) -> list[Finding]:
+    """Whether it is there, healthy, free, and opens with this precision; `exact` is told beside it."""
+    name = facts.device
+    if facts.hidden:
+        variable = VISIBLE_DEVICES[name.partition(":")[0]]
+        return [error("device", facts.hidden, f"change {variable} or the setting devices")]
+    if facts.probe and facts.probe.error:
+        return [*_card(facts), error("device", f"{name}: {facts.probe.error}", REMEDIES[facts.probe.cause])]
+    return [*_card(facts), *_users(facts), *(_opened(facts, precision, exact) if facts.probe else _unopened(facts))]
+
+
+def judge_plans(warnings: Iterable[str]) -> list[Finding]:
+    """What a launch plan says of settings that will not do what they seem to say."""
+    return [warning("device", text, "docs/settings.md, runtime") for text in warnings]
+
+
+def _card(facts: DeviceFacts) -> list[Finding]:
+    name = facts.device
+    if not facts.tool:
+        return []
+    if facts.cards is None:
+        return [warning("device", f"{name}: {facts.tool} does not answer: health and other users are not known",
+                        f"is the driver installed, and {facts.tool} on PATH? It may need root")]  # fmt: skip
+    if facts.card is None:
+        return [error("device", f"{name}: {facts.tool} lists {facts.cards} devices, not this one",
+                      "name others in devices, or look for the card with lspci")]  # fmt: skip
+    if facts.card.health in ("OK", ""):
+        return []
+    text = f"{name}: {facts.card.name}, health {facts.card.health}"
+    if facts.card.health == "Warning":
+        return [warning("device", text, "npu-smi info -t health; the driver's log is dmesg")]
+    return [error("device", text, "npu-smi info -t health; a card in this state may need a reset or a reboot")]
+
+
+def _users(facts: DeviceFacts) -> list[Finding]:
+    if not facts.users:
+        return []
+    who = ", ".join(f"pid {pid} ({name})" for pid, name in facts.users)
+    return [warning("device", f"{facts.device}: in use by {who}", "stop it, or share the device's memory and time")]
+
+
+def _opened(facts: DeviceFacts, precision: str, exact: bool) -> list[Finding]:
+    assert facts.probe is not None
+    probe, name = facts.probe, facts.device
+    findings = [
+        warning("device", f"{name}: {difference}", "docs/troubleshooting.md") for difference in probe.differences
+    ]
+    if precision == "bf16" and probe.bf16 is False:
+        findings.append(error("device", f"{name}: {probe.name} does not compute in bfloat16",
+                              "model.precision: fp16, or fp32"))  # fmt: skip
+    if not findings:
+        health = f", health {facts.card.health}" if facts.card and facts.card.health else ""
+        arithmetic = f"{precision}, exact" if exact else precision
+        findings = [ok("device", f"{name}: {probe.name}, {probe.memory_bytes / GIB:.0f} GiB{health}, {arithmetic}")]
+    return findings
+
+
+def _unopened(facts: DeviceFacts) -> list[Finding]:
+    return [ok("device", f"{facts.device}: not opened, {facts.untried}")]
+
+
+def judge_nodes(facts: Sequence[NodeFacts], opened: bool, user: str) -> list[Finding]:
+    """Whether this user, and the service's, may use the driver's device nodes. `opened`: every device was opened."""
+    if opened:
+        return _shut_out(facts)
+    missing = [node.path for node in facts if not node.there]
+    findings = [_shut(node, user) for node in facts if node.there and not node.usable]
+    if missing:
+        findings.append(error("permissions", f"not there: {', '.join(missing)}",
+                              "install the driver, or load it; in a container: --device"))  # fmt: skip
+    return findings
+
+
+def _shut_out(facts: Sequence[NodeFacts]) -> list[Finding]:
+    """This user may use the nodes: may the service's?"""
+    groups = sorted({node.group for node in facts if node.there and node.service_may is False})
+    findings = []
+    for group in groups:
+        text = f"the service's user blendmaskd is not in the group {group} of the device nodes"
+        findings.append(error("permissions", text, f"usermod --append --groups {group} blendmaskd"))
+    if not findings and any(node.there for node in facts):
+        findings = [ok("permissions", "device nodes")]
+    return findings
+
+
+def _shut(node: NodeFacts, user: str) -> Finding:
+    remedy = f"usermod --append --groups {node.group} {user}, then log in again"
+    if node.member:
+        remedy = f"{user} is in the group {node.group} since this login began: log in again"
+    return error("permissions", f"{node.path}: {user} may not use it (group {node.group})", remedy)
+
+
+def judge_identity(user: str, is_root: bool, has_service: bool) -> list[Finding]:
+    """What root may do says little of what the service's user may."""
+    if not is_root or not has_service:
+        return []
+    return [warning("permissions", "run as root: the service runs as blendmaskd",
+                    "runuser -u blendmaskd -- blendmaskd check …")]  # fmt: skip

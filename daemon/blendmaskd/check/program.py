@@ -20,19 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from blendmaskd.check import (
-    cpu_findings,
-    cpus,
-    device_findings,
-    devices,
-    endpoint_findings,
-    endpoints,
-    resource_findings,
-    resources,
-    software,
-    software_findings,
-    trials,
-)
+from blendmaskd.check import cpus, devices, endpoints, resources, software, trials
 from blendmaskd.check.finding import Finding, as_tree
 from blendmaskd.check.trials import WEIGHTS, Trial
 from blendmaskd.settings import Settings, SettingsError
@@ -60,48 +48,48 @@ def main(load: Callable[[], Settings], as_json: bool) -> int:
 def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]:
     """Every check, in the order of the report. Takes seconds: devices are opened and weights loaded."""
     user = pwd.getpwuid(os.geteuid()).pw_name
-    wanted = list(endpoints.wanted(settings))
+    wanted = list(endpoints.ask(settings))
     serving = next((each.holder for each in wanted if each.holder and each.holder.ours), None)
-    preload, preload_complaint = software.preload(settings)
+    preload, preload_complaint = software.ask_preload(settings)
     plan, near, cpus_complaint = cpus.places(settings, environment)
     tried = trials.start(settings, plan, preload, serving, environment)
     npus = [device for device in settings.devices if device.startswith("npu") and settings.engine != "timed"]
     cards = devices.Npus(environment) if npus else None
-    versions = software.versions(environment)
+    versions = software.ask_versions(environment)
     probes = {device: trials.probe(trial) for device, trial in tried.items() if device != WEIGHTS}
     configured = [
-        devices.device(name, settings, cards, environment, probes.get(name), serving) for name in settings.devices
+        devices.ask(name, settings, cards, environment, probes.get(name), serving) for name in settings.devices
     ]
     opened = all((probe := probes.get(device)) is not None and not probe.error for device in npus)
 
-    found = device_findings.identity(user, os.geteuid() == 0, devices.service_groups() is not None)
+    found = devices.judge_identity(user, os.geteuid() == 0, devices.service_groups() is not None)
     model = settings.model
-    found += [line for each in configured for line in device_findings.device(each, model.precision, model.exact)]
+    found += [line for each in configured for line in devices.judge(each, model.precision, model.exact)]
     launched = [trial.plan for trial in tried.values() if trial.plan]
-    found += device_findings.plan(dict.fromkeys(warning for each in launched for warning in each.warnings))
+    found += devices.judge_plans(dict.fromkeys(warning for each in launched for warning in each.warnings))
     if npus and not serving:
-        found += device_findings.nodes(devices.nodes(npus, environment), opened, user)
-    found += software_findings.versions(versions, bool(npus))
-    found += cpu_findings.unplaced(cpus_complaint)
-    found += cpu_findings.cpus(plan, near, settings.runtime.placed, cards is not None and cards.answers)
-    found += cpu_findings.governor(cpus.slow_governors(cpu for own in plan.values() for cpu in own))
-    found += software_findings.allocator(
+        found += devices.judge_nodes(devices.ask_nodes(npus, environment), opened, user)
+    found += software.judge_versions(versions, bool(npus))
+    found += cpus.judge_complaint(cpus_complaint)
+    found += cpus.judge(plan, near, settings.runtime.placed, cards is not None and cards.answers)
+    found += cpus.judge_governors(cpus.slow_governors(cpu for own in plan.values() for cpu in own))
+    found += software.judge_allocator(
         settings.runtime.preload, launched[-1].preload if launched and preload else preload, preload_complaint,
         apt=shutil.which("apt-get") is not None, dnf=shutil.which("dnf") is not None,
     )  # fmt: skip
-    found += [line for each in wanted for line in endpoint_findings.endpoint(each)]
-    found += [line for each in endpoints.keys(settings) for line in endpoint_findings.tcp(each)]
-    found += [line for each in resources.folders(settings) for line in resource_findings.folder(each)]
-    found += [line for each in resources.spool(settings) for line in resource_findings.spool(each)]
+    found += [line for each in wanted for line in endpoints.judge(each)]
+    found += [line for each in endpoints.ask_keys(settings) for line in endpoints.judge_keys(each)]
+    found += [line for each in resources.ask_folders(settings) for line in resources.judge_folder(each)]
+    found += [line for each in resources.ask_spool(settings) for line in resources.judge_spool(each)]
     found += _weights(settings, tried.get(WEIGHTS))
-    return found + resource_findings.limits(resources.limits(settings))
+    return found + resources.judge_limits(resources.ask_limits(settings))
 
 
 def _weights(settings: Settings, trial: Trial | None) -> list[Finding]:
     if trial is None:
-        return resource_findings.weights(settings.engine, None, None, 0.0) if settings.engine == "timed" else []
+        return resources.judge_weights(settings.engine, None, None, 0.0) if settings.engine == "timed" else []
     trial.end()
-    return resource_findings.weights(settings.engine, settings.model.weights, trial.complaint, trial.took_s)
+    return resources.judge_weights(settings.engine, settings.model.weights, trial.complaint, trial.took_s)
 
 
 def _show(found: Sequence[Finding]) -> None:

@@ -1,4 +1,4 @@
-"""Asks what is installed: the versions of Python's packages and of Ascend's, and the allocator."""
+"""Whether the versions that are installed belong together, and which allocator workers get."""
 from __future__ import annotations
 
 import importlib.metadata
@@ -6,19 +6,37 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
 from blendmaskd import ascend
+from blendmaskd.check.finding import Finding, error, ok, warning
 from blendmaskd.check.host import read
-from blendmaskd.check.software_findings import VersionFacts
-from blendmaskd.core.launch_plan import Preload
+from blendmaskd.core.launch_plan import TCMALLOC_PACKAGES, Preload
 from blendmaskd.settings import Settings
 from blendmaskd.shell import launch
 from blendmaskd.topology import HostError
 
 ASCEND = Path("/usr/local/Ascend")
 CANN_FOLDERS = ("ascend-toolkit", "cann", "nnae", "nnrt")  # below ASCEND, in the order of install_service.sh
+_PAIR = "the pairs are in docs/deployment.md; the newest at github.com/Ascend/pytorch, COMPATIBILITY.md"
 
 
-def versions(environment: Mapping[str, str]) -> VersionFacts:
+class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Versions as installed; empty where not there or not told."""
+
+    python: str
+    torch: str = ""
+    torch_npu: str = ""
+    machine: str = "x86_64"
+    cann: str = ""
+    cann_home: str = ""  # ASCEND_HOME_PATH
+    set_env: str = ""  # a set_env.sh that was found, for the remedy
+    driver: str = ""
+    firmware: str = ""
+    firmware_ranges: list[tuple[str, str]] = []  # that the driver works with
+
+
+def ask_versions(environment: Mapping[str, str]) -> VersionFacts:
     home = environment.get("ASCEND_HOME_PATH", "")
     scripts = [ASCEND / folder / "set_env.sh" for folder in CANN_FOLDERS]
     driver = read(ASCEND / "driver/version.info")
@@ -50,9 +68,80 @@ def _cann_version(home: Path) -> str:
     return next((version for file in files if (version := ascend.parse_version(read(file)))), "")
 
 
-def preload(settings: Settings) -> tuple[Preload | None, str]:
+def ask_preload(settings: Settings) -> tuple[Preload | None, str]:
     """The allocator that the settings mean, or why it cannot be had."""
     try:
         return launch.resolve_preload(settings.runtime.preload), ""
-    except HostError as error:
-        return None, str(error)
+    except HostError as problem:
+        return None, str(problem)
+
+
+def judge_versions(facts: VersionFacts, npu: bool) -> list[Finding]:
+    """Whether torch, torch_npu, CANN, driver and firmware belong together; the last four only for NPUs."""
+    if not facts.torch:
+        return [error("versions", "torch is not installed for this Python", "pip install 'blendmaskd[serve]'")]
+    found = [f"Python {facts.python}", f"torch {facts.torch}"]
+    if not npu:
+        return [ok("versions", ", ".join(found))]
+    findings = [*_torch_npu(facts), *_cann(facts), *_firmware(facts)]
+    named = {"torch_npu": facts.torch_npu, "CANN": facts.cann, "driver": facts.driver, "firmware": facts.firmware}
+    found += [f"{name} {version or 'unknown'}" for name, version in named.items()]
+    return findings or [ok("versions", ", ".join(found))]
+
+
+def _torch_npu(facts: VersionFacts) -> list[Finding]:
+    if not facts.torch_npu:
+        return [warning("versions", "torch_npu is not installed for this Python", _PAIR)]
+    ours, theirs = (version.partition("+")[0].split(".")[:2] for version in (facts.torch, facts.torch_npu))
+    if ours != theirs:
+        wanted = ".".join(facts.torch_npu.split(".")[:3])
+        return [error("versions", f"torch_npu {facts.torch_npu} needs torch {wanted}, this is {facts.torch}",
+                      f"pip install torch=={wanted}, or the torch_npu for {facts.torch}")]  # fmt: skip
+    if facts.machine == "x86_64" and "+cu" in facts.torch:
+        return [error("versions", f"torch {facts.torch} is the CUDA build: on x86 torch_npu needs the CPU build",
+                      "pip install torch from PyTorch's index for CPUs")]  # fmt: skip
+    return []
+
+
+def _cann(facts: VersionFacts) -> list[Finding]:
+    if not facts.cann_home:
+        script = facts.set_env or "/usr/local/Ascend/ascend-toolkit/set_env.sh"
+        what = "CANN is installed, but not in this environment" if facts.set_env else "no CANN was found"
+        remedy = f"source {script}" if facts.set_env else "install CANN, then source its set_env.sh"
+        return [warning("versions", f"ASCEND_HOME_PATH is not set: {what}", remedy)]
+    if not facts.cann:
+        return [warning("versions", f"{facts.cann_home} does not tell the version of CANN",
+                        "look for ascend_toolkit_install.info there")]  # fmt: skip
+    wanted = ascend.cann_for(facts.torch_npu)
+    if not facts.torch_npu or not wanted or ascend.order(wanted) == ascend.order(facts.cann):
+        return []
+    age = "older" if ascend.order(facts.cann) < ascend.order(wanted) else "newer"
+    return [warning("versions", f"torch_npu {facts.torch_npu} was made for CANN {wanted}; {facts.cann} is {age}",
+                    _PAIR)]  # fmt: skip
+
+
+def _firmware(facts: VersionFacts) -> list[Finding]:
+    ranges = facts.firmware_ranges
+    if not facts.firmware or not ranges or ascend.within(facts.firmware, ranges):
+        return []
+    told = ", ".join(f"{low} to {high}" for low, high in ranges)
+    return [warning("versions", f"driver {facts.driver} works with firmware {told}; this is {facts.firmware}",
+                    "install the firmware of the driver's package")]  # fmt: skip
+
+
+def judge_allocator(choice: str, preload: Preload | None, complaint: str, apt: bool, dnf: bool) -> list[Finding]:
+    """Whether workers get tcmalloc. `complaint`: why a required or named library cannot be had."""
+    install = _install_tcmalloc(apt, dnf)
+    if preload is None:
+        return [error("allocator", complaint, install)]
+    if preload.path:
+        return [ok("allocator", preload.path)]
+    if choice == "off" or "LD_PRELOAD" in preload.reason:  # another allocator, or by somebody else's choice
+        return [ok("allocator", preload.reason)]
+    return [warning("allocator", "tcmalloc is not installed: workers use libc's malloc", install)]
+
+
+def _install_tcmalloc(apt: bool, dnf: bool) -> str:
+    if apt:
+        return "apt-get install libtcmalloc-minimal4"
+    return "dnf install gperftools-libs" if dnf else TCMALLOC_PACKAGES

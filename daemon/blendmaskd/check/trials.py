@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from blendmaskd import discovery
-from blendmaskd.check.device_findings import Probe
-from blendmaskd.check.endpoint_findings import Holder
+from blendmaskd.check.endpoints import Holder
 from blendmaskd.core import launch_plan
 from blendmaskd.core.launch_plan import Basis, LaunchPlan, Preload
+from blendmaskd.probe import Probe
 from blendmaskd.settings import Settings
 from blendmaskd.shell import launch
 from blendmaskd.topology import Cpus, HostError

@@ -1,6 +1,6 @@
 """The client: `Client` blocks, `AsyncClient` awaits; both keep many jobs in flight over one socket.
 
-    from blendmaskd.client.blocking import Client
+    from blendmaskd import Client
 
     with Client("ipc:///run/blendmaskd/client.sock") as client:
         result = client.segment("photo.jpg", score_threshold=0.3)
@@ -48,11 +48,12 @@ from blendmaskd.client.connection import (
     check_window,
 )
 from blendmaskd.client.exchange import Image, Job, JobFailed, Segmentation, ServerPath, SharedMemoryError
+from blendmaskd.keys import KeyFileError
 from blendmaskd.protocol import Code, GetStats, Submit
 
-__all__ = [
-    "DEFAULT_ENDPOINT", "AsyncClient", "Client", "HandshakeError", "Image", "JobFailed", "Segmentation", "ServerPath",
-    "SharedMemoryError",
+__all__ = [  # what `blendmaskd` exports
+    "DEFAULT_ENDPOINT", "AsyncClient", "Client", "Code", "HandshakeError", "Image", "JobFailed", "KeyFileError",
+    "Segmentation", "ServerPath", "SharedMemoryError",
 ]  # fmt: skip
 
 LONGEST_POLL_S = 3600.0  # poll takes no infinite time

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any, Literal, get_args
 
 import zmq
 
+from blendmaskd.client import places
 from blendmaskd.client.exchange import Exchange, Image, Job
-from blendmaskd.client.places import Places
 from blendmaskd.keys import PUBLIC, Pair, read_pair, read_public
 from blendmaskd.protocol import Fetch, Forget, Options
 
@@ -144,15 +145,17 @@ def introduce(socket: zmq.Socket[Any], keys: Keys | None) -> None:
         socket.set(zmq.CURVE_SECRETKEY, pair.secret)
 
 
-def _places(endpoint: str, transport: Transport) -> Places | None:
+def _places(endpoint: str, transport: Transport) -> places.Places | None:
     local = endpoint.startswith("ipc://")
     if transport not in get_args(Transport):
         raise ValueError(f"transport = {transport!r}: expected {', '.join(get_args(Transport))}")
     if transport == "shared" and not local:
         raise ValueError(f"{endpoint}: transport 'shared' needs the daemon on this host, by an ipc:///PATH endpoint")
-    if transport == "socket" or not local:
+    if transport == "shared" and not places.SUPPORTED:
+        raise ValueError(f"transport 'shared' needs Linux: {sys.platform} has no memory of the kind that it takes")
+    if transport == "socket" or not local or not places.SUPPORTED:
         return None
-    return Places(endpoint.removeprefix("ipc://"), required=transport == "shared")
+    return places.Places(endpoint.removeprefix("ipc://"), required=transport == "shared")
 
 
 def _keys(endpoint: str, server_key: KeyFile, key: KeyFile) -> Keys | None:

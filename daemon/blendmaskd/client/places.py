@@ -7,12 +7,12 @@ takes the old one's part; the old one is given back when its last place is free.
 
 What cannot go by shared memory goes by socket: nothing here fails a job, unless the client demands shared memory.
 
-Nothing here waits: the daemon's answer makes `Places.fileno` readable. No clock.
+Nothing here waits: the daemon's answer makes `Places.fileno` readable. No clock. Only Linux has what this takes, as
+`SUPPORTED` says; elsewhere this module can be imported, and no more.
 """
 from __future__ import annotations
 
 import errno
-import fcntl
 import math
 import mmap
 import os
@@ -24,6 +24,7 @@ import msgpack
 
 from blendmaskd.protocol import MAGIC, MEMORY_SUFFIX, Place
 
+SUPPORTED = hasattr(os, "memfd_create") and hasattr(select, "epoll") and hasattr(socket, "SOCK_SEQPACKET")
 SMALLEST_BYTES = 64 << 10  # below, the socket is as good
 PLACES = 32  # in a region: as many images as a client commonly has in flight
 AGAIN_S = 10.0  # after a refusal
@@ -37,6 +38,8 @@ class Region:
 
     def __init__(self, place_bytes: int, places: int) -> None:
         """Raises OSError."""
+        import fcntl  # not everywhere
+
         self.name = ""
         self.place_bytes = place_bytes
         self._places = places

@@ -274,7 +274,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--require-mask-ap", metavar="Y", type=program.percentage, default=0.0, help="percent")
     program.add_connection(parser)
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import time
@@ -93,7 +92,7 @@ class Journal:
         and, unless `anew`, for one whose answers would be lost; `OutputError` where it cannot be written.
         """
         try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
         except OSError as error:
             raise OutputError(f"{self.path}: {error.strerror}") from None
         try:
@@ -139,12 +138,14 @@ class Journal:
 
     def _lock(self) -> None:
         try:
+            import fcntl
+
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             text = f"another run writes into {self.path.parent}/: let it end, or choose another --out"
             raise UsageError(text) from None
-        except OSError:
-            pass  # a file system without locks
+        except (OSError, ModuleNotFoundError):
+            pass  # a file system, or a platform, without such locks
 
     def _begin(self) -> None:
         if os.fstat(self._fd).st_size:
@@ -183,7 +184,7 @@ class Journal:
     def _sync(self) -> None:
         self._synced = time.monotonic()
         try:
-            os.fdatasync(self._fd)
+            getattr(os, "fdatasync", os.fsync)(self._fd)  # not everywhere
         except OSError as error:
             if error.errno != errno.EINVAL:  # no file on a disk
                 raise OutputError(f"{self.path}: {error.strerror}") from None

@@ -13,9 +13,9 @@ from functools import cache
 from math import ceil
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
-from pycocotools import mask as coco_mask
+
+from blendmaskd.programs import masks
 
 # Opacity of the colour where a mask is 0 to 255. Across a mask's border, blurred, it falls from 255 to 0: near the
 # middle of that slope is the line.
@@ -49,7 +49,8 @@ def draw(image: Image.Image, results: Sequence[Result]) -> Image.Image:
     drawn = image.convert("RGB") if image.mode != "RGB" else image.copy()
     for result, own in large_first:
         if "segmentation" in result:
-            _tint(drawn, _mask(result["segmentation"], image.height, image.width), own, thickness)
+            mask = Image.fromarray(masks.decode(result["segmentation"], image.height, image.width)).convert("L")
+            _tint(drawn, mask, own, thickness)
     for result, own in large_first:
         _frame(drawn, result["bbox"], own, thickness)
     _write_tags(drawn, coloured, max(11, round(side / 46)))
@@ -65,18 +66,6 @@ def colour(place: int) -> Colour:
     shares = colorsys.hls_to_rgb(place * 0.618034 % 1, (0.5, 0.62, 0.4)[place % 3], 0.9)
     red, green, blue = (round(255 * share) for share in shares)
     return red, green, blue
-
-
-def _mask(segmentation: Any, height: int, width: int) -> Image.Image:
-    """The mask as an image of 0 and 255."""
-    if segmentation == []:
-        return Image.new("L", (width, height))
-    if isinstance(segmentation, list):
-        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    found = tuple(segmentation["size"])
-    if found != (height, width):
-        raise ValueError(f"a mask is for an image of {found[1]}x{found[0]} pixels, this one has {width}x{height}")
-    return Image.fromarray(coco_mask.decode(segmentation) * np.uint8(255))
 
 
 def _tint(drawn: Image.Image, mask: Image.Image, own: Colour, thickness: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
+from blendmaskd import files
 from blendmaskd.client.blocking import Client, HandshakeError
 from blendmaskd.logs import in_a_line
 
@@ -182,12 +183,8 @@ class Interruptible:
 
 def write_json(path: Path, tree: Any) -> None:
     """Write it whole or not at all: a reader never sees half a file. Floats keep all their digits."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with files.whole(path) as beside:
         beside.write_text(json.dumps(tree), encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def text_of(path: Path) -> str:

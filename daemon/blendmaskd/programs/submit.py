@@ -41,6 +41,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from blendmaskd import files
 from blendmaskd.client.blocking import Client, JobFailed, Segmentation
 from blendmaskd.images import decoding as images
 from blendmaskd.images.quiet import quiet
@@ -264,12 +265,8 @@ def draw_overlay(source: Source, detections: Sequence[dict[str, Any]]) -> None:
     pixels = images.read(source.path)
     drawn = overlay.draw(Image.fromarray(pixels[:, :, ::-1]), detections)
     source.overlay.parent.mkdir(parents=True, exist_ok=True)
-    beside = source.overlay.with_name(f".{source.place}.part")  # the journal's lock keeps others off
-    try:
+    with files.whole(source.overlay, mark="part") as beside:  # the journal's lock keeps others off
         drawn.save(beside, "JPEG", quality=92)
-        beside.replace(source.overlay)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 # -- telling ----------------------------------------------------------------------------------------------------------
@@ -332,7 +329,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.retry_lost and not arguments.resume:
         parser.error("--retry-lost: only with --resume")
     return arguments
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -34,7 +34,6 @@ import copy
 import dataclasses
 import importlib.util
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -394,7 +393,3 @@ def _progress(variants: Sequence[Variant], arguments: argparse.Namespace) -> Ite
     with Progress(*columns, console=console, auto_refresh=False, transient=True,
                   disable=not console.is_terminal) as progress:  # fmt: skip
         yield Told(progress, total_s)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

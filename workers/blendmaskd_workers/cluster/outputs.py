@@ -4,9 +4,7 @@ An image at a time, in the order of the images: a run's results need not fit in 
 """
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from blendmaskd import files
 from blendmaskd.programs.program import Failure, write_json
 from blendmaskd_workers.cluster import journal
 from blendmaskd_workers.cluster.journal import Entry, Line
@@ -47,7 +46,7 @@ def write(
 
 
 def _write_json(path: Path, names: Sequence[str], lines: Iterator[Line]) -> None:
-    with _whole(path) as beside, beside.open("wb") as file:
+    with files.whole(path) as beside, beside.open("wb") as file:
         separator = b"["
         for line in lines:
             for detection in _detections(line):
@@ -59,7 +58,7 @@ def _write_json(path: Path, names: Sequence[str], lines: Iterator[Line]) -> None
 
 def _write_parquet(path: Path, names: Sequence[str], lines: Iterator[Line], mask_format: str) -> None:
     schema = _schema(mask_format)
-    with _whole(path) as beside, pq.ParquetWriter(beside, schema, compression="zstd") as writer:
+    with files.whole(path) as beside, pq.ParquetWriter(beside, schema, compression="zstd") as writer:
         while some := list(islice(lines, ROWS)):
             rows = [
                 {
@@ -85,14 +84,3 @@ def _schema(mask_format: str) -> Any:
 def _detections(line: Line) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = msgspec.json.decode(line.detections)
     return found
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file beside it that takes its place when all is written."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

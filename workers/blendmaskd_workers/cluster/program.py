@@ -20,13 +20,10 @@ Exit codes: 0 all done · 1 an image failed, listed at the end · 2 wrong argume
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from blendmaskd.programs import program
-from blendmaskd.programs.program import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,12 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    try:
-        dataset = importlib.import_module("blendmaskd_workers.cluster.dataset")
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{error.name} is not installed: pip install -c constraints.txt '.[ray]'") from None
-    code: int = dataset.run(arguments)
-    return code
+    from blendmaskd_workers.cluster import dataset  # needs the extra ray, help and mistakes do not
+
+    return dataset.run(arguments)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,7 +62,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.retry_lost and not arguments.resume:
         parser.error("--retry-lost: only with --resume")
     return arguments
-
-
-if __name__ == "__main__":
-    sys.exit(main())

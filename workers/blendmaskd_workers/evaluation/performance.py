@@ -354,7 +354,3 @@ def _size(text: str) -> str:
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected HEIGHTxWIDTH, such as 800x1280")
     return text
-
-
-if __name__ == "__main__":
-    sys.exit(main())

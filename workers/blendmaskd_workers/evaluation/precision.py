@@ -111,7 +111,3 @@ def _device(text: str) -> str:
     if not re.fullmatch(r"(npu|cuda|cpu)(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected npu, npu:N, cuda, cuda:N or cpu")
     return text
-
-
-if __name__ == "__main__":
-    sys.exit(main())

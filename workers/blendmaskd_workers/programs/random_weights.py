@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from blendmaskd import files
+
 EXIT_FAILED = 1
 
 
@@ -40,13 +42,9 @@ def save(config: str, output: Path, seed: int) -> int:
 
     weights = blendmask.random_weights(blendmask.build(blendmask.load_config(config)), seed)
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:  # given a path, torch would write the file's name into it
-            torch.save({"model": weights}, file)
-        beside.replace(output)
-    finally:
-        beside.unlink(missing_ok=True)
+    # Given a path, torch would write the file's name into it.
+    with files.whole(output) as beside, beside.open("wb") as file:
+        torch.save({"model": weights}, file)
     return sum(value.numel() for value in weights.values())
 
 
@@ -56,7 +54,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the checkpoint, such as random.pth")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

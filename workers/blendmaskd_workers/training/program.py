@@ -23,7 +23,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from blendmaskd import files
 from blendmaskd.programs.program import positive
 
 if TYPE_CHECKING:
@@ -288,17 +288,14 @@ def _save(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint, whole or not at all. Raises `CannotSave`."""
     import torch
 
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with beside.open("wb") as file:  # given a path, torch would write the file's name into it
+        # Given a path, torch would write the file's name into it.
+        with files.whole(path) as beside, beside.open("wb") as file:
             torch.save(content, file)
             os.fsync(file.fileno())
-        beside.replace(path)
     except (OSError, RuntimeError) as error:
         refused = error.__context__ if isinstance(error.__context__, OSError) else error  # PyTorch trips over it
         raise CannotSave(f"{path} cannot be saved: {_reason(refused)}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _reason(error: BaseException) -> str:
@@ -346,7 +343,3 @@ def _parser() -> argparse.ArgumentParser:
         help="a picture with more ends the training (default: 500000000)")
     add("--seed", type=int, default=0, metavar="N", help="of initial weights and of the order of images (default: 0)")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

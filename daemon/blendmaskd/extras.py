@@ -1,0 +1,33 @@
+"""What an installation lacks: a module that is not there becomes one line that names the extra to install.
+
+``pip install blendmaskd`` installs a client, and programs around one, for any platform. What serves and computes is in
+the extra ``serve``. A program imports what it needs and is none the wiser; `run` is around it.
+"""
+from __future__ import annotations
+
+import importlib
+import sys
+
+EXTRAS = {"torch_npu": "npu", "matplotlib": "plots", "ray": "ray", "pyarrow": "ray", "starlette": "ray"}  # else serve
+EXIT_LACKING = 2  # as for wrong arguments
+
+
+def run(name: str, module: str, code: int = EXIT_LACKING) -> int:
+    """Run the `main` of a module; `code` is the exit code where the installation lacks what it needs."""
+    try:
+        ended: int = importlib.import_module(module).main()
+    except ModuleNotFoundError as error:
+        print(f"{name}: {lacking(error)}", file=sys.stderr)
+        return code
+    return ended
+
+
+def lacking(error: ModuleNotFoundError) -> str:
+    """What to install, or that this platform will not do. Raises the error again if the module is one of ours."""
+    missing = (error.name or "").partition(".")[0]
+    if missing in ("", "blendmaskd", "blendmaskd_workers"):
+        raise error
+    if missing in sys.stdlib_module_names:
+        return f"needs Linux: Python has no module {missing} on {sys.platform}"
+    extra = EXTRAS.get(missing, "serve")
+    return f"{missing} is not installed; it comes with the extra: pip install 'blendmaskd[{extra}]'"

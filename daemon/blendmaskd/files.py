@@ -1,0 +1,26 @@
+"""Files that are written whole or not at all: a reader never sees half of one, whatever dies meanwhile."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
+    """A path beside `path` to write to: that file takes its place after the block, or is removed if the block raises.
+
+    Without `over` a file that is there already stays: raises FileExistsError. `mark` tells those apart who write the
+    same file at once, by default the process. Where a lock keeps others off, a fixed one is better: the next run then
+    writes over what a killed one left.
+    """
+    beside = path.with_name(f".{path.name}.{mark or os.getpid()}")
+    try:
+        yield beside
+        if over:
+            beside.replace(path)
+        else:
+            path.hardlink_to(beside)
+    finally:
+        beside.unlink(missing_ok=True)

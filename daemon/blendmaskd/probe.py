@@ -1,0 +1,28 @@
+"""What a process found that opened a device as its worker would: `python -m blendmaskd_workers --probe` prints it, as
+JSON, and `blendmaskd check` reads it."""
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Cause(StrEnum):
+    """Why a device cannot be used, where that says what to do."""
+
+    NO_PACKAGE = "no-package"  # of the extra serve
+    NO_TORCH_NPU = "no-torch-npu"
+    NO_CANN = "no-cann"  # in this environment: torch_npu is installed and cannot be loaded
+    NOT_VISIBLE = "not-visible"
+    PRECISION = "precision"  # that this device does not compute in
+
+
+class Probe(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`error` is empty where the device could be opened."""
+
+    error: str = ""
+    cause: Cause | None = None  # of the error
+    name: str = ""  # Ascend910B3
+    memory_bytes: int = 0  # all there is
+    bf16: bool | None = None  # whether it computes in bfloat16; None: it does not tell
+    differences: tuple[str, ...] = ()  # from what its launch plan wanted

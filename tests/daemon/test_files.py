@@ -1,0 +1,45 @@
+"""A file is there whole or not at all, and nothing else is left beside it."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from blendmaskd import files
+from checkout import ROOT
+
+
+def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with files.whole(path) as beside:
+        beside.write_text("half")
+        assert not path.exists()
+        beside.write_text("whole")
+    with files.whole(path) as beside:
+        beside.write_text("new")
+        assert path.read_text() == "whole"
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "new")]
+
+
+def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(TypeError), files.whole(path) as beside, beside.open("w") as file:
+        file.writelines(["half", None])  # type: ignore[list-item]
+    with pytest.raises(FileExistsError), files.whole(path, over=False) as beside:
+        beside.write_text("other")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "old")]
+
+
+def test_a_fixed_mark_takes_over_what_a_killed_run_left(tmp_path: Path) -> None:
+    (tmp_path / ".a.jpg.part").write_text("left behind")
+    with files.whole(tmp_path / "a.jpg", mark="part") as beside:
+        beside.write_text("whole")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jpg"]
+
+
+def test_nobody_else_writes_files_beside_files() -> None:
+    sources = [path for folder in ("daemon", "workers") for path in (ROOT / folder).rglob("*.py")]
+    own = [str(path.relative_to(ROOT)) for path in sources if re.search(r"with_name\(f\"\.\{", path.read_text("utf-8"))]
+    assert own == ["daemon/blendmaskd/files.py"]
