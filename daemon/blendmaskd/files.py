@@ -1,10 +1,13 @@
 """Files that are written whole or not at all: a reader never sees half of one, whatever dies meanwhile."""
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+LONGEST_NAME = 100  # bytes; most file systems take 255, some fewer
 
 
 @contextmanager
@@ -15,7 +18,7 @@ def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
     same file at once, by default the process. Where a lock keeps others off, a fixed one is better: the next run then
     writes over what a killed one left.
     """
-    beside = path.with_name(f".{path.name}.{mark or os.getpid()}")
+    beside = path.with_name(f".{_short(path.name)}.{mark or os.getpid()}")
     try:
         yield beside
         if over:
@@ -24,3 +27,9 @@ def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
             path.hardlink_to(beside)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _short(name: str) -> str:
+    """The name, or a digest of it where a longer name than its own might be too long for the disk."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= LONGEST_NAME else hashlib.sha256(encoded).hexdigest()

@@ -39,6 +39,16 @@ def test_a_fixed_mark_takes_over_what_a_killed_run_left(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a.jpg"]
 
 
+@pytest.mark.parametrize("name", ["a" * 255, "\u00e9" * 127, "\udcff" * 255], ids=["ascii", "two bytes", "no text"])
+def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path: Path, name: str) -> None:
+    others = [tmp_path / f"{name[:-1]}{last}" for last in ("b", "c")]  # as long, or shorter by a byte
+    with files.whole(tmp_path / name) as beside, files.whole(others[0]) as second, files.whole(others[1]) as third:
+        for number, path in enumerate((beside, second, third)):
+            path.write_text(str(number))
+    assert [path.read_text() for path in (tmp_path / name, *others)] == ["0", "1", "2"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_nobody_else_writes_files_beside_files() -> None:
     sources = [path for folder in ("daemon", "workers") for path in (ROOT / folder).rglob("*.py")]
     own = [str(path.relative_to(ROOT)) for path in sources if re.search(r"with_name\(f\"\.\{", path.read_text("utf-8"))]
