@@ -20,7 +20,7 @@ from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, decode
 from blendmaskd.settings import Limits
 from blendmaskd.shell import launch
-from checkout import ROOT
+from checkout import ROOT, SOURCES
 from fuzz import bombs as made
 from fuzz import pictures
 from fuzz.program import bomb_bound
@@ -171,7 +171,8 @@ def in_a_process(code: str, *arguments: object) -> str:
     """What Python code prints; it may say nothing on stderr, nor take longer than a minute."""
     argv = [sys.executable, "-c", code, *map(str, arguments)]
     preload = launch.resolve_preload("auto").path  # a worker's allocator, where it is installed
-    environment = {**os.environ, **({"LD_PRELOAD": preload} if preload else {})}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{SOURCES}"}
+    environment |= {"LD_PRELOAD": preload} if preload else {}
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == ""
     return done.stdout
@@ -193,7 +194,7 @@ from blendmaskd.images.quiet import quiet
 quiet()
 from PIL import TiffImagePlugin
 from blendmaskd.settings import Limits
-from blendmaskd.images import decoding
+from blendmaskd.images import decoding as images
 for payload in ast.literal_eval(open(sys.argv[1]).read()):
     try:
         images.decode(payload, Limits())
