@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
+import hypothesis
 import psutil
 import pytest
 import yaml
@@ -43,6 +44,9 @@ T = TypeVar("T")
 def pytest_configure() -> None:
     _give_children_default_signals()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: fixtures end, and with them their processes
+    any_speed = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.register_profile("any speed", any_speed)  # a busy machine is no reason to fail
+    hypothesis.settings.load_profile("any speed")
 
 
 def _give_children_default_signals() -> None:

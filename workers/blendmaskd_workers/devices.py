@@ -1,4 +1,4 @@
-"""A device, opened and set up for inference, exact unless told otherwise; the only module that calls device APIs.
+"""A device, opened and set up for inference, in float32 unless told otherwise; the only module that calls device APIs.
 
 `open_device` takes a device as this process sees it (``npu:0``, ``cuda:0``, ``cpu``), `Device` is what the rest of a
 worker needs of it. Device APIs keep the current device per thread:

@@ -5,6 +5,7 @@
     python scripts/eval_precision.py … --device npu:0 --dtype bf16        # what autocast to bfloat16 costs
     python scripts/eval_precision.py --config … --random-weights 0 --device cuda:0 --images photo.jpg
 
+Both sides run the network as it was trained, as the daemon does with model.exact; the reference's answers are exact.
 It compares the training losses, the features p3 to p7, bases, head outputs, and the final boxes and masks, on fixed
 scenes or on --images. A value is off when its relative error is over 1%; values of at most 0.001 do not count. With
 --trace each module of the device's network is fed the reference's input and its own output compared, so that errors
@@ -95,7 +96,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="photographs, on which seeded shapes stand for instances (default: painted scenes)")
     add("--seed", type=int, default=0, metavar="N", help="of the scenes (default: 0)")
     add("--hf32", choices=("on", "off"), default="off",
-        help="on: let an NPU use HF32 and CUDA TF32; off: exact float32, also on an Ascend 910A (default)")
+        help="on: let an NPU use HF32 and CUDA TF32; off: float32 throughout, also on an Ascend 910A (default)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
         help="what the device's convolutions and matrix products compute in, by autocast (default: fp32)")
     add("--trace", action="store_true", help="compare module by module, each on the reference's input")

@@ -1,7 +1,7 @@
 """The two sides of a comparison, the reference and the device, and the report on how far they are apart.
 
-`load` makes them, `evaluate` compares them on scenes. Both are of one network with one set of weights; the reference
-computes in float32.
+`load` makes them, `evaluate` compares them on scenes. Both are of one network with one set of weights, as it was
+trained, which is what `model.exact` serves; the reference computes in float32.
 """
 from __future__ import annotations
 
