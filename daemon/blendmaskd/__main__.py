@@ -43,12 +43,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check(argv: list[str]) -> int:
     from blendmaskd.check import program as check
-    from blendmaskd.programs import program  # what they need, serving does not
+    from blendmaskd.programs.errors import guarded
 
     parser = _parser("blendmaskd check", check.__doc__)
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(argv)
-    return program.guarded("blendmaskd check", lambda: check.main(_loader(arguments), arguments.json))
+    return guarded("blendmaskd check", lambda: check.main(_loader(arguments), arguments.json))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -1,10 +1,12 @@
-"""Files that are written whole or not at all: a reader never sees half of one, whatever dies meanwhile."""
+"""Files that are written whole or not at all: a reader never sees half of one, whatever dies meanwhile; their names."""
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -24,3 +26,14 @@ def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
             path.hardlink_to(beside)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write it whole or not at all: a reader never sees half a file. Floats keep all their digits."""
+    with whole(path) as beside:
+        beside.write_text(json.dumps(tree), encoding="utf-8")
+
+
+def text_of(path: Path) -> str:
+    r"""A path as text that every encoding of Unicode has: bytes of a name that are no UTF-8 are written as ``\xe9``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

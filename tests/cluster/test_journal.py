@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from blendmaskd.programs.program import OutputError, UsageError
+from blendmaskd.programs.errors import OutputError, UsageError
 from blendmaskd.protocol import Code
 from blendmaskd_workers.cluster import journal
 from blendmaskd_workers.cluster.journal import Line, Part, Run, Tries

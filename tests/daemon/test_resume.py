@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from blendmaskd.programs import journal
+from blendmaskd.programs.errors import UsageError
 from blendmaskd.programs.journal import Journal
-from blendmaskd.programs.program import UsageError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "submit.py"
 IMAGES = 60

@@ -14,7 +14,7 @@ import zmq
 from PIL import Image
 
 from blendmaskd import protocol
-from blendmaskd.programs.program import UsageError
+from blendmaskd.programs.errors import UsageError
 from blendmaskd.protocol import FROM_CLIENT, Code, Failed, Options, Result, Submit, ToClient
 from blendmaskd_workers.benchmark import pictures
 from blendmaskd_workers.benchmark.connection import Sending

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from blendmaskd.coco.values import Id
-from blendmaskd.programs.program import OutputError, UsageError
+from blendmaskd.programs.errors import OutputError, UsageError
 from blendmaskd.protocol import Code
 
 VERSION = 1

@@ -11,7 +11,7 @@ from blendmaskd.coco import instances as coco_instances
 from blendmaskd.coco.instances import Complaints, InstancesError
 from blendmaskd.coco.values import Id, show
 from blendmaskd.programs import photographs
-from blendmaskd.programs.program import UsageError
+from blendmaskd.programs.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import zmq
 
 from blendmaskd import protocol
 from blendmaskd.client import places
-from blendmaskd.programs.program import UsageError
+from blendmaskd.programs.errors import UsageError
 from blendmaskd.protocol import Options, Place, Submit
 from blendmaskd_workers.benchmark.pictures import Picture
 

@@ -30,8 +30,8 @@ from typing import Any, Self
 
 import msgspec
 
+from blendmaskd.programs.errors import OutputError, UsageError
 from blendmaskd.programs.journal import Stamp
-from blendmaskd.programs.program import OutputError, UsageError
 from blendmaskd.protocol import Code
 
 VERSION = 1

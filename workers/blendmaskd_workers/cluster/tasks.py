@@ -16,8 +16,8 @@ import msgspec
 import pyarrow.parquet as pq
 
 from blendmaskd.programs import photographs
+from blendmaskd.programs.errors import UsageError
 from blendmaskd.programs.journal import Stamp, stamp
-from blendmaskd.programs.program import UsageError
 
 LARGEST = 32  # files in a task
 TASKS_OF_A_WORKER = 8  # at least, so that all workers end at about the same time
