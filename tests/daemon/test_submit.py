@@ -22,7 +22,7 @@ from blendmaskd.client.blocking import Client
 from blendmaskd.programs import submit
 from blendmaskd.programs.connecting import _refuse_hopeless, wait_for_daemon
 from blendmaskd.programs.errors import NoDaemonError, UsageError
-from blendmaskd.programs.photographs import find
+from blendmaskd.programs.input_images import find
 from blendmaskd.programs.sources import overlay_names, plan
 from fuzz import tiffs
 from fuzz.tiffs import Layout

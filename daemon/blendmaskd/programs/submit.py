@@ -44,8 +44,9 @@ from rich.text import Text
 from blendmaskd import files
 from blendmaskd.client.blocking import Client, JobFailed, Segmentation
 from blendmaskd.images import decoding as images
+from blendmaskd.images import overlay
 from blendmaskd.images.quiet import quiet
-from blendmaskd.programs import overlay, photographs
+from blendmaskd.programs import input_images
 from blendmaskd.programs.arguments import count, share
 from blendmaskd.programs.connecting import add_connection, connect
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OUTPUT, OutputError, UsageError, guarded
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: argparse.Namespace) -> int:
     quiet()
-    sources = plan(photographs.find(arguments.images), arguments.out, arguments.annotations)
+    sources = plan(input_images.find(arguments.images), arguments.out, arguments.annotations)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -47,7 +47,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from blendmaskd import files
 from blendmaskd import settings as settings_module
 from blendmaskd.client import places
-from blendmaskd.programs import photographs
+from blendmaskd.programs import input_images
 from blendmaskd.programs.connecting import make_client
 from blendmaskd.programs.errors import UsageError, guarded
 from blendmaskd.protocol import Options
@@ -55,9 +55,9 @@ from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.topology import HostError
 from blendmaskd_workers.benchmark import device, flood, kill, pictures, replay, report, servers
 from blendmaskd_workers.benchmark.arguments import LOAD_OPTIONS, load_parser, parse
-from blendmaskd_workers.benchmark.connection import Sending, Transport
 from blendmaskd_workers.benchmark.device import LimitError
 from blendmaskd_workers.benchmark.generator import Generator
+from blendmaskd_workers.benchmark.load_socket import Sending, Transport
 from blendmaskd_workers.benchmark.measure import Point, Row, measure
 from blendmaskd_workers.benchmark.pictures import Picture
 from blendmaskd_workers.benchmark.servers import Server
@@ -172,7 +172,7 @@ def _variant(text: str, arguments: argparse.Namespace) -> Variant:
         else:
             overrides.append(pair.strip())
     if arguments.images and _encoding(arguments) == "path":
-        folders = sorted({os.path.dirname(os.path.abspath(path)) for path in photographs.find(arguments.images)})
+        folders = sorted({os.path.dirname(os.path.abspath(path)) for path in input_images.find(arguments.images)})
         overrides.insert(0, f"paths.roots={folders}")
     settings = settings_module.load(None, None, overrides)
     return Variant(name or DAEMON, arguments, tuple(overrides), settings)
@@ -283,7 +283,7 @@ def _sending(variant: Variant, point: Point) -> Sending:
 def _pictures(arguments: argparse.Namespace) -> list[Picture]:
     if not arguments.images:
         return [pictures.synthetic(arguments.size, _encoding(arguments))]
-    return [pictures.from_file(path, _encoding(arguments)) for path in photographs.find(arguments.images)]
+    return [pictures.from_file(path, _encoding(arguments)) for path in input_images.find(arguments.images)]
 
 
 def _encoding(arguments: argparse.Namespace) -> pictures.Encoding:

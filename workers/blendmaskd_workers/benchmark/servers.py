@@ -36,7 +36,6 @@ class Server:
     broker: psutil.Process | None
     workers: tuple[psutil.Process, ...]
     tells_stats: bool = True
-    own: bool = True  # started by this program
     keys: Keys | None = None  # of its clients
 
     @property
@@ -67,8 +66,8 @@ def running_daemon(client: Client, wait_s: float) -> Server:
         pids = [device["pid"] for device in client.stats()["devices"] if device["pid"]]
     workers = tuple(psutil.Process(pid) for pid in pids if _is_a_worker(pid))
     if len(workers) < len(pids):
-        return Server(client.endpoint, None, (), own=False, keys=client.keys)  # of another host
-    return Server(client.endpoint, workers[0].parent() if workers else None, workers, own=False, keys=client.keys)
+        return Server(client.endpoint, None, (), keys=client.keys)  # of another host
+    return Server(client.endpoint, workers[0].parent() if workers else None, workers, keys=client.keys)
 
 
 @contextmanager

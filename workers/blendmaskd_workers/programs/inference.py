@@ -25,10 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from blendmaskd.coco import categories
 from blendmaskd.coco.categories import Category
 from blendmaskd.images import decoding as images
+from blendmaskd.images import overlay
 from blendmaskd.images.decoding import ImageError, Pixels
 from blendmaskd.images.quiet import quiet
 from blendmaskd.logs import in_a_line
-from blendmaskd.programs import overlay, photographs
+from blendmaskd.programs import input_images
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError, guarded
 from blendmaskd.protocol import Options
 
@@ -143,12 +144,12 @@ def plan(inputs: Sequence[str], output: str | None) -> list[Photograph]:
     Raises `UsageError` where an input names nothing, or `output` cannot be meant.
     """
     try:
-        paths = photographs.find(inputs)
+        paths = input_images.find(inputs)
     except UsageError as error:
         raise UsageError(f"--input {error}") from None
     if not any(path.exists() for path in paths):  # one that is missing among others fails when its turn comes
         raise UsageError(f"--input {' '.join(inputs)}: no such file or folder")
-    names = photographs.names(paths)
+    names = input_images.names(paths)
     outputs = _outputs(output, names)
     taken = {path.resolve() for path in paths}
     for place in outputs:

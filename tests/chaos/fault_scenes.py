@@ -37,9 +37,9 @@ from blendmaskd.programs.arguments import seconds
 from blendmaskd.programs.errors import guarded
 from blendmaskd.protocol import TO_CLIENT, Failed, Options, Result
 from blendmaskd_workers.benchmark import load
-from blendmaskd_workers.benchmark.connection import Sending
 from blendmaskd_workers.benchmark.generator import Generator
 from blendmaskd_workers.benchmark.load import ClosedLoop
+from blendmaskd_workers.benchmark.load_socket import Sending
 from blendmaskd_workers.benchmark.pictures import Picture, synthetic
 from chaos.host import Host, own_host
 

@@ -49,7 +49,7 @@ class Template:
         return [self._magic, self._head + name.encode() + self._tail, *self._payload]
 
 
-class Connection:
+class LoadSocket:
     """See the module. `socket` is a connected DEALER."""
 
     def __init__(self, socket: zmq.Socket[bytes], pictures: Sequence[Picture], sending: Sending) -> None:
