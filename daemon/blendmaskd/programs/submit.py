@@ -52,7 +52,8 @@ from blendmaskd.programs.connecting import add_connection, connect
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OUTPUT, OutputError, UsageError, guarded
 from blendmaskd.programs.failures import Failure, tell_failures
 from blendmaskd.programs.interruption import Interruptible
-from blendmaskd.programs.journal import Journal, Stamp, given_up, stamp, unchanged
+from blendmaskd.programs.journal import Journal, given_up, unchanged
+from blendmaskd.programs.lines import Stamp, stamp
 from blendmaskd.programs.sources import Source, plan
 from blendmaskd.protocol import Code
 

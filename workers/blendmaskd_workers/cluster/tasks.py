@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from blendmaskd.programs import input_images
 from blendmaskd.programs.errors import UsageError
-from blendmaskd.programs.journal import Stamp, stamp
+from blendmaskd.programs.lines import Stamp, stamp
 
 LARGEST = 32  # files in a task
 TASKS_OF_A_WORKER = 8  # at least, so that all workers end at about the same time
