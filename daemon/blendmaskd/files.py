@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: a reader never sees half of one, whatever dies meanwhile; their names."""
+"""Files that are written whole or not at all: a reader never sees half of one, whatever dies meanwhile."""
 from __future__ import annotations
 
 import json
@@ -17,7 +17,8 @@ def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
     same file at once, by default the process. Where a lock keeps others off, a fixed one is better: the next run then
     writes over what a killed one left.
     """
-    beside = path.with_name(f".{path.name}.{mark or os.getpid()}")
+    end = os.fsdecode(os.fsencode(path.name)[-200:])  # a name has room for 255 bytes
+    beside = path.with_name(f".{end}.{mark or os.getpid()}")
     try:
         yield beside
         if over:
