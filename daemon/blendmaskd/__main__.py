@@ -53,7 +53,7 @@ def _check(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _parser("blendmaskd", __doc__)
-    parser.add_argument("--check-settings", action="store_true", help="and end; exit code 78 when they are bad")
+    parser.add_argument("--check-settings", action="store_true", help="only check them; exit code 78 when they are bad")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="the setting log.level")
     return parser.parse_args(argv)
 

@@ -1,10 +1,30 @@
-"""Types of arguments, for argparse."""
+"""Types of arguments, for argparse, and the flags that programs share."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TypeVar
 
 Number = TypeVar("Number", int, float)
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """What of an image's results is wanted."""
+    parser.add_argument("--score-threshold", metavar="S", type=share, default=0.3, help="0 to 1, default 0.3")
+    parser.add_argument("--max-detections", metavar="N", type=count, help="the best ones; default: all")
+    parser.add_argument("--mask-format", choices=["rle", "polygon", "none"], default="rle")
+
+
+def parse_resuming(parser: argparse.ArgumentParser, argv: Sequence[str] | None, out: str) -> argparse.Namespace:
+    """The arguments of a program whose runs can be continued; `out` is the flag that names a run's folder."""
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue a run that ended early")
+    again.add_argument("--anew", action="store_true", help=f"begin anew although {out} holds a run")
+    parser.add_argument("--retry-lost", action="store_true", help="with --resume: what failed as worker-lost, too")
+    arguments = parser.parse_args(argv)
+    if arguments.retry_lost and not arguments.resume:
+        parser.error("--retry-lost: only with --resume")
+    return arguments
 
 
 def share(text: str) -> float:

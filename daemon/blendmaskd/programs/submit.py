@@ -47,7 +47,7 @@ from blendmaskd.images import decoding as images
 from blendmaskd.images import overlay
 from blendmaskd.images.quiet import quiet
 from blendmaskd.programs import input_images
-from blendmaskd.programs.arguments import count, share
+from blendmaskd.programs.arguments import add_results, parse_resuming
 from blendmaskd.programs.connecting import add_connection, connect
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OUTPUT, OutputError, UsageError, guarded
 from blendmaskd.programs.failures import Failure, tell_failures
@@ -321,16 +321,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="a file, a folder or a quoted glob")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="for overlays and results.json")
     parser.add_argument("--annotations", metavar="FILE", type=Path, help="COCO annotations whose image ids are used")
-    parser.add_argument("--score-threshold", metavar="S", type=share, default=0.3, help="0 to 1, default 0.3")
-    parser.add_argument("--max-detections", metavar="N", type=count, help="the best ones; default: all")
-    parser.add_argument("--mask-format", choices=["rle", "polygon", "none"], default="rle")
+    add_results(parser)
     add_connection(parser)
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="continue a run that ended early")
-    again.add_argument("--anew", action="store_true", help="begin anew although --out holds an unfinished run")
-    parser.add_argument("--retry-lost", action="store_true", help="with --resume: what failed as worker-lost, too")
     parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="only results.json")
-    arguments = parser.parse_args(argv)
-    if arguments.retry_lost and not arguments.resume:
-        parser.error("--retry-lost: only with --resume")
-    return arguments
+    return parse_resuming(parser, argv, "--out")
