@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # what only a checkout has
 
-from chaos.scenes import main
+from chaos.fault_scenes import main
 
 sys.exit(main())

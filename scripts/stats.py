@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Show what a running daemon does; see `daemon/blendmaskd/programs/show_stats.py`, or --help."""
+"""Show what a running daemon does; see `daemon/blendmaskd/programs/stats.py`, or --help."""
 import sys
 
 from blendmaskd.commands import stats

@@ -34,7 +34,7 @@ from ray import serve
 from rich.console import Console
 from rich.table import Table
 
-from blendmaskd.programs import program
+from blendmaskd.programs.errors import guarded
 from blendmaskd_workers.cluster.serve import application
 from cluster_trial import Trial, processes, trial
 
@@ -58,8 +58,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
-    return program.guarded("benchmark_cluster", lambda: _main(arguments))
+    return guarded("benchmark_cluster", lambda: _main(_parse(argv)))
 
 
 def _main(arguments: argparse.Namespace) -> int:

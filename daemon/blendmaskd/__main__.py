@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     except settings.SettingsError as error:
         print(f"blendmaskd: {error}", file=sys.stderr)
         return EXIT_CANNOT_BOOT
-    if arguments.check:
+    if arguments.check_settings:
         return 0
     from blendmaskd.shell import server  # what it needs, a check of settings does not
 
@@ -43,17 +43,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check(argv: list[str]) -> int:
     from blendmaskd.check import program as check
-    from blendmaskd.programs import program  # what they need, serving does not
+    from blendmaskd.programs.errors import guarded
 
     parser = _parser("blendmaskd check", check.__doc__)
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(argv)
-    return program.guarded("blendmaskd check", lambda: check.main(_loader(arguments), arguments.json))
+    return guarded("blendmaskd check", lambda: check.main(_loader(arguments), arguments.json))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _parser("blendmaskd", __doc__)
-    parser.add_argument("--check", action="store_true", help="only check the settings; exit code 78 when they are bad")
+    parser.add_argument("--check-settings", action="store_true", help="only check them; exit code 78 when they are bad")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="the setting log.level")
     return parser.parse_args(argv)
 

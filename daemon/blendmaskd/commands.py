@@ -7,7 +7,7 @@ from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.extras import run
 
 submit = partial(run, "blendmaskd-submit", "blendmaskd.programs.submit")
-stats = partial(run, "blendmaskd-stats", "blendmaskd.programs.show_stats")
+stats = partial(run, "blendmaskd-stats", "blendmaskd.programs.stats")
 keys = partial(run, "blendmaskd-keys", "blendmaskd.keys")
 evaluate_coco = partial(run, "blendmaskd-evaluate-coco", "blendmaskd.programs.evaluate_coco")  # pycocotools
 serve = partial(run, "blendmaskd", "blendmaskd.__main__", EXIT_CANNOT_BOOT)  # the extra serve

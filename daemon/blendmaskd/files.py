@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 LONGEST_NAME = 100  # bytes; most file systems take 255, some fewer
 
@@ -27,6 +29,17 @@ def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
             path.hardlink_to(beside)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write it whole or not at all: a reader never sees half a file. Floats keep all their digits."""
+    with whole(path) as beside:
+        beside.write_text(json.dumps(tree), encoding="utf-8")
+
+
+def text_of(path: Path) -> str:
+    r"""A path as text that every encoding of Unicode has: bytes of a name that are no UTF-8 are written as ``\xe9``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _short(name: str) -> str:

@@ -103,6 +103,9 @@ from blendmaskd.wanted import Actual
 MAGIC = b"BMD1"
 MAX_HEADER_BYTES = 64 << 10
 MEMORY_SUFFIX = ".fd"
+# Of a job, in `timings` and in the snapshot, whose histograms have these bounds.
+STAGES = ("queue", "decode", "wait", "device", "finish", "send", "total")
+STAGE_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 LEAST_DURABLE_NAME = 32  # characters: 128 random bits in hexadecimal
 
 Frames = Sequence[Sized]  # payload frames: bytes or zmq.Frame; the broker asks only for their length

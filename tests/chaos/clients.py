@@ -18,7 +18,7 @@ import zmq
 
 from blendmaskd import protocol
 from blendmaskd.protocol import TO_CLIENT, Code, Failed, Options, Result, Stats
-from blendmaskd_workers.benchmark.connection import NAME_BYTES, Connection, Sending, Transport
+from blendmaskd_workers.benchmark.load_socket import NAME_BYTES, LoadSocket, Sending, Transport
 from blendmaskd_workers.benchmark.pictures import Picture
 from blendmaskd_workers.engines import timed
 from chaos.ledger import RESULT, Ledger
@@ -54,9 +54,8 @@ EXPECTED = {  # what may be answered to a bad image
 class Party:
     """One client. `reads`: it takes its answers; `leaves_at`: when it goes, whatever it is owed."""
 
-    connection: Connection
+    connection: LoadSocket
     picture: int = 0
-    in_flight: int = 0
     closed_loop: bool = False
     reads: bool = True
     leaves_at: float = float("inf")
@@ -148,7 +147,7 @@ class Clients:
 
     def _join(self, transport: Transport, receives: int = 0) -> Party:
         sending = Sending(transport, Options(mask_format="none"), self._deadline_s, IN_FLIGHT + 1)
-        connection = Connection(self._socket(receives), PICTURES, sending)
+        connection = LoadSocket(self._socket(receives), PICTURES, sending)
         connection.open_region(self._endpoint)
         party = self._parties[connection.socket] = Party(connection)
         if receives == 0:

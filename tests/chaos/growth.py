@@ -15,8 +15,6 @@ class Growth:
     """Of one process: the line of least squares through its samples."""
 
     seconds: float  # that the samples span
-    first_mb: float
-    last_mb: float
     mb_per_min: float
 
     @property
@@ -36,4 +34,4 @@ def of(samples: Sequence[tuple[float, float]], warm_up_s: float) -> Growth | Non
         return None
     times, values = np.array(kept).T
     slope = float(np.polyfit(times - times[0], values, 1)[0]) * 60
-    return Growth(float(times[-1] - times[0]), float(values[0]), float(values[-1]), slope)
+    return Growth(float(times[-1] - times[0]), slope)

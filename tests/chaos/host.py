@@ -16,7 +16,7 @@ import psutil
 import yaml
 
 from blendmaskd.client.blocking import Client
-from blendmaskd.programs.program import NoDaemonError
+from blendmaskd.programs.errors import NoDaemonError
 from blendmaskd_workers.process import end_with_parent
 from chaos import poison
 

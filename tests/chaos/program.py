@@ -39,7 +39,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from blendmaskd.programs import program
+from blendmaskd import files
+from blendmaskd.programs.arguments import positive, seconds
+from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, guarded
+from blendmaskd.programs.interruption import Interruptible
 from chaos import growth, injector
 from chaos.clients import LOST_AFTER_DEADLINES, Clients
 from chaos.growth import Growth
@@ -137,7 +140,7 @@ class Chaos:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _serve(self, over: Callable[[], bool], tick: Callable[[], None]) -> None:
-        with program.Interruptible() as ctrl_c:  # never in the midst of a message or a fault
+        with Interruptible() as ctrl_c:  # never in the midst of a message or a fault
             while not ctrl_c.wait(over) and self.report.died is None:
                 now = time.monotonic()
                 if self._next is not None and now >= self.began + self._next.at:
@@ -223,7 +226,7 @@ Through = Callable[[str], contextlib.AbstractContextManager[str]]
 def main(argv: Sequence[str] | None = None, through: Through = contextlib.nullcontext) -> int:
     """Run it; the exit code. `through` gives the endpoint that clients use for the daemon's: for tests."""
     arguments = _parse(argv)
-    return program.guarded("chaos", lambda: _main(arguments, through))
+    return guarded("chaos", lambda: _main(arguments, through))
 
 
 def _main(arguments: argparse.Namespace, through: Through) -> int:
@@ -242,10 +245,10 @@ def _main(arguments: argparse.Namespace, through: Through) -> int:
         summary = _summary(chaos, arguments)
         _tell(summary, console)
     if arguments.json:
-        program.write_json(arguments.json, summary)
+        files.write_json(arguments.json, summary)
     if summary["failures"]:
-        return program.EXIT_FAILED
-    return program.EXIT_INTERRUPTED if summary["interrupted"] else 0
+        return EXIT_FAILED
+    return EXIT_INTERRUPTED if summary["interrupted"] else 0
 
 
 @contextlib.contextmanager
@@ -398,14 +401,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", metavar="N", type=_minutes, default=1.0, help="default 1")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the faults, default 0")
     parser.add_argument("--faults", metavar="KIND,…", type=_kinds, default=KINDS, help="all (default), none, or some")
-    parser.add_argument("--every", metavar="S", type=program.seconds, default=2.0,
+    parser.add_argument("--every", metavar="S", type=seconds, default=2.0,
                         help="between two faults, on average; default 2")  # fmt: skip
-    parser.add_argument("--devices", metavar="N", type=program.positive, default=2, help="default 2")
-    parser.add_argument("--clients", metavar="N", type=program.positive, default=8, help="good ones, default 8")
+    parser.add_argument("--devices", metavar="N", type=positive, default=2, help="default 2")
+    parser.add_argument("--clients", metavar="N", type=positive, default=8, help="good ones, default 8")
     parser.add_argument("--latency", metavar="MS", dest="latency_ms", type=_latency, default={1: 21.79, 2: 38.9},
                         help="of a device for an image; default that of an Ascend 910, batches of 2 too")  # fmt: skip
-    parser.add_argument("--deadline", metavar="S", type=program.seconds, default=30.0, help="of a job, default 30")
-    parser.add_argument("--warm-up", metavar="S", type=program.seconds, default=60.0,
+    parser.add_argument("--deadline", metavar="S", type=seconds, default=30.0, help="of a job, default 30")
+    parser.add_argument("--warm-up", metavar="S", type=seconds, default=60.0,
                         help="not looked at for growth, default 60")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", type=Path, help="all figures")
     parser.add_argument("--log", metavar="FILE", type=Path, help="keep the daemon's log")

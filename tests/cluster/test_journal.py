@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from blendmaskd.programs.program import OutputError, UsageError
+from blendmaskd.programs.errors import OutputError, UsageError
 from blendmaskd.protocol import Code
 from blendmaskd_workers.cluster import journal
 from blendmaskd_workers.cluster.journal import Line, Part, Run, Tries
@@ -42,8 +42,9 @@ def test_a_torn_and_a_damaged_line_do_not_count(run) -> None:
     part = Part(run, "a-npu:0")
     for number in range(3):
         part.write(line(number))
-    text = part.path.read_bytes().splitlines(keepends=True)
-    part.path.write_bytes(text[0] + b'{"image": 1, "st\n' + text[2][:-5])
+    [path] = run.glob("journal/*.jsonl")
+    text = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(text[0] + b'{"image": 1, "st\n' + text[2][:-5])
     assert sorted(journal.index(run, dict.fromkeys(range(3), STAMP))) == [0]
 
 

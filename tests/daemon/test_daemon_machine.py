@@ -106,7 +106,7 @@ class DaemonMachine(RuleBasedStateMachine):
         self.supervisor = Supervisor(DEVICES, RESTARTS, DRAIN_S)
         self.processes: dict[str, Process] = {}
         self.exchanges = {name: Exchange(RETRIES, TIMEOUT_S) for name in ("a", "b")}
-        self.asked: list[exchange.Job] = []  # of the exchanges, that are to have an answer
+        self.asked: list[exchange.Call] = []  # of the exchanges, that are to have an answer
         self.owed: dict[tuple[str, str], bytes] = {}  # client, job: accepted, unanswered; their images
         self.lost: list[bytes] = []  # images of the bare client that failed
         self.killed: Counter[bytes] = Counter()  # workers, by poison images since the last reload

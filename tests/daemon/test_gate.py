@@ -22,7 +22,7 @@ from curve import Guarded, free_port, nothing_more, start
 
 from blendmaskd import keys, settings
 from blendmaskd.client.blocking import AsyncClient, Client, HandshakeError
-from blendmaskd.programs import show_stats, submit
+from blendmaskd.programs import stats, submit
 from blendmaskd.protocol import Code, GetStats, Image, Submit, encode
 from blendmaskd.shell.sockets import Sockets
 from blendmaskd_workers.benchmark import program as benchmark
@@ -131,18 +131,18 @@ def test_keys_that_cannot_be_used_are_refused_at_once(tmp_path, monkeypatch, end
 
 def test_programs_take_keys_from_flags_and_the_environment(guarded: Guarded, capsys, monkeypatch, tmp_path) -> None:
     flags = ["--server-key", str(guarded.server_key), "--key", str(guarded.secret("alice"))]
-    assert show_stats.main([guarded.tcp, "--json", *flags]) == 0
+    assert stats.main([guarded.tcp, "--json", *flags]) == 0
     photograph = str(ROOT / "tests" / "golden" / "images" / "chelsea.png")
     assert submit.main([guarded.tcp, photograph, "--out", str(tmp_path / "out"), *flags]) == 0
     brief = ["--seconds", "0.3", "--warm-up", "0.1", "--rounds", "1", "--size", "64x64"]
     assert benchmark.main(["--endpoint", guarded.tcp, *brief, *flags]) == 0
     monkeypatch.setenv("BLENDMASKD_SERVER_KEY", str(guarded.server_key))
     monkeypatch.setenv("BLENDMASKD_KEY", str(guarded.secret("alice")))
-    assert show_stats.main([guarded.tcp, "--json"]) == 0
-    assert show_stats.main([guarded.daemon.endpoint, "--json"]) == 0, "they are not for ipc"
+    assert stats.main([guarded.tcp, "--json"]) == 0
+    assert stats.main([guarded.daemon.endpoint, "--json"]) == 0, "they are not for ipc"
     capsys.readouterr()
     ursula = ["--key", str(guarded.secret("ursula"))]
-    assert show_stats.main([guarded.tcp, *ursula]) == 3
+    assert stats.main([guarded.tcp, *ursula]) == 3
     assert submit.main([guarded.tcp, photograph, "--out", str(tmp_path / "none"), *ursula]) == 3
     assert benchmark.main(["--endpoint", guarded.tcp, *brief, *ursula]) == 3
     assert capsys.readouterr().err.count("does not allow this key") == 3

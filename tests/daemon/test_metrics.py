@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from blendmaskd.client.blocking import Client
 from blendmaskd.core.metrics import health, render
-from blendmaskd.core.stats import STAGE_BOUNDS_S, Stats
-from blendmaskd.protocol import Code, Report
+from blendmaskd.core.stats import Stats
+from blendmaskd.protocol import STAGE_BOUNDS_S, Code, Report
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)
 STATUS = re.compile(r"^STATUS=([\d.]+) FPS = (.*), (\d+) waiting, seq (\d+)", re.MULTILINE)

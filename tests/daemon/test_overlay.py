@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from blendmaskd.programs.overlay import colour, draw
+from blendmaskd.images.overlay import colour, draw
 
 # pycocotools 2.0.11 hands numpy an array by a protocol that numpy 2.4 warns about.
 

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 from blendmaskd.programs import journal
+from blendmaskd.programs.errors import UsageError
 from blendmaskd.programs.journal import Journal
-from blendmaskd.programs.program import UsageError
+from blendmaskd.programs.lines import stamp
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "submit.py"
 IMAGES = 60
@@ -276,9 +277,9 @@ def test_what_the_daemon_gave_up_is_not_left_until_its_file_is_changed(tmp_path:
     paths = [photo(tmp_path / name) for name in ("0.png", "1.png", "2.png")]
     images = [(path.name, number) for number, path in enumerate(paths, 1)]
     with Journal(tmp_path / "j", images, OPTIONS).open(resume=False, anew=False) as begun:
-        begun.failed(0, journal.stamp(paths[0]), "worker-lost", "killed")
-        begun.failed(1, journal.stamp(paths[1]), "worker-lost", "killed")
-        begun.failed(2, journal.stamp(paths[2]), "engine-failed", "raised")
+        begun.failed(0, stamp(paths[0]), "worker-lost", "killed")
+        begun.failed(1, stamp(paths[1]), "worker-lost", "killed")
+        begun.failed(2, stamp(paths[2]), "engine-failed", "raised")
     photo(paths[1], seed=7).write_bytes(paths[1].read_bytes() + b"more")
     with Journal(tmp_path / "j", images, OPTIONS).open(resume=True, anew=False) as found:
         assert list(journal.given_up(found.contents, paths)) == [0]

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blendmaskd.core.stats import FRESH_S, RESOLUTION, STAGE_BOUNDS_S, STAGES, Histogram, Stats, status_line
-from blendmaskd.protocol import MAX_HEADER_BYTES, Code, Report, encode
+from blendmaskd.core.stats import FRESH_S, RESOLUTION, Histogram, Stats, status_line
+from blendmaskd.protocol import MAX_HEADER_BYTES, STAGE_BOUNDS_S, STAGES, Code, Report, encode
 from blendmaskd.protocol import Stats as StatsMessage
 
 

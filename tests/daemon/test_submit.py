@@ -17,11 +17,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from blendmaskd import protocol
+from blendmaskd import files, protocol
 from blendmaskd.client.blocking import Client
-from blendmaskd.programs import program, submit
-from blendmaskd.programs.photographs import find
-from blendmaskd.programs.program import NoDaemonError, UsageError, wait_for_daemon, write_json
+from blendmaskd.programs import submit
+from blendmaskd.programs.connecting import _refuse_hopeless, wait_for_daemon
+from blendmaskd.programs.errors import NoDaemonError, UsageError
+from blendmaskd.programs.input_images import find
 from blendmaskd.programs.sources import overlay_names, plan
 from fuzz import tiffs
 from fuzz.tiffs import Layout
@@ -98,7 +99,7 @@ def test_a_result_is_a_coco_result_with_all_its_digits(shared_daemon: Any, tmp_p
         "image_id": 1, "file_name": "a.png", "bbox": [0.0, 0.0, 31.0, 17.0], "score": 1.0, "class_index": 0,
         "category_id": 1, "category_name": "image",
     }  # fmt: skip
-    write_json(tmp_path / "x.json", [{"score": 0.30000001192092896}])
+    files.write_json(tmp_path / "x.json", [{"score": 0.30000001192092896}])
     assert (tmp_path / "x.json").read_text() == '[{"score": 0.30000001192092896}]'
 
 
@@ -265,9 +266,9 @@ def test_a_device_that_starts_is_waited_for_as_long_as_wished(tmp_path: Path, wa
 def test_a_daemon_without_hope_is_not_waited_for() -> None:
     devices = [{"device": "npu:0", "state": "failed", "reason": "cannot boot: exited with code 78"}]
     with pytest.raises(NoDaemonError, match="no device that can serve: npu:0 failed: cannot boot: exited with code 78"):
-        program._refuse_hopeless("ipc:///x", {"devices": devices})
-    program._refuse_hopeless("ipc:///x", {"devices": [*devices, {"device": "npu:1", "state": "backoff", "reason": ""}]})
-    program._refuse_hopeless("ipc:///x", {})  # in its first second
+        _refuse_hopeless("ipc:///x", {"devices": devices})
+    _refuse_hopeless("ipc:///x", {"devices": [*devices, {"device": "npu:1", "state": "backoff", "reason": ""}]})
+    _refuse_hopeless("ipc:///x", {})  # in its first second
 
 
 def test_when_the_daemon_dies_what_was_answered_is_kept(daemon: Any, wait_until: Any, tmp_path: Path) -> None:
@@ -411,11 +412,11 @@ def test_file_names_are_short_where_they_can_be(tmp_path: Path) -> None:
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    write_json(path, [1])
+    files.write_json(path, [1])
     with pytest.raises(TypeError):
-        write_json(path, [object()])
+        files.write_json(path, [object()])
     assert path.read_text() == "[1]"
-    write_json(path, [2])
+    files.write_json(path, [2])
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_text() == "[2]"
 

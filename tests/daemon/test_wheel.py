@@ -125,13 +125,6 @@ def test_the_wheel_holds_nothing_that_only_tests_use(names: list[str]) -> None:
     assert sorted(set(sources) - used(sources)) == []
 
 
-def test_nothing_imports_by_the_folders_names() -> None:
-    for folder in ("daemon", "workers", "scripts", "tests"):
-        for path in (ROOT / folder).rglob("*.py"):
-            tops = {name.partition(".")[0] for name in imports(path)}
-            assert not tops & {"daemon", "workers"}, path
-
-
 def test_a_type_checker_knows_the_client(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     (tmp_path / "user.py").write_text("from blendmaskd import Client, Klient\nreveal_type(Client('x').segment('y'))\n")

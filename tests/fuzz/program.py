@@ -37,7 +37,7 @@ from typing import Any
 
 import msgspec
 
-from blendmaskd.programs import program
+from blendmaskd.programs.errors import guarded
 from blendmaskd.settings import Limits
 from blendmaskd.shell import launch
 from fuzz import bombs, rules
@@ -61,8 +61,7 @@ Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
-    return program.guarded("fuzz", lambda: _main(arguments))
+    return guarded("fuzz", lambda: _main(_parse(argv)))
 
 
 def _main(arguments: argparse.Namespace) -> int:

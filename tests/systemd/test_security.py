@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.systemd]
 UNIT = REPOSITORY / "configs/blendmaskd.service"
 CUDA = REPOSITORY / "configs/blendmaskd-cuda.conf"
 PYTHON = "/opt/environment/bin/python"
+STATS = "import sys; from blendmaskd.commands import stats; sys.exit(stats())"
 KEYS, TCP = "/etc/blendmaskd/keys", "tcp://127.0.0.1:9465"
 PLAIN = FIRST_SETTINGS.replace("npu", "cpu").replace("500", "5")
 SETTINGS = f"""{PLAIN}
@@ -57,7 +58,7 @@ def guarded(installed: Service, request: pytest.FixtureRequest) -> Iterator[Serv
 
 
 def _stats(service: Service, *flags: str) -> subprocess.CompletedProcess[str]:
-    return service.sandbox.run(PYTHON, "-m", "blendmaskd.programs.show_stats", TCP, "--json", *flags, check=False)
+    return service.sandbox.run(PYTHON, "-c", STATS, TCP, "--json", *flags, check=False)
 
 
 def test_keys_guard_tcp_and_the_spool_is_written(guarded: Service) -> None:

@@ -14,12 +14,12 @@ import zmq
 from PIL import Image
 
 from blendmaskd import protocol
-from blendmaskd.programs.program import UsageError
+from blendmaskd.programs.errors import UsageError
 from blendmaskd.protocol import FROM_CLIENT, Code, Failed, Options, Result, Submit, ToClient
 from blendmaskd_workers.benchmark import pictures
-from blendmaskd_workers.benchmark.connection import Sending
 from blendmaskd_workers.benchmark.generator import Generator
 from blendmaskd_workers.benchmark.load import FAILED_PAUSE_S, ClosedLoop, OpenLoop
+from blendmaskd_workers.benchmark.load_socket import Sending
 from blendmaskd_workers.benchmark.pictures import Picture
 
 RAW = pictures.synthetic((32, 48), "raw")

@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from blendmaskd_workers import blendmask
 from blendmaskd_workers.blendmask import build, load_config, random_weights
-from blendmaskd_workers.programs.inference import CannotStart, main, plan
+from blendmaskd_workers.programs.inference import UsageError, main, plan
 from checkout import ROOT
 
 # pycocotools 2.0.11 hands numpy an array by a protocol that numpy 2.4 warns about.
@@ -312,13 +312,13 @@ def test_overlays_go_to_a_file_or_a_folder(tree: Path, inputs: list[str], output
     ],
 )
 def test_an_output_that_cannot_be_meant_is_refused(tree: Path, inputs: list[str], output: str, said: str) -> None:
-    with pytest.raises(CannotStart, match=said):
+    with pytest.raises(UsageError, match=said):
         plan(inputs, output)
 
 
 def test_two_overlays_never_share_a_file(tree: Path) -> None:
     (tree / "two" / "photo.png").touch()
-    with pytest.raises(CannotStart, match="the overlay of another input"):
+    with pytest.raises(UsageError, match="the overlay of another input"):
         plan(["two/photo", "two/photo.png"], "out")
 
 

@@ -15,7 +15,7 @@ from blendmaskd import protocol
 from blendmaskd.client.blocking import JobFailed, ServerPath
 from blendmaskd.protocol import TO_CLIENT, Cancel, Code, Image, Lease, Options, Submit
 from blendmaskd_workers.batching import Batching
-from blendmaskd_workers.loop import Busy, Item, Prepared
+from blendmaskd_workers.loop import Busy, Item, ReadyQueue
 
 
 def item(name: int, size: tuple[int, int] = (64, 64), ready_at: float = 0.0, **fields: bool) -> Item:
@@ -23,11 +23,11 @@ def item(name: int, size: tuple[int, int] = (64, 64), ready_at: float = 0.0, **f
     return Item(lease, (), 0.0, prepared=SimpleNamespace(padded_size=size), ready_at=ready_at)
 
 
-def gather(batch: int, max_wait_s: float = 0.0, lonely: bool = False) -> Prepared:
-    return Prepared(Batching(batch), max_wait_s, lambda: lonely)
+def gather(batch: int, max_wait_s: float = 0.0, lonely: bool = False) -> ReadyQueue:
+    return ReadyQueue(Batching(batch), max_wait_s, lambda: lonely)
 
 
-def take(prepared: Prepared) -> list[int]:
+def take(prepared: ReadyQueue) -> list[int]:
     return [each.lease.lease for each in prepared.take()]
 
 

@@ -862,7 +862,7 @@ def test_weights_of_another_network_are_refused_for_training_too(trained, data, 
 
 
 def refusal(capsys, *given: str) -> str:
-    assert program.main(given) == program.EXIT_CANNOT_START
+    assert program.main(given) == program.EXIT_USAGE
     told: str = capsys.readouterr().err
     assert "Traceback" not in told
     return told

@@ -91,7 +91,7 @@ class Loop:
         self._channel = channel
         self._regions = Regions(assignment.daemon_pid)
         self._previews = Previews(self._send_preview) if self._settings.show_last_image else None
-        self._prepared = Prepared(batching, self._settings.max_wait_ms / 1000, lambda: max(self._most_held) <= 1)
+        self._prepared = ReadyQueue(batching, self._settings.max_wait_ms / 1000, lambda: max(self._most_held) <= 1)
         self._busy = Busy()
         self._exit_code: int | None = None
         self._host = ThreadPoolExecutor(_host_threads(), thread_name_prefix="host")
@@ -316,7 +316,7 @@ def _host_threads() -> int:
     return min(max(len(os.sched_getaffinity(0)), 2), 4)
 
 
-class Prepared:
+class ReadyQueue:
     """Images that are ready for the device, in the order of their arrival here; a lone one may be unprepared.
 
     Those that go ahead are run first, in batches of their own: company would make them wait for its share of the time.

@@ -16,8 +16,8 @@ from typing import Any
 
 from PIL import Image
 
+from blendmaskd.images import overlay
 from blendmaskd.images.decoding import Pixels
-from blendmaskd.programs import overlay
 
 log = logging.getLogger("blendmaskd.worker")
 

@@ -26,7 +26,7 @@ from blendmaskd.client.connection import (
     Transport,
     check_window,
 )
-from blendmaskd.client.exchange import Image, Job, JobFailed, Segmentation
+from blendmaskd.client.exchange import Call, Image, JobFailed, Segmentation
 from blendmaskd.protocol import Code, GetStats
 
 
@@ -96,7 +96,7 @@ class AsyncClient(Connection):
         await self._wait_for(asked)
         asked.check()
 
-    async def _wait_for(self, job: Job) -> None:
+    async def _wait_for(self, job: Call) -> None:
         self._renew(self._socket)
         name = job.name
         future = self._futures[name] = asyncio.get_running_loop().create_future()
@@ -158,7 +158,7 @@ class AsyncClient(Connection):
         while self._exchange.answered:
             self._tell(self._exchange.answered.popleft())
 
-    def _tell(self, job: Job) -> None:
+    def _tell(self, job: Call) -> None:
         future = self._futures.pop(job.name, None)
         if future is not None and not future.done():  # done: its task was cancelled and has not run since
             future.set_result(None)

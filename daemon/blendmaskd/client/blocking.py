@@ -47,7 +47,7 @@ from blendmaskd.client.connection import (
     Transport,
     check_window,
 )
-from blendmaskd.client.exchange import Image, Job, JobFailed, Segmentation, ServerPath, SharedMemoryError
+from blendmaskd.client.exchange import Call, Image, JobFailed, Segmentation, ServerPath, SharedMemoryError
 from blendmaskd.keys import KeyFileError
 from blendmaskd.protocol import Code, GetStats, Submit
 
@@ -115,7 +115,7 @@ class Client(Connection):
         cannot be read, as an OSError or as `bad-image`. TimeoutError is raised in any case.
         """
         check_window(window)
-        jobs: deque[Job] = deque()
+        jobs: deque[Call] = deque()
         source = iter(images)
         try:
             while True:
@@ -182,17 +182,17 @@ class Client(Connection):
 
     def _add_or_fail(
         self, image: Image, on_error: str, deadline_s: float | None, priority: int, options: Mapping[str, Any]
-    ) -> Job:
+    ) -> Call:
         try:
             job = self._add(image, deadline_s, priority, options)
         except OSError as error:
             failed = JobFailed(Code.BAD_IMAGE, f"cannot be read: {error.strerror or error}")
             answer = error if on_error == "raise" else failed
-            return Job(Submit(job="-", image=protocol.Image(kind="encoded")), [], 0, 0.0, math.inf, answer)
+            return Call(Submit(job="-", image=protocol.Image(kind="encoded")), [], 0, 0.0, math.inf, answer)
         self._send_due()
         return job
 
-    def _wait_for(self, job: Job) -> None:
+    def _wait_for(self, job: Call) -> None:
         deadline = time.monotonic() + self.timeout_s
         try:
             while job.answer is None:
@@ -247,7 +247,7 @@ class Client(Connection):
         if self._refused:
             raise HandshakeError(self._refused)
 
-    def _abandon(self, job: Job) -> None:
+    def _abandon(self, job: Call) -> None:
         if self._exchange.drop(job.name):
             with contextlib.suppress(zmq.Again):
                 self._socket.send_multipart(protocol.encode(protocol.Cancel(job=job.name)), zmq.NOBLOCK)

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import zmq
 
 from blendmaskd.client import places
-from blendmaskd.client.exchange import Exchange, Image, Job
+from blendmaskd.client.exchange import Call, Exchange, Image
 from blendmaskd.keys import PUBLIC, Pair, read_pair, read_public
 from blendmaskd.protocol import Fetch, Forget, Options
 
@@ -108,15 +108,15 @@ class Connection:
         socket.connect(self.endpoint)
         self._exchange.reconnected(time.monotonic())
 
-    def _add(self, image: Image, deadline_s: float | None, priority: int, options: Mapping[str, Any]) -> Job:
+    def _add(self, image: Image, deadline_s: float | None, priority: int, options: Mapping[str, Any]) -> Call:
         return self._exchange.add(image, deadline_s, priority, Options(**options), time.monotonic())
 
     def _add_durable(
         self, image: Image, name: str | None, deadline_s: float | None, priority: int, options: Mapping[str, Any]
-    ) -> Job:
+    ) -> Call:
         return self._exchange.add_durable(image, name, deadline_s, priority, Options(**options), time.monotonic())
 
-    def _ask(self, request: Fetch | Forget) -> Job:
+    def _ask(self, request: Fetch | Forget) -> Call:
         return self._exchange.ask(request, time.monotonic())
 
     def _timed_out(self) -> TimeoutError:

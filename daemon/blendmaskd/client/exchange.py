@@ -77,7 +77,7 @@ Image = str | Path | bytes | ServerPath | Any  # Any: an array, or what else has
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class Call:
     """A submission, or what else is asked of a job, until its answer is taken."""
 
     request: Submit | Fetch | Forget
@@ -125,40 +125,40 @@ class Exchange:
         self.timeout_s = timeout_s
         self._retries = retries
         self._places = places
-        self._held: list[Job] = []  # until there is a place for them
+        self._held: list[Call] = []  # until there is a place for them
         self._prefix = secrets.token_hex(8)
         self._numbers = itertools.count(1)
-        self.jobs: dict[str, Job] = {}  # unanswered
-        self.answered: deque[Job] = deque()  # to be taken from here
+        self.jobs: dict[str, Call] = {}  # unanswered
+        self.answered: deque[Call] = deque()  # to be taken from here
         self.stats: deque[dict[str, Any]] = deque()
 
-    def add(self, image: Image, deadline_s: float | None, priority: int, options: Options, now: float) -> Job:
+    def add(self, image: Image, deadline_s: float | None, priority: int, options: Options, now: float) -> Call:
         """A new job, to be sent at once. Raises OSError for a file that cannot be read, TypeError for no image."""
         described, payload = describe(image)
         name = f"{self._prefix}-{next(self._numbers)}"
         if deadline_s is None:
             deadline_s = min(max(self.timeout_s - ANSWER_S, self.timeout_s / 2), LONGEST_DEADLINE_S)
         submit = Submit(job=name, image=described, options=options, deadline_s=deadline_s, priority=priority)
-        job = self.jobs[name] = Job(submit, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now)
+        job = self.jobs[name] = Call(submit, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now)
         return job
 
     def add_durable(
         self, image: Image, name: str | None, deadline_s: float | None, priority: int, options: Options, now: float
-    ) -> Job:
+    ) -> Call:
         """A new durable job, accepted when it has an answer. As `add`; its image goes by socket: it is copied."""
         described, payload = describe(image)
         submit = Submit(job=name or secrets.token_hex(16), image=described, options=options, deadline_s=deadline_s,
                         priority=priority, durable=True)  # fmt: skip
         return self._ask(submit, payload, now)
 
-    def ask(self, request: Fetch | Forget, now: float) -> Job:
+    def ask(self, request: Fetch | Forget, now: float) -> Call:
         """Something about a durable job, to be sent at once."""
         return self._ask(request, [], now)
 
-    def _ask(self, request: Submit | Fetch | Forget, payload: list[Any], now: float) -> Job:
+    def _ask(self, request: Submit | Fetch | Forget, payload: list[Any], now: float) -> Call:
         if request.job in self.jobs:
             raise ValueError(f"job {request.job}: this client waits for an answer about it already")
-        job = Job(request, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now, by_socket=True)
+        job = Call(request, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now, by_socket=True)
         self.jobs[request.job] = job
         return job
 
@@ -216,7 +216,7 @@ class Exchange:
             job.send_at = now  # there may be a place now
         self._held.clear()
 
-    def _failed(self, job: Job, message: Failed, now: float) -> None:
+    def _failed(self, job: Call, message: Failed, now: float) -> None:
         if message.code is Code.BAD_REQUEST and self._places and job.place is not None:
             self._places.doubt(job.place, now)
             self._give_back(job)
@@ -230,18 +230,18 @@ class Exchange:
             return
         self._answer(job, JobFailed(message.code, message.reason, message.retry_after_s, message.job))
 
-    def _answer(self, job: Job, answer: Segmentation | Accepted | Forgotten | Exception) -> None:
+    def _answer(self, job: Call, answer: Segmentation | Accepted | Forgotten | Exception) -> None:
         del self.jobs[job.name]
         self._give_back(job)
         job.answer = answer
         self.answered.append(job)
 
-    def _give_back(self, job: Job) -> None:
+    def _give_back(self, job: Call) -> None:
         if self._places and job.place is not None:
             self._places.give_back(job.place)
             job.place = None
 
-    def _placed(self, job: Job, now: float) -> bool:
+    def _placed(self, job: Call, now: float) -> bool:
         """Put its image to where it travels from. False: it is not to be sent now."""
         if self._places is None or job.place is not None or job.by_socket or not job.payload:
             return True

@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from blendmaskd.core.stats import STAGE_BOUNDS_S, status_line
-from blendmaskd.protocol import Code
+from blendmaskd.core.stats import status_line
+from blendmaskd.protocol import STAGE_BOUNDS_S, Code
 
 STALE_S = 5.0  # the loop takes a snapshot each second; one this old means that it hangs
 

@@ -60,7 +60,6 @@ class Look(msgspec.Struct, frozen=True):
 
     client: bytes
     name: str
-    seq: int = 0  # a job here that waits for it
 
 
 class Erase(msgspec.Struct, frozen=True):

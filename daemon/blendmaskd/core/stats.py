@@ -30,10 +30,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from blendmaskd.protocol import Report
+from blendmaskd.protocol import STAGE_BOUNDS_S, STAGES, Report
 
-STAGES = ("queue", "decode", "wait", "device", "finish", "send", "total")
-STAGE_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 FRESH_S = 2.5  # a report older than this is no longer the present
 RESOLUTION = 1.04  # latencies are told apart when one is this many times the other
 FAILURES_OF_A_CODE, FAILURES = 5, 20  # that are remembered: a flood of `busy` must not wash the others away

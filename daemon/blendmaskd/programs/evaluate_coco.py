@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import math
 import re
 import sys
@@ -35,9 +34,12 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from blendmaskd import files
 from blendmaskd.client.blocking import Client, JobFailed, Segmentation
-from blendmaskd.programs import program
-from blendmaskd.programs.program import Failure, UsageError
+from blendmaskd.programs.arguments import percentage, positive
+from blendmaskd.programs.connecting import add_connection, connect
+from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
+from blendmaskd.programs.failures import Failure, tell_failures
 
 if TYPE_CHECKING:
     from blendmaskd.coco.average_precision import Reference, Scores
@@ -87,10 +89,7 @@ class Answers:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # categories may have names that the terminal has not
-    return program.guarded("evaluate_coco", lambda: _main(arguments))
+    return guarded("evaluate_coco", lambda: _main(_parse(argv)))
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -107,18 +106,18 @@ def _main(arguments: argparse.Namespace) -> int:
         print(f"evaluate_coco: {arguments.annotations}: {note}", file=sys.stderr)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    with program.connect(arguments) as client:
+    with connect(arguments) as client:
         answers = ask(client, wanted, arguments.window)
     numbers = [image.number for image in wanted]
     box = average_precision.score(reference, answers.results, numbers, "bbox")
     mask = average_precision.score(reference, answers.results, numbers, "segm") if truth.has_masks else None
     if arguments.json:
-        program.write_json(arguments.json, report(answers, box, mask))
+        files.write_json(arguments.json, report(answers, box, mask))
     _tell(answers, box, mask, strangers(truth, answers.results))
     missed = [*_missed("box", box, arguments.require_box_ap), *_missed("mask", mask, arguments.require_mask_ap)]
     for line in missed:
         print(line)
-    return program.EXIT_FAILED if answers.failures or missed else 0
+    return EXIT_FAILED if answers.failures or missed else 0
 
 
 # -- the images and their answers -------------------------------------------------------------------------------------
@@ -233,7 +232,7 @@ def _tell(answers: Answers, box: Scores, mask: Scores | None, strange: Sequence[
     console.print(_table(measured))
     if strange:
         console.print(f"[yellow]categories of another data set: {escape('; '.join(strange))}")
-    program.tell_failures(console, answers.failures)
+    tell_failures(console, answers.failures)
     mask_ap = _shown(mask.metrics["AP"]) if mask else "not measured"
     console.print(
         f"box AP {_shown(box.metrics['AP'])}, mask AP {mask_ap}; {answers.images.total()} images in"
@@ -269,8 +268,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="where the annotated images are")
     parser.add_argument("--annotations", metavar="FILE", type=Path, required=True, help="COCO instances")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there")
-    parser.add_argument("--limit", metavar="N", type=program.positive, help="only the first N images")
-    parser.add_argument("--require-box-ap", metavar="X", type=program.percentage, default=0.0, help="percent")
-    parser.add_argument("--require-mask-ap", metavar="Y", type=program.percentage, default=0.0, help="percent")
-    program.add_connection(parser)
+    parser.add_argument("--limit", metavar="N", type=positive, help="only the first N images")
+    parser.add_argument("--require-box-ap", metavar="X", type=percentage, default=0.0, help="percent")
+    parser.add_argument("--require-mask-ap", metavar="Y", type=percentage, default=0.0, help="percent")
+    add_connection(parser)
     return parser.parse_args(argv)

@@ -8,30 +8,26 @@ and which options; the others what came of an image, named by its place among th
     {"image": 3, "overlay": true}
 
 An image that was answered `worker-lost` is done, as one with a result is: the daemon has tried it again itself.
-A later line of an image counts more, a damaged one not at all. Each line is given to the kernel at once, so that it
-outlives this process, and to the disk once a second, so that a power failure costs the last second. A last line that is
-torn is taken off before more is written. One program at a time holds the journal, by a lock on it.
+A later line of an image counts more, a damaged one not at all. A last line that is torn is taken off before more is
+written. One program at a time holds the journal, by a lock on it.
 """
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from blendmaskd.coco.values import Id
-from blendmaskd.programs.program import OutputError, UsageError
+from blendmaskd.programs import lines
+from blendmaskd.programs.errors import UsageError
+from blendmaskd.programs.lines import Lines, Stamp, stamp
 from blendmaskd.protocol import Code
 
 VERSION = 1
-SYNC_S = 1.0
-
-Stamp = tuple[int, int] | None  # bytes and mtime in ns, see `stamp`
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +64,12 @@ class Contents:
         return not self.answers or len(self.answers) + len(self.failed) == len(self.images)
 
 
-def stamp(path: Path) -> Stamp:
-    """Tells whether a file was changed; None for one that is not there."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
 class Journal:
     """Open for writing. `contents` is what was there before, and grows with it."""
 
     def __init__(self, path: Path, images: Sequence[tuple[str, Id]], options: dict[str, Any]) -> None:
         self.path = path
         self.contents = Contents(list(images), options)
-        self._synced = time.monotonic()
 
     def open(self, *, resume: bool, anew: bool) -> Self:
         """Continue what is there with `resume`, else begin anew.
@@ -91,12 +77,9 @@ class Journal:
         Raises `UsageError` for a journal of other images or options, of another program that runs, that cannot be read,
         and, unless `anew`, for one whose answers would be lost; `OutputError` where it cannot be written.
         """
+        self._lines = Lines(self.path)
         try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
-        except OSError as error:
-            raise OutputError(f"{self.path}: {error.strerror}") from None
-        try:
-            self._lock()
+            lines.lock(self._lines.fd, self.path.parent, "--out")
             found, end = (None, 0) if anew else _read(self.path)
             if resume and found:
                 self._continue(found, end)
@@ -104,7 +87,7 @@ class Journal:
                 self._refuse_loss(found)
                 self._begin()
         except BaseException:
-            os.close(self._fd)
+            os.close(self._lines.fd)
             raise
         return self
 
@@ -132,27 +115,16 @@ class Journal:
             if not self.contents.answers and not self.contents.failed:
                 self.path.unlink(missing_ok=True)
             else:
-                self._sync()
+                self._lines.sync()
         finally:
-            os.close(self._fd)
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = f"another run writes into {self.path.parent}/: let it end, or choose another --out"
-            raise UsageError(text) from None
-        except (OSError, ModuleNotFoundError):
-            pass  # a file system, or a platform, without such locks
+            os.close(self._lines.fd)
 
     def _begin(self) -> None:
-        if os.fstat(self._fd).st_size:
-            os.ftruncate(self._fd, 0)
+        if os.fstat(self._lines.fd).st_size:
+            os.ftruncate(self._lines.fd, 0)
         images = [list(image) for image in self.contents.images]
         self._write({"journal": VERSION, "options": self.contents.options, "images": images})
-        self._sync()
+        self._lines.sync()
 
     def _continue(self, found: Contents, end: int) -> None:
         if found.options != self.contents.options:
@@ -161,7 +133,7 @@ class Journal:
         if found.images != self.contents.images:
             raise UsageError(f"--resume: {self.path} belongs to other images: "
                              f"{_difference(found.images, self.contents.images)}; {_REMEDY}")  # fmt: skip
-        os.ftruncate(self._fd, end)
+        os.ftruncate(self._lines.fd, end)
         self.contents = found
 
     def _refuse_loss(self, found: Contents | None) -> None:
@@ -172,22 +144,7 @@ class Journal:
             )
 
     def _write(self, line: dict[str, Any]) -> None:
-        left = memoryview((json.dumps(line) + "\n").encode())
-        try:
-            while left:
-                left = left[os.write(self._fd, left) :]
-        except OSError as error:
-            raise OutputError(f"{self.path}: {error.strerror}") from None
-        if time.monotonic() - self._synced >= SYNC_S:
-            self._sync()
-
-    def _sync(self) -> None:
-        self._synced = time.monotonic()
-        try:
-            getattr(os, "fdatasync", os.fsync)(self._fd)  # not everywhere
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # no file on a disk
-                raise OutputError(f"{self.path}: {error.strerror}") from None
+        self._lines.write(json.dumps(line).encode())
 
 
 _REMEDY = "--anew begins anew, or choose another --out"
@@ -208,15 +165,14 @@ def _read(path: Path) -> tuple[Contents | None, int]:
     """What is there, None for nothing, and where the last whole line ends. Raises `UsageError` for no journal."""
     if not path.is_file():
         return None, 0
-    with path.open("rb") as file:
-        lines = [line for line in file if line.endswith(b"\n")]  # but for a torn last one
-    if not lines:
+    whole = [line for _, line in lines.read(path)]
+    if not whole:
         return None, 0
-    contents = _first(lines[0], path)
-    for line in lines[1:]:
+    contents = _first(whole[0], path)
+    for line in whole[1:]:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # damaged: its image is submitted again
             _add(contents, json.loads(line))
-    return contents, sum(map(len, lines))
+    return contents, sum(map(len, whole))
 
 
 def _first(line: bytes, path: Path) -> Contents:

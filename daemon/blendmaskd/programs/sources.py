@@ -10,8 +10,8 @@ from pathlib import Path
 from blendmaskd.coco import instances as coco_instances
 from blendmaskd.coco.instances import Complaints, InstancesError
 from blendmaskd.coco.values import Id, show
-from blendmaskd.programs import photographs
-from blendmaskd.programs.program import UsageError
+from blendmaskd.programs import input_images
+from blendmaskd.programs.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def plan(paths: Sequence[Path], out: Path, annotations: Path | None) -> list[Sou
     The id is the one of its name in the COCO annotations, else its place, from 1. Raises `UsageError` for images that
     are not in the annotations or are there as one, and for an overlay that would take the place of an image.
     """
-    names = overlay_names(photographs.below_common_folder(paths), _longest_name(out))
+    names = overlay_names(input_images.below_common_folder(paths), _longest_name(out))
     overlays = [out / name for name in names]
     originals = {os.path.realpath(path): path for path in paths}
     for target in overlays:
@@ -39,7 +39,7 @@ def plan(paths: Sequence[Path], out: Path, annotations: Path | None) -> list[Sou
             remedy = "choose another --out, or leave that image out"
             raise UsageError(f"the overlay {target} would take the place of that image: {remedy}")
     ids = _annotated_ids(paths, annotations) if annotations else range(1, len(paths) + 1)
-    return [Source(*each) for each in zip(range(len(paths)), paths, photographs.names(paths), ids, overlays)]
+    return [Source(*each) for each in zip(range(len(paths)), paths, input_images.names(paths), ids, overlays)]
 
 
 def overlay_names(below: Sequence[Path], longest: int = 255) -> list[Path]:
@@ -70,7 +70,7 @@ def _shortened(path: Path, longest: int) -> Path:
 def _apart(names: Sequence[Path]) -> bool:
     """Whether all can be files at the same time."""
     folders = {folder for name in names for folder in name.parents}
-    return photographs.unique(names) and folders.isdisjoint(names)
+    return input_images.unique(names) and folders.isdisjoint(names)
 
 
 def _longest_name(folder: Path) -> int:

@@ -44,10 +44,16 @@ from rich.text import Text
 from blendmaskd import files
 from blendmaskd.client.blocking import Client, JobFailed, Segmentation
 from blendmaskd.images import decoding as images
+from blendmaskd.images import overlay
 from blendmaskd.images.quiet import quiet
-from blendmaskd.programs import overlay, photographs, program
-from blendmaskd.programs.journal import Journal, Stamp, given_up, stamp, unchanged
-from blendmaskd.programs.program import Failure, Interruptible, OutputError, UsageError
+from blendmaskd.programs import input_images
+from blendmaskd.programs.arguments import add_results, parse_resuming
+from blendmaskd.programs.connecting import add_connection, connect
+from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OUTPUT, OutputError, UsageError, guarded
+from blendmaskd.programs.failures import Failure, tell_failures
+from blendmaskd.programs.interruption import Interruptible
+from blendmaskd.programs.journal import Journal, given_up, unchanged
+from blendmaskd.programs.lines import Stamp, stamp
 from blendmaskd.programs.sources import Source, plan
 from blendmaskd.protocol import Code
 
@@ -111,13 +117,12 @@ class Run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
-    return program.guarded("submit", lambda: _main(arguments))
+    return guarded("submit", lambda: _main(_parse(argv)))
 
 
 def _main(arguments: argparse.Namespace) -> int:
     quiet()
-    sources = plan(photographs.find(arguments.images), arguments.out, arguments.annotations)
+    sources = plan(input_images.find(arguments.images), arguments.out, arguments.annotations)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -128,16 +133,16 @@ def _main(arguments: argparse.Namespace) -> int:
         run = Run(journal)
         left = _recall(run, sources, retry_lost=arguments.retry_lost)
         if left:
-            with program.connect(arguments) as client:
+            with connect(arguments) as client:
                 submit(client, run, sources, left, arguments)
         else:
             submit(None, run, sources, left, arguments)
     _tell(run, sources)
     if run.trouble:
-        return program.EXIT_OUTPUT
+        return EXIT_OUTPUT
     if run.interrupted:
-        return program.EXIT_INTERRUPTED
-    return program.EXIT_FAILED if run.failures else 0
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if run.failures else 0
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -189,7 +194,7 @@ def submit(
 
 def _write_results(run: Run, path: Path) -> None:
     try:
-        program.write_json(path, run.ordered())
+        files.write_json(path, run.ordered())
     except OSError as error:
         run.trouble = run.trouble or f"{path}: {error.strerror}"
 
@@ -296,7 +301,7 @@ def _failed_so_far(run: Run) -> str:
 
 def _tell(run: Run, sources: Sequence[Source]) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    program.tell_failures(console, run.failures)
+    tell_failures(console, run.failures)
     console.print(escape(run.summary()))
     if run.interrupted:
         console.print("[yellow]interrupted: what was not answered is cancelled; --resume goes on from here")
@@ -316,16 +321,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="a file, a folder or a quoted glob")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="for overlays and results.json")
     parser.add_argument("--annotations", metavar="FILE", type=Path, help="COCO annotations whose image ids are used")
-    parser.add_argument("--score-threshold", metavar="S", type=program.share, default=0.3, help="0 to 1, default 0.3")
-    parser.add_argument("--max-detections", metavar="N", type=program.count, help="the best ones; default: all")
-    parser.add_argument("--mask-format", choices=["rle", "polygon", "none"], default="rle")
-    program.add_connection(parser)
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="continue a run that ended early")
-    again.add_argument("--anew", action="store_true", help="begin anew although --out holds an unfinished run")
-    parser.add_argument("--retry-lost", action="store_true", help="with --resume: what failed as worker-lost, too")
+    add_results(parser)
+    add_connection(parser)
     parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="only results.json")
-    arguments = parser.parse_args(argv)
-    if arguments.retry_lost and not arguments.resume:
-        parser.error("--retry-lost: only with --resume")
-    return arguments
+    return parse_resuming(parser, argv, "--out")

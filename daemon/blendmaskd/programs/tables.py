@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from blendmaskd.core.stats import STAGE_BOUNDS_S
+from blendmaskd.protocol import STAGE_BOUNDS_S
 from blendmaskd.wanted import differences_shown
 
 GOOD, WARN, BAD = "green", "yellow", "bold red"

@@ -1,5 +1,5 @@
 """Watch: the live view of `stats --watch` on a terminal. It shows; asking the daemon is
-`blendmaskd.programs.show_stats`'s.
+`blendmaskd.programs.stats`'s.
 
 Columns that do not fit give way, the least important first; the sparkline of combined FPS takes what width is left. A
 second in which the daemon did not answer is a gap in it.

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from blendmaskd.programs import program
+from blendmaskd.programs.arguments import checked, positive, seconds
+from blendmaskd.programs.connecting import ANSWER_S, add_keys
 
 MOST_CLIENTS = 500
 LOAD_OPTIONS = ("clients", "rate", "size", "encoding", "transport", "mask_format")
@@ -24,17 +25,17 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     daemon.add_argument("--replay", metavar="IMAGE", type=Path, help="engine timed does the native engine's work on "
                         "the host: prepares images, and finishes what a network with seeded weights says of this one")
     daemon.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting")
-    daemon.add_argument("--wait", metavar="S", type=program.seconds, default=program.ANSWER_S,
+    daemon.add_argument("--wait", metavar="S", type=seconds, default=ANSWER_S,
                         help="for the daemon at --endpoint")  # fmt: skip
-    program.add_keys(daemon)
+    add_keys(daemon)
     run = parser.add_argument_group("the run")
-    run.add_argument("--seconds", type=program.seconds, default=10.0, help="measured of each load; default 10")
-    run.add_argument("--warm-up", metavar="S", type=program.seconds, default=2.0,
+    run.add_argument("--seconds", type=seconds, default=10.0, help="measured of each load; default 10")
+    run.add_argument("--warm-up", metavar="S", type=seconds, default=2.0,
                      help="of load before; not counted; default 2")  # fmt: skip
-    run.add_argument("--rounds", type=program.positive, default=3, help="what counts is their median; default 3")
+    run.add_argument("--rounds", type=positive, default=3, help="what counts is their median; default 3")
     run.add_argument("--limit-seconds", metavar="S", type=_not_negative, default=3.0,
                      help="of the bare loop, before and after each round; 0: not measured; default 3")  # fmt: skip
-    run.add_argument("--timeout", metavar="S", type=program.seconds, default=60.0, help="a job's deadline, default 60")
+    run.add_argument("--timeout", metavar="S", type=seconds, default=60.0, help="a job's deadline, default 60")
     run.add_argument("--compare", nargs=2, metavar="KEY=VALUE",
                      help="two variants in turns: settings, or options of the load, several with ; between; "
                      "'NAME: KEY=VALUE' gives one a short name")
@@ -69,7 +70,7 @@ def load_parser() -> argparse.ArgumentParser:
 
 
 def _clients(text: str) -> int:
-    value = program.positive(text)
+    value = positive(text)
     if value > MOST_CLIENTS:
         raise argparse.ArgumentTypeError(f"{text}: at most {MOST_CLIENTS}")
     return value
@@ -77,16 +78,12 @@ def _clients(text: str) -> int:
 
 def _rate(text: str) -> float:
     value = float(text)
-    if not 0 < value <= 100_000:
-        raise argparse.ArgumentTypeError(f"{text}: expected jobs per second, more than 0 and at most 100000")
-    return value
+    return checked(text, value, 0 < value <= 100_000, "jobs per second, more than 0 and at most 100000")
 
 
 def _not_negative(text: str) -> float:
     value = float(text)
-    if not 0 <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"{text}: expected seconds, 0 to 3600")
-    return value
+    return checked(text, value, 0 <= value <= 3600, "seconds, 0 to 3600")
 
 
 def _size(text: str) -> tuple[int, int]:

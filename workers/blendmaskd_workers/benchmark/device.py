@@ -40,10 +40,6 @@ class Limit:
     batch: int
     fps: float
 
-    @property
-    def ms_per_image(self) -> float:
-        return 1000 / self.fps
-
 
 def limit(settings: Settings, pixels: Pixels, seconds: float) -> Limit:
     """Measure the first device for about `seconds` on an image (HxWx3 BGR). Raises `LimitError`."""

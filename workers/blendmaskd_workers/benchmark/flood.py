@@ -15,8 +15,8 @@ import zmq
 
 from blendmaskd.protocol import Options
 from blendmaskd_workers.benchmark import load, pictures
-from blendmaskd_workers.benchmark.connection import NAME_BYTES, Sending, Template
 from blendmaskd_workers.benchmark.generator import Generator
+from blendmaskd_workers.benchmark.load_socket import NAME_BYTES, Sending, Template
 from blendmaskd_workers.benchmark.measure import Point, Row
 
 JOBS = 1000

@@ -23,8 +23,8 @@ import zmq
 from blendmaskd import protocol
 from blendmaskd.client.connection import Keys, introduce
 from blendmaskd.protocol import TO_CLIENT, Failed, GetStats, Place, Result, Stats
-from blendmaskd_workers.benchmark.connection import NAME_BYTES, Connection, Sending
 from blendmaskd_workers.benchmark.load import NO_ANSWER, Sample, Schedule
+from blendmaskd_workers.benchmark.load_socket import NAME_BYTES, LoadSocket, Sending
 from blendmaskd_workers.benchmark.pictures import Picture
 
 GRACE_S = 1.0  # for the daemon's own `timeout` to arrive
@@ -67,7 +67,7 @@ class Generator:
         self._held: list[deque[float]] = [deque() for _ in range(clients)]  # no place for their images yet
         self._right = [b""] * len(pictures)  # the last payload that was found right
         self._stats: dict[str, Any] | None = None
-        self._connections: list[Connection] = []
+        self._connections: list[LoadSocket] = []
 
     def __enter__(self) -> Self:
         self._context = zmq.Context()
@@ -75,7 +75,7 @@ class Generator:
         self._poller = zmq.Poller()
         try:
             for _ in range(self._clients):
-                self._connections.append(Connection(self._socket(), self._pictures, self._sending))
+                self._connections.append(LoadSocket(self._socket(), self._pictures, self._sending))
                 self._connections[-1].open_region(self._endpoint)
             self._control = self._socket()
         except BaseException:

@@ -17,7 +17,7 @@ from PIL import Image
 from blendmaskd import protocol
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, Pixels
-from blendmaskd.programs.program import UsageError
+from blendmaskd.programs.errors import UsageError
 from blendmaskd.settings import Limits
 from blendmaskd_workers.engines import timed
 

@@ -44,18 +44,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from blendmaskd import files
 from blendmaskd import settings as settings_module
 from blendmaskd.client import places
-from blendmaskd.programs import photographs, program
-from blendmaskd.programs.program import UsageError
+from blendmaskd.programs import input_images
+from blendmaskd.programs.connecting import make_client
+from blendmaskd.programs.errors import UsageError, guarded
 from blendmaskd.protocol import Options
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.topology import HostError
 from blendmaskd_workers.benchmark import device, flood, kill, pictures, replay, report, servers
 from blendmaskd_workers.benchmark.arguments import LOAD_OPTIONS, load_parser, parse
-from blendmaskd_workers.benchmark.connection import Sending, Transport
 from blendmaskd_workers.benchmark.device import LimitError
 from blendmaskd_workers.benchmark.generator import Generator
+from blendmaskd_workers.benchmark.load_socket import Sending, Transport
 from blendmaskd_workers.benchmark.measure import Point, Row, measure
 from blendmaskd_workers.benchmark.pictures import Picture
 from blendmaskd_workers.benchmark.servers import Server
@@ -85,8 +87,7 @@ class Variant:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments (default: the process's); returns its exit code."""
-    arguments = parse(argv, __doc__ or "")
-    return program.guarded("benchmark", lambda: _main(arguments))
+    return guarded("benchmark", lambda: _main(parse(argv, __doc__ or "")))
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -171,7 +172,7 @@ def _variant(text: str, arguments: argparse.Namespace) -> Variant:
         else:
             overrides.append(pair.strip())
     if arguments.images and _encoding(arguments) == "path":
-        folders = sorted({os.path.dirname(os.path.abspath(path)) for path in photographs.find(arguments.images)})
+        folders = sorted({os.path.dirname(os.path.abspath(path)) for path in input_images.find(arguments.images)})
         overrides.insert(0, f"paths.roots={folders}")
     settings = settings_module.load(None, None, overrides)
     return Variant(name or DAEMON, arguments, tuple(overrides), settings)
@@ -261,10 +262,7 @@ def _share(row: Row, limits: Sequence[device.Limit], variant: Variant) -> Row:
 @contextlib.contextmanager
 def _server(variant: Variant, answer_bytes: int) -> Iterator[Server]:
     if variant.settings is None:
-        try:
-            client = program.make_client(variant.arguments, variant.arguments.wait)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
+        client = make_client(variant.arguments, variant.arguments.wait)
         yield servers.running_daemon(client, variant.arguments.wait)
     elif variant.bare:
         with servers.bare_path(variant.settings, answer_bytes) as server:
@@ -285,7 +283,7 @@ def _sending(variant: Variant, point: Point) -> Sending:
 def _pictures(arguments: argparse.Namespace) -> list[Picture]:
     if not arguments.images:
         return [pictures.synthetic(arguments.size, _encoding(arguments))]
-    return [pictures.from_file(path, _encoding(arguments)) for path in photographs.find(arguments.images)]
+    return [pictures.from_file(path, _encoding(arguments)) for path in input_images.find(arguments.images)]
 
 
 def _encoding(arguments: argparse.Namespace) -> pictures.Encoding:
@@ -304,7 +302,7 @@ def _kill(variant: Variant, console: Console) -> int:
             rows.append({"round": number, **kill.kill_one(generator, point, arguments.warm_up, arguments.seconds)})
         console.print(kill.line(rows[-1]))
     if arguments.json:
-        program.write_json(arguments.json, report.plain({"machine": report.machine(), "kills": rows}))
+        files.write_json(arguments.json, report.plain({"machine": report.machine(), "kills": rows}))
     return EXIT_WRONG if any(row["wrong"] for row in rows) else 0
 
 
@@ -319,7 +317,7 @@ def _flood(variant: Variant, console: Console) -> int:
         rows.append({"round": number, **row})
         console.print(flood.line(rows[-1]))
     if arguments.json:
-        program.write_json(arguments.json, report.plain({"machine": report.machine(), "floods": rows}))
+        files.write_json(arguments.json, report.plain({"machine": report.machine(), "floods": rows}))
     return EXIT_WRONG if any(row[each]["wrong"] for row in rows for each in ("lonely", "flooded")) else 0
 
 
@@ -342,7 +340,7 @@ def _tell(
         "ratios": found,
     }
     if arguments.json:
-        program.write_json(arguments.json, report.plain(tree))
+        files.write_json(arguments.json, report.plain(tree))
     if arguments.plot:
         from blendmaskd_workers.benchmark import plot
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
-from blendmaskd.programs.program import UsageError
+from blendmaskd.programs.errors import UsageError
 
 
 def write(image: Path, file: Path, config: str, size: tuple[int, int]) -> None:

@@ -19,8 +19,8 @@ import psutil
 
 from blendmaskd.client.blocking import Client
 from blendmaskd.client.connection import Keys
-from blendmaskd.programs import program
-from blendmaskd.programs.program import NoDaemonError
+from blendmaskd.programs.connecting import wait_for_daemon
+from blendmaskd.programs.errors import NoDaemonError
 from blendmaskd.settings import Settings
 from blendmaskd_workers import engines
 
@@ -36,7 +36,6 @@ class Server:
     broker: psutil.Process | None
     workers: tuple[psutil.Process, ...]
     tells_stats: bool = True
-    own: bool = True  # started by this program
     keys: Keys | None = None  # of its clients
 
     @property
@@ -63,12 +62,12 @@ def own_daemon(overrides: Sequence[str], settings: Settings) -> Iterator[Server]
 def running_daemon(client: Client, wait_s: float) -> Server:
     """The one that runs already where this client connects. Raises `NoDaemonError` when nobody answers there."""
     with client:
-        program.wait_for_daemon(client, wait_s)
+        wait_for_daemon(client, wait_s)
         pids = [device["pid"] for device in client.stats()["devices"] if device["pid"]]
     workers = tuple(psutil.Process(pid) for pid in pids if _is_a_worker(pid))
     if len(workers) < len(pids):
-        return Server(client.endpoint, None, (), own=False, keys=client.keys)  # of another host
-    return Server(client.endpoint, workers[0].parent() if workers else None, workers, own=False, keys=client.keys)
+        return Server(client.endpoint, None, (), keys=client.keys)  # of another host
+    return Server(client.endpoint, workers[0].parent() if workers else None, workers, keys=client.keys)
 
 
 @contextmanager
@@ -165,6 +164,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _is_a_worker(pid: int) -> bool:
     try:
-        return "workers" in psutil.Process(pid).cmdline()
+        return "blendmaskd_workers" in psutil.Process(pid).cmdline()
     except psutil.Error:
         return False

@@ -17,8 +17,8 @@ import msgspec
 
 from blendmaskd import settings
 from blendmaskd.logs import about
-from blendmaskd.programs.journal import Stamp
-from blendmaskd.programs.program import OutputError
+from blendmaskd.programs.errors import OutputError
+from blendmaskd.programs.lines import Stamp
 from blendmaskd.protocol import Code, Failed, Image, Options
 from blendmaskd_workers.cluster import journal, tasks
 from blendmaskd_workers.cluster.channel import Answer, WorkerLost

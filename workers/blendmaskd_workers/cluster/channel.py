@@ -50,13 +50,17 @@ class Pending:
 
 
 class LocalChannel:
-    """`on_report` is called each second, in the loop's thread."""
+    """`on_report` is called each second, in the loop's thread; `on_end` with each image's future when it is done."""
 
-    def __init__(self, node: str, device: str, on_report: Callable[[protocol.Report], None]) -> None:
+    def __init__(
+        self, node: str, device: str, on_report: Callable[[protocol.Report], None],
+        on_end: Callable[[Future[Answer | Failed]], object] = lambda _: None,
+    ) -> None:  # fmt: skip
         self.ready: Future[protocol.Ready] = Future()
         self._node = node
         self._device = device
         self._on_report = on_report
+        self._on_end = on_end
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # for the next four
         self._pending: dict[int, Pending] = {}
@@ -92,6 +96,7 @@ class LocalChannel:
             self._pending[number] = pending
             self._waiting.append(pending)
             self._hand_out()
+        pending.future.add_done_callback(self._on_end)
         pending.future.add_done_callback(lambda done: self._revoke(pending) if done.cancelled() else None)
         return pending.future
 

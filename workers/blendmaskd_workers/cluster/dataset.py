@@ -20,8 +20,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from blendmaskd import settings
-from blendmaskd.programs import program
-from blendmaskd.programs.program import NoDaemonError, OutputError, UsageError
+from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, NoDaemonError, OutputError, UsageError
+from blendmaskd.programs.failures import tell_failures
 from blendmaskd.protocol import Code, Options
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.topology import HostError
@@ -70,7 +70,7 @@ class Tally:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The exit code. Raises what `blendmaskd.programs.program.guarded` knows."""
+    """The exit code. Raises what `blendmaskd.programs.errors.guarded` knows."""
     try:
         loaded = settings.load(arguments.settings, os.environ, arguments.set, arguments.devices)
     except SettingsError as error:
@@ -98,12 +98,12 @@ def run(arguments: argparse.Namespace) -> int:
         parquet = arguments.format == "parquet"
         failures = outputs.write(folder, inputs.names, done, parquet=parquet, mask_format=options.mask_format)
     console = Console(highlight=False, soft_wrap=True)
-    program.tell_failures(console, failures)
+    tell_failures(console, failures)
     console.print(escape(tally.summary(len(before))))
     if interrupted:
         console.print("[yellow]interrupted: --resume goes on from here")
-        return program.EXIT_INTERRUPTED
-    return program.EXIT_FAILED if failures else 0
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if failures else 0
 
 
 def _about(inputs: Inputs, options: Options, loaded: Settings) -> dict[str, Any]:

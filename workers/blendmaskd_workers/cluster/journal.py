@@ -7,35 +7,32 @@ worker that there ever was, lines of JSON:
      "detections": [...]}
     {"image": 4, "stamp": [...], "node": "a", "device": "npu:0", "code": "bad-image", "reason": "..."}
 
-A line is given to the kernel the moment its image is done, and to the disk once a second. Of several lines of an image
-any counts; one that is torn or damaged does not. The folder must be one that all nodes share.
+A line is written the moment its image is done. Of several lines of an image any counts; one that is torn or damaged
+does not. The folder must be one that all nodes share.
 
 ``journal/tries/`` has an empty file for each time that a task was begun, by which a worker sees that it is not the
 first with it.
 """
 from __future__ import annotations
 
-import errno
-import fcntl
 import itertools
 import json
 import os
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import msgspec
 
-from blendmaskd.programs.journal import Stamp
-from blendmaskd.programs.program import OutputError, UsageError
+from blendmaskd.programs import lines
+from blendmaskd.programs.errors import OutputError, UsageError
+from blendmaskd.programs.lines import Lines, Stamp
 from blendmaskd.protocol import Code
 
 VERSION = 1
-SYNC_S = 1.0
 FINAL = {Code.BAD_IMAGE, Code.TOO_LARGE, Code.BAD_REQUEST, Code.WORKER_LOST}  # of an image that stays as it is
 
 
@@ -76,25 +73,10 @@ class Part:
         if not (folder / "run.json").is_file():
             raise OutputError(f"{folder}: this node does not see the run there: --output must be on storage that all "
                               "nodes share")  # fmt: skip
-        self.path = folder / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl"
-        self._lock = threading.Lock()
-        self._synced = time.monotonic()
-        try:
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise OutputError(f"{self.path}: {error.strerror}") from None
+        self._lines = Lines(folder / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl", os.O_EXCL)
 
     def write(self, line: Line) -> None:
-        left = memoryview(msgspec.json.encode(line) + b"\n")
-        with self._lock:
-            try:
-                while left:
-                    left = left[os.write(self._fd, left) :]
-                if time.monotonic() - self._synced >= SYNC_S:
-                    self._synced = time.monotonic()
-                    os.fdatasync(self._fd)
-            except OSError as error:
-                raise OutputError(f"{self.path}: {error.strerror}") from None
+        self._lines.write(msgspec.json.encode(line))
 
 
 class Tries:
@@ -111,7 +93,7 @@ class Tries:
         """The number of this try, from 1."""
         for number in itertools.count(1):
             try:
-                os.close(os.open(self._folder / f"{name}.{number}", os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+                os.close(os.open(self._folder / f"{name}.{number}", os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 continue
             return number
@@ -133,7 +115,9 @@ class Run:
         would be lost; `OutputError` where it cannot be written.
         """
         try:
-            self._lock()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            lines.lock(self._fd, self.folder, "--output")
             found = _about(self.folder / "run.json")
             if found and not anew:
                 try:
@@ -154,18 +138,6 @@ class Run:
         """Let others continue it."""
         os.close(self._fd)
 
-    def _lock(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = f"another run writes into {self.folder}/: let it end, or choose another --output"
-            raise UsageError(text) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF):  # a file system without locks
-                raise
-
     def _check(self, found: dict[str, Any], *, resume: bool) -> None:
         if not resume:
             if any((self.folder / "journal").glob("*.jsonl")):
@@ -181,7 +153,7 @@ def index(folder: Path, stamps: Mapping[int, Stamp]) -> dict[int, Entry]:
     """What is done of the images in `stamps`, by place, as far as they were not changed since."""
     found: dict[int, Entry] = {}
     for part in sorted((folder / "journal").glob("*.jsonl")):
-        for offset, line in _lines(part):
+        for offset, line in lines.read(part):
             try:
                 read = msgspec.json.decode(line, type=Line)
             except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -198,15 +170,6 @@ def recall(entry: Entry) -> Line:
     with entry.part.open("rb") as file:
         file.seek(entry.offset)
         return msgspec.json.decode(file.read(entry.length), type=Line)
-
-
-def _lines(part: Path) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    with part.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):  # but for a torn last one
-                yield offset, line
-            offset += len(line)
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blendmaskd import files
-from blendmaskd.programs.program import Failure, write_json
+from blendmaskd.programs.failures import Failure
 from blendmaskd_workers.cluster import journal
 from blendmaskd_workers.cluster.journal import Entry, Line
 
@@ -33,7 +33,7 @@ def write(
     """Write all that is done; returns the failures. `image_id` is the place from 1."""
     failed = [place for place in sorted(done) if done[place].code]
     failures = [journal.recall(done[place]) for place in failed]
-    write_json(folder / "failures.json", [
+    files.write_json(folder / "failures.json", [
         {"image_id": line.image + 1, "file_name": names[line.image], "code": line.code, "reason": line.reason}
         for line in failures
     ])  # fmt: skip

@@ -23,12 +23,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from blendmaskd.programs import program
+from blendmaskd.programs.arguments import add_results, parse_resuming, positive
+from blendmaskd.programs.errors import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
-    return program.guarded("segment_dataset", lambda: _run(arguments))
+    return guarded("segment_dataset", lambda: _run(_parse(argv)))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -46,19 +46,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting, over the file's")
     parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="of which kind: npu:0, cuda:0 or cpu:0")
     parser.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster; default: the one on this machine")
-    parser.add_argument("--workers", metavar="N", type=program.positive, help="at most; default: all of the cluster's")
+    parser.add_argument("--workers", metavar="N", type=positive, help="at most; default: all of the cluster's")
     parser.add_argument("--format", choices=["coco", "parquet"], default="coco", help="results.json or results.parquet")
     parser.add_argument("--column", metavar="NAME", default="image", help="of a Parquet file, with the encoded images; "
                         "default image")  # fmt: skip
     parser.add_argument("--name-column", metavar="NAME", help="with the images' file names; default: FILE#ROW")
-    parser.add_argument("--score-threshold", metavar="S", type=program.share, default=0.3, help="0 to 1, default 0.3")
-    parser.add_argument("--max-detections", metavar="N", type=program.count, help="the best ones; default: all")
-    parser.add_argument("--mask-format", choices=["rle", "polygon", "none"], default="rle")
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="continue a run that ended early")
-    again.add_argument("--anew", action="store_true", help="begin anew although --output holds a run")
-    parser.add_argument("--retry-lost", action="store_true", help="with --resume: what failed as worker-lost, too")
-    arguments = parser.parse_args(argv)
-    if arguments.retry_lost and not arguments.resume:
-        parser.error("--retry-lost: only with --resume")
-    return arguments
+    add_results(parser)
+    return parse_resuming(parser, argv, "--output")

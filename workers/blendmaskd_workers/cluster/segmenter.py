@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -19,7 +18,7 @@ import msgspec
 from blendmaskd import logs, protocol
 from blendmaskd.core.stats import Stats
 from blendmaskd.logs import about
-from blendmaskd.protocol import Failed, Image, Options
+from blendmaskd.protocol import Failed
 from blendmaskd.settings import Settings
 from blendmaskd.wanted import differences
 from blendmaskd_workers import engines
@@ -46,7 +45,8 @@ class Segmenter:
         self._lock = threading.Lock()  # for the next
         self._stats = Stats(settings.window_s)
         self._failures: Counter[str] = Counter()
-        self._channel = LocalChannel(self.node, self.device, self._report)
+        self._channel = LocalChannel(self.node, self.device, self._report, self._count)
+        self.submit = self._channel.submit
         self._wanted = place.assignment.wanted
         engine = engines.make(settings, place.assignment.local_device)
         batching = engines.batching(settings)
@@ -58,21 +58,6 @@ class Segmenter:
         for difference in self.differences():
             log.warning("%s", difference)
         log.info("ready", extra=about(slot=f"{self.node}/{self.device}"))
-
-    def submit(
-        self,
-        image: Image,
-        payload: bytes | None,
-        options: Options,
-        deadline_s: float,
-        *,
-        alone: bool = False,
-        on_start: Callable[[], object] = lambda: None,
-    ) -> Future[Answer | Failed]:
-        """Segment an image; see `LocalChannel.submit`."""
-        future = self._channel.submit(image, payload, options, deadline_s, alone=alone, on_start=on_start)
-        future.add_done_callback(self._count)
-        return future
 
     def differences(self) -> list[str]:
         """Where the process is not what its plan wanted."""

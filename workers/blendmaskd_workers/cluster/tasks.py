@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 import pyarrow.parquet as pq
 
-from blendmaskd.programs import photographs
-from blendmaskd.programs.journal import Stamp, stamp
-from blendmaskd.programs.program import UsageError
+from blendmaskd.programs import input_images
+from blendmaskd.programs.errors import UsageError
+from blendmaskd.programs.lines import Stamp, stamp
 
 LARGEST = 32  # files in a task
 TASKS_OF_A_WORKER = 8  # at least, so that all workers end at about the same time
@@ -69,8 +69,8 @@ def find(inputs: Sequence[str], column: str, name_column: str | None) -> Inputs:
     parquet = _parquet_files(inputs)
     if parquet:
         return _rows(parquet, column, name_column)
-    paths = photographs.find(inputs)
-    return Inputs([Unit(path, place, 1) for place, path in enumerate(paths)], photographs.names(paths))
+    paths = input_images.find(inputs)
+    return Inputs([Unit(path, place, 1) for place, path in enumerate(paths)], input_images.names(paths))
 
 
 def plan(inputs: Inputs, done: Collection[int], workers: int) -> list[Task]:
@@ -126,7 +126,7 @@ def _parquet_files(inputs: Iterable[str]) -> list[Path]:
 def _rows(files: Sequence[Path], column: str, name_column: str | None) -> Inputs:
     units: list[Unit] = []
     names: list[str] = []
-    for path, name in zip(files, photographs.names(files)):
+    for path, name in zip(files, input_images.names(files)):
         try:
             file = pq.ParquetFile(path)
         except (OSError, ValueError) as error:

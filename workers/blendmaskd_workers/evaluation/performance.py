@@ -30,7 +30,7 @@ import msgspec
 
 from blendmaskd import settings as settings_module
 from blendmaskd.core.launch_plan import Basis, Preload
-from blendmaskd.programs import program
+from blendmaskd.programs.errors import UsageError, guarded
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch
 from blendmaskd.topology import HostError
@@ -38,7 +38,6 @@ from blendmaskd_workers.evaluation import logs, outputs
 from blendmaskd_workers.evaluation.timing import CannotTime, Request, Stopwatch, figures, time_together
 from blendmaskd_workers.programs import random_weights
 
-EXIT_CANNOT_START = 2
 STABLE_PERCENT = 5.0  # bar for the coefficient of variation of latency
 BASELINE_ITERATIONS = 10  # at most: what takes milliseconds on a device takes seconds on the host's CPUs
 TURNS = 5  # of each choice of runtime options
@@ -49,8 +48,7 @@ Row = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments (default: the process's); returns its exit code."""
-    arguments = _parse(argv)
-    return program.guarded("eval_performance", lambda: _main(arguments))
+    return guarded("eval_performance", lambda: _main(_parse(argv)))
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -58,8 +56,7 @@ def _main(arguments: argparse.Namespace) -> int:
         with _weights(arguments) as weights:
             report = measure(arguments, _settings(arguments, weights))
     except (CannotTime, SettingsError, HostError, OSError, ValueError) as error:
-        print(f"eval_performance: {error}", file=sys.stderr)
-        return EXIT_CANNOT_START
+        raise UsageError(str(error)) from None
     outputs.write(arguments.output_dir, "performance", report, logs.write_performance(report))
     return 0
 

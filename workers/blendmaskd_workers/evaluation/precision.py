@@ -19,24 +19,19 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, Pixels
-from blendmaskd.programs import program
+from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
 from blendmaskd_workers.evaluation import logs, outputs
-
-EXIT_OFF = 1
-EXIT_CANNOT_START = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments (default: the process's); returns its exit code."""
-    arguments = _parse(argv)
-    return program.guarded("eval_precision", lambda: _main(arguments))
+    return guarded("eval_precision", lambda: _main(_parse(argv)))
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -52,13 +47,12 @@ def _main(arguments: argparse.Namespace) -> int:
         reference = subjects.load(config, weights, arguments.reference)
         device = subjects.load(config, weights, arguments.device, arguments.hf32 == "on", arguments.dtype)
     except (ConfigError, SubjectError, OSError, ImageError) as error:
-        print(f"eval_precision: {error}", file=sys.stderr)
-        return EXIT_CANNOT_START
+        raise UsageError(str(error)) from None
     scenes = subjects.scenes_of([path.name for path in arguments.images], photographs, arguments.seed)
     report = {"run": _describe(arguments, device.device.name()),
               **subjects.evaluate(reference, device, scenes, config, arguments.trace)}  # fmt: skip
     outputs.write(arguments.output_dir, "precision", report, logs.write_precision(report))
-    return EXIT_OFF if report["failures"] else 0
+    return EXIT_FAILED if report["failures"] else 0
 
 
 def _read(path: Path) -> Pixels:

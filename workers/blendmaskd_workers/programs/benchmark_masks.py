@@ -25,8 +25,7 @@ from rich.table import Table
 
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
-from blendmaskd.programs import program
-from blendmaskd.programs.program import UsageError
+from blendmaskd.programs.errors import UsageError, guarded
 from blendmaskd_workers import blendmask, masks
 from blendmaskd_workers.masks import Floats
 
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image", default=str(ROOT / "tests/golden/images/chelsea.png"))
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args(argv)
-    return program.guarded("benchmark_masks", lambda: _main(arguments))
+    return guarded("benchmark_masks", lambda: _main(arguments))
 
 
 def _main(arguments: argparse.Namespace) -> int:

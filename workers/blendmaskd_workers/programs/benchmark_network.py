@@ -34,8 +34,7 @@ from torch import nn
 
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, Pixels
-from blendmaskd.programs import program
-from blendmaskd.programs.program import UsageError
+from blendmaskd.programs.errors import UsageError, guarded
 from blendmaskd_workers import blendmask, devices, masks
 from blendmaskd_workers.blendmask import BlendMask, Config, Detections, Instances
 from blendmaskd_workers.blendmask.deformable import DeformableConv
@@ -89,8 +88,7 @@ class Line:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
-    return program.guarded("benchmark_network", lambda: _main(arguments))
+    return guarded("benchmark_network", lambda: _main(_parse(argv)))
 
 
 def _main(arguments: argparse.Namespace) -> int:

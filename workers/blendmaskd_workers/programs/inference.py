@@ -25,11 +25,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from blendmaskd.coco import categories
 from blendmaskd.coco.categories import Category
 from blendmaskd.images import decoding as images
+from blendmaskd.images import overlay
 from blendmaskd.images.decoding import ImageError, Pixels
 from blendmaskd.images.quiet import quiet
 from blendmaskd.logs import in_a_line
-from blendmaskd.programs import overlay, photographs
-from blendmaskd.programs.program import UsageError, print_anything
+from blendmaskd.programs import input_images
+from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError, guarded
 from blendmaskd.protocol import Options
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -58,10 +59,6 @@ Exit code: 0 all done, 1 some images failed, 2 could not start.
 """
 
 
-class CannotStart(Exception):
-    """Something that the caller must change first; the text says what."""
-
-
 @dataclass(frozen=True, slots=True)
 class Photograph:
     """One image of the run."""
@@ -76,7 +73,7 @@ class Network:
     """BlendMask on a device, with the names of its classes."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        """Raises `CannotStart`."""
+        """Raises `UsageError`."""
         os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # an installed torch_npu without CANN breaks torch
         from blendmaskd_workers import blendmask, devices
         from blendmaskd_workers.engines import native
@@ -94,11 +91,11 @@ class Network:
                 blendmask.load_into(model, blendmask.random_weights(model, arguments.random_weights))
             self.device = devices.open_device(arguments.device, arguments.precision)
         except (blendmask.ConfigError, blendmask.WeightsError, categories.CategoriesError) as error:
-            raise CannotStart(str(error)) from error
+            raise UsageError(str(error)) from error
         except devices.UnsupportedError as error:
-            raise CannotStart(f"--precision {arguments.precision}: {error}") from error
+            raise UsageError(f"--precision {arguments.precision}: {error}") from error
         except devices.DeviceError as error:
-            raise CannotStart(f"--device {arguments.device}: {error}; --device cpu runs everywhere") from error
+            raise UsageError(f"--device {arguments.device}: {error}; --device cpu runs everywhere") from error
         self.model = native.network_for(model, self.device, self.exact)
 
     def segment(self, pixels: Pixels, options: Options) -> list[dict[str, Any]]:
@@ -113,20 +110,18 @@ class Network:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments (default: the process's); returns its exit code."""
-    print_anything()
+    return guarded("inference", lambda: _main(_parser().parse_args(argv)))
+
+
+def _main(arguments: argparse.Namespace) -> int:
     quiet()
-    arguments = _parser().parse_args(argv)
+    _check_weights(arguments)
+    if arguments.exact and arguments.precision != "fp32":
+        raise UsageError(f"--precision {arguments.precision}: --exact computes in fp32; leave one of them out")
+    photographs = plan(arguments.input, arguments.output)
+    _check_outputs(arguments, photographs)
+    network = Network(arguments)
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    try:
-        _check_weights(arguments)
-        if arguments.exact and arguments.precision != "fp32":
-            raise CannotStart(f"--precision {arguments.precision}: --exact computes in fp32; leave one of them out")
-        photographs = plan(arguments.input, arguments.output)
-        _check_outputs(arguments, photographs)
-        network = Network(arguments)
-    except CannotStart as error:
-        console.print(f"inference: {error}")
-        return 2
     if arguments.random_weights is not None:
         console.print(f"Random weights (seed {arguments.random_weights}): the results mean nothing.")
     found: list[dict[str, Any]] = []
@@ -134,32 +129,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         failures = _run(photographs, network, Options(score_threshold=arguments.score_threshold), found, console)
     except KeyboardInterrupt:
         console.print("inference: interrupted")
-        return 130
+        return EXIT_INTERRUPTED
     finally:
         if arguments.json:
             arguments.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
     written = " and ".join(str(place) for place in (arguments.output, arguments.json) if place)
     print(f"{len(photographs) - failures} of {len(photographs)} images, {len(found)} instances, written to {written}")
-    return 1 if failures else 0
+    return EXIT_FAILED if failures else 0
 
 
 def plan(inputs: Sequence[str], output: str | None) -> list[Photograph]:
     """The photographs that `inputs` (files, folders, quoted patterns) name, each once, and where their overlays go.
 
-    Raises `CannotStart` where an input names nothing, or `output` cannot be meant.
+    Raises `UsageError` where an input names nothing, or `output` cannot be meant.
     """
     try:
-        paths = photographs.find(inputs)
+        paths = input_images.find(inputs)
     except UsageError as error:
-        raise CannotStart(f"--input {error}") from None
+        raise UsageError(f"--input {error}") from None
     if not any(path.exists() for path in paths):  # one that is missing among others fails when its turn comes
-        raise CannotStart(f"--input {' '.join(inputs)}: no such file or folder")
-    names = photographs.names(paths)
+        raise UsageError(f"--input {' '.join(inputs)}: no such file or folder")
+    names = input_images.names(paths)
     outputs = _outputs(output, names)
     taken = {path.resolve() for path in paths}
     for place in outputs:
         if place is not None and place.resolve() in taken:
-            raise CannotStart(f"--output {output}: {place} is an input, or the overlay of another input")
+            raise UsageError(f"--output {output}: {place} is an input, or the overlay of another input")
         if place is not None:
             taken.add(place.resolve())
     return [
@@ -176,10 +171,10 @@ def _outputs(output: str | None, names: Sequence[str]) -> Sequence[Path | None]:
     folder = place.is_dir() or output.endswith("/") or not suffix
     if not folder and suffix in SUFFIXES:
         if len(names) > 1:
-            raise CannotStart(f"--output {output}: is one file, but there are {len(names)} images: name a folder")
+            raise UsageError(f"--output {output}: is one file, but there are {len(names)} images: name a folder")
         return [place]
     if not folder and len(names) == 1:
-        raise CannotStart(f"--output {output}: cannot write {suffix}, only {' '.join(SUFFIXES)}; end a folder with /")
+        raise UsageError(f"--output {output}: cannot write {suffix}, only {' '.join(SUFFIXES)}; end a folder with /")
     # A photograph without a usual suffix is drawn into a PNG.
     return [place / (name if Path(name).suffix.lower() in SUFFIXES else name + ".png") for name in names]
 
@@ -189,7 +184,7 @@ def _check_weights(arguments: argparse.Namespace) -> None:
         return
     what = f"--weights {arguments.weights}: no such file" if arguments.weights else "--weights is missing"
     name = Path(arguments.config).stem
-    raise CannotStart(
+    raise UsageError(
         f"{what}. The network needs a trained checkpoint of the same configuration ({name}): one that you trained with "
         f"AdelaiDet (its OUTPUT_DIR/model_final.pth), or one of its model zoo, table row {name}, column \"download\":\n"
         f"  {MODEL_ZOO}\n"
@@ -202,17 +197,17 @@ def _check_weights(arguments: argparse.Namespace) -> None:
 def _check_outputs(arguments: argparse.Namespace, photographs: Sequence[Photograph]) -> None:
     """Find out now, not after the last image, that a folder cannot be written."""
     if arguments.output is None and arguments.json is None:
-        raise CannotStart("nothing to write: name --output (overlays), --json (results), or both")
+        raise UsageError("nothing to write: name --output (overlays), --json (results), or both")
     if arguments.json and arguments.json.is_dir():
-        raise CannotStart(f"--json {arguments.json}: is a folder")
+        raise UsageError(f"--json {arguments.json}: is a folder")
     places = [photograph.output for photograph in photographs] + [arguments.json]
     for folder in {place.parent for place in places if place}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CannotStart(f"{folder}: {error.strerror}") from error
+            raise UsageError(f"{folder}: {error.strerror}") from error
         if not os.access(folder, os.W_OK):
-            raise CannotStart(f"{folder}: cannot be written to")
+            raise UsageError(f"{folder}: cannot be written to")
 
 
 def _run(

@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from blendmaskd import files
-from blendmaskd.programs.program import positive
+from blendmaskd.programs.arguments import positive
+from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError, guarded
 
 if TYPE_CHECKING:
     from blendmaskd_workers.blendmask import BlendMask
@@ -41,11 +42,6 @@ if TYPE_CHECKING:
 
 LOG_PERIOD = 20  # iterations
 CHECKPOINT, FINAL, LOG, CATEGORIES = "checkpoint.pth", "model_final.pth", "log.jsonl", "categories.json"
-EXIT_FAILED, EXIT_CANNOT_START, EXIT_INTERRUPTED = 1, 2, 130
-
-
-class CannotStart(Exception):
-    """Something that the caller must change first; the text says what."""
 
 
 class CannotSave(RuntimeError):
@@ -54,15 +50,15 @@ class CannotSave(RuntimeError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments (default: the process's); returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    return guarded("train", lambda: _main(_parser().parse_args(argv)))
+
+
+def _main(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # an installed torch_npu without CANN breaks torch
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # loading threads, and whoever else, need the cores
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     try:
         trainer, batches = prepare(arguments, console)
-    except CannotStart as error:
-        console.print(f"train: {error}")
-        return EXIT_CANNOT_START
     except KeyboardInterrupt:
         console.print("train: interrupted before the first iteration")
         return EXIT_INTERRUPTED
@@ -88,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(arguments: argparse.Namespace, console: Console) -> tuple[Trainer, Batches]:
-    """The network on its device and its data, ready to train, from scratch or where it was. Raises `CannotStart`."""
+    """The network on its device and its data, ready to train, from scratch or where it was. Raises `UsageError`."""
     import torch
 
     from blendmaskd.settings import Limits
@@ -104,17 +100,17 @@ def prepare(arguments: argparse.Namespace, console: Console) -> tuple[Trainer, B
     output = arguments.output_dir
     checkpoint = output / CHECKPOINT
     if arguments.resume and not checkpoint.exists():
-        raise CannotStart(f"--resume: there is no {checkpoint}")
+        raise UsageError(f"--resume: there is no {checkpoint}")
     if not arguments.resume and checkpoint.exists():
-        raise CannotStart(f"{checkpoint} exists: --resume goes on with it, another --output-dir starts anew")
+        raise UsageError(f"{checkpoint} exists: --resume goes on with it, another --output-dir starts anew")
     try:
         network = blendmask.load_config(arguments.config)
         config = load_training_config(arguments.config)
         dataset = read_dataset(arguments.annotations, arguments.images, config)
         for what, count in (("MODEL.FCOS", network.num_classes), ("MODEL.BASIS_MODULE", network.semantic_classes)):
             if count not in (None, len(dataset.categories)):
-                raise CannotStart(f"{arguments.annotations}: has {len(dataset.categories)} categories, but "
-                                  f"{what}.NUM_CLASSES is {count}")
+                raise UsageError(f"{arguments.annotations}: has {len(dataset.categories)} categories, but "
+                                 f"{what}.NUM_CLASSES is {count}")
         torch.manual_seed(arguments.seed)
         model = blendmask.build(network)
         initialise(model, config.prior)
@@ -128,7 +124,7 @@ def prepare(arguments: argparse.Namespace, console: Console) -> tuple[Trainer, B
         _write_categories(output, dataset.categories)
         _rewind_log(output, trainer.iteration)
     except (blendmask.ConfigError, blendmask.WeightsError, DataError, devices.DeviceError, OSError) as error:
-        raise CannotStart(str(error)) from error
+        raise UsageError(str(error)) from error
     limits = Limits(max_image_bytes=LIMITS.max_image_bytes, max_image_pixels=arguments.max_image_pixels)
     return trainer, Batches(dataset, network, config, arguments.seed, limits)
 
@@ -144,14 +140,14 @@ def _start_from(model: BlendMask, weights: str, console: Console) -> None:
 
 
 def _restore(trainer: Trainer, checkpoint: Path) -> None:
-    """Go on where the checkpoint was saved. Raises `CannotStart`, `WeightsError`."""
+    """Go on where the checkpoint was saved. Raises `UsageError`, `WeightsError`."""
     from blendmaskd_workers import blendmask
     from blendmaskd_workers.training.trainer import TrainingError
 
     try:
         trainer.restore(blendmask.read_checkpoint(checkpoint))
     except TrainingError as error:
-        raise CannotStart(f"{checkpoint}: {error}") from error
+        raise UsageError(f"{checkpoint}: {error}") from error
 
 
 def run(trainer: Trainer, batches: Batches, checkpoint: Checkpoint, console: Console, stopped: Sequence[int]) -> bool:

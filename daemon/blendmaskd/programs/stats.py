@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -28,19 +27,20 @@ from rich.console import Console
 from rich.live import Live
 
 from blendmaskd.client.blocking import DEFAULT_ENDPOINT, Client, HandshakeError
-from blendmaskd.programs.program import add_keys, make_client
+from blendmaskd.programs.connecting import ANSWER_S, add_keys, make_client
+from blendmaskd.programs.errors import NoDaemonError, guarded
 from blendmaskd.programs.readings import Readings
 from blendmaskd.programs.tables import Snapshot, tables
 from blendmaskd.programs.watch import View
 
-ANSWER_S = 3.0  # a daemon that runs answers at once
 REFRESH_S = 1.0  # the daemon takes a snapshot each second
-
-EXIT_USAGE, EXIT_NO_DAEMON = 2, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
+    return guarded("stats", lambda: _main(_parse(argv)))
+
+
+def _main(arguments: argparse.Namespace) -> int:
     show = _print_json if arguments.json else _print_tables
     try:
         with make_client(arguments, ANSWER_S) as client, contextlib.suppress(KeyboardInterrupt):
@@ -49,12 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _watch(client, snapshot, show)
             else:
                 show(snapshot)
-    except ValueError as error:
-        print(f"stats: {error}", file=sys.stderr)
-        return EXIT_USAGE
     except (TimeoutError, HandshakeError) as error:
-        print(f"stats: {error}", file=sys.stderr)
-        return EXIT_NO_DAEMON
+        raise NoDaemonError(str(error)) from None
     return 0
 
 
@@ -120,7 +116,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--watch", action="store_true", help="refresh each second until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="the snapshot as one line of JSON")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,8 @@ from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
-from blendmaskd.programs.program import UsageError, text_of
+from blendmaskd import files
+from blendmaskd.programs.errors import UsageError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -92,8 +93,8 @@ def _folders(top: str) -> Iterator[str]:
 def names(paths: Sequence[Path]) -> list[str]:
     """The file's own name when no two are the same, else the path below the folder that all images share; as text."""
     below = below_common_folder(paths)
-    own = [text_of(Path(path.name)) for path in below]
-    return own if unique(own) else [text_of(path) for path in below]
+    own = [files.text_of(Path(path.name)) for path in below]
+    return own if unique(own) else [files.text_of(path) for path in below]
 
 
 def unique(names: Sequence[Any]) -> bool:

@@ -32,13 +32,14 @@ import psutil
 import zmq
 from rich.console import Console
 
-from blendmaskd import protocol
-from blendmaskd.programs import program
+from blendmaskd import files, protocol
+from blendmaskd.programs.arguments import seconds
+from blendmaskd.programs.errors import guarded
 from blendmaskd.protocol import TO_CLIENT, Failed, Options, Result
 from blendmaskd_workers.benchmark import load
-from blendmaskd_workers.benchmark.connection import Sending
 from blendmaskd_workers.benchmark.generator import Generator
 from blendmaskd_workers.benchmark.load import ClosedLoop
+from blendmaskd_workers.benchmark.load_socket import Sending
 from blendmaskd_workers.benchmark.pictures import Picture, synthetic
 from chaos.host import Host, own_host
 
@@ -55,8 +56,7 @@ Figures = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it; the exit code."""
-    arguments = _parse(argv)
-    return program.guarded("fault_scenes", lambda: _main(arguments))
+    return guarded("fault_scenes", lambda: _main(_parse(argv)))
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -74,7 +74,7 @@ def _main(arguments: argparse.Namespace) -> int:
                 figures[name] = scene(host, picture, arguments.seconds)
     print(row(figures, arguments.seconds))
     if arguments.json:
-        program.write_json(arguments.json, figures)
+        files.write_json(arguments.json, figures)
     return 0
 
 
@@ -285,7 +285,7 @@ def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fault_scenes", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--seconds", metavar="S", type=program.seconds, default=10.0,
+    parser.add_argument("--seconds", metavar="S", type=seconds, default=10.0,
                         help="before the kill, and until the later rate; default 10")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", type=Path, help="all figures")
     parser.add_argument("--log", metavar="FILE", type=Path, help="keep the daemon's log")

@@ -14,7 +14,7 @@ import zmq
 
 from blendmaskd import protocol
 from blendmaskd.client import places
-from blendmaskd.programs.program import UsageError
+from blendmaskd.programs.errors import UsageError
 from blendmaskd.protocol import Options, Place, Submit
 from blendmaskd_workers.benchmark.pictures import Picture
 
@@ -49,7 +49,7 @@ class Template:
         return [self._magic, self._head + name.encode() + self._tail, *self._payload]
 
 
-class Connection:
+class LoadSocket:
     """See the module. `socket` is a connected DEALER."""
 
     def __init__(self, socket: zmq.Socket[bytes], pictures: Sequence[Picture], sending: Sending) -> None:

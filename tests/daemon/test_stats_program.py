@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from blendmaskd.core.stats import STAGE_BOUNDS_S, Histogram
+from blendmaskd.core.stats import Histogram
 from blendmaskd.programs.tables import quantile, tables
+from blendmaskd.protocol import STAGE_BOUNDS_S
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "stats.py"
 ENVIRONMENT = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
-from blendmaskd.programs import masks
+from blendmaskd.coco import bitmaps
 
 # Opacity of the colour where a mask is 0 to 255. Across a mask's border, blurred, it falls from 255 to 0: near the
 # middle of that slope is the line.
@@ -49,7 +49,7 @@ def draw(image: Image.Image, results: Sequence[Result]) -> Image.Image:
     drawn = image.convert("RGB") if image.mode != "RGB" else image.copy()
     for result, own in large_first:
         if "segmentation" in result:
-            mask = Image.fromarray(masks.decode(result["segmentation"], image.height, image.width)).convert("L")
+            mask = Image.fromarray(bitmaps.decode(result["segmentation"], image.height, image.width)).convert("L")
             _tint(drawn, mask, own, thickness)
     for result, own in large_first:
         _frame(drawn, result["bbox"], own, thickness)

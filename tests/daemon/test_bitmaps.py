@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco_mask
 
-from blendmaskd.programs.masks import decode
+from blendmaskd.coco.bitmaps import decode
 from blendmaskd_workers.results import trace_polygons
 
 BITMAPS = arrays.arrays(bool, arrays.array_shapes(min_dims=2, max_dims=2, max_side=70))

@@ -1,0 +1,42 @@
+"""How a program fails: its errors, their exit codes, and the one line about each on stderr."""
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+
+EXIT_FAILED, EXIT_USAGE, EXIT_NO_DAEMON, EXIT_OUTPUT, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be followed; the text says why."""
+
+
+class NoDaemonError(RuntimeError):
+    """Nobody serves at the endpoint; the text says what was found."""
+
+
+class OutputError(RuntimeError):
+    """What a program should keep cannot be written; the text says which file and why."""
+
+
+CODES = {UsageError: EXIT_USAGE, NoDaemonError: EXIT_NO_DAEMON, OutputError: EXIT_OUTPUT}
+
+
+def guarded(name: str, run: Callable[[], int]) -> int:
+    """The exit code of a program: what `run` returns, or that of its error, which is reported on stderr."""
+    print_anything()
+    try:
+        return run()
+    except (*CODES, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return next((code for kind, code in CODES.items() if isinstance(error, kind)), EXIT_FAILED)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def print_anything() -> None:
+    """From now on all text can be printed: what the terminal's encoding lacks is escaped, as on Python's stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
