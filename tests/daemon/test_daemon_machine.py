@@ -32,7 +32,7 @@ from blendmaskd.client.exchange import Exchange, JobFailed, Segmentation
 from blendmaskd.core import broker as broker_module
 from blendmaskd.core import reload as reload_module
 from blendmaskd.core import supervisor as supervisor_module
-from blendmaskd.core.broker import Acquit, Broker, Evict, Limits, SendClient, SendWorker
+from blendmaskd.core.broker import Acquit, Answered, Broker, Evict, Limits, SendWorker
 from blendmaskd.core.launch_plan import Basis, Preload
 from blendmaskd.core.reload import Adopt, GiveUp, Ready, Reload, StopCheck
 from blendmaskd.core.supervisor import Kill, Spawn, State, Supervisor
@@ -127,7 +127,7 @@ class DaemonMachine(RuleBasedStateMachine):
     def broker_does(self, actions: list[broker_module.Action]) -> None:
         for action in actions:
             match action:
-                case SendClient(to, Result() | Failed() as answer, payload):
+                case Answered(to, answer, payload):
                     key = (to.decode(), answer.job)
                     assert key in self.owed, f"{answer} answers nothing that is owed"
                     self.hears(key, self.owed.pop(key), answer, payload)
@@ -251,7 +251,7 @@ class DaemonMachine(RuleBasedStateMachine):
         assert isinstance(message, Submit)
         actions = self.broker.submit(client.encode(), message, [image], self.now)
         match actions:
-            case [SendClient(_, Failed(code=code) as refusal)] if refusal.job == message.job and code in REFUSALS:
+            case [Answered(_, Failed(code=code) as refusal)] if refusal.job == message.job and code in REFUSALS:
                 self.hears((client, message.job), image, refusal, ())
                 return
         assert self.draining_until is None

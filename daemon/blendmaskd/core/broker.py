@@ -29,8 +29,10 @@ several there: it may take one place beyond a worker's window, and its worker ru
 a time is served at nearly the pace of an idle daemon, however many jobs the others have.
 
 Durable jobs are those of one client, `DURABLE`, which is `blendmaskd.core.durable` and never leaves: it gives them in
-when there is room, has their answers, hears of what it must not forget (`SendWorker.durable`, `Losses`), and is given
+when there is room, owns their answers, hears of what it must not forget (`SendWorker.durable`, `Losses`), and is given
 back what ends here without an answer (`Returned`).
+
+Whatever ends a job, or refuses one, is one action, `Answered` or `Dropped`: who counts these has counted every outcome.
 
 No socket, clock, process, thread or logger belongs in here.
 """
@@ -63,7 +65,6 @@ from blendmaskd.protocol import (
     Started,
     Stop,
     Submit,
-    ToClient,
     ToWorker,
 )
 
@@ -75,12 +76,19 @@ LONGEST_RETRY_S = 30.0
 SHARE = 7  # of the queue one client alone can fill 7 of 8 parts, two 7 of 15 each
 
 
-class SendClient(msgspec.Struct, frozen=True):
-    """Send this to a client."""
+class Answered(msgspec.Struct, frozen=True):
+    """A job's one answer, or why it was refused: for the client that submitted it, or `DURABLE`."""
 
-    client: bytes
-    message: ToClient
+    owner: bytes
+    answer: Result | Failed
     payload: Frames = ()
+
+
+class Dropped(msgspec.Struct, frozen=True):
+    """A job ends without an answer: nobody waits for one, or who does is told apart."""
+
+    job: str
+    code: Code
 
 
 class SendWorker(msgspec.Struct, frozen=True):
@@ -119,7 +127,7 @@ class Acquit(msgspec.Struct, frozen=True):
     device: str
 
 
-Action = SendClient | SendWorker | Evict | Losses | Returned | Acquit
+Action = Answered | Dropped | SendWorker | Evict | Losses | Returned | Acquit
 
 
 class HeldLease(msgspec.Struct, eq=False):
@@ -175,7 +183,6 @@ class Broker:
         self.limits = limits
         self.regions = Regions(limits.shared_memory_bytes)
         self.remembered = Suspects(read) if read else Suspects()
-        self.outcomes: Counter[str] = Counter()  # "answered" or an error code, of accepted and refused jobs alike
         self.served_per_s = 0.0  # told by the shell; only for the retry hint
         self.tracing = False  # told by the shell: whether `steps` get every change of a job's state, or only failures
         self.steps: list[Step] = []  # until the shell takes them
@@ -229,10 +236,9 @@ class Broker:
         job = self._job(client, message, payload, now, self.limits.deadline_s)
         refusal = self._refusal(job, now)
         if refusal is not None:
-            self.outcomes[refusal.code] += 1
             if self.tracing:
                 self._tell("refused", job, code=refusal.code, reason=refusal.reason)
-            return [SendClient(client, refusal)]
+            return [Answered(client, refusal)]
         self._add(job)
         self._put(job)
         return self._assign(now) or self._lease_ahead(job, now)
@@ -304,10 +310,9 @@ class Broker:
         """Nobody waits for this client's jobs any more."""
         actions: list[Action] = []
         for job in list(self._jobs_of(client).values()):
-            self.outcomes[Code.CANCELLED] += 1
             if self.tracing:
                 self._tell("dropped", job, code=Code.CANCELLED, reason="its client is gone")
-            actions += self._remove(job)
+            actions += [Dropped(job.name, Code.CANCELLED), *self._remove(job)]
         return actions + self._assign(now)
 
     def has_jobs(self, client: bytes) -> bool:
@@ -382,11 +387,10 @@ class Broker:
         total = now - job.accepted
         timings |= {"send": max(total - sum(timings.values()), 0.0), "total": total}
         result = Result(job=job.name, width=message.width, height=message.height, device=device, timings=timings)
-        self.outcomes["answered"] += 1
         if self.tracing:
             self._tell("answered", job, code="ok")
         self._remove(job)
-        return [SendClient(job.client, result, payload), *self._after_lease(worker, now)]
+        return [Answered(job.client, result, payload), *self._after_lease(worker, now)]
 
     def failed(self, worker: str, message: FailedLease, now: float) -> list[Action]:
         lease = self._end_lease(worker, message.lease, now)
@@ -642,11 +646,9 @@ class Broker:
         return [SendWorker(worker.name, Stop())] if worker.retiring and not worker.leases else []
 
     def _fail(self, job: Job, code: Code, reason: str) -> list[Action]:
-        self.outcomes[code] += 1
         self._tell("failed", job, code=code, reason=reason)
         retry = self._retry_after_s() if code.retryable else None
-        answer = SendClient(job.client, Failed(job=job.name, code=code, reason=reason, retry_after_s=retry))
-        return [answer, *self._remove(job)]
+        return [Answered(job.client, _refused(job.name, code, reason, retry)), *self._remove(job)]
 
     def _tell(self, what: What, job: Job, code: str = "", reason: str = "") -> None:
         self.steps.append(

@@ -28,8 +28,8 @@ from enum import Enum
 
 import msgspec
 
-from blendmaskd.core.broker import SHARE, Broker, SendClient
-from blendmaskd.core.broker import Action as BrokerAction
+from blendmaskd.core import broker
+from blendmaskd.core.broker import DURABLE, SHARE, Answered, Broker, Dropped
 from blendmaskd.core.spool_messages import (
     Answer,
     AnswerKept,
@@ -51,13 +51,23 @@ from blendmaskd.core.spool_messages import (
     Stored,
     Usage,
 )
-from blendmaskd.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit
+from blendmaskd.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit, ToClient
 
 RETRY_S = 1.0  # after which the spool may have room, or work again
 MOST_LOADS = 5  # of a job whose image cannot be read
 UNPROVEN_LOSSES = 3  # daemons that died with a job: then it is the reason, perhaps, rather than what they died of
 MOST_LOOKS = 1000  # questions to the spool at a time
-Action = BrokerAction | Request
+
+
+class SendClient(msgspec.Struct, frozen=True):
+    """Send this to a client. It is no job's end: that was `Answered` or `Dropped`."""
+
+    client: bytes
+    message: ToClient
+    payload: Frames = ()
+
+
+Action = broker.Action | SendClient | Request
 
 
 class State(Enum):
@@ -142,15 +152,13 @@ class Durable:
             return []
         refusal = self._refusal(client, message, size)
         if refusal is not None:
-            self._broker.outcomes[refusal.code] += 1
-            return [SendClient(client, refusal)]
+            return [Answered(client, refusal)]
         image = payload()
         if message.image.place:
             message = msgspec.structs.replace(message, image=msgspec.structs.replace(message.image, place=None))
         given_up = self._broker.given_up(message.job, message.image, image, now)
         if given_up is not None:
-            self._broker.outcomes[given_up.code] += 1
-            return [SendClient(client, given_up)]
+            return [Answered(client, given_up)]
         job = Job(next(self._seq), message.job, client, message.priority, size, now, State.STORING)
         self._owe(job.submitters, client)
         self._add(job)
@@ -183,9 +191,7 @@ class Durable:
             self._remove(job)
             if job.state is State.QUEUED:
                 actions += self._broker.withdraw(job.name, now)
-            failed = Failed(job=job.name, code=Code.CANCELLED, reason="it was forgotten")
-            actions += [SendClient(each, failed) for each in self._owed_for(job)]
-            self._broker.outcomes[Code.CANCELLED] += 1
+            actions += self._drop(job, Failed(job=job.name, code=Code.CANCELLED, reason="it was forgotten"))
         return [*actions, Erase(client, message.job), *self.feed()]
 
     def stop_waiting(self, client: bytes, message: Cancel) -> None:
@@ -237,7 +243,7 @@ class Durable:
         return actions
 
     def answered(self, answer: Answer, payload: Frames) -> list[Action]:
-        """The broker's answer to a job."""
+        """A job has its answer."""
         job = self._jobs[answer.job]
         self._set(job, State.ANSWERED)
         job.answer = (answer, payload)
@@ -268,7 +274,7 @@ class Durable:
                 return [*self._accept(job), *(each for client in waiters for each in self._look(client, job.name))]
             case NotKept():
                 self._remove(job)
-                return self._fail(job, Code.UNAVAILABLE, f"the spool cannot be written: {reply.reason}")
+                return self._drop(job, _unwritten(job.name, reply.reason))
             case Loaded():
                 return self._loaded(job, reply, now)
             case NotLoaded():
@@ -384,11 +390,9 @@ class Durable:
     def _accept(self, job: Job) -> list[Action]:
         return [SendClient(client, Accepted(job=job.name)) for client in self._take(job.submitters)]
 
-    def _fail(self, job: Job, code: Code, reason: str) -> list[Action]:
-        """Tell whoever waits of a job that was not accepted."""
-        self._broker.outcomes[code] += 1
-        failed = Failed(job=job.name, code=code, reason=reason, retry_after_s=RETRY_S)
-        return [SendClient(client, failed) for client in self._owed_for(job)]
+    def _drop(self, job: Job, failed: Failed) -> list[Action]:
+        """Tell whoever waits of a job that the spool does not have."""
+        return [Dropped(job.name, failed.code), *(SendClient(client, failed) for client in self._owed_for(job))]
 
     def _owe(self, owed: dict[bytes, None], client: bytes) -> None:
         if client not in owed:
@@ -426,9 +430,8 @@ class Durable:
         if job.loads < MOST_LOADS:
             self._line_up(job)
             return []
-        self._broker.outcomes[Code.UNAVAILABLE] += 1
         text = f"its image cannot be read from the spool: {reason}"
-        return self.answered(Failed(job=job.name, code=Code.UNAVAILABLE, reason=text), ())
+        return [Answered(DURABLE, Failed(job=job.name, code=Code.UNAVAILABLE, reason=text))]
 
     def _look(self, client: bytes, name: str) -> list[Action]:
         if self._looks >= MOST_LOOKS:
@@ -495,7 +498,9 @@ def _ending(name: str) -> Failed:
 
 
 def _erased(erased: Erased) -> Forgotten | Failed:
-    if not erased.reason:
-        return Forgotten(job=erased.name)
-    reason = f"the spool cannot be written: {erased.reason}"
-    return Failed(job=erased.name, code=Code.UNAVAILABLE, reason=reason, retry_after_s=RETRY_S)
+    return _unwritten(erased.name, erased.reason) if erased.reason else Forgotten(job=erased.name)
+
+
+def _unwritten(name: str, reason: str) -> Failed:
+    text = f"the spool cannot be written: {reason}"
+    return Failed(job=name, code=Code.UNAVAILABLE, reason=text, retry_after_s=RETRY_S)

@@ -146,23 +146,32 @@ class Stats:
         self._devices: dict[str, DeviceStats] = {}
         self._stages = {stage: Histogram() for stage in STAGES}
         self._latency = Latency()
+        self._answered = 0
+        self._failed: Counter[str] = Counter()  # by code, of accepted and refused jobs alike
         self._failures: dict[str, deque[dict[str, Any]]] = {}
 
     def report(self, device: str, report: Report) -> None:
         self._devices.setdefault(device, DeviceStats()).add(report)
 
     def answered(self, timings: Mapping[str, float]) -> None:
+        """Count a result."""
+        self._answered += 1
         for stage, seconds in timings.items():
             if stage in self._stages:
                 self._stages[stage].observe(seconds)
         self._latency.add(timings)
 
     def failed(self, unix_time: float, job: str, code: str, reason: str) -> None:
-        """Remember a failure for people to look at; the counts are the broker's."""
+        """Count a failure, and remember it for people to look at."""
+        self._failed[code] += 1
         failures = self._failures.setdefault(code, deque(maxlen=FAILURES_OF_A_CODE))
         failures.append(
             {"time": unix_time, "job": job[:LONGEST_TEXT], "code": str(code), "reason": reason[:LONGEST_TEXT]}
         )
+
+    def dropped(self, code: str) -> None:
+        """Count a failure that nobody needs to look at: no one waited for an answer."""
+        self._failed[code] += 1
 
     def lost(self, device: str) -> None:
         """The device's worker is gone: what it did is no rate any more."""
@@ -185,6 +194,8 @@ class Stats:
             "serving": serving,
             "stages": {stage: histogram.as_dict() for stage, histogram in self._stages.items()},
             "latency": self._latency.take(now, self.window_s),
+            "answered": self._answered,
+            "failures": dict(self._failed),
             "recent_failures": self._recent_failures(),
             "devices": devices,
             **totals,

@@ -138,7 +138,7 @@ class Server:
         self._supervise(self._supervisor.expire(now))
         if now >= self._next_tick:
             self._tick(now)
-        self._traffic.carry_out_durable(self._durable.feed())
+        self._traffic.carry_out(self._durable.feed())
         self._follow(now)
 
     def _tick(self, now: float) -> None:
@@ -195,7 +195,7 @@ class Server:
         if not self._broker.unanswered and not self._supervisor.draining:
             self._supervise(self._supervisor.drain(now))
         if self._supervisor.ended and not (self._durable.busy and now < self._drain_deadline):
-            self._traffic.carry_out_durable(self._durable.end())
+            self._traffic.carry_out(self._durable.end())
             log.info("drained: every accepted job is answered, every worker has ended")
             self._exit_code = 0
 

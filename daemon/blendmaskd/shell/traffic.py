@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,6 @@ class Traffic:
             "regions": {"count": len(core.regions), "bytes": core.regions.bytes},
             "spool": self._describe_spool(),
             "leased": core.leased,
-            "answered": core.outcomes["answered"],
-            "failures": {code: n for code, n in core.outcomes.items() if code != "answered"},
         }
 
     # -- from clients -----------------------------------------------------------------------------------------------
@@ -116,8 +115,8 @@ class Traffic:
             try:
                 message, payload = protocol.decode(frames[1:], FROM_CLIENT)
             except ProtocolError as error:
-                self.broker.outcomes[Code.BAD_REQUEST] += 1
-                self._send_client(client, protocol.Failed(job=error.job, code=Code.BAD_REQUEST, reason=str(error)))
+                failed = protocol.Failed(job=error.job, code=Code.BAD_REQUEST, reason=str(error))
+                self.carry_out([broker.Answered(client, failed)])
                 continue
             self._on_client(client, message, payload, time.monotonic())
 
@@ -131,71 +130,72 @@ class Traffic:
                 self.durable.stop_waiting(client, message)
                 self.carry_out(self.broker.cancel(client, message, now))
             case protocol.Fetch():
-                self.carry_out_durable(self.durable.fetch(client, message))
+                self.carry_out(self.durable.fetch(client, message))
             case protocol.Forget():
-                self.carry_out_durable(self.durable.forget(client, message, now))
+                self.carry_out(self.durable.forget(client, message, now))
             case protocol.GetStats():
-                self._send_client(client, protocol.Stats(stats=self.snapshot))
+                self.carry_out([durable.SendClient(client, protocol.Stats(stats=self.snapshot))])
 
     def let_go(self, clients: Iterable[bytes]) -> None:
         """Of clients that have left, those with jobs."""
         for client in clients:
             if self.broker.has_jobs(client):
                 log.info("a client is gone: its jobs are cancelled", extra=about(client=shown(client)))
-            self._client_gone(client)
+            self.carry_out(self._client_gone(client))
 
-    def _client_gone(self, client: bytes) -> None:
+    def _client_gone(self, client: bytes) -> list[broker.Action]:
         self.durable.client_gone(client)
-        self.carry_out(self.broker.client_gone(client, time.monotonic()))
+        return self.broker.client_gone(client, time.monotonic())
 
     # -- to clients, workers and the spool --------------------------------------------------------------------------
 
-    def carry_out(self, actions: Iterable[broker.Action]) -> None:
-        for action in actions:
-            match action:
-                case broker.SendClient():
-                    self._send_client(action.client, action.message, action.payload)
-                case broker.SendWorker():
-                    self._send_worker(action.worker, action.message, action.payload)
-                    if action.durable:
-                        self.carry_out_durable(self.durable.leased(action.durable))
-                case broker.Evict():
-                    self._evict(action)
-                case broker.Acquit():
-                    self._acquit(action)
-                case broker.Losses():
-                    self.carry_out_durable(self.durable.lost(action.job, action.attempts, action.losses))
-                case broker.Returned():
-                    self.carry_out_durable(self.durable.returned(action.job))
+    def carry_out(self, actions: Iterable[durable.Action]) -> None:
+        """What was decided, in that order, with all that follows from it."""
+        queue = deque(actions)
+        while queue:
+            queue.extend(self._carry_out(queue.popleft()))
         if self.broker.steps:
             steps, self.broker.steps = self.broker.steps, []
             self._job_log.tell(steps, time.monotonic())
 
-    def carry_out_durable(self, actions: Iterable[durable.Action]) -> None:
-        """What goes to clients here is no job's end: that was counted when the broker answered."""
-        for action in actions:
-            match action:
-                case broker.SendClient() if action.client != broker.DURABLE:
-                    self._send(action.client, action.message, action.payload)
-                case broker.SendClient() | broker.SendWorker() | broker.Evict() | broker.Acquit() \
-                    | broker.Losses() | broker.Returned():
-                    self.carry_out([action])
-                case _:
-                    assert self.spool is not None
-                    self.spool.ask(action)
+    def _carry_out(self, action: durable.Action) -> Iterable[durable.Action]:
+        match action:
+            case broker.SendWorker():
+                self._send_worker(action.worker, action.message, action.payload)
+                return self.durable.leased(action.durable) if action.durable else ()
+            case broker.Answered():
+                return self._answered(action)
+            case durable.SendClient():
+                return self._send(action.client, action.message, action.payload)
+            case broker.Dropped():
+                self._stats.dropped(action.code)
+            case broker.Evict():
+                self._evict(action)
+            case broker.Acquit():
+                self._acquit(action)
+            case broker.Losses():
+                return self.durable.lost(action.job, action.attempts, action.losses)
+            case broker.Returned():
+                return self.durable.returned(action.job)
+            case _:
+                assert self.spool is not None
+                self.spool.ask(action)
+        return ()
 
-    def _send_client(self, client: bytes, message: protocol.ToClient, payload: protocol.Frames = ()) -> None:
-        if isinstance(message, protocol.Result):
-            self._stats.answered(message.timings)
-        elif isinstance(message, protocol.Failed):
-            self._stats.failed(time.time(), protocol.shown_job(message.job), message.code, message.reason)
-        if client == broker.DURABLE:
-            assert isinstance(message, protocol.Result | protocol.Failed)
-            self.carry_out_durable(self.durable.answered(message, payload))
+    def _answered(self, action: broker.Answered) -> Iterable[durable.Action]:
+        """Here every outcome is counted, but for what is dropped."""
+        answer = action.answer
+        if isinstance(answer, protocol.Result):
+            self._stats.answered(answer.timings)
         else:
-            self._send(client, message, payload)
+            self._stats.failed(time.time(), protocol.shown_job(answer.job), answer.code, answer.reason)
+        if action.owner == broker.DURABLE:
+            return self.durable.answered(answer, action.payload)
+        return self._send(action.owner, answer, action.payload)
 
-    def _send(self, client: bytes, message: protocol.ToClient, payload: protocol.Frames) -> None:
+    def _send(
+        self, client: bytes, message: protocol.ToClient, payload: protocol.Frames
+    ) -> Iterable[durable.Action]:
         try:
             send(self._sockets.clients, client, protocol.encode(message, payload))
         except zmq.ZMQError as error:
@@ -205,7 +205,8 @@ class Traffic:
             if client not in self._told_unreachable:  # a flood that nobody reads must not become one of lines
                 self._told_unreachable.add(client)
                 log.info("a client %s: its jobs are cancelled", why, extra=about(client=shown(client)))
-            self._client_gone(client)
+            return self._client_gone(client)
+        return ()
 
     def _send_worker(self, worker: str, message: protocol.ToWorker, payload: protocol.Frames) -> None:
         try:
@@ -235,14 +236,14 @@ class Traffic:
                 return payload
             return [self._read_place(place, 0, place.bytes)]
 
-        self.carry_out_durable(self.durable.submit(client, message, size, read, now))
+        self.carry_out(self.durable.submit(client, message, size, read, now))
 
     def on_spool(self) -> None:
         """The spool has said something."""
         assert self.spool is not None
         before = self.durable.usage.trouble
         for reply in self.spool.replies():
-            self.carry_out_durable(self.durable.replied(reply, time.monotonic()))
+            self.carry_out(self.durable.replied(reply, time.monotonic()))
         trouble = self.durable.usage.trouble
         if trouble and not before:
             log.error("spool %s: %s: answers are kept in memory until it can be written", self.spool.path, trouble)
@@ -304,20 +305,21 @@ class Traffic:
 
     def _turn_away(self, client: bytes, frames: Sequence[zmq.Frame], verdict: Verdict) -> None:
         assert self._sockets.gate is not None
-        self.broker.outcomes[Code.UNAUTHORISED] += 1
         if verdict is Verdict.UNKNOWN:
+            self._stats.dropped(Code.UNAUTHORISED)
             self._sockets.gate.close(frames[-1])  # the handshake of its next connection tells it why
             return
         if verdict is Verdict.TAKEN:
             log.warning("another key took its identity: its jobs are cancelled", extra=about(client=shown(client)))
-            self._client_gone(client)
+            self.carry_out(self._client_gone(client))
         try:
             message: protocol.FromClient
             message, _ = protocol.decode(frames[1:], FROM_CLIENT)
             job = getattr(message, "job", "")
         except ProtocolError as error:
             job = error.job
-        self._send_client(client, protocol.Failed(job=job, code=Code.UNAUTHORISED, reason=verdict.value))
+        failed = protocol.Failed(job=job, code=Code.UNAUTHORISED, reason=verdict.value)
+        self.carry_out([broker.Answered(client, failed)])
 
     def _watch_gate(self, now: float) -> None:
         if self._sockets.gate is None:
