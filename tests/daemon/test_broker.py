@@ -58,7 +58,7 @@ def finish(broker: Broker, worker: str, lease: int, now: float = 1.0) -> list[Ac
 
 
 def lose(broker: Broker, worker: str, now: float = 1.0) -> list[Action]:
-    actions = broker.lose(worker, now, f"{worker} killed by SIGKILL")
+    actions = broker.exited(worker, now, f"{worker} killed by SIGKILL")
     broker.check()
     return actions
 

@@ -200,7 +200,7 @@ class BrokerMachine(RuleBasedStateMachine):
         for number in started & leases.keys():
             self.spent[leases[number]] += 1
         before = set(self.owed)
-        actions = self.broker.lose(worker, self.now, "died")
+        actions = self.broker.exited(worker, self.now, "died")
         lost = {a.answer.job for a in actions if isinstance(a, Answered)}
         assert lost <= set(leases.values()), "a job was lost that this worker did not hold"
         assert len(lost) <= 1 or all(self.spent[job] >= LIMITS.max_attempts for job in lost)
@@ -260,7 +260,7 @@ class BrokerMachine(RuleBasedStateMachine):
         """Whatever happened: with one good worker, everything that is owed is answered."""
         for worker in list(self.held):
             del self.held[worker]
-            self.carry_out(self.broker.lose(worker, self.now, "died"))
+            self.carry_out(self.broker.exited(worker, self.now, "died"))
         self.ready(window=2)
         while any(self.held.values()):
             self.finish(0)

@@ -253,7 +253,7 @@ class DurableMachine(RuleBasedStateMachine):
         worker = sorted(self.held)[pick % len(self.held)]
         for name in self.held.pop(worker).values():
             self.deaths[name] += 1
-        self.carry_out(self.broker.lose(worker, self.now, "died"))
+        self.carry_out(self.broker.exited(worker, self.now, "died"))
 
     @rule(available=st.sampled_from([True, True, False]))
     def devices_come_and_go(self, available: bool) -> None:

@@ -115,7 +115,7 @@ class Returned(msgspec.Struct, frozen=True):
 
 
 class Evict(msgspec.Struct, frozen=True):
-    """This worker hangs: end it. `lose` follows when it is gone."""
+    """This worker hangs: end it. `exited` follows."""
 
     worker: str
     reason: str
@@ -404,8 +404,8 @@ class Broker:
         self._workers[worker].retiring = True
         return self._stop_if_empty(self._workers[worker])
 
-    def lose(self, worker: str, now: float, reason: str) -> list[Action]:
-        """A worker is gone: its jobs are tried again alone, or answered when their image is given up."""
+    def exited(self, worker: str, now: float, reason: str) -> list[Action]:
+        """A worker has exited: its jobs are tried again alone, or answered when their image is given up."""
         counts = not self.holds_suspect(worker)
         holder = self._workers.pop(worker, None)
         if holder is None:

@@ -29,28 +29,8 @@ from enum import Enum
 import msgspec
 
 from blendmaskd.core import broker
+from blendmaskd.core import spool_messages as spool
 from blendmaskd.core.broker import DURABLE, SHARE, Answered, Broker, Dropped
-from blendmaskd.core.spool_messages import (
-    Answer,
-    AnswerKept,
-    Erase,
-    Erased,
-    Kept,
-    Known,
-    Load,
-    Loaded,
-    Look,
-    Looked,
-    Mark,
-    NotKept,
-    NotLoaded,
-    Reply,
-    Request,
-    Store,
-    StoreAnswer,
-    Stored,
-    Usage,
-)
 from blendmaskd.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit, ToClient
 
 RETRY_S = 1.0  # after which the spool may have room, or work again
@@ -67,7 +47,7 @@ class SendClient(msgspec.Struct, frozen=True):
     payload: Frames = ()
 
 
-Action = broker.Action | SendClient | Request
+Action = broker.Action | SendClient | spool.Request
 
 
 class State(Enum):
@@ -96,7 +76,7 @@ class Job(msgspec.Struct, eq=False):
     leased: bool = False  # as the spool knows it
     submitters: dict[bytes, None] = {}  # are owed `Accepted`
     waiters: dict[bytes, None] = {}  # are owed its answer
-    answer: tuple[Answer, Frames] | None = None
+    answer: tuple[spool.Answer, Frames] | None = None
 
 
 class Owned(msgspec.Struct):
@@ -111,10 +91,10 @@ class Durable:
     """See the module. `max_bytes` bounds the spool; 0: there is none. `check()` states the invariants."""
 
     def __init__(
-        self, broker: Broker, max_bytes: int, now: float = 0.0, stored: Iterable[Stored] = (), next_seq: int = 1
+        self, broker: Broker, max_bytes: int, now: float = 0.0, stored: Iterable[spool.Stored] = (), next_seq: int = 1
     ) -> None:
         self.max_bytes = max_bytes
-        self.usage = Usage(answers=0, bytes=0)
+        self.usage = spool.Usage(answers=0, bytes=0)
         self._broker = broker
         self._seq = itertools.count(next_seq)
         self._jobs: dict[str, Job] = {}
@@ -162,7 +142,7 @@ class Durable:
         job = Job(next(self._seq), message.job, client, message.priority, size, now, State.STORING)
         self._owe(job.submitters, client)
         self._add(job)
-        return [Store(_stored(job), message, image)]
+        return [spool.Store(_stored(job), message, image)]
 
     def fetch(self, client: bytes, message: Fetch) -> list[Action]:
         """Send the answer as soon as there is one."""
@@ -192,7 +172,7 @@ class Durable:
             if job.state is State.QUEUED:
                 actions += self._broker.withdraw(job.name, now)
             actions += self._drop(job, Failed(job=job.name, code=Code.CANCELLED, reason="it was forgotten"))
-        return [*actions, Erase(client, message.job), *self.feed()]
+        return [*actions, spool.Erase(client, message.job), *self.feed()]
 
     def stop_waiting(self, client: bytes, message: Cancel) -> None:
         """This client waits for that job no longer."""
@@ -217,7 +197,7 @@ class Durable:
         while self._lines and self._states[State.LOADING] < self._broker.room:
             job = self._next()
             self._set(job, State.LOADING)
-            actions.append(Load(job.seq))
+            actions.append(spool.Load(job.seq))
         return actions
 
     def leased(self, name: str) -> list[Action]:
@@ -242,44 +222,44 @@ class Durable:
         self._line_up(job, first=True)
         return actions
 
-    def answered(self, answer: Answer, payload: Frames) -> list[Action]:
+    def answered(self, answer: spool.Answer, payload: Frames) -> list[Action]:
         """A job has its answer."""
         job = self._jobs[answer.job]
         self._set(job, State.ANSWERED)
         job.answer = (answer, payload)
-        return [StoreAnswer(job.seq, answer, payload), *self.feed()]
+        return [spool.StoreAnswer(job.seq, answer, payload), *self.feed()]
 
     # -- the spool --------------------------------------------------------------------------------------------------
 
-    def replied(self, reply: Reply, now: float) -> list[Action]:
+    def replied(self, reply: spool.Reply, now: float) -> list[Action]:
         """What follows from what the spool says."""
         match reply:
-            case Usage():
+            case spool.Usage():
                 self.usage = reply
                 return []
-            case Looked():
+            case spool.Looked():
                 return self._looked(reply)
-            case Erased():
+            case spool.Erased():
                 return [SendClient(reply.client, _erased(reply))]
         job = self._by_seq.get(reply.seq)
         if job is None:
             return []  # forgotten
         match reply:
-            case Kept():
+            case spool.Kept():
                 self._line_up(job)
                 return [*self._accept(job), *self.feed()]
-            case Known():
+            case spool.Known():
                 self._remove(job)
                 waiters = self._take(job.waiters)
                 return [*self._accept(job), *(each for client in waiters for each in self._look(client, job.name))]
-            case NotKept():
+            case spool.NotKept():
                 self._remove(job)
                 return self._drop(job, _unwritten(job.name, reply.reason))
-            case Loaded():
+            case spool.Loaded():
                 return self._loaded(job, reply, now)
-            case NotLoaded():
+            case spool.NotLoaded():
                 return self._not_loaded(job, reply.reason)
-            case AnswerKept():
+            case spool.AnswerKept():
                 assert job.answer is not None
                 self._remove(job)
                 return [SendClient(client, *job.answer) for client in self._take(job.waiters)]
@@ -294,7 +274,7 @@ class Durable:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _take_up(self, stored: Stored, now: float) -> None:
+    def _take_up(self, stored: spool.Stored, now: float) -> None:
         """A job that an earlier daemon left. If a worker had it, that worker is lost, as the broker counts it."""
         attempts, losses = stored.attempts, stored.losses
         if stored.leased:
@@ -417,7 +397,7 @@ class Durable:
         """Whoever waits for anything of this job, and is owed nothing any more."""
         return list(dict.fromkeys(self._take(job.submitters) + self._take(job.waiters)))
 
-    def _loaded(self, job: Job, loaded: Loaded, now: float) -> list[Action]:
+    def _loaded(self, job: Job, loaded: spool.Loaded, now: float) -> list[Action]:
         if not self._broker.room:
             self._line_up(job, first=True)
             return []
@@ -437,9 +417,9 @@ class Durable:
         if self._looks >= MOST_LOOKS:
             return [SendClient(client, _busy(name, f"{self._looks} answers are being fetched"))]
         self._looks += 1
-        return [Look(client, name)]
+        return [spool.Look(client, name)]
 
-    def _looked(self, looked: Looked) -> list[Action]:
+    def _looked(self, looked: spool.Looked) -> list[Action]:
         self._looks -= 1
         if looked.reason:
             reason = f"the spool cannot be read: {looked.reason}"
@@ -476,12 +456,12 @@ class Durable:
 _UNKNOWN = "no durable job of this name: it was never accepted, or was forgotten, or its time was over (spool_keep_s)"
 
 
-def _stored(job: Job) -> Stored:
-    return Stored(seq=job.seq, name=job.name, owner=job.owner, priority=job.priority, size=job.size)
+def _stored(job: Job) -> spool.Stored:
+    return spool.Stored(seq=job.seq, name=job.name, owner=job.owner, priority=job.priority, size=job.size)
 
 
-def _mark(job: Job) -> Mark:
-    return Mark(job.seq, job.attempts, job.losses, job.leased)
+def _mark(job: Job) -> spool.Mark:
+    return spool.Mark(job.seq, job.attempts, job.losses, job.leased)
 
 
 def _off(name: str) -> Failed:
@@ -497,7 +477,7 @@ def _ending(name: str) -> Failed:
     return Failed(job=name, code=Code.DRAINING, reason="the daemon is stopping", retry_after_s=RETRY_S)
 
 
-def _erased(erased: Erased) -> Forgotten | Failed:
+def _erased(erased: spool.Erased) -> Forgotten | Failed:
     return _unwritten(erased.name, erased.reason) if erased.reason else Forgotten(job=erased.name)
 
 
