@@ -279,7 +279,7 @@ class Broker:
         suspicion = self.remembered.find(image, payload, now)
         if suspicion is None or not suspicion.given_up:
             return None
-        return _refused(name, Code.WORKER_LOST, suspicion.reason(now))
+        return refused(name, Code.WORKER_LOST, suspicion.reason(now))
 
     def forget_suspects(self, now: float) -> list[Action]:
         """What workers died with may go well by new settings and weights."""
@@ -290,14 +290,14 @@ class Broker:
     def unfit(self, name: str, image: Image, size: int) -> Failed | None:
         """Why this image of `size` bytes cannot be a job now, however much room there is."""
         if size > self.limits.max_image_bytes:
-            return _refused(name, Code.TOO_LARGE, f"{size} bytes: an image has at most {self.limits.max_image_bytes}")
+            return refused(name, Code.TOO_LARGE, f"{size} bytes: an image has at most {self.limits.max_image_bytes}")
         if image.kind == "path" and not self.limits.paths_allowed:
-            return _refused(name, Code.BAD_REQUEST, "images by path are off: the settings name no paths.roots")
+            return refused(name, Code.BAD_REQUEST, "images by path are off: the settings name no paths.roots")
         complaint = self.regions.complaint(image.place) if image.place else None
         if complaint:
-            return _refused(name, Code.BAD_REQUEST, complaint)
+            return refused(name, Code.BAD_REQUEST, complaint)
         if self._draining:
-            return _refused(name, Code.DRAINING, "the daemon is stopping", LONGEST_RETRY_S)
+            return refused(name, Code.DRAINING, "the daemon is stopping", LONGEST_RETRY_S)
         return None
 
     def cancel(self, client: bytes, message: Cancel, now: float) -> list[Action]:
@@ -483,7 +483,7 @@ class Broker:
         return {} if account is None else account.jobs
 
     def _refusal(self, job: Job, now: float) -> Failed | None:
-        refuse = functools.partial(_refused, job.name)
+        refuse = functools.partial(refused, job.name)
         size = job.payload_bytes
         unfit = self.unfit(job.name, job.image, size)
         if unfit:
@@ -648,7 +648,7 @@ class Broker:
     def _fail(self, job: Job, code: Code, reason: str) -> list[Action]:
         self._tell("failed", job, code=code, reason=reason)
         retry = self._retry_after_s() if code.retryable else None
-        return [Answered(job.client, _refused(job.name, code, reason, retry)), *self._remove(job)]
+        return [Answered(job.client, refused(job.name, code, reason, retry)), *self._remove(job)]
 
     def _tell(self, what: What, job: Job, code: str = "", reason: str = "") -> None:
         self.steps.append(
@@ -773,7 +773,8 @@ class Broker:
 _NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, mend, then reload"
 
 
-def _refused(job: str, code: Code, reason: str, retry_after_s: float | None = None) -> Failed:
+def refused(job: str, code: Code, reason: str, retry_after_s: float | None = None) -> Failed:
+    """A failure as a job's answer."""
     return Failed(job=job, code=code, reason=reason, retry_after_s=retry_after_s)
 
 

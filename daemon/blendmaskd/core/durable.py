@@ -30,7 +30,7 @@ import msgspec
 
 from blendmaskd.core import broker
 from blendmaskd.core import spool_messages as spool
-from blendmaskd.core.broker import DURABLE, SHARE, Answered, Broker, Dropped
+from blendmaskd.core.broker import DURABLE, SHARE, Answered, Broker, Dropped, refused
 from blendmaskd.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit, ToClient
 
 RETRY_S = 1.0  # after which the spool may have room, or work again
@@ -171,7 +171,7 @@ class Durable:
             self._remove(job)
             if job.state is State.QUEUED:
                 actions += self._broker.withdraw(job.name, now)
-            actions += self._drop(job, Failed(job=job.name, code=Code.CANCELLED, reason="it was forgotten"))
+            actions += self._drop(job, refused(job.name, Code.CANCELLED, "it was forgotten"))
         return [*actions, spool.Erase(client, message.job), *self.feed()]
 
     def stop_waiting(self, client: bytes, message: Cancel) -> None:
@@ -321,30 +321,30 @@ class Durable:
         self._jobs[job.name] = self._by_seq[job.seq] = job
         own = self._owned.setdefault(job.owner, Owned())
         own.jobs, own.bytes = own.jobs + 1, own.bytes + job.size
-        own.storing += job.state is State.STORING
-        self._states[job.state] += 1
-        self._storing_bytes += job.size if job.state is State.STORING else 0
+        self._count(job, 1)
 
     def _remove(self, job: Job) -> None:
         del self._jobs[job.name]
         del self._by_seq[job.seq]
+        self._count(job, -1)
         own = self._owned[job.owner]
         own.jobs, own.bytes = own.jobs - 1, own.bytes - job.size
-        own.storing -= job.state is State.STORING
         if not own.jobs:
             del self._owned[job.owner]
         if job.state is State.SPOOLED:
             self._lines[job.priority][job.owner].remove(job)
             self._tidy(job.priority, job.owner)
-        self._states[job.state] -= 1
-        self._storing_bytes -= job.size if job.state is State.STORING else 0
 
     def _set(self, job: Job, state: State) -> None:
-        self._storing_bytes -= job.size if job.state is State.STORING else 0
-        self._owned[job.owner].storing -= job.state is State.STORING
-        self._states[job.state] -= 1
-        self._states[state] += 1
+        self._count(job, -1)
         job.state = state
+        self._count(job, 1)
+
+    def _count(self, job: Job, by: int) -> None:
+        self._states[job.state] += by
+        if job.state is State.STORING:
+            self._storing_bytes += by * job.size
+            self._owned[job.owner].storing += by
 
     def _line_up(self, job: Job, first: bool = False) -> None:
         self._set(job, State.SPOOLED)
@@ -411,7 +411,7 @@ class Durable:
             self._line_up(job)
             return []
         text = f"its image cannot be read from the spool: {reason}"
-        return [Answered(DURABLE, Failed(job=job.name, code=Code.UNAVAILABLE, reason=text))]
+        return [Answered(DURABLE, refused(job.name, Code.UNAVAILABLE, text))]
 
     def _look(self, client: bytes, name: str) -> list[Action]:
         if self._looks >= MOST_LOOKS:
@@ -423,11 +423,9 @@ class Durable:
         self._looks -= 1
         if looked.reason:
             reason = f"the spool cannot be read: {looked.reason}"
-            failed = Failed(job=looked.name, code=Code.UNAVAILABLE, reason=reason, retry_after_s=RETRY_S)
-            return [SendClient(looked.client, failed)]
-        if looked.answer is None:
-            return [SendClient(looked.client, Failed(job=looked.name, code=Code.BAD_REQUEST, reason=_UNKNOWN))]
-        return [SendClient(looked.client, looked.answer, looked.payload)]
+            return [SendClient(looked.client, refused(looked.name, Code.UNAVAILABLE, reason, RETRY_S))]
+        answer = looked.answer or refused(looked.name, Code.BAD_REQUEST, _UNKNOWN)
+        return [SendClient(looked.client, answer, looked.payload)]
 
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
@@ -465,16 +463,15 @@ def _mark(job: Job) -> spool.Mark:
 
 
 def _off(name: str) -> Failed:
-    reason = "durable jobs are off: name a spool in the daemon's settings (spool: PATH)"
-    return Failed(job=name, code=Code.BAD_REQUEST, reason=reason)
+    return refused(name, Code.BAD_REQUEST, "durable jobs are off: name a spool in the daemon's settings (spool: PATH)")
 
 
 def _busy(name: str, reason: str) -> Failed:
-    return Failed(job=name, code=Code.BUSY, reason=reason, retry_after_s=RETRY_S)
+    return refused(name, Code.BUSY, reason, RETRY_S)
 
 
 def _ending(name: str) -> Failed:
-    return Failed(job=name, code=Code.DRAINING, reason="the daemon is stopping", retry_after_s=RETRY_S)
+    return refused(name, Code.DRAINING, "the daemon is stopping", RETRY_S)
 
 
 def _erased(erased: spool.Erased) -> Forgotten | Failed:
@@ -482,5 +479,4 @@ def _erased(erased: spool.Erased) -> Forgotten | Failed:
 
 
 def _unwritten(name: str, reason: str) -> Failed:
-    text = f"the spool cannot be written: {reason}"
-    return Failed(job=name, code=Code.UNAVAILABLE, reason=text, retry_after_s=RETRY_S)
+    return refused(name, Code.UNAVAILABLE, f"the spool cannot be written: {reason}", RETRY_S)

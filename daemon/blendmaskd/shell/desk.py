@@ -138,7 +138,6 @@ class Desk:
 
     def _turn_away(self, client: bytes, frames: Sequence[zmq.Frame], verdict: Verdict) -> Actions:
         if verdict is Verdict.UNKNOWN:
-            self.admission.close(frames[-1])
             return [broker.Dropped("", Code.UNAUTHORISED)]
         try:
             message: protocol.FromClient

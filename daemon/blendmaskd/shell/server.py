@@ -50,7 +50,6 @@ class Server:
         self._fds: dict[int, Callable[[], Decisions]] = {}  # pidfds and the signal pipe, among others
         self._started = time.time()
         self._next_tick = 0.0
-        self._told_available = True
         self._drain_deadline: float | None = None
         self._exit_code: int | None = None
 
@@ -125,10 +124,7 @@ class Server:
         if self._processes.report_changes():
             self._next_tick = 0.0  # the pages and stats show them at once, too
         yield self._reload.follow(now)
-        hopeless = self._supervisor.hopeless and not self._supervisor.draining
-        if hopeless == self._told_available:
-            self._told_available = not hopeless
-            yield self._desk.broker.set_available(not hopeless)
+        yield self._desk.broker.set_available(self._supervisor.draining or not self._supervisor.hopeless)
         if self._drain_deadline is not None:
             yield from self._follow_drain(now, self._drain_deadline)
 
@@ -175,7 +171,10 @@ class Server:
             case reload.Adopt(basis, undone):
                 return self._adopt(basis.settings, undone)
             case reload.Ready():
-                self._report_ready()
+                ready, slots = self._supervisor.ready_slots, len(self._supervisor.listed)
+                log.info("ready: %d of %d devices%s", ready, slots, "" if ready == slots else ", degraded")
+                self._tick(time.monotonic())  # whoever waited for this sees it in the status and at /readyz
+                self._notifier.send(READY="1")
             case reload.Over(text):
                 log.error("%s", text)
                 self._notifier.send(READY="1", STATUS=text)
@@ -196,12 +195,6 @@ class Server:
         self._stats.window_s = settings.window_s
         logs.configure(settings.log)
         return self._desk.adopt(settings)
-
-    def _report_ready(self) -> None:
-        ready, slots = self._supervisor.ready_slots, len(self._supervisor.listed)
-        log.info("ready: %d of %d devices%s", ready, slots, "" if ready == slots else ", degraded")
-        self._tick(time.monotonic())  # whoever waited for this sees it in the status and at /readyz
-        self._notifier.send(READY="1")
 
     # -- descriptors ------------------------------------------------------------------------------------------------
 

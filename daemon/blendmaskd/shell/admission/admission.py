@@ -39,18 +39,16 @@ class Admission:
             log.warning("no client may connect by tcp yet: %s holds no keys", allowed.folder)
 
     def judge(self, client: bytes, frame: zmq.Frame) -> Verdict:
-        """Of a message: its sender's identity and last frame."""
+        """Of a message: its sender's identity and last frame. The connection of an unknown key is closed."""
         if self._departures is not None:
             self._departures.heard(client, frame)
         if self._gate is None:
             return Verdict.WELCOME
         user = self._gate.user(frame)
-        return Verdict.WELCOME if self._identities is None else self._identities.judge(client, user)
-
-    def close(self, frame: zmq.Frame) -> None:
-        """Close the connection that this came over: the handshake of its next one tells its client why."""
-        if self._gate is not None:
-            self._gate.close(frame)
+        verdict = Verdict.WELCOME if self._identities is None else self._identities.judge(client, user)
+        if verdict is Verdict.UNKNOWN:
+            self._gate.close(frame)  # the handshake of its next connection tells it why
+        return verdict
 
     def left(self) -> list[bytes]:
         """Clients that have left; to be called in each turn, before any client is heard."""
