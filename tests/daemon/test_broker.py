@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from blendmaskd.core.broker import Acquit, Action, Broker, Evict, Limits, SendClient, SendWorker
+from blendmaskd.core.broker import Acquit, Action, Answered, Broker, Dropped, Evict, Limits, SendWorker
 from blendmaskd.core.regions import PAGE, Memory
 from blendmaskd.protocol import (
     Cancel,
@@ -47,7 +47,7 @@ def leases(actions: list[Action]) -> list[tuple[str, int]]:
 
 
 def answers(actions: list[Action]) -> dict[str, Result | Failed]:
-    return {a.message.job: a.message for a in actions if isinstance(a, SendClient)}  # type: ignore[union-attr,misc]
+    return {a.answer.job: a.answer for a in actions if isinstance(a, Answered)}
 
 
 def finish(broker: Broker, worker: str, lease: int, now: float = 1.0) -> list[Action]:
@@ -58,7 +58,7 @@ def finish(broker: Broker, worker: str, lease: int, now: float = 1.0) -> list[Ac
 
 
 def lose(broker: Broker, worker: str, now: float = 1.0) -> list[Action]:
-    actions = broker.lose(worker, now, f"{worker} killed by SIGKILL")
+    actions = broker.exited(worker, now, f"{worker} killed by SIGKILL")
     broker.check()
     return actions
 
@@ -81,10 +81,7 @@ def test_a_job_is_leased_finished_and_answered(broker: Broker) -> None:
     broker.started("npu:0.1", Started(leases=[lease.message.lease]), 0.5)  # type: ignore[union-attr]
     [answer] = finish(broker, "npu:0.1", lease.message.lease, now=2.0)  # type: ignore[union-attr]
     timings = {"device": 0.02, "queue": 0.0, "send": 1.98, "total": 2.0}
-    assert answer == SendClient(
-        b"c", Result(job="a", width=2, height=1, device="npu:0", timings=timings), ANSWER
-    )
-    assert broker.outcomes == {"answered": 1}
+    assert answer == Answered(b"c", Result(job="a", width=2, height=1, device="npu:0", timings=timings), ANSWER)
     assert (broker.unanswered, broker.leased) == (0, 0)
 
 
@@ -260,11 +257,12 @@ def test_over_a_bound_the_answer_is_at_once(broker: Broker, fill: int, size: int
         submit(broker, f"waiting {number}", size=10 if size == 10 else 100)
     if code is Code.BUSY and size == 450:
         submit(broker, "more", size=460)
-    refusal = answers(submit(broker, "over", size=size))["over"]
+    [action] = submit(broker, "over", size=size)
+    assert isinstance(action, Answered)
+    refusal = action.answer
     assert isinstance(refusal, Failed)
-    assert refusal.code is code
+    assert (refusal.job, refusal.code) == ("over", code)
     assert (refusal.retry_after_s is not None) == code.retryable
-    assert broker.outcomes == {code: 1}
 
 
 def test_busy_names_when_half_the_queue_will_be_gone(broker: Broker) -> None:
@@ -340,8 +338,8 @@ def test_a_client_that_left_is_not_worked_for(broker: Broker) -> None:
     submit(broker, "stays", client=b"other")
     actions = broker.client_gone(b"c", 1.0)
     broker.check()
-    assert actions == [SendWorker("npu:0.1", Revoke(lease=lease))]
-    assert broker.outcomes == {Code.CANCELLED: 2}
+    dropped = [Dropped("leased", Code.CANCELLED), Dropped("waiting", Code.CANCELLED)]
+    assert actions == [dropped[0], SendWorker("npu:0.1", Revoke(lease=lease)), dropped[1]]
     assert broker.waiting_jobs == 1
 
 
@@ -494,8 +492,7 @@ def test_a_result_clears_an_image_and_all_its_jobs(broker: Broker) -> None:
     [(worker, lease)] = leases(broker.ready("npu:0.2", "npu:0", 3, 1.0))
     assert len(leases(finish(broker, worker, lease))) == 3, "in company again"
     assert not broker.holds_suspect("npu:0.2")
-    lose(broker, "npu:0.2")
-    assert broker.outcomes[Code.WORKER_LOST] == 0, "the deaths before are forgiven"
+    assert answers(lose(broker, "npu:0.2")) == {}, "the deaths before are forgiven"
 
 
 @pytest.mark.parametrize("end", ["deadline", "cancel", "client gone"])

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from blendmaskd.core.broker import Action, Broker, Evict, Limits, SendClient, SendWorker
+from blendmaskd.core.broker import Action, Answered, Broker, Evict, Limits, SendWorker
 from blendmaskd.core.regions import PAGE, Memory
 from blendmaskd.protocol import (
     Cancel,
@@ -20,7 +20,6 @@ from blendmaskd.protocol import (
     Image,
     Lease,
     OpenRegion,
-    Result,
     Revoke,
     Started,
     Stop,
@@ -57,7 +56,7 @@ class BrokerMachine(RuleBasedStateMachine):
     def carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case SendClient(client, Result() | Failed() as answer):
+                case Answered(client, answer):
                     key = (client, answer.job)
                     assert key in self.owed, f"{answer} answers nothing that is owed"
                     self.owed.remove(key)
@@ -89,11 +88,11 @@ class BrokerMachine(RuleBasedStateMachine):
         message = Submit(job=name, image=Image(kind="encoded"), priority=priority, deadline_s=deadline_s)
         actions = self.broker.submit(client, message, [name.ljust(size).encode()], self.now)
         refused = [
-            a for a in actions if isinstance(a, SendClient) and isinstance(a.message, Failed) and a.message.job == name
+            a for a in actions if isinstance(a, Answered) and isinstance(a.answer, Failed) and a.answer.job == name
         ]
         if refused:
             assert len(actions) == 1
-            assert refused[0].message.code in REFUSALS  # type: ignore[union-attr]
+            assert refused[0].answer.code in REFUSALS  # type: ignore[union-attr]
             return
         assert not self.draining
         assert not self.unavailable
@@ -201,8 +200,8 @@ class BrokerMachine(RuleBasedStateMachine):
         for number in started & leases.keys():
             self.spent[leases[number]] += 1
         before = set(self.owed)
-        actions = self.broker.lose(worker, self.now, "died")
-        lost = {a.message.job for a in actions if isinstance(a, SendClient)}  # type: ignore[union-attr]
+        actions = self.broker.exited(worker, self.now, "died")
+        lost = {a.answer.job for a in actions if isinstance(a, Answered)}
         assert lost <= set(leases.values()), "a job was lost that this worker did not hold"
         assert len(lost) <= 1 or all(self.spent[job] >= LIMITS.max_attempts for job in lost)
         self.carry_out(actions)
@@ -261,7 +260,7 @@ class BrokerMachine(RuleBasedStateMachine):
         """Whatever happened: with one good worker, everything that is owed is answered."""
         for worker in list(self.held):
             del self.held[worker]
-            self.carry_out(self.broker.lose(worker, self.now, "died"))
+            self.carry_out(self.broker.exited(worker, self.now, "died"))
         self.ready(window=2)
         while any(self.held.values()):
             self.finish(0)

@@ -32,7 +32,7 @@ from blendmaskd.client.exchange import Exchange, JobFailed, Segmentation
 from blendmaskd.core import broker as broker_module
 from blendmaskd.core import reload as reload_module
 from blendmaskd.core import supervisor as supervisor_module
-from blendmaskd.core.broker import Acquit, Broker, Evict, Limits, SendClient, SendWorker
+from blendmaskd.core.broker import Acquit, Answered, Broker, Evict, Limits, SendWorker
 from blendmaskd.core.launch_plan import Basis, Preload
 from blendmaskd.core.reload import Adopt, GiveUp, Ready, Reload, StopCheck
 from blendmaskd.core.supervisor import Kill, Spawn, State, Supervisor
@@ -127,7 +127,7 @@ class DaemonMachine(RuleBasedStateMachine):
     def broker_does(self, actions: list[broker_module.Action]) -> None:
         for action in actions:
             match action:
-                case SendClient(to, Result() | Failed() as answer, payload):
+                case Answered(to, answer, payload):
                     key = (to.decode(), answer.job)
                     assert key in self.owed, f"{answer} answers nothing that is owed"
                     self.hears(key, self.owed.pop(key), answer, payload)
@@ -186,16 +186,16 @@ class DaemonMachine(RuleBasedStateMachine):
         return [slot.name for slot in self.supervisor.slots.values() if slot.state not in gone and slot.name != but]
 
     def end(self, process: Process, code: int) -> None:
-        """Its process is gone: as `Server._reap`."""
+        """Its process is gone: as `Processes.reap`."""
         del self.processes[process.name]
         self.died_with.update(set(process.held.values()))
         blameless = self.broker.holds_suspect(process.name)
         actions = self.supervisor.exited(process.device, process.generation, f"{code}", code, blameless, self.now)
-        self.broker_does(self.broker.lose(process.name, self.now, "died"))
+        self.broker_does(self.broker.exited(process.name, self.now, "died"))
         self.supervisor_does(actions)
 
     def follow(self) -> None:
-        """As `Server._follow`."""
+        """As `Server._keep_house`."""
         self.supervisor_does(self.reload.follow(self.now))
         hopeless = self.supervisor.hopeless and not self.supervisor.draining
         if hopeless == self.told_available:
@@ -245,13 +245,13 @@ class DaemonMachine(RuleBasedStateMachine):
                 self.says(client, frames)
 
     def says(self, client: str, frames: list[bytes]) -> None:
-        """A client submits: as `Traffic.read_clients`."""
+        """A client submits: as `Desk.read_clients`."""
         message: protocol.FromClient
         message, [image] = protocol.decode(frames, FROM_CLIENT)
         assert isinstance(message, Submit)
         actions = self.broker.submit(client.encode(), message, [image], self.now)
         match actions:
-            case [SendClient(_, Failed(code=code) as refusal)] if refusal.job == message.job and code in REFUSALS:
+            case [Answered(_, Failed(code=code) as refusal)] if refusal.job == message.job and code in REFUSALS:
                 self.hears((client, message.job), image, refusal, ())
                 return
         assert self.draining_until is None
@@ -320,7 +320,7 @@ class DaemonMachine(RuleBasedStateMachine):
                 if not p.hung and all(bool(getattr(p, key)) == value for key, value in wanted.items())]  # fmt: skip
 
     def is_loaded(self, process: Process) -> None:
-        """Its device is gone and it ends; or it says that it is ready: as `Server._on_ready`."""
+        """Its device is gone and it ends; or it says that it is ready: as `Processes.ready`."""
         if process.device in self.gone or not process.bootable:
             self.end(process, EXIT_CANNOT_BOOT)
             return
@@ -444,7 +444,7 @@ class DaemonMachine(RuleBasedStateMachine):
     @rule(devices=st.sampled_from([DEVICES, DEVICES, DEVICES[:1]]), bootable=st.sampled_from([True, True, False]),
           at_once=st.booleans())  # fmt: skip
     def begin_reload(self, devices: tuple[str, ...], bootable: bool, at_once: bool) -> None:
-        """As `Server._on_reload`; the check may end at once."""
+        """As `Processes.try_out`; the check may end at once."""
         self.reload.try_out(basis(devices, bootable), self.now)
         self.checking = True
         if at_once:
@@ -453,7 +453,7 @@ class DaemonMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.checking)
     @rule(bad=st.sampled_from([False, False, True]))
     def check_ends(self, bad: bool) -> None:
-        """As `Server._on_tried`."""
+        """As `Processes.reap`."""
         self.checking = False
         candidate, before = self.reload.candidate, self.reload.basis
         assert candidate is not None

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from blendmaskd.core import broker, durable
-from blendmaskd.core.broker import DURABLE, Broker, Limits, Losses, Returned, SendClient, SendWorker
-from blendmaskd.core.durable import UNPROVEN_LOSSES, Durable, State
+from blendmaskd.core.broker import DURABLE, Answered, Broker, Limits, Losses, Returned, SendWorker
+from blendmaskd.core.durable import UNPROVEN_LOSSES, Durable, SendClient, State
 from blendmaskd.core.spool_messages import AnswerKept, Look, Reply, Request, Store, StoreAnswer, Stored
 from blendmaskd.protocol import (
     Accepted,
@@ -99,30 +99,36 @@ class DurableMachine(RuleBasedStateMachine):
         self.held: dict[str, dict[int, str]] = {}  # worker: lease: job
 
     def carry_out(self, actions: Iterable[durable.Action]) -> None:
-        for action in actions:
-            match action:
-                case SendClient(client=client, message=message, payload=payload) if client == DURABLE:
-                    assert isinstance(message, Result | Failed)
-                    self.carry_out(self.durable.answered(message, payload))
-                case SendClient():
-                    self.receive(action)
-                case SendWorker(worker, Lease() as lease, payload, name):
-                    assert name
-                    assert lease.alone <= (not self.held[worker])
-                    if name in self.accepted:
-                        assert bytes(payload[0]) == self.accepted[name], "another image"
-                    self.held[worker][lease.lease] = name
-                    self.carry_out(self.durable.leased(name))
-                case SendWorker(worker, Revoke(lease=number)):
-                    assert number in self.held[worker]
-                case Losses():
-                    self.carry_out(self.durable.lost(action.job, action.attempts, action.losses))
-                case Returned():
-                    self.carry_out(self.durable.returned(action.job))
-                case SendWorker() | broker.Evict() | broker.Acquit():
-                    pass
-                case _:
-                    self.spool.ask(action)
+        queue = deque(actions)
+        while queue:
+            queue.extend(self.does(queue.popleft()))
+
+    def does(self, action: durable.Action) -> list[durable.Action]:
+        match action:
+            case Answered(owner, answer, payload) if owner == DURABLE:
+                return self.durable.answered(answer, payload)
+            case Answered(owner, answer, payload):
+                self.receive(SendClient(owner, answer, payload))
+            case SendClient():
+                self.receive(action)
+            case SendWorker(worker, Lease() as lease, payload, name):
+                assert name
+                assert lease.alone <= (not self.held[worker])
+                if name in self.accepted:
+                    assert bytes(payload[0]) == self.accepted[name], "another image"
+                self.held[worker][lease.lease] = name
+                return self.durable.leased(name)
+            case SendWorker(worker, Revoke(lease=number)):
+                assert number in self.held[worker]
+            case Losses():
+                return self.durable.lost(action.job, action.attempts, action.losses)
+            case Returned():
+                return self.durable.returned(action.job)
+            case SendWorker() | broker.Evict() | broker.Acquit() | broker.Dropped():
+                pass
+            case _:
+                self.spool.ask(action)
+        return []
 
     def receive(self, action: SendClient) -> None:
         """A client hears of a job."""
@@ -247,7 +253,7 @@ class DurableMachine(RuleBasedStateMachine):
         worker = sorted(self.held)[pick % len(self.held)]
         for name in self.held.pop(worker).values():
             self.deaths[name] += 1
-        self.carry_out(self.broker.lose(worker, self.now, "died"))
+        self.carry_out(self.broker.exited(worker, self.now, "died"))
 
     @rule(available=st.sampled_from([True, True, False]))
     def devices_come_and_go(self, available: bool) -> None:
@@ -358,7 +364,7 @@ def test_owners_take_turns_and_leave_each_other_room() -> None:
     (stored,) = machine.durable.submit(b"a", owned, 40, lambda: [bytes(40)], 0.0)
     assert isinstance(stored, Store)
     (refused,) = machine.durable.submit(b"a", msgspec.structs.replace(owned, job="8" * 32), 40, lambda: [b""], 0.0)
-    assert "the last are for others" in refused.message.reason
+    assert "the last are for others" in refused.answer.reason
     (stored,) = machine.durable.submit(b"b", msgspec.structs.replace(owned, job="7" * 32), 40, lambda: [b""], 0.0)
     assert isinstance(stored, Store)
     machine.spool.die()
@@ -385,7 +391,7 @@ def test_one_owner_has_no_more_than_one_may(limits: dict[str, int], taken: int, 
 
     stored = [submit(b"a", number) for number in range(taken)]
     assert all(isinstance(action, Store) for action in stored)
-    refused = submit(b"a", 100).message
+    refused = submit(b"a", 100).answer
     assert (refused.code, refused.reason) == (Code.BUSY, complaint)
     assert isinstance(submit(b"b", 200), Store), "another one may"
     for number, action in enumerate(stored):

@@ -99,7 +99,7 @@ def act(host: Host, event: str, number: int, count: int) -> None:
                 host.take(broker.failed(worker, failed, host.now))
         case "die" if held:
             del host.leases[worker]
-            host.take(broker.lose(worker, host.now, "died"))
+            host.take(broker.exited(worker, host.now, "died"))
         case "spawn" if len(host.leases) < 2:
             host.spawn()
         case "cancel":

@@ -65,8 +65,8 @@ def test_a_device_that_falls_silent_falls_to_zero() -> None:
 def test_a_lost_worker_s_rate_is_gone_and_its_images_are_not() -> None:
     stats = Stats(10.0)
     stats.report("npu:0", report(0.0, 40, memory_bytes=7))
-    stats.lost("npu:0")
-    stats.lost("npu:1")  # which never reported
+    stats.exited("npu:0")
+    stats.exited("npu:1")  # which never reported
     found = device(stats, 1.0)
     assert (found["fps"], found["busy_share"], found["memory_bytes"], found["images"]) == (0.0, 0.0, 0, 40)
     stats.report("npu:0", report(5.0, 30))

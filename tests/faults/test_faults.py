@@ -368,7 +368,7 @@ def test_no_decision_reads_the_wall_clock() -> None:
                 readers.add(path.name)
             if isinstance(node, ast.ImportFrom) and node.module == "time":
                 assert not wall & {name.name for name in node.names}, f"{path} imports it by name"
-    assert readers == {"logs.py", "server.py", "traffic.py"}
+    assert readers == {"logs.py", "server.py", "desk.py"}
 
 
 def test_sigterm_under_load_answers_what_was_accepted(daemon, loaded, wait_until) -> None:

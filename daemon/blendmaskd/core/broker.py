@@ -29,8 +29,10 @@ several there: it may take one place beyond a worker's window, and its worker ru
 a time is served at nearly the pace of an idle daemon, however many jobs the others have.
 
 Durable jobs are those of one client, `DURABLE`, which is `blendmaskd.core.durable` and never leaves: it gives them in
-when there is room, has their answers, hears of what it must not forget (`SendWorker.durable`, `Losses`), and is given
+when there is room, owns their answers, hears of what it must not forget (`SendWorker.durable`, `Losses`), and is given
 back what ends here without an answer (`Returned`).
+
+Whatever ends a job, or refuses one, is one action, `Answered` or `Dropped`: who counts these has counted every outcome.
 
 No socket, clock, process, thread or logger belongs in here.
 """
@@ -63,7 +65,6 @@ from blendmaskd.protocol import (
     Started,
     Stop,
     Submit,
-    ToClient,
     ToWorker,
 )
 
@@ -75,12 +76,19 @@ LONGEST_RETRY_S = 30.0
 SHARE = 7  # of the queue one client alone can fill 7 of 8 parts, two 7 of 15 each
 
 
-class SendClient(msgspec.Struct, frozen=True):
-    """Send this to a client."""
+class Answered(msgspec.Struct, frozen=True):
+    """A job's one answer, or why it was refused: for the client that submitted it, or `DURABLE`."""
 
-    client: bytes
-    message: ToClient
+    owner: bytes
+    answer: Result | Failed
     payload: Frames = ()
+
+
+class Dropped(msgspec.Struct, frozen=True):
+    """A job ends without an answer: nobody waits for one, or who does is told apart."""
+
+    job: str
+    code: Code
 
 
 class SendWorker(msgspec.Struct, frozen=True):
@@ -107,7 +115,7 @@ class Returned(msgspec.Struct, frozen=True):
 
 
 class Evict(msgspec.Struct, frozen=True):
-    """This worker hangs: end it. `lose` follows when it is gone."""
+    """This worker hangs: end it. `exited` follows."""
 
     worker: str
     reason: str
@@ -119,7 +127,7 @@ class Acquit(msgspec.Struct, frozen=True):
     device: str
 
 
-Action = SendClient | SendWorker | Evict | Losses | Returned | Acquit
+Action = Answered | Dropped | SendWorker | Evict | Losses | Returned | Acquit
 
 
 class HeldLease(msgspec.Struct, eq=False):
@@ -175,7 +183,6 @@ class Broker:
         self.limits = limits
         self.regions = Regions(limits.shared_memory_bytes)
         self.remembered = Suspects(read) if read else Suspects()
-        self.outcomes: Counter[str] = Counter()  # "answered" or an error code, of accepted and refused jobs alike
         self.served_per_s = 0.0  # told by the shell; only for the retry hint
         self.tracing = False  # told by the shell: whether `steps` get every change of a job's state, or only failures
         self.steps: list[Step] = []  # until the shell takes them
@@ -229,10 +236,9 @@ class Broker:
         job = self._job(client, message, payload, now, self.limits.deadline_s)
         refusal = self._refusal(job, now)
         if refusal is not None:
-            self.outcomes[refusal.code] += 1
             if self.tracing:
                 self._tell("refused", job, code=refusal.code, reason=refusal.reason)
-            return [SendClient(client, refusal)]
+            return [Answered(client, refusal)]
         self._add(job)
         self._put(job)
         return self._assign(now) or self._lease_ahead(job, now)
@@ -273,7 +279,7 @@ class Broker:
         suspicion = self.remembered.find(image, payload, now)
         if suspicion is None or not suspicion.given_up:
             return None
-        return _refused(name, Code.WORKER_LOST, suspicion.reason(now))
+        return refused(name, Code.WORKER_LOST, suspicion.reason(now))
 
     def forget_suspects(self, now: float) -> list[Action]:
         """What workers died with may go well by new settings and weights."""
@@ -284,14 +290,14 @@ class Broker:
     def unfit(self, name: str, image: Image, size: int) -> Failed | None:
         """Why this image of `size` bytes cannot be a job now, however much room there is."""
         if size > self.limits.max_image_bytes:
-            return _refused(name, Code.TOO_LARGE, f"{size} bytes: an image has at most {self.limits.max_image_bytes}")
+            return refused(name, Code.TOO_LARGE, f"{size} bytes: an image has at most {self.limits.max_image_bytes}")
         if image.kind == "path" and not self.limits.paths_allowed:
-            return _refused(name, Code.BAD_REQUEST, "images by path are off: the settings name no paths.roots")
+            return refused(name, Code.BAD_REQUEST, "images by path are off: the settings name no paths.roots")
         complaint = self.regions.complaint(image.place) if image.place else None
         if complaint:
-            return _refused(name, Code.BAD_REQUEST, complaint)
+            return refused(name, Code.BAD_REQUEST, complaint)
         if self._draining:
-            return _refused(name, Code.DRAINING, "the daemon is stopping", LONGEST_RETRY_S)
+            return refused(name, Code.DRAINING, "the daemon is stopping", LONGEST_RETRY_S)
         return None
 
     def cancel(self, client: bytes, message: Cancel, now: float) -> list[Action]:
@@ -304,10 +310,9 @@ class Broker:
         """Nobody waits for this client's jobs any more."""
         actions: list[Action] = []
         for job in list(self._jobs_of(client).values()):
-            self.outcomes[Code.CANCELLED] += 1
             if self.tracing:
                 self._tell("dropped", job, code=Code.CANCELLED, reason="its client is gone")
-            actions += self._remove(job)
+            actions += [Dropped(job.name, Code.CANCELLED), *self._remove(job)]
         return actions + self._assign(now)
 
     def has_jobs(self, client: bytes) -> bool:
@@ -382,11 +387,10 @@ class Broker:
         total = now - job.accepted
         timings |= {"send": max(total - sum(timings.values()), 0.0), "total": total}
         result = Result(job=job.name, width=message.width, height=message.height, device=device, timings=timings)
-        self.outcomes["answered"] += 1
         if self.tracing:
             self._tell("answered", job, code="ok")
         self._remove(job)
-        return [SendClient(job.client, result, payload), *self._after_lease(worker, now)]
+        return [Answered(job.client, result, payload), *self._after_lease(worker, now)]
 
     def failed(self, worker: str, message: FailedLease, now: float) -> list[Action]:
         lease = self._end_lease(worker, message.lease, now)
@@ -400,8 +404,8 @@ class Broker:
         self._workers[worker].retiring = True
         return self._stop_if_empty(self._workers[worker])
 
-    def lose(self, worker: str, now: float, reason: str) -> list[Action]:
-        """A worker is gone: its jobs are tried again alone, or answered when their image is given up."""
+    def exited(self, worker: str, now: float, reason: str) -> list[Action]:
+        """A worker has exited: its jobs are tried again alone, or answered when their image is given up."""
         counts = not self.holds_suspect(worker)
         holder = self._workers.pop(worker, None)
         if holder is None:
@@ -479,7 +483,7 @@ class Broker:
         return {} if account is None else account.jobs
 
     def _refusal(self, job: Job, now: float) -> Failed | None:
-        refuse = functools.partial(_refused, job.name)
+        refuse = functools.partial(refused, job.name)
         size = job.payload_bytes
         unfit = self.unfit(job.name, job.image, size)
         if unfit:
@@ -642,11 +646,9 @@ class Broker:
         return [SendWorker(worker.name, Stop())] if worker.retiring and not worker.leases else []
 
     def _fail(self, job: Job, code: Code, reason: str) -> list[Action]:
-        self.outcomes[code] += 1
         self._tell("failed", job, code=code, reason=reason)
         retry = self._retry_after_s() if code.retryable else None
-        answer = SendClient(job.client, Failed(job=job.name, code=code, reason=reason, retry_after_s=retry))
-        return [answer, *self._remove(job)]
+        return [Answered(job.client, refused(job.name, code, reason, retry)), *self._remove(job)]
 
     def _tell(self, what: What, job: Job, code: str = "", reason: str = "") -> None:
         self.steps.append(
@@ -771,7 +773,8 @@ class Broker:
 _NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, mend, then reload"
 
 
-def _refused(job: str, code: Code, reason: str, retry_after_s: float | None = None) -> Failed:
+def refused(job: str, code: Code, reason: str, retry_after_s: float | None = None) -> Failed:
+    """A failure as a job's answer."""
     return Failed(job=job, code=code, reason=reason, retry_after_s=retry_after_s)
 
 

@@ -28,36 +28,26 @@ from enum import Enum
 
 import msgspec
 
-from blendmaskd.core.broker import SHARE, Broker, SendClient
-from blendmaskd.core.broker import Action as BrokerAction
-from blendmaskd.core.spool_messages import (
-    Answer,
-    AnswerKept,
-    Erase,
-    Erased,
-    Kept,
-    Known,
-    Load,
-    Loaded,
-    Look,
-    Looked,
-    Mark,
-    NotKept,
-    NotLoaded,
-    Reply,
-    Request,
-    Store,
-    StoreAnswer,
-    Stored,
-    Usage,
-)
-from blendmaskd.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit
+from blendmaskd.core import broker
+from blendmaskd.core import spool_messages as spool
+from blendmaskd.core.broker import DURABLE, SHARE, Answered, Broker, Dropped, refused
+from blendmaskd.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit, ToClient
 
 RETRY_S = 1.0  # after which the spool may have room, or work again
 MOST_LOADS = 5  # of a job whose image cannot be read
 UNPROVEN_LOSSES = 3  # daemons that died with a job: then it is the reason, perhaps, rather than what they died of
 MOST_LOOKS = 1000  # questions to the spool at a time
-Action = BrokerAction | Request
+
+
+class SendClient(msgspec.Struct, frozen=True):
+    """Send this to a client. It is no job's end: that was `Answered` or `Dropped`."""
+
+    client: bytes
+    message: ToClient
+    payload: Frames = ()
+
+
+Action = broker.Action | SendClient | spool.Request
 
 
 class State(Enum):
@@ -86,7 +76,7 @@ class Job(msgspec.Struct, eq=False):
     leased: bool = False  # as the spool knows it
     submitters: dict[bytes, None] = {}  # are owed `Accepted`
     waiters: dict[bytes, None] = {}  # are owed its answer
-    answer: tuple[Answer, Frames] | None = None
+    answer: tuple[spool.Answer, Frames] | None = None
 
 
 class Owned(msgspec.Struct):
@@ -101,10 +91,10 @@ class Durable:
     """See the module. `max_bytes` bounds the spool; 0: there is none. `check()` states the invariants."""
 
     def __init__(
-        self, broker: Broker, max_bytes: int, now: float = 0.0, stored: Iterable[Stored] = (), next_seq: int = 1
+        self, broker: Broker, max_bytes: int, now: float = 0.0, stored: Iterable[spool.Stored] = (), next_seq: int = 1
     ) -> None:
         self.max_bytes = max_bytes
-        self.usage = Usage(answers=0, bytes=0)
+        self.usage = spool.Usage(answers=0, bytes=0)
         self._broker = broker
         self._seq = itertools.count(next_seq)
         self._jobs: dict[str, Job] = {}
@@ -142,19 +132,17 @@ class Durable:
             return []
         refusal = self._refusal(client, message, size)
         if refusal is not None:
-            self._broker.outcomes[refusal.code] += 1
-            return [SendClient(client, refusal)]
+            return [Answered(client, refusal)]
         image = payload()
         if message.image.place:
             message = msgspec.structs.replace(message, image=msgspec.structs.replace(message.image, place=None))
         given_up = self._broker.given_up(message.job, message.image, image, now)
         if given_up is not None:
-            self._broker.outcomes[given_up.code] += 1
-            return [SendClient(client, given_up)]
+            return [Answered(client, given_up)]
         job = Job(next(self._seq), message.job, client, message.priority, size, now, State.STORING)
         self._owe(job.submitters, client)
         self._add(job)
-        return [Store(_stored(job), message, image)]
+        return [spool.Store(_stored(job), message, image)]
 
     def fetch(self, client: bytes, message: Fetch) -> list[Action]:
         """Send the answer as soon as there is one."""
@@ -183,10 +171,8 @@ class Durable:
             self._remove(job)
             if job.state is State.QUEUED:
                 actions += self._broker.withdraw(job.name, now)
-            failed = Failed(job=job.name, code=Code.CANCELLED, reason="it was forgotten")
-            actions += [SendClient(each, failed) for each in self._owed_for(job)]
-            self._broker.outcomes[Code.CANCELLED] += 1
-        return [*actions, Erase(client, message.job), *self.feed()]
+            actions += self._drop(job, refused(job.name, Code.CANCELLED, "it was forgotten"))
+        return [*actions, spool.Erase(client, message.job), *self.feed()]
 
     def stop_waiting(self, client: bytes, message: Cancel) -> None:
         """This client waits for that job no longer."""
@@ -211,7 +197,7 @@ class Durable:
         while self._lines and self._states[State.LOADING] < self._broker.room:
             job = self._next()
             self._set(job, State.LOADING)
-            actions.append(Load(job.seq))
+            actions.append(spool.Load(job.seq))
         return actions
 
     def leased(self, name: str) -> list[Action]:
@@ -236,44 +222,44 @@ class Durable:
         self._line_up(job, first=True)
         return actions
 
-    def answered(self, answer: Answer, payload: Frames) -> list[Action]:
-        """The broker's answer to a job."""
+    def answered(self, answer: spool.Answer, payload: Frames) -> list[Action]:
+        """A job has its answer."""
         job = self._jobs[answer.job]
         self._set(job, State.ANSWERED)
         job.answer = (answer, payload)
-        return [StoreAnswer(job.seq, answer, payload), *self.feed()]
+        return [spool.StoreAnswer(job.seq, answer, payload), *self.feed()]
 
     # -- the spool --------------------------------------------------------------------------------------------------
 
-    def replied(self, reply: Reply, now: float) -> list[Action]:
+    def replied(self, reply: spool.Reply, now: float) -> list[Action]:
         """What follows from what the spool says."""
         match reply:
-            case Usage():
+            case spool.Usage():
                 self.usage = reply
                 return []
-            case Looked():
+            case spool.Looked():
                 return self._looked(reply)
-            case Erased():
+            case spool.Erased():
                 return [SendClient(reply.client, _erased(reply))]
         job = self._by_seq.get(reply.seq)
         if job is None:
             return []  # forgotten
         match reply:
-            case Kept():
+            case spool.Kept():
                 self._line_up(job)
                 return [*self._accept(job), *self.feed()]
-            case Known():
+            case spool.Known():
                 self._remove(job)
                 waiters = self._take(job.waiters)
                 return [*self._accept(job), *(each for client in waiters for each in self._look(client, job.name))]
-            case NotKept():
+            case spool.NotKept():
                 self._remove(job)
-                return self._fail(job, Code.UNAVAILABLE, f"the spool cannot be written: {reply.reason}")
-            case Loaded():
+                return self._drop(job, _unwritten(job.name, reply.reason))
+            case spool.Loaded():
                 return self._loaded(job, reply, now)
-            case NotLoaded():
+            case spool.NotLoaded():
                 return self._not_loaded(job, reply.reason)
-            case AnswerKept():
+            case spool.AnswerKept():
                 assert job.answer is not None
                 self._remove(job)
                 return [SendClient(client, *job.answer) for client in self._take(job.waiters)]
@@ -288,7 +274,7 @@ class Durable:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _take_up(self, stored: Stored, now: float) -> None:
+    def _take_up(self, stored: spool.Stored, now: float) -> None:
         """A job that an earlier daemon left. If a worker had it, that worker is lost, as the broker counts it."""
         attempts, losses = stored.attempts, stored.losses
         if stored.leased:
@@ -335,30 +321,30 @@ class Durable:
         self._jobs[job.name] = self._by_seq[job.seq] = job
         own = self._owned.setdefault(job.owner, Owned())
         own.jobs, own.bytes = own.jobs + 1, own.bytes + job.size
-        own.storing += job.state is State.STORING
-        self._states[job.state] += 1
-        self._storing_bytes += job.size if job.state is State.STORING else 0
+        self._count(job, 1)
 
     def _remove(self, job: Job) -> None:
         del self._jobs[job.name]
         del self._by_seq[job.seq]
+        self._count(job, -1)
         own = self._owned[job.owner]
         own.jobs, own.bytes = own.jobs - 1, own.bytes - job.size
-        own.storing -= job.state is State.STORING
         if not own.jobs:
             del self._owned[job.owner]
         if job.state is State.SPOOLED:
             self._lines[job.priority][job.owner].remove(job)
             self._tidy(job.priority, job.owner)
-        self._states[job.state] -= 1
-        self._storing_bytes -= job.size if job.state is State.STORING else 0
 
     def _set(self, job: Job, state: State) -> None:
-        self._storing_bytes -= job.size if job.state is State.STORING else 0
-        self._owned[job.owner].storing -= job.state is State.STORING
-        self._states[job.state] -= 1
-        self._states[state] += 1
+        self._count(job, -1)
         job.state = state
+        self._count(job, 1)
+
+    def _count(self, job: Job, by: int) -> None:
+        self._states[job.state] += by
+        if job.state is State.STORING:
+            self._storing_bytes += by * job.size
+            self._owned[job.owner].storing += by
 
     def _line_up(self, job: Job, first: bool = False) -> None:
         self._set(job, State.SPOOLED)
@@ -384,11 +370,9 @@ class Durable:
     def _accept(self, job: Job) -> list[Action]:
         return [SendClient(client, Accepted(job=job.name)) for client in self._take(job.submitters)]
 
-    def _fail(self, job: Job, code: Code, reason: str) -> list[Action]:
-        """Tell whoever waits of a job that was not accepted."""
-        self._broker.outcomes[code] += 1
-        failed = Failed(job=job.name, code=code, reason=reason, retry_after_s=RETRY_S)
-        return [SendClient(client, failed) for client in self._owed_for(job)]
+    def _drop(self, job: Job, failed: Failed) -> list[Action]:
+        """Tell whoever waits of a job that the spool does not have."""
+        return [Dropped(job.name, failed.code), *(SendClient(client, failed) for client in self._owed_for(job))]
 
     def _owe(self, owed: dict[bytes, None], client: bytes) -> None:
         if client not in owed:
@@ -413,7 +397,7 @@ class Durable:
         """Whoever waits for anything of this job, and is owed nothing any more."""
         return list(dict.fromkeys(self._take(job.submitters) + self._take(job.waiters)))
 
-    def _loaded(self, job: Job, loaded: Loaded, now: float) -> list[Action]:
+    def _loaded(self, job: Job, loaded: spool.Loaded, now: float) -> list[Action]:
         if not self._broker.room:
             self._line_up(job, first=True)
             return []
@@ -426,25 +410,22 @@ class Durable:
         if job.loads < MOST_LOADS:
             self._line_up(job)
             return []
-        self._broker.outcomes[Code.UNAVAILABLE] += 1
         text = f"its image cannot be read from the spool: {reason}"
-        return self.answered(Failed(job=job.name, code=Code.UNAVAILABLE, reason=text), ())
+        return [Answered(DURABLE, refused(job.name, Code.UNAVAILABLE, text))]
 
     def _look(self, client: bytes, name: str) -> list[Action]:
         if self._looks >= MOST_LOOKS:
             return [SendClient(client, _busy(name, f"{self._looks} answers are being fetched"))]
         self._looks += 1
-        return [Look(client, name)]
+        return [spool.Look(client, name)]
 
-    def _looked(self, looked: Looked) -> list[Action]:
+    def _looked(self, looked: spool.Looked) -> list[Action]:
         self._looks -= 1
         if looked.reason:
             reason = f"the spool cannot be read: {looked.reason}"
-            failed = Failed(job=looked.name, code=Code.UNAVAILABLE, reason=reason, retry_after_s=RETRY_S)
-            return [SendClient(looked.client, failed)]
-        if looked.answer is None:
-            return [SendClient(looked.client, Failed(job=looked.name, code=Code.BAD_REQUEST, reason=_UNKNOWN))]
-        return [SendClient(looked.client, looked.answer, looked.payload)]
+            return [SendClient(looked.client, refused(looked.name, Code.UNAVAILABLE, reason, RETRY_S))]
+        answer = looked.answer or refused(looked.name, Code.BAD_REQUEST, _UNKNOWN)
+        return [SendClient(looked.client, answer, looked.payload)]
 
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
@@ -473,29 +454,29 @@ class Durable:
 _UNKNOWN = "no durable job of this name: it was never accepted, or was forgotten, or its time was over (spool_keep_s)"
 
 
-def _stored(job: Job) -> Stored:
-    return Stored(seq=job.seq, name=job.name, owner=job.owner, priority=job.priority, size=job.size)
+def _stored(job: Job) -> spool.Stored:
+    return spool.Stored(seq=job.seq, name=job.name, owner=job.owner, priority=job.priority, size=job.size)
 
 
-def _mark(job: Job) -> Mark:
-    return Mark(job.seq, job.attempts, job.losses, job.leased)
+def _mark(job: Job) -> spool.Mark:
+    return spool.Mark(job.seq, job.attempts, job.losses, job.leased)
 
 
 def _off(name: str) -> Failed:
-    reason = "durable jobs are off: name a spool in the daemon's settings (spool: PATH)"
-    return Failed(job=name, code=Code.BAD_REQUEST, reason=reason)
+    return refused(name, Code.BAD_REQUEST, "durable jobs are off: name a spool in the daemon's settings (spool: PATH)")
 
 
 def _busy(name: str, reason: str) -> Failed:
-    return Failed(job=name, code=Code.BUSY, reason=reason, retry_after_s=RETRY_S)
+    return refused(name, Code.BUSY, reason, RETRY_S)
 
 
 def _ending(name: str) -> Failed:
-    return Failed(job=name, code=Code.DRAINING, reason="the daemon is stopping", retry_after_s=RETRY_S)
+    return refused(name, Code.DRAINING, "the daemon is stopping", RETRY_S)
 
 
-def _erased(erased: Erased) -> Forgotten | Failed:
-    if not erased.reason:
-        return Forgotten(job=erased.name)
-    reason = f"the spool cannot be written: {erased.reason}"
-    return Failed(job=erased.name, code=Code.UNAVAILABLE, reason=reason, retry_after_s=RETRY_S)
+def _erased(erased: spool.Erased) -> Forgotten | Failed:
+    return _unwritten(erased.name, erased.reason) if erased.reason else Forgotten(job=erased.name)
+
+
+def _unwritten(name: str, reason: str) -> Failed:
+    return refused(name, Code.UNAVAILABLE, f"the spool cannot be written: {reason}", RETRY_S)

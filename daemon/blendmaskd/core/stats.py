@@ -144,26 +144,29 @@ class Stats:
         self._devices: dict[str, DeviceStats] = {}
         self._stages = {stage: Histogram() for stage in STAGES}
         self._latency = Latency()
-        self._failures: dict[str, deque[dict[str, Any]]] = {}
+        self._answered = 0
+        self.failures: Counter[str] = Counter()  # by code, of accepted and refused jobs alike
+        self._recent: dict[str, deque[dict[str, Any]]] = {}
 
     def report(self, device: str, report: Report) -> None:
         self._devices.setdefault(device, DeviceStats()).add(report)
 
     def answered(self, timings: Mapping[str, float]) -> None:
+        """Count a result."""
+        self._answered += 1
         for stage, seconds in timings.items():
             if stage in self._stages:
                 self._stages[stage].observe(seconds)
         self._latency.add(timings)
 
     def failed(self, unix_time: float, job: str, code: str, reason: str) -> None:
-        """Remember a failure for people to look at; the counts are the broker's."""
-        failures = self._failures.setdefault(code, deque(maxlen=FAILURES_OF_A_CODE))
-        failures.append(
-            {"time": unix_time, "job": job[:LONGEST_TEXT], "code": str(code), "reason": reason[:LONGEST_TEXT]}
-        )
+        """Count a failure, and remember it for people to look at."""
+        self.failures[code] += 1
+        shown = {"time": unix_time, "job": job[:LONGEST_TEXT], "code": str(code), "reason": reason[:LONGEST_TEXT]}
+        self._recent.setdefault(code, deque(maxlen=FAILURES_OF_A_CODE)).append(shown)
 
-    def lost(self, device: str) -> None:
-        """The device's worker is gone: what it did is no rate any more."""
+    def exited(self, device: str) -> None:
+        """A worker of the device has exited: what it did is no rate any more."""
         if device in self._devices:
             self._devices[device].window.clear()
 
@@ -183,13 +186,15 @@ class Stats:
             "serving": serving,
             "stages": {stage: histogram.as_dict() for stage, histogram in self._stages.items()},
             "latency": self._latency.take(now, self.window_s),
+            "answered": self._answered,
+            "failures": dict(self.failures),
             "recent_failures": self._recent_failures(),
             "devices": devices,
             **totals,
         }
 
     def _recent_failures(self) -> list[dict[str, Any]]:
-        kept = [failure for failures in self._failures.values() for failure in failures]
+        kept = [failure for failures in self._recent.values() for failure in failures]
         return sorted(kept, key=lambda failure: -failure["time"])[:FAILURES]
 
     def _device(self, device: str, now: float) -> dict[str, Any]:

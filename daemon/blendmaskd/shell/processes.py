@@ -1,21 +1,42 @@
 """Child processes of the daemon: the workers, and the process that tries new settings before they are taken on.
 
-A `Launcher` knows everything that a start needs; a `Child` is a process with a descriptor that tells of its end.
-Whether and when one is started or killed is not decided here.
+Whether and when one is started or killed, supervisor and reload decide; here it is done.
 """
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
 import tempfile
-from collections.abc import Mapping
-from typing import IO
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any
 
-from blendmaskd.core import launch_plan
+import msgspec
+
+from blendmaskd import protocol
+from blendmaskd.assignment import identity
+from blendmaskd.core import broker, durable, launch_plan, reload, supervisor
 from blendmaskd.core.launch_plan import Basis, LaunchPlan
+from blendmaskd.core.reload import Reload
+from blendmaskd.core.stats import Stats
+from blendmaskd.core.supervisor import State, Supervisor
+from blendmaskd.logs import about
+from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch
-from blendmaskd.wanted import Actual
+from blendmaskd.topology import HostError
+from blendmaskd.wanted import Actual, differences
+
+log = logging.getLogger("blendmaskd")
+
+CHECK = ("-m", "blendmaskd_workers", "--check")  # loads settings and weights on the CPU; ends with 0 if both are good
+SILENT_S = 3.0  # a worker that missed this many reports is not called ready
+
+Action = durable.Action | reload.Action  # all that cores decide
+Actions = Iterable[Action]
+Decisions = Iterator[Actions]  # each is to be carried out before the next is asked for
+Deed = supervisor.Action | reload.StopCheck | broker.Evict | broker.Acquit
 
 
 class Child:
@@ -50,25 +71,158 @@ class Child:
             return file.read().decode(errors="replace").strip()[-2000:]
 
 
-class Launcher:
-    """Starts processes. Raises `HostError`; OSError where the host has no process, memory or descriptor left."""
+class Processes:
+    """`watch` is called with each process that was started; `reap` it when its `pidfd` is readable.
 
-    def __init__(self, base_environment: Mapping[str, str]) -> None:
-        self.token = secrets.token_hex(16)  # a worker proves with it that this run of the daemon started it
-        self._environment = base_environment
+    `unsettled`: states of slots may have changed since the supervisor was asked what follows from them.
+    """
 
-    def worker(self, slot: str, generation: int, basis: Basis, endpoint: str) -> Child:
-        """Start a worker, which connects to `endpoint`."""
-        plan = launch_plan.plan(
-            slot, basis, self._environment, generation=generation, endpoint=endpoint, token=self.token
-        )
-        return Child(plan)
+    def __init__(
+        self, basis: Basis, broker: broker.Broker, stats: Stats, endpoint: str, watch: Callable[[Child], None]
+    ) -> None:
+        settings = basis.settings
+        self.supervisor = Supervisor(settings.devices, settings.restarts, settings.drain_s)
+        self.reload = Reload(self.supervisor, basis)
+        self.children: dict[str, Child] = {}  # workers, by name
+        self.unsettled = True
+        self._check: Child | None = None  # for a reload
+        self._first = basis  # what sockets and files were opened by
+        self._broker = broker
+        self._stats = stats
+        self._endpoint = endpoint
+        self._watch = watch
+        self._environment = dict(os.environ)
+        self._token = secrets.token_hex(16)  # a worker proves with it that this run of the daemon started it
+        self._reported: dict[str, tuple[int, State]] = {}  # by slot
 
-    def check(self, basis: Basis) -> Child:
-        """Start a process that loads settings and weights on the CPU; it ends with 0 when both are good."""
-        arguments = ("-m", "blendmaskd_workers", "--check")
-        stderr = tempfile.TemporaryFile()  # noqa: SIM115 - its own; a pipe would keep it waiting
-        return Child(launch_plan.plan("cpu:0", basis, self._environment, arguments=arguments), stderr)
+    def carry_out(self, action: Deed) -> Actions:
+        """Returns what follows from it. Raises `HostError` when no worker fits this host from the start."""
+        self.unsettled = True
+        match action:
+            case supervisor.Spawn(slot, generation):
+                return self._spawn(slot, generation)
+            case supervisor.Stop(slot, generation):
+                return self._broker.retire(identity(slot, generation))
+            case supervisor.Kill(slot, generation, number):
+                name = identity(slot, generation)
+                log.warning("sent %s", number.name, extra=about(slot=name))
+                self.children[name].process.send_signal(number)
+            case broker.Evict(worker, reason):
+                return self._evict(self.children[worker], reason)
+            case broker.Acquit(device):
+                self.supervisor.acquit(device)
+            case reload.StopCheck(why):
+                if why:
+                    log.error("reload: %s", why)
+                assert self._check is not None
+                self._check.process.kill()
+        return ()
+
+    def ready(self, worker: str, message: protocol.Ready, now: float) -> Actions:
+        """A worker says that it serves."""
+        child = self.children[worker]
+        if message.token != self._token or message.pid != child.process.pid:
+            log.error("a stranger says it is ready (pid %d)", message.pid, extra=about(slot=child.name))
+            return ()
+        self.unsettled = True
+        child.actual = message.actual
+        for difference in differences(child.wanted, message.actual):
+            log.warning("%s", difference, extra=about(slot=child.name))
+        if not self.supervisor.ready(child.slot, child.generation, now):
+            return ()
+        return self._broker.ready(child.name, child.slot, message.window, now)
+
+    def reap(self, child: Child) -> Actions:
+        """A process of ours has exited."""
+        code, now = child.reap(), time.monotonic()
+        how = how_it_ended(code)
+        if child is self._check:
+            self._check = None
+            complaint = child.complaint() or how
+            return self.reload.tried(complaint if code else None, now)
+        del self.children[child.name]
+        blameless = self._broker.holds_suspect(child.name)
+        self._stats.exited(child.slot)
+        actions = self.supervisor.exited(child.slot, child.generation, how, code, blameless, now)
+        return [*self._broker.exited(child.name, now, f"{child.name} {how}"), *actions]
+
+    def try_out(self, load_settings: Callable[[], Settings]) -> Actions:
+        """Read the settings anew, and let a process of its own try them together with the weights."""
+        try:
+            settings = load_settings()
+            reload.refuse_rebinding(self._first.settings, settings)
+            candidate = launch.basis(settings, old=self.reload.basis)
+            plan = launch_plan.plan("cpu:0", candidate, self._environment, arguments=CHECK)
+            self._check = Child(plan, tempfile.TemporaryFile())  # noqa: SIM115 - its stderr; a pipe would keep it waiting
+        except (SettingsError, HostError, OSError) as error:
+            return self.reload.refuse(str(error))
+        log.info("reload: checking settings and weights")
+        self.reload.try_out(candidate, time.monotonic())
+        self._watch(self._check)
+        return ()
+
+    def kill_all(self) -> None:
+        for child in [*self.children.values(), *([self._check] if self._check else [])]:
+            child.process.kill()
+            child.reap()
+
+    def report_changes(self) -> bool:
+        """A line for each slot whose state has changed; whether there is one."""
+        changed = False
+        for slot in self.supervisor.slots.values():
+            if self._reported.get(slot.name) == (slot.generation, slot.state):
+                continue
+            self._reported[slot.name] = (slot.generation, slot.state)
+            changed = True
+            level = logging.ERROR if slot.state in (State.BACKOFF, State.FAILED) else logging.INFO
+            reason = f": {slot.reason}" if slot.reason else ""
+            log.log(level, "%s%s", slot.state.value, reason, extra=about(slot=identity(slot.name, slot.generation)))
+        return changed
+
+    def describe(self, now: float) -> list[dict[str, Any]]:
+        """What a snapshot shows of each slot; see `Stats.snapshot`."""
+        return [self._describe(slot, now) for slot in self.supervisor.listed]
+
+    def _describe(self, slot: supervisor.Slot, now: float) -> dict[str, Any]:
+        name = identity(slot.name, slot.generation)
+        child = self.children.get(name)
+        heard = self._broker.last_heard(name)
+        silent = slot.state is State.READY and heard is not None and now - heard > SILENT_S
+        return {
+            "device": slot.name,
+            "slot": slot.name,
+            "generation": slot.generation,
+            "pid": child.process.pid if child else None,
+            "state": "silent" if silent else slot.state.value,
+            "reason": slot.reason,
+            "restarts": slot.restarts,
+            "wanted": msgspec.to_builtins(child.wanted) if child else {},
+            "actual": msgspec.to_builtins(child.actual) if child and child.actual else {},
+        }
+
+    def _spawn(self, slot: str, generation: int) -> Actions:
+        basis = self.reload.basis
+        try:
+            plan = launch_plan.plan(
+                slot, basis, self._environment, generation=generation, endpoint=self._endpoint, token=self._token
+            )
+            child = Child(plan)
+        except (OSError, HostError) as error:
+            if isinstance(error, HostError) and generation == 1 and basis is self._first:
+                raise  # nothing is served yet: the settings do not fit this host
+            how = f"cannot be started: {error}"
+            return self.supervisor.exited(slot, generation, how, 1, False, time.monotonic())
+        for warning in child.warnings:
+            log.warning("%s", warning, extra=about(slot=child.name))
+        self.children[child.name] = child
+        self._watch(child)
+        return ()
+
+    def _evict(self, child: Child, reason: str) -> Actions:
+        actions = self.supervisor.evict(child.slot, child.generation, reason, time.monotonic())
+        if actions:
+            log.error("%s: aborted", reason, extra=about(slot=child.name))
+        return actions
 
 
 def how_it_ended(code: int) -> str:

@@ -7,13 +7,16 @@ may narrow it further, and the mode of the folder guards it again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import ipaddress
 import os
 import signal
 import socket
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +35,7 @@ from blendmaskd.shell.shared_memory import SharedMemory
 LINGER_MS = 2000  # for the last answers on their way to their clients
 NOT_FOR_OTHERS = 0o007
 MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve the others
+LAST_S = 0.1  # for the last messages of the dead, which are there within a millisecond; the loop waits
 
 
 class StartError(RuntimeError):
@@ -201,9 +205,9 @@ def _unlink(path: str) -> None:
             os.unlink(socket_path)
 
 
-def receive(router: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:
-    """The messages that are here, at most `MESSAGES_PER_TURN`."""
-    for _ in range(MESSAGES_PER_TURN):
+def receive(router: zmq.Socket[bytes], most: int = MESSAGES_PER_TURN) -> Iterator[list[zmq.Frame]]:
+    """The messages that are here, at most so many."""
+    for _ in range(most):
         if not int(router.get(zmq.EVENTS)) & zmq.POLLIN:  # a third of what an exception costs
             return
         frames = [router.recv(zmq.NOBLOCK, copy=False)]
@@ -212,17 +216,37 @@ def receive(router: zmq.Socket[bytes]) -> Iterator[list[zmq.Frame]]:
         yield frames
 
 
-def send(router: zmq.Socket[bytes], to: bytes, frames: Sequence[Any]) -> None:
+def receive_last(router: zmq.Socket[bytes], peer: bytes) -> Iterator[list[zmq.Frame]]:
+    """All messages that are left of a peer whose process has exited, among those of others.
+
+    ZeroMQ's thread may still have some to take in. It says that a connection has ended after all that came by it, so
+    what was there when the peer became unreachable is all. A process that the peer left behind may hold the connection
+    open: after `LAST_S` no more is waited for.
+    """
+    deadline = time.monotonic() + LAST_S
+    while not send(router, peer, [b""]) and time.monotonic() < deadline:
+        yield from receive(router)
+        router.poll(1)  # ms
+    yield from receive(router, sys.maxsize)
+
+
+def send(router: zmq.Socket[bytes], to: bytes, frames: Sequence[Any]) -> int:
     """Send a message without waiting; its payload is not copied.
 
-    Raises ZMQError: EHOSTUNREACH for a peer that has left, EAGAIN for one that does not read.
+    Returns 0, EHOSTUNREACH for a peer that has left, or EAGAIN for one that does not read.
     """
     head, payload = (to, *frames[:2]), frames[2:]
-    for frame in head[:-1]:
-        router.send(frame, zmq.NOBLOCK | zmq.SNDMORE)
-    router.send(head[-1], zmq.NOBLOCK | (zmq.SNDMORE if payload else 0))
-    for place, frame in enumerate(payload, start=1):
-        router.send(frame, zmq.NOBLOCK | (zmq.SNDMORE if place < len(payload) else 0), copy=False)
+    try:
+        for frame in head[:-1]:
+            router.send(frame, zmq.NOBLOCK | zmq.SNDMORE)
+        router.send(head[-1], zmq.NOBLOCK | (zmq.SNDMORE if payload else 0))
+        for place, frame in enumerate(payload, start=1):
+            router.send(frame, zmq.NOBLOCK | (zmq.SNDMORE if place < len(payload) else 0), copy=False)
+    except zmq.ZMQError as error:
+        if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
+            raise
+        return error.errno
+    return 0
 
 
 def _pages(endpoint: str) -> Pages:

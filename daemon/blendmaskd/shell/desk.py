@@ -1,0 +1,345 @@
+"""The desk: all messages, of both sockets and the spool. What they say goes to the cores, what those decide goes out.
+
+A part of the shell. What comes in is an iterator of decisions, each to be carried out before the next is asked for: so
+`blendmaskd.shell.server` has the one queue of actions. The desk starts no process and reads no signal.
+"""
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import secrets
+import time
+from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from blendmaskd import protocol
+from blendmaskd.core import broker, durable
+from blendmaskd.core.spool_messages import Request
+from blendmaskd.core.stats import Stats
+from blendmaskd.logs import about, shown
+from blendmaskd.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError, RegionError
+from blendmaskd.settings import Settings
+from blendmaskd.shell.admission.access import Verdict
+from blendmaskd.shell.admission.admission import Admission
+from blendmaskd.shell.job_log import JobLog
+from blendmaskd.shell.processes import Actions, Child, Decisions, Processes
+from blendmaskd.shell.shared_memory import Ended, Offered
+from blendmaskd.shell.sockets import Sockets, receive, receive_last, send
+from blendmaskd.shell.spool import Spool
+
+log = logging.getLogger("blendmaskd")
+
+Message = (  # first what is frequent
+    broker.SendWorker | broker.Answered | durable.SendClient | broker.Dropped | broker.Losses | broker.Returned
+    | Request
+)  # fmt: skip
+
+
+class Desk:
+    """`broker` and `durable` are the cores. Raises `SpoolError` when the spool cannot be opened; `close` it."""
+
+    def __init__(self, settings: Settings, sockets: Sockets, stats: Stats) -> None:
+        self.broker = broker.Broker(_limits(settings), self._read_place)
+        self.broker.tracing = settings.log.jobs
+        self.durable = durable.Durable(self.broker, max_bytes=0)
+        self.spool: Spool | None = None
+        self.admission = Admission(sockets.gate, sockets.departures, sockets.allowed, self._waits)
+        self._snapshot: dict[str, Any] = {}
+        self._last_image: dict[str, Any] | None = None
+        self._settings = settings
+        self._sockets = sockets
+        self._stats = stats
+        self._job_log = JobLog(settings.log.jobs)
+        self._told_unreachable: set[bytes] = set()  # clients, in this second
+        if settings.spool is not None:
+            self._open_spool(settings.spool)
+
+    def close(self) -> None:
+        if self.spool is not None:
+            self.spool.close()
+
+    def adopt(self, settings: Settings) -> Actions:
+        """Go by these settings from now on."""
+        self._settings = settings
+        self.broker.limits = _limits(settings)
+        self.broker.regions.max_bytes = settings.shared_memory_bytes
+        self.broker.tracing = self._job_log.tracing = settings.log.jobs
+        if self.spool is not None:
+            self.durable.max_bytes, self.spool.keep_s = settings.spool_bytes, settings.spool_keep_s
+        if not settings.show_last_image:
+            self._show_image(None, None)
+        return self.broker.forget_suspects(time.monotonic())
+
+    def tick(self, now: float) -> Decisions:
+        """What is due each second."""
+        self._told_unreachable.clear()
+        self._sockets.shared_memory.expire(now)
+        self._job_log.tick()
+        yield from self._shut_out(self.admission.tick(now))
+
+    def log_steps(self) -> None:
+        """Lines about jobs, from what the broker has told of them since."""
+        if self.broker.steps:
+            steps, self.broker.steps = self.broker.steps, []
+            self._job_log.tell(steps, time.monotonic())
+
+    def publish(self, snapshot: dict[str, Any]) -> None:
+        """What clients that ask for statistics get from now on."""
+        self._snapshot = snapshot
+        self.broker.served_per_s = snapshot["combined_fps"]
+
+    def describe(self) -> dict[str, Any]:
+        """What a snapshot shows of jobs, regions and the spool; see `Stats.snapshot`."""
+        core = self.broker
+        return {
+            "queue": {"jobs": core.waiting_jobs, "bytes": core.waiting_bytes,
+                      "max_jobs": core.limits.max_jobs, "max_bytes": core.limits.max_bytes},
+            "regions": {"count": len(core.regions), "bytes": core.regions.bytes},
+            "spool": self._describe_spool(),
+            "leased": core.leased,
+            "last_image": self._last_image,
+        }  # fmt: skip
+
+    # -- from clients -----------------------------------------------------------------------------------------------
+
+    def admit(self, readable: Container[object]) -> Decisions:
+        """Who has left, and who may connect or not be here any more; to be called before clients are read."""
+        for client in self.admission.left():
+            if self.broker.has_jobs(client):
+                log.info("a client is gone: its jobs are cancelled", extra=about(client=shown(client)))
+            yield self._client_gone(client)
+        yield from self._shut_out(self.admission.receive(readable))
+
+    def _shut_out(self, clients: Iterable[bytes]) -> Decisions:
+        for client in clients:
+            self.durable.client_gone(client)
+            yield self.broker.shut_out(client, Verdict.UNKNOWN.value, time.monotonic())
+
+    def read_clients(self) -> Decisions:
+        """What has come since; a bounded number of messages."""
+        for frames in receive(self._sockets.clients):
+            client = frames[0].bytes
+            verdict = self.admission.judge(client, frames[-1])
+            if verdict is not Verdict.WELCOME:
+                yield self._turn_away(client, frames, verdict)
+                continue
+            message: protocol.FromClient
+            try:
+                message, payload = protocol.decode(frames[1:], FROM_CLIENT)
+            except ProtocolError as error:
+                yield [_failed(client, error.job, Code.BAD_REQUEST, str(error))]
+                continue
+            yield self._on_client(client, message, payload, time.monotonic())
+
+    def _turn_away(self, client: bytes, frames: Sequence[zmq.Frame], verdict: Verdict) -> Actions:
+        if verdict is Verdict.UNKNOWN:
+            return [broker.Dropped("", Code.UNAUTHORISED)]
+        try:
+            message: protocol.FromClient
+            message, _ = protocol.decode(frames[1:], FROM_CLIENT)
+            job = getattr(message, "job", "")
+        except ProtocolError as error:
+            job = error.job
+        refusal = _failed(client, job, Code.UNAUTHORISED, verdict.value)
+        if verdict is not Verdict.TAKEN:
+            return [refusal]
+        log.warning("another key took its identity: its jobs are cancelled", extra=about(client=shown(client)))
+        return [*self._client_gone(client), refusal]
+
+    def _on_client(self, client: bytes, message: protocol.FromClient, payload: Sequence[Any], now: float) -> Actions:
+        match message:
+            case protocol.Submit(durable=True):
+                return self._submit_durable(client, message, payload, now)
+            case protocol.Submit():
+                return self.broker.submit(client, message, payload, now)
+            case protocol.Cancel():
+                self.durable.stop_waiting(client, message)
+                return self.broker.cancel(client, message, now)
+            case protocol.Fetch():
+                return self.durable.fetch(client, message)
+            case protocol.Forget():
+                return self.durable.forget(client, message, now)
+            case protocol.GetStats():
+                return [durable.SendClient(client, protocol.Stats(stats=self._snapshot))]
+
+    def _client_gone(self, client: bytes) -> list[broker.Action]:
+        self.durable.client_gone(client)
+        return self.broker.client_gone(client, time.monotonic())
+
+    # -- from workers -----------------------------------------------------------------------------------------------
+
+    def read_workers(self, processes: Processes, dead: str = "") -> Decisions:
+        """What has come since: a bounded number of messages, or all until none of a `dead` worker is left."""
+        workers = self._sockets.workers
+        for frames in receive_last(workers, dead.encode()) if dead else receive(workers):
+            name = frames[0].bytes.decode(errors="replace")
+            if name not in processes.children:
+                continue  # of another run, or dead and reaped
+            message: protocol.FromWorker
+            try:
+                message, payload = protocol.decode(frames[1:], FROM_WORKER)
+            except ProtocolError as error:
+                log.error("%s", error, extra=about(slot=name))
+                continue
+            now = time.monotonic()
+            self.broker.heard(name, now)
+            if isinstance(message, protocol.Ready):
+                yield processes.ready(name, message, now)
+            else:
+                yield self._on_worker(processes.children[name], message, payload, now)
+
+    def _on_worker(self, child: Child, message: protocol.FromWorker, payload: Sequence[Any], now: float) -> Actions:
+        match message:
+            case protocol.Started():
+                return self.broker.started(child.name, message, now)
+            case protocol.Finished():
+                return self.broker.finished(child.name, message, payload, now)
+            case protocol.FailedLease():
+                return self.broker.failed(child.name, message, now)
+            case protocol.Report():
+                self._stats.report(child.slot, message)
+                return self.broker.set_window(child.name, message.window, now)
+            case protocol.Preview() if self._settings.show_last_image and payload:
+                self._show_image({"device": child.slot, "time": time.time()}, payload[0].bytes)
+        return ()
+
+    def _show_image(self, last: dict[str, Any] | None, jpeg: bytes | None) -> None:
+        self._last_image = last
+        if self._sockets.pages:
+            self._sockets.pages.show_image(jpeg)
+
+    # -- to clients, workers and the spool --------------------------------------------------------------------------
+
+    def carry_out(self, action: Message) -> Actions:
+        """Returns what follows from it."""
+        match action:
+            case broker.SendWorker():
+                frames = protocol.encode(action.message, action.payload)
+                if send(self._sockets.workers, action.worker.encode(), frames):
+                    log.warning("not reachable; its death will follow", extra=about(slot=action.worker))
+                return self.durable.leased(action.durable) if action.durable else ()
+            case broker.Answered():
+                return self._answer(action)
+            case durable.SendClient():
+                return self._send(action.client, action.message, action.payload)
+            case broker.Dropped():
+                self._stats.failures[action.code] += 1
+            case broker.Losses():
+                return self.durable.lost(action.job, action.attempts, action.losses)
+            case broker.Returned():
+                return self.durable.returned(action.job)
+            case _:
+                assert self.spool is not None
+                self.spool.ask(action)
+        return ()
+
+    def _answer(self, action: broker.Answered) -> Actions:
+        answer = action.answer
+        if isinstance(answer, protocol.Result):
+            self._stats.answered(answer.timings)
+        else:
+            self._stats.failed(time.time(), protocol.shown_job(answer.job), answer.code, answer.reason)
+        if action.owner == broker.DURABLE:
+            return self.durable.answered(answer, action.payload)
+        return self._send(action.owner, answer, action.payload)
+
+    def _send(self, client: bytes, message: protocol.ToClient, payload: protocol.Frames) -> Actions:
+        error = send(self._sockets.clients, client, protocol.encode(message, payload))
+        if not error:
+            return ()
+        why = "is gone" if error == errno.EHOSTUNREACH else "does not read its answers"
+        if client not in self._told_unreachable:  # a flood that nobody reads must not become one of lines
+            self._told_unreachable.add(client)
+            log.info("a client %s: its jobs are cancelled", why, extra=about(client=shown(client)))
+        return self._client_gone(client)
+
+    # -- durable jobs, see blendmaskd.core.durable ---------------------------------------------------------------------
+
+    def _open_spool(self, path: str) -> None:
+        self.spool = Spool(Path(path), self._settings.spool_keep_s)
+        stored = self.spool.open()
+        self.durable = durable.Durable(
+            self.broker, self._settings.spool_bytes, time.monotonic(), stored, self.spool.next_seq
+        )
+        self.durable.usage = self.spool.usage
+        log.info("spool %s: %d jobs to do, %d answers", self.spool.path, len(stored), self.spool.usage.answers)
+
+    def _submit_durable(self, client: bytes, message: protocol.Submit, payload: Sequence[Any], now: float) -> Actions:
+        place = message.image.place
+        if place is None:
+            size = sum(len(frame) for frame in payload)
+            return self.durable.submit(client, message, size, lambda: payload, now)
+        return self.durable.submit(client, message, place.bytes, lambda: [self._read_place(place, 0, place.bytes)], now)
+
+    def on_spool(self) -> Decisions:
+        """The spool has said something."""
+        assert self.spool is not None
+        before = self.durable.usage.trouble
+        for reply in self.spool.replies():
+            yield self.durable.replied(reply, time.monotonic())
+        trouble = self.durable.usage.trouble
+        if trouble and not before:
+            log.error("spool %s: %s: answers are kept in memory until it can be written", self.spool.path, trouble)
+        elif before and not trouble:
+            log.info("spool %s: is written again", self.spool.path)
+
+    def _describe_spool(self) -> dict[str, Any] | None:
+        usage = self.durable.usage
+        described = {"jobs": self.durable.unanswered, "answers": usage.answers, "bytes": usage.bytes}
+        return {**described, "max_bytes": self.durable.max_bytes, "trouble": usage.trouble} if self.spool else None
+
+    # -- shared memory ----------------------------------------------------------------------------------------------
+
+    def on_shared_memory(self) -> Decisions:
+        """Memory is offered, or given back."""
+        for event in self._sockets.shared_memory.receive(time.monotonic()):
+            match event:
+                case Offered():
+                    yield self._open_region(event)
+                case Ended():
+                    yield self.broker.end_region(event.region)
+
+    def _read_place(self, place: protocol.Place, start: int, end: int) -> bytes:
+        """These bytes of an image in shared memory. Raises `RegionError` when its region has ended."""
+        complaint = self.broker.regions.complaint(place)
+        if complaint:
+            raise RegionError(complaint)
+        descriptor = self.broker.regions.opening(place.region).descriptor
+        return os.pread(descriptor, end - start, place.offset + start)
+
+    def _open_region(self, offered: Offered) -> Actions:
+        name = secrets.token_hex(16)
+        try:
+            actions = self.broker.open_region(name, offered.memory)
+        except RegionError as error:
+            self._sockets.shared_memory.refuse(offered, error)
+            return ()
+        self._sockets.shared_memory.accept(offered, name)
+        return actions
+
+    def _waits(self, client: bytes) -> bool:
+        return self.broker.has_jobs(client) or self.durable.waits(client)
+
+
+def _failed(client: bytes, job: str, code: Code, reason: str) -> broker.Answered:
+    return broker.Answered(client, protocol.Failed(job=job, code=code, reason=reason))
+
+
+def _limits(settings: Settings) -> broker.Limits:
+    return broker.Limits(
+        max_jobs=settings.queue.max_jobs,
+        max_bytes=settings.queue.max_bytes,
+        max_jobs_per_client=settings.queue.max_jobs_per_client or math.inf,
+        max_bytes_per_client=settings.queue.max_bytes_per_client or math.inf,
+        max_image_bytes=settings.limits.max_image_bytes,
+        max_attempts=settings.max_attempts,
+        deadline_s=settings.deadline_s,
+        stall_s=settings.restarts.stall_s,
+        paths_allowed=bool(settings.paths.roots),
+        shared_memory_bytes=settings.shared_memory_bytes,
+    )
