@@ -27,6 +27,7 @@ from blendmaskd.coco.average_precision import Reference, score
 from blendmaskd.programs import evaluate_coco
 from blendmaskd.programs.evaluate_coco import flaw
 from blendmaskd.protocol import FROM_CLIENT, GetStats, Stats
+from checkout import ROOT
 
 WIDTH, HEIGHT = 200, 100
 
@@ -358,7 +359,7 @@ def test_names_that_the_terminal_has_not_lose_nothing(shared_daemon: Any, tmp_pa
     data = Data(tmp_path, WHOLE)
     data.tree["categories"][1]["name"] = data.tree["categories"][2]["name"] = "Bär"
     data.write()
-    script = Path(evaluate_coco.__file__).parents[1] / "scripts" / "evaluate_coco.py"
+    script = ROOT / "scripts" / "evaluate_coco.py"
     given = ["--images", str(data.images), "--annotations", str(data.annotations), "--json", str(data.json)]
     command = [sys.executable, str(script), shared_daemon.endpoint, *given]
     run = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"})

@@ -22,6 +22,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import shapes
+from blendmaskd.programs.errors import EXIT_FAILED, EXIT_USAGE
 from blendmaskd_workers import blendmask
 from blendmaskd_workers.blendmask import Config, ConfigError
 from blendmaskd_workers.training import program
@@ -762,7 +763,7 @@ def own(data, tmp_path) -> Path:
 
 def ended(capsys, *given: str) -> str:
     """What a training that fails says: one line."""
-    assert program.main(given) == program.EXIT_FAILED
+    assert program.main(given) == EXIT_FAILED
     told: str = capsys.readouterr().err
     assert "Traceback" not in told
     [line] = [line for line in told.splitlines() if line.startswith("train: ") and "losses.png" not in line]
@@ -862,7 +863,7 @@ def test_weights_of_another_network_are_refused_for_training_too(trained, data, 
 
 
 def refusal(capsys, *given: str) -> str:
-    assert program.main(given) == program.EXIT_USAGE
+    assert program.main(given) == EXIT_USAGE
     told: str = capsys.readouterr().err
     assert "Traceback" not in told
     return told
