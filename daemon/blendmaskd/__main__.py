@@ -46,15 +46,15 @@ def _check(argv: list[str]) -> int:
     from blendmaskd.programs import program  # what they need, serving does not
 
     parser = _parser("blendmaskd check", check.__doc__)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     arguments = parser.parse_args(argv)
     return program.guarded("blendmaskd check", lambda: check.main(_loader(arguments), arguments.json))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _parser("blendmaskd", __doc__)
-    parser.add_argument("--check", action="store_true", help="only check the settings; exit code 78 when they are bad")
-    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="the setting log.level")
+    parser.add_argument("--check", action="store_true", help="only check the settings; exit code 78 if invalid")
+    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="override log.level")
     return parser.parse_args(argv)
 
 
@@ -63,9 +63,9 @@ def _parser(program: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--settings", metavar="FILE", help="YAML settings; without it the defaults hold")
-    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="instead of the file's: npu:0 cuda:0 cpu:0")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as batch=2")
+    parser.add_argument("--settings", metavar="FILE", help="YAML file; without it the defaults apply")
+    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="override devices, such as npu:0 cuda:0 cpu:0")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting, such as batch=2")
     return parser
 
 

@@ -265,12 +265,12 @@ def _missed(what: str, scores: Scores | None, required: float) -> list[str]:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("endpoint", metavar="ENDPOINT", help="of the daemon: ipc:///PATH or tcp://HOST:PORT")
-    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="where the annotated images are")
+    parser.add_argument("endpoint", metavar="ENDPOINT", help="the daemon's: ipc:///PATH or tcp://HOST:PORT")
+    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="folder of the annotated images")
     parser.add_argument("--annotations", metavar="FILE", type=Path, required=True, help="COCO instances")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file")
     parser.add_argument("--limit", metavar="N", type=program.positive, help="only the first N images")
-    parser.add_argument("--require-box-ap", metavar="X", type=program.percentage, default=0.0, help="percent")
-    parser.add_argument("--require-mask-ap", metavar="Y", type=program.percentage, default=0.0, help="percent")
+    parser.add_argument("--require-box-ap", metavar="X", type=program.percentage, default=0.0, help="minimum, percent")
+    parser.add_argument("--require-mask-ap", metavar="Y", type=program.percentage, default=0.0, help="minimum, percent")
     program.add_connection(parser)
     return parser.parse_args(argv)

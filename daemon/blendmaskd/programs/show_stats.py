@@ -115,10 +115,10 @@ def _print_tables(snapshot: Snapshot) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("endpoint", metavar="ENDPOINT", nargs="?", default=DEFAULT_ENDPOINT,
-                        help=f"of the daemon, default {DEFAULT_ENDPOINT}")  # fmt: skip
+                        help=f"the daemon's, default {DEFAULT_ENDPOINT}")  # fmt: skip
     add_keys(parser)
-    parser.add_argument("--watch", action="store_true", help="refresh each second until Ctrl-C")
-    parser.add_argument("--json", action="store_true", help="the snapshot as one line of JSON")
+    parser.add_argument("--watch", action="store_true", help="refresh every second until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="print the snapshot as one line of JSON")
     return parser.parse_args(argv)
 
 

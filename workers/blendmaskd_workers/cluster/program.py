@@ -42,22 +42,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input", metavar="IMAGES", nargs="+", required=True, help="files, folders, quoted globs, or "
                         "Parquet files or folders of them")  # fmt: skip
     parser.add_argument("--output", metavar="DIR", type=Path, required=True)
-    parser.add_argument("--settings", metavar="FILE", help="as the daemon's; default: its defaults")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting, over the file's")
-    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="of which kind: npu:0, cuda:0 or cpu:0")
-    parser.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster; default: the one on this machine")
-    parser.add_argument("--workers", metavar="N", type=program.positive, help="at most; default: all of the cluster's")
+    parser.add_argument("--settings", metavar="FILE", help="a settings file as the daemon's; default: its defaults")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one setting")
+    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="the kind of devices: npu:0, cuda:0 or cpu:0")
+    parser.add_argument("--address", metavar="HOST:PORT", help="the Ray cluster's; default: the one on this machine")
+    parser.add_argument("--workers", metavar="N", type=program.positive, help="at most N; default: as many as fit")
     parser.add_argument("--format", choices=["coco", "parquet"], default="coco", help="results.json or results.parquet")
-    parser.add_argument("--column", metavar="NAME", default="image", help="of a Parquet file, with the encoded images; "
+    parser.add_argument("--column", metavar="NAME", default="image", help="Parquet column with encoded images; "
                         "default image")  # fmt: skip
-    parser.add_argument("--name-column", metavar="NAME", help="with the images' file names; default: FILE#ROW")
+    parser.add_argument("--name-column", metavar="NAME", help="column with the images' file names; default: FILE#ROW")
     parser.add_argument("--score-threshold", metavar="S", type=program.share, default=0.3, help="0 to 1, default 0.3")
-    parser.add_argument("--max-detections", metavar="N", type=program.count, help="the best ones; default: all")
+    parser.add_argument("--max-detections", metavar="N", type=program.count, help="keep the N best; default: all")
     parser.add_argument("--mask-format", choices=["rle", "polygon", "none"], default="rle")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue a run that ended early")
-    again.add_argument("--anew", action="store_true", help="begin anew although --output holds a run")
-    parser.add_argument("--retry-lost", action="store_true", help="with --resume: what failed as worker-lost, too")
+    again.add_argument("--anew", action="store_true", help="discard a run in --output and start over")
+    parser.add_argument("--retry-lost", action="store_true", help="with --resume: retry worker-lost images too")
     arguments = parser.parse_args(argv)
     if arguments.retry_lost and not arguments.resume:
         parser.error("--retry-lost: only with --resume")

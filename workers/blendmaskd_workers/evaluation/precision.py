@@ -85,19 +85,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval_precision", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="the network, in AdelaiDet's YAML keys")
+    add("--config", required=True, metavar="FILE", help="the network: a YAML file with AdelaiDet's keys")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--weights", metavar="FILE", help="an AdelaiDet checkpoint of that network (.pth)")
     weights.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights instead")
-    add("--reference", type=_device, default="cpu", metavar="DEVICE", help="whose values are right (default: cpu)")
+    add("--reference", type=_device, default="cpu", metavar="DEVICE", help="device to compare with (default: cpu)")
     add("--device", type=_device, required=True, metavar="DEVICE", help="npu:0, cuda:0, cpu")
     add("--images", type=Path, nargs="+", default=[], metavar="FILE",
-        help="photographs, on which seeded shapes stand for instances (default: painted scenes)")
-    add("--seed", type=int, default=0, metavar="N", help="of the scenes (default: 0)")
+        help="photographs, annotated with seeded shapes as instances (default: painted scenes)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the scenes (default: 0)")
     add("--hf32", choices=("on", "off"), default="off",
         help="on: let an NPU use HF32 and CUDA TF32; off: exact float32, also on an Ascend 910A (default)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
-        help="what the device's convolutions and matrix products compute in, by autocast (default: fp32)")
+        help="data type of the device's convolutions and matrix products, with autocast (default: fp32)")
     add("--trace", action="store_true", help="compare module by module, each on the reference's input")
     add("--output-dir", type=Path, default=Path("out/precision"), metavar="FOLDER", help="default: out/precision")
     arguments = parser.parse_args(argv)

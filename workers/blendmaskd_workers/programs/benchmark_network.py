@@ -297,12 +297,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", default=str(ROOT / "configs/BlendMask/R_50_1x.yaml"))
     add("--image", default=str(ROOT / "tests/golden/images/chelsea.png"))
-    add("--size", type=int, default=800, metavar="N", help="pixels of each side of the array (default 800)")
+    add("--size", type=int, default=800, metavar="N", help="side of the square array in pixels (default 800)")
     add("--threads", type=int, default=2)
     add("--rounds", type=int, default=5)
     add("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
-    add("--require", nargs="+", type=_requirement, default=[], metavar="P=RATIO", help="such as fp32=1.5: fail below")
-    add("--json", type=Path, metavar="FILE", help="the figures")
+    add("--require", nargs="+", type=_requirement, default=[], metavar="P=RATIO", help="minimums, such as fp32=1.5")
+    add("--json", type=Path, metavar="FILE", help="write the figures to this file")
     arguments = parser.parse_args(argv)
     arguments.require = dict(arguments.require)
     return arguments

@@ -330,16 +330,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="the network and its training, in AdelaiDet's YAML keys")
-    add("--images", required=True, type=Path, metavar="DIR", help="the folder that the file names are relative to")
+    add("--config", required=True, metavar="FILE", help="network and training: a YAML file with AdelaiDet's keys")
+    add("--images", required=True, type=Path, metavar="DIR", help="folder that file names are relative to")
     add("--annotations", required=True, type=Path, metavar="FILE", help="COCO instances (.json)")
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="made where it is missing")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="created if missing")
     add("--weights", metavar="FILE", help="a checkpoint of the same network, of any number of classes, to start from "
         "(default: from scratch)")
-    add("--resume", action="store_true", help="go on from the output folder's checkpoint.pth")
+    add("--resume", action="store_true", help="continue from the output folder's checkpoint.pth")
     add("--device", default="cpu", help="npu, npu:1, cuda, cuda:0 or cpu (default: cpu)")
-    add("--threads", type=int, metavar="N", help="of the CPU's computations (default: PyTorch's choice)")
+    add("--threads", type=int, metavar="N", help="CPU threads for computation (default: PyTorch's choice)")
     add("--max-image-pixels", type=positive, default=500_000_000, metavar="N",
-        help="a picture with more ends the training (default: 500000000)")
-    add("--seed", type=int, default=0, metavar="N", help="of initial weights and of the order of images (default: 0)")
+        help="an image with more pixels ends the training (default: 500000000)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of initial weights and the order of images (default: 0)")
     return parser
