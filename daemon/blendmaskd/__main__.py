@@ -1,12 +1,12 @@
-"""Start the daemon, or check first whether this host can serve.
+"""Start the daemon, or first check whether this host can serve.
 
     blendmaskd check --settings configs/daemon.yaml        # see blendmaskd check --help
     blendmaskd --settings configs/daemon.yaml              # or python -m blendmaskd
     blendmaskd --devices cpu:0 cpu:1 --set model.weights=R_50_1x.pth
 
-Settings come from the file, then the environment (BLENDMASKD__QUEUE__MAX_JOBS=64), then flags; docs/settings.md lists
-them.
-Signals: SIGTERM and SIGINT drain and stop (a second one does not wait), SIGHUP reloads settings and weights.
+Settings are read from the file, then from the environment (BLENDMASKD__QUEUE__MAX_JOBS=64), then from flags, each
+overriding the one before; docs/settings.md lists them.
+Signals: SIGTERM and SIGINT drain and stop (a second one stops at once), SIGHUP reloads settings and weights.
 """
 from __future__ import annotations
 

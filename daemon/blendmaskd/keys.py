@@ -1,13 +1,13 @@
-"""CURVE keys of the daemon and its clients: how they are made, written and read.
+"""CURVE keys of the daemon and its clients: creating, writing and reading them.
 
     blendmaskd-keys server /etc/blendmaskd/keys --owner blendmaskd            # once, on the daemon's host
     blendmaskd-keys client alice --allow /etc/blendmaskd/keys/clients         # for each client
     blendmaskd-keys list /etc/blendmaskd/keys/clients                         # who is allowed
 
-A pair is two files: NAME.key holds the public key and may be given to anyone, NAME.key_secret holds both and is its
-owner's alone. They have the form of pyzmq's certificates (`zmq.auth.load_certificate` reads them). The daemon lets in
-whom it finds in the folder of allowed public keys, and notices within a second when a file comes or goes: to shut a
-client out, remove its file. Existing files are never replaced without --force.
+A pair consists of two files: NAME.key holds the public key and may be given to anyone; NAME.key_secret holds both keys
+and must stay with its owner. They have the form of pyzmq's certificates (`zmq.auth.load_certificate` reads them). The
+daemon admits clients whose public key is in the folder of allowed keys, and notices added and removed files within a
+second: to shut a client out, remove its file. Existing files are never replaced without --force.
 """
 from __future__ import annotations
 

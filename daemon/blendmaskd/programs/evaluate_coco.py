@@ -3,17 +3,17 @@
     python scripts/evaluate_coco.py ipc:///run/blendmaskd/client.sock --images val2017/ \\
         --annotations instances_val2017.json --require-box-ap 39 --require-mask-ap 35
 
-Sends the images that the annotations name, each `file_name` relative to --images, through the daemon, takes all that
-the network keeps (score threshold 0) and lets pycocotools' COCOeval compare it with the annotations: box and mask,
-COCO's usual 12 lines each, then a table by class and a summary. AP without more said is the mean over IoU 0.50:0.95.
-The 12 lines go from 0 to 1; the table, the summary, --json and what is required are in percent.
+Sends the images listed in the annotations (each `file_name` is relative to --images) through the daemon with a score
+threshold of 0, and compares the results with the annotations using pycocotools' COCOeval. It prints COCO's usual 12
+lines for boxes and for masks, then a table by class and a summary. Unless stated otherwise, AP is the mean over IoU
+0.50:0.95. The 12 lines range from 0 to 1; the table, the summary, --json and the required values are in percent.
 
-Annotations are checked whole before the first image is sent, and refused with all that is wrong, by annotation and
-image. Mended is what COCO defines: ids of annotations are only names, a missing iscrowd is 0, a missing area is that of
-the mask. Where no annotation has a segmentation, boxes alone are measured.
+The annotations are validated as a whole before the first image is sent, and refused with a list of all faults, by
+annotation and image. Defaults follow COCO: annotation ids are only names, a missing iscrowd is 0, a missing area is
+that of the mask. If no annotation has a segmentation, only boxes are measured.
 
-Exit codes: 0 all done · 1 an image failed, listed at the end, or an AP is below what is required · 2 wrong arguments or
-annotations · 3 no daemon · 130 Ctrl-C. An image that failed counts as one in which nothing was found.
+Exit codes: 0 all done · 1 an image failed, listed at the end, or an AP is below the required value · 2 wrong arguments
+or annotations · 3 no daemon · 130 Ctrl-C. A failed image counts as one in which nothing was found.
 """
 from __future__ import annotations
 

@@ -4,15 +4,15 @@
     python scripts/segment_dataset.py --input 'train/*.parquet' --output out/ --format parquet --address ray-head:6379
     python scripts/segment_dataset.py --input photos/ --output out/ --resume
 
-Leaves in --output results.json, the list of all COCO results (or results.parquet, a row for each image),
-failures.json, the images without a result and why, and the journal. Images are files, folders (the images right in
-them), quoted globs, or Parquet files with a column of encoded images. All nodes must see --input and --output under
-the same paths.
+Writes to --output results.json, the list of all COCO results (or results.parquet, one row per image), failures.json,
+the images without a result and the reasons, and the journal. Images are files, folders (the images directly in them),
+quoted globs, or Parquet files with a column of encoded images. All nodes must see --input and --output under the same
+paths.
 
---resume continues a run that ended early, however it did: what is in the journal is not done again, unless its file was
-changed since; images that failed for reasons of their own stay failed, those that ended workers (worker-lost) unless
---retry-lost is given too. Without --address a cluster that runs on this
-machine is used, else one is started for the run.
+--resume continues a run that ended early, for whatever reason: images in the journal are not repeated unless their file
+has changed; images that failed for reasons of their own stay failed, and so do images that killed workers (worker-lost)
+unless --retry-lost is given. Without --address a cluster running on this machine is used, otherwise one is started for
+the run.
 
 Exit codes: 0 all done · 1 an image failed, listed at the end · 2 wrong arguments · 3 no cluster, or no device in it ·
 4 --output cannot be written · 130 Ctrl-C.

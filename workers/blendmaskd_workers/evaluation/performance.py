@@ -6,11 +6,11 @@
     python scripts/eval_performance.py --engine timed --devices npu:0 npu:1   # the program itself
 
 It times the network alone: from the prepared image on the host to boxes and mask probabilities on the host, without
-decoding, pasted masks or transport, which the daemon hides behind the device (scripts/benchmark.py shows how well).
-Each device is timed in a process of its own, started as the daemon starts workers: pinned, with its task queue and
-allocator. What is quoted is the median latency, and FPS, throughput and speed-ups by it.
+decoding, mask pasting or transport, which the daemon overlaps with the device (scripts/benchmark.py shows how well).
+Each device is timed in its own process, started as the daemon starts workers: pinned, with its task queue and
+allocator. The figures are the median latency, and FPS, throughput and speed-up derived from it.
 
-Writes performance_eval.log, performance_eval.json and pictures below --output-dir. Exit code: 0 measured, 2 could not.
+Writes performance_eval.log, performance_eval.json and plots to --output-dir. Exit code: 0 measured, 2 not measured.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The precision program: does a device compute what the reference computes, and if not, where does it go astray?
+"""The precision program: does a device compute what the reference computes, and if not, where does it deviate?
 
     python scripts/eval_precision.py --config configs/BlendMask/R_50_1x.yaml --weights model.pth --device npu:0 --trace
     python scripts/eval_precision.py … --device npu:0 --hf32 on           # what HF32 costs
@@ -6,12 +6,12 @@
     python scripts/eval_precision.py --config … --random-weights 0 --device cuda:0 --images photo.jpg
 
 It compares the training losses, the features p3 to p7, bases, head outputs, and the final boxes and masks, on fixed
-scenes or on --images. A value is off when its relative error is over 1%; values of at most 0.001 do not count. With
---trace each module of the device's network is fed the reference's input and its own output compared, so that errors
-are seen where they enter and not where they have grown: modules over the bar are named.
+scenes or on --images. A value is off if its relative error exceeds 1%; values of at most 0.001 are ignored. With
+--trace each module of the device's network is given the reference's input and its output is compared, so that errors
+appear where they originate and not where they have accumulated; modules over the threshold are named.
 
-Writes precision_eval.log, precision_eval.json and precision_eval.png below --output-dir. Exit code: 0 the device
-agrees; 1 a loss is off, or more than 1% of a tensor's elements are, or of a module's own output; 2 could not start.
+Writes precision_eval.log, precision_eval.json and precision_eval.png to --output-dir. Exit code: 0 the device
+agrees; 1 a loss is off, or more than 1% of the elements of a tensor or a module's output are; 2 could not start.
 """
 from __future__ import annotations
 

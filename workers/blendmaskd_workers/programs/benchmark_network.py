@@ -2,14 +2,14 @@
 
     python scripts/benchmark_network.py --threads 2
 
-Plain is what AdelaiDet computes: float32, norms on their own, the top layer everywhere, channels first, each mask
-pasted over the whole image and encoded by pycocotools. Exact is what the native engine does with model.exact: the same,
-but masks are pasted into their boxes only. Served is what it does without. All have the same seeded weights and the
-same array of 800x800 pixels, and take turns; what is worth quoting is the ratio of the medians in one run. The limit is
-the time that the multiplications which are left would take at the rate of this machine's best convolution, measured
-beside them: no arrangement of the same arithmetic beats it. In fp32 all must find the same instances and masks: exact
-the same pixels, served but for rounding, and how far is told; bf16 changes the order of such weights' meaningless
-scores, and with it what is kept.
+Plain is what AdelaiDet computes: float32, separate norms, the top layer everywhere, channels first, each mask pasted
+over the whole image and encoded by pycocotools. Exact is what the native engine does with model.exact: the same, but
+masks are pasted into their boxes only. Served is what it does without. All have the same seeded weights and the same
+array of 800x800 pixels, and take turns; the result is the ratio of the medians in one run. The limit is the time that
+the remaining multiplications would take at the rate of this machine's fastest convolution, measured in the same run: no
+arrangement of the same arithmetic is faster. In fp32 all must find the same instances and masks: exact to the pixel,
+served except for rounding, whose size is reported; bf16 changes the order of such weights' meaningless scores, and thus
+which instances are kept.
 """
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A checkpoint of random weights, for a trial of everything but the results.
+"""Write a checkpoint of random weights, to try everything except the results.
 
     python scripts/random_weights.py --config configs/BlendMask/R_50_1x.yaml --output random.pth
 
-It has the form of an AdelaiDet checkpoint, ``{"model": state_dict}``, and depends on the configuration and the seed
-only: every machine makes the same one.
+It has the form of an AdelaiDet checkpoint, ``{"model": state_dict}``, and depends only on the configuration and
+the seed: every machine writes the same one.
 """
 from __future__ import annotations
 

@@ -3,18 +3,19 @@
     python scripts/train.py --config configs/demo/demo.yaml --images shapes/images/train \
         --annotations shapes/train.json --output-dir out/demo
 
-Leaves in the output folder: checkpoint.pth (the last state, from which --resume goes on), model_final.pth (the weights
-in AdelaiDet's form), categories.json (the names of the classes, which inference finds beside the weights), log.jsonl
-(losses, one line for every 20 iterations) and losses.png. All numbers come from the configuration, by AdelaiDet's keys.
+Writes to the output folder: checkpoint.pth (the last state, from which --resume continues), model_final.pth (the
+weights in AdelaiDet's form), categories.json (the names of the classes, which inference finds beside the weights),
+log.jsonl (losses, one line for every 20 iterations) and losses.png. All hyperparameters come from the configuration,
+under AdelaiDet's keys.
 
-Annotations are checked whole first, and refused with all that is wrong, by annotation and image. Polygons of fewer than
-three points, of an odd number of coordinates or without an inside are left out, and so is an annotation that has no
-other: it is told how many.
+The annotations are validated as a whole first, and refused with a list of all faults, by annotation and image. Polygons
+with fewer than three points, with an odd number of coordinates or without an interior are ignored, and so are
+annotations that have no others; their number is reported.
 
-With --weights it starts from a checkpoint of the same network. Its number of classes may be another: the layers that
-depend on it start anew, and are named. Whatever ends a training early (Ctrl-C, SIGTERM, SIGHUP, a picture that cannot
-be read, a full disk), what it has learnt is in checkpoint.pth, and --resume goes on from there. Only what led to losses
-that are not finite is not saved: then checkpoint.pth is that of SOLVER.CHECKPOINT_PERIOD.
+With --weights, training starts from a checkpoint of the same network. Its number of classes may differ: the layers that
+depend on it are initialised anew, and listed. However training ends early (Ctrl-C, SIGTERM, SIGHUP, an image that
+cannot be read, a full disk), the progress is in checkpoint.pth, and --resume continues from there. Only a state whose
+losses are not finite is not saved: checkpoint.pth is then that of the last SOLVER.CHECKPOINT_PERIOD.
 """
 from __future__ import annotations
 
