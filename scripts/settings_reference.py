@@ -30,9 +30,9 @@ An unknown key or a bad value prevents the start (exit code 78); the error names
     blendmaskd: queue.max_jobs = -1: Expected `int` >= 1
 
 `kill -HUP` reloads the settings. A change of `endpoints`, `curve`, `insecure_tcp`, `spool` or
-`limits.max_connections`, or a higher `limits.max_image_bytes`, needs a restart: a reload that contains one is refused as
-a whole. New settings and weights are first tried in a separate process; if they do not work, nothing changes. Relative
-paths are relative to the daemon's working directory.
+`limits.max_connections`, or a higher `limits.max_image_bytes`, needs a restart: a reload that contains one is refused
+as a whole. New settings and weights are first tried in a separate process; if they do not work, nothing changes.
+Relative paths are relative to the daemon's working directory.
 
 | key | default | meaning |
 |---|---|---|

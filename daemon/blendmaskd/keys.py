@@ -57,9 +57,9 @@ def read_pair(path: str | Path) -> Pair:
     found = path.stat()
     mode = stat.S_IMODE(found.st_mode)
     if hasattr(os, "geteuid") and is_open_to_others(mode, found.st_uid, os.geteuid()):  # else modes mean nothing
-        raise KeyFileError(f"{path}: has mode {mode:04o}, so others may read it: chmod 600 {path}")
+        raise KeyFileError(f"{path}: has mode {mode:04o}, so others can read it: chmod 600 {path}")
     if zmq.curve_public(secret) != public:
-        raise KeyFileError(f"{path}: its two keys do not belong together: make a new pair with blendmaskd-keys")
+        raise KeyFileError(f"{path}: its two keys do not match: create a new pair with blendmaskd-keys")
     return Pair(public, secret)
 
 
@@ -77,9 +77,9 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
         path.open("rb").close()  # says why not, where `load_certificate` says only that it cannot
         public, secret = zmq.auth.load_certificate(path)
     except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}; blendmaskd-keys makes key files") from error
+        raise KeyFileError(f"{path}: {error.strerror}; create key files with blendmaskd-keys") from error
     except ValueError:
-        raise KeyFileError(f"{path}: holds no public key; blendmaskd-keys makes key files") from None
+        raise KeyFileError(f"{path}: contains no public key; create key files with blendmaskd-keys") from None
     for key in (public, secret):
         if key and not KEY.fullmatch(key.decode("latin-1")):
             raise KeyFileError(f"{path}: {key.decode('latin-1')!r:.60} is not a key: expected 40 characters of Z85")
@@ -132,7 +132,7 @@ def write(path: Path, text: str, mode: int, force: bool, owner: str | None) -> N
 
 
 def _exists(path: Path) -> FileExistsError:
-    return FileExistsError(f"{path} exists; --force replaces it, and whoever has the old key is shut out")
+    return FileExistsError(f"{path} exists; --force replaces it, which locks out anyone who has the old key")
 
 
 def _give(path: Path, owner: str | None) -> None:
@@ -141,7 +141,7 @@ def _give(path: Path, owner: str | None) -> None:
     try:
         import pwd  # where files have owners
     except ModuleNotFoundError:
-        raise KeyFileError(f"--owner {owner}: files have no owners to choose on {sys.platform}: leave it out") from None
+        raise KeyFileError(f"--owner {owner}: files have no selectable owner on {sys.platform}: leave it out") from None
     try:
         entry = pwd.getpwnam(owner)
     except KeyError:
@@ -176,11 +176,11 @@ def _server(arguments: argparse.Namespace) -> int:
     write_pair(folder, "server", arguments.force, arguments.owner)
     make_folder(folder / "clients", arguments.owner)
     print(f"""\
-{folder}/server{SECRET}  the daemon's alone (mode 0600)
+{folder}/server{SECRET}  for the daemon only (mode 0600)
 {folder}/server{PUBLIC}         for all clients
-{folder}/clients/           public keys of those who may connect
+{folder}/clients/           public keys of allowed clients
 
-Next, in the daemon's settings, then start it anew:
+Next, in the daemon's settings, then restart it:
 
 endpoints:
   clients: [ipc:///run/blendmaskd/client.sock, tcp://0.0.0.0:9465]
@@ -196,7 +196,7 @@ def _client(arguments: argparse.Namespace) -> int:
     folder, name = Path(arguments.to).absolute(), arguments.name
     allow = Path(arguments.allow).absolute() if arguments.allow else None
     if allow and not allow.is_dir():
-        raise KeyFileError(f"--allow {allow}: no such folder: blendmaskd-keys server makes it")
+        raise KeyFileError(f"--allow {allow}: no such folder: create it with blendmaskd-keys server")
     if allow and (allow / f"{name}{PUBLIC}").exists() and not arguments.force:
         raise _exists(allow / f"{name}{PUBLIC}")
     pair = write_pair(folder, name, arguments.force, arguments.owner)
@@ -208,7 +208,7 @@ def _client(arguments: argparse.Namespace) -> int:
     else:
         print(f"Next, on the daemon's host: copy {name}{PUBLIC} into its folder curve.client_keys.\n")
     print(f"""\
-The client needs {name}{SECRET} and the daemon's server{PUBLIC}; move both over a channel that you trust:
+The client needs {name}{SECRET} and the daemon's server{PUBLIC}; transfer both over a trusted channel:
 
 blendmaskd-stats tcp://HOST:9465 --server-key server{PUBLIC} --key {name}{SECRET}""")
     return 0

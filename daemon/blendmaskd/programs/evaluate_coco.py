@@ -156,14 +156,14 @@ def notes(truth: Instances, reference: Reference) -> Iterator[str]:
     """What the reader of a number must know about the annotations."""
     total = len(truth.annotations)
     if not truth.has_masks:
-        yield "no annotation has a segmentation: boxes alone are measured"
+        yield "no annotation has a segmentation: only boxes are measured"
     if computed := sum(each.area is None for each in truth.annotations):
         what = "mask" if truth.has_masks else "box"
         yield f"{computed} of {total} annotations have no area: that of the {what} counts"
     if reference.without_pixels:
-        yield f"{reference.without_pixels} of {total} masks have no pixel: nothing can agree with them"
+        yield f"{reference.without_pixels} of {total} masks have no pixel: nothing can match them"
     if wide := sum(_reaches_out(each.box, truth.pictures[each.picture]) for each in truth.annotations):
-        yield f"{wide} of {total} boxes reach out of their image: they should be [x, y, width, height]"
+        yield f"{wide} of {total} boxes extend beyond their image: expected [x, y, width, height]"
 
 
 def _reaches_out(box: Box, picture: Picture) -> bool:
@@ -232,7 +232,7 @@ def _tell(answers: Answers, box: Scores, mask: Scores | None, strange: Sequence[
     console = Console(highlight=False, soft_wrap=True)
     console.print(_table(measured))
     if strange:
-        console.print(f"[yellow]categories of another data set: {escape('; '.join(strange))}")
+        console.print(f"[yellow]categories of a different data set: {escape('; '.join(strange))}")
     program.tell_failures(console, answers.failures)
     mask_ap = _shown(mask.metrics["AP"]) if mask else "not measured"
     console.print(

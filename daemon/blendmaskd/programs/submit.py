@@ -300,15 +300,15 @@ def _tell(run: Run, sources: Sequence[Source]) -> None:
     program.tell_failures(console, run.failures)
     console.print(escape(run.summary()))
     if run.interrupted:
-        console.print("[yellow]interrupted: what was not answered is cancelled; --resume goes on from here")
+        console.print("[yellow]interrupted: unanswered jobs are cancelled; --resume continues from here")
     elif any(failure.code == "no-answer" for failure in run.failures):
-        console.print("[yellow]--resume goes on from here when a daemon answers again")
+        console.print("[yellow]--resume continues from here once a daemon answers again")
     if any(failure.code == Code.WORKER_LOST for failure in run.failures):
-        console.print("[yellow]worker-lost is final: --resume leaves it so, --resume --retry-lost tries it again")
+        console.print("[yellow]worker-lost is final: only --resume --retry-lost retries it")
     if run.trouble:
         done = len(run.journal.contents.answers)
         print(f"submit: cannot write {run.trouble}: stopped. {done} of {len(sources)} images are done and kept in the "
-              "journal; make room, and the same command with --resume goes on from there", file=sys.stderr)  # fmt: skip
+              "journal; free some space, then continue with --resume", file=sys.stderr)  # fmt: skip
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
