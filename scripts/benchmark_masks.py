@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare mask encoding with pasting; `--help` tells more."""
+"""Compare mask encoding with pasting; see `--help`."""
 import sys
 
 from blendmaskd_workers.commands import benchmark_masks

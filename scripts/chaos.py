@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Inject faults into a daemon under load and account for every job; `--help` tells more."""
+"""Inject faults into a daemon under load and account for every job; see `--help`."""
 import sys
 from pathlib import Path
 

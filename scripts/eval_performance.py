@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time devices: latency, batches, data types, several at once, runtime options; `--help` tells more."""
+"""Time devices: latency, batches, data types, several at once, runtime options; see `--help`."""
 import sys
 
 from blendmaskd_workers.commands import eval_performance

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Six scenes in which other servers were measured, on this one; `--help` tells more."""
+"""Six scenes in which other servers were measured, on this one; see `--help`."""
 import sys
 from pathlib import Path
 

@@ -9,9 +9,10 @@ from blendmaskd import settings  # noqa: E402
 PAGE = ROOT / "docs" / "settings.md"
 HEAD = """# Settings
 
-*Written by `scripts/settings_reference.py` from `daemon/blendmaskd/settings.py`; change it there.*
+*Written by `scripts/settings_reference.py` from `daemon/blendmaskd/settings.py`; edit it there.*
 
-One YAML file, every key optional. Later sources win, key by key: file, environment, flags.
+Settings are one YAML file in which every key is optional. Later sources override earlier ones, key by key: file,
+environment, flags.
 
 ```yaml
 devices: [npu:0, npu:1]
@@ -24,14 +25,14 @@ queue: {max_jobs: 512}
     BLENDMASKD__QUEUE__MAX_JOBS=512 blendmaskd --settings daemon.yaml
     blendmaskd --settings daemon.yaml --devices cpu:0 cpu:1 --set queue.max_jobs=512
 
-An unknown key or a bad value stops the start (exit code 78) and is named with the reason:
+An unknown key or a bad value prevents the start (exit code 78); the error names key and reason:
 
     blendmaskd: queue.max_jobs = -1: Expected `int` >= 1
 
-`kill -HUP` reads all of it again. A change of `endpoints`, `curve`, `insecure_tcp`, `spool` or
-`limits.max_connections`, and a higher `limits.max_image_bytes`, need a restart: a reload with one is refused whole.
-Settings and weights are first tried by a process of their own; when they do not work nothing changes. Relative paths
-are relative to the daemon's directory.
+`kill -HUP` reloads the settings. A change of `endpoints`, `curve`, `insecure_tcp`, `spool` or
+`limits.max_connections`, or a higher `limits.max_image_bytes`, needs a restart: a reload that contains one is refused
+as a whole. New settings and weights are first tried in a separate process; if they do not work, nothing changes.
+Relative paths are relative to the daemon's working directory.
 
 | key | default | meaning |
 |---|---|---|

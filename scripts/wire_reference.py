@@ -8,16 +8,16 @@ ROOT = Path(__file__).resolve().parent.parent
 from blendmaskd import protocol  # noqa: E402
 
 PAGE = ROOT / "docs" / "wire.md"
-HEAD = """# The wire
+HEAD = """# The wire protocol
 
-*Written by `scripts/wire_reference.py` from `daemon/blendmaskd/protocol.py`; change it there.*
+*Written by `scripts/wire_reference.py` from `daemon/blendmaskd/protocol.py`; edit it there.*
 
-A client in ten lines of pyzmq is in the [README](../README.md#a-client-in-ten-lines), one that goes through shared
-memory in [client.md](client.md#any-language), beside the [error codes](client.md#errors).
+The [README](../README.md#a-client-in-ten-lines) has a client in ten lines of pyzmq; [client.md](client.md#any-language)
+has one that uses shared memory, and the [error codes](client.md#errors).
 """
 TAIL = f"""
-In the text above, `MEMORY_SUFFIX` is `{protocol.MEMORY_SUFFIX}`, and `Code` are the error codes. A client's
-header has at most {protocol.MAX_HEADER_BYTES} bytes.
+In the text above, `MEMORY_SUFFIX` is `{protocol.MEMORY_SUFFIX}`, and `Code` is the table of error codes. A
+client's header has at most {protocol.MAX_HEADER_BYTES} bytes.
 """
 
 

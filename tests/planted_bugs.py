@@ -235,7 +235,7 @@ def main() -> int:
         print("\n".join(problems), file=sys.stderr)
         return 1
     escaped = 0
-    print("| | in | what it does | caught by |\n|---:|---|---|---|")
+    print("| | file | effect | caught by |\n|---:|---|---|---|")
     for number, bug in chosen:
         own = [f"tests/daemon/{name}" for name in CORE_TESTS[bug.file] if (ROOT / "tests/daemon" / name).exists()]
         caught = try_out(bug, arguments.tests or own, tell=bool(arguments.only))

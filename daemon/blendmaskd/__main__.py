@@ -1,12 +1,12 @@
-"""Start the daemon, or check first whether this host can serve.
+"""Start the daemon, or first check whether this host can serve.
 
     blendmaskd check --settings configs/daemon.yaml        # see blendmaskd check --help
     blendmaskd --settings configs/daemon.yaml              # or python -m blendmaskd
     blendmaskd --devices cpu:0 cpu:1 --set model.weights=R_50_1x.pth
 
-Settings come from the file, then the environment (BLENDMASKD__QUEUE__MAX_JOBS=64), then flags; docs/settings.md lists
-them.
-Signals: SIGTERM and SIGINT drain and stop (a second one does not wait), SIGHUP reloads settings and weights.
+Settings are read from the file, then from the environment (BLENDMASKD__QUEUE__MAX_JOBS=64), then from flags, each
+overriding the one before; docs/settings.md lists them.
+Signals: SIGTERM and SIGINT drain and stop (a second one stops at once), SIGHUP reloads settings and weights.
 """
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def _check(argv: list[str]) -> int:
     from blendmaskd.programs.errors import guarded
 
     parser = _parser("blendmaskd check", check.__doc__)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     arguments = parser.parse_args(argv)
     return guarded("blendmaskd check", lambda: check.main(_loader(arguments), arguments.json))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _parser("blendmaskd", __doc__)
-    parser.add_argument("--check-settings", action="store_true", help="only check them; exit code 78 when they are bad")
-    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="the setting log.level")
+    parser.add_argument("--check-settings", action="store_true", help="only check them; exit code 78 if invalid")
+    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="override log.level")
     return parser.parse_args(argv)
 
 
@@ -63,9 +63,9 @@ def _parser(program: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--settings", metavar="FILE", help="YAML settings; without it the defaults hold")
-    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="instead of the file's: npu:0 cuda:0 cpu:0")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, such as batch=2")
+    parser.add_argument("--settings", metavar="FILE", help="YAML file; without it the defaults apply")
+    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="override devices, such as npu:0 cuda:0 cpu:0")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting, such as batch=2")
     return parser
 
 

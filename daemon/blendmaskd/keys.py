@@ -1,13 +1,13 @@
-"""CURVE keys of the daemon and its clients: how they are made, written and read.
+"""CURVE keys of the daemon and its clients: creating, writing and reading them.
 
     blendmaskd-keys server /etc/blendmaskd/keys --owner blendmaskd            # once, on the daemon's host
     blendmaskd-keys client alice --allow /etc/blendmaskd/keys/clients         # for each client
     blendmaskd-keys list /etc/blendmaskd/keys/clients                         # who is allowed
 
-A pair is two files: NAME.key holds the public key and may be given to anyone, NAME.key_secret holds both and is its
-owner's alone. They have the form of pyzmq's certificates (`zmq.auth.load_certificate` reads them). The daemon lets in
-whom it finds in the folder of allowed public keys, and notices within a second when a file comes or goes: to shut a
-client out, remove its file. Existing files are never replaced without --force.
+A pair consists of two files: NAME.key holds the public key and may be given to anyone; NAME.key_secret holds both keys
+and must stay with its owner. They have the form of pyzmq's certificates (`zmq.auth.load_certificate` reads them). The
+daemon admits clients whose public key is in the folder of allowed keys, and notices added and removed files within a
+second: to shut a client out, remove its file. Existing files are never replaced without --force.
 """
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def read_pair(path: str | Path) -> Pair:
     found = path.stat()
     mode = stat.S_IMODE(found.st_mode)
     if hasattr(os, "geteuid") and is_open_to_others(mode, found.st_uid, os.geteuid()):  # else modes mean nothing
-        raise KeyFileError(f"{path}: has mode {mode:04o}, so others may read it: chmod 600 {path}")
+        raise KeyFileError(f"{path}: has mode {mode:04o}, so others can read it: chmod 600 {path}")
     if zmq.curve_public(secret) != public:
-        raise KeyFileError(f"{path}: its two keys do not belong together: make a new pair with blendmaskd-keys")
+        raise KeyFileError(f"{path}: its two keys do not match: create a new pair with blendmaskd-keys")
     return Pair(public, secret)
 
 
@@ -77,9 +77,9 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
         path.open("rb").close()  # says why not, where `load_certificate` says only that it cannot
         public, secret = zmq.auth.load_certificate(path)
     except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}; blendmaskd-keys makes key files") from error
+        raise KeyFileError(f"{path}: {error.strerror}; create key files with blendmaskd-keys") from error
     except ValueError:
-        raise KeyFileError(f"{path}: holds no public key; blendmaskd-keys makes key files") from None
+        raise KeyFileError(f"{path}: contains no public key; create key files with blendmaskd-keys") from None
     for key in (public, secret):
         if key and not KEY.fullmatch(key.decode("latin-1")):
             raise KeyFileError(f"{path}: {key.decode('latin-1')!r:.60} is not a key: expected 40 characters of Z85")
@@ -132,7 +132,7 @@ def write(path: Path, text: str, mode: int, force: bool, owner: str | None) -> N
 
 
 def _exists(path: Path) -> FileExistsError:
-    return FileExistsError(f"{path} exists; --force replaces it, and whoever has the old key is shut out")
+    return FileExistsError(f"{path} exists; --force replaces it, which locks out anyone who has the old key")
 
 
 def _give(path: Path, owner: str | None) -> None:
@@ -141,7 +141,7 @@ def _give(path: Path, owner: str | None) -> None:
     try:
         import pwd  # where files have owners
     except ModuleNotFoundError:
-        raise KeyFileError(f"--owner {owner}: files have no owners to choose on {sys.platform}: leave it out") from None
+        raise KeyFileError(f"--owner {owner}: files have no selectable owner on {sys.platform}: leave it out") from None
     try:
         entry = pwd.getpwnam(owner)
     except KeyError:
@@ -176,11 +176,11 @@ def _server(arguments: argparse.Namespace) -> int:
     write_pair(folder, "server", arguments.force, arguments.owner)
     make_folder(folder / "clients", arguments.owner)
     print(f"""\
-{folder}/server{SECRET}  the daemon's alone (mode 0600)
+{folder}/server{SECRET}  for the daemon only (mode 0600)
 {folder}/server{PUBLIC}         for all clients
-{folder}/clients/           public keys of those who may connect
+{folder}/clients/           public keys of allowed clients
 
-Next, in the daemon's settings, then start it anew:
+Next, in the daemon's settings, then restart it:
 
 endpoints:
   clients: [ipc:///run/blendmaskd/client.sock, tcp://0.0.0.0:9465]
@@ -196,7 +196,7 @@ def _client(arguments: argparse.Namespace) -> int:
     folder, name = Path(arguments.to).absolute(), arguments.name
     allow = Path(arguments.allow).absolute() if arguments.allow else None
     if allow and not allow.is_dir():
-        raise KeyFileError(f"--allow {allow}: no such folder: blendmaskd-keys server makes it")
+        raise KeyFileError(f"--allow {allow}: no such folder: create it with blendmaskd-keys server")
     if allow and (allow / f"{name}{PUBLIC}").exists() and not arguments.force:
         raise _exists(allow / f"{name}{PUBLIC}")
     pair = write_pair(folder, name, arguments.force, arguments.owner)
@@ -208,7 +208,7 @@ def _client(arguments: argparse.Namespace) -> int:
     else:
         print(f"Next, on the daemon's host: copy {name}{PUBLIC} into its folder curve.client_keys.\n")
     print(f"""\
-The client needs {name}{SECRET} and the daemon's server{PUBLIC}; move both over a channel that you trust:
+The client needs {name}{SECRET} and the daemon's server{PUBLIC}; transfer both over a trusted channel:
 
 blendmaskd-stats tcp://HOST:9465 --server-key server{PUBLIC} --key {name}{SECRET}""")
     return 0
@@ -233,18 +233,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="blendmaskd-keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    server = commands.add_parser("server", help="make the daemon's pair and the folder of allowed clients")
-    server.add_argument("folder", metavar="FOLDER", help="made with mode 0700 if it is missing")
+    server = commands.add_parser("server", help="create the daemon's key pair and the folder of allowed clients")
+    server.add_argument("folder", metavar="FOLDER", help="created with mode 0700 if missing")
     server.set_defaults(run=_server)
-    client = commands.add_parser("client", help="make a client's pair")
-    client.add_argument("name", metavar="NAME", help="of the client, for files and logs: letters, digits and ._@-")
-    client.add_argument("--to", metavar="FOLDER", default=".", help="where the pair is written, default here")
-    client.add_argument("--allow", metavar="FOLDER", help="the daemon's curve.client_keys: let this client in")
+    client = commands.add_parser("client", help="create a client's key pair")
+    client.add_argument("name", metavar="NAME", help="the client's, for files and logs: letters, digits and ._@-")
+    client.add_argument("--to", metavar="FOLDER", default=".", help="folder for the pair, default: the current one")
+    client.add_argument("--allow", metavar="FOLDER", help="the daemon's curve.client_keys: also allow this client")
     client.set_defaults(run=_client)
     for command in (server, client):
-        command.add_argument("--owner", metavar="USER", help="who is to own the pair, such as blendmaskd; as root")
-        command.add_argument("--force", action="store_true", help="replace what is there")
-    listing = commands.add_parser("list", help="show the public keys in a folder, and name files that are none")
+        command.add_argument("--owner", metavar="USER", help="user to own the pair, such as blendmaskd; needs root")
+        command.add_argument("--force", action="store_true", help="replace existing files")
+    listing = commands.add_parser("list", help="show the public keys in a folder, and name files that are not keys")
     listing.add_argument("folder", metavar="FOLDER")
     listing.set_defaults(run=_list)
     return parser.parse_args(argv)

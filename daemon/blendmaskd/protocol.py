@@ -1,23 +1,23 @@
-"""The wire: what travels between client, broker and worker, and how it is written as ZeroMQ frames.
+"""The wire protocol: the messages between client, broker and worker, and their encoding as ZeroMQ frames.
 
-This docstring is the wire's specification; any language with ZeroMQ and msgpack can be a client.
+This docstring is its specification; any language with ZeroMQ and msgpack can be a client.
 
-**Frames.** Both sides talk DEALER to ROUTER, without an empty delimiter. A message is ``[b"BMD1", header, payload…]``.
+**Frames.** Both sides use DEALER to ROUTER, without an empty delimiter. A message is ``[b"BMD1", header, payload…]``.
 The header is a msgpack map with a key ``type``; unknown keys are ignored, so that either side may be newer. Pixels and
-detections are payload frames, never inside the header; the broker passes them on without copying or decoding them.
+detections are payload frames, never inside the header; the broker forwards them without copying or decoding them.
 
 **A client** sends
 
 ``submit``
-    ``job`` (str of 1 to 128 characters, the client's own name for the job), ``image`` (map, below), and, as it likes,
-    ``options`` (map, below), ``deadline_s`` (seconds from arrival), ``priority`` (-9 to 9, default 0; of one
-    client's jobs the higher go first, and those below 0 let all others' pass).
+    ``job`` (str of 1 to 128 characters, the client's own name for the job), ``image`` (map, below) and, optionally,
+    ``options`` (map, below), ``deadline_s`` (seconds from arrival), ``priority`` (-9 to 9, default 0: among one
+    client's jobs higher priorities run first, and jobs below 0 also yield to those of all other clients).
     Payload: one frame with the image; none for kind ``path`` and for an image in shared memory. While a job of the
-    same name from the same client is unanswered, a repeated ``submit`` changes nothing: the one answer is still to
-    come.
+    same name from the same client is unanswered, a repeated ``submit`` changes nothing: there will still be exactly
+    one answer.
 ``cancel``
-    ``job``. The job is answered `cancelled` if it had no answer yet; an unknown job is ignored. Of a durable job it
-    ends this client's wait for it, nothing else.
+    ``job``. The job is answered `cancelled` if it had no answer yet; an unknown job is ignored. For a durable job,
+    only this client's wait ends.
 ``fetch``, ``forget``
     ``job``, a durable one; see below. ``fetch`` may have ``wait`` (default true).
 ``get-stats``
@@ -25,11 +25,11 @@ detections are payload frames, never inside the header; the broker passes them o
 
 ``image``: ``kind`` is ``encoded`` (JPEG, PNG, WebP, BMP or TIFF bytes), ``raw`` (``shape`` [height, width, 3],
 ``dtype`` ``uint8``, ``order`` ``bgr`` or ``rgb``, rows from the top, no padding) or ``path`` (``path``: a file on the
-server, below a root that its settings allow). An ``encoded`` or ``raw`` image that lies in shared memory names its
-``place``: a map of ``region`` (str, its name, see below), ``offset`` (bytes from the region's start) and ``bytes``
-(which count as those of a payload do).
+server, below a root that its settings allow). An ``encoded`` or ``raw`` image in shared memory has a ``place``: a map
+of ``region`` (str, its name, see below), ``offset`` (bytes from the region's start) and ``bytes`` (which count toward
+limits as a payload does).
 
-``options``: ``score_threshold`` (0 to 1; default 0: all that the network keeps), ``max_detections`` (default: all),
+``options``: ``score_threshold`` (0 to 1; default 0: everything the network returns), ``max_detections`` (default: all),
 ``mask_format`` (``rle``, ``polygon`` or ``none``; default ``rle``).
 
 **The broker** answers each accepted job exactly once, with
@@ -41,50 +41,52 @@ server, below a root that its settings allow). An ``encoded`` or ``raw`` image t
     ``category_name``, ``segmentation`` (``{"size": [h, w], "counts": str}`` as pycocotools reads it, or a list of
     polygons).
 ``failed``
-    ``job``, ``code`` (one of `Code`), ``reason``, and ``retry_after_s`` where trying again can help. A message that
-    cannot be read is answered so too, with the job's name if it could be found and an empty one otherwise.
-    `worker-lost` is final: the broker itself has tried the image again, on another worker, and gives it up for ten
-    minutes. Until then whoever submits the same image is answered so at once, under whatever name; ``reason`` says
+    ``job``, ``code`` (one of `Code`), ``reason``, and ``retry_after_s`` if a retry can help. It is also the answer to a
+    message that cannot be read, with the job's name if it could be found and an empty one otherwise.
+    `worker-lost` is final: the broker itself has retried the image on another worker, and rejects it for ten minutes.
+    During that time anyone who submits the same image gets this answer at once, under whatever name; ``reason`` says
     when it may be tried again.
 ``stats``
-    ``stats``: the snapshot that ``blendmaskd.core.stats`` describes.
+    ``stats``: the snapshot described in ``blendmaskd.core.stats``.
 
-**Durable jobs** outlive the daemon, where its settings name a ``spool``. A ``submit`` with ``durable`` true is
-answered ``accepted`` (``job``) once the job and its image are on the disk, or ``failed`` (`busy`: the spool is full;
-`unavailable`: it cannot be written; `bad-request`: there is none). From then on it is never cancelled because a client
-leaves, is leased again after a restart of the daemon, and gets exactly one answer, which is kept: ``fetch`` is
-answered with it, by ``result`` or ``failed``, as soon as there is one, each time, to whoever asks; with ``wait`` false
-by ``accepted`` while there is none. A ``fetch`` for an unknown job is answered `bad-request`. ``forget`` is answered
-``forgotten`` (``job``) when the job is gone from the spool; without an answer it ends `cancelled`. What is not
-forgotten is kept for ``spool_keep_s`` of the daemon's running time after its answer.
+**Durable jobs** outlive the daemon; they require ``spool`` in its settings. A ``submit`` with ``durable`` true is
+answered ``accepted`` (``job``) once the job and its image are on disk, or ``failed`` (`busy`: the spool is full;
+`unavailable`: it cannot be written; `bad-request`: there is none). From then on the job is never cancelled because a
+client leaves, is leased again after a restart of the daemon, and gets exactly one answer, which is kept. ``fetch``
+returns this answer, as ``result`` or ``failed``, as soon as there is one, any number of times and to anyone who asks;
+with ``wait`` false it is answered ``accepted`` while there is none. A ``fetch`` for an unknown job is answered
+`bad-request`. ``forget`` is answered ``forgotten`` (``job``) when the job has been removed from the spool; a job that
+had no answer ends as `cancelled`. Answers that are not forgotten are kept for ``spool_keep_s`` of the daemon's running
+time.
 
-The name of a durable job is a secret, like a region's: who knows it may fetch and forget. So it has 32 characters or
-more, which the client draws by chance. A ``submit`` of a name that the spool has is answered ``accepted`` and changes
-nothing, before and after a restart: repeating it is safe. Its `failed` looks like that of a ``fetch``: await the answer
-to the one before sending the other. ``deadline_s`` counts from when the daemon accepted the job, or took it up again
-after a restart; default a day. An image in shared memory is copied; one of kind ``path`` stays where it is, and is read
-when its turn comes. What was under way when the daemon died is taken for a loss of its worker: an image that takes the
-host down ends as `worker-lost` too.
+The name of a durable job is a secret, like a region's: anyone who knows it can fetch and forget the job. It therefore
+has at least 32 characters, which the client chooses at random. A ``submit`` with a name that is already in the spool is
+answered ``accepted`` and changes nothing, before and after a restart, so repeating it is safe. Its `failed` looks like
+that of a ``fetch``: wait for the answer to one before sending the other. ``deadline_s`` counts from the time the daemon
+accepted the job, or resumed it after a restart; the default is one day. An image in shared memory is copied; one of
+kind ``path`` stays where it is and is read when its turn comes. A job that was running when the daemon died counts as
+having lost its worker: an image that takes the host down also ends as `worker-lost`.
 
-**Over TCP** the daemon is a CURVE server: the client sets the daemon's public key and a pair of its own whose public
-half is allowed. Its identity (ZMQ_ROUTING_ID) is 16 bytes or more, drawn by chance: a secret, because answers go to
-who has it. One that is shorter or missing is answered `unauthorised`; so are messages under an identity that has
-unanswered jobs of another key, and the jobs of a key when it is allowed no more. What such a key sends then is dropped.
+**Over TCP** the daemon is a CURVE server: the client sets the daemon's public key and a key pair of its own whose
+public half is allowed. Its identity (ZMQ_ROUTING_ID) has at least 16 random bytes and is a secret, because answers go
+to whoever uses it. A shorter or missing identity is answered `unauthorised`. So are messages under an identity that has
+unanswered jobs of another key, and the unanswered jobs of a key that is no longer allowed; anything such a key sends
+afterwards is dropped.
 
-**Shared memory** does without ZeroMQ, which passes no descriptors. Beside each ipc socket the daemon listens at a path
-that ends in `MEMORY_SUFFIX` more, a Unix socket of type SOCK_SEQPACKET. A client on the same host connects and sends
-one message: ``BMD1``, and with it (SCM_RIGHTS) the descriptor of a memory file (``memfd_create``), which it has sealed
-with F_SEAL_SHRINK so that it can never be cut short. One message comes back, a msgpack map: ``region``, the name of
-what is a region from now on; or ``reason``, why it is none, with ``left``, how many bytes could be one. The region
+**Shared memory** bypasses ZeroMQ, which cannot pass descriptors. Beside each ipc socket the daemon listens on a Unix
+socket of type SOCK_SEQPACKET, at the same path with `MEMORY_SUFFIX` appended. A client on the same host connects and
+sends one message: ``BMD1``, and with it (SCM_RIGHTS) the descriptor of a memory file (``memfd_create``) that it has
+sealed with F_SEAL_SHRINK so that it can never be truncated. One message comes back, a msgpack map: ``region``, the name
+of the new region; or ``reason``, why it was refused, with ``left``, the number of bytes still available. The region
 lasts as long as the connection, which the kernel closes when the client dies; nothing more may be sent over it. An
-image's bytes must not change before its job is answered. The name is a secret: who knows it may use the region.
+image's bytes must not change before its job is answered. The name is a secret: anyone who knows it can use the region.
 
 **Workers** use the same frames on a socket of their own: ``ready``, ``started``, ``finished``, ``failed-lease``,
 ``report``, ``preview`` towards the broker; ``lease``, ``revoke``, ``open-region``, ``close-region``, ``stop`` from it.
 Each lease gets exactly one ``finished`` or ``failed-lease``. Times in ``lease`` and ``report`` are CLOCK_MONOTONIC,
 which all processes of a host share.
 
-No pickle anywhere. What cannot be decoded raises `ProtocolError`; beyond `decode` everything is typed.
+Pickle is never used. A message that cannot be decoded raises `ProtocolError`; beyond `decode` everything is typed.
 """
 from __future__ import annotations
 
@@ -122,7 +124,7 @@ class Code(StrEnum):
     BUSY = "busy"  # the queue is full: try again after `retry_after_s`
     TIMEOUT = "timeout"  # the deadline passed
     CANCELLED = "cancelled"
-    WORKER_LOST = "worker-lost"  # workers died with its image: the broker has tried it again, and given it up
+    WORKER_LOST = "worker-lost"  # workers died with its image: the broker has retried it, and now rejects it
     ENGINE_FAILED = "engine-failed"  # the engine raised
     UNAVAILABLE = "unavailable"  # no device can serve
     DRAINING = "draining"  # elsewhere, or later
@@ -145,7 +147,7 @@ class ProtocolError(ValueError):
 
 
 class RegionError(RuntimeError):
-    """Shared memory that cannot be had, or read; the text says why, `left` how many bytes could be had instead."""
+    """Shared memory that cannot be used, or read; the message says why, `left` how many bytes are available."""
 
     def __init__(self, reason: str, left: int = 0) -> None:
         super().__init__(reason)
@@ -153,7 +155,7 @@ class RegionError(RuntimeError):
 
 
 class _Message(msgspec.Struct, tag_field="type", frozen=True):
-    """What travels as a header: a map with the key ``type``."""
+    """A message header: a map with the key ``type``."""
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,7 +167,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """How the image of a job travels."""
+    """How the image of a job is sent."""
 
     kind: Literal["encoded", "raw", "path"]
     shape: tuple[int, int, int] | None = None  # raw: height, width, 3
@@ -176,7 +178,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What of the network's output a job wants back."""
+    """Which part of the network's output a job asks for."""
 
     score_threshold: Annotated[float, Meta(ge=0, le=1)] = 0.0
     max_detections: Annotated[int, Meta(ge=0)] | None = None
@@ -195,10 +197,10 @@ class Submit(_Message, tag="submit", frozen=True, kw_only=True):
 
 
 class Fetch(_Message, tag="fetch", frozen=True, kw_only=True):
-    """Client to broker: the answer of a durable job, please."""
+    """Client to broker: request the answer of a durable job."""
 
     job: JobName
-    wait: bool = True  # until there is one; else `accepted` says that there is none yet
+    wait: bool = True  # until there is one; otherwise `accepted` means that there is none yet
 
 
 class Forget(_Message, tag="forget", frozen=True, kw_only=True):
@@ -214,7 +216,7 @@ class Cancel(_Message, tag="cancel", frozen=True, kw_only=True):
 
 
 class GetStats(_Message, tag="get-stats", frozen=True, kw_only=True):
-    """Client to broker: the latest snapshot, please."""
+    """Client to broker: request the latest snapshot."""
 
 
 class Result(_Message, tag="result", frozen=True, kw_only=True):
@@ -234,13 +236,13 @@ class Accepted(_Message, tag="accepted", frozen=True, kw_only=True):
 
 
 class Forgotten(_Message, tag="forgotten", frozen=True, kw_only=True):
-    """Broker to client: nothing is known of this durable job any more."""
+    """Broker to client: this durable job has been removed."""
 
     job: str
 
 
 class Failed(_Message, tag="failed", frozen=True, kw_only=True):
-    """Broker to client: the other answer."""
+    """Broker to client: the answer of a job without a result."""
 
     job: str
     code: Code
@@ -257,7 +259,7 @@ class Stats(_Message, tag="stats", frozen=True, kw_only=True):
 class Ready(_Message, tag="ready", frozen=True, kw_only=True):
     """Worker to broker: loaded and warm."""
 
-    token: str  # of this run of the daemon, so that no orphan of another run is taken on
+    token: str  # of this run of the daemon, so that no orphan of another run is accepted
     pid: int
     window: Annotated[int, Meta(ge=1)]  # leases it wants to hold
     actual: Actual
@@ -297,7 +299,7 @@ class Report(_Message, tag="report", frozen=True, kw_only=True):
     device_memory_bytes: int  # held on the device; 0 where the host's memory is meant
     # batch, height, width (padded) met so far, and the median of the last runs in seconds, None before the second run
     shapes: list[tuple[int, int, int, float | None]]
-    window: Annotated[int, Meta(ge=1)]  # leases it wants to hold by now
+    window: Annotated[int, Meta(ge=1)]  # leases it wants to hold now
 
 
 class Preview(_Message, tag="preview", frozen=True, kw_only=True):
@@ -311,12 +313,12 @@ class Lease(_Message, tag="lease", frozen=True, kw_only=True):
     image: Image
     options: Options
     deadline: float  # CLOCK_MONOTONIC
-    alone: bool = False  # its worker died before: never batched with others
-    ahead: bool = False  # it goes before those that are not: its client has no other job on a device
+    alone: bool = False  # a worker died with it before: never batched with others
+    ahead: bool = False  # runs before leases without this flag: its client has no other job on a device
 
 
 class Revoke(_Message, tag="revoke", frozen=True, kw_only=True):
-    """Broker to worker: nobody waits for this lease any more; skip it if it has not started."""
+    """Broker to worker: this lease is no longer wanted; skip it if it has not started."""
 
     lease: int
 
@@ -341,7 +343,7 @@ class Stop(_Message, tag="stop", frozen=True, kw_only=True):
 
 
 def shown_job(name: str) -> str:
-    """A job's name as logs and statistics have it: of one that may be a durable job's secret only the start."""
+    """A job's name for logs and statistics: only the beginning, if it may be a durable job's secret."""
     return name if len(name) < LEAST_DURABLE_NAME else f"{name[:8]}..."
 
 
@@ -355,7 +357,7 @@ M = TypeVar("M")
 
 
 class Kinds(dict[str, type[M]]):
-    """What one side may say, by type."""
+    """The messages that one side may send, by type."""
 
     def __init__(self, *messages: type[M]) -> None:
         super().__init__({_tag(message): message for message in messages})
@@ -397,7 +399,7 @@ def decode(frames: Sequence[Any], kinds: Kinds[M]) -> tuple[M, list[Any]]:
 
 
 def _read_in_steps(view: memoryview, kinds: Kinds[M]) -> M:
-    """Read a header that was refused once more, for a clear reason and the name of its job: raises `ProtocolError`."""
+    """Read a refused header again to find a clear reason and the name of its job: raises `ProtocolError`."""
     header = _header(view)
     job = header.get("job")
     job = job if isinstance(job, str) and len(job) <= 128 else ""
@@ -429,7 +431,7 @@ def _check_submit(message: Submit, payload_frames: int) -> None:
         what = "an image in shared memory" if image.place else f"kind {image.kind}"
         raise ProtocolError(f"{payload_frames} payload frames: {what} takes {wanted}", message.job)
     if message.durable and len(message.job) < LEAST_DURABLE_NAME:
-        text = f"job: a durable one has a name of {LEAST_DURABLE_NAME} characters or more, drawn by chance"
+        text = f"job: the name of a durable job must have at least {LEAST_DURABLE_NAME} random characters"
         raise ProtocolError(text, message.job)
     if image.kind == "path" and not image.path:
         raise ProtocolError("image.path: missing", message.job)

@@ -31,7 +31,7 @@ BatchSize = Annotated[int, Meta(ge=1, le=64)]
 
 
 class SettingsError(ValueError):
-    """A key, value or file that cannot be used; the text names it and says why."""
+    """A key, value or file that cannot be used; the message names it and says why."""
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -39,17 +39,17 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Model(_Section, frozen=True):
-    """Which network, with which weights, in which arithmetic."""
+    """The network, its weights and its arithmetic."""
 
-    config: str = "configs/BlendMask/R_50_1x.yaml"  # the network: a YAML file with AdelaiDet's own keys
-    weights: str | None = None  # a checkpoint of AdelaiDet: {"model": state_dict}, or the state dict alone
-    # hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs with AVX512-BF16 or AMX, else fp32; fp16: no CPU
+    config: str = "configs/BlendMask/R_50_1x.yaml"  # the network's configuration: a YAML file with AdelaiDet's keys
+    weights: str | None = None  # an AdelaiDet checkpoint: {"model": state_dict}, or the state dict alone
+    # hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs with AVX512-BF16 or AMX, else fp32; fp16: not on CPUs
     precision: Literal["fp32", "hf32", "bf16", "fp16", "auto"] = "fp32"
-    # the network as it was trained, in AdelaiDet's order, image by image; slower. false: its answers but for rounding
+    # true: AdelaiDet's order of operations, image by image; slower. false: the same except for rounding
     exact: bool = False
-    # record the network's launches for each size of warm_up; npu and cuda. Never run on hardware by this project
+    # record a graph for each size in warm_up; npu and cuda only. Never run on hardware by this project
     graphs: bool = False
-    # a COCO `categories` list; default: the one beside the weights, COCO's 80, or class_N
+    # file with a COCO `categories` list; default: the one beside the weights, COCO's 80, or class_N
     categories: str | None = None
 
 
@@ -58,64 +58,64 @@ class Endpoints(_Section, frozen=True):
 
     # where clients connect: ipc:///PATH, guarded by its folder's mode, or tcp://HOST:PORT, guarded by keys (`curve`)
     clients: list[str] = msgspec.field(default_factory=lambda: ["ipc:///run/blendmaskd/client.sock"])
-    metrics: str | None = "127.0.0.1:9464"  # HOST:PORT of the status page, /metrics, /healthz and /readyz; null: off
+    metrics: str | None = "127.0.0.1:9464"  # HOST:PORT of the status page, /metrics, /healthz and /readyz; null: none
 
 
 class Curve(_Section, frozen=True):
     """Keys for tcp:// endpoints: encryption, and who may connect. `blendmaskd-keys` makes them."""
 
-    server_key: str | None = None  # the daemon's server.key_secret, mode 0600; required for tcp://
-    client_keys: str | None = None  # folder of the public keys that may connect; changes take effect at once
+    server_key: str | None = None  # path of the daemon's server.key_secret, mode 0600; required for tcp://
+    client_keys: str | None = None  # folder with the public keys of allowed clients; changes take effect at once
 
 
 class Queue(_Section, frozen=True):
-    """Bounds on jobs; over any, a job is answered `busy` at once.
+    """Bounds on jobs; a job beyond any of them is answered `busy` at once.
 
-    One client alone fills seven eighths of the queue: the rest is for others.
+    A single client can fill at most seven eighths of the queue; the rest is reserved for others.
     """
 
-    max_jobs: Count = 256  # upper bound of the jobs that wait for a device
-    max_bytes: Count = 1 << 30  # upper bound of the bytes of their images
-    # upper bound of one client's unanswered jobs; durable jobs are counted separately; null: the queue's own bound
+    max_jobs: Count = 256  # maximum number of jobs waiting for a device
+    max_bytes: Count = 1 << 30  # maximum total size of their images, in bytes
+    # maximum number of unanswered jobs of one client; durable jobs are counted separately; null: the queue's own bound
     max_jobs_per_client: Count | None = None
-    max_bytes_per_client: Count | None = None  # likewise, bytes of their images
+    max_bytes_per_client: Count | None = None  # the same for the size of their images, in bytes
 
 
 class Limits(_Section, frozen=True):
     """Bounds on one image."""
 
-    max_image_bytes: Count = 64 << 20  # upper bound of one image as it is sent, encoded or raw
-    # upper bound of height x width; decoding takes up to 16 bytes a pixel, in up to four threads of a worker
+    max_image_bytes: Count = 64 << 20  # maximum size of one image as sent, encoded or raw
+    # maximum height x width; decoding takes up to 16 bytes per pixel, in up to four threads per worker
     max_image_pixels: Count = 50_000_000
-    # upper bound of the connections over tcp://; never more than half of the free descriptors
+    # maximum number of tcp:// connections; never more than half of the free descriptors
     max_connections: Count = 512
 
 
 class Paths(_Section, frozen=True):
-    """Server-side images: a job may name a file below one of `roots`. Empty: refused."""
+    """Server-side images: a job may name a file below one of `roots`; with none, it may not."""
 
-    roots: list[str] = []  # folders whose files a job may name, links resolved; empty: jobs may name no files
+    roots: list[str] = []  # folders whose files a job may name, after resolving links; empty: jobs may not name files
 
 
 class Log(_Section, frozen=True):
-    """What is written to stderr, or the journal; see docs/logs.md. A reload changes it."""
+    """What is logged to stderr or the journal; see docs/logs.md. Takes effect on reload."""
 
-    format: Literal["text", "json"] = "text"  # text: a line per event; json: a JSON object per line
+    format: Literal["text", "json"] = "text"  # text: one line per event; json: one JSON object per line
     level: Literal["debug", "info", "warning", "error"] = "info"  # lowest level written
-    # log every change of a job's state; off: only jobs that fail through no fault of their client
+    # log every state change of a job; false: only jobs that fail through no fault of their client
     jobs: bool = False
 
 
 class Runtime(_Section, frozen=True):
-    """What is applied to a worker process at spawn."""
+    """How a worker process is set up when it is started."""
 
-    # CPUs of each device, {"npu:0": "0-15"}; auto: those near the device, or else an even split
+    # CPUs per device, {"npu:0": "0-15"}; auto: those near the device, or else an even split
     cpus: Literal["auto"] | dict[str, str] = "auto"
     task_queue: Literal[0, 1, 2] = 2  # torch_npu's TASK_QUEUE_ENABLE
-    # torch_npu's CPU_AFFINITY_CONF; its ranges name slots (2,npu1:8-15), a mode alone gets the slot's CPUs
+    # torch_npu's CPU_AFFINITY_CONF; its ranges refer to slots (2,npu1:8-15); a mode alone uses the slot's CPUs
     cpu_affinity_conf: str | None = None
-    preload: str = "auto"  # tcmalloc: auto (if installed), required, off, or the path of a library
-    # OMP_NUM_THREADS; auto: as many as the slot has CPUs, within its share of a CPU quota
+    preload: str = "auto"  # tcmalloc: auto (if installed), required, off, or the path of another allocator
+    # OMP_NUM_THREADS; auto: the slot's number of CPUs, limited to its share of a CPU quota
     threads: Literal["auto"] | Count = "auto"
 
     @property
@@ -125,14 +125,15 @@ class Runtime(_Section, frozen=True):
 
 
 class Restarts(_Section, frozen=True):
-    """How a slot is kept filled."""
+    """How dead or unresponsive workers are replaced."""
 
-    first_delay_s: Positive = 0.5  # delay before a dead worker is restarted; doubled at each further death
+    first_delay_s: Positive = 0.5  # delay before a dead worker is restarted; doubled after each consecutive death
     longest_delay_s: Positive = 30.0  # upper bound of the restart delay
-    give_up_after: Count = 6  # consecutive deaths, without `stable_s` of service between them, after which a slot fails
-    stable_s: Positive = 60.0  # after this time of service earlier deaths no longer count
-    start_timeout_s: Positive = 900.0  # upper bound of loading, compiling and warm-up
-    # a worker that holds leases and finishes none, or is silent, for this long is aborted, then killed
+    # number of consecutive deaths, with less than `stable_s` of service in between, after which a slot fails
+    give_up_after: Count = 6
+    stable_s: Positive = 60.0  # time of service after which earlier deaths no longer count
+    start_timeout_s: Positive = 900.0  # maximum time for loading, compiling and warm-up
+    # a worker that finishes none of its leases, or sends nothing, for this long is aborted, then killed
     stall_s: Positive = 60.0
     stop_s: Positive = 10.0  # time between asking a worker to exit and killing it
 
@@ -140,54 +141,56 @@ class Restarts(_Section, frozen=True):
 class Timed(_Section, frozen=True):
     """The `timed` engine's latency table: batch size to milliseconds (defaults: one Ascend 910, 800x800)."""
 
-    # milliseconds by batch size, interpolated between entries; for the engine `timed` only
+    # milliseconds by batch size, interpolated between entries; engine `timed` only
     latency_ms: dict[BatchSize, NotNegative] = msgspec.field(
         default_factory=lambda: {1: 21.79, 2: 38.90, 4: 122.43, 8: 226.38}
     )
-    # an .npz of recorded network outputs that every image gets; the host's work is then the native engine's
+    # .npz file of recorded network outputs used for every image; postprocessing is then the native engine's
     outputs: str | None = None
 
 
 class Settings(_Section, frozen=True):
     """The whole tree. Field names are the keys of the YAML file."""
 
-    # npu:N, cuda:N or cpu:N, a worker process for each; numbered as the daemon's environment numbers them
+    # npu:N, cuda:N or cpu:N, one worker process each; N counts the devices visible to the daemon
     devices: list[str] = msgspec.field(default_factory=lambda: ["npu:0", "npu:1"])
-    # native: our network; adelaidet: where it is installed; timed: a latency table, for load tests
+    # native: the built-in network; adelaidet: an installed AdelaiDet; timed: a latency table, for load tests
     engine: Literal["native", "adelaidet", "timed"] = "native"
     model: Model = Model()
     endpoints: Endpoints = Endpoints()
     curve: Curve = Curve()
-    insecure_tcp: bool = False  # tcp:// without keys: whoever reaches the port can submit, and read the traffic
-    # images per run on the device; auto: as many as give most images per second, learned for each padded size; exact: 1
+    # allow tcp:// without keys: anyone who reaches the port can submit jobs and read the traffic
+    insecure_tcp: bool = False
+    # images per run on the device; auto: the batch with the highest throughput, learned per padded size; 1 with exact
     batch: Literal["auto"] | BatchSize = "auto"
-    # known milliseconds by batch size, where `batch: auto` begins; the timed engine's table is known
+    # known milliseconds by batch size, as a start for `batch: auto`; the timed engine's table is known
     batch_latency_ms: dict[BatchSize, Positive] = {}
-    latency_target_ms: Positive | None = None  # upper bound of a run's time on the device that `batch: auto` may choose
-    # how long an idle device waits for a batch to fill; never while jobs come one at a time
+    # upper bound of the device time of a batch that `batch: auto` may choose
+    latency_target_ms: Positive | None = None
+    # how long an idle device waits for a batch to fill; it never waits while jobs arrive one at a time
     max_wait_ms: NotNegative = 0.0
-    # image sizes (height, width) that are run, alone and in a full batch, before a worker is ready
+    # image sizes (height, width) to run, alone and in a full batch, before a worker is ready
     warm_up: list[tuple[Count, Count]] = msgspec.field(default_factory=lambda: [(800, 800)])
     queue: Queue = Queue()
     limits: Limits = Limits()
     paths: Paths = Paths()
-    # upper bound of all local clients' shared memory, a quarter of it for one region; 0: images come by socket
+    # maximum shared memory of all local clients together; one region has at most a quarter; 0: images use the socket
     shared_memory_bytes: Annotated[int, Meta(ge=0)] = 1 << 30
-    # file on a local disk that keeps durable jobs and their answers, created if missing; null: no durable jobs
+    # file on a local disk that stores durable jobs and their answers, created if missing; null: no durable jobs
     spool: str | None = None
-    # upper bound of images and answers in the spool; beyond it durable jobs are answered `busy`
+    # maximum size of images and answers in the spool; beyond it durable jobs are answered `busy`
     spool_bytes: Count = 4 << 30
-    spool_keep_s: Positive = 604800.0  # how long an answer is kept, in running time of the daemon
-    max_attempts: Count = 2  # how many workers may die on a job before it fails
-    deadline_s: Positive = 60.0  # deadline of a job that names none
-    drain_s: Positive = 30.0  # time for accepted jobs to finish after SIGTERM
+    spool_keep_s: Positive = 604800.0  # how long an answer is kept, counted while the daemon runs
+    max_attempts: Count = 2  # number of workers that may die on a job before it fails
+    deadline_s: Positive = 60.0  # default deadline of a job
+    drain_s: Positive = 30.0  # time allowed for accepted jobs to finish after SIGTERM
     window_s: Positive = 10.0  # window over which FPS are averaged
     log: Log = Log()
-    # show the last image and its results on the status page, to everyone who can open it
+    # show the last image and its results on the status page, to anyone who can open it
     show_last_image: bool = False
     runtime: Runtime = Runtime()
     restarts: Restarts = Restarts()
-    # added to every worker's environment, overriding what the daemon sets; shown by stats
+    # variables added to every worker's environment, overriding those the daemon sets; shown by stats
     worker_env: dict[str, str] = {}
     timed: Timed = Timed()
 
@@ -316,21 +319,21 @@ def _check(settings: Settings) -> None:
 
 
 def _check_model(settings: Settings) -> None:
-    """What an engine or a device could only refuse when it is too late for a reload."""
+    """What an engine or a device would otherwise refuse only after a reload has begun."""
     precision, graphs = settings.model.precision, settings.model.graphs
     if settings.engine == "adelaidet" and precision not in ("fp32", "hf32"):
         raise SettingsError(f"model.precision = {precision!r}: the engine adelaidet computes in fp32 or hf32")
     if settings.engine == "adelaidet" and graphs:
-        raise SettingsError("model.graphs = True: the engine adelaidet has none")
+        raise SettingsError("model.graphs = True: the engine adelaidet does not support graphs")
     cpus = [device for device in settings.devices if device.startswith("cpu:")]
     if settings.engine == "native" and graphs and cpus:
-        raise SettingsError(f"model.graphs = True: {cpus[0]} is a CPU, which has none")
+        raise SettingsError(f"model.graphs = True: {cpus[0]} is a CPU, which does not support graphs")
     if settings.model.exact:
         _check_exact(settings)
 
 
 def _check_exact(settings: Settings) -> None:
-    """What would round otherwise than the network as it was trained, or could not."""
+    """What would round differently from the network as trained, or cannot run it."""
     model = settings.model
     against = None
     if settings.engine == "adelaidet":
@@ -340,11 +343,11 @@ def _check_exact(settings: Settings) -> None:
     elif model.precision != "fp32":
         against = f"model.precision = {model.precision!r} may round below float32"
     elif model.graphs:
-        against = "model.graphs = True has never been compared with the network as it was trained"
+        against = "model.graphs = True has never been compared with the network as trained"
     elif settings.batch not in ("auto", 1):
-        against = f"batch = {settings.batch}: images are run one by one, for libraries sum a batch in another order"
+        against = f"batch = {settings.batch}: images are run one by one, as libraries sum a batch in another order"
     if against:
-        raise SettingsError(f"model.exact = True: {against}; leave one of the two out")
+        raise SettingsError(f"model.exact = True: {against}; remove one of the two")
 
 
 def _check_devices(devices: list[str]) -> None:
@@ -375,9 +378,9 @@ def _check_keys(settings: Settings) -> None:
     tcp = [endpoint for endpoint in settings.endpoints.clients if endpoint.startswith("tcp://")]
     if tcp and not curve.server_key and not settings.insecure_tcp:
         raise SettingsError(
-            f"endpoints.clients: {tcp[0]!r} without keys is open to whoever reaches it: make keys with "
-            "`blendmaskd-keys server FOLDER` and set curve.server_key and curve.client_keys to them; or accept it with "
-            "insecure_tcp: true"
+            f"endpoints.clients: {tcp[0]!r} without keys is open to anyone who can reach it: make keys with "
+            "`blendmaskd-keys server FOLDER` and set curve.server_key and curve.client_keys to them, or accept the "
+            "risk with insecure_tcp: true"
         )
     if curve.server_key and settings.insecure_tcp:
-        raise SettingsError("insecure_tcp = True: with curve.server_key set, tcp:// is not insecure; leave one out")
+        raise SettingsError("insecure_tcp = True: tcp:// is secured by curve.server_key; remove one of the two")

@@ -189,5 +189,5 @@ def test_ctrl_c_keeps_what_there_is(cluster, folder, tmp_path, wait_until) -> No
     wait_until(lambda: len(program.journal()) >= 5 or program.process.poll() is not None, RUN_S)
     program.process.send_signal(signal.SIGINT)
     text = program.end(130)
-    assert "--resume goes on from here" in text
+    assert "--resume continues from here" in text
     assert 4 <= len(program.results()) < 195

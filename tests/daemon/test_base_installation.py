@@ -137,7 +137,7 @@ def test_keys_are_made_where_files_have_no_owners(python: Any, tmp_path: Path) -
     assert listed.stdout.endswith("  alice\n")
     owned = python(*command("blendmaskd-keys"), "client", "bob", "--to", tmp_path, "--owner", "bob", foreign=True)
     assert (owned.returncode, owned.stderr.count("\n")) == (1, 1)
-    assert "--owner bob: files have no owners to choose" in owned.stderr
+    assert "--owner bob: files have no selectable owner" in owned.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)

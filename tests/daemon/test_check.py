@@ -172,7 +172,7 @@ def test_the_rights_on_the_folder_of_the_socket_are_told(check: Check, tmp_path:
         pytest.skip("needs a user other than root")
     (tmp_path / "shut").mkdir(mode=0o500)
     report = check(endpoints={"clients": [f"ipc://{tmp_path}/shut/client.sock"], "metrics": None})
-    assert "this user cannot make" in told(report, "endpoint")[0][1]
+    assert "this user cannot create" in told(report, "endpoint")[0][1]
 
 
 def test_emulated_npus_open_and_npu_smi_tells_their_health(check: Check, npu_smi: Any) -> None:
@@ -198,7 +198,7 @@ def test_an_npu_host_without_cann_and_card_says_what_is_missing(check: Check, np
     report = check(environment, engine="native", model=DEMO, devices=["npu:0", "npu:9"])
     assert report["rc"] == 1
     assert ("error", "npu:9: npu-smi lists 8 devices, not this one") in told(report, "device")
-    assert any("not there: " in text and "/dev/davinci9" in text for _, text in told(report, "permissions"))
+    assert any("missing: " in text and "/dev/davinci9" in text for _, text in told(report, "permissions"))
     assert any("ASCEND_HOME_PATH is not set" in text for _, text in told(report, "versions"))
 
 

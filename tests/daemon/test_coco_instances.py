@@ -309,7 +309,7 @@ def test_all_complaints_come_at_once_and_the_rest_is_counted(folder: Path) -> No
     (b"", "is empty"), (b" \n", "is empty"), (b"{", "no JSON"), (b'{"images": [', "no JSON"),
     (b"\xff\xfe\0", "no JSON"), (b'{"images": "\xff"}', "not utf-8"),
     (b"[" * 100_000, "nested too deeply"), (b"1" * 10_000, "no JSON"),
-    (b"[]", "a list, as files of results are"), (b"null", "found None"), (b"3", "found 3"), (b'"a"', "found 'a'"),
+    (b"[]", "a list, as in result files"), (b"null", "found None"), (b"3", "found 3"), (b'"a"', "found 'a'"),
     (b"{}", 'under "annotations", found no such key'), (b'{"images": {}}', 'under "images", found {}'),
     (b'{"images": [], "annotations": [], "categories": []}', 'the list under "categories" is empty'),
 ])  # fmt: skip

@@ -110,7 +110,7 @@ def test_an_async_client_does_the_same(kept: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "reason"),
     [
-        ({"job": "guessable"}, Code.BAD_REQUEST, "32 characters or more, drawn by chance"),
+        ({"job": "guessable"}, Code.BAD_REQUEST, "at least 32 random characters"),
         ({"image": bytes(200_000)}, Code.TOO_LARGE, "an image has at most 100000"),
         ({"image": ServerPath("/etc/passwd")}, Code.BAD_REQUEST, "images by path are off"),
     ],
@@ -323,9 +323,9 @@ def newer(path: Path) -> None:
     ("make", "reason"),
     [
         (lambda path: path.write_bytes(b"hello, I am no database " * 100), "file is not a database: move it away"),
-        (other_program, "a database of another program: name another file"),
-        (newer, "of a newer version of this program: use that, or name another file"),
-        (lambda path: path.mkdir(), "file and folder must be the daemon's user's to write"),
+        (other_program, "a database of another program: use another file"),
+        (newer, "of a newer version of this program: use that version, or another file"),
+        (lambda path: path.mkdir(), "the daemon's user must be able to write the file and its folder"),
     ],
 )
 def test_a_file_that_cannot_be_the_spool_stops_the_start(tmp_path: Path, make: Any, reason: str) -> None:
@@ -336,8 +336,8 @@ def test_a_file_that_cannot_be_the_spool_stops_the_start(tmp_path: Path, make: A
 
 
 def test_a_missing_folder_and_a_spool_in_use_stop_the_start(kept: Any, tmp_path: Path) -> None:
-    assert "No such file or directory: its folder must be there" in refused(tmp_path, tmp_path / "no/spool.db")
-    assert "another daemon has it: stop that first" in refused(tmp_path, Path(kept.settings["spool"]))
+    assert "No such file or directory: its folder must exist" in refused(tmp_path, tmp_path / "no/spool.db")
+    assert "another daemon has it: stop that daemon" in refused(tmp_path, Path(kept.settings["spool"]))
 
 
 def test_a_full_disk_hurts_durable_jobs_only_and_loses_none(

@@ -175,7 +175,7 @@ def test_a_daemon_that_finds_everything_reaches_100(
     printed = capsys.readouterr().out
     assert printed.count("@[ IoU=") == 24
     assert "box AP 100.00, mask AP 100.00; 3 images in" in printed
-    assert "another data set" not in printed
+    assert "different data set" not in printed
 
 
 @pytest.mark.parametrize(("flag", "required", "code"), [
@@ -230,7 +230,7 @@ def test_categories_of_another_data_set_are_pointed_out(
     data.tree["categories"][0]["name"] = "person"
     data.write()
     data.evaluate(shared_daemon.endpoint)
-    assert "categories of another data set: 1 image (person in the annotations)" in capsys.readouterr().out
+    assert "categories of a different data set: 1 image (person in the annotations)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"images": [], "annotations": [], "categories": []}',
@@ -287,7 +287,7 @@ def test_an_annotation_that_cannot_be_measured_is_named_before_an_image_is_sent(
     ("images", 1, {"file_name": "../2.png"}, "expected a path inside the folder of the images"),
     ("images", 1, {"file_name": "/2.png"}, "expected a path inside the folder of the images"),
     ("images", 1, {"file_name": "./1.png"}, "its file './1.png' is that of image 1 (images[0]) too"),
-    ("images", 1, {"id": 1}, "its id is there twice"),
+    ("images", 1, {"id": 1}, "its id is used twice"),
     ("categories", 1, {"name": None}, "categories[1]"),
     ("categories", 1, {"id": 1}, "id 1 is given to both 'image' and 'cat'"),
 ])  # fmt: skip
@@ -328,7 +328,7 @@ def test_of_boxes_alone_boxes_are_measured(
     assert data.report["box"]["AP"] == pytest.approx(60)
     assert data.report["mask"] is data.report["classes"]["image"]["mask"] is None
     printed = capsys.readouterr()
-    assert "no annotation has a segmentation: boxes alone are measured" in printed.err
+    assert "no annotation has a segmentation: only boxes are measured" in printed.err
     assert "box AP 60.00, mask AP not measured; 3 images" in printed.out
     assert data.evaluate("ipc:///nowhere", "--require-mask-ap", "1") == 2
     assert "--require-mask-ap" in capsys.readouterr().err
@@ -352,7 +352,7 @@ def test_boxes_of_corners_are_pointed_out(
         item["bbox"] = [x, y, x + width, y + height]
     data.write()
     data.evaluate(shared_daemon.endpoint)
-    assert "3 of 3 boxes reach out of their image: they should be [x, y, width, height]" in capsys.readouterr().err
+    assert "3 of 3 boxes extend beyond their image: expected [x, y, width, height]" in capsys.readouterr().err
 
 
 def test_names_that_the_terminal_has_not_lose_nothing(shared_daemon: Any, tmp_path: Path) -> None:

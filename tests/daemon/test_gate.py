@@ -87,10 +87,10 @@ def test_ipc_needs_no_key(guarded: Guarded) -> None:
 def test_a_refused_client_is_told_what_to_do(guarded: Guarded) -> None:
     with guarded.client("ursula") as client:
         for ask in (lambda: client.segment(IMAGE), client.stats, lambda: list(client.map([IMAGE] * 20))):
-            with pytest.raises(HandshakeError, match=r"does not allow this key: put .*ursula.key, into the folder"):
+            with pytest.raises(HandshakeError, match=r"does not allow this key: copy .*ursula.key, into the folder"):
                 ask()
     with guarded.client(key=None, server_key=None, timeout_s=2) as client, pytest.raises(
-        (HandshakeError, TimeoutError), match=r"want.* keys"  # who hangs up first decides
+        (HandshakeError, TimeoutError), match=r"require.* keys"  # who hangs up first decides
     ):
         client.segment(IMAGE)
     with guarded.client(server_key=guarded.folder / "bob.key", timeout_s=1) as client, pytest.raises(
@@ -114,8 +114,8 @@ def test_a_client_with_keys_meets_a_daemon_without(daemon, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("endpoint", "arguments", "reason"),
     [
-        ("tcp://localhost:1", {"server_key": "server.key"}, "keys come in twos: key "),
-        ("tcp://localhost:1", {"key": "alice.key_secret"}, "keys come in twos: server_key "),
+        ("tcp://localhost:1", {"server_key": "server.key"}, "both keys are needed: key "),
+        ("tcp://localhost:1", {"key": "alice.key_secret"}, "both keys are needed: server_key "),
         ("tcp://localhost:1", {"server_key": "none.key", "key": "alice.key_secret"}, "none.key: No such file"),
         ("tcp://localhost:1", {"server_key": "server.key", "key": "alice.key"}, "has no secret key"),
         ("ipc://x", {"server_key": "server.key", "key": "alice.key_secret"}, "keys are for tcp"),
@@ -424,10 +424,10 @@ def test_keys_that_cannot_be_used_stop_the_start(tmp_path) -> None:
     server, clients = f"curve.server_key={tmp_path}/server.key_secret", f"curve.client_keys={tmp_path}/clients"
     assert "curve.server_key is set, curve.client_keys is not" in _start_fails(tmp_path, tcp, server)
     assert "curve.client_keys is set, curve.server_key is not" in _start_fails(tmp_path, tcp, clients)
-    assert "not insecure" in _start_fails(tmp_path, tcp, server, clients, "insecure_tcp=true")
+    assert "secured by curve.server_key" in _start_fails(tmp_path, tcp, server, clients, "insecure_tcp=true")
     assert "no such folder" in _start_fails(tmp_path, tcp, server, f"curve.client_keys={tmp_path}/none")
     (tmp_path / "server.key_secret").chmod(0o640)
-    assert "others may read it: chmod 600" in _start_fails(tmp_path, tcp, server, clients)
+    assert "others can read it: chmod 600" in _start_fails(tmp_path, tcp, server, clients)
     assert "No such file" in _start_fails(tmp_path, tcp, f"curve.server_key={tmp_path}/none", clients)
 
 

@@ -77,7 +77,7 @@ def test_half_a_pair_is_not_completed(tmp_path, capsys) -> None:
     [
         (["client", "../alice", "--to", "{0}"], "'../alice': expected a name"),
         (["client", "", "--to", "{0}"], "expected a name"),
-        (["client", "alice", "--to", "{0}", "--allow", "{0}/none"], "none: no such folder: blendmaskd-keys server"),
+        (["client", "alice", "--to", "{0}", "--allow", "{0}/none"], "none: no such folder: create it with"),
         (["client", "alice", "--to", "{0}", "--owner", "nobody-has-this-name"], "nobody-has-this-name: no such user"),
         (["client", "alice", "--to", "{0}/file/x"], "Not a directory"),
         (["list", "{0}/none"], "none: no such folder"),
@@ -112,7 +112,7 @@ def test_a_secret_that_others_may_read_is_refused(tmp_path, mode) -> None:
     keys.write_pair(tmp_path, "server")
     path = tmp_path / "server.key_secret"
     path.chmod(mode)
-    with pytest.raises(KeyFileError, match=f"has mode {mode:04o}, so others may read it: chmod 600"):
+    with pytest.raises(KeyFileError, match=f"has mode {mode:04o}, so others can read it: chmod 600"):
         keys.read_pair(path)
 
 
@@ -134,10 +134,10 @@ def test_what_is_no_key_file_is_named(tmp_path) -> None:
     mixed = tmp_path / "mixed.key_secret"
     mixed.write_text((tmp_path / "alice.key_secret").read_text().replace(alice.secret.decode(), bob.secret.decode()))
     mixed.chmod(0o600)
-    with pytest.raises(KeyFileError, match="do not belong together"):
+    with pytest.raises(KeyFileError, match="do not match"):
         keys.read_pair(mixed)
     (tmp_path / "noise.key").write_bytes(os.urandom(300))
-    with pytest.raises(KeyFileError, match="holds no public key"):
+    with pytest.raises(KeyFileError, match="contains no public key"):
         keys.read_public(tmp_path / "noise.key")
 
 
@@ -176,7 +176,7 @@ def test_a_file_that_is_no_key_is_told_once_and_harms_no_other(tmp_path) -> None
     assert list(change.added.values()) == ["alice"]
     carol, bob = change.complaints
     assert "carol.key: No such file" in carol
-    assert "bob.key: holds no public key" in bob
+    assert "bob.key: contains no public key" in bob
     assert allowed.refresh() == ({}, {}, [])
 
 

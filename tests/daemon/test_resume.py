@@ -112,7 +112,7 @@ def test_a_daemon_that_is_gone_for_long_is_resumed_with(
     running.kill()
     out, _ = submitting.communicate(timeout=60)
     assert submitting.returncode == 1
-    assert "--resume goes on from here when a daemon answers again" in out
+    assert "--resume continues from here once a daemon answers again" in out
     kept = len(answers(tmp_path / "o"))
     code, _, err = run(tmp_path, running.endpoint, "in", "--out", "o", "--resume", "--wait", 0.2)
     assert (code, len(answers(tmp_path / "o"))) == (3, kept), err

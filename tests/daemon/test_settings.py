@@ -103,15 +103,15 @@ REFUSED = {
     ),
     "graphs that the engine has not": (
         {"engine": "adelaidet", "model": {"graphs": True}},
-        "model.graphs = True: the engine adelaidet has none",
+        "model.graphs = True: the engine adelaidet does not support graphs",
     ),
     "graphs on a CPU": (
         {"devices": ["npu:0", "cpu:0"], "model": {"graphs": True}},
-        "model.graphs = True: cpu:0 is a CPU, which has none",
+        "model.graphs = True: cpu:0 is a CPU, which does not support graphs",
     ),
     "exactly what AdelaiDet says, of AdelaiDet": (
         {"engine": "adelaidet", "model": {"exact": True}},
-        "model.exact = True: the engine adelaidet is AdelaiDet itself; leave one of the two out",
+        "model.exact = True: the engine adelaidet is AdelaiDet itself; remove one of the two",
     ),
     "exactness of nothing": ({"engine": "timed", "model": {"exact": True}}, "the engine timed has no network"),
     "exactly, in half": ({"model": {"exact": True, "precision": "bf16"}}, "exact = True: model.precision = 'bf16' may"),

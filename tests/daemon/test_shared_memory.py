@@ -234,7 +234,7 @@ def test_where_less_is_left_there_are_fewer_places(daemon: Any) -> None:
 
 
 def test_shared_is_refused_where_it_cannot_be(daemon: Any) -> None:
-    with pytest.raises(ValueError, match=r"tcp://localhost:1: transport 'shared' needs the daemon on this host"):
+    with pytest.raises(ValueError, match=r"tcp://localhost:1: transport 'shared' needs a daemon on this host"):
         Client("tcp://localhost:1", transport="shared")
     with pytest.raises(ValueError, match="transport = 'shm': expected auto, socket, shared"):
         Client("ipc://x", transport="shm")  # type: ignore[arg-type]

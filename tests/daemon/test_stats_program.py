@@ -142,7 +142,7 @@ def test_no_daemon_is_said_soon(tmp_path: Path) -> None:
     start = time.monotonic()
     code, out, err = run(f"ipc://{tmp_path}/nobody")
     assert (code, out) == (3, "")
-    assert err == f"stats: no answer from ipc://{tmp_path}/nobody within 3 s: does the daemon run there?\n"
+    assert err == f"stats: no answer from ipc://{tmp_path}/nobody within 3 s: is the daemon running there?\n"
     assert time.monotonic() - start < 10
 
 

@@ -197,10 +197,10 @@ def test_images_that_the_annotations_do_not_tell_apart_are_refused(tmp_path: Pat
     both = "b/1.png and a/1.png are both its image 7, '1.png'"
     assert told((7, "1.png"), (8, "2.png"))[0].startswith(f"submit: truth.json: {both}")
     assert told((7, "1.png"), (8, "b/2.png"), (9, "./b/2.png"))[1:] == [
-        f"  {both}: submit one of them, or let file_name say the folders too",
-        "  b/2.png: 'b/2.png' is there with the ids 8, 9",
+        f"  {both}: submit one of them, or include the folders in file_name",
+        "  b/2.png: 'b/2.png' occurs with the ids 8, 9",
     ]
-    assert "id is there twice" in told((7, "a/1.png"), (7, "b/1.png"), (8, "2.png"))[0]
+    assert "id is used twice" in told((7, "a/1.png"), (7, "b/1.png"), (8, "2.png"))[0]
     assert "no daemon" not in told((7, "a/1.png"), (8, "c/2.png"))[0]
 
 
@@ -338,7 +338,7 @@ def test_ctrl_c_cannot_part_an_answer_s_result_from_its_overlay(
         (["nonsense", "a.png", "--out", "o"], "nonsense: Invalid argument"),
         (["ipc:///x", "empty", "--out", "o"], "empty: no images in this folder"),
         (["ipc:///x", "*.tif", "--out", "o"], "*.tif: matches no images"),
-        (["ipc:///x", "a.jpg", "--out", "."], "the overlay a.jpg would take the place of that image"),
+        (["ipc:///x", "a.jpg", "--out", "."], "the overlay a.jpg would overwrite that image"),
         (["ipc:///x", "a.png", "--out", "a.png"], "--out: [Errno 17] File exists: 'a.png'"),
         (["ipc:///x", "a.png", "--out", "o", "--resume", "--anew"], "not allowed with argument"),
         (["ipc:///x", "a.png", "--out", "o", "--annotations", "a.png"], "a.png: not COCO annotations"),
@@ -461,7 +461,7 @@ def test_what_only_looks_like_an_image_is_left_out_or_fails_by_its_name(tmp_path
     assert found_in(tmp_path, "in") == ["in/a.jpg", "in/circle.jpg", "in/gone.jpg"]
     assert found_in(tmp_path, "in/*") == ["in/a.jpg", "in/circle.jpg", "in/gone.jpg"]
     for special in (tmp_path / "in/pipe.jpg", "/dev/zero"):
-        with pytest.raises(UsageError, match="not a file"):
+        with pytest.raises(UsageError, match="not a regular file"):
             find([str(special)])
 
 

@@ -120,7 +120,7 @@ def test_the_history_is_a_sparkline_with_gaps_where_nobody_answered() -> None:
         view.update(snapshot(combined_fps=fps), note)
     assert shown(view).splitlines()[0].endswith("▁▄ █")
     view.update(snapshot(), "no answer from ipc:///x within 3 s")
-    assert "no answer from ipc:///x within 3 s; these are the last figures" in shown(view)
+    assert "no answer from ipc:///x within 3 s; showing the last figures" in shown(view)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def check(sandbox: Sandbox) -> str:
 def test_the_services_user_may_do_what_it_must_before_the_first_start(installed: Service) -> None:
     installed.systemctl("stop")
     told = check(installed.sandbox)
-    assert "client.sock: systemd makes the folder when the service starts" in told
+    assert "client.sock: systemd creates the folder when the service starts" in told
     assert told.splitlines()[-1].endswith("0 errors")
 
 

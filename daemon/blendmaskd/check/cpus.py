@@ -40,7 +40,7 @@ def slow_governors(cpus: Iterable[int]) -> dict[int, str]:
 
 def judge_complaint(complaint: str) -> list[Finding]:
     """`complaint`: what stands in the way of a plan; empty: nothing."""
-    return [error("cpus", complaint, "runtime.cpus: auto, or CPUs of this list")] if complaint else []
+    return [error("cpus", complaint, "set runtime.cpus to auto, or to CPUs in this list")] if complaint else []
 
 
 def judge(plan: Mapping[str, Cpus], near: Mapping[str, Cpus], placed: Iterable[str], hinted: bool) -> list[Finding]:
@@ -52,10 +52,10 @@ def judge(plan: Mapping[str, Cpus], near: Mapping[str, Cpus], placed: Iterable[s
         by_place = set(near.get(name, ())) & set(own)
         if shared:
             findings.append(warning("cpus", f"{text}, shared with {', '.join(shared)}",
-                                    "fewer devices, more CPUs, or runtime.cpus"))  # fmt: skip
+                                    "use fewer devices or more CPUs, or set runtime.cpus"))  # fmt: skip
         elif name.startswith("npu") and hinted and name not in placed and not by_place:
-            findings.append(warning("cpus", f"{text}; which are near it is not known",
-                                    "npu-smi info -t topo; then name them in runtime.cpus"))  # fmt: skip
+            findings.append(warning("cpus", f"{text}; unknown which are near it",
+                                    "run npu-smi info -t topo, then set runtime.cpus"))  # fmt: skip
         else:
             why = "by runtime.cpus" if name in placed else "near it" if by_place else "an even share"
             findings.append(ok("cpus", f"{text}, {why}"))

@@ -25,10 +25,10 @@ GIB = 1 << 30
 REMEDIES = {
     None: "docs/troubleshooting.md",
     Cause.NO_PACKAGE: "pip install 'blendmaskd[serve]'",
-    Cause.NO_TORCH_NPU: "pip install the torch_npu that belongs to your CANN and torch: docs/deployment.md",
-    Cause.NO_CANN: "source CANN's set_env.sh in this shell; see the lines of versions and permissions",
-    Cause.NOT_VISIBLE: "see the lines of permissions; is the driver loaded?",
-    Cause.PRECISION: "model.precision: auto, or fp32",
+    Cause.NO_TORCH_NPU: "pip install the torch_npu that matches your CANN and torch: docs/deployment.md",
+    Cause.NO_CANN: "source CANN's set_env.sh in this shell; see versions and permissions in this report",
+    Cause.NOT_VISIBLE: "see permissions in this report; is the driver loaded?",
+    Cause.PRECISION: "set model.precision to auto or fp32",
 }  # of what a process complained of that tried to open a device
 
 
@@ -173,17 +173,17 @@ def _card(facts: DeviceFacts) -> list[Finding]:
     if not facts.tool:
         return []
     if facts.cards is None:
-        return [warning("device", f"{name}: {facts.tool} does not answer: health and other users are not known",
+        return [warning("device", f"{name}: {facts.tool} does not answer: health and other users are unknown",
                         f"is the driver installed, and {facts.tool} on PATH? It may need root")]  # fmt: skip
     if facts.card is None:
         return [error("device", f"{name}: {facts.tool} lists {facts.cards} devices, not this one",
-                      "name others in devices, or look for the card with lspci")]  # fmt: skip
+                      "change devices, or look for the card with lspci")]  # fmt: skip
     if facts.card.health in ("OK", ""):
         return []
     text = f"{name}: {facts.card.name}, health {facts.card.health}"
     if facts.card.health == "Warning":
-        return [warning("device", text, "npu-smi info -t health; the driver's log is dmesg")]
-    return [error("device", text, "npu-smi info -t health; a card in this state may need a reset or a reboot")]
+        return [warning("device", text, "run npu-smi info -t health; dmesg has the driver's log")]
+    return [error("device", text, "run npu-smi info -t health; the card may need a reset or a reboot")]
 
 
 def _users(facts: DeviceFacts) -> list[Finding]:
@@ -201,7 +201,7 @@ def _opened(facts: DeviceFacts, precision: str, exact: bool) -> list[Finding]:
     ]
     if precision == "bf16" and probe.bf16 is False:
         findings.append(error("device", f"{name}: {probe.name} does not compute in bfloat16",
-                              "model.precision: fp16, or fp32"))  # fmt: skip
+                              "set model.precision to fp16 or fp32"))  # fmt: skip
     if not findings:
         health = f", health {facts.card.health}" if facts.card and facts.card.health else ""
         arithmetic = f"{precision}, exact" if exact else precision
@@ -220,8 +220,8 @@ def judge_nodes(facts: Sequence[NodeFacts], opened: bool, user: str) -> list[Fin
     missing = [node.path for node in facts if not node.there]
     findings = [_shut(node, user) for node in facts if node.there and not node.usable]
     if missing:
-        findings.append(error("permissions", f"not there: {', '.join(missing)}",
-                              "install the driver, or load it; in a container: --device"))  # fmt: skip
+        findings.append(error("permissions", f"missing: {', '.join(missing)}",
+                              "install or load the driver; in a container: --device"))  # fmt: skip
     return findings
 
 
@@ -240,7 +240,7 @@ def _shut_out(facts: Sequence[NodeFacts]) -> list[Finding]:
 def _shut(node: NodeFacts, user: str) -> Finding:
     remedy = f"usermod --append --groups {node.group} {user}, then log in again"
     if node.member:
-        remedy = f"{user} is in the group {node.group} since this login began: log in again"
+        remedy = f"{user} joined the group {node.group} after this login: log in again"
     return error("permissions", f"{node.path}: {user} may not use it (group {node.group})", remedy)
 
 
@@ -248,5 +248,5 @@ def judge_identity(user: str, is_root: bool, has_service: bool) -> list[Finding]
     """What root may do says little of what the service's user may."""
     if not is_root or not has_service:
         return []
-    return [warning("permissions", "run as root: the service runs as blendmaskd",
+    return [warning("permissions", "the check runs as root, the service as blendmaskd",
                     "runuser -u blendmaskd -- blendmaskd check …")]  # fmt: skip

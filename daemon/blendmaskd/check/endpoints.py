@@ -192,10 +192,10 @@ def judge(facts: EndpointFacts) -> list[Finding]:
     if problem:
         return [problem]
     if facts.open_to_all:
-        return [warning("endpoint", f"{where}: free, and open to whoever reaches the port",
-                        "127.0.0.1 is this host's alone")]  # fmt: skip
+        return [warning("endpoint", f"{where}: free, and open to anyone who can reach the port",
+                        "use 127.0.0.1 to admit only this host")]  # fmt: skip
     if facts.by_systemd:
-        return [ok("endpoint", f"{where}: systemd makes the folder when the service starts")]
+        return [ok("endpoint", f"{where}: systemd creates the folder when the service starts")]
     return [ok("endpoint", f"{where}: free")]
 
 
@@ -203,13 +203,13 @@ def _ipc_problem(facts: EndpointFacts) -> Finding | None:
     path = facts.endpoint.removeprefix("ipc://")
     size = len(os.fsencode(path))
     if size > SOCKET_PATH_BYTES:
-        return error("endpoint", f"{facts.setting}: a path of {size} bytes, {SOCKET_PATH_BYTES} are possible",
-                     "a shorter path")  # fmt: skip
+        return error("endpoint", f"{facts.setting}: a path of {size} bytes, at most {SOCKET_PATH_BYTES} are possible",
+                     "use a shorter path")  # fmt: skip
     if size + len(MEMORY_SUFFIX) > SOCKET_PATH_BYTES:
         return warning("endpoint", f"{facts.setting}: a path of {size} bytes leaves no room for {MEMORY_SUFFIX}: "
-                       "no shared memory", "a shorter path")  # fmt: skip
+                       "no shared memory", "use a shorter path")  # fmt: skip
     if not facts.folder_usable and not facts.by_systemd:
-        return error("endpoint", f"{facts.setting}: this user cannot make {path}",
+        return error("endpoint", f"{facts.setting}: this user cannot create {path}",
                      "run as the service's user, or --set 'endpoints.clients=[ipc:///tmp/blendmaskd.sock]'")
     return None
 
@@ -222,9 +222,9 @@ def _tcp_problem(facts: EndpointFacts) -> Finding | None:
         case errno.EADDRINUSE:
             return error("endpoint", f"{where}: taken by another process", f"choose another {facts.setting}")
         case errno.EACCES:
-            return error("endpoint", f"{where}: a port below 1024 needs rights", "choose a port above 1023")
+            return error("endpoint", f"{where}: a port below 1024 needs privileges", "choose a port above 1023")
         case errno.EADDRNOTAVAIL:
-            return error("endpoint", f"{where}: this host has no such address", "ip address lists those it has")
+            return error("endpoint", f"{where}: this host has no such address", "list its addresses with `ip address`")
         case other:
             return error("endpoint", f"{where}: {os.strerror(other)}", f"choose another {facts.setting}")
 
@@ -232,13 +232,13 @@ def _tcp_problem(facts: EndpointFacts) -> Finding | None:
 def judge_keys(facts: TcpFacts) -> list[Finding]:
     """Whether tcp endpoints have keys, and clients."""
     if facts.insecure:
-        return [warning("keys", "insecure_tcp: whoever reaches the port can submit jobs and read the traffic",
-                        "curve.server_key and curve.client_keys; blendmaskd-keys makes them")]  # fmt: skip
+        return [warning("keys", "insecure_tcp: anyone who can reach the port can submit jobs and read the traffic",
+                        "set curve.server_key and curve.client_keys; blendmaskd-keys makes them")]  # fmt: skip
     if facts.server_key:
         return [error("keys", f"curve.server_key: {facts.server_key}", "blendmaskd-keys server")]
     if not facts.folder_there:
-        return [error("keys", f"curve.client_keys: {facts.client_keys} is not there", "blendmaskd-keys server")]
-    findings = [warning("keys", f"curve.client_keys: {complaint}", "mend or remove the file")
+        return [error("keys", f"curve.client_keys: {facts.client_keys} does not exist", "blendmaskd-keys server")]
+    findings = [warning("keys", f"curve.client_keys: {complaint}", "fix or remove the file")
                 for complaint in facts.complaints]  # fmt: skip
     if not facts.names:
         return [*findings, warning("keys", f"no client may connect by tcp yet: {facts.client_keys} holds no keys",

@@ -101,34 +101,34 @@ def _control_group_bytes() -> int:
 def judge_folder(facts: FolderFacts) -> list[Finding]:
     """Whether a folder that a setting names can be read."""
     if not facts.there:
-        return [error("files", f"{facts.setting}: {facts.path} is not there", "make it, or name another")]
+        return [error("files", f"{facts.setting}: {facts.path} does not exist", "create it, or name another")]
     if not facts.usable:
-        return [error("files", f"{facts.setting}: {facts.path} cannot be read by this user", "chmod or chgrp")]
+        return [error("files", f"{facts.setting}: {facts.path} cannot be read by this user", "chmod or chgrp it")]
     return [ok("files", f"{facts.setting}: {facts.path}")]
 
 
 def judge_spool(facts: SpoolFacts) -> list[Finding]:
     """Whether durable jobs can be kept."""
     if not facts.folder_there:
-        return [error("files", f"spool: the folder of {facts.path} is not there", "make it, for the daemon's user")]
+        return [error("files", f"spool: the folder of {facts.path} does not exist", "create it for the daemon's user")]
     if not facts.writable:
         return [error("files", f"spool: this user cannot write {facts.path}", "chown or chgrp its folder")]
     if facts.network:
-        return [warning("files", f"spool: {facts.path} is on {facts.network}: a database there can be damaged",
-                        "a file on a disk of this host")]  # fmt: skip
+        return [warning("files", f"spool: {facts.path} is on {facts.network}, where a database can be corrupted",
+                        "use a file on a local disk")]  # fmt: skip
     if facts.may_take_bytes > facts.free_bytes:
         return [warning("files", f"spool: may take {facts.may_take_bytes / GIB:.1f} GiB, "
-                        f"{facts.free_bytes / GIB:.1f} GiB are free", "a smaller spool_bytes, or another disk")]
+                        f"{facts.free_bytes / GIB:.1f} GiB are free", "use a smaller spool_bytes, or another disk")]
     return [ok("files", f"spool: {facts.path}")]
 
 
 def judge_weights(engine: str, named: str | None, complaint: str | None, took_s: float) -> list[Finding]:
     """Whether the checkpoint matches the config, as a process found that loaded both; `complaint` None: it could."""
     if engine == "timed":
-        return [ok("weights", "the engine timed needs none")]
+        return [ok("weights", "not needed by the engine timed")]
     if complaint is None:
         return [ok("weights", f"{named}: matches the config, loaded in {took_s:.1f} s")]
-    remedy = "--set model.weights=FILE" if named is None else "a checkpoint of the network that model.config describes"
+    remedy = "--set model.weights=FILE" if named is None else "use a checkpoint of the network in model.config"
     return [error("weights", complaint, remedy)]
 
 
@@ -136,7 +136,7 @@ def judge_limits(facts: LimitFacts) -> list[Finding]:
     """Descriptors and memory."""
     locked = "no limit" if facts.locked_bytes is None else f"{facts.locked_bytes / (1 << 20):.0f} MiB"
     clients = facts.files // FILES_PER_CLIENT
-    text = f"{facts.files} open files: some {clients} clients; locked memory: {locked}"
+    text = f"{facts.files} open files: about {clients} clients; locked memory: {locked}"
     findings = [ok("limits", text)]
     if facts.files < FEW_FILES:
         findings = [warning("limits", text, f"ulimit -n {min(65536, facts.hard_files)}; the service has 65536")]
@@ -145,6 +145,6 @@ def judge_limits(facts: LimitFacts) -> list[Finding]:
             "limits",
             f"queue and shared memory may take {facts.promised_bytes / GIB:.1f} GiB, "
             f"{facts.available_bytes / GIB:.1f} GiB are available",
-            "a smaller queue.max_bytes or shared_memory_bytes",
+            "use a smaller queue.max_bytes or shared_memory_bytes",
         ))  # fmt: skip
     return findings

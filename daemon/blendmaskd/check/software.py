@@ -18,7 +18,7 @@ from blendmaskd.topology import HostError
 
 ASCEND = Path("/usr/local/Ascend")
 CANN_FOLDERS = ("ascend-toolkit", "cann", "nnae", "nnrt")  # below ASCEND, in the order of install_service.sh
-_PAIR = "the pairs are in docs/deployment.md; the newest at github.com/Ascend/pytorch, COMPATIBILITY.md"
+_PAIR = "see docs/deployment.md for matching versions; the newest are at github.com/Ascend/pytorch, COMPATIBILITY.md"
 
 
 class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,7 +110,7 @@ def _cann(facts: VersionFacts) -> list[Finding]:
         remedy = f"source {script}" if facts.set_env else "install CANN, then source its set_env.sh"
         return [warning("versions", f"ASCEND_HOME_PATH is not set: {what}", remedy)]
     if not facts.cann:
-        return [warning("versions", f"{facts.cann_home} does not tell the version of CANN",
+        return [warning("versions", f"{facts.cann_home} does not contain the version of CANN",
                         "look for ascend_toolkit_install.info there")]  # fmt: skip
     wanted = ascend.cann_for(facts.torch_npu)
     if not facts.torch_npu or not wanted or ascend.order(wanted) == ascend.order(facts.cann):

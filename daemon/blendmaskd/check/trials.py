@@ -48,14 +48,14 @@ class Trial:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
-            self.complaint = f"not done after restarts.start_timeout_s = {self._timeout_s:g} s"
+            self.complaint = f"not finished after restarts.start_timeout_s = {self._timeout_s:g} s"
             return self
         self.took_s = time.monotonic() - self._began
         self.printed = printed.decode(errors="replace")
         code = self._process.returncode
         if code != 0:
-            last = (complaint.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-            self.complaint = last if code > 0 else f"the process that tried it died of signal {-code}: {last}"
+            last = (complaint.decode(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+            self.complaint = last if code > 0 else f"the process that tried it was killed by signal {-code}: {last}"
         return self
 
 

@@ -86,15 +86,15 @@ class Connection:
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 public = Path(self._key_files[1] or "").with_suffix(PUBLIC)
                 self._refused = (
-                    f"{self.endpoint}: the daemon does not allow this key: put its public half, {public}, into the "
+                    f"{self.endpoint}: the daemon does not allow this key: copy its public half, {public}, into the "
                     "folder that the daemon's settings name as curve.client_keys"
                 )
             case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if self.keys:
-                self._refused = f"{self.endpoint}: who listens there does not use keys: is it the right endpoint?"
+                self._refused = f"{self.endpoint}: the server there does not use keys: is it the right endpoint?"
             case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 self._refused = (
-                    f"{self.endpoint}: the daemon there wants keys: its public one and your secret one (server_key and "
-                    "key; programs: --server-key FILE --key FILE); `blendmaskd-keys --help` says how to make them"
+                    f"{self.endpoint}: the daemon there requires keys: its public and your secret one (server_key and "
+                    "key; programs: --server-key FILE --key FILE); see `blendmaskd-keys --help`"
                 )
         return False
 
@@ -121,7 +121,7 @@ class Connection:
 
     def _timed_out(self) -> TimeoutError:
         return TimeoutError(
-            f"no answer from {self.endpoint} within {self.timeout_s:g} s: does the daemon run there?{self.hint}"
+            f"no answer from {self.endpoint} within {self.timeout_s:g} s: is the daemon running there?{self.hint}"
         )
 
     @property
@@ -130,7 +130,7 @@ class Connection:
         if not self._failed_handshakes:
             return ""
         question = f"is {self._key_files[0]} the public key of this daemon?" if self.keys else (
-            "does it want keys (server_key and key; programs: --server-key FILE --key FILE)?"
+            "does it require keys (server_key and key; programs: --server-key FILE --key FILE)?"
         )  # fmt: skip
         return f" {self._failed_handshakes} handshakes failed: {question}"
 
@@ -150,9 +150,9 @@ def _places(endpoint: str, transport: Transport) -> places.Places | None:
     if transport not in get_args(Transport):
         raise ValueError(f"transport = {transport!r}: expected {', '.join(get_args(Transport))}")
     if transport == "shared" and not local:
-        raise ValueError(f"{endpoint}: transport 'shared' needs the daemon on this host, by an ipc:///PATH endpoint")
+        raise ValueError(f"{endpoint}: transport 'shared' needs a daemon on this host, with an ipc:///PATH endpoint")
     if transport == "shared" and not places.SUPPORTED:
-        raise ValueError(f"transport 'shared' needs Linux: {sys.platform} has no memory of the kind that it takes")
+        raise ValueError(f"transport 'shared' needs Linux: {sys.platform} does not support it")
     if transport == "socket" or not local or not places.SUPPORTED:
         return None
     return places.Places(endpoint.removeprefix("ipc://"), required=transport == "shared")
@@ -163,10 +163,10 @@ def _keys(endpoint: str, server_key: KeyFile, key: KeyFile) -> Keys | None:
     if server_key is None and key is None:
         return None
     if not endpoint.startswith("tcp://"):
-        raise ValueError(f"{endpoint}: keys are for tcp://HOST:PORT; ipc:// is guarded by the mode of its socket")
+        raise ValueError(f"{endpoint}: keys are for tcp://HOST:PORT; ipc:// is protected by the mode of its socket")
     if server_key is None or key is None:
         missing = "server_key (the daemon's server.key)" if server_key is None else "key (our own NAME.key_secret)"
-        raise ValueError(f"{endpoint}: keys come in twos: {missing} is missing")
+        raise ValueError(f"{endpoint}: both keys are needed: {missing} is missing")
     return read_public(server_key), read_pair(key)
 
 

@@ -44,7 +44,7 @@ class Reference:
     def __init__(self, truth: Instances) -> None:
         self.numbers = {category.id: number for number, category in enumerate(truth.categories, 1)}
         self.labels = labels(truth.categories)  # by number, from 1
-        self.without_pixels = 0  # annotations whose mask has none: nothing can agree with them
+        self.without_pixels = 0  # annotations whose mask has none: nothing can match them
         self.coco = _indexed({
             "images": [
                 {"id": number, "height": picture.height, "width": picture.width}

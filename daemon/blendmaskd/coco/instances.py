@@ -143,7 +143,7 @@ def _tree(path: Path, complaints: Complaints) -> dict[str, Any]:
         complaints.add(str(error))
         complaints.end()
     if not isinstance(tree, dict):
-        found = "a list, as files of results are" if isinstance(tree, list) else show(tree)
+        found = "a list, as in result files" if isinstance(tree, list) else show(tree)
         complaints.add(f'found {found}: expected an object with "images", "annotations" and "categories"')
     complaints.end()
     return dict(tree)
@@ -168,9 +168,9 @@ def _named(
         image_id, name = identity(item.get("id")), item.get("file_name")
         where = f"image {show(item.get('id'))} (images[{place}])"
         if image_id is None:
-            complaints.add(f"images[{place}], {show(name)}: id {show(item.get('id'))}: expected a number or a text")
+            complaints.add(f"images[{place}], {show(name)}: id {show(item.get('id'))}: expected a number or a string")
         elif seen.setdefault(image_id, place) != place:
-            complaints.add(f"{where}: its id is there twice: images[{seen[image_id]}] has it too")
+            complaints.add(f"{where}: its id is used twice: images[{seen[image_id]}] has it too")
         if not _is_file_name(name):
             complaints.add(f'{where}: expected a "file_name", found {show(name)}')
         yield item, where, image_id, name if _is_file_name(name) else None
@@ -294,7 +294,7 @@ class _Reader:
     def _as_other_type(self, image_id: Id | None) -> str:
         """A hint: tools that compare a number with a text find nothing, and say nothing."""
         if isinstance(image_id, int) and str(image_id) in self._places:
-            return f", where the id is a text: {show(str(image_id))}"
+            return f", where the id is a string: {show(str(image_id))}"
         if isinstance(image_id, str) and image_id.isdecimal() and len(image_id) < 20 and int(image_id) in self._places:
             return f", where the id is a number: {int(image_id)}"
         return ""

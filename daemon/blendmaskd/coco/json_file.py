@@ -28,8 +28,8 @@ def read(path: str | Path) -> Any:
     except UnicodeDecodeError as error:
         raise JsonFileError(f"no JSON: not {error.encoding}, byte {error.start}: {error.reason}") from None
     except RecursionError:
-        raise JsonFileError("no JSON of a sensible form: nested too deeply") from None
+        raise JsonFileError("not usable JSON: nested too deeply") from None
     except MemoryError:
-        raise JsonFileError("needs more memory than there is") from None
+        raise JsonFileError("needs more memory than is available") from None
     except ValueError as error:
         raise JsonFileError(f"no JSON: {error}") from None

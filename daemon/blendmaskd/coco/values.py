@@ -93,7 +93,7 @@ def area(value: Any) -> float | None:
         return None
     number = _finite(value)
     if number is None or number < 0:
-        raise Fault(f"area {show(value)}: expected a number from 0, or none at all")
+        raise Fault(f"area {show(value)}: expected a number of at least 0, or none")
     return number
 
 
@@ -143,7 +143,7 @@ def polygon(value: Any, name: str, width: int, height: int) -> Polygon | str:
     x, y = points[::2], points[1::2]
     _check_reach(name, (float(x.min()), float(x.max())), (float(y.min()), float(y.max())), width, height)
     if (length := outline(points)) > LONGEST_OUTLINE:
-        raise Fault(f"{name}: is {length:.0f} pixels around, more than {LONGEST_OUTLINE}: its points are in no order")
+        raise Fault(f"{name}: is {length:.0f} pixels around, more than {LONGEST_OUTLINE}: its points are out of order")
     return points
 
 
@@ -182,7 +182,7 @@ def rle(value: dict[str, Any], width: int, height: int) -> Rle:
         case list() as runs:
             counts = _listed(runs)
         case other:
-            raise Fault(f"segmentation: counts {show(other)} of its RLE: expected a text or a list")
+            raise Fault(f"segmentation: counts {show(other)} of its RLE: expected a string or a list")
     if counts is None or (counts < 0).any():
         raise Fault(f"segmentation: counts {show(value['counts'])} of its RLE are damaged")
     if (pixels := int(counts.sum())) != height * width:

@@ -3,17 +3,17 @@
     python scripts/evaluate_coco.py ipc:///run/blendmaskd/client.sock --images val2017/ \\
         --annotations instances_val2017.json --require-box-ap 39 --require-mask-ap 35
 
-Sends the images that the annotations name, each `file_name` relative to --images, through the daemon, takes all that
-the network keeps (score threshold 0) and lets pycocotools' COCOeval compare it with the annotations: box and mask,
-COCO's usual 12 lines each, then a table by class and a summary. AP without more said is the mean over IoU 0.50:0.95.
-The 12 lines go from 0 to 1; the table, the summary, --json and what is required are in percent.
+Sends the images listed in the annotations (each `file_name` is relative to --images) through the daemon with a score
+threshold of 0, and compares the results with the annotations using pycocotools' COCOeval. It prints COCO's usual 12
+lines for boxes and for masks, then a table by class and a summary. Unless stated otherwise, AP is the mean over IoU
+0.50:0.95. The 12 lines range from 0 to 1; the table, the summary, --json and the required values are in percent.
 
-Annotations are checked whole before the first image is sent, and refused with all that is wrong, by annotation and
-image. Mended is what COCO defines: ids of annotations are only names, a missing iscrowd is 0, a missing area is that of
-the mask. Where no annotation has a segmentation, boxes alone are measured.
+The annotations are validated as a whole before the first image is sent, and refused with a list of all faults, by
+annotation and image. Defaults follow COCO: annotation ids are only names, a missing iscrowd is 0, a missing area is
+that of the mask. If no annotation has a segmentation, only boxes are measured.
 
-Exit codes: 0 all done · 1 an image failed, listed at the end, or an AP is below what is required · 2 wrong arguments or
-annotations · 3 no daemon · 130 Ctrl-C. An image that failed counts as one in which nothing was found.
+Exit codes: 0 all done · 1 an image failed, listed at the end, or an AP is below the required value · 2 wrong arguments
+or annotations · 3 no daemon · 130 Ctrl-C. A failed image counts as one in which nothing was found.
 """
 from __future__ import annotations
 
@@ -155,14 +155,14 @@ def notes(truth: Instances, reference: Reference) -> Iterator[str]:
     """What the reader of a number must know about the annotations."""
     total = len(truth.annotations)
     if not truth.has_masks:
-        yield "no annotation has a segmentation: boxes alone are measured"
+        yield "no annotation has a segmentation: only boxes are measured"
     if computed := sum(each.area is None for each in truth.annotations):
         what = "mask" if truth.has_masks else "box"
         yield f"{computed} of {total} annotations have no area: that of the {what} counts"
     if reference.without_pixels:
-        yield f"{reference.without_pixels} of {total} masks have no pixel: nothing can agree with them"
+        yield f"{reference.without_pixels} of {total} masks have no pixel: nothing can match them"
     if wide := sum(_reaches_out(each.box, truth.pictures[each.picture]) for each in truth.annotations):
-        yield f"{wide} of {total} boxes reach out of their image: they should be [x, y, width, height]"
+        yield f"{wide} of {total} boxes extend beyond their image: expected [x, y, width, height]"
 
 
 def _reaches_out(box: Box, picture: Picture) -> bool:
@@ -231,7 +231,7 @@ def _tell(answers: Answers, box: Scores, mask: Scores | None, strange: Sequence[
     console = Console(highlight=False, soft_wrap=True)
     console.print(_table(measured))
     if strange:
-        console.print(f"[yellow]categories of another data set: {escape('; '.join(strange))}")
+        console.print(f"[yellow]categories of a different data set: {escape('; '.join(strange))}")
     tell_failures(console, answers.failures)
     mask_ap = _shown(mask.metrics["AP"]) if mask else "not measured"
     console.print(
@@ -264,12 +264,12 @@ def _missed(what: str, scores: Scores | None, required: float) -> list[str]:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("endpoint", metavar="ENDPOINT", help="of the daemon: ipc:///PATH or tcp://HOST:PORT")
-    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="where the annotated images are")
+    parser.add_argument("endpoint", metavar="ENDPOINT", help="the daemon's: ipc:///PATH or tcp://HOST:PORT")
+    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="folder of the annotated images")
     parser.add_argument("--annotations", metavar="FILE", type=Path, required=True, help="COCO instances")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file")
     parser.add_argument("--limit", metavar="N", type=positive, help="only the first N images")
-    parser.add_argument("--require-box-ap", metavar="X", type=percentage, default=0.0, help="percent")
-    parser.add_argument("--require-mask-ap", metavar="Y", type=percentage, default=0.0, help="percent")
+    parser.add_argument("--require-box-ap", metavar="X", type=percentage, default=0.0, help="minimum, percent")
+    parser.add_argument("--require-mask-ap", metavar="Y", type=percentage, default=0.0, help="minimum, percent")
     add_connection(parser)
     return parser.parse_args(argv)

@@ -40,7 +40,7 @@ def _expand(text: str) -> list[Path]:
         return inside
     if os.path.lexists(path) or not glob.has_magic(text):
         if not _may_be_file(path):
-            raise UsageError(f"{text}: not a file: an image is read more than once; write it into a file first")
+            raise UsageError(f"{text}: not a regular file: an image is read more than once; save it to a file first")
         return [path]
     matched = sorted(file for file in map(Path, _matches(text)) if _looks_like_image(file))
     if not matched:

@@ -36,8 +36,8 @@ def plan(paths: Sequence[Path], out: Path, annotations: Path | None) -> list[Sou
     originals = {os.path.realpath(path): path for path in paths}
     for target in overlays:
         if os.path.realpath(target) in originals:
-            remedy = "choose another --out, or leave that image out"
-            raise UsageError(f"the overlay {target} would take the place of that image: {remedy}")
+            remedy = "choose another --out, or omit that image"
+            raise UsageError(f"the overlay {target} would overwrite that image: {remedy}")
     ids = _annotated_ids(paths, annotations) if annotations else range(1, len(paths) + 1)
     return [Source(*each) for each in zip(range(len(paths)), paths, input_images.names(paths), ids, overlays)]
 
@@ -99,9 +99,9 @@ def _told_apart(paths: Sequence[Path], ids: dict[str, list[Id]], complaints: Com
             complaints.add(f"{path}: not among its images")
         elif (owner := owners.setdefault(name, path)) is not path:
             complaints.add(f"{path} and {owner} are both its image {show(ids[name][0])}, {show(name)}: submit one of "
-                           "them, or let file_name say the folders too")  # fmt: skip
+                           "them, or include the folders in file_name")  # fmt: skip
         elif len(ids[name]) > 1:
-            complaints.add(f"{path}: {show(name)} is there with the ids {', '.join(map(show, ids[name]))}")
+            complaints.add(f"{path}: {show(name)} occurs with the ids {', '.join(map(show, ids[name]))}")
         else:
             found.append(ids[name][0])
     complaints.end()

@@ -1,16 +1,16 @@
-"""Show what a running daemon does: devices, FPS, queue, failures, where the time goes.
+"""Show the state of a running daemon: devices, FPS, queue, failures, where the time goes.
 
     python scripts/stats.py                                   the daemon of the systemd unit
-    python scripts/stats.py ipc:///tmp/x/client.sock --watch  each second, until Ctrl-C
+    python scripts/stats.py ipc:///tmp/x/client.sock --watch  every second, until Ctrl-C
     python scripts/stats.py tcp://host:5555 --json | jq .combined_fps
 
-All figures are of one snapshot, which the daemon takes each second and numbers (seq); /metrics and systemd's status
-line show the same. FPS and busy share are those of the last 10 s (window_s), so is what --watch says of latency; the
-rest is since the daemon started. CPUs, preload and task queue are what a worker found in place; red where its plan
-wanted something else.
+All figures come from one snapshot, which the daemon takes every second and numbers (seq); /metrics and systemd's status
+line show the same one. FPS, busy share and the latency shown by --watch cover the last 10 s (window_s); everything else
+counts from the daemon's start. CPUs, preload and task queue are what the worker actually found, in red where that
+differs from its plan.
 
---watch shows the history of combined FPS too, the last failures, and, where the daemon is on this host and npu-smi is
-there, each NPU's temperature, power and health: this program asks npu-smi, every few seconds, the daemon never does.
+--watch also shows the history of combined FPS, recent failures and, if the daemon is on this host and npu-smi is
+installed, each NPU's temperature, power and health: this program runs npu-smi every few seconds, the daemon never does.
 
 Exit codes: 0 shown · 2 wrong arguments · 3 no daemon.
 """
@@ -111,8 +111,8 @@ def _print_tables(snapshot: Snapshot) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("endpoint", metavar="ENDPOINT", nargs="?", default=DEFAULT_ENDPOINT,
-                        help=f"of the daemon, default {DEFAULT_ENDPOINT}")  # fmt: skip
+                        help=f"the daemon's, default {DEFAULT_ENDPOINT}")  # fmt: skip
     add_keys(parser)
-    parser.add_argument("--watch", action="store_true", help="refresh each second until Ctrl-C")
-    parser.add_argument("--json", action="store_true", help="the snapshot as one line of JSON")
+    parser.add_argument("--watch", action="store_true", help="refresh every second until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="print the snapshot as one line of JSON")
     return parser.parse_args(argv)

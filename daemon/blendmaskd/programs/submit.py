@@ -5,21 +5,22 @@
 
     python scripts/submit.py ipc:///run/blendmaskd/client.sock photos/ --out results/ --resume
 
-Leaves in --out an overlay for each image (NAME.jpg), results.json, the list of all COCO results, and journal.jsonl,
-every answer as it came. Images are files, folders (the images right in them) and quoted globs (** goes into folders).
+Writes to --out an overlay of each image (NAME.jpg), results.json, the list of all COCO results, and journal.jsonl, each
+answer as it arrived. Images are files, folders (the images directly in them) and quoted globs (** descends into
+folders).
 
---annotations gives each image the id that COCO annotations give its name, of the same type, so that pycocotools reads
-results.json against that file. Images that would get one id are refused.
+--annotations gives each image the id that COCO annotations assign to its name, with its type, so that pycocotools can
+compare results.json with that file. Images that would get the same id are refused.
 
---resume continues a run that ended early, however it did: the same images and options again. What is answered is not
-submitted again, unless its file was changed since; failed images are tried again, missing overlays drawn; but not an
-image that failed as worker-lost: workers died with it, and the daemon has tried it again itself. It stays failed
-unless --retry-lost is given too. Where there is nothing to continue it begins. Without --resume a run begins anew, but
-never over answers of an unfinished one.
+--resume continues a run that ended early, for whatever reason, given the same images and options. Answered images are
+not submitted again unless their file has changed; failed images are retried and missing overlays drawn. An image that
+failed as worker-lost is not retried unless --retry-lost is given, because the daemon has already retried it and lost
+workers to it. If there is nothing to continue, a new run begins. Without --resume a run starts from scratch, but never
+overwrites the answers of an unfinished one.
 
 Exit codes: 0 all done · 1 an image failed, listed at the end · 2 wrong arguments · 3 no daemon · 4 --out cannot be
-written, as on a full disk · 130 Ctrl-C. Once images were submitted results.json is written however the run ends, with
-what there is.
+written, for example because the disk is full · 130 Ctrl-C. Once images have been submitted, results.json is written
+with the results so far however the run ends.
 """
 from __future__ import annotations
 
@@ -304,24 +305,24 @@ def _tell(run: Run, sources: Sequence[Source]) -> None:
     tell_failures(console, run.failures)
     console.print(escape(run.summary()))
     if run.interrupted:
-        console.print("[yellow]interrupted: what was not answered is cancelled; --resume goes on from here")
+        console.print("[yellow]interrupted: unanswered jobs are cancelled; --resume continues from here")
     elif any(failure.code == "no-answer" for failure in run.failures):
-        console.print("[yellow]--resume goes on from here when a daemon answers again")
+        console.print("[yellow]--resume continues from here once a daemon answers again")
     if any(failure.code == Code.WORKER_LOST for failure in run.failures):
-        console.print("[yellow]worker-lost is final: --resume leaves it so, --resume --retry-lost tries it again")
+        console.print("[yellow]worker-lost is final: only --resume --retry-lost retries it")
     if run.trouble:
         done = len(run.journal.contents.answers)
         print(f"submit: cannot write {run.trouble}: stopped. {done} of {len(sources)} images are done and kept in the "
-              "journal; make room, and the same command with --resume goes on from there", file=sys.stderr)  # fmt: skip
+              "journal; free some space, then continue with --resume", file=sys.stderr)  # fmt: skip
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("endpoint", metavar="ENDPOINT", help="of the daemon: ipc:///PATH or tcp://HOST:PORT")
+    parser.add_argument("endpoint", metavar="ENDPOINT", help="the daemon's: ipc:///PATH or tcp://HOST:PORT")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="a file, a folder or a quoted glob")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="for overlays and results.json")
-    parser.add_argument("--annotations", metavar="FILE", type=Path, help="COCO annotations whose image ids are used")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for overlays and results.json")
+    parser.add_argument("--annotations", metavar="FILE", type=Path, help="take image ids from these COCO annotations")
     add_results(parser)
     add_connection(parser)
-    parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="only results.json")
+    parser.add_argument("--no-overlays", dest="overlays", action="store_false", help="write only results.json")
     return parse_resuming(parser, argv, "--out")

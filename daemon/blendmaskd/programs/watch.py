@@ -56,7 +56,7 @@ class View:
         snapshot, width = self._snapshot, options.max_width
         yield self._headline(width)
         if self._note:
-            yield Text(f"{self._note}; these are the last figures", BAD)
+            yield Text(f"{self._note}; showing the last figures", BAD)
         yield Text(" · ").join(_totals(snapshot))
         yield _fitting(_columns(snapshot["devices"], self._readings), snapshot["devices"], console, options)
         for note in (note for device in snapshot["devices"] for note in notes(device)):

@@ -94,7 +94,7 @@ class Pages:
         """The answer to a request for `path` that names `host`."""
         latest = self._latest
         if self._local_only and not _is_own_name(host):
-            text = f"{host}: this daemon listens on a loopback address and is called by that or localhost\n"
+            text = f"{host}: this daemon listens on a loopback address and answers only to an IP address or localhost\n"
             return Page(HTTPStatus.MISDIRECTED_REQUEST, TEXT, text.encode())
         match path:
             case "/":

@@ -103,7 +103,7 @@ class Spool:
             self._db = _connect(self.path)
             stored = self._read()
         except OSError as error:
-            raise SpoolError(f"spool {self.path}: {error.strerror}: its folder must be there, and writable") from None
+            raise SpoolError(f"spool {self.path}: {error.strerror}: its folder must exist and be writable") from None
         except _ERRORS as error:
             raise SpoolError(f"spool {self.path}: {_told(error)}") from None
         self._opened = time.monotonic()
@@ -348,12 +348,12 @@ def _connect(path: Path) -> sqlite3.Connection:
             for text in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
         )
         if application != APPLICATION and (application or version or tables):
-            raise SpoolError(f"spool {path}: a database of another program: name another file")
+            raise SpoolError(f"spool {path}: a database of another program: use another file")
         if version > VERSION:
-            raise SpoolError(f"spool {path}: of a newer version of this program: use that, or name another file")
+            raise SpoolError(f"spool {path}: of a newer version of this program: use that version, or another file")
         mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         if mode != "wal":
-            raise SpoolError(f"spool {path}: no write-ahead log on this file system ({mode}): name a local disk")
+            raise SpoolError(f"spool {path}: no write-ahead log on this file system ({mode}): use a local disk")
         if not version:
             text = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}"
             db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {text}; COMMIT")
@@ -366,9 +366,9 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _told(error: Exception) -> str:
     text = str(error)
     if "locked" in text:
-        return "another daemon has it: stop that first, or name another file"
+        return "another daemon has it: stop that daemon, or use another file"
     if "malformed" in text or "not a database" in text:
-        return f"{text}: move it away to begin an empty one; `sqlite3 FILE .recover` may read what is left"
+        return f"{text}: move it away to start with an empty one; `sqlite3 FILE .recover` may recover part of it"
     if "readonly" in text or "unable to open" in text:
-        return f"{text}: file and folder must be the daemon's user's to write"
+        return f"{text}: the daemon's user must be able to write the file and its folder"
     return text

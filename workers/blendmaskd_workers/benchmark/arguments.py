@@ -18,35 +18,35 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmark", description=description, parents=[load_parser()],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     daemon = parser.add_argument_group("the daemon")
-    daemon.add_argument("--endpoint", metavar="E", help="one that runs already; default: one of our own")
+    daemon.add_argument("--endpoint", metavar="E", help="a running daemon; default: start one")
     daemon.add_argument("--devices", nargs="+", default=["cpu:0", "cpu:1"], metavar="DEVICE")
     daemon.add_argument("--engine", default="timed", choices=["native", "adelaidet", "timed"])
-    daemon.add_argument("--batch", default="1", help="as the setting: auto or a number; default 1")
+    daemon.add_argument("--batch", default="1", help="the setting batch: auto or a number; default 1")
     daemon.add_argument("--replay", metavar="IMAGE", type=Path, help="engine timed does the native engine's work on "
                         "the host: prepares images, and finishes what a network with seeded weights says of this one")
-    daemon.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting")
+    daemon.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the daemon")
     daemon.add_argument("--wait", metavar="S", type=seconds, default=ANSWER_S,
-                        help="for the daemon at --endpoint")  # fmt: skip
+                        help="seconds to wait for the daemon at --endpoint")  # fmt: skip
     add_keys(daemon)
     run = parser.add_argument_group("the run")
-    run.add_argument("--seconds", type=seconds, default=10.0, help="measured of each load; default 10")
+    run.add_argument("--seconds", type=seconds, default=10.0, help="measured per load; default 10")
     run.add_argument("--warm-up", metavar="S", type=seconds, default=2.0,
-                     help="of load before; not counted; default 2")  # fmt: skip
-    run.add_argument("--rounds", type=positive, default=3, help="what counts is their median; default 3")
+                     help="seconds of load before, not counted; default 2")  # fmt: skip
+    run.add_argument("--rounds", type=positive, default=3, help="the median is reported; default 3")
     run.add_argument("--limit-seconds", metavar="S", type=_not_negative, default=3.0,
                      help="of the bare loop, before and after each round; 0: not measured; default 3")  # fmt: skip
     run.add_argument("--timeout", metavar="S", type=seconds, default=60.0, help="a job's deadline, default 60")
     run.add_argument("--compare", nargs=2, metavar="KEY=VALUE",
                      help="two variants in turns: settings, or options of the load, several with ; between; "
                      "'NAME: KEY=VALUE' gives one a short name")
-    run.add_argument("--bare", action="store_true", help="also a plain ZeroMQ proxy with workers that only sleep")
-    run.add_argument("--kill", action="store_true", help="kill -9 a worker under load instead")
+    run.add_argument("--bare", action="store_true", help="also a plain ZeroMQ proxy whose workers only sleep")
+    run.add_argument("--kill", action="store_true", help="instead, kill -9 a worker under load")
     run.add_argument("--flood", action="store_true", help="latency of a client with one job at a time, alone and "
                      "beside one with 1000 in flight, instead")
     out = parser.add_argument_group("results")
-    out.add_argument("--json", metavar="FILE", type=Path, help="all figures, with their names in BENCHMARKS.md")
-    out.add_argument("--markdown", action="store_true", help="print a Markdown table, a row for each round")
-    out.add_argument("--plot", metavar="FILE", type=Path, help="throughput against latency (.svg, .png, .pdf)")
+    out.add_argument("--json", metavar="FILE", type=Path, help="write all figures, named as in BENCHMARKS.md")
+    out.add_argument("--markdown", action="store_true", help="print a Markdown table with one row per round")
+    out.add_argument("--plot", metavar="FILE", type=Path, help="plot throughput against latency (.svg, .png, .pdf)")
     return parser.parse_args(argv)
 
 
@@ -55,17 +55,17 @@ def load_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("the load")
     group.add_argument("--clients", nargs="+", type=_clients, default=[8], metavar="N",
-                       help="closed loop: each with one job in flight; several values: one after the other; default 8")
+                       help="closed loop, one job in flight each; several values run one after another; default 8")
     group.add_argument("--rate", nargs="+", type=_rate, metavar="R",
-                       help="open loop instead: jobs per second at random (Poisson), over --clients connections")
+                       help="open loop instead: random (Poisson) jobs per second over --clients connections")
     group.add_argument("--size", type=_size, default=(800, 800), metavar="HEIGHTxWIDTH", help="default 800x800")
     group.add_argument("--encoding", choices=["raw", "jpeg", "png", "path"],
-                       help="what is sent; default raw, or with --images path: the daemon reads the files")
+                       help="how images are sent; default raw, or with --images path: the daemon reads the files")
     group.add_argument("--images", nargs="+", metavar="IMAGE", help="files, folders or globs, in turn, "
                        "instead of a synthetic picture")
     group.add_argument("--mask-format", choices=["rle", "polygon", "none"], default="rle")
     group.add_argument("--transport", choices=["auto", "socket", "shared"], default="auto",
-                       help="of the pixels to a daemon on this host; auto, as clients do: shared memory where it pays")
+                       help="for pixels, to a daemon on this host; auto, as clients do: shared memory where it helps")
     return parser
 
 

@@ -1,16 +1,16 @@
-"""Load a daemon and tell what its clients see, as a share of what the devices can do.
+"""Load a daemon and report what its clients see, as a share of what the devices can do.
 
-It loads a daemon of its own (--devices, --engine, --batch, --set) or one that runs already (--endpoint). The devices'
+It loads a daemon of its own (--devices, --engine, --batch, --set) or a running one (--endpoint). The devices'
 limit is measured in the same run, before and after: the same engine in a bare loop, without daemon, transport,
-decoding and masks. Ratios are worth quoting, absolute figures are this machine's.
+decoding and masks. Ratios can be compared between machines, absolute figures cannot.
 
   python scripts/benchmark.py                                       # two timed devices, 8 clients, 800x800 raw
   python scripts/benchmark.py --clients 1 2 4 8 16 --plot load.svg  # closed loop: throughput against latency
-  python scripts/benchmark.py --rate 40 60 80 90 --plot load.svg    # open loop: what users wait at a mean rate
+  python scripts/benchmark.py --rate 40 60 80 90 --plot load.svg    # open loop: latency at a mean rate
   python scripts/benchmark.py --endpoint ipc:///run/blendmaskd/client.sock --images photos/ --encoding jpeg
   python scripts/benchmark.py --kill                                # kill -9 a worker under load
   python scripts/benchmark.py --flood --size 224x224                # a polite client beside one that floods
-  python scripts/benchmark.py --encoding jpeg --replay photo.jpg    # decoding, resizing and mask encoding are real
+  python scripts/benchmark.py --encoding jpeg --replay photo.jpg    # real decoding, resizing and mask encoding
 
 two settings against each other, and against the plain ZeroMQ path, in turns in one run:
 
@@ -24,7 +24,7 @@ two settings against each other, and against the plain ZeroMQ path, in turns in 
     --compare 'one: devices=[cpu:0];runtime.cpus={"cpu:0": "0"}' 'two: devices=[cpu:0, cpu:1]'
 
 Exit codes: 0 measured · 1 a wrong answer, or the limit could not be measured · 2 wrong arguments · 3 no daemon ·
-130 Ctrl-C. BENCHMARKS.md says how figures are to be read.
+130 Ctrl-C. BENCHMARKS.md explains how to read the figures.
 """
 from __future__ import annotations
 

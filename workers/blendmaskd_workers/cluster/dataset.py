@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     tell_failures(console, failures)
     console.print(escape(tally.summary(len(before))))
     if interrupted:
-        console.print("[yellow]interrupted: --resume goes on from here")
+        console.print("[yellow]interrupted: --resume continues from here")
         return EXIT_INTERRUPTED
     return EXIT_FAILED if failures else 0
 

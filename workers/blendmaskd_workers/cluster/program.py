@@ -4,15 +4,15 @@
     python scripts/segment_dataset.py --input 'train/*.parquet' --output out/ --format parquet --address ray-head:6379
     python scripts/segment_dataset.py --input photos/ --output out/ --resume
 
-Leaves in --output results.json, the list of all COCO results (or results.parquet, a row for each image),
-failures.json, the images without a result and why, and the journal. Images are files, folders (the images right in
-them), quoted globs, or Parquet files with a column of encoded images. All nodes must see --input and --output under
-the same paths.
+Writes to --output results.json, the list of all COCO results (or results.parquet, one row per image), failures.json,
+the images without a result and the reasons, and the journal. Images are files, folders (the images directly in them),
+quoted globs, or Parquet files with a column of encoded images. All nodes must see --input and --output under the same
+paths.
 
---resume continues a run that ended early, however it did: what is in the journal is not done again, unless its file was
-changed since; images that failed for reasons of their own stay failed, those that ended workers (worker-lost) unless
---retry-lost is given too. Without --address a cluster that runs on this
-machine is used, else one is started for the run.
+--resume continues a run that ended early, for whatever reason: images in the journal are not repeated unless their file
+has changed; images that failed for reasons of their own stay failed, and so do images that killed workers (worker-lost)
+unless --retry-lost is given. Without --address a cluster running on this machine is used, otherwise one is started for
+the run.
 
 Exit codes: 0 all done · 1 an image failed, listed at the end · 2 wrong arguments · 3 no cluster, or no device in it ·
 4 --output cannot be written · 130 Ctrl-C.
@@ -42,14 +42,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input", metavar="IMAGES", nargs="+", required=True, help="files, folders, quoted globs, or "
                         "Parquet files or folders of them")  # fmt: skip
     parser.add_argument("--output", metavar="DIR", type=Path, required=True)
-    parser.add_argument("--settings", metavar="FILE", help="as the daemon's; default: its defaults")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting, over the file's")
-    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="of which kind: npu:0, cuda:0 or cpu:0")
-    parser.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster; default: the one on this machine")
-    parser.add_argument("--workers", metavar="N", type=positive, help="at most; default: all of the cluster's")
+    parser.add_argument("--settings", metavar="FILE", help="a settings file as the daemon's; default: its defaults")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one setting")
+    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="the kind of devices: npu:0, cuda:0 or cpu:0")
+    parser.add_argument("--address", metavar="HOST:PORT", help="the Ray cluster's; default: the one on this machine")
+    parser.add_argument("--workers", metavar="N", type=positive, help="at most N; default: as many as fit")
     parser.add_argument("--format", choices=["coco", "parquet"], default="coco", help="results.json or results.parquet")
-    parser.add_argument("--column", metavar="NAME", default="image", help="of a Parquet file, with the encoded images; "
+    parser.add_argument("--column", metavar="NAME", default="image", help="Parquet column with encoded images; "
                         "default image")  # fmt: skip
-    parser.add_argument("--name-column", metavar="NAME", help="with the images' file names; default: FILE#ROW")
+    parser.add_argument("--name-column", metavar="NAME", help="column with the images' file names; default: FILE#ROW")
     add_results(parser)
     return parse_resuming(parser, argv, "--output")

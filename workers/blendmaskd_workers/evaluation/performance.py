@@ -6,11 +6,11 @@
     python scripts/eval_performance.py --engine timed --devices npu:0 npu:1   # the program itself
 
 It times the network alone: from the prepared image on the host to boxes and mask probabilities on the host, without
-decoding, pasted masks or transport, which the daemon hides behind the device (scripts/benchmark.py shows how well).
-Each device is timed in a process of its own, started as the daemon starts workers: pinned, with its task queue and
-allocator. What is quoted is the median latency, and FPS, throughput and speed-ups by it.
+decoding, mask pasting or transport, which the daemon overlaps with the device (scripts/benchmark.py shows how well).
+Each device is timed in its own process, started as the daemon starts workers: pinned, with its task queue and
+allocator. The figures are the median latency, and FPS, throughput and speed-up derived from it.
 
-Writes performance_eval.log, performance_eval.json and pictures below --output-dir. Exit code: 0 measured, 2 could not.
+Writes performance_eval.log, performance_eval.json and plots to --output-dir. Exit code: 0 measured, 2 not measured.
 """
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval_performance", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("--config", metavar="FILE", help="the network, in AdelaiDet's YAML keys")
+    add("--config", metavar="FILE", help="the network: a YAML file with AdelaiDet's keys")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--weights", metavar="FILE", help="an AdelaiDet checkpoint of that network (.pth)")
     weights.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights instead")
@@ -317,15 +317,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--engine", default="native", choices=["native", "adelaidet", "timed"], help="default: native")
     add("--batch-sizes", type=_count, nargs="+", default=[], metavar="N", help="such as 1 2 4 8")
     add("--dtypes", nargs="+", default=[], choices=["fp32", "fp16", "bf16"],
-        help="what convolutions and matrix products compute in, by autocast")
+        help="data types of convolutions and matrix products, with autocast")
     add("--runtime-options", action="store_true",
-        help="CPU affinity, task queue and tcmalloc: none, each alone, all of them")
+        help="time CPU affinity, task queue and tcmalloc: none, each alone, all")
     add("--cpu-baseline", action="store_true", help="compare with all CPUs of the host")
     add("--size", type=_size, default="800x800", metavar="HxW",
-        help="of the random photograph (default: 800x800); the network resizes it as its configuration says")
+        help="size of the random image (default: 800x800); the network resizes it as its configuration says")
     add("--hf32", choices=("on", "off"), default="off", help="on: let an NPU use HF32 and CUDA TF32 (default: off)")
-    add("--iterations", type=_count, default=50, metavar="N", help="of each measurement (default: 50)")
-    add("--warm-up", type=_count, default=10, metavar="N", help="iterations before it (default: 10)")
+    add("--iterations", type=_count, default=50, metavar="N", help="per measurement (default: 50)")
+    add("--warm-up", type=_count, default=10, metavar="N", help="iterations before each (default: 10)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the daemon, such as runtime.cpus")
     add("--output-dir", type=Path, default=Path("out/performance"), metavar="FOLDER", help="default: out/performance")
     arguments = parser.parse_args(argv)

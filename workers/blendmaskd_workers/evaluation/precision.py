@@ -1,4 +1,4 @@
-"""The precision program: does a device compute what the reference computes, and if not, where does it go astray?
+"""The precision program: does a device compute what the reference computes, and if not, where does it deviate?
 
     python scripts/eval_precision.py --config configs/BlendMask/R_50_1x.yaml --weights model.pth --device npu:0 --trace
     python scripts/eval_precision.py … --device npu:0 --hf32 on           # what HF32 costs
@@ -7,12 +7,12 @@
 
 Both sides run the network as it was trained, as the daemon does with model.exact; the reference's answers are exact.
 It compares the training losses, the features p3 to p7, bases, head outputs, and the final boxes and masks, on fixed
-scenes or on --images. A value is off when its relative error is over 1%; values of at most 0.001 do not count. With
---trace each module of the device's network is fed the reference's input and its own output compared, so that errors
-are seen where they enter and not where they have grown: modules over the bar are named.
+scenes or on --images. A value is off if its relative error exceeds 1%; values of at most 0.001 are ignored. With
+--trace each module of the device's network is given the reference's input and its output is compared, so that errors
+appear where they originate and not where they have accumulated; modules over the threshold are named.
 
-Writes precision_eval.log, precision_eval.json and precision_eval.png below --output-dir. Exit code: 0 the device
-agrees; 1 a loss is off, or more than 1% of a tensor's elements are, or of a module's own output; 2 could not start.
+Writes precision_eval.log, precision_eval.json and precision_eval.png to --output-dir. Exit code: 0 the device
+agrees; 1 a loss is off, or more than 1% of the elements of a tensor or a module's output are; 2 could not start.
 """
 from __future__ import annotations
 
@@ -80,19 +80,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval_precision", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="the network, in AdelaiDet's YAML keys")
+    add("--config", required=True, metavar="FILE", help="the network: a YAML file with AdelaiDet's keys")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--weights", metavar="FILE", help="an AdelaiDet checkpoint of that network (.pth)")
     weights.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights instead")
-    add("--reference", type=_device, default="cpu", metavar="DEVICE", help="whose values are right (default: cpu)")
+    add("--reference", type=_device, default="cpu", metavar="DEVICE", help="device to compare with (default: cpu)")
     add("--device", type=_device, required=True, metavar="DEVICE", help="npu:0, cuda:0, cpu")
     add("--images", type=Path, nargs="+", default=[], metavar="FILE",
-        help="photographs, on which seeded shapes stand for instances (default: painted scenes)")
-    add("--seed", type=int, default=0, metavar="N", help="of the scenes (default: 0)")
+        help="photographs, annotated with seeded shapes as instances (default: painted scenes)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the scenes (default: 0)")
     add("--hf32", choices=("on", "off"), default="off",
         help="on: let an NPU use HF32 and CUDA TF32; off: float32 throughout, also on an Ascend 910A (default)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
-        help="what the device's convolutions and matrix products compute in, by autocast (default: fp32)")
+        help="data type of the device's convolutions and matrix products, with autocast (default: fp32)")
     add("--trace", action="store_true", help="compare module by module, each on the reference's input")
     add("--output-dir", type=Path, default=Path("out/precision"), metavar="FOLDER", help="default: out/precision")
     arguments = parser.parse_args(argv)

@@ -2,10 +2,10 @@
 
     python scripts/benchmark_masks.py
 
-The masks are those of R_50_1x with seeded weights on a photograph, scaled to 800x1200, with the boxes as they are and
-made to cover a tenth and a quarter of the image. The baseline evaluates only each box's window, as detectron2 does on a
-CPU. Pixels that differ are those whose value is exactly 0.5: the reference leaves them to rounding. Both are timed in
-turns in one run; the ratio of the medians is what is worth quoting.
+The masks are those of R_50_1x with seeded weights on a photograph scaled to 800x1200, with the boxes as found, and
+enlarged to a tenth and a quarter of the image. The baseline evaluates only each box's window, as detectron2 does on a
+CPU. Pixels can differ only where the value is exactly 0.5, which the reference leaves to rounding. Both are timed in
+turns in one run; the result is the ratio of the medians.
 """
 from __future__ import annotations
 

@@ -2,14 +2,14 @@
 
     python scripts/benchmark_network.py --threads 2
 
-Plain is what AdelaiDet computes: float32, norms on their own, the top layer everywhere, channels first, each mask
-pasted over the whole image and encoded by pycocotools. Exact is what the native engine does with model.exact: the same,
-but masks are pasted into their boxes only. Served is what it does without. All have the same seeded weights and the
-same array of 800x800 pixels, and take turns; what is worth quoting is the ratio of the medians in one run. The limit is
-the time that the multiplications which are left would take at the rate of this machine's best convolution, measured
-beside them: no arrangement of the same arithmetic beats it. In fp32 served must find what plain finds, instances and
-masks, but for rounding, and how far it is off is told; bf16 changes the order of such weights' meaningless scores, and
-with it what is kept.
+Plain is what AdelaiDet computes: float32, separate norms, the top layer everywhere, channels first, each mask pasted
+over the whole image and encoded by pycocotools. Exact is what the native engine does with model.exact: the same, but
+masks are pasted into their boxes only. Served is what it does without. All have the same seeded weights and the same
+array of 800x800 pixels, and take turns; the result is the ratio of the medians in one run. The limit is the time that
+the remaining multiplications would take at the rate of this machine's fastest convolution, measured in the same run: no
+arrangement of the same arithmetic is faster. In fp32 served must find what plain finds, instances and masks,
+except for rounding, whose size is reported; bf16 changes the order of such weights' meaningless scores, and thus which
+instances are kept.
 """
 from __future__ import annotations
 
@@ -294,12 +294,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", default=str(ROOT / "configs/BlendMask/R_50_1x.yaml"))
     add("--image", default=str(ROOT / "tests/golden/images/chelsea.png"))
-    add("--size", type=int, default=800, metavar="N", help="pixels of each side of the array (default 800)")
+    add("--size", type=int, default=800, metavar="N", help="side of the square array in pixels (default 800)")
     add("--threads", type=int, default=2)
     add("--rounds", type=int, default=5)
     add("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
-    add("--require", nargs="+", type=_requirement, default=[], metavar="P=RATIO", help="such as fp32=1.5: fail below")
-    add("--json", type=Path, metavar="FILE", help="the figures")
+    add("--require", nargs="+", type=_requirement, default=[], metavar="P=RATIO", help="minimums, such as fp32=1.5")
+    add("--json", type=Path, metavar="FILE", help="write the figures to this file")
     arguments = parser.parse_args(argv)
     arguments.require = dict(arguments.require)
     return arguments

@@ -252,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="the network, in AdelaiDet's YAML keys")
+    add("--config", required=True, metavar="FILE", help="the network: a YAML file with AdelaiDet's keys")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--weights", metavar="FILE", help="an AdelaiDet checkpoint of that network (.pth)")
     weights.add_argument("--random-weights", type=int, nargs="?", const=0, metavar="SEED",
@@ -260,10 +260,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--input", required=True, nargs="+", metavar="PLACE",
         help="files, folders, or quoted patterns such as 'photos/**/*.jpg'")
     add("--output", metavar="PLACE", help="overlays: a file for one image, a folder for several")
-    add("--json", type=Path, metavar="FILE", help="all results, one list")
+    add("--json", type=Path, metavar="FILE", help="file for all results, as one list")
     add("--device", type=_device, default="cpu", help="npu, npu:1, cuda, cuda:0 or cpu (default: cpu)")
     add("--score-threshold", type=_share, default=0.3, metavar="T",
-        help="keep instances of at least this score (default: 0.3; 0: all that the network returns)")
+        help="keep instances with at least this score (default: 0.3; 0: everything the network returns)")
     add("--categories", metavar="FILE", help="names of the classes, a COCO categories list (default: categories.json "
         "beside the weights, else COCO's names for 80 classes)")
     add("--precision", choices=("fp32", "hf32", "bf16", "fp16", "auto"), default="fp32",

@@ -1,9 +1,9 @@
-"""A checkpoint of random weights, for a trial of everything but the results.
+"""Write a checkpoint of random weights, to try everything except the results.
 
     python scripts/random_weights.py --config configs/BlendMask/R_50_1x.yaml --output random.pth
 
-It has the form of an AdelaiDet checkpoint, ``{"model": state_dict}``, and depends on the configuration and the seed
-only: every machine makes the same one.
+It has the form of an AdelaiDet checkpoint, ``{"model": state_dict}``, and depends only on the configuration and
+the seed: every machine writes the same one.
 """
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def save(config: str, output: Path, seed: int) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="FILE", required=True, help="the network, in AdelaiDet's YAML keys")
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the checkpoint, such as random.pth")
+    parser.add_argument("--config", metavar="FILE", required=True, help="the network: AdelaiDet's YAML keys")
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="checkpoint, such as random.pth")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
     return parser.parse_args(argv)

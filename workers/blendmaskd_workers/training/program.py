@@ -3,18 +3,19 @@
     python scripts/train.py --config configs/demo/demo.yaml --images shapes/images/train \
         --annotations shapes/train.json --output-dir out/demo
 
-Leaves in the output folder: checkpoint.pth (the last state, from which --resume goes on), model_final.pth (the weights
-in AdelaiDet's form), categories.json (the names of the classes, which inference finds beside the weights), log.jsonl
-(losses, one line for every 20 iterations) and losses.png. All numbers come from the configuration, by AdelaiDet's keys.
+Writes to the output folder: checkpoint.pth (the last state, from which --resume continues), model_final.pth (the
+weights in AdelaiDet's form), categories.json (the names of the classes, which inference finds beside the weights),
+log.jsonl (losses, one line for every 20 iterations) and losses.png. All hyperparameters come from the configuration,
+under AdelaiDet's keys.
 
-Annotations are checked whole first, and refused with all that is wrong, by annotation and image. Polygons of fewer than
-three points, of an odd number of coordinates or without an inside are left out, and so is an annotation that has no
-other: it is told how many.
+The annotations are validated as a whole first, and refused with a list of all faults, by annotation and image. Polygons
+with fewer than three points, with an odd number of coordinates or without an interior are ignored, and so are
+annotations that have no others; their number is reported.
 
-With --weights it starts from a checkpoint of the same network. Its number of classes may be another: the layers that
-depend on it start anew, and are named. Whatever ends a training early (Ctrl-C, SIGTERM, SIGHUP, a picture that cannot
-be read, a full disk), what it has learnt is in checkpoint.pth, and --resume goes on from there. Only what led to losses
-that are not finite is not saved: then checkpoint.pth is that of SOLVER.CHECKPOINT_PERIOD.
+With --weights, training starts from a checkpoint of the same network. Its number of classes may differ: the layers that
+depend on it are initialised anew, and listed. However training ends early (Ctrl-C, SIGTERM, SIGHUP, an image that
+cannot be read, a full disk), the progress is in checkpoint.pth, and --resume continues from there. Only a state whose
+losses are not finite is not saved: checkpoint.pth is then that of the last SOLVER.CHECKPOINT_PERIOD.
 """
 from __future__ import annotations
 
@@ -326,16 +327,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="the network and its training, in AdelaiDet's YAML keys")
-    add("--images", required=True, type=Path, metavar="DIR", help="the folder that the file names are relative to")
+    add("--config", required=True, metavar="FILE", help="network and training: a YAML file with AdelaiDet's keys")
+    add("--images", required=True, type=Path, metavar="DIR", help="folder that file names are relative to")
     add("--annotations", required=True, type=Path, metavar="FILE", help="COCO instances (.json)")
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="made where it is missing")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="created if missing")
     add("--weights", metavar="FILE", help="a checkpoint of the same network, of any number of classes, to start from "
         "(default: from scratch)")
-    add("--resume", action="store_true", help="go on from the output folder's checkpoint.pth")
+    add("--resume", action="store_true", help="continue from the output folder's checkpoint.pth")
     add("--device", default="cpu", help="npu, npu:1, cuda, cuda:0 or cpu (default: cpu)")
-    add("--threads", type=int, metavar="N", help="of the CPU's computations (default: PyTorch's choice)")
+    add("--threads", type=int, metavar="N", help="CPU threads for computation (default: PyTorch's choice)")
     add("--max-image-pixels", type=positive, default=500_000_000, metavar="N",
-        help="a picture with more ends the training (default: 500000000)")
-    add("--seed", type=int, default=0, metavar="N", help="of initial weights and of the order of images (default: 0)")
+        help="an image with more pixels ends the training (default: 500000000)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of initial weights and the order of images (default: 0)")
     return parser

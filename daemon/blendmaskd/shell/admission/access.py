@@ -93,8 +93,8 @@ class Verdict(Enum):
     """What is done with a message. The value is the reason that its sender is given."""
 
     WELCOME = ""
-    UNKNOWN = "this key is not among those that the daemon allows"
-    SHORT = "set the socket's identity to 16 random bytes (ZMQ_ROUTING_ID): who can guess it gets your answers"
+    UNKNOWN = "this key is not among those the daemon allows"
+    SHORT = "set the socket's identity to 16 random bytes (ZMQ_ROUTING_ID): anyone who can guess it gets your answers"
     TAKEN = "this identity has unanswered jobs of another key: choose 16 random bytes of your own"
 
 

@@ -41,8 +41,8 @@ _EVENTS = (
     | Event.HANDSHAKE_FAILED_NO_DETAIL | Event.HANDSHAKE_FAILED_PROTOCOL | Event.HANDSHAKE_FAILED_AUTH
 )  # fmt: skip
 _FAILURES = {
-    Event.HANDSHAKE_FAILED_NO_DETAIL: "said nothing in time or broke off",
-    Event.HANDSHAKE_FAILED_PROTOCOL: "spoke without CURVE or had another server key",
+    Event.HANDSHAKE_FAILED_NO_DETAIL: "sent nothing in time or disconnected",
+    Event.HANDSHAKE_FAILED_PROTOCOL: "did not use CURVE or had another server key",
     Event.HANDSHAKE_FAILED_AUTH: "had a key that is not allowed",
 }
 
