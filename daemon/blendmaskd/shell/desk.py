@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import zmq
 
@@ -38,6 +38,7 @@ Message = (  # first what is frequent
     broker.SendWorker | broker.Answered | durable.SendClient | broker.Dropped | broker.Losses | broker.Returned
     | Request
 )  # fmt: skip
+MESSAGES = get_args(Message)  # `isinstance` takes a tuple in a third of the time
 
 
 class Desk:

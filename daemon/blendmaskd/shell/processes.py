@@ -36,7 +36,6 @@ SILENT_S = 3.0  # a worker that missed this many reports is not called ready
 Action = durable.Action | reload.Action  # all that cores decide
 Actions = Iterable[Action]
 Decisions = Iterator[Actions]  # each is to be carried out before the next is asked for
-Deed = supervisor.Action | reload.StopCheck | broker.Evict | broker.Acquit
 
 
 class Child:
@@ -95,7 +94,7 @@ class Processes:
         self._token = secrets.token_hex(16)  # a worker proves with it that this run of the daemon started it
         self._reported: dict[str, tuple[int, State]] = {}  # by slot
 
-    def carry_out(self, action: Deed) -> Actions:
+    def carry_out(self, action: Action) -> Actions:
         """Returns what follows from it. Raises `HostError` when no worker fits this host from the start."""
         self.unsettled = True
         match action:

@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 
 import zmq
@@ -26,8 +25,8 @@ from blendmaskd.core import reload
 from blendmaskd.core.stats import Stats, status_line
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch, systemd
-from blendmaskd.shell.desk import Desk, Message
-from blendmaskd.shell.processes import Actions, Child, Decisions, Deed, Processes
+from blendmaskd.shell.desk import MESSAGES, Desk
+from blendmaskd.shell.processes import Action, Actions, Child, Decisions, Processes
 from blendmaskd.shell.sockets import Sockets, StartError, is_loopback
 from blendmaskd.shell.spool import SpoolError
 from blendmaskd.topology import HostError
@@ -160,13 +159,12 @@ class Server:
 
     def _carry_out(self, actions: Actions) -> None:
         """In the order in which they were decided, with all that follows from them."""
-        queue = deque(actions)
-        while queue:
-            action = queue.popleft()
-            queue.extend(self._desk.carry_out(action) if isinstance(action, Message) else self._do(action))
+        queue = list(actions)
+        for action in queue:  # it grows meanwhile
+            queue += self._desk.carry_out(action) if isinstance(action, MESSAGES) else self._do(action)
         self._desk.log_steps()
 
-    def _do(self, action: Deed | reload.Action) -> Actions:
+    def _do(self, action: Action) -> Actions:
         match action:
             case reload.Adopt(basis, undone):
                 return self._adopt(basis.settings, undone)
