@@ -66,7 +66,7 @@ def test_what_may_go_better_next_time_is_not_final(run, code, final) -> None:
 
 
 def test_a_run_in_a_folder_is_resumed_thrown_away_or_refused(run, tmp_path) -> None:
-    with pytest.raises(UsageError, match="another run writes"):
+    with pytest.raises(UsageError, match="another run is writing"):
         Run(run, ABOUT).open(resume=True, anew=False)
     folder = tmp_path / "other"
     kept = tmp_path / "kept"
@@ -74,7 +74,7 @@ def test_a_run_in_a_folder_is_resumed_thrown_away_or_refused(run, tmp_path) -> N
     Part(folder, "a").write(line(0))
     begun.close()
     folder.rename(kept)
-    with pytest.raises(UsageError, match="--resume continues it, --anew throws it away"):
+    with pytest.raises(UsageError, match="--resume continues it, --anew discards it"):
         Run(kept, ABOUT).open(resume=False, anew=False)
 
 
@@ -82,7 +82,7 @@ def test_a_run_of_other_images_is_not_continued(tmp_path) -> None:
     begun = Run(tmp_path, ABOUT).open(resume=False, anew=False)
     Part(tmp_path, "a").write(line(0))
     begun.close()
-    with pytest.raises(UsageError, match="begun with engine 'timed', not with 'native'"):
+    with pytest.raises(UsageError, match="started with engine 'timed', not with 'native'"):
         Run(tmp_path, {**ABOUT, "engine": "native"}).open(resume=True, anew=False)
     again = Run(tmp_path, {**ABOUT, "engine": "native"}).open(resume=False, anew=True)
     assert json.loads((tmp_path / "run.json").read_text())["engine"] == "native"

@@ -174,7 +174,7 @@ def test_what_is_no_image_is_refused_here(shared_daemon: Any, tmp_path: Path) ->
 
 
 def test_a_path_on_the_server_is_off_unless_a_root_allows_it(shared_daemon: Any) -> None:
-    with pytest.raises(JobFailed, match=r"bad-request: images by path are off: .*paths\.roots"):
+    with pytest.raises(JobFailed, match=r"bad-request: images by path are disabled: paths\.roots"):
         shared_daemon.client.segment(ServerPath("/etc/passwd"))
 
 

@@ -112,7 +112,7 @@ def test_an_async_client_does_the_same(kept: Any) -> None:
     [
         ({"job": "guessable"}, Code.BAD_REQUEST, "at least 32 random characters"),
         ({"image": bytes(200_000)}, Code.TOO_LARGE, "an image has at most 100000"),
-        ({"image": ServerPath("/etc/passwd")}, Code.BAD_REQUEST, "images by path are off"),
+        ({"image": ServerPath("/etc/passwd")}, Code.BAD_REQUEST, "images by path are disabled"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(kept: Any, change: dict[str, Any], code: Code, reason: str) -> None:
@@ -124,7 +124,7 @@ def test_what_cannot_be_kept_is_refused(kept: Any, change: dict[str, Any], code:
 def test_without_a_spool_the_refusal_says_how_to_have_one(shared_daemon: Any) -> None:
     client = shared_daemon.client
     for ask in (lambda: client.submit(pixels(1)), lambda: client.fetch("a" * 32), lambda: client.forget("a" * 32)):
-        with pytest.raises(JobFailed, match=r"bad-request: .*name a spool in the daemon's settings \(spool: PATH\)"):
+        with pytest.raises(JobFailed, match=r"bad-request: .*set spool in the daemon's settings \(spool: PATH\)"):
             ask()
 
 

@@ -377,7 +377,7 @@ def test_owners_take_turns_and_leave_each_other_room() -> None:
         ({"max_jobs_per_client": 3}, 3, "this client has 3 durable jobs unanswered, as many as one client may"),
         ({"max_bytes_per_client": 90}, 2, "this client has 80 bytes unanswered: one client may have 90"),
         ({"max_jobs": 16, "max_jobs_per_client": 16}, 14,
-         "this client has 14 jobs on their way into the spool: the last places are for others"),
+         "this client has 14 jobs on their way to the spool: the last places are reserved for others"),
     ],
 )
 def test_one_owner_has_no_more_than_one_may(limits: dict[str, int], taken: int, complaint: str) -> None:

@@ -102,7 +102,7 @@ def test_a_refused_client_is_told_what_to_do(guarded: Guarded) -> None:
 def test_a_client_with_keys_meets_a_daemon_without(daemon, tmp_path) -> None:
     tcp = f"tcp://127.0.0.1:{free_port()}"
     running = daemon(endpoints={"clients": [tcp], "metrics": None}, insecure_tcp=True)
-    assert "insecure_tcp: whoever reaches" in running.log
+    assert "insecure_tcp: anyone who can reach" in running.log
     for name in ("alice", "server"):
         keys.write_pair(tmp_path, name)
     options = {"server_key": tmp_path / "server.key", "key": tmp_path / "alice.key_secret", "timeout_s": 2}
@@ -464,4 +464,4 @@ def test_ipc_sockets_are_never_for_others(umask: int) -> None:
 def test_pages_that_are_open_to_all_are_warned_of(daemon) -> None:
     endpoints = {"clients": [f"tcp://127.0.0.1:{free_port()}"], "metrics": "0.0.0.0:0"}
     running = daemon(endpoints=endpoints, insecure_tcp=True)
-    assert "endpoints.metrics 0.0.0.0:0: open to whoever reaches the port" in running.log
+    assert "endpoints.metrics 0.0.0.0:0: open to anyone who can reach the port" in running.log

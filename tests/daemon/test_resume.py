@@ -148,7 +148,7 @@ def test_what_a_signal_ended_goes_on_where_it_was(
     assert code == 2
     assert err == (
         f"submit: o/ holds an unfinished run, {kept} of {IMAGES} images are answered: --resume continues it, --anew "
-        "throws it away\n"
+        "discards it\n"
     )
     code, out, err = run(tmp_path, *command, "--resume")
     assert code == 0, err
@@ -319,7 +319,7 @@ def test_a_damaged_line_costs_its_own_image_only(tmp_path: Path) -> None:
         (NAMES[:2], OPTIONS, "belongs to other images: 3, not 2; --anew begins anew"),
         ([*NAMES[:2], ("d.png", 3)], OPTIONS, r"other images: c.png \(id 3\), not d.png \(id 3\)"),
         ([*NAMES[:2], ("c.png", 9)], OPTIONS, r"other images: c.png \(id 3\), not c.png \(id 9\)"),
-        (NAMES, OPTIONS | {"mask_format": "none"}, "was begun with .* mask-format rle, not with .* mask-format none"),
+        (NAMES, OPTIONS | {"mask_format": "none"}, "was started with .* mask-format rle, not with .* mask-format none"),
     ],
 )
 def test_another_run_s_journal_is_refused(tmp_path: Path, images: Any, options: Any, complaint: str) -> None:
@@ -351,6 +351,6 @@ def test_two_runs_do_not_share_a_journal(tmp_path: Path) -> None:
     with Journal(path, NAMES, OPTIONS).open(resume=False, anew=False) as first:
         first.answered(0, None, "npu:0", [])
         for options in ({"resume": True, "anew": False}, {"resume": False, "anew": True}):
-            with pytest.raises(UsageError, match="another run writes into"):
+            with pytest.raises(UsageError, match="another run is writing to"):
                 Journal(path, NAMES, OPTIONS).open(**options)
     assert answers_of(path) == {0}

@@ -265,7 +265,7 @@ def test_a_daemon_that_knows_no_shared_memory_is_served_by_socket(daemon: Any) -
 def test_a_path_that_is_too_long_for_the_second_socket_is_said(daemon: Any, tmp_path: Path) -> None:
     path = str(tmp_path / "x")
     server = daemon(endpoints={"clients": [f"ipc://{path.ljust(106, 'x')}"], "metrics": None})
-    assert "no shared memory, images come by socket: " in server.log
+    assert "no shared memory, images use the socket: " in server.log
     assert "AF_UNIX path too long" in server.log
     images = [pixels(number) for number in range(8)]
     assert checksums(list(server.client.map(images))) == expected(images)

@@ -265,7 +265,7 @@ def test_a_device_that_starts_is_waited_for_as_long_as_wished(tmp_path: Path, wa
 
 def test_a_daemon_without_hope_is_not_waited_for() -> None:
     devices = [{"device": "npu:0", "state": "failed", "reason": "cannot boot: exited with code 78"}]
-    with pytest.raises(NoDaemonError, match="no device that can serve: npu:0 failed: cannot boot: exited with code 78"):
+    with pytest.raises(NoDaemonError, match="no device able to serve: npu:0 failed: cannot boot: exited with code 78"):
         _refuse_hopeless("ipc:///x", {"devices": devices})
     _refuse_hopeless("ipc:///x", {"devices": [*devices, {"device": "npu:1", "state": "backoff", "reason": ""}]})
     _refuse_hopeless("ipc:///x", {})  # in its first second

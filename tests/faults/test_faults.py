@@ -426,7 +426,7 @@ def test_a_reload_that_no_device_can_boot_by_is_undone(scene, wait_until, tmp_pa
         here.server.rewrite(worker_env=worker_env(bad))
         for time in (1, 2):
             here.server.process.send_signal(signal.SIGHUP)
-            undone = "reload undone, the settings before it are back: cpu:0: cannot boot"
+            undone = "reload undone, the previous settings are restored: cpu:0: cannot boot"
             wait_until(lambda undone=undone, time=time: here.server.log.count(undone) == time, LONG_S)
             wait_until(lambda: set(here.server.states().values()) == {"ready"}, LONG_S)
         assert here.server.pids()["cpu:1"] == before["cpu:1"]

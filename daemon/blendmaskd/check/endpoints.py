@@ -241,6 +241,6 @@ def judge_keys(facts: TcpFacts) -> list[Finding]:
     findings = [warning("keys", f"curve.client_keys: {complaint}", "fix or remove the file")
                 for complaint in facts.complaints]  # fmt: skip
     if not facts.names:
-        return [*findings, warning("keys", f"no client may connect by tcp yet: {facts.client_keys} holds no keys",
+        return [*findings, warning("keys", f"no client can connect over tcp yet: {facts.client_keys} holds no keys",
                                    "blendmaskd-keys client")]  # fmt: skip
     return [*findings, ok("keys", f"{len(facts.names)} clients may connect by tcp")]

@@ -157,7 +157,7 @@ class Exchange:
 
     def _ask(self, request: Submit | Fetch | Forget, payload: list[Any], now: float) -> Call:
         if request.job in self.jobs:
-            raise ValueError(f"job {request.job}: this client waits for an answer about it already")
+            raise ValueError(f"job {request.job}: this client is already waiting for an answer to it")
         job = Call(request, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now, by_socket=True)
         self.jobs[request.job] = job
         return job

@@ -292,7 +292,7 @@ class Broker:
         if size > self.limits.max_image_bytes:
             return refused(name, Code.TOO_LARGE, f"{size} bytes: an image has at most {self.limits.max_image_bytes}")
         if image.kind == "path" and not self.limits.paths_allowed:
-            return refused(name, Code.BAD_REQUEST, "images by path are off: the settings name no paths.roots")
+            return refused(name, Code.BAD_REQUEST, "images by path are disabled: paths.roots is not set")
         complaint = self.regions.complaint(image.place) if image.place else None
         if complaint:
             return refused(name, Code.BAD_REQUEST, complaint)
@@ -311,7 +311,7 @@ class Broker:
         actions: list[Action] = []
         for job in list(self._jobs_of(client).values()):
             if self.tracing:
-                self._tell("dropped", job, code=Code.CANCELLED, reason="its client is gone")
+                self._tell("dropped", job, code=Code.CANCELLED, reason="its client has left")
             actions += [Dropped(job.name, Code.CANCELLED), *self._remove(job)]
         return actions + self._assign(now)
 
@@ -506,7 +506,7 @@ class Broker:
         if account is None:
             return ""
         if account.waiting >= SHARE * (limits.max_jobs - self.waiting_jobs):
-            return f"{account.waiting} jobs waiting: the last places are for others"
+            return f"{account.waiting} jobs waiting: the last places are reserved for others"
         if account.waiting and account.waiting_bytes >= SHARE * (limits.max_bytes - self.waiting_bytes):
             return f"{account.waiting_bytes} bytes waiting: the last are for others"
         if len(account.jobs) >= limits.max_jobs_per_client:
@@ -770,7 +770,7 @@ class Broker:
         assert len(known_trials) == len(set(known_trials)), "an image is tried twice at once"
 
 
-_NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, mend, then reload"
+_NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, fix the cause, then reload"
 
 
 def refused(job: str, code: Code, reason: str, retry_after_s: float | None = None) -> Failed:

@@ -312,7 +312,8 @@ class Durable:
         if own.bytes + size > limits.max_bytes_per_client:
             return f"this client has {own.bytes} bytes unanswered: one client may have {limits.max_bytes_per_client}"
         if own.storing >= SHARE * (limits.max_jobs - self._states[State.STORING]):
-            return f"this client has {own.storing} jobs on their way into the spool: the last places are for others"
+            on_the_way = f"{own.storing} jobs on their way to the spool"
+            return f"this client has {on_the_way}: the last places are reserved for others"
         if own.bytes and own.bytes + size > self.max_bytes - self.usage.bytes - self._storing_bytes:
             return f"this client has {own.bytes} bytes in the spool: the last are for others"
         return ""
@@ -451,7 +452,7 @@ class Durable:
             assert (job.answer is None) == (job.state is not State.ANSWERED), "an answer is nowhere"
 
 
-_UNKNOWN = "no durable job of this name: it was never accepted, or was forgotten, or its time was over (spool_keep_s)"
+_UNKNOWN = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"
 
 
 def _stored(job: Job) -> spool.Stored:
@@ -463,7 +464,8 @@ def _mark(job: Job) -> spool.Mark:
 
 
 def _off(name: str) -> Failed:
-    return refused(name, Code.BAD_REQUEST, "durable jobs are off: name a spool in the daemon's settings (spool: PATH)")
+    reason = "durable jobs are disabled: set spool in the daemon's settings (spool: PATH)"
+    return refused(name, Code.BAD_REQUEST, reason)
 
 
 def _busy(name: str, reason: str) -> Failed:

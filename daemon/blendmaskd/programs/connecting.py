@@ -82,4 +82,4 @@ def _refuse_hopeless(endpoint: str, snapshot: dict[str, Any]) -> None:
     devices = snapshot.get("devices", [])
     if devices and all(device["state"] in ("failed", "ended") for device in devices):
         reasons = "; ".join(f"{device['device']} {device['state']}: {device['reason']}" for device in devices)
-        raise NoDaemonError(f"the daemon at {endpoint} has no device that can serve: {reasons}")
+        raise NoDaemonError(f"the daemon at {endpoint} has no device able to serve: {reasons}")

@@ -128,7 +128,7 @@ class Journal:
 
     def _continue(self, found: Contents, end: int) -> None:
         if found.options != self.contents.options:
-            raise UsageError(f"--resume: {self.path} was begun with {_told(found.options)}, not with "
+            raise UsageError(f"--resume: {self.path} was started with {_told(found.options)}, not with "
                              f"{_told(self.contents.options)}: {_REMEDY}")  # fmt: skip
         if found.images != self.contents.images:
             raise UsageError(f"--resume: {self.path} belongs to other images: "
@@ -140,7 +140,7 @@ class Journal:
         if found and not found.over:
             raise UsageError(
                 f"{self.path.parent}/ holds an unfinished run, {len(found.answers)} of {len(found.images)} images are "
-                "answered: --resume continues it, --anew throws it away"
+                "answered: --resume continues it, --anew discards it"
             )
 
     def _write(self, line: dict[str, Any]) -> None:

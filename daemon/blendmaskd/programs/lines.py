@@ -83,6 +83,6 @@ def lock(fd: int, folder: Path, flag: str) -> None:
 
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UsageError(f"another run writes into {folder}/: let it end, or choose another {flag}") from None
+        raise UsageError(f"another run is writing to {folder}/: wait for it, or choose another {flag}") from None
     except (OSError, ModuleNotFoundError):
         pass  # a file system, or a platform, without such locks

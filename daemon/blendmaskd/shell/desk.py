@@ -112,7 +112,7 @@ class Desk:
         """Who has left, and who may connect or not be here any more; to be called before clients are read."""
         for client in self.admission.left():
             if self.broker.has_jobs(client):
-                log.info("a client is gone: its jobs are cancelled", extra=about(client=shown(client)))
+                log.info("a client has left: its jobs are cancelled", extra=about(client=shown(client)))
             yield self._client_gone(client)
         yield from self._shut_out(self.admission.receive(readable))
 
@@ -287,7 +287,7 @@ class Desk:
         if trouble and not before:
             log.error("spool %s: %s: answers are kept in memory until it can be written", self.spool.path, trouble)
         elif before and not trouble:
-            log.info("spool %s: is written again", self.spool.path)
+            log.info("spool %s: writable again", self.spool.path)
 
     def _describe_spool(self) -> dict[str, Any] | None:
         usage = self.durable.usage

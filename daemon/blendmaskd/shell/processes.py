@@ -121,7 +121,7 @@ class Processes:
         """A worker says that it serves."""
         child = self.children[worker]
         if message.token != self._token or message.pid != child.process.pid:
-            log.error("a stranger says it is ready (pid %d)", message.pid, extra=about(slot=child.name))
+            log.error("an unknown process reports ready (pid %d)", message.pid, extra=about(slot=child.name))
             return ()
         self.unsettled = True
         child.actual = message.actual

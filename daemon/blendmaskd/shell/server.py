@@ -82,10 +82,10 @@ class Server:
         if desk.spool is not None:
             self._watch(desk.spool.fileno(), desk.on_spool)
         if not is_loopback(endpoints.metrics):
-            log.warning("endpoints.metrics %s: open to whoever reaches the port; 127.0.0.1 is this host's alone",
+            log.warning("endpoints.metrics %s: open to anyone who can reach the port; use 127.0.0.1 for this host only",
                         endpoints.metrics)  # fmt: skip
         if sockets.no_memory:
-            log.warning("no shared memory, images come by socket: %s", sockets.no_memory)
+            log.warning("no shared memory, images use the socket: %s", sockets.no_memory)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ class Server:
     def _follow_drain(self, now: float, deadline: float) -> Decisions:
         durable = self._desk.durable
         if now >= deadline and self._desk.broker.unanswered:
-            log.warning("drain: %d jobs not done in time, answered as draining", self._desk.broker.unanswered)
+            log.warning("drain: %d jobs not finished in time, answered as draining", self._desk.broker.unanswered)
             yield self._desk.broker.end_drain()
         if not self._desk.broker.unanswered and not self._supervisor.draining:
             yield self._supervisor.drain(now)
@@ -177,7 +177,7 @@ class Server:
                 log.error("%s", text)
                 self._notifier.send(READY="1", STATUS=text)
             case reload.GiveUp():
-                log.error("no worker can be started; see above")
+                log.error("no worker can be started; see the errors above")
                 self._exit_code = 1
             case _:
                 return self._processes.carry_out(action)
@@ -186,7 +186,7 @@ class Server:
 
     def _adopt(self, settings: Settings, undone: str) -> Actions:
         if undone:
-            log.error("reload undone, the settings before it are back: %s", undone)
+            log.error("reload undone, the previous settings are restored: %s", undone)
         else:
             log.info("reload: accepted, replacing the workers one at a time")
         self.settings = settings
@@ -214,7 +214,7 @@ class Server:
             if number in (signal.SIGTERM, signal.SIGINT):
                 yield self._drain(signal.Signals(number))
             elif number == signal.SIGHUP and self._reload.busy:
-                log.warning("reload: not now, another reload or a drain is under way")
+                log.warning("reload ignored: another reload or a drain is in progress")
             elif number == signal.SIGHUP:
                 self._notifier.reloading()
                 yield self._processes.try_out(self._load_settings)

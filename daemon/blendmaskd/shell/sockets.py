@@ -136,7 +136,8 @@ class Sockets:
             self.allowed = AllowedKeys(self._settings.curve.client_keys)
             if not self.allowed.folder.is_dir():
                 folder = self.allowed.folder
-                raise StartError(f"curve.client_keys: {folder}: no such folder; `blendmaskd-keys server` makes it")
+                remedy = "create it with `blendmaskd-keys server`"
+                raise StartError(f"curve.client_keys: {folder}: no such folder; {remedy}")
         self.gate = Gate(self._context, self.clients, self.allowed, self._settings.limits.max_connections)
         self.gate.refresh()
         for endpoint in endpoints:

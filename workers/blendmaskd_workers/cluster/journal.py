@@ -141,11 +141,11 @@ class Run:
     def _check(self, found: dict[str, Any], *, resume: bool) -> None:
         if not resume:
             if any((self.folder / "journal").glob("*.jsonl")):
-                raise UsageError(f"{self.folder}/ holds a run: --resume continues it, --anew throws it away")
+                raise UsageError(f"{self.folder}/ holds a run: --resume continues it, --anew discards it")
             return
         for name, wanted in self._about.items():
             if found.get(name) != wanted:
-                raise UsageError(f"--resume: {self.folder}/ was begun with {name} {found.get(name)!r}, not with "
+                raise UsageError(f"--resume: {self.folder}/ was started with {name} {found.get(name)!r}, not with "
                                  f"{wanted!r}: --anew begins anew, or choose another --output")  # fmt: skip
 
 

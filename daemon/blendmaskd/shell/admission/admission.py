@@ -34,9 +34,9 @@ class Admission:
         self._report_refused_at = 0.0
         self.sockets = [*(gate.sockets if gate else ()), *([departures.socket] if departures else ())]
         if gate is not None and allowed is None:
-            log.warning("insecure_tcp: whoever reaches the tcp endpoint can submit jobs and read the traffic")
+            log.warning("insecure_tcp: anyone who can reach the tcp endpoint can submit jobs and read the traffic")
         elif allowed is not None and not allowed.names:
-            log.warning("no client may connect by tcp yet: %s holds no keys", allowed.folder)
+            log.warning("no client can connect over tcp yet: %s holds no keys", allowed.folder)
 
     def judge(self, client: bytes, frame: zmq.Frame) -> Verdict:
         """Of a message: its sender's identity and last frame. The connection of an unknown key is closed."""
@@ -71,7 +71,7 @@ class Admission:
             self._identities.forget_idle()
         if now >= self._report_refused_at and (refused := self._gate.take_refused()):
             self._report_refused_at = now + REFUSED_S
-            log.warning("tcp connections turned away: %s", refused)
+            log.warning("tcp connections rejected: %s", refused)
         return shut_out
 
     def _shut_out(self, gate: Gate) -> list[bytes]:
