@@ -85,7 +85,7 @@ def test_the_text_names_the_remedy(tmp_path: Path) -> None:
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "error    endpoint     endpoints.clients: a path of" in done.stdout
-    assert "-> a shorter path" in done.stdout
+    assert "-> use a shorter path" in done.stdout
     assert done.stdout.splitlines()[-1].endswith("1 errors")
 
 
@@ -161,7 +161,7 @@ def test_keys_and_spool_are_looked_at(check: Check, tmp_path: Path) -> None:
         spool=f"{tmp_path}/nowhere/spool.db",
     )
     assert [level for level, _ in told(report, "keys")] == ["error"]
-    assert told(report, "files") == [("error", f"spool: the folder of {tmp_path}/nowhere/spool.db is not there")]
+    assert told(report, "files") == [("error", f"spool: the folder of {tmp_path}/nowhere/spool.db does not exist")]
     assert told(check(spool=f"{tmp_path}/spool.db", spool_bytes=1 << 20), "files") == [
         ("ok", f"spool: {tmp_path}/spool.db")
     ]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from chaos import scenes
+from chaos import fault_scenes as scenes
 
 
 @pytest.mark.slow
