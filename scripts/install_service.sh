@@ -172,7 +172,7 @@ install_packages() {
         constraints=$SOURCE/constraints.txt
     fi
     [ -z "$constraints" ] || arguments=(--constraint "$constraints")
-    $PREFIX/venv/bin/python -m pip install "${arguments[@]}" "$sources[serve${extras:+,$extras}]" ||
+    $PREFIX/venv/bin/python -m pip install "${arguments[@]}" "${sources}[serve${extras:+,$extras}]" ||
         { rm -rf "$sources" && fail "pip could not install blendmaskd"; }
     rm -rf "$sources"
 }

@@ -14,7 +14,7 @@ GOLDEN = ROOT / "tests" / "golden"
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # two test processes share the cores; what must sum as it was recorded takes `two_threads`
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from zoo import two_threads
 
 from blendmaskd_workers.blendmask import BlendMask, build, collate, load_config, load_into, prepare, random_weights
 from blendmaskd_workers.training.losses import losses
@@ -86,8 +87,9 @@ def step(request) -> Step:
     want = recorded(network)[0]["results"][kind]
     for name in want["frozen_params"]:
         model.get_parameter(name).requires_grad_(False)
-    found = losses(model, batch(network, model), ground_truths(network, kind, config.resolution))
-    torch.stack(list(found.values())).sum().backward()
+    with two_threads():
+        found = losses(model, batch(network, model), ground_truths(network, kind, config.resolution))
+        torch.stack(list(found.values())).sum().backward()
     return Step(want, model, found)
 
 

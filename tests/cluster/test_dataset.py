@@ -148,7 +148,8 @@ def test_an_image_that_ends_workers_fails_alone(cluster, tmp_path) -> None:
     for number in range(10):
         width = 12 if number == 3 else 24
         Image.fromarray(np.zeros((16, width, 3), np.uint8)).save(tmp_path / "in" / f"{number}.png")
-    poison = ["--set", f"worker_env={{PYTHONPATH: '{ROOT / 'tests' / 'cluster' / 'poison'}:{SOURCES}'}}"]
+    folders = f"{ROOT / 'tests' / 'cluster' / 'poison'}:{ROOT / 'tests'}:{SOURCES}"
+    poison = ["--set", f"worker_env={{PYTHONPATH: '{folders}'}}"]
     program = Program(cluster, tmp_path / "out", tmp_path / "in", *TIMED, "--workers", "1", *poison)
     program.end(1)
     assert {each["file_name"]: each["code"] for each in program.failures()} == {"3.png": "worker-lost"}

@@ -97,7 +97,8 @@ def test_a_worker_is_killed_under_load_and_no_client_notices(deploy, photograph)
 
 def test_an_image_that_ends_workers_is_given_up_and_costs_no_more_of_them(deploy, wait_until) -> None:
     folder = ROOT / "tests" / "cluster" / "poison"
-    app = deploy({**TIMED, "batch": 1, "worker_env": {"PYTHONPATH": f"{folder}:{SOURCES}"}}, replicas=2, fronts=1)
+    path = f"{folder}:{ROOT / 'tests'}:{SOURCES}"
+    app = deploy({**TIMED, "batch": 1, "worker_env": {"PYTHONPATH": path}}, replicas=2, fronts=1)
 
     def pids() -> set[int]:
         return {device["pid"] for device in app.stats()["devices"]}

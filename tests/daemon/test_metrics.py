@@ -223,6 +223,7 @@ def test_systemd_is_told_ready_once_and_fed_each_second(
     assert notifications.received[-1] == "STATUS=stopped"
 
 
+@pytest.mark.slow
 def test_health_pages_of_a_daemon_whose_workers_hang_and_die(daemon: Any, wait_until: Any) -> None:
     running = daemon(restarts={"give_up_after": 1, "stop_s": 2})
 

@@ -215,6 +215,7 @@ class Prometheus:
             self.process.wait()
 
 
+@pytest.mark.slow
 @needs_prometheus
 def test_a_real_prometheus_records_the_combined_fps_and_alerts(
     daemon: Any, wait_until: Any, tmp_path: Path

@@ -88,6 +88,7 @@ def images(tmp_path: Path) -> Path:
 # -- the daemon dies --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_daemon_and_a_restart_go_unnoticed(
     daemon: Any, wait_until: Any, tmp_path: Path, images: Path
 ) -> None:

@@ -101,6 +101,7 @@ def test_watch_shows_each_second_until_ctrl_c(shared_daemon: Any) -> None:
     assert (process.returncode, err) == (0, "")
 
 
+@pytest.mark.slow
 def test_watch_on_a_terminal_redraws_and_waits_for_a_daemon_that_is_gone(daemon: Any, wait_until: Any) -> None:
     running = daemon(devices=["cpu:0"])
     ours, theirs = pty.openpty()

@@ -233,6 +233,7 @@ def test_a_device_that_is_gone_for_good_is_said_loudly(daemon: Any, visit: Any, 
     page.check()
 
 
+@pytest.mark.slow
 def test_a_daemon_that_drains_stops_and_comes_back(daemon: Any, visit: Any, wait_until: Any) -> None:
     running = daemon(devices=["cpu:0"], timed={"latency_ms": {1: 1500}}, drain_s=30)
     page = visit(running.metrics_url)
@@ -257,6 +258,7 @@ def test_a_daemon_that_drains_stops_and_comes_back(daemon: Any, visit: Any, wait
     assert not page.read()["stale"]
 
 
+@pytest.mark.slow
 def test_a_loop_that_hangs_is_told_from_one_that_works(visit: Any, wait_until: Any, shared_daemon: Any) -> None:
     server = Pages("127.0.0.1:0")
     try:

@@ -63,6 +63,7 @@ def test_an_image_that_hangs_a_device_costs_no_more_when_nobody_waits_for_it(sce
     assert here.load.failures == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [2, 8])
 def test_several_at_once_on_devices_that_boot_slowly_leave_both_serving(scene, images) -> None:
     restarts = {"first_delay_s": 0.05, "stop_s": 2}

@@ -162,7 +162,8 @@ def _run_child(layer: str, seed: int, numbers: range, folder: str) -> Progress:
 def _as_a_worker() -> dict[str, str]:
     """The environment, with a worker's allocator: what asks for much cleared memory pays for it there at once."""
     preload = launch.resolve_preload("auto").path
-    return {**os.environ, **({"LD_PRELOAD": preload} if preload else {})}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **({"LD_PRELOAD": preload} if preload else {})}
 
 
 def _last_line(process: subprocess.Popen[bytes], at: Path) -> bytes:

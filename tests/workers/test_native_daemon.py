@@ -85,6 +85,7 @@ def test_two_devices_answer_as_the_bare_network(daemon, weights, kind) -> None:
         assert {device["actual"]["task_queue"] for device in devices.values()} == {2}
 
 
+@pytest.mark.slow
 def test_a_reload_asks_for_exact_answers_and_they_do_not_depend_on_company(daemon, weights, wait_until) -> None:
     """Eight jobs of one size, there at once, would make a batch, which is summed in another order."""
     model = {"config": str(CONFIG), "weights": str(weights)}

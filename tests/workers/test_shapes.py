@@ -88,6 +88,7 @@ def test_enough_of_every_shape_is_visible() -> None:
     assert min(each.visible.sum() for scene in scenes() for each in scene.instances) > 28**2 / 8
 
 
+@pytest.mark.slow
 def test_the_hole_of_a_ring_is_no_part_of_its_mask_and_nothing_else_has_one() -> None:
     holes = [(name, hole(mask) / mask.sum()) for name, mask in lying_on_top()]
     assert all(share > 0.2 if name == "ring" else share == 0 for name, share in holes), holes

@@ -689,6 +689,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_says_how_to_go_on(trained) -> None:
     assert trained.exit_code == INTERRUPTED
     assert f"interrupted after {trained.interrupted_at} iterations; --resume goes on" in trained.told
