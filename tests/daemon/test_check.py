@@ -118,6 +118,7 @@ def test_a_precision_that_the_device_lacks_is_told(check: Check) -> None:
     assert any(level == "error" and "float16" in text for level, text in told(report, "device"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [False, True])
 def test_whether_answers_are_exact_is_told(check: Check, exact: bool) -> None:
     report = check(engine="native", model={**DEMO, "exact": exact}, devices=["cpu:0"])
@@ -175,6 +176,7 @@ def test_the_rights_on_the_folder_of_the_socket_are_told(check: Check, tmp_path:
     assert "this user cannot create" in told(report, "endpoint")[0][1]
 
 
+@pytest.mark.slow
 def test_emulated_npus_open_and_npu_smi_tells_their_health(check: Check, npu_smi: Any) -> None:
     row = "| 1     910B3               | "
     text = (SAMPLES / "info_910B3_8npu.txt").read_text().replace(f"{row}OK ", f"{row}Warning ")

@@ -187,6 +187,7 @@ class Writer(threading.Thread):
             self.error = error
 
 
+@pytest.mark.slow
 def test_kill_9_in_mid_load_loses_nothing_and_answers_nothing_twice(
     daemon: Any, wait_until: Any, tmp_path: Path
 ) -> None:
@@ -217,6 +218,7 @@ def test_kill_9_in_mid_load_loses_nothing_and_answers_nothing_twice(
     db.close()
 
 
+@pytest.mark.slow
 def test_a_client_that_waits_is_answered_by_the_next_daemon(daemon: Any, wait_until: Any, tmp_path: Path) -> None:
     running = daemon(**spooled(tmp_path, timed={"latency_ms": {1: 1000}}, devices=["cpu:0"]))
     jobs = [running.client.submit(pixels(number)) for number in range(2)]

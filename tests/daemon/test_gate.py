@@ -235,6 +235,7 @@ def test_one_client_is_refused_under_another_s_identity(slow: Guarded, wait_unti
     assert identity.hex() not in slow.daemon.log
 
 
+@pytest.mark.slow
 def test_a_client_that_reconnects_gets_its_answers(slow: Guarded, wait_until) -> None:
     """ROUTER_HANDOVER is for this: the same key comes back under the same identity."""
     identity = os.urandom(16)

@@ -122,6 +122,7 @@ def lines_about(server: Any, job: str, as_json: bool) -> list[dict[str, str]]:
             for match in parsed if match]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_job_is_followed_by_its_name_through_the_death_of_its_worker(form: str, daemon: Any, wait_until: Any) -> None:
     server = daemon(devices=["cpu:0"], timed={"latency_ms": {1: 2000}}, log={"format": form, "jobs": True})

@@ -104,6 +104,7 @@ def test_kill_9_of_the_daemon_and_a_restart_go_unnoticed(
     check_whole(tmp_path / "o", images)
 
 
+@pytest.mark.slow
 def test_a_daemon_that_is_gone_for_long_is_resumed_with(
     daemon: Any, wait_until: Any, tmp_path: Path, images: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_daemon_that_is_gone_for_long_is_resumed_with(
 # -- submit ends early ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_what_a_signal_ended_goes_on_where_it_was(
     daemon: Any, wait_until: Any, tmp_path: Path, images: Path, number: signal.Signals

@@ -153,6 +153,7 @@ def duration(seconds: float | None) -> str:
     return f"{milliseconds:.{2 if milliseconds < 10 else 1 if milliseconds < 100 else 0}f} ms"
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_figures_of_metrics_and_stats(daemon: Any, visit: Any, wait_until: Any) -> None:
     running = daemon()
     page = visit(running.metrics_url)
@@ -193,6 +194,7 @@ def test_the_page_shows_the_figures_of_metrics_and_stats(daemon: Any, visit: Any
     page.check()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_failed_job_show_up(daemon: Any, visit: Any, wait_until: Any) -> None:
     running = daemon()
     page = visit(running.metrics_url)
@@ -285,6 +287,7 @@ def test_the_last_image_is_off_by_default(shared_daemon: Any, visit: Any, wait_u
     page.check()
 
 
+@pytest.mark.slow
 def test_the_last_image_is_shown_where_settings_allow_it(daemon: Any, visit: Any, wait_until: Any) -> None:
     running = daemon(show_last_image=True)
     page = visit(running.metrics_url)
@@ -302,6 +305,7 @@ def test_the_last_image_is_shown_where_settings_allow_it(daemon: Any, visit: Any
     page.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_can_be_read_on_every_width(
     scheme: str, daemon: Any, visit: Any, wait_until: Any, tmp_path: Path

@@ -103,6 +103,7 @@ def test_the_death_of_a_process_is_noticed() -> None:
 
 # ---- the program ------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_two_sleeping_devices_are_twice_as_fast_as_one(tmp_path, parses_back, capsys) -> None:
     for _ in range(5):  # whatever else the machine does disturbs the two sooner than the one
         capsys.readouterr()
@@ -214,6 +215,7 @@ def test_without_matplotlib_there_are_figures_but_no_pictures(script, tmp_path) 
     assert json.loads((tmp_path / "out" / "performance_eval.json").read_text())["latency"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--devices", "npu:0", "--random-weights", "0"], "torch_npu"),
     (["--devices", "cpu:0", "--weights", "missing.pth"], "missing.pth"),

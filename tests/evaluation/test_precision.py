@@ -64,6 +64,7 @@ def evaluate(reference: Subject, device: Subject) -> Any:
     return subjects.evaluate(reference, device, [scene], reference.model.config, trace=True)
 
 
+@pytest.mark.slow
 def test_the_cpu_agrees_with_itself(run, tmp_path) -> None:
     code, report = run("--device", "cpu", "--trace")
     assert code == 0

@@ -51,6 +51,7 @@ def test_one_image_costs_two_workers_and_then_none(scene, poison) -> None:
     assert here.load.failures == []
 
 
+@pytest.mark.slow
 def test_an_image_that_hangs_a_device_costs_no_more_when_nobody_waits_for_it(scene) -> None:
     """Its jobs are answered `timeout` before their worker is aborted: what that died of is known all the same."""
     restarts = {"first_delay_s": 0.05, "stop_s": 2, "stall_s": 3}
@@ -120,6 +121,7 @@ def test_a_bare_client_that_insists_costs_no_more(scene, tmp_path) -> None:
     assert here.load.failures == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["shared memory", "path", "durable", "durable from shared memory"])
 def test_by_whatever_way_it_comes(scene, tmp_path, way) -> None:
     file = tmp_path / "poison.png"
@@ -172,6 +174,7 @@ def _durable_from_shared_memory(server: Any) -> None:
     raise JobFailed(found.code, found.reason)
 
 
+@pytest.mark.slow
 def test_a_submit_run_lists_it_and_resuming_leaves_it(scene, tmp_path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

@@ -58,6 +58,7 @@ def test_a_daemon_of_its_own_is_measured_beside_its_devices_and_the_plain_path(t
     assert "round 1, batch=1, 8 clients: " in said.err
 
 
+@pytest.mark.slow
 def test_one_that_runs_is_measured_in_an_open_loop(shared_daemon: Any, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "run.json"
     arguments = ["--seconds", "0.4", "--warm-up", "0.1", "--rounds", "2", "--size", "64x64", "--json", str(file)]
@@ -73,6 +74,7 @@ def test_one_that_runs_is_measured_in_an_open_loop(shared_daemon: Any, tmp_path:
     assert table[0].startswith("| load | round | images/s | p50 ms | p99 |")
 
 
+@pytest.mark.slow
 def test_a_device_is_busy_for_at_least_what_it_sleeps(shared_daemon: Any, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     shared_daemon.wait_ready()

@@ -93,6 +93,7 @@ def test_a_daemon_answers_each_image_with_its_checksum(shared_daemon: Any, trans
     assert generator.checked == len(generator.samples)
 
 
+@pytest.mark.slow
 def test_shared_memory_with_all_places_taken_holds_jobs_back_and_loses_none(shared_daemon: Any) -> None:
     shared_daemon.wait_ready()
     sending = Sending("shared", Options(), deadline_s=10.0, places=2)

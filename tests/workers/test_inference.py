@@ -105,6 +105,7 @@ def test_an_npu_gives_what_the_cpu_gives(weights: str, folder: Path, tmp_path: P
     assert [one["category_id"] for one in ours] == [one["category_id"] for one in theirs]
 
 
+@pytest.mark.slow
 def test_precision_is_what_was_asked_for_or_refused(weights: str, folder: Path, tmp_path: Path) -> None:
     common = ["--config", CONFIG, "--weights", weights, "--input", str(folder / "c.jpg"), "--score-threshold", "0"]
     assert main([*common, "--json", str(tmp_path / "auto.json"), "--precision", "auto"]) == 0

@@ -79,6 +79,7 @@ def test_real_masks_equal_pasted_ones(scale: float) -> None:
         assert (np.abs(values(probability, box, size)[differs] - 0.5) < NEAR).all()
 
 
+@pytest.mark.slow
 def test_long_runs_take_many_groups() -> None:
     probability, box, size = np.ones((2, 2), np.float32), np.array([4000, 0, 4100, 5000], np.float32), (5000, 8000)
     [rle] = masks.encode(probability[None], box[None], size)

@@ -696,6 +696,7 @@ def test_an_interrupted_training_says_how_to_go_on(trained) -> None:
     assert "Traceback" not in trained.told
 
 
+@pytest.mark.slow
 def test_a_resumed_training_equals_an_uninterrupted_one(trained) -> None:
     resumed, whole = weights(trained.resumed), weights(trained.whole)
     assert resumed.keys() == whole.keys()
