@@ -36,14 +36,10 @@ def segment_images(model: BlendMask, images: Sequence[Tensor], upload: Upload = 
 
     `propose` takes the place of the network's own, such as what `capture` returned.
     """
-    proposals = (propose or model.propose)(images[0] if len(images) == 1 else torch.cat(list(images)))
-    packed = proposals.packed.cpu().numpy()
-    selections = [select(candidates, proposals.level_sizes, model.config) for candidates in packed]
-    probabilities = _masks(model, proposals, selections, upload)
-    return [
-        Instances(kept.boxes, kept.scores, kept.classes, masks, kept.locations, kept.levels)
-        for kept, masks in zip(selections, probabilities)
-    ]
+    proposals = (propose or model.propose)(batch_of(images))
+    selections = choose(model, proposals, proposals.packed.cpu().numpy())
+    masks = blend(model, proposals, selections, upload)
+    return instances(model, selections, None if masks is None else masks.cpu().numpy())
 
 
 @torch.inference_mode()
@@ -52,12 +48,25 @@ def capture(model: BlendMask, graph: Graph, images: Tensor) -> Propose:
     return graph(model.propose, images)
 
 
-def _masks(model: BlendMask, proposals: Proposals, selections: Sequence[Selection], upload: Upload) -> list[Floats]:
-    """Return mask probabilities (n, R, R) of each image; the device is left alone when nothing was kept."""
+def batch_of(parts: Sequence[Tensor]) -> Tensor:
+    """Return the images as one tensor (N, 3, H, W)."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def choose(model: BlendMask, proposals: Proposals, packed: Floats) -> list[Selection]:
+    """Return what is kept of each image; `packed` is the host's copy of the proposals' candidates. Host only."""
+    return [select(candidates, proposals.level_sizes, model.config) for candidates in packed]
+
+
+@torch.inference_mode()
+def blend(model: BlendMask, proposals: Proposals, selections: Sequence[Selection], upload: Upload) -> Tensor | None:
+    """Return mask probabilities (D, R, R) float32 of all that was kept in the batch, where the network lives.
+
+    None, and the device is left alone, when nothing was kept.
+    """
     counts = [len(kept) for kept in selections]
-    side = model.config.resolution
     if sum(counts) == 0:
-        return [np.zeros((0, side, side), np.float32) for _ in selections]
+        return None
     kept = np.empty((sum(counts), 7), np.float32)  # whole numbers up to 2^24 are exact in it
     kept[:, 0] = np.repeat(np.arange(len(counts)), counts)
     kept[:, 1] = np.concatenate([each.levels for each in selections])
@@ -65,5 +74,15 @@ def _masks(model: BlendMask, proposals: Proposals, selections: Sequence[Selectio
     kept[:, 3:] = np.concatenate([each.boxes for each in selections])
     on_device = upload(torch.from_numpy(kept))
     images, levels, cells = on_device[:, :3].long().unbind(1)
-    masks = model.blend(proposals, images, levels, cells, on_device[:, 3:]).float().cpu().numpy()
-    return np.split(masks, np.cumsum(counts)[:-1])
+    return model.blend(proposals, images, levels, cells, on_device[:, 3:]).float()
+
+
+def instances(model: BlendMask, selections: Sequence[Selection], probabilities: Floats | None) -> list[Instances]:
+    """Return each image's instances; `probabilities` is the host's copy of what `blend` returned."""
+    side = model.config.resolution
+    masks = np.zeros((0, side, side), np.float32) if probabilities is None else probabilities
+    ends = np.cumsum([len(kept) for kept in selections])
+    return [
+        Instances(kept.boxes, kept.scores, kept.classes, each, kept.locations, kept.levels)
+        for kept, each in zip(selections, np.split(masks, ends[:-1]))
+    ]
