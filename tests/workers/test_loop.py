@@ -15,7 +15,8 @@ from blendmaskd import protocol
 from blendmaskd.client.blocking import JobFailed, ServerPath
 from blendmaskd.protocol import TO_CLIENT, Cancel, Code, Image, Lease, Options, Submit
 from blendmaskd_workers.batching import Batching
-from blendmaskd_workers.loop import Busy, Item, ReadyQueue
+from blendmaskd_workers.loop import Busy
+from blendmaskd_workers.ready import Item, ReadyQueue
 
 
 def item(name: int, size: tuple[int, int] = (64, 64), ready_at: float = 0.0, **fields: bool) -> Item:

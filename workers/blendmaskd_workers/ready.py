@@ -1,0 +1,81 @@
+"""Images that are ready for the device, and which of them run next."""
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from blendmaskd import protocol
+from blendmaskd.images import decoding as images
+from blendmaskd_workers.batching import Batching
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """A lease on its way through the worker."""
+
+    lease: protocol.Lease
+    payload: Sequence[Any]
+    received: float
+    prepared: Any = None
+    ready_at: float = 0.0  # when it was prepared
+    lone: bool = False  # not reported as started, because it is the only one
+    revoked: bool = False
+    preview: images.Pixels | None = None  # to be drawn once its results are known
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class ReadyQueue:
+    """Images that are ready for the device, in the order of their arrival here; a lone one may be unprepared.
+
+    Those that go ahead are run first, in batches of their own: company would make them wait for its share of the time.
+    An incomplete batch waits until its oldest image has been ready for `max_wait_s`, unless `lonely` says that no
+    partner is to be expected.
+    """
+
+    def __init__(self, batching: Batching, max_wait_s: float, lonely: Callable[[], bool]) -> None:
+        self._batching = batching
+        self._max_wait_s = max_wait_s
+        self._lonely = lonely
+        self._items: deque[Item] = deque()
+        self._changed = threading.Condition()
+
+    def put(self, item: Item) -> None:
+        with self._changed:
+            place = sum(other.lease.ahead for other in self._items) if item.lease.ahead else len(self._items)
+            self._items.insert(place, item)
+            self._changed.notify()
+
+    def take(self) -> list[Item]:
+        """Wait for the next batch: the oldest image and those of its padded size, as many as pay."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items)
+            while True:
+                batch, missing = self._matching()
+                left = batch[0].ready_at + self._max_wait_s - time.monotonic()
+                if not missing or left <= 0 or self._lonely():
+                    break
+                self._changed.wait(left)
+            for item in batch:
+                self._items.remove(item)
+        return batch
+
+    def _matching(self) -> tuple[list[Item], bool]:
+        """What may run now, and whether it would pay to have more."""
+        oldest = self._items[0]
+        if oldest.lease.alone or oldest.prepared is None:
+            return [oldest], False
+        size, ahead = oldest.prepared.padded_size, oldest.lease.ahead
+        alike = [
+            item
+            for item in self._items
+            if item.prepared is not None
+            and (item.prepared.padded_size, item.lease.ahead) == (size, ahead)
+            and not item.lease.alone
+        ]
+        if ahead:
+            return alike[: self._batching.choose(size, len(alike))], False
+        return alike[: self._batching.choose(size, len(alike))], len(alike) < self._batching.target(size)
