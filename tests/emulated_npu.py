@@ -7,8 +7,11 @@ operators refuse tensors of two devices, each thread has its own current device,
 renumbers the physical devices; `torch.npu.get_device_name` tells the physical one.
 
 `host_waits` counts what makes a host wait for a real NPU: copies to the host, scalars read, outputs whose shape
-depends on data. A non-blocking upload in a stream of its own happens only when somebody waits for that stream; till
-then the tensor holds NaN. A graph replays the operators that ran while it was recorded, into the same tensors. Not
+depends on data. Non-blocking copies complete late: only when somebody waits for their stream, or for an event that was
+recorded after them. Till then what they write holds NaN (but for uploads in the default stream, which order the
+device's own work), and what they read must not change: that is looked at when they complete. An event says once that
+it has not passed before it does. A graph replays the operators that ran while it was recorded, into the same tensors.
+Not
 emulated: speed, memory (figures are 0), storage aliases between host and device, operators that change a tensor's own
 shape in place, streams otherwise. Once installed in a process it stays.
 """
@@ -117,8 +120,14 @@ def install() -> types.ModuleType:
     for name in _LOWER_PRECISION:
         operators.impl(name, _lower_precision(_operator(name)), "AutocastPrivateUse1")
     _libraries.extend((operators, fallback))
-    torch.Tensor.pin_memory = lambda self, device=None: self  # torch lets no Python backend have a pinned allocator
+    # torch lets no Python backend have an allocator of pinned memory
+    torch.Tensor.pin_memory = lambda self, device=None: self.clone()
+    torch.empty = _unpinned(torch.empty)
     return torch.npu
+
+
+def _unpinned(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs)
 
 
 def physical_devices() -> list[int]:
@@ -143,7 +152,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     device = _common_device(func, flat)
     _count_waits(func, flat, kwargs)
     twin_args, twin_kwargs = tree_unflatten([_to_twin(item) for item in flat], spec)
-    if func is aten.copy_.default and not isinstance(flat[1], NpuTensor):
+    if func is aten.copy_.default and isinstance(flat[0], NpuTensor) != isinstance(flat[1], NpuTensor):
         return _copy_from(flat[1], flat[0], len(flat) > 2 and flat[2])
     result = func(*twin_args, **twin_kwargs)
     index = _result_index(func, flat, kwargs, device)
@@ -188,6 +197,8 @@ def _count_waits(func: Any, flat: list[Any], kwargs: Any) -> None:
         _wait(func.name())
     source = flat[1] if func is aten.copy_.default else flat[0]
     target = flat[0].device if func is aten.copy_.default else kwargs.get("device")
+    if func is aten.copy_.default and len(flat) > 2 and flat[2]:
+        return
     if func in _COPIES and isinstance(source, NpuTensor) and target is not None and torch.device(target).type == "cpu":
         _wait("copy to host")
 
@@ -245,12 +256,35 @@ def _lower_precision(operator: Any) -> Callable[..., Any]:
 
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     to, stream = _to_twin(target), _current_stream()
-    if non_blocking and stream.aside and not isinstance(source, NpuTensor):
-        to.fill_(torch.nan)
-        stream.uploads.append(lambda: to.copy_(source))
-    else:
+    from_host, to_host = not isinstance(source, NpuTensor), not isinstance(target, NpuTensor)
+    if not non_blocking or from_host == to_host:
         to.copy_(_to_twin(source))
+        return target
+    copy = LateCopy(source, to)
+    if to_host or stream.aside:
+        to.fill_(torch.nan if to.is_floating_point() else 111)
+    else:
+        to.copy_(source)
+    stream.late.append(copy)
     return target
+
+
+class LateCopy:
+    """A copy between host and device that is under way."""
+
+    def __init__(self, source: torch.Tensor, to: torch.Tensor) -> None:
+        self.read = source if not isinstance(source, NpuTensor) else None  # of the host, which must leave it alone
+        self.value = _to_twin(source).clone()
+        self.to = to
+        self.done = False
+
+    def complete(self) -> None:
+        if not self.done:
+            self.done = True
+            if self.read is not None and not torch.equal(self.read.nan_to_num(), self.value.nan_to_num()):
+                raise RuntimeError("the host wrote what a copy to the device still read")
+            with torch.inference_mode(self.to.is_inference()):
+                self.to.copy_(self.value)
 
 
 def _current_device() -> int:
@@ -277,41 +311,47 @@ def _current_stream(device: Any = None) -> Stream:
 
 
 class Event:
-    """A point in a stream's work; here all work but uploads is done at once."""
+    """A point in a stream's work; here all work but copies is done at once."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self.time = 0.0
-        self.stream: Stream | None = None
+        self.before: tuple[LateCopy, ...] = ()
+        self.asked = False
 
     def record(self, stream: Stream | None = None) -> None:
         self.time = time.perf_counter()
-        self.stream = stream
+        self.before = tuple((stream or _current_stream()).late)
 
     def synchronize(self) -> None:
-        if self.stream:
-            self.stream.synchronize()
+        for copy in self.before:
+            copy.complete()
 
     def wait(self, stream: Any = None) -> None:
         self.synchronize()
 
     def query(self) -> bool:
-        return True
+        if self.asked:
+            self.synchronize()
+        self.asked = True
+        return all(copy.done for copy in self.before)
 
     def elapsed_time(self, end: Event) -> float:
+        if not all(copy.done for copy in (*self.before, *end.before)):
+            raise RuntimeError("both events must have completed before their time is read")
         return (end.time - self.time) * 1e3
 
 
 class Stream:
-    """A queue of work that is empty but for uploads; of the default stream's not even these wait."""
+    """A queue of work that is empty but for copies."""
 
     def __init__(self, device: Any = None, priority: int = 0, aside: bool = True) -> None:
         self.device = torch.device("npu", _index(device))
         self.aside = aside
-        self.uploads: deque[Callable[[], Any]] = deque()
+        self.late: deque[LateCopy] = deque(maxlen=64)
 
     def synchronize(self) -> None:
-        while self.uploads:
-            self.uploads.popleft()()
+        while self.late:
+            self.late.popleft().complete()
 
     def wait_stream(self, stream: Stream) -> None:
         stream.synchronize()
@@ -320,7 +360,7 @@ class Stream:
         event.synchronize()
 
     def query(self) -> bool:
-        return not self.uploads
+        return not self.late
 
     def __enter__(self) -> Stream:
         self.outer, _current.stream = _current_stream(), self

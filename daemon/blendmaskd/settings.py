@@ -145,6 +145,8 @@ class Timed(_Section, frozen=True):
     latency_ms: dict[BatchSize, NotNegative] = msgspec.field(
         default_factory=lambda: {1: 21.79, 2: 38.90, 4: 122.43, 8: 226.38}
     )
+    # how much of it the second visit takes, which blends the masks; at most all
+    blend_ms: dict[BatchSize, NotNegative] = msgspec.field(default_factory=lambda: {1: 2.0, 2: 3.6})
     # .npz file of recorded network outputs used for every image; postprocessing is then the native engine's
     outputs: str | None = None
 
@@ -312,8 +314,9 @@ def _check(settings: Settings) -> None:
     _check_model(settings)
     if settings.spool is not None and (not settings.spool or settings.spool.endswith("/")):
         raise SettingsError(f"spool = {settings.spool!r}: expected the path of a file")
-    if 1 not in settings.timed.latency_ms:
-        raise SettingsError("timed.latency_ms: needs an entry for batch size 1")
+    for key in ("latency_ms", "blend_ms"):
+        if 1 not in getattr(settings.timed, key):
+            raise SettingsError(f"timed.{key}: needs an entry for batch size 1")
     if settings.batch != "auto" and settings.engine == "timed" and settings.batch not in settings.timed.latency_ms:
         raise SettingsError(f"batch = {settings.batch}: timed.latency_ms has no entry for it")
 

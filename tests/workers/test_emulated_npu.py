@@ -224,10 +224,10 @@ def check_a_graph_computes_again_what_was_recorded() -> None:
     device = devices.open_device("npu:0")
     network.to(device.torch_device)
     first, second = torch.randn(2, 1, 3, 96, 64).mul(60).to(device.torch_device)
-    replay = capture(network, device.graph, first)
+    begin, complete = capture(network, device.graph, first)
     with torch.inference_mode():
         for images in (second, first):
-            found, expected = replay(images), network.propose(images)
+            found, expected = complete(begin(images)), network.propose(images)
             assert torch.equal(found.packed.cpu(), expected.packed.cpu())
             assert torch.equal(found.bases.cpu(), expected.bases.cpu())
             for ours, theirs in zip(found.box_features, expected.box_features, strict=True):
@@ -266,12 +266,49 @@ def check_the_engine_serves_what_the_network_says() -> None:
             assert len(engine._graphs) == 2 * (precision == "fp32")  # type: ignore[attr-defined]
             bare = blendmask.for_inference(network, dtype)
             prepared = [engine.prepare(image) for image in images]
-            outputs = engine.segment(prepared[:2]) + engine.segment(prepared[2:])
+            first, second, other = prepared
+            batches = [[first, second], [second, first], [first, second], [other], [other]]
+            outputs = two_runs_in_flight(engine, batches)
+            for ours, swapped in zip(outputs[0] + outputs[2], 2 * outputs[1][::-1], strict=True):
+                np.testing.assert_allclose(ours.probabilities, swapped.probabilities, rtol=1e-4)
             expected = [blendmask.segment(bare, [blendmask.prepare(image, config)]) for image in images]
-            for output, item, [instances] in zip(outputs, prepared, expected, strict=True):
+            for output, item, [instances] in zip(outputs[0] + outputs[3], prepared, expected, strict=True):
                 assert len(output.scores) > 10
                 np.testing.assert_allclose(output.scores, instances.scores, rtol=1e-4)
                 assert engine.finish(output, item, Options())
+
+
+def two_runs_in_flight(engine: Any, batches: list[list[Any]]) -> list[list[Any]]:
+    """The outputs of each batch; the next is launched before the candidates of the last are waited for."""
+    runs, outputs = [engine.launch(batches[0])], []
+    runs[0].complete()
+    for batch in batches[1:]:
+        runs.append(engine.launch(batch))
+        runs[-2].choose()
+        runs[-1].complete()
+        if len(runs) > 2:
+            outputs.append(runs[-3].collect())
+    runs[-1].choose()
+    outputs += [run.collect() for run in runs[-2:]]
+    assert all(run.arrived() and run.device_s() >= 0 for run in runs)
+    return outputs
+
+
+def check_a_copy_is_late_and_the_host_leaves_it_alone() -> None:
+    on_device = torch.ones(3, device=NPU[0])
+    on_host = torch.empty(3, pin_memory=True).copy_(on_device, non_blocking=True)
+    arrived = torch.npu.Event()
+    arrived.record()
+    on_device.zero_()  # later work of the same stream
+    assert on_host.isnan().all()
+    assert not arrived.query()
+    arrived.synchronize()
+    assert on_host.tolist() == [1, 1, 1]
+    source = torch.ones(3)
+    source.to(NPU[0], non_blocking=True)
+    source += 1
+    with pytest.raises(RuntimeError, match="the host wrote what a copy to the device still read"):
+        torch.npu.current_stream().synchronize()
 
 
 def check_the_network_equals_the_cpus() -> None:

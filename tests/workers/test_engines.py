@@ -4,7 +4,6 @@ from __future__ import annotations
 import importlib.util
 import time
 import zlib
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.protocol import Options
 from blendmaskd_workers import __main__ as program
 from blendmaskd_workers import blendmask, engines
+from blendmaskd_workers.benchmark import replay as recording
 from blendmaskd_workers.engines import EngineError, timed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -30,7 +30,7 @@ def test_the_timed_engine_sleeps_its_table_in_full_and_answers_with_a_checksum()
     images = [np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8) for seed in range(3)]
     prepared = [engine.prepare(image) for image in images]
     start = time.perf_counter()
-    outputs = engine.segment(prepared)
+    outputs = engines.segment(engine, prepared)
     assert time.perf_counter() - start >= 0.040, "between the entries 1 and 4"
     for image, item, output in zip(images, prepared, outputs, strict=True):
         [found] = engine.finish(output, item, Options())
@@ -93,18 +93,19 @@ def test_a_reload_is_checked_on_the_cpu_but_for_the_arithmetic_of_other_devices(
 def test_the_timed_engine_with_outputs_does_the_native_engines_work_on_the_host(tmp_path: Path) -> None:
     config_path = GOLDEN / "small_R18.yaml"
     network = blendmask.build(blendmask.load_config(config_path))
-    torch.save({"model": blendmask.random_weights(network)}, tmp_path / "weights.pth")
+    blendmask.load_into(network, blendmask.random_weights(network))
+    torch.save({"model": network.state_dict()}, tmp_path / "weights.pth")
     native = make(f"model.config={config_path}", f"model.weights={tmp_path}/weights.pth")
     native.load()
     image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
     prepared = native.prepare(image)
-    [output] = native.segment([prepared])
-    np.savez(tmp_path / "outputs.npz", **{field.name: getattr(output, field.name) for field in fields(output)})
+    [output] = engines.segment(native, [prepared])
+    recording.record(network, image, tmp_path / "outputs.npz")
 
     replay = make("engine=timed", f"timed.outputs={tmp_path}/outputs.npz", f"model.config={config_path}")
     replay.load()
     start = time.perf_counter()
-    [replayed] = replay.segment([replay.prepare(image)])
+    [replayed] = engines.segment(replay, [replay.prepare(image)])
     assert time.perf_counter() - start >= 0.02179
     found = replay.finish(replayed, replay.prepare(image), Options())
     assert found == native.finish(output, prepared, Options())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import resource
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,40 @@ class Staged:
         return self.tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A point in what a device does. On a CPU it has passed when it is made."""
+
+    event: Any = None
+    time: float = 0.0  # time.perf_counter, where there is no event
+
+    def passed(self) -> bool:
+        return self.event is None or bool(self.event.query())
+
+    def wait(self) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+
+    def since(self, earlier: Moment) -> float:
+        """Seconds between the two, by the device's clock; both have passed."""
+        if self.event is None:
+            return self.time - earlier.time
+        return float(earlier.event.elapsed_time(self.event)) / 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A tensor on its way to the host."""
+
+    tensor: Tensor
+    arrived: Moment
+
+    def take(self) -> Tensor:
+        """Wait until it is there."""
+        self.arrived.wait()
+        return self.tensor
+
+
 class Device:
     """The CPU, and what npu and cuda share with it."""
 
@@ -73,6 +108,7 @@ class Device:
         self.torch_device = device
         self.dtype = dtype  # that a network should compute in
         # Convolutions like the channels innermost on a CPU and on CUDA's tensor cores; an NPU has formats of its own.
+        self.overlaps = device.type != "cpu"  # it works on while the host does something else
         self.channels_last = device.type == "cpu" or (device.type == "cuda" and dtype != torch.float32)
 
     def use(self) -> None:
@@ -85,6 +121,14 @@ class Device:
     def stage(self, tensor: Tensor) -> Staged:
         """Send a host tensor to the device beside what it computes, from any thread."""
         return Staged(tensor)
+
+    def fetch(self, tensor: Tensor) -> Fetched:
+        """Send a tensor of the device to the host once this thread's work so far is done, without waiting for it."""
+        return Fetched(tensor, self.moment())
+
+    def moment(self) -> Moment:
+        """When all that this thread has asked of the device will be done."""
+        return Moment(time=time.perf_counter())
 
     def graph(self, compute: Callable[[Tensor], T], example: Tensor) -> Callable[[Tensor], T]:
         """`compute` for inputs like `example`, which is on the device, as one launch. Raises `UnsupportedError`.
@@ -150,6 +194,16 @@ class Accelerator(Device):
             on_device = self.upload(tensor)
             arrived.record(self._uploads)
         return Staged(on_device, arrived, self.api)
+
+    def fetch(self, tensor: Tensor) -> Fetched:
+        # torch keeps pinned memory for the next copy, and gives none away that a copy still writes
+        on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return Fetched(on_host.copy_(tensor, non_blocking=True), self.moment())
+
+    def moment(self) -> Moment:
+        event = self.api.Event(enable_timing=True, blocking=True)  # who waits for it leaves the CPU to others
+        event.record(self.api.current_stream(self.torch_device))
+        return Moment(event)
 
     def graph(self, compute: Callable[[Tensor], T], example: Tensor) -> Callable[[Tensor], T]:
         place = example.clone()

@@ -12,6 +12,10 @@ A lease that comes while no other is held is lone: the device thread does all of
 each change of thread costs time; while such leases are quick, the main thread does. It is not reported as started as
 long as it is the only one: if the worker dies, the daemon knows what it died of.
 
+The device has work while its thread chooses what is kept of a batch's candidates: the next batch is launched before
+they are waited for. So three batches are under way at most: one in its first visit, one before or in its second, and
+one that is being prepared.
+
 While the device waits, its thread must do nothing that gives the interpreter lock away, such as sending: taking the
 lock back can last as long as a host thread's longest step. So a batch's start is told by a thread of its own, and only
 what must be done lies between two runs.
@@ -21,6 +25,7 @@ sends one. Deadlines and revocations are looked at twice, before decoding and ri
 """
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -29,7 +34,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgpack
 import psutil
@@ -44,7 +50,7 @@ from blendmaskd.settings import Settings
 from blendmaskd_workers import process
 from blendmaskd_workers.batching import Batching
 from blendmaskd_workers.channel import Connection
-from blendmaskd_workers.engines import Engine
+from blendmaskd_workers.engines import Engine, Run
 from blendmaskd_workers.preview import Previews
 from blendmaskd_workers.ready import Item, ReadyQueue
 from blendmaskd_workers.regions import Regions
@@ -56,6 +62,24 @@ QUICK_S = 0.002  # so long the main thread may be kept from receiving
 SWITCH_S = 0.0005  # how long a thread that needs the interpreter lock waits until it asks for it; Python's own is 5 ms
 ENGINE_FAILURES_IN_A_ROW = 3  # then the device is taken to be broken rather than the images
 EXIT_ENGINE_BROKEN = 70  # sysexits' EX_SOFTWARE
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A batch that the device was asked for."""
+
+    batch: list[Item]
+    run: Run
+
+    def complete(self) -> Flight:
+        self.run.complete()
+        return self
+
+    def choose(self) -> Flight:
+        self.run.choose()
+        return self
 
 
 class Loop:
@@ -77,6 +101,8 @@ class Loop:
         self._previews = Previews(self._send_preview) if self._settings.show_last_image else None
         self._prepared = ReadyQueue(batching, self._settings.max_wait_ms / 1000, lambda: max(self._most_held) <= 1)
         self._busy = Busy()
+        # a device that works while we do something else has a clock of its own
+        self._watch = contextlib.nullcontext() if engine.overlaps else self._busy
         self._exit_code: int | None = None
         self._host = ThreadPoolExecutor(_host_threads(), thread_name_prefix="host")
         self._teller = ThreadPoolExecutor(1, thread_name_prefix="teller")
@@ -128,7 +154,7 @@ class Loop:
             if not self._lone_is_quick:
                 self._prepared.put(item)
             elif self._can_run(item):  # nobody else uses the device: all that is held is this
-                self._run_and_count([item])
+                self._run([item])
             return
         for lone in [other for other in others if other.lone]:
             lone.lone = False
@@ -136,7 +162,8 @@ class Loop:
         self._host.submit(self._prepare_and_put, item)
 
     def _window(self) -> int:
-        return 2 * self._batching.target()  # one batch runs, one is already here
+        batches = 3 if self._engine.overlaps else 2  # one is already here, the others run
+        return batches * self._batching.target()
 
     def _report(self, start: float, end: float) -> None:
         with self._lock:
@@ -221,19 +248,102 @@ class Loop:
     # -- device thread ----------------------------------------------------------------------------------------------
 
     def _run_device(self) -> None:
+        first: Flight | None = None  # in its first visit
+        second: Flight | None = None  # in its second
         try:
             while self._exit_code is None:
-                self._run_and_count([item for item in self._prepared.take() if self._can_run(item)])
+                following = self._launch(self._next(first, second))
+                first = self._choose(first)
+                following = self._complete(following)
+                self._collect(second)
+                first, second = following, first
         except BaseException:
             log.exception("the device thread died")
             self._break()
 
-    def _run_and_count(self, batch: list[Item]) -> None:
-        if batch:
-            self._failures = 0 if self._run(batch) else self._failures + 1
+    def _next(self, first: Flight | None, second: Flight | None) -> list[Item]:
+        """What to launch now; nothing when the device would wait for it."""
+        if first is not None:
+            items = self._prepared.take_ahead(first.run.arrived, lambda: len(self._held) > len(first.batch))
+        else:
+            items = self._prepared.take(wait=second is None)
+        return [item for item in items if self._can_run(item)]
+
+    def _run(self, batch: list[Item]) -> None:
+        """All of a run, with nothing else on the device."""
+        self._collect(self._choose(self._complete(self._launch(batch))))
+
+    def _launch(self, batch: list[Item]) -> Flight | None:
+        if not batch:
+            return None
+        self._lone_is_quick = False
+        if not batch[0].lone:
+            self._teller.submit(self._channel.send, protocol.Started(leases=[item.lease.lease for item in batch]))
+        return self._guarded(batch, lambda: Flight(batch, self._engine.launch([item.prepared for item in batch])))
+
+    def _complete(self, flight: Flight | None) -> Flight | None:
+        return flight and self._guarded(flight.batch, flight.complete)
+
+    def _choose(self, flight: Flight | None) -> Flight | None:
+        return flight and self._guarded(flight.batch, flight.choose)
+
+    def _collect(self, flight: Flight | None) -> None:
+        if flight is None:
+            return
+        outputs = self._guarded(flight.batch, flight.run.collect)
+        if outputs is not None:
+            self._failures = 0
+            self._answer(flight, outputs)
+
+    def _guarded(self, batch: list[Item], step: Callable[[], T]) -> T | None:
+        """A step of a batch's run; when the engine raises, each image is tried alone, and None is returned."""
+        try:
+            with self._watch:
+                return step()
+        except Exception as error:
+            self._failures = 0 if self._try_alone(batch, error) else self._failures + 1
         if self._failures >= ENGINE_FAILURES_IN_A_ROW:
             log.error("the engine failed %d times in a row: starting anew", self._failures)
             self._break()
+        return None
+
+    def _try_alone(self, batch: list[Item], error: Exception) -> bool:
+        """What is left to do for a batch on which the engine raised; False when no image of it got an answer."""
+        if len(batch) == 1:
+            log.error("the engine failed", extra=about(lease=batch[0].lease.lease), exc_info=error)
+            self._fail(batch[0], Code.ENGINE_FAILED, f"{type(error).__name__}: {error}")
+            return False
+        log.warning("the engine failed on a batch of %d, trying each image alone: %s", len(batch), error)
+        alone = [self._run_alone(item) for item in batch]
+        if all(alone):
+            self._batching.refuse(batch[0].prepared.padded_size, len(batch))
+        return any(alone)
+
+    def _run_alone(self, item: Item) -> bool:
+        try:
+            with self._watch:
+                run = self._engine.launch([item.prepared])
+                run.complete()
+                run.choose()
+                outputs = run.collect()
+        except Exception as error:
+            return self._try_alone([item], error)
+        self._answer(Flight([item], run), outputs)
+        return True
+
+    def _answer(self, flight: Flight, outputs: list[Any]) -> None:
+        """Hand the outputs to the host's threads."""
+        end, batch, device_s = time.monotonic(), flight.batch, flight.run.device_s()
+        if self._engine.overlaps:
+            self._busy.add(device_s)
+        self._batching.observe(batch[0].prepared.padded_size, len(batch), device_s)
+        self._lone_is_quick = batch[0].lone and end - batch[0].received < QUICK_S
+        for item, output in zip(batch, outputs):
+            item.timings |= {"wait": max(end - item.ready_at - device_s, 0.0), "device": device_s}
+            if len(self._held) == 1:
+                self._finish(item, output)
+            else:
+                self._host.submit(self._finish, item, output)
 
     def _break(self) -> None:
         self._exit_code = EXIT_ENGINE_BROKEN
@@ -241,37 +351,6 @@ class Loop:
 
     def _can_run(self, item: Item) -> bool:
         return self._prepare(item) if item.prepared is None else not self._overdue(item)
-
-    def _run(self, batch: list[Item]) -> bool:
-        """Run a batch; when the engine raises on several images, each is tried alone. False when all failed."""
-        start = time.monotonic()
-        self._lone_is_quick = False
-        if not batch[0].lone:
-            self._teller.submit(self._channel.send, protocol.Started(leases=[item.lease.lease for item in batch]))
-        size = batch[0].prepared.padded_size
-        try:
-            with self._busy:
-                outputs = self._engine.segment([item.prepared for item in batch])
-        except Exception as error:
-            if len(batch) > 1:
-                log.warning("the engine failed on a batch of %d, trying each image alone: %s", len(batch), error)
-                alone = [self._run([item]) for item in batch]
-                if all(alone):
-                    self._batching.refuse(size, len(batch))
-                return any(alone)
-            log.exception("the engine failed", extra=about(lease=batch[0].lease.lease))
-            self._fail(batch[0], Code.ENGINE_FAILED, f"{type(error).__name__}: {error}")
-            return False
-        end = time.monotonic()
-        self._batching.observe(size, len(batch), end - start)
-        self._lone_is_quick = batch[0].lone and end - batch[0].received < QUICK_S
-        for item, output in zip(batch, outputs):
-            item.timings |= {"wait": start - item.ready_at, "device": end - start}
-            if len(self._held) == 1:
-                self._finish(item, output)
-            else:
-                self._host.submit(self._finish, item, output)
-        return True
 
     # -- any thread -------------------------------------------------------------------------------------------------
 
@@ -301,7 +380,7 @@ def _host_threads() -> int:
 
 
 class Busy:
-    """How long the device was busy: entered around each run, read by the main thread while one is under way."""
+    """How long the device was busy: entered while it is waited for, or told; read by the main thread at any time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -317,6 +396,11 @@ class Busy:
             assert self._since is not None
             self._seconds += time.monotonic() - self._since
             self._since = None
+
+    def add(self, seconds: float) -> None:
+        """By the device's own clock."""
+        with self._lock:
+            self._seconds += seconds
 
     def take(self, now: float) -> float:
         """Seconds since the last call."""

@@ -1,6 +1,7 @@
 """Images that are ready for the device, and which of them run next."""
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -11,6 +12,9 @@ from typing import Any
 from blendmaskd import protocol
 from blendmaskd.images import decoding as images
 from blendmaskd_workers.batching import Batching
+
+FULL = -math.inf  # how long a batch waits that needs no more
+POLL_S = 0.001  # how often it is asked whether the device is free
 
 
 @dataclass(slots=True, eq=False)
@@ -49,18 +53,48 @@ class ReadyQueue:
             self._items.insert(place, item)
             self._changed.notify()
 
-    def take(self) -> list[Item]:
-        """Wait for the next batch: the oldest image and those of its padded size, as many as pay."""
+    def take(self, wait: bool = True) -> list[Item]:
+        """The next batch: the oldest image and those of its padded size, as many as pay.
+
+        Waits until there is one; without `wait` nothing may be returned.
+        """
         with self._changed:
+            if not wait and not self._items:
+                return []
             self._changed.wait_for(lambda: self._items)
             while True:
-                batch, missing = self._matching()
-                left = batch[0].ready_at + self._max_wait_s - time.monotonic()
-                if not missing or left <= 0 or self._lonely():
+                batch, left = self._due()
+                if left <= 0 or not wait:
                     break
                 self._changed.wait(left)
-            for item in batch:
-                self._items.remove(item)
+            return self._remove(batch if left <= 0 else [])
+
+    def take_ahead(self, device_is_free: Callable[[], bool], others: Callable[[], bool]) -> list[Item]:
+        """The next batch to launch while the device is at work: one that is full, or what is there when it is free.
+
+        Nothing is returned when there are no `others` that could come before.
+        """
+        with self._changed:
+            while self._items or others():
+                free = device_is_free()
+                batch, left = self._due() if self._items else ([], math.inf)
+                if left == FULL or (free and left <= 0):
+                    return self._remove(batch)
+                if free:
+                    break
+                self._changed.wait(POLL_S)
+            return []
+
+    def _due(self) -> tuple[list[Item], float]:
+        """The next batch, and for how many seconds it is better to wait for more."""
+        batch, missing = self._matching()
+        if not missing:
+            return batch, FULL
+        return batch, 0.0 if self._lonely() else batch[0].ready_at + self._max_wait_s - time.monotonic()
+
+    def _remove(self, batch: list[Item]) -> list[Item]:
+        for item in batch:
+            self._items.remove(item)
         return batch
 
     def _matching(self) -> tuple[list[Item], bool]:

@@ -7,14 +7,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if sys.argv[:1] == ["-m"]:  # `python -m blendmaskd_workers`, before its module is found
     from blendmaskd import assignment
     from blendmaskd_workers.engines import Pixels
-    from blendmaskd_workers.engines.timed import TimedEngine, TimedInput
+    from blendmaskd_workers.engines.timed import TimedEngine, TimedInput, TimedRun
     from chaos.poison import BOOT_S, BROKEN_DEVICES, HOARD_BYTES, Poison
 
-    load, prepare, segment = TimedEngine.load, TimedEngine.prepare, TimedEngine.segment
+    load, prepare, launch = TimedEngine.load, TimedEngine.prepare, TimedEngine.launch
 
     def faulty_load(self: TimedEngine) -> None:
         broken = Path(os.environ.get(BROKEN_DEVICES, "/nowhere")) / assignment.read(os.environ).device
@@ -23,12 +24,12 @@ if sys.argv[:1] == ["-m"]:  # `python -m blendmaskd_workers`, before its module 
         time.sleep(float(os.environ.get(BOOT_S, "0")))
         load(self)
 
-    def faulty_prepare(self: TimedEngine, image: Pixels) -> TimedInput:
+    def faulty_prepare(self: TimedEngine, image: Pixels) -> Any:
         if image.shape[1] == Poison.CRASHES_DECODING:
             os.kill(os.getpid(), signal.SIGSEGV)
         return prepare(self, image)
 
-    def faulty_segment(self: TimedEngine, batch: Sequence[TimedInput]) -> list[int]:
+    def faulty_launch(self: TimedEngine, batch: Sequence[TimedInput]) -> TimedRun:
         widths = {item.image_size[1] for item in batch}
         if Poison.KILLS in widths:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -40,7 +41,7 @@ if sys.argv[:1] == ["-m"]:  # `python -m blendmaskd_workers`, before its module 
             time.sleep(3600)
         if Poison.EATS_MEMORY in widths:
             eat_memory()
-        return segment(self, batch)
+        return launch(self, batch)
 
     def eat_memory() -> None:
         """In large pieces: who is refused one has some left to go on with."""
@@ -50,4 +51,4 @@ if sys.argv[:1] == ["-m"]:  # `python -m blendmaskd_workers`, before its module 
 
     TimedEngine.load = faulty_load  # type: ignore[method-assign]
     TimedEngine.prepare = faulty_prepare  # type: ignore[method-assign]
-    TimedEngine.segment = faulty_segment  # type: ignore[method-assign]
+    TimedEngine.launch = faulty_launch  # type: ignore[method-assign]

@@ -5,16 +5,16 @@ import os
 import signal
 from collections.abc import Sequence
 
-from blendmaskd_workers.engines.timed import TimedEngine, TimedInput
+from blendmaskd_workers.engines.timed import TimedEngine, TimedInput, TimedRun
 from chaos.poison import Poison
 
-segment = TimedEngine.segment
+launch = TimedEngine.launch
 
 
-def deadly_segment(self: TimedEngine, batch: Sequence[TimedInput]) -> list[int]:
+def deadly_launch(self: TimedEngine, batch: Sequence[TimedInput]) -> TimedRun:
     if any(item.image_size[1] == Poison.KILLS for item in batch):
         os.kill(os.getpid(), signal.SIGKILL)
-    return segment(self, batch)
+    return launch(self, batch)
 
 
-TimedEngine.segment = deadly_segment
+TimedEngine.launch = deadly_launch

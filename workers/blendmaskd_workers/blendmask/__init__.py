@@ -6,26 +6,45 @@
 
 from blendmaskd_workers.blendmask.checkpoint import WeightsError, load_checkpoint, read_checkpoint
 from blendmaskd_workers.blendmask.config import Config, ConfigError, load_config
-from blendmaskd_workers.blendmask.inference import capture, segment, segment_images
-from blendmaskd_workers.blendmask.model import BlendMask, build
+from blendmaskd_workers.blendmask.inference import (
+    Begin,
+    Complete,
+    begin,
+    blend,
+    capture,
+    choose,
+    complete,
+    instances,
+    segment,
+)
+from blendmaskd_workers.blendmask.model import BlendMask, Proposals, build
 from blendmaskd_workers.blendmask.optimise import for_inference
 from blendmaskd_workers.blendmask.postprocess import Detections, Instances, finish, paste, paste_one, paste_window
 from blendmaskd_workers.blendmask.preprocess import Prepared, collate, prepare
+from blendmaskd_workers.blendmask.selection import select
 from blendmaskd_workers.blendmask.weights import load_into, load_to_fine_tune, load_weights, random_weights
 
 __all__ = [
+    "Begin",
     "BlendMask",
+    "Complete",
     "Config",
     "ConfigError",
     "Detections",
     "Instances",
     "Prepared",
+    "Proposals",
     "WeightsError",
+    "begin",
+    "blend",
     "build",
     "capture",
+    "choose",
     "collate",
+    "complete",
     "finish",
     "for_inference",
+    "instances",
     "load_checkpoint",
     "load_config",
     "load_into",
@@ -38,5 +57,5 @@ __all__ = [
     "random_weights",
     "read_checkpoint",
     "segment",
-    "segment_images",
+    "select",
 ]

@@ -110,7 +110,8 @@ class DeformableBottleneckBlock(Block):
 
 
 class ResNet(nn.Module):
-    """`forward` returns res3, res4, res5 at strides 8, 16, 32, with the channels listed in `channels`.
+    """`forward` returns res3, res4, res5 at strides 8, 16, 32, with the channels listed in `channels`; `begin` and
+    `complete` are its two parts.
 
     `res2_channels` come out of res2, twice as many out of each next stage; `res2_width` is that of the bottlenecks
     of res2, doubling likewise, and means nothing below depth 50. In the stages of `deformable` (res2..res5) the first
@@ -142,8 +143,12 @@ class ResNet(nn.Module):
         self.res5 = stage(3, res4, res5, stride=2)
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:
-        res2 = self.res2(self.stem(images))  # (N, C, H/4, W/4)
-        res3 = self.res3(res2)  # (N, 2C, H/8, W/8)
+        return self.complete(self.begin(images))
+
+    def begin(self, images: Tensor) -> Tensor:
+        """Return res3 (N, 2C, H/8, W/8)."""
+        return self.res3(self.res2(self.stem(images)))
+
+    def complete(self, res3: Tensor) -> Sequence[Tensor]:
         res4 = self.res4(res3)  # (N, 4C, H/16, W/16)
-        res5 = self.res5(res4)  # (N, 8C, H/32, W/32)
-        return res3, res4, res5
+        return res3, res4, self.res5(res4)  # (N, 8C, H/32, W/32)

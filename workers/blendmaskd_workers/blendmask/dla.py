@@ -108,9 +108,13 @@ class Dla34(nn.Module):
         self.level5 = Tree(c4, c5, 2, c4, norm)
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:
+        return self.complete(self.begin(images))
+
+    def begin(self, images: Tensor) -> Tensor:
+        """Return level 3 (N, 128, H/8, W/8)."""
         level1 = self.level1(self.level0(self.base_layer(images)))  # (N, 32, H/2, W/2)
-        level2 = self.level2(level1)  # (N, 64, H/4, W/4)
-        level3 = self.level3(level2)  # (N, 128, H/8, W/8)
+        return self.level3(self.level2(level1))  # level 2 is (N, 64, H/4, W/4)
+
+    def complete(self, level3: Tensor) -> Sequence[Tensor]:
         level4 = self.level4(level3)  # (N, 256, H/16, W/16)
-        level5 = self.level5(level4, F.max_pool2d(level4, 2))  # (N, 512, H/32, W/32)
-        return level3, level4, level5
+        return level3, level4, self.level5(level4, F.max_pool2d(level4, 2))  # (N, 512, H/32, W/32)

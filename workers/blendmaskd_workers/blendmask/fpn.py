@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blendmaskd_workers.blendmask.backbone import ResNet
+from blendmaskd_workers.blendmask.dla import Dla34
+
 
 class CoarseLevels(nn.Module):
     """`count` levels beyond p5: p6 from p5, p7 from p6. p6 itself leaves without ReLU."""
@@ -25,9 +28,14 @@ class CoarseLevels(nn.Module):
 
 
 class Fpn(nn.Module):
-    """The whole backbone: bottom-up network, lateral and output convolutions, coarse levels."""
+    """The whole backbone: bottom-up network, lateral and output convolutions, coarse levels.
 
-    def __init__(self, bottom_up: nn.Module, channels_in: Sequence[int], channels: int, coarse_levels: int) -> None:
+    `forward` does what `begin` and `complete` do one after the other.
+    """
+
+    def __init__(
+        self, bottom_up: Dla34 | ResNet, channels_in: Sequence[int], channels: int, coarse_levels: int
+    ) -> None:
         super().__init__()
         self.bottom_up = bottom_up
         self.fpn_lateral3, self.fpn_lateral4, self.fpn_lateral5 = (nn.Conv2d(c, channels, 1) for c in channels_in)
@@ -36,7 +44,16 @@ class Fpn(nn.Module):
         self.top_block = CoarseLevels(channels, coarse_levels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        c3, c4, c5 = self.bottom_up(images)
+        return self._pyramid(*self.bottom_up(images))
+
+    def begin(self, images: Tensor) -> Tensor:
+        """Return c3, what the bottom-up network gives at stride 8."""
+        return self.bottom_up.begin(images)
+
+    def complete(self, c3: Tensor) -> list[Tensor]:
+        return self._pyramid(*self.bottom_up.complete(c3))
+
+    def _pyramid(self, c3: Tensor, c4: Tensor, c5: Tensor) -> list[Tensor]:
         top5 = self.fpn_lateral5(c5)
         top4 = self.fpn_lateral4(c4) + F.interpolate(top5, scale_factor=2.0, mode="nearest")
         top3 = self.fpn_lateral3(c3) + F.interpolate(top4, scale_factor=2.0, mode="nearest")

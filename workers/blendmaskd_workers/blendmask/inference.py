@@ -1,6 +1,11 @@
-"""Segmenting a batch: device, host, device, with one packed copy each way between the stages."""
+"""Segmenting a batch: device, host, device, with one packed copy each way between the stages.
+
+What the device does before the host is cut once more, in `begin` and `complete`: a device that has begun with the next
+batch does not stand still while the host chooses what is kept of the last.
+"""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +17,9 @@ from blendmaskd_workers.blendmask.preprocess import Prepared, collate
 from blendmaskd_workers.blendmask.selection import Floats, Selection, select
 
 Upload = Callable[[Tensor], Tensor]  # from the host to where the network lives
-Propose = Callable[[Tensor], Proposals]
-Graph = Callable[[Propose, Tensor], Propose]  # the same function for inputs like an example, recorded
+Begin = Callable[[Tensor], Tensor]
+Complete = Callable[[Tensor], Proposals]
+Graph = Callable[[Callable[[Tensor], Any], Tensor], Callable[[Tensor], Any]]  # the same for inputs like an example
 
 
 def stay(tensor: Tensor) -> Tensor:
@@ -21,36 +27,38 @@ def stay(tensor: Tensor) -> Tensor:
     return tensor
 
 
+@torch.inference_mode()
 def segment(model: BlendMask, batch: Sequence[Prepared], upload: Upload = stay) -> list[Instances]:
     """Run the network on a batch; returns each image's instances, on the host.
 
     For one thread per device. Batch images of equal `padded_size` only, see `collate`.
     """
-    return segment_images(model, [upload(collate(batch))], upload)
-
-
-@torch.inference_mode()
-def segment_images(model: BlendMask, images: Sequence[Tensor], upload: Upload = stay,
-                   propose: Propose | None = None) -> list[Instances]:
-    """As `segment`, for images (N, 3, H, W) of one size that are where the network lives, in any number of parts.
-
-    `propose` takes the place of the network's own, such as what `capture` returned.
-    """
-    proposals = (propose or model.propose)(batch_of(images))
+    proposals = model.propose(upload(collate(batch)))
     selections = choose(model, proposals, proposals.packed.cpu().numpy())
     masks = blend(model, proposals, selections, upload)
     return instances(model, selections, None if masks is None else masks.cpu().numpy())
 
 
 @torch.inference_mode()
-def capture(model: BlendMask, graph: Graph, images: Tensor) -> Propose:
-    """Return `model.propose` as `graph` records it, for images of this shape. Its result lives until the next call."""
-    return graph(model.propose, images)
+def capture(model: BlendMask, graph: Graph, images: Tensor) -> tuple[Begin, Complete]:
+    """Return `model.begin` and `model.complete` as `graph` records them, for images of this shape.
+
+    What they return lives until their next call.
+    """
+    begin: Begin = graph(model.begin, images)
+    return begin, graph(model.complete, begin(images))
 
 
-def batch_of(parts: Sequence[Tensor]) -> Tensor:
-    """Return the images as one tensor (N, 3, H, W)."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+@torch.inference_mode()
+def begin(images: Sequence[Tensor], network: Begin) -> Tensor:
+    """Begin with images (N, 3, H, W) of one size, in any number of parts. `network`: `BlendMask.begin`, or captured."""
+    return network(images[0] if len(images) == 1 else torch.cat(list(images)))
+
+
+@torch.inference_mode()
+def complete(begun: Tensor, network: Complete) -> Proposals:
+    """Go on with what `begin` returned. `network`: `BlendMask.complete`, or captured."""
+    return network(begun)
 
 
 def choose(model: BlendMask, proposals: Proposals, packed: Floats) -> list[Selection]:

@@ -5,6 +5,7 @@ mask. Inference runs `propose` on the device, `selection.select` on the host wit
 `blend` on the device. Module names are AdelaiDet's, so that its checkpoints load unchanged.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -76,11 +77,25 @@ class BlendMask(nn.Module):
         self.attends_everywhere = True  # the top layer in all cells, as the reference, not only in those that are read
 
     def propose(self, images: Tensor) -> Proposals:
-        """Run everything that does not depend on which boxes are kept."""
+        """Run everything that does not depend on which boxes are kept: `begin`, then `complete`."""
+        return self._proposals(self.backbone(self._input(images)))
+
+    def begin(self, images: Tensor) -> Tensor:
+        """Run the first part of it, a seventh of R_50_1x: enough for a device to do while the host chooses boxes."""
+        return self.backbone.begin(self._input(images))
+
+    def complete(self, begun: Tensor) -> Proposals:
+        """Run the rest of it."""
+        return self._proposals(self.backbone.complete(begun))
+
+    def _input(self, images: Tensor) -> Tensor:
         assert images.ndim == 4, images.shape
         assert images.shape[1] == 3, images.shape
         assert all(side % SIZE_DIVISOR == 0 for side in images.shape[2:]), images.shape
-        features = self.backbone(images.to(self.backbone.fpn_lateral3.weight.dtype))  # p3 to p5, p6 or p7
+        return images.to(self.backbone.fpn_lateral3.weight.dtype)
+
+    def _proposals(self, features: Sequence[Tensor]) -> Proposals:
+        """Of p3 to p5, p6 or p7."""
         bases = self.basis_module(features[:3])  # (N, K, H/4, W/4)
         outputs = self.proposal_generator(features)
         box_features = [output.box_features for output in outputs]

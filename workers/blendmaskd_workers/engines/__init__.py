@@ -6,9 +6,12 @@ adelaidet   the original, where detectron2 and adelaidet are installed
 timed       sleeps a latency table and answers with a checksum of the image, or with given outputs: for load tests
 ==========  =========================================================================================
 
-`prepare` and `finish` are host work, and safe to call from several threads; `segment` is the device's, and never called
-by two threads at once. So a worker can prepare the next image, send it to the device, and finish the last one while the
-device runs.
+`prepare` and `finish` are host work, and safe to call from several threads. A batch makes two visits to the device,
+with the host's choice of boxes between them, and the first visit is cut in two. `launch` asks for the beginning and
+returns a `Run`, whose `complete` asks for the rest, whose `choose` waits for the candidates and asks for the second
+visit, and whose `collect` waits for the end. These belong to one thread at a time; each step is called in the order of
+the launches. Where the engine `overlaps`, the next batch is launched before a run's `choose`: so the device has work
+while the host chooses, and the second visit does not wait for all of the next batch's first.
 """
 from __future__ import annotations
 
@@ -49,6 +52,25 @@ class Prepared(Protocol):
         """Height and width that the network sees; only images in which these agree are batched together."""
 
 
+class Run(Protocol):
+    """A batch on its way through the device."""
+
+    def complete(self) -> None:
+        """Ask for the rest of the first visit."""
+
+    def arrived(self) -> bool:
+        """Whether `choose` would not wait."""
+
+    def choose(self) -> None:
+        """Wait for the first visit, choose on the host what is kept, and ask for the second visit."""
+
+    def collect(self) -> list[Any]:
+        """Wait for the second visit; what the network says of each image."""
+
+    def device_s(self) -> float:
+        """How long the device was busy with it, by its own clock, in seconds. After `collect`."""
+
+
 class Engine(Protocol):
     """See the module."""
 
@@ -60,6 +82,10 @@ class Engine(Protocol):
     def exact(self) -> bool | None:
         """Whether the network runs as it was trained, once loaded; None: there is none of ours."""
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the device works while the host does something else, once loaded."""
+
     def load(self) -> None:
         """Open the device and load the network. Raises `EngineError`."""
 
@@ -69,11 +95,19 @@ class Engine(Protocol):
     def prepare(self, image: Pixels) -> Any:
         """The network's input, a `Prepared`."""
 
-    def segment(self, batch: Sequence[Any]) -> list[Any]:
-        """What the network says of each image of a batch."""
+    def launch(self, batch: Sequence[Any]) -> Run:
+        """Ask for the beginning of a batch's first visit."""
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
         """One image's output as COCO results, see `blendmaskd_workers.results`."""
+
+
+def segment(engine: Engine, batch: Sequence[Any]) -> list[Any]:
+    """What the network says of each image of a batch, with nothing else on the device."""
+    run = engine.launch(batch)
+    run.complete()
+    run.choose()
+    return run.collect()
 
 
 def make(settings: Settings, device: str) -> Engine:
@@ -94,7 +128,7 @@ def make(settings: Settings, device: str) -> Engine:
         case "timed":
             from blendmaskd_workers.engines.timed import TimedEngine
 
-            return TimedEngine(settings.timed.latency_ms)
+            return TimedEngine(settings.timed)
 
 
 def batching(settings: Settings) -> Batching:

@@ -11,7 +11,7 @@ import torch
 from blendmaskd.protocol import Options
 from blendmaskd_workers import results
 from blendmaskd_workers.engines import EngineError, Pixels
-from blendmaskd_workers.engines.on_device import OnDevice
+from blendmaskd_workers.engines.on_device import OnDevice, WholeRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,10 @@ class AdelaidetEngine(OnDevice):
         padded = (-(-tensor.shape[1] // 32) * 32, -(-tensor.shape[2] // 32) * 32)
         return AdelaidetInput(tensor, (height, width), padded)
 
-    def segment(self, batch: Sequence[AdelaidetInput]) -> list[Any]:
+    def launch(self, batch: Sequence[AdelaidetInput]) -> WholeRun:
+        return WholeRun(lambda: self._segment(batch))
+
+    def _segment(self, batch: Sequence[AdelaidetInput]) -> list[Any]:
         self.device.use()
         inputs = [
             {"image": item.image, "height": item.image_size[0], "width": item.image_size[1]} for item in batch

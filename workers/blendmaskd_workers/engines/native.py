@@ -1,11 +1,13 @@
 """The engine native, and the timed one that does the native one's work on the host."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from blendmaskd.coco import categories
 from blendmaskd.protocol import Options
@@ -16,6 +18,9 @@ from blendmaskd_workers.engines import EngineError, Pixels
 from blendmaskd_workers.engines.on_device import OnDevice
 from blendmaskd_workers.engines.timed import TimedEngine
 
+Graphs = tuple[blendmask.Begin, blendmask.Complete]
+COPIES = 2  # of the graphs of each shape: what they return lives until their next call, and two runs are under way
+
 
 @dataclass(frozen=True, slots=True)
 class Sent:
@@ -25,6 +30,44 @@ class Sent:
     image_size: tuple[int, int]
     net_size: tuple[int, int]
     padded_size: tuple[int, int]
+
+
+class NativeRun:
+    """A batch on the device of the engine native."""
+
+    def __init__(self, network: Any, device: Device, images: Sequence[Any], graphs: Graphs) -> None:
+        self._network, self._device = network, device
+        begin, self._complete = graphs
+        self._launched = device.moment()
+        self._begun = blendmask.begin(images, begin)
+        self._left = device.moment()
+
+    def complete(self) -> None:
+        self._resumed = self._device.moment()
+        self._proposals = blendmask.complete(self._begun, self._complete)
+        self._candidates = self._device.fetch(self._proposals.packed)
+        del self._begun
+
+    def arrived(self) -> bool:
+        return self._candidates.arrived.passed()
+
+    def choose(self) -> None:
+        candidates = self._candidates.take().numpy()
+        self._kept = blendmask.choose(self._network, self._proposals, candidates)
+        self._chosen = self._device.moment()
+        masks = blendmask.blend(self._network, self._proposals, self._kept, self._device.upload)
+        self._masks = None if masks is None else self._device.fetch(masks)
+        self._ended = self._device.moment()
+        del self._proposals
+
+    def collect(self) -> list[Any]:
+        masks = None if self._masks is None else self._masks.take().numpy()
+        self._ended.wait()
+        return list(blendmask.instances(self._network, self._kept, masks))
+
+    def device_s(self) -> float:
+        begun, completed = self._left.since(self._launched), self._candidates.arrived.since(self._resumed)
+        return begun + completed + self._ended.since(self._chosen)
 
 
 class NativeEngine(OnDevice):
@@ -42,7 +85,9 @@ class NativeEngine(OnDevice):
         self._open()
         self._network = network_for(trained, self.device, self._settings.exact)
         self.exact = bool(self._network.attends_everywhere)
-        self._graphs: dict[tuple[int, ...], Any] = {}  # by the shape of a batch
+        self.overlaps = self.device.overlaps
+        self._eager: Graphs = (self._network.begin, self._network.complete)
+        self._graphs: dict[tuple[int, ...], Iterator[Graphs]] = {}  # by the shape of a batch
 
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         if self._settings.graphs:
@@ -50,7 +95,8 @@ class NativeEngine(OnDevice):
                 image = self.prepare(np.full((height, width, 3), 127, np.uint8)).staged.take()
                 for size in sorted({1, batch}):
                     images = image.expand(size, -1, -1, -1)
-                    self._graphs[images.shape] = blendmask.capture(self._network, self.device.graph, images)
+                    copies = [blendmask.capture(self._network, self.device.graph, images) for _ in range(COPIES)]
+                    self._graphs[tuple(images.shape)] = itertools.cycle(copies)
         super().warm_up(image_sizes, batch)
 
     def prepare(self, image: Pixels) -> Sent:
@@ -58,13 +104,12 @@ class NativeEngine(OnDevice):
         staged = self.device.stage(blendmask.collate([prepared]))
         return Sent(staged, prepared.image_size, prepared.net_size, prepared.padded_size)
 
-    def segment(self, batch: Sequence[Sent]) -> list[Any]:
+    def launch(self, batch: Sequence[Sent]) -> NativeRun:
         self.device.use()
         images = [item.staged.take() for item in batch]
-        return list(blendmask.segment_images(self._network, images, self.device.upload, self._propose))
-
-    def _propose(self, images: Any) -> Any:
-        return self._graphs.get(images.shape, self._network.propose)(images)
+        shape = (len(images), *images[0].shape[1:])
+        graphs = self._graphs.get(shape)
+        return NativeRun(self._network, self.device, images, next(graphs) if graphs else self._eager)
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
         return to_coco(output, prepared, self._categories, options, self._settings.exact)
@@ -92,23 +137,22 @@ def masks_of(found: Any, exact: bool) -> results.Masks:
     return results.Pasted(lambda index: blendmask.paste_window(probabilities[index], boxes[index], size), size)
 
 
-class ReplayEngine:
-    """The timed engine with the native one's work on the host: images are prepared, and given outputs finished.
+class ReplayEngine(TimedEngine):
+    """The timed engine with the native one's work on the host: images are prepared, candidates chosen from, operators
+    launched and outputs finished.
 
-    The outputs are the fields of `blendmaskd_workers.blendmask.Instances` in an .npz; every image gets the same.
+    `timed.outputs` is what `blendmaskd_workers.benchmark.replay` wrote; every image gets the same.
     """
 
-    device = exact = None
-
     def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.timed)
         self._settings = settings
-        self._timed = TimedEngine(settings.timed.latency_ms)
 
     def load(self) -> None:
         try:
             self._config = blendmask.load_config(self._settings.model.config)
             with np.load(self._settings.timed.outputs or "") as arrays:
-                self._output = blendmask.Instances(**arrays)
+                self._recorded = Recorded(**arrays)
             self._categories = categories.resolve(
                 self._config.num_classes, self._settings.model.weights, self._settings.model.categories
             )
@@ -118,16 +162,34 @@ class ReplayEngine:
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         for height, width in image_sizes:
             prepared = self.prepare(np.full((height, width, 3), 127, np.uint8))
-            self.finish(self._output, prepared, Options())
+            self.finish(self.output(prepared), prepared, Options())
 
     def prepare(self, image: Pixels) -> Any:
         prepared = blendmask.prepare(image, self._config)
         blendmask.collate([prepared])  # what the native engine sends to the device
         return prepared
 
-    def segment(self, batch: Sequence[Any]) -> list[Any]:
-        self._timed.sleep(len(batch))
-        return [self._output] * len(batch)
+    def output(self, prepared: Any) -> Any:
+        recorded = self._recorded
+        kept = blendmask.select(recorded.packed, recorded.level_sizes, self._config)
+        return blendmask.Instances(
+            kept.boxes, kept.scores, kept.classes, recorded.probabilities, kept.locations, kept.levels
+        )
+
+    def launch_operators(self, which: int) -> None:
+        one = torch.ones(1)
+        for _ in range(1 if self._settings.model.graphs else int(self._recorded.launches[which])):
+            one.mean()  # some 4 microseconds, which is what dispatching an operator takes
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
         return to_coco(output, prepared, self._categories, options, exact=False)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a network said of an image: the fields of `timed.outputs`."""
+
+    packed: Any  # (sum of M, FIELDS) float32: the candidates
+    level_sizes: Any  # (levels, 2) heights and widths in cells
+    probabilities: Any  # (n, R, R) float32: the masks of those that are kept
+    launches: Any  # (2,) operators that were launched in each visit

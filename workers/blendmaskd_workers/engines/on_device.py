@@ -1,16 +1,18 @@
 """What the engines that compute share: a device, opened when the network is loaded."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from blendmaskd.coco import categories
 from blendmaskd.coco.categories import CategoriesError
+from blendmaskd.protocol import Options
 from blendmaskd.settings import Settings
 from blendmaskd_workers import devices
-from blendmaskd_workers.engines import EngineError, Pixels
+from blendmaskd_workers.engines import EngineError, Pixels, Run, segment
 
 
 class OnDevice:
@@ -18,6 +20,7 @@ class OnDevice:
 
     device: devices.Device
     exact: bool | None = None
+    overlaps = False
 
     def __init__(self, settings: Settings, device: str) -> None:
         self._settings = settings.model
@@ -26,14 +29,20 @@ class OnDevice:
     def prepare(self, image: Pixels) -> Any:
         raise NotImplementedError
 
-    def segment(self, batch: Sequence[Any]) -> list[Any]:
+    def launch(self, batch: Sequence[Any]) -> Run:
+        raise NotImplementedError
+
+    def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def load(self) -> None:
         raise NotImplementedError
 
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         for height, width in image_sizes:
             prepared = self.prepare(np.full((height, width, 3), 127, np.uint8))
             for size in sorted({1, batch}):
-                self.segment([prepared] * size)
+                segment(self, [prepared] * size)
 
     def _open(self) -> None:
         try:
@@ -56,3 +65,29 @@ class OnDevice:
             return categories.resolve(classes, self._settings.weights, self._settings.categories)
         except CategoriesError as error:
             raise EngineError(str(error)) from error
+
+
+class WholeRun:
+    """A run of an engine that is not cut: all of it happens in `collect`, while the host waits."""
+
+    def __init__(self, compute: Callable[[], list[Any]]) -> None:
+        self._compute = compute
+        self._seconds = 0.0
+
+    def complete(self) -> None:
+        pass
+
+    def arrived(self) -> bool:
+        return True
+
+    def choose(self) -> None:
+        pass
+
+    def collect(self) -> list[Any]:
+        start = time.monotonic()
+        outputs = self._compute()
+        self._seconds = time.monotonic() - start
+        return outputs
+
+    def device_s(self) -> float:
+        return self._seconds

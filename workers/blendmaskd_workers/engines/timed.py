@@ -4,7 +4,7 @@ from __future__ import annotations
 import functools
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,13 @@ import numpy as np
 
 from blendmaskd.coco import categories
 from blendmaskd.protocol import Options
+from blendmaskd.settings import Timed
 from blendmaskd_workers import results
 from blendmaskd_workers.engines import Pixels
 
 CHECKED_BYTES = 64 << 10
 LARGEST_BATCH = 64  # that the settings allow
+BEGINNING = 0.136  # of the first visit: R_50_1x's multiply-adds up to res3
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +30,70 @@ class TimedInput:
     checksum: int
 
 
-class TimedEngine:
-    """Takes the time that the table says, in full from the moment it gets a batch.
+class Visits:
+    """A device's queue: visits take the time that is said, in the order in which they were asked for, one at a time."""
 
-    Sizes between entries are interpolated; beyond the last, each image takes as long as in the last.
-    """
+    def __init__(self) -> None:
+        self._free = 0.0  # when all that was asked for is done
+
+    def visit(self, seconds: float, launch: Callable[[], None]) -> Visit:
+        """The device begins with the first operator that `launch` asks for, and does not end before the last."""
+        begin = max(time.monotonic(), self._free)
+        launch()
+        self._free = max(begin + seconds, time.monotonic())
+        return Visit(begin, self._free)
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """When the device works on it, by time.monotonic."""
+
+    begin: float
+    end: float
+
+    def wait(self) -> None:
+        if (left := self.end - time.monotonic()) > 0:  # sleeping for no time takes 0.08 ms
+            time.sleep(left)
+
+
+class TimedRun:
+    """A batch of the timed engine."""
+
+    def __init__(self, engine: TimedEngine, batch: Sequence[Any]) -> None:
+        self._engine, self._batch = engine, batch
+        self._visits = [engine.visit(0, len(batch))]
+
+    def complete(self) -> None:
+        self._visits.append(self._engine.visit(1, len(self._batch)))
+
+    def arrived(self) -> bool:
+        return time.monotonic() >= self._visits[1].end
+
+    def choose(self) -> None:
+        self._visits[1].wait()
+        self._outputs = [self._engine.output(prepared) for prepared in self._batch]
+        self._visits.append(self._engine.visit(2, len(self._batch)))
+
+    def collect(self) -> list[Any]:
+        self._visits[2].wait()
+        return self._outputs
+
+    def device_s(self) -> float:
+        return sum(visit.end - visit.begin for visit in self._visits)
+
+
+class TimedEngine:
+    """A device that takes the time that the table says, `timed.blend_ms` of it in the second visit."""
 
     device = exact = None
+    overlaps = True
 
-    def __init__(self, latency_ms: dict[int, float]) -> None:
-        sizes = sorted(latency_ms)
-        counts = np.arange(LARGEST_BATCH + 1)
-        milliseconds = np.interp(counts, sizes, [latency_ms[size] for size in sizes])
-        milliseconds[sizes[-1] :] = latency_ms[sizes[-1]] / sizes[-1] * counts[sizes[-1] :]
-        self._seconds: list[float] = (milliseconds / 1000).tolist()
+    def __init__(self, timed: Timed) -> None:
+        whole = by_batch(timed.latency_ms)
+        second = np.minimum(by_batch(timed.blend_ms), whole)
+        beginning = BEGINNING * (whole - second)
+        self._seconds = [each.tolist() for each in (beginning, whole - beginning - second, second)]
+        self._queue = Visits()
 
     def load(self) -> None:
         pass
@@ -49,22 +101,39 @@ class TimedEngine:
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         pass
 
-    def prepare(self, image: Pixels) -> TimedInput:
+    def prepare(self, image: Pixels) -> Any:
         height, width = image.shape[:2]
         return TimedInput((height, width), (height, width), checksum(image))
 
-    def segment(self, batch: Sequence[TimedInput]) -> list[int]:
-        self.sleep(len(batch))
-        return [item.checksum for item in batch]
+    def launch(self, batch: Sequence[Any]) -> TimedRun:
+        return TimedRun(self, batch)
 
-    def sleep(self, images: int) -> None:
-        """What the device does for a batch of so many images."""
-        if self._seconds[images]:  # sleeping for no time takes 0.08 ms
-            time.sleep(self._seconds[images])
+    def visit(self, which: int, images: int) -> Visit:
+        """Ask the device for the beginning (0) or rest (1) of a batch's first visit, or for its second (2)."""
+        return self._queue.visit(self._seconds[which][images], lambda: self.launch_operators(which))
 
-    def finish(self, output: int, prepared: TimedInput, options: Options) -> list[dict[str, Any]]:
+    def launch_operators(self, which: int) -> None:
+        """What launching costs the host in a visit."""
+
+    def output(self, prepared: Any) -> Any:
+        """What the device and the host's choice make of an image."""
+        return prepared.checksum
+
+    def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
         """One detection, the whole image, with the key `checksum` beside the usual ones."""
         return [{**detection, "checksum": output} for detection in _whole_image(prepared.image_size, options)]
+
+
+def by_batch(milliseconds: Mapping[int, float]) -> Any:
+    """Seconds by number of images (LARGEST_BATCH + 1,).
+
+    Sizes between the entries are interpolated; beyond the last, each image takes as long as in the last.
+    """
+    sizes = sorted(milliseconds)
+    counts = np.arange(LARGEST_BATCH + 1)
+    found = np.interp(counts, sizes, [milliseconds[size] for size in sizes])
+    found[sizes[-1] :] = milliseconds[sizes[-1]] / sizes[-1] * counts[sizes[-1] :]
+    return found / 1000
 
 
 def checksum(image: Pixels) -> int:

@@ -28,7 +28,7 @@ import numpy as np
 
 from blendmaskd import assignment
 from blendmaskd_workers import engines, process
-from blendmaskd_workers.engines import Engine, EngineError
+from blendmaskd_workers.engines import Engine, EngineError, segment
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # names that torch gives to what autocast can compute in
 
@@ -62,14 +62,14 @@ def _answer(request: dict[str, Any], engine: Engine, prepared: Any, requests: IO
     synchronize = engine.device.synchronize if engine.device else lambda: None
     with _autocast(engine, request["dtype"]):
         for _ in range(request["warm_up"]):
-            engine.segment(batch)
+            segment(engine, batch)
         _say(answers)
         if not requests.readline():
             return
         latencies_ms = [_time_ms(engine, batch, synchronize) for _ in range(request["iterations"])]
         _say(answers, latencies_ms=latencies_ms)
         while not select.select([requests], [], [], 0)[0]:
-            engine.segment(batch)
+            segment(engine, batch)
         requests.readline()
         _say(answers)
 
@@ -77,7 +77,7 @@ def _answer(request: dict[str, Any], engine: Engine, prepared: Any, requests: IO
 def _time_ms(engine: Engine, batch: list[Any], synchronize: Callable[[], None]) -> float:
     synchronize()
     start = time.perf_counter()
-    engine.segment(batch)
+    segment(engine, batch)
     synchronize()
     return 1000 * (time.perf_counter() - start)
 
