@@ -107,6 +107,7 @@ MAX_HEADER_BYTES = 64 << 10
 MEMORY_SUFFIX = ".fd"
 # Of a job, in `timings` and in the snapshot, whose histograms have these bounds.
 STAGES = ("queue", "decode", "wait", "device", "finish", "send", "total")
+IDLE = ("input", "launches", "selection")  # what a device waits for before the parts of a run, in their order
 STAGE_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 LEAST_DURABLE_NAME = 32  # characters: 128 random bits in hexadecimal
 
@@ -295,6 +296,8 @@ class Report(_Message, tag="report", frozen=True, kw_only=True):
     end: float
     images: int
     busy_s: Seconds  # the device's own time
+    # what it waited for between the runs that ended meanwhile, see IDLE; their sum may exceed end - start
+    idle_s: dict[str, Seconds] = {}
     memory_bytes: int  # resident size of the process
     device_memory_bytes: int  # held on the device; 0 where the host's memory is meant
     # batch, height, width (padded) met so far, and the median of the last runs in seconds, None before the second run

@@ -16,7 +16,7 @@ from blendmaskd.shell import pages
 from blendmaskd.shell.pages import MOST_CONNECTIONS, Pages
 
 DEVICE = {"device": "npu:0", "state": "ready", "fps": 1.0, "busy_share": 0.5, "memory_bytes": 1, "restarts": 0,
-          "device_memory_bytes": 0, "images": 1, "busy_seconds": 1.0,
+          "device_memory_bytes": 0, "images": 1, "busy_seconds": 1.0, "idle_seconds": {"input": 2.0},
           "wanted": {"cpus": "0", "env": {"TOKEN": "secret"}}, "actual": {"cpus": "0", "env": {"TOKEN": "secret"}},
           }  # fmt: skip
 SNAPSHOT = {

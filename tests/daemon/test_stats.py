@@ -51,6 +51,14 @@ def test_an_idle_device_has_no_fps_and_keeps_its_counters() -> None:
     assert (found["fps"], found["busy_share"], found["images"], found["busy_seconds"]) == (0.0, 0.0, 50, 1.0)
 
 
+def test_what_a_device_waited_for_adds_up() -> None:
+    stats = Stats(10.0)
+    for start in (0.0, 1.0):
+        stats.report("npu:0", report(start, 50, idle_s={"input": 0.25, "selection": 0.125}))
+    found = device(stats, 2.0)
+    assert found["idle_seconds"] == {"input": 0.5, "launches": 0.0, "selection": 0.25}
+
+
 def test_a_device_that_falls_silent_falls_to_zero() -> None:
     stats = Stats(10.0)
     for second in range(10):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from blendmaskd.protocol import IDLE
 from blendmaskd_workers.benchmark import measure, report
 
 
@@ -24,8 +25,9 @@ def row(variant: str, round: int, fps: float, load: dict[str, float] | None = No
 
 def snapshot(images: int, busy: float, decoded: int, decode_s: float) -> dict[str, Any]:
     return {
-        "devices": [{"device": "cpu:0", "images": images, "busy_seconds": busy},
-                    {"device": "cpu:1", "images": 0, "busy_seconds": 0.0}],
+        "devices": [{"device": "cpu:0", "images": images, "busy_seconds": busy,
+                     "idle_seconds": dict.fromkeys(IDLE, busy / 3)},
+                    {"device": "cpu:1", "images": 0, "busy_seconds": 0.0, "idle_seconds": dict.fromkeys(IDLE, 0.0)}],
         "stages": {"decode": {"count": decoded, "sum": decode_s}, "finish": {"count": 5, "sum": 1.0}},
     }  # fmt: skip
 
@@ -33,9 +35,10 @@ def snapshot(images: int, busy: float, decoded: int, decode_s: float) -> dict[st
 def test_what_the_daemon_says_of_itself_is_told_per_image() -> None:
     found = measure.by_the_stats(snapshot(10, 1.0, 10, 1.0), snapshot(60, 2.5, 20, 1.02), fps=40.0)
     assert found["busy_ms_per_image"] == pytest.approx(30)  # 1.5 s for 50 images
-    assert found["busy_share"] == pytest.approx(40 * 0.03 / 2)
+    assert found["of_device_time"] == pytest.approx(40 * 0.03 / 2)
+    assert found["idle_share"] == dict.fromkeys(IDLE, pytest.approx(40 * 0.01 / 2))
     assert found["stages_ms"] == {"decode": pytest.approx(2)}  # finish had nothing new
-    assert "busy_share" not in measure.by_the_stats(snapshot(10, 1.0, 0, 0.0), snapshot(10, 1.0, 0, 0.0), fps=40.0)
+    assert "of_device_time" not in measure.by_the_stats(snapshot(10, 1.0, 0, 0.0), snapshot(10, 1.0, 0, 0.0), fps=40.0)
 
 
 def test_medians_are_by_variant_and_load_and_failures_add_up() -> None:

@@ -290,7 +290,7 @@ def two_runs_in_flight(engine: Any, batches: list[list[Any]]) -> list[list[Any]]
             outputs.append(runs[-3].collect())
     runs[-1].choose()
     outputs += [run.collect() for run in runs[-2:]]
-    assert all(run.arrived() and run.device_s() >= 0 for run in runs)
+    assert all(run.arrived() and run.times().busy_s >= 0 for run in runs)
     return outputs
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -244,6 +245,32 @@ class Accelerator(Device):
     def task_queue(self) -> int | None:
         read = getattr(self.api, "get_task_queue_enable", None)  # torch_npu before 2.13 cannot tell
         return int(read()) if read else None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Something that a device did: its beginning and end, and when what it did before had ended."""
+
+    before: Moment
+    begin: Moment
+    end: Moment
+
+
+class Timeline:
+    """What one thread asks of a device, in the order in which it is done."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._last: Moment | None = None
+
+    @contextmanager
+    def part(self, parts: list[Part]) -> Iterator[None]:
+        """Append to `parts` what is asked for within."""
+        begin = self.device.moment()
+        yield
+        end = self.device.moment()
+        parts.append(Part(self._last or begin, begin, end))
+        self._last = end
 
 
 def open_device(name: str, precision: Precision = "fp32") -> Device:

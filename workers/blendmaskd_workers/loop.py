@@ -32,6 +32,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ from blendmaskd.settings import Settings
 from blendmaskd_workers import process
 from blendmaskd_workers.batching import Batching
 from blendmaskd_workers.channel import Connection
-from blendmaskd_workers.engines import Engine, Run
+from blendmaskd_workers.engines import Engine, Run, Times
 from blendmaskd_workers.preview import Previews
 from blendmaskd_workers.ready import Item, ReadyQueue
 from blendmaskd_workers.regions import Regions
@@ -175,6 +176,7 @@ class Loop:
                 end=end,
                 images=images,
                 busy_s=self._busy.take(end),
+                idle_s=self._busy.take_idle(),
                 memory_bytes=psutil.Process().memory_info().rss,
                 device_memory_bytes=self._engine.device.held_bytes() if self._engine.device else 0,
                 shapes=self._batching.seen(),
@@ -333,9 +335,10 @@ class Loop:
 
     def _answer(self, flight: Flight, outputs: list[Any]) -> None:
         """Hand the outputs to the host's threads."""
-        end, batch, device_s = time.monotonic(), flight.batch, flight.run.device_s()
+        end, batch, times = time.monotonic(), flight.batch, flight.run.times()
+        device_s = times.busy_s
         if self._engine.overlaps:
-            self._busy.add(device_s)
+            self._busy.add(times)
         self._batching.observe(batch[0].prepared.padded_size, len(batch), device_s)
         self._lone_is_quick = batch[0].lone and end - batch[0].received < QUICK_S
         for item, output in zip(batch, outputs):
@@ -386,6 +389,7 @@ class Busy:
         self._lock = threading.Lock()
         self._since: float | None = None
         self._seconds = 0.0
+        self._idle_s: Counter[str] = Counter()
 
     def __enter__(self) -> None:
         with self._lock:
@@ -397,10 +401,17 @@ class Busy:
             self._seconds += time.monotonic() - self._since
             self._since = None
 
-    def add(self, seconds: float) -> None:
+    def add(self, times: Times) -> None:
         """By the device's own clock."""
         with self._lock:
-            self._seconds += seconds
+            self._seconds += times.busy_s
+            self._idle_s.update(times.idle_s)
+
+    def take_idle(self) -> dict[str, float]:
+        """Seconds by reason since the last call."""
+        with self._lock:
+            idle_s, self._idle_s = self._idle_s, Counter()
+            return {reason: max(seconds, 0.0) for reason, seconds in idle_s.items()}
 
     def take(self, now: float) -> float:
         """Seconds since the last call."""

@@ -61,6 +61,7 @@ class SnapshotCollector(Collector):
         yield self._gauge("blendmaskd_device_memory_bytes", "Memory held on the device", "device_memory_bytes")
         yield self._counter("blendmaskd_images", "Images finished by a device", "images")
         yield self._counter("blendmaskd_device_busy_seconds", "Time in which the device was busy", "busy_seconds")
+        yield self._idle()
         yield self._counter("blendmaskd_worker_restarts", "Restarts after a worker's death", "restarts")
         up = GaugeMetricFamily("blendmaskd_worker_up", "1 while the device can serve", labels=["device"])
         for device in s["devices"]:
@@ -83,6 +84,15 @@ class SnapshotCollector(Collector):
         family = CounterMetricFamily(name, text, labels=["device"])
         for device in self.snapshot["devices"]:
             family.add_metric([device["device"]], device[key])
+        return family
+
+    def _idle(self) -> CounterMetricFamily:
+        family = CounterMetricFamily(
+            "blendmaskd_device_idle_seconds", "Time in which the device waited, by what for", labels=["device", "reason"]
+        )
+        for device in self.snapshot["devices"]:
+            for reason, seconds in device["idle_seconds"].items():
+                family.add_metric([device["device"], reason], seconds)
         return family
 
     def _stages(self) -> HistogramMetricFamily:

@@ -17,7 +17,8 @@ systemd status line all show, so that they agree. Its form::
      "latency": {"count", "p50", "p99" (seconds; None: no answer), "stages": {stage: mean seconds}} (of the window),
      "last_image": {"device", "time"} or None,
      "devices": [{"device", "slot", "generation", "pid", "state", "reason", "fps", "images", "busy_seconds",
-                  "busy_share", "restarts", "memory_bytes", "device_memory_bytes", "shapes",
+                  "busy_share", "idle_seconds": {reason: seconds}, "restarts", "memory_bytes", "device_memory_bytes",
+                  "shapes",
                   "wanted", "actual": the fields of `blendmaskd.wanted`; {} while there is no worker, or it is not up}]}
 """
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from blendmaskd.protocol import STAGE_BOUNDS_S, STAGES, Report
+from blendmaskd.protocol import IDLE, STAGE_BOUNDS_S, STAGES, Report
 
 FRESH_S = 2.5  # a report older than this is no longer the present
 RESOLUTION = 1.04  # latencies are told apart when one is this many times the other
@@ -44,11 +45,13 @@ class DeviceStats:
 
     images: int = 0
     busy_s: float = 0.0
+    idle_s: Counter[str] = field(default_factory=Counter)
     window: deque[Report] = field(default_factory=deque)
 
     def add(self, report: Report) -> None:
         self.images += report.images
         self.busy_s += report.busy_s
+        self.idle_s.update(report.idle_s)
         self.window.append(report)
 
     def rates(self, now: float, window_s: float) -> tuple[float, float]:
@@ -206,6 +209,7 @@ class Stats:
             "images": stats.images,
             "busy_seconds": stats.busy_s,
             "busy_share": round(busy_share, 4),
+            "idle_seconds": {reason: stats.idle_s[reason] for reason in IDLE},
             "memory_bytes": newest.memory_bytes if newest else 0,
             "device_memory_bytes": newest.device_memory_bytes if newest else 0,
             "shapes": [list(shape) for shape in newest.shapes] if newest else [],

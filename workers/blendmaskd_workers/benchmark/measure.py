@@ -8,8 +8,10 @@ checked                results that could be compared with their image by its ch
 answer_bytes           payload of the last result
 shared_memory          whether all images went by it
 devices                how many
-busy_share             0 to 1: of the devices' time, by the daemon's own stats
+of_device_time         0 to 1: `fps` times the device time for an image, by the devices' clocks in the daemon's own
+                       stats, over the number of devices
 busy_ms_per_image      device time for an image, by the same
+idle_share             {reason: 0 to 1} of the devices' time in which they waited, by the same
 stages_ms              {stage: mean}, by the same
 cpu_s_per_1000         CPU seconds for 1000 images: {"broker", "workers", "generator"}
 generator_share        of one core that this program took
@@ -23,6 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from blendmaskd.protocol import IDLE
 from blendmaskd_workers.benchmark import load, servers
 from blendmaskd_workers.benchmark.generator import Generator
 from blendmaskd_workers.benchmark.load import ClosedLoop, OpenLoop, Schedule
@@ -103,8 +106,19 @@ def by_the_stats(before: Snapshot, after: Snapshot, fps: float) -> Row:
     row: Row = {"devices": devices, "stages_ms": stages}
     if new["images"]:  # else the measurement was shorter than the time between two reports
         busy_s = new["busy_seconds"] / new["images"]
-        row |= {"busy_share": busy_s * fps / devices, "busy_ms_per_image": 1000 * busy_s}
+        row |= {"of_device_time": busy_s * fps / devices, "busy_ms_per_image": 1000 * busy_s}
+        per_image = fps / devices / new["images"]
+        row["idle_share"] = {reason: seconds * per_image for reason, seconds in _idle(before, after).items()}
     return row
+
+
+def _idle(before: Snapshot, after: Snapshot) -> dict[str, float]:
+    """Seconds that all devices together waited, by reason."""
+    devices = {device["device"]: device["idle_seconds"] for device in before["devices"]}
+    return {
+        reason: sum(device["idle_seconds"][reason] - devices[device["device"]][reason] for device in after["devices"])
+        for reason in IDLE
+    }
 
 
 def _difference(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:

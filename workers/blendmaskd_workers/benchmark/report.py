@@ -22,6 +22,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from blendmaskd.protocol import IDLE
+
 Row = Mapping[str, Any]
 RATIOS = {"images/s": "fps", "p50": "p50_ms", "p99": "p99_ms", "server CPU": "server_cpu", "broker CPU": "broker_cpu"}
 
@@ -78,7 +80,9 @@ def line(row: Row) -> str:
         parts[0] += f" = {100 * row['utilisation']:.2f}% of the devices' {row['limit_fps']:.2f}"
     parts.append(f"p50 {row['p50_ms']:.2f} ms, p99 {row['p99_ms']:.2f}")
     if "busy_ms_per_image" in row:
-        parts.append(f"devices busy {100 * row['busy_share']:.1f}%, {row['busy_ms_per_image']:.2f} ms per image")
+        idle = ", ".join(f"{reason} {100 * share:.1f}%" for reason, share in row["idle_share"].items())
+        parts.append(f"{100 * row['of_device_time']:.2f}% of the devices' time, {row['busy_ms_per_image']:.2f} ms per "
+                     f"image; they waited for {idle}")  # fmt: skip
     cpu = ", ".join(f"{name} {spent:.3f}" for name, spent in row["cpu_s_per_1000"].items())
     parts.append(f"CPU s per 1000: {cpu}")
     return f"round {row['round']}, {row['variant']}, {load_text(row)}: {'; '.join([*parts, *remarks(row)])}"
@@ -96,6 +100,12 @@ def remarks(row: Row) -> list[str]:
 
 
 Columns = Mapping[str, Callable[[Row], str]]
+
+
+def _idle(row: Row, reason: str) -> str:
+    return f"{100 * row['idle_share'][reason]:.1f}%" if "idle_share" in row else ""
+
+
 NAMES: Columns = {"variant": lambda row: row["variant"], "load": load_text}
 ROUND: Columns = {"round": lambda row: str(row["round"])}
 SEEN: Columns = {
@@ -107,8 +117,9 @@ SEEN: Columns = {
     "max": lambda row: _ms(row["max_ms"]),
 }
 COST: Columns = {
-    "devices busy": lambda row: f"{100 * row['busy_share']:.1f}%" if "busy_share" in row else "",
-    "ms per image": lambda row: f"{row['busy_ms_per_image']:.2f}" if "busy_share" in row else "",
+    "of device time": lambda row: f"{100 * row['of_device_time']:.2f}%" if "of_device_time" in row else "",
+    "ms per image": lambda row: f"{row['busy_ms_per_image']:.2f}" if "of_device_time" in row else "",
+    **{f"idle: {reason}": functools.partial(_idle, reason=reason) for reason in IDLE},
     "CPU: broker": lambda row: _cell(row["cpu_s_per_1000"], "broker", 3),
     "workers": lambda row: _cell(row["cpu_s_per_1000"], "workers", 3),
     "generator": lambda row: f"{row['cpu_s_per_1000']['generator']:.3f} ({100 * row['generator_share']:.0f}%)",

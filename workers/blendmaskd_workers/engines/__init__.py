@@ -15,7 +15,8 @@ while the host chooses, and the second visit does not wait for all of the next b
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -52,6 +53,14 @@ class Prepared(Protocol):
         """Height and width that the network sees; only images in which these agree are batched together."""
 
 
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds that a device was busy with a run, and idle before its parts, by the reasons of `protocol.IDLE`."""
+
+    busy_s: float
+    idle_s: Mapping[str, float]
+
+
 class Run(Protocol):
     """A batch on its way through the device."""
 
@@ -67,8 +76,8 @@ class Run(Protocol):
     def collect(self) -> list[Any]:
         """Wait for the second visit; what the network says of each image."""
 
-    def device_s(self) -> float:
-        """How long the device was busy with it, by its own clock, in seconds. After `collect`."""
+    def times(self) -> Times:
+        """What the device did meanwhile, by its own clock. After `collect`."""
 
 
 class Engine(Protocol):

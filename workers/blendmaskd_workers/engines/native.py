@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from blendmaskd.coco import categories
-from blendmaskd.protocol import Options
+from blendmaskd.protocol import IDLE, Options
 from blendmaskd.settings import Settings
 from blendmaskd_workers import blendmask, results
-from blendmaskd_workers.devices import Device, Staged
-from blendmaskd_workers.engines import EngineError, Pixels
+from blendmaskd_workers.devices import Device, Part, Staged, Timeline
+from blendmaskd_workers.engines import EngineError, Pixels, Times
 from blendmaskd_workers.engines.on_device import OnDevice
 from blendmaskd_workers.engines.timed import TimedEngine
 
@@ -35,17 +35,17 @@ class Sent:
 class NativeRun:
     """A batch on the device of the engine native."""
 
-    def __init__(self, network: Any, device: Device, images: Sequence[Any], graphs: Graphs) -> None:
-        self._network, self._device = network, device
+    def __init__(self, network: Any, timeline: Timeline, images: Sequence[Any], graphs: Graphs) -> None:
+        self._network, self._timeline, self._device = network, timeline, timeline.device
+        self._parts: list[Part] = []
         begin, self._complete = graphs
-        self._launched = device.moment()
-        self._begun = blendmask.begin(images, begin)
-        self._left = device.moment()
+        with timeline.part(self._parts):
+            self._begun = blendmask.begin(images, begin)
 
     def complete(self) -> None:
-        self._resumed = self._device.moment()
-        self._proposals = blendmask.complete(self._begun, self._complete)
-        self._candidates = self._device.fetch(self._proposals.packed)
+        with self._timeline.part(self._parts):
+            self._proposals = blendmask.complete(self._begun, self._complete)
+            self._candidates = self._device.fetch(self._proposals.packed)
         del self._begun
 
     def arrived(self) -> bool:
@@ -54,20 +54,19 @@ class NativeRun:
     def choose(self) -> None:
         candidates = self._candidates.take().numpy()
         self._kept = blendmask.choose(self._network, self._proposals, candidates)
-        self._chosen = self._device.moment()
-        masks = blendmask.blend(self._network, self._proposals, self._kept, self._device.upload)
-        self._masks = None if masks is None else self._device.fetch(masks)
-        self._ended = self._device.moment()
+        with self._timeline.part(self._parts):
+            masks = blendmask.blend(self._network, self._proposals, self._kept, self._device.upload)
+            self._masks = None if masks is None else self._device.fetch(masks)
         del self._proposals
 
     def collect(self) -> list[Any]:
+        self._parts[-1].end.wait()
         masks = None if self._masks is None else self._masks.take().numpy()
-        self._ended.wait()
         return list(blendmask.instances(self._network, self._kept, masks))
 
-    def device_s(self) -> float:
-        begun, completed = self._left.since(self._launched), self._candidates.arrived.since(self._resumed)
-        return begun + completed + self._ended.since(self._chosen)
+    def times(self) -> Times:
+        idle_s = {reason: part.begin.since(part.before) for reason, part in zip(IDLE, self._parts, strict=True)}
+        return Times(sum(part.end.since(part.begin) for part in self._parts), idle_s)
 
 
 class NativeEngine(OnDevice):
@@ -86,6 +85,7 @@ class NativeEngine(OnDevice):
         self._network = network_for(trained, self.device, self._settings.exact)
         self.exact = bool(self._network.attends_everywhere)
         self.overlaps = self.device.overlaps
+        self._timeline = Timeline(self.device)
         self._eager: Graphs = (self._network.begin, self._network.complete)
         self._graphs: dict[tuple[int, ...], Iterator[Graphs]] = {}  # by the shape of a batch
 
@@ -109,7 +109,7 @@ class NativeEngine(OnDevice):
         images = [item.staged.take() for item in batch]
         shape = (len(images), *images[0].shape[1:])
         graphs = self._graphs.get(shape)
-        return NativeRun(self._network, self.device, images, next(graphs) if graphs else self._eager)
+        return NativeRun(self._network, self._timeline, images, next(graphs) if graphs else self._eager)
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
         return to_coco(output, prepared, self._categories, options, self._settings.exact)

@@ -12,7 +12,7 @@ from blendmaskd.coco.categories import CategoriesError
 from blendmaskd.protocol import Options
 from blendmaskd.settings import Settings
 from blendmaskd_workers import devices
-from blendmaskd_workers.engines import EngineError, Pixels, Run, segment
+from blendmaskd_workers.engines import EngineError, Pixels, Run, Times, segment
 
 
 class OnDevice:
@@ -89,5 +89,5 @@ class WholeRun:
         self._seconds = time.monotonic() - start
         return outputs
 
-    def device_s(self) -> float:
-        return self._seconds
+    def times(self) -> Times:
+        return Times(self._seconds, {})

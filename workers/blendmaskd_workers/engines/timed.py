@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from blendmaskd.coco import categories
-from blendmaskd.protocol import Options
+from blendmaskd.protocol import IDLE, Options
 from blendmaskd.settings import Timed
 from blendmaskd_workers import results
-from blendmaskd_workers.engines import Pixels
+from blendmaskd_workers.engines import Pixels, Times
 
 CHECKED_BYTES = 64 << 10
 LARGEST_BATCH = 64  # that the settings allow
@@ -34,22 +34,26 @@ class Visits:
     """A device's queue: visits take the time that is said, in the order in which they were asked for, one at a time."""
 
     def __init__(self) -> None:
-        self._free = 0.0  # when all that was asked for is done
+        self._free: float | None = None  # when all that was asked for is done
 
     def visit(self, seconds: float, launch: Callable[[], None]) -> Visit:
         """The device begins with the first operator that `launch` asks for, and does not end before the last."""
-        begin = max(time.monotonic(), self._free)
+        now = time.monotonic()
+        before = now if self._free is None else self._free
+        begin = max(now, before)
         launch()
         self._free = max(begin + seconds, time.monotonic())
-        return Visit(begin, self._free)
+        return Visit(seconds, begin - before, self._free - begin - seconds, self._free)
 
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """When the device works on it, by time.monotonic."""
+    """A part of a run on the device: seconds of work, of waiting before it and for its launches; its end."""
 
-    begin: float
-    end: float
+    busy_s: float
+    idle_s: float
+    starved_s: float
+    end: float  # time.monotonic
 
     def wait(self) -> None:
         if (left := self.end - time.monotonic()) > 0:  # sleeping for no time takes 0.08 ms
@@ -78,8 +82,10 @@ class TimedRun:
         self._visits[2].wait()
         return self._outputs
 
-    def device_s(self) -> float:
-        return sum(visit.end - visit.begin for visit in self._visits)
+    def times(self) -> Times:
+        idle_s = dict(zip(IDLE, (visit.idle_s for visit in self._visits), strict=True))
+        idle_s["launches"] += sum(visit.starved_s for visit in self._visits)
+        return Times(sum(visit.busy_s for visit in self._visits), idle_s)
 
 
 class TimedEngine:
