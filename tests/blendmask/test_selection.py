@@ -1,13 +1,15 @@
-"""Selection and suppression on the host, against one-pair-at-a-time references."""
+"""Selection and suppression on the host, against references that take one pair, or one survivor, at a time."""
 
 from dataclasses import replace
 
 import numpy as np
+import one_at_a_time
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from zoo import GOLDEN
 
-from blendmaskd_workers.blendmask import selection
+from blendmaskd_workers.blendmask import load_config, selection
 from blendmaskd_workers.blendmask.fcos import NOT_A_CANDIDATE
 from blendmaskd_workers.blendmask.selection import batched_nms, select
 
@@ -83,6 +85,36 @@ def test_suppression_equals_the_naive_reference(crowd, threshold, topk, offset_t
     assert found.tolist() == expected
 
 
+@st.composite
+def large_crowds(draw):
+    """More boxes than are suppressed together, some equal in score, without area, vast or not finite."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n, spread = draw(st.integers(1, 500)), draw(st.sampled_from([20, 200, 2000]))
+    corners = rng.integers(-spread, spread, (n, 2))
+    boxes = np.concatenate([corners, corners + rng.integers(0, 60, (n, 2))], axis=1).astype(np.float32)
+    boxes += rng.random(boxes.shape, np.float32) * np.float32(draw(st.booleans()))
+    scores = rng.random(n, np.float32)
+    if steps := draw(st.sampled_from([0, 4, 30])):  # few different scores: many tie with the last that is kept
+        scores = np.floor(scores * steps) / np.float32(steps)
+    odd = np.array([np.nan, np.inf, -np.inf, 3e38, 0, -0.0], np.float32)
+    for values in (boxes.ravel(), scores):
+        places = rng.random(values.shape) < draw(st.sampled_from([0, 0, 0.01, 0.2]))
+        values[places] = rng.choice(odd, places.sum())
+    return boxes, scores, rng.integers(0, draw(st.sampled_from([1, 3, 80])), n)
+
+
+@settings(max_examples=300)
+@given(large_crowds(), st.sampled_from([0.3, 0.6]), st.sampled_from([1, 63, 64, 65, 100, NO_LIMIT]), st.booleans())
+def test_suppression_in_blocks_equals_one_survivor_at_a_time(crowd, threshold, topk, offset_trick):
+    limit = 1000 if offset_trick else 0
+    expected = one_at_a_time.batched_nms(*crowd, threshold, topk, limit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "OFFSET_TRICK_LIMIT", limit)
+        found = batched_nms(*crowd, threshold, topk)
+    assert found.tolist() == expected.tolist()
+    assert found.dtype == expected.dtype
+
+
 @pytest.mark.parametrize(("fillers", "both_stay"), [(998, False), (999, True)])
 def test_classes_can_meet_only_up_to_a_thousand_boxes(fillers, both_stay):
     """Shifted by the largest coordinate plus one, the second class's box at negative coordinates lands on the first."""
@@ -114,6 +146,8 @@ def test_suppressing_nothing():
 # ---- selection ----
 
 SIZES = [(4, 6), (2, 3), (1, 2), (1, 1), (1, 1)]  # heights and widths of p3..p7
+LARGER_SIZES = [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]
+LARGER = replace(load_config(GOLDEN / "small_R18.yaml"), num_classes=5)
 
 
 def packed_candidates(config, chosen):
@@ -166,3 +200,35 @@ def test_boxes_that_are_not_finite_are_dropped(small_config):
     chosen = {(0, 0, 0): (0.9, (np.inf, 1, 1, 1)), (0, 1, 0): (0.8, (np.nan, 1, 1, 1)),
               (0, 2, 0): (0.7, (3e38, 1, 1, 1)), (0, 3, 0): (0.6, (1, 1, 1, 1))}
     assert select(packed_candidates(small_config, chosen), SIZES, small_config).cells.tolist() == [3]
+
+
+@st.composite
+def packed(draw):
+    """Candidates as a device may give them, in any order, with distances and confidences of all kinds."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    parts = []
+    for height, width in LARGER_SIZES:
+        pairs = rng.permutation(height * width * LARGER.num_classes)[: LARGER.pre_nms_topk]
+        rows = np.empty((len(pairs), 7), np.float32)
+        rows[:, 0] = rng.random(len(rows), np.float32)
+        rows[:, 1], rows[:, 2] = pairs % LARGER.num_classes, pairs // LARGER.num_classes
+        rows[:, 3:] = rng.random((len(rows), 4), np.float32) * np.float32(draw(st.sampled_from([0.5, 3, 50])))
+        parts.append(rows)
+    packed = np.concatenate(parts)
+    if steps := draw(st.sampled_from([0, 5, 60])):
+        packed[:, 0] = np.floor(packed[:, 0] * steps) / np.float32(steps)
+    packed[rng.random(len(packed)) < draw(st.sampled_from([0, 0.2, 0.6, 0.99])), 0] = NOT_A_CANDIDATE
+    odd = rng.random(packed.shape) < draw(st.sampled_from([0, 0.05]))
+    odd[:, 1:3] = False
+    packed[odd] = rng.choice(np.array([np.nan, np.inf, 3e38, 0], np.float32), odd.sum())
+    return packed
+
+
+@settings(max_examples=200)
+@given(packed(), st.sampled_from([1, 100, NO_LIMIT]))
+def test_selection_equals_one_level_and_one_survivor_at_a_time(packed, topk):
+    """With 1540 candidates at most, classes are kept apart by either rule."""
+    config = replace(LARGER, post_nms_topk=topk)
+    found, expected = select(packed, LARGER_SIZES, config), one_at_a_time.select(packed, LARGER_SIZES, config)
+    for name in selection.Selection.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), strict=True, err_msg=name)

@@ -17,8 +17,10 @@ from blendmaskd_workers.blendmask.fcos import FIELDS, candidates_of_level
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
 
 OFFSET_TRICK_LIMIT = 1000  # boxes; up to here torchvision separates classes by shifting their boxes apart
+BLOCK = 64  # boxes that are suppressed together: of the smaller ones numpy's calls cost more, of larger ones the pairs
 
 
 @dataclass(frozen=True)
@@ -48,37 +50,29 @@ def select(packed: Floats, level_sizes: Sequence[tuple[int, int]], config: Confi
     """
     counts = [candidates_of_level(h * w, config.num_classes, config.pre_nms_topk) for h, w in level_sizes]
     assert packed.shape == (sum(counts), FIELDS)
-    levels = np.split(packed, np.cumsum(counts)[:-1])
+    levels = np.repeat(np.arange(len(counts)), counts)
     with np.errstate(over="ignore", invalid="ignore"):  # of boxes that are not finite
-        candidates = _concatenate([
-            _decode_level(rows, level, width, config)
-            for level, (rows, (_, width)) in enumerate(zip(levels, level_sizes))
-        ])
+        candidates = _decode(packed, levels, np.array([width for _, width in level_sizes]), np.array(config.strides))
     candidates = candidates.take(np.flatnonzero(np.isfinite(candidates.boxes).all(axis=1)))
     keep = batched_nms(candidates.boxes, candidates.scores, candidates.classes,
                        config.nms_threshold, config.post_nms_topk)
     return candidates.take(keep)
 
 
-def _decode_level(rows: Floats, level: int, width: int, config: Config) -> Selection:
-    rows = rows[rows[:, 0] >= 0]  # the others are NOT_A_CANDIDATE
-    classes, cells = rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int64)
-    order = np.lexsort((classes, cells))
-    rows, classes, cells = rows[order], classes[order], cells[order]
-    stride = config.strides[level]
-    y, x = np.divmod(cells, width)
-    locations = np.stack([x, y], axis=1) * stride + stride // 2
-    locations = locations.astype(np.float32)
-    distances = rows[:, 3:] * np.float32(stride)  # left, top, right, bottom
+def _decode(packed: Floats, levels: Integers, widths: Integers, strides: Integers) -> Selection:
+    """Return all candidates in the order of level, cell, class; `widths` and `strides` are those of the levels."""
+    chosen = np.flatnonzero(packed[:, 0] >= 0)  # the others are NOT_A_CANDIDATE
+    classes, cells, levels = packed[chosen, 1].astype(np.int64), packed[chosen, 2].astype(np.int64), levels[chosen]
+    order = np.lexsort((classes, cells, levels))
+    rows, classes, cells, levels = packed[chosen[order]], classes[order], cells[order], levels[order]
+    stride = strides[levels, None]
+    y, x = np.divmod(cells, widths[levels])
+    locations = (np.stack([x, y], axis=1) * stride + stride // 2).astype(np.float32)
+    distances = rows[:, 3:] * stride.astype(np.float32)  # left, top, right, bottom
     boxes = np.concatenate([locations - distances[:, :2], locations + distances[:, 2:]], axis=1)
     # PyTorch's square root, which need not round like numpy's: near-equal scores must order as in the reference.
     scores = torch.from_numpy(rows[:, 0].copy()).sqrt().numpy()
-    return Selection(boxes, scores, classes, locations, np.full(len(rows), level), cells)
-
-
-def _concatenate(parts: Sequence[Selection]) -> Selection:
-    return Selection(*(np.concatenate([getattr(part, name) for part in parts])
-                       for name in Selection.__dataclass_fields__))
+    return Selection(boxes, scores, classes, locations, levels, cells)
 
 
 def batched_nms(boxes: Floats, scores: Floats, classes: Integers, threshold: float, topk: int) -> Integers:
@@ -100,25 +94,33 @@ def batched_nms(boxes: Floats, scores: Floats, classes: Integers, threshold: flo
 
 def _suppress(boxes: Floats, scores: Floats, groups: Integers, threshold: float, topk: int) -> Integers:
     """Greedy suppression within groups, best first; stops once `topk` survivors cannot be joined by a tie."""
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    left = np.argsort(-scores, kind="stable")  # the undecided, best first
-    kept: list[np.int64] = []
-    while len(left) and (len(kept) < topk or scores[left[0]] == scores[kept[topk - 1]]):
-        best, left = left[0], left[1:]
-        kept.append(best)
-        overlap = _iou(boxes[best], areas[best], boxes[left], areas[left]) > threshold
-        left = left[~(overlap & (groups[left] == groups[best]))]
-    return np.array(kept, np.int64)
+    order = np.argsort(-scores, kind="stable")
+    kept = order[:0]
+    for start in range(0, len(order), BLOCK):
+        block = order[start:start + BLOCK]
+        if len(kept) >= topk and scores[block[0]] != scores[kept[topk - 1]]:
+            break
+        overlap = _overlap(boxes, groups, np.concatenate([kept, block]), block, threshold)
+        survives = ~np.logical_or.reduce(overlap[:len(kept)])
+        for place, others in enumerate(overlap[len(kept):]):
+            if survives[place]:
+                survives[place + 1:] &= ~others[place + 1:]
+        kept = np.concatenate([kept, block[survives]])
+    best, rest = kept[:topk], kept[topk:]
+    return np.concatenate([best, rest[scores[rest] == scores[best[-1]]]])
 
 
-def _iou(box: Floats, area: np.float32, boxes: Floats, areas: Floats) -> npt.NDArray[np.float64]:
-    """Intersection over union, computed in float32 and returned in float64, in which the threshold is given.
+def _overlap(boxes: Floats, groups: Integers, rows: Integers, columns: Integers, threshold: float) -> Booleans:
+    """Return which of the boxes `rows` (r,) overlap which of `columns` (c,) of their group by more, (r, c).
 
-    Two boxes without area give NaN, which exceeds no threshold.
+    Intersection over union is computed in float32 and compared in float64, in which the threshold is given. Two boxes
+    without area give NaN, which exceeds no threshold.
     """
-    low = np.maximum(box[:2], boxes[:, :2])
-    high = np.minimum(box[2:], boxes[:, 2:])
-    sides = np.maximum(high - low, np.float32(0))
-    inter = sides[:, 0] * sides[:, 1]
-    iou: npt.NDArray[np.float64] = np.divide(inter, area + areas - inter).astype(np.float64)
-    return iou
+    x0, y0, x1, y1 = boxes[rows].T[:, :, None]
+    left, top, right, bottom = boxes[columns].T
+    width = np.maximum(np.minimum(x1, right) - np.maximum(x0, left), np.float32(0))
+    height = np.maximum(np.minimum(y1, bottom) - np.maximum(y0, top), np.float32(0))
+    inter = width * height
+    union = (x1 - x0) * (y1 - y0) + (right - left) * (bottom - top) - inter
+    overlap: Booleans = (inter / union).astype(np.float64) > threshold
+    return overlap & (groups[rows, None] == groups[columns])
