@@ -20,7 +20,8 @@ ROW_KEYS = {
     "memory_mb",
 }  # fmt: skip
 STATS_KEYS = {"devices", "stages_ms"}
-BUSY_KEYS = {"of_device_time", "busy_ms_per_image", "idle_share"}  # where the daemon reported anew during the measurement
+# where the daemon reported anew during the measurement
+BUSY_KEYS = {"of_device_time", "busy_ms_per_image", "idle_share"}
 LIMIT_KEYS = {"limit_devices", "limit_fps", "limit_ms_per_image", "limit_batch", "utilisation"}
 
 

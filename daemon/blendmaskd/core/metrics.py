@@ -88,7 +88,9 @@ class SnapshotCollector(Collector):
 
     def _idle(self) -> CounterMetricFamily:
         family = CounterMetricFamily(
-            "blendmaskd_device_idle_seconds", "Time in which the device waited, by what for", labels=["device", "reason"]
+            "blendmaskd_device_idle_seconds",
+            "Time in which the device waited, by what for",
+            labels=["device", "reason"],
         )
         for device in self.snapshot["devices"]:
             for reason, seconds in device["idle_seconds"].items():

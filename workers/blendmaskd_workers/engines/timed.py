@@ -43,14 +43,13 @@ class Visits:
         begin = max(now, before)
         launch()
         self._free = max(begin + seconds, time.monotonic())
-        return Visit(seconds, begin - before, self._free - begin - seconds, self._free)
+        return Visit(begin - before, self._free - begin - seconds, self._free)
 
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """A part of a run on the device: seconds of work, of waiting before it and for its launches; its end."""
+    """A part of a run on the device: seconds of waiting before it and for its launches; its end."""
 
-    busy_s: float
     idle_s: float
     starved_s: float
     end: float  # time.monotonic
@@ -85,7 +84,7 @@ class TimedRun:
     def times(self) -> Times:
         idle_s = dict(zip(IDLE, (visit.idle_s for visit in self._visits), strict=True))
         idle_s["launches"] += sum(visit.starved_s for visit in self._visits)
-        return Times(sum(visit.busy_s for visit in self._visits), idle_s)
+        return Times(self._engine.seconds(len(self._batch)), idle_s)
 
 
 class TimedEngine:
@@ -97,8 +96,9 @@ class TimedEngine:
     def __init__(self, timed: Timed) -> None:
         whole = by_batch(timed.latency_ms)
         second = np.minimum(by_batch(timed.blend_ms), whole)
+        self._whole: list[float] = whole.tolist()
         beginning = BEGINNING * (whole - second)
-        self._seconds = [each.tolist() for each in (beginning, whole - beginning - second, second)]
+        self._parts = [each.tolist() for each in (beginning, whole - beginning - second, second)]
         self._queue = Visits()
 
     def load(self) -> None:
@@ -116,7 +116,11 @@ class TimedEngine:
 
     def visit(self, which: int, images: int) -> Visit:
         """Ask the device for the beginning (0) or rest (1) of a batch's first visit, or for its second (2)."""
-        return self._queue.visit(self._seconds[which][images], lambda: self.launch_operators(which))
+        return self._queue.visit(self._parts[which][images], lambda: self.launch_operators(which))
+
+    def seconds(self, images: int) -> float:
+        """What the device works for a batch of so many images."""
+        return self._whole[images]
 
     def launch_operators(self, which: int) -> None:
         """What launching costs the host in a visit."""
