@@ -35,7 +35,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import msgpack
@@ -59,6 +59,7 @@ from blendmaskd_workers.regions import Regions
 log = logging.getLogger("blendmaskd.worker")
 
 REPORT_S = 1.0
+EARLY = 0.8  # of a first visit: so long its end need not be looked for
 QUICK_S = 0.002  # so long the main thread may be kept from receiving
 SWITCH_S = 0.0005  # how long a thread that needs the interpreter lock waits until it asks for it; Python's own is 5 ms
 ENGINE_FAILURES_IN_A_ROW = 3  # then the device is taken to be broken rather than the images
@@ -73,10 +74,16 @@ class Flight:
 
     batch: list[Item]
     run: Run
+    completed: float = 0.0  # when all of the first visit was asked for
+
+    @property
+    def kind(self) -> tuple[tuple[int, int], int]:
+        """What its time depends on: the images' padded size, and how many there are."""
+        return self.batch[0].prepared.padded_size, len(self.batch)
 
     def complete(self) -> Flight:
         self.run.complete()
-        return self
+        return replace(self, completed=time.monotonic())
 
     def choose(self) -> Flight:
         self.run.choose()
@@ -97,6 +104,7 @@ class Loop:
         self._most_held = 0, 0  # at once, in the last second and in this one
         self._lone_is_quick = False  # as the last one was
         self._failures = 0  # of the engine, in a row
+        self._first_s: dict[tuple[tuple[int, int], int], float] = {}  # the last first visit of each kind
         self._channel = channel
         self._regions = Regions(assignment.daemon_pid)
         self._previews = Previews(self._send_preview) if self._settings.show_last_image else None
@@ -250,25 +258,30 @@ class Loop:
     # -- device thread ----------------------------------------------------------------------------------------------
 
     def _run_device(self) -> None:
-        first: Flight | None = None  # in its first visit
-        second: Flight | None = None  # in its second
+        running: Flight | None = None
         try:
             while self._exit_code is None:
-                following = self._launch(self._next(first, second))
-                first = self._choose(first)
+                following = self._launch(self._next(running))
+                running = self._choose(running)
                 following = self._complete(following)
-                self._collect(second)
-                first, second = following, first
+                self._collect(running)
+                running = following
         except BaseException:
             log.exception("the device thread died")
             self._break()
 
-    def _next(self, first: Flight | None, second: Flight | None) -> list[Item]:
+    def _next(self, running: Flight | None) -> list[Item]:
         """What to launch now; nothing when the device would wait for it."""
-        if first is not None:
-            items = self._prepared.take_ahead(first.run.arrived, lambda: len(self._held) > len(first.batch))
+        if running is None:
+            items = self._prepared.take()
+        elif self._engine.overlaps:
+            items = self._prepared.take_ahead(
+                running.completed + EARLY * self._first_s.get(running.kind, 0.0),
+                running.run.arrived,
+                lambda: len(self._held) > len(running.batch),
+            )
         else:
-            items = self._prepared.take(wait=second is None)
+            items = []
         return [item for item in items if self._can_run(item)]
 
     def _run(self, batch: list[Item]) -> None:
@@ -339,7 +352,8 @@ class Loop:
         device_s = times.busy_s
         if self._engine.overlaps:
             self._busy.add(times)
-        self._batching.observe(batch[0].prepared.padded_size, len(batch), device_s)
+        self._batching.observe(*flight.kind, device_s)
+        self._first_s[flight.kind] = times.first_s
         self._lone_is_quick = batch[0].lone and end - batch[0].received < QUICK_S
         for item, output in zip(batch, outputs):
             item.timings |= {"wait": max(end - item.ready_at - device_s, 0.0), "device": device_s}

@@ -53,37 +53,38 @@ class ReadyQueue:
             self._items.insert(place, item)
             self._changed.notify()
 
-    def take(self, wait: bool = True) -> list[Item]:
-        """The next batch: the oldest image and those of its padded size, as many as pay.
-
-        Waits until there is one; without `wait` nothing may be returned.
-        """
+    def take(self) -> list[Item]:
+        """Wait for the next batch: the oldest image and those of its padded size, as many as pay."""
         with self._changed:
-            if not wait and not self._items:
-                return []
             self._changed.wait_for(lambda: self._items)
             while True:
                 batch, left = self._due()
-                if left <= 0 or not wait:
-                    break
+                if left <= 0:
+                    return self._remove(batch)
                 self._changed.wait(left)
-            return self._remove(batch if left <= 0 else [])
 
-    def take_ahead(self, device_is_free: Callable[[], bool], others: Callable[[], bool]) -> list[Item]:
+    def take_ahead(
+        self, at_work_until: float, is_free: Callable[[], bool], others: Callable[[], bool]
+    ) -> list[Item]:
         """The next batch to launch while the device is at work: one that is full, or what is there when it is free.
 
-        Nothing is returned when there are no `others` that could come before.
+        The device is at work till then, by time.monotonic, and perhaps longer. From then on, nothing is waited for
+        unless there are `others` that may come before it is free.
         """
         with self._changed:
-            while self._items or others():
-                free = device_is_free()
-                batch, left = self._due() if self._items else ([], math.inf)
-                if left == FULL or (free and left <= 0):
+            while True:
+                batch, wait_s = self._due() if self._items else ([], math.inf)
+                if wait_s == FULL:
                     return self._remove(batch)
-                if free:
-                    break
-                self._changed.wait(POLL_S)
-            return []
+                left_s = at_work_until - time.monotonic()
+                if left_s > 0:
+                    self._changed.wait(left_s)
+                elif is_free():
+                    return self._remove(batch if wait_s <= 0 else [])
+                elif self._items or others():
+                    self._changed.wait(POLL_S)
+                else:
+                    return []
 
     def _due(self) -> tuple[list[Item], float]:
         """The next batch, and for how many seconds it is better to wait for more."""

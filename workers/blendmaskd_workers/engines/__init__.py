@@ -57,7 +57,8 @@ class Prepared(Protocol):
 class Times:
     """Seconds that a device was busy with a run, and idle before its parts, by the reasons of `protocol.IDLE`."""
 
-    busy_s: float
+    first_s: float  # in the first visit
+    busy_s: float  # in both
     idle_s: Mapping[str, float]
 
 

@@ -66,7 +66,8 @@ class NativeRun:
 
     def times(self) -> Times:
         idle_s = {reason: part.begin.since(part.before) for reason, part in zip(IDLE, self._parts, strict=True)}
-        return Times(sum(part.end.since(part.begin) for part in self._parts), idle_s)
+        begun_s, completed_s, blended_s = (part.end.since(part.begin) for part in self._parts)
+        return Times(begun_s + completed_s, begun_s + completed_s + blended_s, idle_s)
 
 
 class NativeEngine(OnDevice):

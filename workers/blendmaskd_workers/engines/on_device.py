@@ -90,4 +90,4 @@ class WholeRun:
         return outputs
 
     def times(self) -> Times:
-        return Times(self._seconds, {})
+        return Times(self._seconds, self._seconds, {})

@@ -84,7 +84,7 @@ class TimedRun:
     def times(self) -> Times:
         idle_s = dict(zip(IDLE, (visit.idle_s for visit in self._visits), strict=True))
         idle_s["launches"] += sum(visit.starved_s for visit in self._visits)
-        return Times(self._engine.seconds(len(self._batch)), idle_s)
+        return Times(*self._engine.seconds(len(self._batch)), idle_s)
 
 
 class TimedEngine:
@@ -118,9 +118,9 @@ class TimedEngine:
         """Ask the device for the beginning (0) or rest (1) of a batch's first visit, or for its second (2)."""
         return self._queue.visit(self._parts[which][images], lambda: self.launch_operators(which))
 
-    def seconds(self, images: int) -> float:
-        """What the device works for a batch of so many images."""
-        return self._whole[images]
+    def seconds(self, images: int) -> tuple[float, float]:
+        """What the device works for a batch of so many images: in the first visit, and in both."""
+        return self._whole[images] - self._parts[2][images], self._whole[images]
 
     def launch_operators(self, which: int) -> None:
         """What launching costs the host in a visit."""

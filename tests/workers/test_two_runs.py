@@ -1,0 +1,144 @@
+"""Two runs in flight: in which order the device is asked, and that this changes nothing for anybody's image."""
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blendmaskd import settings
+from blendmaskd.assignment import Assignment
+from blendmaskd.protocol import Code, Failed, Image, Options
+from blendmaskd.wanted import Wanted
+from blendmaskd_workers import engines
+from blendmaskd_workers.cluster.channel import Answer, LocalChannel
+from blendmaskd_workers.engines.timed import TimedEngine, TimedRun
+from blendmaskd_workers.loop import EXIT_ENGINE_BROKEN, Loop
+
+SHAPE = (6, 8, 3)
+STEPS = ("complete", "choose", "collect")
+
+
+class Recorded(TimedEngine):
+    """The timed engine, which notes what it is asked for, and fails where it is told to."""
+
+    def __init__(self, latency_ms: float) -> None:
+        super().__init__(settings.Timed(latency_ms={1: latency_ms}))
+        self.steps: list[tuple[str, int]] = []
+        self.fails: set[tuple[str, int]] = set()
+        self.started = threading.Event()
+
+    def launch(self, batch: Sequence[Any]) -> RecordedRun:
+        number = 1 + sum(step == "launch" for step, _ in self.steps)
+        self.note("launch", number)
+        self.started.set()
+        return RecordedRun(self, batch, number)
+
+    def note(self, step: str, number: int) -> None:
+        self.steps.append((step, number))
+        if (step, number) in self.fails:
+            raise RuntimeError(f"{step} of {number}")
+
+
+class RecordedRun(TimedRun):
+    def __init__(self, engine: Recorded, batch: Sequence[Any], number: int) -> None:
+        super().__init__(engine, batch)
+        self.recorded, self.number = engine, number
+
+    def complete(self) -> None:
+        self.recorded.note("complete", self.number)
+        super().complete()
+
+    def choose(self) -> None:
+        self.recorded.note("choose", self.number)
+        super().choose()
+
+    def collect(self) -> list[Any]:
+        self.recorded.note("collect", self.number)
+        return super().collect()
+
+
+class Worker:
+    """A worker's loop in a thread of the test."""
+
+    def __init__(self, latency_ms: float) -> None:
+        chosen = settings.from_tree({"devices": ["cpu:0"], "engine": "timed", "batch": 1})
+        wanted = Wanted(cpus="0", threads=None, task_queue=None, preload=None, env={})
+        assignment = Assignment("cpu:0", "cpu", 1, "", "", os.getpid(), chosen, wanted)
+        self.engine = Recorded(latency_ms)
+        self.channel = LocalChannel("here", "cpu:0", lambda _: None)
+        self.loop = Loop(assignment, self.engine, engines.batching(chosen), self.channel)
+        self.codes: list[int] = []
+        self.thread = threading.Thread(target=lambda: self.codes.append(self.loop.run()))
+        self.thread.start()
+        assert isinstance(self.submit().result(10), Answer)  # from now on it is known how long a run takes
+        self.engine.steps.clear()
+        self.engine.started.clear()
+
+    def submit(self, deadline_s: float = 30.0) -> Future[Answer | Failed]:
+        image = Image(kind="raw", shape=SHAPE)
+        return self.channel.submit(image, np.zeros(SHAPE, np.uint8).tobytes(), Options(), deadline_s)
+
+    def together(self, number: int) -> list[Future[Answer | Failed]]:
+        """So many images, of which the first is on the device when the others come."""
+        first = self.submit()
+        assert self.engine.started.wait(10)
+        return [first, *(self.submit() for _ in range(number - 1))]
+
+    def end(self) -> int:
+        self.channel.stop()
+        self.thread.join(10)
+        return self.codes[0]
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    interval = sys.getswitchinterval()
+    worker = Worker(latency_ms=200)
+    yield worker
+    worker.end()
+    gc.unfreeze()
+    sys.setswitchinterval(interval)
+
+
+def outcomes(futures: Sequence[Future[Answer | Failed]]) -> list[str]:
+    results = [future.result(10) for future in futures]
+    return [result.code if isinstance(result, Failed) else "answered" for result in results]
+
+
+def test_the_next_batch_is_begun_before_the_host_chooses_and_completed_after(worker: Worker) -> None:
+    assert outcomes(worker.together(3)) == ["answered"] * 3
+    assert worker.engine.steps == [
+        ("launch", 1), ("complete", 1),
+        ("launch", 2), ("choose", 1), ("complete", 2), ("collect", 1),
+        ("launch", 3), ("choose", 2), ("complete", 3), ("collect", 2),
+        ("choose", 3), ("collect", 3),
+    ]  # fmt: skip
+
+
+def test_what_was_revoked_or_is_too_late_is_not_begun(worker: Worker) -> None:
+    running = worker.together(2)
+    late, unwanted, last = worker.submit(0.05), worker.submit(), worker.submit()
+    unwanted.cancel()
+    assert outcomes([*running, late, last]) == ["answered", "answered", Code.TIMEOUT, "answered"]
+    assert sum(step == "launch" for step, _ in worker.engine.steps) == 3
+
+
+@pytest.mark.parametrize("step", ["launch", *STEPS])
+def test_a_run_that_fails_takes_no_other_with_it(worker: Worker, step: str) -> None:
+    worker.engine.fails = {(step, 2)}
+    assert outcomes(worker.together(4)) == ["answered", Code.ENGINE_FAILED, "answered", "answered"]
+    assert outcomes([worker.submit()]) == ["answered"]
+
+
+def test_an_engine_that_always_fails_is_given_up_with_every_lease_answered(worker: Worker) -> None:
+    worker.engine.fails = {("choose", number) for number in range(1, 9)}
+    assert outcomes(worker.together(3)) == [Code.ENGINE_FAILED] * 3
+    worker.thread.join(10)
+    assert worker.codes == [EXIT_ENGINE_BROKEN]
