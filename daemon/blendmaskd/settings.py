@@ -145,9 +145,9 @@ class Timed(_Section, frozen=True):
     latency_ms: dict[BatchSize, NotNegative] = msgspec.field(
         default_factory=lambda: {1: 21.79, 2: 38.90, 4: 122.43, 8: 226.38}
     )
-    # how much of it the second visit takes, which blends the masks; at most all
+    # how many of these milliseconds the second visit takes, which blends the masks; at most all
     blend_ms: dict[BatchSize, NotNegative] = msgspec.field(default_factory=lambda: {1: 2.0, 2: 3.6})
-    # .npz file of recorded network outputs used for every image; postprocessing is then the native engine's
+    # .npz file of recorded candidates and masks used for every image; the host's work is then the native engine's
     outputs: str | None = None
 
 

@@ -76,15 +76,17 @@ def test_a_bad_image_is_a_failure_and_no_exception(worker) -> None:
 def test_a_deadline_passes_and_a_cancelled_image_is_not_run(wait_until) -> None:
     worker = Worker(timed={"latency_ms": {1: 300}})
     running = worker.channel.submit(RAW, PICTURE.tobytes(), Options(), 30)
+    next_one = worker.channel.submit(RAW, PICTURE.tobytes(), Options(), 30)  # may begin while that runs
     late = worker.channel.submit(RAW, PICTURE.tobytes(), Options(), 0.05)
     unwanted = worker.channel.submit(RAW, PICTURE.tobytes(), Options(), 30)
     assert unwanted.cancel()
     assert isinstance(running.result(20), Answer)
+    assert isinstance(next_one.result(20), Answer)
     assert late.result(20) == Failed(job="", code=Code.TIMEOUT, reason="the deadline passed before the device was free")
     with pytest.raises(CancelledError):
         unwanted.result(20)
     wait_until(lambda: worker.channel.held() == 0)
-    wait_until(lambda: sum(report.images for report in worker.reports) == 1)
+    wait_until(lambda: sum(report.images for report in worker.reports) == 2)
     worker.end()
 
 

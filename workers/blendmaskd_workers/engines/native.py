@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from blendmaskd_workers.devices import Device, Part, Staged, Timeline
 from blendmaskd_workers.engines import EngineError, Pixels, Times
 from blendmaskd_workers.engines.on_device import OnDevice
 from blendmaskd_workers.engines.timed import TimedEngine
+
+log = logging.getLogger("blendmaskd.worker")
 
 Graphs = tuple[blendmask.Begin, blendmask.Complete]
 COPIES = 2  # of the graphs of each shape: what they return lives until their next call, and two runs are under way
@@ -92,18 +95,24 @@ class NativeEngine(OnDevice):
 
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         if self._settings.graphs:
+            before = self._held_mb()
             for height, width in image_sizes:
                 image = self.prepare(np.full((height, width, 3), 127, np.uint8)).staged.take()
                 for size in sorted({1, batch}):
                     images = image.expand(size, -1, -1, -1)
                     copies = [blendmask.capture(self._network, self.device.graph, images) for _ in range(COPIES)]
                     self._graphs[tuple(images.shape)] = itertools.cycle(copies)
+            megabytes = self._held_mb() - before
+            log.info("graphs of %d shapes, each twice: %.0f MB on the device", len(self._graphs), megabytes)
         super().warm_up(image_sizes, batch)
 
     def prepare(self, image: Pixels) -> Sent:
         prepared = blendmask.prepare(image, self._config)
         staged = self.device.stage(blendmask.collate([prepared]))
         return Sent(staged, prepared.image_size, prepared.net_size, prepared.padded_size)
+
+    def _held_mb(self) -> float:
+        return self.device.held_bytes() / 1e6
 
     def launch(self, batch: Sequence[Sent]) -> NativeRun:
         self.device.use()
