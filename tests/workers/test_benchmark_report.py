@@ -41,6 +41,12 @@ def test_what_the_daemon_says_of_itself_is_told_per_image() -> None:
     assert "of_device_time" not in measure.by_the_stats(snapshot(10, 1.0, 0, 0.0), snapshot(10, 1.0, 0, 0.0), fps=40.0)
 
 
+def test_a_device_that_does_two_things_at_once_is_told() -> None:
+    assert report.remarks(row("a", 1, 90.0, of_device_time=1.01)) == []
+    [said] = report.remarks(row("a", 1, 90.0, of_device_time=1.05))
+    assert "their visits overlapped" in said
+
+
 def test_medians_are_by_variant_and_load_and_failures_add_up() -> None:
     rows = [row("a", 1, 90.0, failures={"busy": 1}), row("a", 2, 80.0, failures={"busy": 2}, wrong=1),
             row("a", 3, 70.0), row("a", 1, 10.0, {"rate": 10.0}), row("b", 1, 5.0)]  # fmt: skip

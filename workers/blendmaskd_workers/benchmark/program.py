@@ -23,7 +23,7 @@ two settings against each other, and against the plain ZeroMQ path, in turns in 
     --set model.weights=configs/demo/model_final.pth \\
     --compare 'one: devices=[cpu:0];runtime.cpus={"cpu:0": "0"}' 'two: devices=[cpu:0, cpu:1]'
 
-Exit codes: 0 measured · 1 a wrong answer, or the limit could not be measured · 2 wrong arguments · 3 no daemon ·
+Exit codes: 0 measured · 1 a wrong answer, more work of a device than it has time for, or no limit to be measured · 2 wrong arguments · 3 no daemon ·
 130 Ctrl-C. BENCHMARKS.md explains how to read the figures.
 """
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _main(arguments: argparse.Namespace) -> int:
     except LimitError as error:
         raise OSError(str(error)) from None
     _tell(rows, variants, arguments, console)
-    return EXIT_WRONG if any(row["wrong"] for row in rows) else 0
+    return EXIT_WRONG if any(row["wrong"] or report.visits_overlapped(row) for row in rows) else 0
 
 
 def _replayed(arguments: argparse.Namespace, file: Path) -> argparse.Namespace:

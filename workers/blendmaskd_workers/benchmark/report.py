@@ -25,6 +25,7 @@ from rich.table import Table
 from blendmaskd.protocol import IDLE
 
 Row = Mapping[str, Any]
+MOST_OF_DEVICE_TIME = 1.02  # answers are counted over other seconds than those that the daemon's stats are of
 RATIOS = {"images/s": "fps", "p50": "p50_ms", "p99": "p99_ms", "server CPU": "server_cpu", "broker CPU": "broker_cpu"}
 
 
@@ -91,12 +92,19 @@ def line(row: Row) -> str:
 def remarks(row: Row) -> list[str]:
     """What a reader must know of a row before believing its figures."""
     texts = [f"{number} {code}" for code, number in row["failures"].items()]
+    if visits_overlapped(row):
+        texts.append("MORE WORK THAN THE DEVICES HAVE TIME FOR: their visits overlapped")
     if row["wrong"]:
         texts.append(f"{row['wrong']} WRONG ANSWERS")
     if row["late_sends"]:
         share = 100 * row["late_sends"] / row["jobs"]
         texts.append(f"{share:.1f}% of sends late, at most {row['latest_send_ms']:.1f} ms")
     return texts
+
+
+def visits_overlapped(row: Row) -> bool:
+    """Whether devices did more than one thing at a time, which makes the figures worthless."""
+    return bool(row.get("of_device_time", 0.0) > MOST_OF_DEVICE_TIME)
 
 
 Columns = Mapping[str, Callable[[Row], str]]
