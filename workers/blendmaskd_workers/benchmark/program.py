@@ -23,8 +23,8 @@ two settings against each other, and against the plain ZeroMQ path, in turns in 
     --set model.weights=configs/demo/model_final.pth \\
     --compare 'one: devices=[cpu:0];runtime.cpus={"cpu:0": "0"}' 'two: devices=[cpu:0, cpu:1]'
 
-Exit codes: 0 measured · 1 a wrong answer, more work of a device than it has time for, or no limit to be measured · 2 wrong arguments · 3 no daemon ·
-130 Ctrl-C. BENCHMARKS.md explains how to read the figures.
+Exit codes: 0 measured · 1 a wrong answer, more work of a device than it has time for, or no limit to be measured ·
+2 wrong arguments · 3 no daemon · 130 Ctrl-C. BENCHMARKS.md explains how to read the figures.
 """
 from __future__ import annotations
 
