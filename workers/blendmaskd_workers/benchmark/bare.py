@@ -1,15 +1,18 @@
 """The plain ZeroMQ path, as the limit of what a broker over ZeroMQ can do: not for people.
 
     python -m blendmaskd_workers.benchmark.bare proxy ipc:///FRONT ipc:///BACK
+    python -m blendmaskd_workers.benchmark.bare poller ipc:///FRONT ipc:///BACK
     python -m blendmaskd_workers.benchmark.bare worker ipc:///BACK '[0.02179]' 20000
 
 `zmq.proxy` between a ROUTER and a DEALER in a process of its own, and a process for each device that only sleeps:
-no queue of its own, no deadlines, nobody who notices a death. It takes the frames that the daemon takes and answers
+no queue of its own, no deadlines, nobody who notices a death. The poller does in Python what the proxy does in C, which
+is the least that a broker in Python can do. It takes the frames that the daemon takes and answers
 with as many bytes, so the same generator loads both. The numbers are seconds by batch size, from 1 on; a batch is what
 is there when the device is free. Each process prints a line when it is ready.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -32,6 +35,8 @@ def main(argv: list[str]) -> int:
     match argv:
         case ["proxy", front, back]:
             proxy(front, back)
+        case ["poller", front, back]:
+            poll(front, back)
         case ["worker", back, seconds, answer_bytes]:
             work(back, json.loads(seconds), int(answer_bytes))
         case _:
@@ -48,6 +53,24 @@ def proxy(front: str, back: str) -> None:
         workers.bind(back)
         print("ready", flush=True)
         zmq.proxy(clients, workers)
+
+
+def poll(front: str, back: str) -> None:
+    """As `proxy`, by zmq.Poller."""
+    context = zmq.Context()
+    with context.socket(zmq.ROUTER) as clients, context.socket(zmq.DEALER) as workers:
+        clients.bind(front)
+        workers.bind(back)
+        poller = zmq.Poller()
+        poller.register(clients, zmq.POLLIN)
+        poller.register(workers, zmq.POLLIN)
+        print("ready", flush=True)
+        while True:
+            for source, _ in poller.poll():
+                target = workers if source is clients else clients
+                with contextlib.suppress(zmq.Again):
+                    while True:
+                        target.send_multipart(source.recv_multipart(zmq.NOBLOCK, copy=False), copy=False)
 
 
 def work(back: str, seconds: list[float], answer_bytes: int) -> None:

@@ -64,7 +64,7 @@ from blendmaskd_workers.benchmark.servers import Server
 
 EXIT_WRONG = 1
 ANSWER_BYTES = 20_000  # of the plain path, where no daemon was asked before
-DAEMON, BARE = "daemon", "bare ZeroMQ"
+DAEMON, BARE = "daemon", {"proxy": "bare ZeroMQ", "poller": "bare poller"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Variant:
     arguments: argparse.Namespace  # the load's
     overrides: tuple[str, ...] = ()
     settings: Settings | None = None  # None: of a daemon that runs already
-    bare: bool = False
+    bare: str | None = None  # the kind of plain path, see `blendmaskd_workers.benchmark.bare`
 
     @property
     def points(self) -> list[Point]:
@@ -130,15 +130,16 @@ def plan(arguments: argparse.Namespace) -> list[Variant]:
     if arguments.bare:
         if first.settings is None or first.settings.engine != "timed":
             raise UsageError("--bare sleeps the latency table of engine timed: it needs a daemon of its own with that")
-        variants += _bare(variants)
+        variants += _bare(variants, arguments.bare)
     return variants
 
 
-def _bare(variants: Sequence[Variant]) -> list[Variant]:
+def _bare(variants: Sequence[Variant], kind: str) -> list[Variant]:
     """The plain path for each of these; one where it would be the same for all."""
+    name = BARE[kind]
     paths = {_path(variant): variant for variant in reversed(variants)}
     return [
-        dataclasses.replace(variant, name=BARE if len(paths) == 1 else f"{BARE}, {variant.name}", bare=True)
+        dataclasses.replace(variant, name=name if len(paths) == 1 else f"{name}, {variant.name}", bare=kind)
         for variant in reversed(paths.values())
     ]
 
@@ -265,7 +266,7 @@ def _server(variant: Variant, answer_bytes: int) -> Iterator[Server]:
         client = make_client(variant.arguments, variant.arguments.wait)
         yield servers.running_daemon(client, variant.arguments.wait)
     elif variant.bare:
-        with servers.bare_path(variant.settings, answer_bytes) as server:
+        with servers.bare_path(variant.settings, answer_bytes, variant.bare) as server:
             yield server
     else:
         with servers.own_daemon(variant.overrides, variant.settings) as server:

@@ -71,7 +71,7 @@ def running_daemon(client: Client, wait_s: float) -> Server:
 
 
 @contextmanager
-def bare_path(settings: Settings, answer_bytes: int) -> Iterator[Server]:
+def bare_path(settings: Settings, answer_bytes: int, kind: str) -> Iterator[Server]:
     """The plain ZeroMQ path with a sleeping process for each device, see `blendmaskd_workers.benchmark.bare`."""
     with tempfile.TemporaryDirectory(prefix="blendmaskd-benchmark-") as folder:
         front, back = (f"ipc://{folder}/{name}.sock" for name in ("front", "back"))
@@ -79,7 +79,7 @@ def bare_path(settings: Settings, answer_bytes: int) -> Iterator[Server]:
         worker = [*program_argv, "worker", back, json.dumps(seconds_by_batch(settings)), str(answer_bytes)]
         processes: list[subprocess.Popen[bytes]] = []
         try:
-            for argv in [[*program_argv, "proxy", front, back], *([worker] * len(settings.devices))]:
+            for argv in [[*program_argv, kind, front, back], *([worker] * len(settings.devices))]:
                 processes.append(subprocess.Popen(argv, stdout=subprocess.PIPE))
             for process in processes:
                 _wait_for_line(process)
