@@ -32,10 +32,9 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgpack
@@ -46,7 +45,7 @@ from blendmaskd.assignment import Assignment
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
 from blendmaskd.logs import about
-from blendmaskd.protocol import Code, RegionError
+from blendmaskd.protocol import IDLE, Code, RegionError
 from blendmaskd.settings import Settings
 from blendmaskd_workers import process
 from blendmaskd_workers.batching import Batching
@@ -68,7 +67,7 @@ EXIT_ENGINE_BROKEN = 70  # sysexits' EX_SOFTWARE
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Flight:
     """A batch that the device was asked for."""
 
@@ -83,11 +82,18 @@ class Flight:
 
     def complete(self) -> Flight:
         self.run.complete()
-        return replace(self, completed=time.monotonic())
+        self.completed = time.monotonic()
+        return self
 
     def choose(self) -> Flight:
         self.run.choose()
         return self
+
+    def through(self) -> list[Any]:
+        """What is left of a run whose beginning is asked for, with no other beside it."""
+        self.run.complete()
+        self.run.choose()
+        return self.run.collect()
 
 
 class Loop:
@@ -286,7 +292,9 @@ class Loop:
 
     def _run(self, batch: list[Item]) -> None:
         """All of a run, with nothing else on the device."""
-        self._collect(self._choose(self._complete(self._launch(batch))))
+        flight = self._launch(batch)
+        if flight is not None:
+            self._answer(flight, self._guarded(batch, flight.through))
 
     def _launch(self, batch: list[Item]) -> Flight | None:
         if not batch:
@@ -303,12 +311,8 @@ class Loop:
         return flight and self._guarded(flight.batch, flight.choose)
 
     def _collect(self, flight: Flight | None) -> None:
-        if flight is None:
-            return
-        outputs = self._guarded(flight.batch, flight.run.collect)
-        if outputs is not None:
-            self._failures = 0
-            self._answer(flight, outputs)
+        if flight is not None:
+            self._answer(flight, self._guarded(flight.batch, flight.run.collect))
 
     def _guarded(self, batch: list[Item], step: Callable[[], T]) -> T | None:
         """A step of a batch's run; when the engine raises, each image is tried alone, and None is returned."""
@@ -337,23 +341,25 @@ class Loop:
     def _run_alone(self, item: Item) -> bool:
         try:
             with self._watch:
-                run = self._engine.launch([item.prepared])
-                run.complete()
-                run.choose()
-                outputs = run.collect()
+                flight = Flight([item], self._engine.launch([item.prepared]))
+                outputs = flight.through()
         except Exception as error:
             return self._try_alone([item], error)
-        self._answer(Flight([item], run), outputs)
+        self._answer(flight, outputs)
         return True
 
-    def _answer(self, flight: Flight, outputs: list[Any]) -> None:
-        """Hand the outputs to the host's threads."""
+    def _answer(self, flight: Flight, outputs: list[Any] | None) -> None:
+        """Hand the outputs to the host's threads; without any, the engine has failed, and that was answered."""
+        if outputs is None:
+            return
+        self._failures = 0
         end, batch, times = time.monotonic(), flight.batch, flight.run.times()
         device_s = times.busy_s
         if self._engine.overlaps:
             self._busy.add(times)
-        self._batching.observe(*flight.kind, device_s)
-        self._first_s[flight.kind] = times.first_s
+        kind = flight.kind
+        self._batching.observe(*kind, device_s)
+        self._first_s[kind] = times.first_s
         self._lone_is_quick = batch[0].lone and end - batch[0].received < QUICK_S
         for item, output in zip(batch, outputs):
             item.timings |= {"wait": max(end - item.ready_at - device_s, 0.0), "device": device_s}
@@ -403,7 +409,7 @@ class Busy:
         self._lock = threading.Lock()
         self._since: float | None = None
         self._seconds = 0.0
-        self._idle_s: Counter[str] = Counter()
+        self._idle_s = dict.fromkeys(IDLE, 0.0)
 
     def __enter__(self) -> None:
         with self._lock:
@@ -419,12 +425,13 @@ class Busy:
         """By the device's own clock."""
         with self._lock:
             self._seconds += times.busy_s
-            self._idle_s.update(times.idle_s)
+            for reason, seconds in times.idle_s.items():
+                self._idle_s[reason] += seconds
 
     def take_idle(self) -> dict[str, float]:
         """Seconds by reason since the last call."""
         with self._lock:
-            idle_s, self._idle_s = self._idle_s, Counter()
+            idle_s, self._idle_s = self._idle_s, dict.fromkeys(IDLE, 0.0)
             return {reason: max(seconds, 0.0) for reason, seconds in idle_s.items()}
 
     def take(self, now: float) -> float:

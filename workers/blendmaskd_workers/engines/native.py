@@ -1,9 +1,9 @@
 """The engine native, and the timed one that does the native one's work on the host."""
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from blendmaskd_workers.engines.timed import TimedEngine
 log = logging.getLogger("blendmaskd.worker")
 
 Graphs = tuple[blendmask.Begin, blendmask.Complete]
-COPIES = 2  # of the graphs of each shape: what they return lives until their next call, and two runs are under way
+COPIES = 2  # of the graphs of each shape: what they return lives until their next call, and two runs are in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +36,30 @@ class Sent:
 
 
 class NativeRun:
-    """A batch on the device of the engine native."""
+    """A batch on the device of the engine native.
 
-    def __init__(self, network: Any, timeline: Timeline, images: Sequence[Any], graphs: Graphs) -> None:
-        self._network, self._timeline, self._device = network, timeline, timeline.device
+    `release` is called when the last that reads what the graphs return has been asked for, or is not going to be.
+    """
+
+    def __init__(
+        self, network: Any, timeline: Timeline, images: Sequence[Any], graphs: Graphs, release: Callable[[], None]
+    ) -> None:
+        self._network, self._timeline, self._device, self._release = network, timeline, timeline.device, release
         self._parts: list[Part] = []
         begin, self._complete = graphs
-        with timeline.part(self._parts):
+        with self._or_release(), timeline.part(self._parts):
             self._begun = blendmask.begin(images, begin)
 
+    @contextlib.contextmanager
+    def _or_release(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._release()
+            raise
+
     def complete(self) -> None:
-        with self._timeline.part(self._parts):
+        with self._or_release(), self._timeline.part(self._parts):
             self._proposals = blendmask.complete(self._begun, self._complete)
             self._candidates = self._device.fetch(self._proposals.packed)
         del self._begun
@@ -55,11 +68,14 @@ class NativeRun:
         return self._candidates.arrived.passed()
 
     def choose(self) -> None:
-        candidates = self._candidates.take().numpy()
-        self._kept = blendmask.choose(self._network, self._proposals, candidates)
-        with self._timeline.part(self._parts):
-            masks = blendmask.blend(self._network, self._proposals, self._kept, self._device.upload)
-            self._masks = None if masks is None else self._device.fetch(masks)
+        try:
+            candidates = self._candidates.take().numpy()
+            self._kept = blendmask.choose(self._network, self._proposals, candidates)
+            with self._timeline.part(self._parts):
+                masks = blendmask.blend(self._network, self._proposals, self._kept, self._device.upload)
+                self._masks = None if masks is None else self._device.fetch(masks)
+        finally:
+            self._release()
         del self._proposals
 
     def collect(self) -> list[Any]:
@@ -91,7 +107,7 @@ class NativeEngine(OnDevice):
         self.overlaps = self.device.overlaps
         self._timeline = Timeline(self.device)
         self._eager: Graphs = (self._network.begin, self._network.complete)
-        self._graphs: dict[tuple[int, ...], Iterator[Graphs]] = {}  # by the shape of a batch
+        self._graphs: dict[tuple[int, ...], list[Graphs]] = {}  # that no run uses, by the shape of a batch
 
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         if self._settings.graphs:
@@ -101,7 +117,7 @@ class NativeEngine(OnDevice):
                 for size in sorted({1, batch}):
                     images = image.expand(size, -1, -1, -1)
                     copies = [blendmask.capture(self._network, self.device.graph, images) for _ in range(COPIES)]
-                    self._graphs[tuple(images.shape)] = itertools.cycle(copies)
+                    self._graphs[tuple(images.shape)] = copies
             megabytes = self._held_mb() - before
             log.info("graphs of %d shapes, each twice: %.0f MB on the device", len(self._graphs), megabytes)
         super().warm_up(image_sizes, batch)
@@ -118,8 +134,11 @@ class NativeEngine(OnDevice):
         self.device.use()
         images = [item.staged.take() for item in batch]
         shape = (len(images), *images[0].shape[1:])
-        graphs = self._graphs.get(shape)
-        return NativeRun(self._network, self._timeline, images, next(graphs) if graphs else self._eager)
+        spare = self._graphs.get(shape)
+        if not spare:
+            return NativeRun(self._network, self._timeline, images, self._eager, lambda: None)
+        graphs = spare.pop()
+        return NativeRun(self._network, self._timeline, images, graphs, lambda: spare.append(graphs))
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
         return to_coco(output, prepared, self._categories, options, self._settings.exact)
@@ -186,9 +205,9 @@ class ReplayEngine(TimedEngine):
             kept.boxes, kept.scores, kept.classes, recorded.probabilities, kept.locations, kept.levels
         )
 
-    def launch_operators(self, which: int) -> None:
+    def launch_operators(self, part: int) -> None:
         one = torch.ones(1)
-        for _ in range(1 if self._settings.model.graphs else int(self._recorded.launches[which])):
+        for _ in range(1 if self._settings.model.graphs else int(self._recorded.launches[part])):
             one.mean()  # some 4 microseconds, which is what dispatching an operator takes
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
