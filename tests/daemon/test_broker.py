@@ -8,7 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from blendmaskd.core.broker import Acquit, Action, Answered, Broker, Dropped, Evict, Limits, SendWorker
+from blendmaskd.core.actions import Acquit, Action, Answered, Dropped, Evict, SendWorker
+from blendmaskd.core.broker import Broker
+from blendmaskd.core.refusals import Limits
 from blendmaskd.core.regions import PAGE, Memory
 from blendmaskd.protocol import (
     Cancel,
@@ -266,7 +268,7 @@ def test_over_a_bound_the_answer_is_at_once(broker: Broker, fill: int, size: int
 
 
 def test_busy_names_when_half_the_queue_will_be_gone(broker: Broker) -> None:
-    broker.served_per_s = 10.0
+    broker.refusals.served_per_s = 10.0
     for number in range(4):
         submit(broker, f"{number}")
     refusal = answers(submit(broker, "over"))["over"]
@@ -660,4 +662,4 @@ def test_answered_jobs_do_not_pile_up_behind_far_deadlines(broker: Broker) -> No
     for number in range(1000):
         [(worker, lease)] = leases(submit(broker, f"{number}", deadline_s=86400.0))
         finish(broker, worker, lease)
-    assert len(broker._deadlines) < 100
+    assert len(broker._jobs._deadlines) < 100
