@@ -133,14 +133,8 @@ def _tile(limits: Limits) -> bytes:
     side = min(2 * _side(limits), 30_000)
     data = deflated(side * side)
     entries: list[Entry] = [
-        (256, 4, 1, 100),
-        (257, 4, 1, 100),
-        *_GREY,
-        (259, 3, 1, 8),
-        (322, 4, 1, side),
-        (323, 4, 1, side),
-        (324, 4, 1, 0),
-        (325, 4, 1, len(data)),
+        (256, 4, 1, 100), (257, 4, 1, 100), *_GREY, (259, 3, 1, 8), (322, 4, 1, side), (323, 4, 1, side),
+        (324, 4, 1, 0), (325, 4, 1, len(data)),
     ]
     entries[7] = (324, 4, 1, tiff_data(entries))
     return tiff(entries, data)
@@ -150,14 +144,8 @@ def _tiles(limits: Limits) -> bytes:
     """A strip one pixel wide, in tiles 65520 wide that all lie at one place."""
     data, count = deflated(65520 * 16), 4000
     entries: list[Entry] = [
-        (256, 4, 1, 1),
-        (257, 4, 1, 16 * count),
-        *_GREY,
-        (259, 3, 1, 8),
-        (322, 4, 1, 65520),
-        (323, 4, 1, 16),
-        (324, 4, count, bytes(4 * count)),
-        (325, 4, count, struct.pack("<I", len(data)) * count),
+        (256, 4, 1, 1), (257, 4, 1, 16 * count), *_GREY, (259, 3, 1, 8), (322, 4, 1, 65520), (323, 4, 1, 16),
+        (324, 4, count, bytes(4 * count)), (325, 4, count, struct.pack("<I", len(data)) * count),
     ]
     entries[7] = (324, 4, count, struct.pack("<I", tiff_data(entries)) * count)
     return tiff(entries, data)
@@ -169,16 +157,9 @@ def _strips(compression: int) -> Callable[[Limits], bytes]:
         count = 3 * rows  # a strip for each row of each colour
         data = deflated(4) if compression == 8 else bytes(4)
         entries: list[Entry] = [
-            (256, 4, 1, 4),
-            (257, 4, 1, rows),
-            (258, 3, 3, struct.pack("<3H", 8, 8, 8)),
-            (262, 3, 1, 2),
-            (277, 3, 1, 3),
-            (284, 3, 1, 2),
-            (259, 3, 1, compression),
-            (278, 4, 1, 1),
-            (273, 4, count, bytes(4 * count)),
-            (279, 4, count, struct.pack("<I", len(data)) * count),
+            (256, 4, 1, 4), (257, 4, 1, rows), (258, 3, 3, struct.pack("<3H", 8, 8, 8)), (262, 3, 1, 2),
+            (277, 3, 1, 3), (284, 3, 1, 2), (259, 3, 1, compression), (278, 4, 1, 1),
+            (273, 4, count, bytes(4 * count)), (279, 4, count, struct.pack("<I", len(data)) * count),
         ]
         entries[8] = (273, 4, count, struct.pack("<I", tiff_data(entries)) * count)
         return tiff(entries, data)

@@ -26,70 +26,13 @@ TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4
 Entry = tuple[int, int, int, int | bytes]  # of a TIFF: tag, type, count, value or what lies elsewhere
 _MARKER = re.compile(rb"\xff[\xc0-\xfe]")
 _PNG_KINDS = (
-    b"IHDR",
-    b"PLTE",
-    b"IDAT",
-    b"IEND",
-    b"tRNS",
-    b"gAMA",
-    b"iCCP",
-    b"tEXt",
-    b"zTXt",
-    b"iTXt",
-    b"eXIf",
-    b"pHYs",
-    b"acTL",
-    b"fcTL",
-    b"fdAT",
-    b"cHRM",
-    b"sRGB",
-    b"prVt",
-    b"\0\0\0\0",
+    b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"pHYs",
+    b"acTL", b"fcTL", b"fdAT", b"cHRM", b"sRGB", b"prVt", b"\0\0\0\0",
 )
 _TAGS = (
-    254,
-    256,
-    257,
-    258,
-    259,
-    262,
-    266,
-    273,
-    274,
-    277,
-    278,
-    279,
-    282,
-    284,
-    292,
-    317,
-    320,
-    322,
-    323,
-    324,
-    325,
-    330,
-    332,
-    338,
-    339,
-    347,
-    512,
-    513,
-    514,
-    519,
-    529,
-    530,
-    531,
-    532,
-    700,
-    33432,
-    34377,
-    34665,
-    34675,
-    34853,
-    40965,
-    45056,
-    50838,
+    254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 282, 284, 292, 317, 320, 322, 323, 324, 325,
+    330, 332, 338, 339, 347, 512, 513, 514, 519, 529, 530, 531, 532, 700, 33432, 34377, 34665, 34675, 34853,
+    40965, 45056, 50838,
 )
 
 
@@ -226,16 +169,8 @@ def tiled(order: str = "<", big: bool = False, planar: int = 1) -> bytes:
     """A TIFF in four deflated tiles of 16x16."""
     tile = zlib.compress(bytes(range(256)))
     entries: list[Entry] = [
-        (256, 4, 1, 18),
-        (257, 4, 1, 24),
-        (258, 3, 1, 8),
-        (259, 3, 1, 8),
-        (262, 3, 1, 1),
-        (277, 3, 1, 1),
-        (284, 3, 1, planar),
-        (322, 3, 1, 16),
-        (323, 3, 1, 16),
-        (324, 4, 4, bytes(16)),
+        (256, 4, 1, 18), (257, 4, 1, 24), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
+        (284, 3, 1, planar), (322, 3, 1, 16), (323, 3, 1, 16), (324, 4, 4, bytes(16)),
         (325, 4, 4, struct.pack(order + "I", len(tile)) * 4),
     ]
     start = tiff_data(entries, big)
@@ -319,11 +254,8 @@ def _segments(random: Random, whole: bytes) -> bytes:
                 )
                 body = random.choice(
                     (
-                        b"Exif\0\0" + whole[:60],
-                        b"MPF\0II*\0\x08\0\0\0",
-                        b"Adobe\0d\0\0\0\0\1",
-                        b"Photoshop 3.0\0008BIM",
-                        b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>',
+                        b"Exif\0\0" + whole[:60], b"MPF\0II*\0\x08\0\0\0", b"Adobe\0d\0\0\0\0\1",
+                        b"Photoshop 3.0\0008BIM", b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>',
                         random.randbytes(20),
                     )
                 )
@@ -365,16 +297,8 @@ def _bmp_header(random: Random, whole: bytes) -> bytes:
     """BMP: fields of its header, each with the numbers that matter for it."""
     changed = bytearray(whole)
     fields = (
-        (2, "<I"),
-        (10, "<I"),
-        (14, "<I"),
-        (18, "<i"),
-        (22, "<i"),
-        (26, "<H"),
-        (28, "<H"),
-        (30, "<I"),
-        (34, "<I"),
-        (46, "<I"),
+        (2, "<I"), (10, "<I"), (14, "<I"), (18, "<i"), (22, "<i"), (26, "<H"), (28, "<H"), (30, "<I"),
+        (34, "<I"), (46, "<I"),
     )
     for _ in range(random.randint(1, 3)):
         place, code = random.choice(fields)

@@ -137,12 +137,7 @@ def _run_child(layer: str, seed: int, numbers: range, folder: str) -> Progress:
     at = Path(folder, f"{numbers.start}.at")
     at.write_bytes(bytes(8))
     argv = [
-        sys.executable,
-        "-m",
-        "fuzz.child",
-        layer,
-        *map(str, (seed, numbers.start, numbers.stop)),
-        folder,
+        sys.executable, "-m", "fuzz.child", layer, *map(str, (seed, numbers.start, numbers.stop)), folder,
     ]
     with Path(folder, "stderr").open("w+") as stderr:
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr, env=_as_a_worker())
