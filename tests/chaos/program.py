@@ -40,7 +40,7 @@ from rich.live import Live
 from rich.table import Table
 
 from blendmaskd import files
-from blendmaskd.programs.arguments import positive, seconds
+from blendmaskd.programs.arguments import checked, positive, seconds
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, guarded
 from blendmaskd.programs.interruption import Interruptible
 from chaos import growth, injector
@@ -416,17 +416,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _minutes(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 24 * 60:
-        raise argparse.ArgumentTypeError(f"{text}: expected minutes, more than 0 and at most a day")
-    return value
+    return checked(text, float, lambda value: 0 < value <= 24 * 60, "minutes, more than 0 and at most a day")
 
 
 def _latency(text: str) -> dict[int, float]:
-    value = float(text)
-    if not 0 <= value <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text}: expected milliseconds, 0 to 10000")
-    return {1: value}
+    return {1: checked(text, float, lambda value: 0 <= value <= 10_000, "milliseconds, 0 to 10000")}
 
 
 def _kinds(text: str) -> Sequence[str]:
