@@ -17,7 +17,8 @@ from PIL import Image
 
 from blendmaskd.images.decoding import MOST_SIDE
 from blendmaskd.settings import Limits
-from fuzz.pictures import Entry, bmp, chunk, png, tiff, tiff_data
+from fuzz.pictures import bmp, chunk, png
+from fuzz.tiffs import Entry, tiff
 
 _GREY: list[Entry] = [(258, 3, 1, 8), (262, 3, 1, 1)]
 
@@ -136,7 +137,7 @@ def _tile(limits: Limits) -> bytes:
         (256, 4, 1, 100), (257, 4, 1, 100), *_GREY, (259, 3, 1, 8), (322, 4, 1, side), (323, 4, 1, side),
         (324, 4, 1, 0), (325, 4, 1, len(data)),
     ]
-    entries[7] = (324, 4, 1, tiff_data(entries))
+    entries[7] = (324, 4, 1, len(tiff(entries)))
     return tiff(entries, data)
 
 
@@ -147,7 +148,7 @@ def _tiles(limits: Limits) -> bytes:
         (256, 4, 1, 1), (257, 4, 1, 16 * count), *_GREY, (259, 3, 1, 8), (322, 4, 1, 65520), (323, 4, 1, 16),
         (324, 4, count, bytes(4 * count)), (325, 4, count, struct.pack("<I", len(data)) * count),
     ]
-    entries[7] = (324, 4, count, struct.pack("<I", tiff_data(entries)) * count)
+    entries[7] = (324, 4, count, struct.pack("<I", len(tiff(entries))) * count)
     return tiff(entries, data)
 
 
@@ -161,7 +162,7 @@ def _strips(compression: int) -> Callable[[Limits], bytes]:
             (277, 3, 1, 3), (284, 3, 1, 2), (259, 3, 1, compression), (278, 4, 1, 1),
             (273, 4, count, bytes(4 * count)), (279, 4, count, struct.pack("<I", len(data)) * count),
         ]
-        entries[8] = (273, 4, count, struct.pack("<I", tiff_data(entries)) * count)
+        entries[8] = (273, 4, count, struct.pack("<I", len(tiff(entries))) * count)
         return tiff(entries, data)
 
     return make
@@ -185,7 +186,7 @@ def _deep_directory(limits: Limits) -> bytes:
     """A TIFF whose EXIF directory has all the numbers."""
     count = limits.max_image_bytes // 8 - 1000
     entries = [*_one_pixel(), (258, 3, 1, 8), (34665, 4, 1, 0)]
-    start = tiff_data(entries)
+    start = len(tiff(entries))
     entries[-1] = (34665, 4, 1, start)
     inside = struct.pack("<HHHIII", 1, 33434, 5, count, start + 2 + 12 + 4, 0)
     return tiff(entries, inside + _noise(8 * count))
@@ -195,7 +196,7 @@ def _overlapping(limits: Limits) -> bytes:
     """A directory of a thousand entries that all lie at one place."""
     size = limits.max_image_bytes // 2
     entries: list[Entry] = [(40000 + number, 7, size, 0) for number in range(1000)]
-    start = tiff_data(entries)
+    start = len(tiff(entries))
     return tiff([(tag, kind, count, start) for tag, kind, count, _ in entries], bytes(size))
 
 
