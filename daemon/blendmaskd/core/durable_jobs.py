@@ -12,7 +12,7 @@ from blendmaskd.protocol import Frames
 
 
 class State(Enum):
-    """See the module."""
+    """See the table in `blendmaskd.core.durable`."""
 
     STORING = "storing"
     SPOOLED = "spooled"
