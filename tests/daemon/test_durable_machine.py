@@ -367,7 +367,7 @@ def test_owners_take_turns_and_leave_each_other_room() -> None:
     (stored,) = machine.durable.submit(b"a", owned, 40, lambda: [bytes(40)], 0.0)
     assert isinstance(stored, Store)
     (refused,) = machine.durable.submit(b"a", msgspec.structs.replace(owned, job="8" * 32), 40, lambda: [b""], 0.0)
-    assert "the last are for others" in refused.answer.reason
+    assert "the last ones are reserved for others" in refused.answer.reason
     (stored,) = machine.durable.submit(b"b", msgspec.structs.replace(owned, job="7" * 32), 40, lambda: [b""], 0.0)
     assert isinstance(stored, Store)
     machine.spool.die()
@@ -377,10 +377,10 @@ def test_owners_take_turns_and_leave_each_other_room() -> None:
 @pytest.mark.parametrize(
     ("limits", "taken", "complaint"),
     [
-        ({"max_jobs_per_client": 3}, 3, "this client has 3 durable jobs unanswered, as many as one client may"),
-        ({"max_bytes_per_client": 90}, 2, "this client has 80 bytes unanswered: one client may have 90"),
+        ({"max_jobs_per_client": 3}, 3, "this client has 3 unanswered durable jobs, the maximum for one client"),
+        ({"max_bytes_per_client": 90}, 2, "this client has 80 unanswered bytes, the maximum is 90"),
         ({"max_jobs": 16, "max_jobs_per_client": 16}, 14,
-         "this client has 14 jobs on their way to the spool: the last places are reserved for others"),
+         "this client has 14 jobs being written to the spool: the last places are reserved for others"),
     ],
 )
 def test_one_owner_has_no_more_than_one_may(limits: dict[str, int], taken: int, complaint: str) -> None:

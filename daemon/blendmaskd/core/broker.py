@@ -297,12 +297,13 @@ class Broker:
         actions: list[Action] = []
         while (job := self._jobs.pop_overdue(now)) is not None:
             where = "in the queue" if job.worker is None else f"on {self._workers[job.worker].device}"
-            actions += self._fail(job, Code.TIMEOUT, f"not done {now - job.accepted:.1f} s after it came, {where}")
+            text = f"the deadline passed {now - job.accepted:.1f} s after it arrived, {where}"
+            actions += self._fail(job, Code.TIMEOUT, text)
         for worker in self._workers.values():
             if now >= worker.stall_deadline(self.limits.stall_s):
                 worker.evicted = worker.retiring = True
                 silent = now - worker.heard >= self.limits.stall_s
-                what = "no sign of life" if silent else "leases held, none ended"
+                what = "no sign of life" if silent else "no lease has ended"
                 actions.append(Evict(worker.name, f"{what} for {self.limits.stall_s:g} s"))
         return actions + self._assign(now)
 
@@ -351,7 +352,7 @@ class Broker:
         """It has cost enough workers: answer all jobs with it, and say which devices are not to blame."""
         suspicion.given_up = f"{reason}; it was on a worker that died {suspicion.losses} times"
         text = (f"{reason}; this image was on a worker that died {suspicion.losses} times: it is given up, and may be "
-                f"tried again in {KEEP_S:g} s")  # fmt: skip
+                f"retried in {KEEP_S:g} s")  # fmt: skip
         acquitted = [death for death in suspicion.deaths if death.counts and suspicion.proven]
         for death in acquitted:
             death.counts = False

@@ -256,24 +256,24 @@ class Durable:
         """What there is no room for; empty: nothing."""
         storing, limits = self._jobs.states[State.STORING], self._broker.limits
         if storing >= limits.max_jobs or (storing and self._jobs.storing_bytes + size > limits.max_bytes):
-            return f"{storing} jobs are on their way into the spool"
+            return f"{storing} jobs are being written to the spool"
         used = self.usage.bytes + self._jobs.storing_bytes
         if used + size > self.max_bytes:
-            return f"the spool has {used} of {self.max_bytes} bytes (spool_bytes)"
+            return f"the spool holds {used} of {self.max_bytes} bytes (spool_bytes)"
         return ""
 
     def _greed(self, own: Owned, size: int) -> str:
         """What of its owner's is too much for one; empty: nothing."""
         limits = self._broker.limits
         if own.jobs >= limits.max_jobs_per_client:
-            return f"this client has {own.jobs} durable jobs unanswered, as many as one client may"
+            return f"this client has {own.jobs} unanswered durable jobs, the maximum for one client"
         if own.bytes + size > limits.max_bytes_per_client:
-            return f"this client has {own.bytes} bytes unanswered: one client may have {limits.max_bytes_per_client}"
+            return f"this client has {own.bytes} unanswered bytes, the maximum is {limits.max_bytes_per_client}"
         if own.storing >= SHARE * (limits.max_jobs - self._jobs.states[State.STORING]):
-            on_the_way = f"{own.storing} jobs on their way to the spool"
+            on_the_way = f"{own.storing} jobs being written to the spool"
             return f"this client has {on_the_way}: the last places are reserved for others"
         if own.bytes and own.bytes + size > self.max_bytes - self.usage.bytes - self._jobs.storing_bytes:
-            return f"this client has {own.bytes} bytes in the spool: the last are for others"
+            return f"this client has {own.bytes} bytes in the spool: the last ones are reserved for others"
         return ""
 
     def _accept(self, job: Job) -> list[Action]:

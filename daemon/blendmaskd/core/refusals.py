@@ -48,7 +48,7 @@ class Refusals:
     def unfit(self, name: str, image: Image, size: int) -> Failed | None:
         """Why this image of `size` bytes cannot be a job now, however much room there is."""
         if size > self.limits.max_image_bytes:
-            return refused(name, Code.TOO_LARGE, f"{size} bytes: an image has at most {self.limits.max_image_bytes}")
+            return refused(name, Code.TOO_LARGE, f"{size} bytes, the limit is {self.limits.max_image_bytes}")
         if image.kind == "path" and not self.limits.paths_allowed:
             return refused(name, Code.BAD_REQUEST, "images by path are disabled: paths.roots is not set")
         complaint = self._regions.complaint(image.place) if image.place else None
@@ -92,11 +92,11 @@ class Refusals:
         if account.waiting >= SHARE * (limits.max_jobs - self._jobs.waiting_jobs):
             return f"{account.waiting} jobs waiting: the last places are reserved for others"
         if account.waiting and account.waiting_bytes >= SHARE * (limits.max_bytes - self._jobs.waiting_bytes):
-            return f"{account.waiting_bytes} bytes waiting: the last are for others"
+            return f"{account.waiting_bytes} bytes waiting: the last ones are reserved for others"
         if len(account.jobs) >= limits.max_jobs_per_client:
-            return f"{len(account.jobs)} jobs unanswered, as many as one client may"
+            return f"{len(account.jobs)} unanswered jobs, the maximum for one client"
         if account.bytes + job.payload_bytes > limits.max_bytes_per_client:
-            return f"{account.bytes} bytes unanswered: one client may have {limits.max_bytes_per_client}"
+            return f"{account.bytes} unanswered bytes, the maximum for one client is {limits.max_bytes_per_client}"
         return ""
 
     def retry_after_s(self) -> float:
