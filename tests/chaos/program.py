@@ -2,7 +2,7 @@
 
 Starts a daemon of its own with the `timed` engine, loads it from several clients (closed loop, images of 9 KB to 1.9
 MB, half of them by shared memory), and injects faults at random times, the same ones for the same seed. At the end
-nothing may be lost, answered twice or wrongly, and the daemon may hold no more than it did.
+no job may be lost, answered twice or wrongly, and the daemon may hold no more memory or descriptors than before.
 
   python scripts/chaos.py --minutes 10                          # all faults
   python scripts/chaos.py --minutes 2 --seed 7 --faults kill,stop,hang --every 0.5
@@ -10,16 +10,16 @@ nothing may be lost, answered twice or wrongly, and the daemon may hold no more 
   python scripts/chaos.py --minutes 10 --json chaos.json --log daemon.log
 
 {faults}
-Answered, lost and duplicated are counted by the clients, which talk to the daemon without any library of ours and try
-nothing again. Lost: no answer after {lost:g} times the deadline that a job was sent with. Jobs of clients that left or
-never read are abandoned, and nobody's loss. Recovery: from a fault of a worker until all devices are ready, as
-stats say each second. Memory grows where the line of least squares through the samples after --warm-up rises by more
-than {slope:g} MB a minute, and by more than {noise:g} MB in all: a run of a minute shows no slope worth its name.
+The clients do the accounting; they do not use this package's client library, and retry nothing. Lost: no answer after
+{lost:g} times the deadline that a job was sent with. Jobs of clients that left or never read are abandoned, which is no
+loss. Recovery: from a fault of a worker until all devices are ready, as the statistics show each second. Memory grows if
+the least-squares line through the samples after --warm-up rises by more than {slope:g} MB a minute, and by more than
+{noise:g} MB in all; a run of one minute is too short to show a slope.
 
-Ctrl-C ends the run early, with the report of what was until then.
+Ctrl-C ends the run early, and the report covers it until then.
 
 Exit codes: 0 nothing lost, duplicated or wrong, nothing grows · 1 something is · 2 wrong arguments · 3 the daemon did
-not come up · 130 Ctrl-C, and nothing was wrong until then.
+not start · 130 Ctrl-C, and nothing was wrong until then.
 """
 from __future__ import annotations
 

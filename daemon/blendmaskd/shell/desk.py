@@ -224,7 +224,7 @@ class Desk:
             case actions.SendWorker():
                 frames = protocol.encode(action.message, action.payload)
                 if send(self._sockets.workers, action.worker.encode(), frames):
-                    log.warning("not reachable; its death will follow", extra=about(slot=action.worker))
+                    log.warning("the worker cannot be reached: it is about to exit", extra=about(slot=action.worker))
                 return self.durable.leased(action.durable) if action.durable else ()
             case actions.Answered():
                 return self._answer(action)
@@ -270,7 +270,7 @@ class Desk:
             self.broker, self._settings.spool_bytes, time.monotonic(), stored, self.spool.next_seq
         )
         self.durable.usage = self.spool.usage
-        log.info("spool %s: %d jobs to do, %d answers", self.spool.path, len(stored), self.spool.usage.answers)
+        log.info("spool %s: %d jobs pending, %d answers stored", self.spool.path, len(stored), self.spool.usage.answers)
 
     def _submit_durable(self, client: bytes, message: protocol.Submit, payload: Sequence[Any], now: float) -> Actions:
         place = message.image.place
