@@ -11,10 +11,10 @@ no job may be lost, answered twice or wrongly, and the daemon may hold no more m
 
 {faults}
 The clients do the accounting; they do not use this package's client library, and retry nothing. Lost: no answer after
-{lost:g} times the deadline that a job was sent with. Jobs of clients that left or never read are abandoned, which is no
-loss. Recovery: from a fault of a worker until all devices are ready, as the statistics show each second. Memory grows if
-the least-squares line through the samples after --warm-up rises by more than {slope:g} MB a minute, and by more than
-{noise:g} MB in all; a run of one minute is too short to show a slope.
+{lost:g} times the deadline that a job was sent with. Jobs of clients that left or never read are abandoned, which is
+no loss. Recovery: from a fault of a worker until all devices are ready, as the statistics show each second. Memory
+grows if the least-squares line through the samples after --warm-up rises by more than {slope:g} MB a minute, and by
+more than {noise:g} MB in all; a run of one minute is too short to show a slope.
 
 Ctrl-C ends the run early, and the report covers it until then.
 
