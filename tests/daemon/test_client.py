@@ -313,7 +313,7 @@ def test_stats_are_the_latest_snapshot(shared_daemon: Any, wait_until: Any) -> N
 def test_a_deadline_that_passes_is_a_timeout_and_not_tried_again(slow_daemon: Any) -> None:
     before = outcomes(slow_daemon).get("timeout", 0)
     start = time.monotonic()
-    with pytest.raises(JobFailed, match=r"timeout: not done .* on cpu:0") as failed:
+    with pytest.raises(JobFailed, match=r"timeout: the deadline passed .* on cpu:0") as failed:
         slow_daemon.client.segment(pixels(0), deadline_s=0.05)
     assert failed.value.code is Code.TIMEOUT
     assert time.monotonic() - start < SLOW_MS / 1000

@@ -29,11 +29,13 @@ from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.client import exchange
 from blendmaskd.client.connection import RETRIES
 from blendmaskd.client.exchange import Exchange, JobFailed, Segmentation
-from blendmaskd.core import broker as broker_module
+from blendmaskd.core import actions as broker_actions
 from blendmaskd.core import reload as reload_module
 from blendmaskd.core import supervisor as supervisor_module
-from blendmaskd.core.broker import Acquit, Answered, Broker, Evict, Limits, SendWorker
+from blendmaskd.core.actions import Acquit, Answered, Evict, SendWorker
+from blendmaskd.core.broker import Broker
 from blendmaskd.core.launch_plan import Basis, Preload
+from blendmaskd.core.refusals import Limits
 from blendmaskd.core.reload import Adopt, GiveUp, Ready, Reload, StopCheck
 from blendmaskd.core.supervisor import Kill, Spawn, State, Supervisor
 from blendmaskd.protocol import (
@@ -124,7 +126,7 @@ class DaemonMachine(RuleBasedStateMachine):
 
     # -- the shell --------------------------------------------------------------------------------------------------
 
-    def broker_does(self, actions: list[broker_module.Action]) -> None:
+    def broker_does(self, actions: list[broker_actions.Action]) -> None:
         for action in actions:
             match action:
                 case Answered(to, answer, payload):

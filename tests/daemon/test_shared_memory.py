@@ -530,7 +530,7 @@ def test_who_knows_a_regions_name_may_use_it(shared_daemon: Any, bare: Bare, own
 def test_an_unknown_region_is_refused(bare: Bare, name: str) -> None:
     code, reason = bare.refusal(Place(region=name, offset=0, bytes=10))
     assert code is Code.BAD_REQUEST
-    assert reason == f"region {name!r}: there is none of that name, or it has ended"
+    assert reason == f"region {name!r} does not exist, or has ended"
 
 
 @pytest.mark.parametrize(("offset", "count"), [(0, MB + 1), (MB, 1), (2**63, 1), (2**64 - 1, 2**64 - 1), (1, MB)])

@@ -17,7 +17,8 @@ from PIL import Image
 
 from blendmaskd.images.decoding import MOST_SIDE
 from blendmaskd.settings import Limits
-from fuzz.pictures import Entry, bmp, chunk, png, tiff, tiff_data
+from fuzz.pictures import bmp, chunk, png
+from fuzz.tiffs import Entry, tiff
 
 _GREY: list[Entry] = [(258, 3, 1, 8), (262, 3, 1, 1)]
 
@@ -133,16 +134,10 @@ def _tile(limits: Limits) -> bytes:
     side = min(2 * _side(limits), 30_000)
     data = deflated(side * side)
     entries: list[Entry] = [
-        (256, 4, 1, 100),
-        (257, 4, 1, 100),
-        *_GREY,
-        (259, 3, 1, 8),
-        (322, 4, 1, side),
-        (323, 4, 1, side),
-        (324, 4, 1, 0),
-        (325, 4, 1, len(data)),
+        (256, 4, 1, 100), (257, 4, 1, 100), *_GREY, (259, 3, 1, 8), (322, 4, 1, side), (323, 4, 1, side),
+        (324, 4, 1, 0), (325, 4, 1, len(data)),
     ]
-    entries[7] = (324, 4, 1, tiff_data(entries))
+    entries[7] = (324, 4, 1, len(tiff(entries)))
     return tiff(entries, data)
 
 
@@ -150,16 +145,10 @@ def _tiles(limits: Limits) -> bytes:
     """A strip one pixel wide, in tiles 65520 wide that all lie at one place."""
     data, count = deflated(65520 * 16), 4000
     entries: list[Entry] = [
-        (256, 4, 1, 1),
-        (257, 4, 1, 16 * count),
-        *_GREY,
-        (259, 3, 1, 8),
-        (322, 4, 1, 65520),
-        (323, 4, 1, 16),
-        (324, 4, count, bytes(4 * count)),
-        (325, 4, count, struct.pack("<I", len(data)) * count),
+        (256, 4, 1, 1), (257, 4, 1, 16 * count), *_GREY, (259, 3, 1, 8), (322, 4, 1, 65520), (323, 4, 1, 16),
+        (324, 4, count, bytes(4 * count)), (325, 4, count, struct.pack("<I", len(data)) * count),
     ]
-    entries[7] = (324, 4, count, struct.pack("<I", tiff_data(entries)) * count)
+    entries[7] = (324, 4, count, struct.pack("<I", len(tiff(entries))) * count)
     return tiff(entries, data)
 
 
@@ -169,18 +158,11 @@ def _strips(compression: int) -> Callable[[Limits], bytes]:
         count = 3 * rows  # a strip for each row of each colour
         data = deflated(4) if compression == 8 else bytes(4)
         entries: list[Entry] = [
-            (256, 4, 1, 4),
-            (257, 4, 1, rows),
-            (258, 3, 3, struct.pack("<3H", 8, 8, 8)),
-            (262, 3, 1, 2),
-            (277, 3, 1, 3),
-            (284, 3, 1, 2),
-            (259, 3, 1, compression),
-            (278, 4, 1, 1),
-            (273, 4, count, bytes(4 * count)),
-            (279, 4, count, struct.pack("<I", len(data)) * count),
+            (256, 4, 1, 4), (257, 4, 1, rows), (258, 3, 3, struct.pack("<3H", 8, 8, 8)), (262, 3, 1, 2),
+            (277, 3, 1, 3), (284, 3, 1, 2), (259, 3, 1, compression), (278, 4, 1, 1),
+            (273, 4, count, bytes(4 * count)), (279, 4, count, struct.pack("<I", len(data)) * count),
         ]
-        entries[8] = (273, 4, count, struct.pack("<I", tiff_data(entries)) * count)
+        entries[8] = (273, 4, count, struct.pack("<I", len(tiff(entries))) * count)
         return tiff(entries, data)
 
     return make
@@ -204,7 +186,7 @@ def _deep_directory(limits: Limits) -> bytes:
     """A TIFF whose EXIF directory has all the numbers."""
     count = limits.max_image_bytes // 8 - 1000
     entries = [*_one_pixel(), (258, 3, 1, 8), (34665, 4, 1, 0)]
-    start = tiff_data(entries)
+    start = len(tiff(entries))
     entries[-1] = (34665, 4, 1, start)
     inside = struct.pack("<HHHIII", 1, 33434, 5, count, start + 2 + 12 + 4, 0)
     return tiff(entries, inside + _noise(8 * count))
@@ -214,7 +196,7 @@ def _overlapping(limits: Limits) -> bytes:
     """A directory of a thousand entries that all lie at one place."""
     size = limits.max_image_bytes // 2
     entries: list[Entry] = [(40000 + number, 7, size, 0) for number in range(1000)]
-    start = tiff_data(entries)
+    start = len(tiff(entries))
     return tiff([(tag, kind, count, start) for tag, kind, count, _ in entries], bytes(size))
 
 

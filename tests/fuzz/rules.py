@@ -129,36 +129,13 @@ def hostile_paths(folder: Path) -> list[str]:
     with open(root / "giant", "wb") as sparse:
         sparse.truncate(1 << 42)
     names = [
-        *links,
-        "photo",
-        "pipe",
-        "giant",
-        "deep",
-        "../outside/secret",
-        "folder/secret",
-        "./photo",
-        "deep/../photo",
-        "photo/",
-        "photo/x",
-        "",
-        "x" * 300,
-        "x/" * 3000,
-        "photo\0",
-        "//photo",
+        *links, "photo", "pipe", "giant", "deep", "../outside/secret", "folder/secret", "./photo",
+        "deep/../photo", "photo/", "photo/x", "", "x" * 300, "x/" * 3000, "photo\0", "//photo",
         "up/outside/secret",
     ]
     system = [
-        "/dev/zero",
-        "/dev/mem",
-        "/proc/self/environ",
-        "/proc/1/mem",
-        "/etc/shadow",
-        "/",
-        "",
-        ".",
-        "\0",
-        "photo",
-        "~/x",
+        "/dev/zero", "/dev/mem", "/proc/self/environ", "/proc/1/mem", "/etc/shadow", "/", "", ".", "\0",
+        "photo", "~/x",
     ]
     return [*(f"{root}/{name}" for name in names), f"{root}", f"{root}-not/photo", *system]
 

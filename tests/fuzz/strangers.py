@@ -388,12 +388,8 @@ def _memory(random: Random, size: int) -> int:
     descriptor = os.memfd_create("fuzz", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     os.ftruncate(descriptor, size)
     seals = (
-        fcntl.F_SEAL_SHRINK,
-        fcntl.F_SEAL_SHRINK,
-        fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
-        fcntl.F_SEAL_GROW,
-        fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE,
-        0,
+        fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+        fcntl.F_SEAL_GROW, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE, 0,
     )
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, random.choice(seals))
     return descriptor

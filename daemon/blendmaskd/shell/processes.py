@@ -18,6 +18,7 @@ import msgspec
 from blendmaskd import protocol
 from blendmaskd.assignment import identity
 from blendmaskd.core import broker, durable, launch_plan, reload, supervisor
+from blendmaskd.core.actions import Acquit, Evict
 from blendmaskd.core.launch_plan import Basis, LaunchPlan
 from blendmaskd.core.reload import Reload
 from blendmaskd.core.stats import Stats
@@ -106,9 +107,9 @@ class Processes:
                 name = identity(slot, generation)
                 log.warning("sent %s", number.name, extra=about(slot=name))
                 self.children[name].process.send_signal(number)
-            case broker.Evict(worker, reason):
+            case Evict(worker, reason):
                 return self._evict(self.children[worker], reason)
-            case broker.Acquit(device):
+            case Acquit(device):
                 self.supervisor.acquit(device)
             case reload.StopCheck(why):
                 if why:

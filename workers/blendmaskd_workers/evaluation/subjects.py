@@ -77,7 +77,7 @@ def scenes_of(names: Sequence[str], photographs: Sequence[Pixels], seed: int) ->
 def evaluate(
     reference: Subject, device: Subject, on: Sequence[Scene], config: Config, trace: bool = False
 ) -> dict[str, Any]:
-    """The report without its header; `logs.PRECISION` gives it as text."""
+    """The report without its header; `logs.write_precision` gives it as text."""
     differences: dict[str, Difference] = {}
     rows = [_compare_on(scene, reference, device, config, differences if trace else None) for scene in on]
     report = {"scenes": rows, "trace": _trace(differences) if trace else None}

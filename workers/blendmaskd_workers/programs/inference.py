@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from blendmaskd.images.decoding import ImageError, Pixels
 from blendmaskd.images.quiet import quiet
 from blendmaskd.logs import in_a_line
 from blendmaskd.programs import input_images
+from blendmaskd.programs.arguments import device, share
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError, guarded
 from blendmaskd.protocol import Options
 
@@ -261,8 +261,8 @@ def _parser() -> argparse.ArgumentParser:
         help="files, folders, or quoted patterns such as 'photos/**/*.jpg'")
     add("--output", metavar="PLACE", help="overlays: a file for one image, a folder for several")
     add("--json", type=Path, metavar="FILE", help="file for all results, as one list")
-    add("--device", type=_device, default="cpu", help="npu, npu:1, cuda, cuda:0 or cpu (default: cpu)")
-    add("--score-threshold", type=_share, default=0.3, metavar="T",
+    add("--device", type=device, default="cpu", help="npu, npu:1, cuda, cuda:0 or cpu (default: cpu)")
+    add("--score-threshold", type=share, default=0.3, metavar="T",
         help="keep instances with at least this score (default: 0.3; 0: everything the network returns)")
     add("--categories", metavar="FILE", help="names of the classes, a COCO categories list (default: categories.json "
         "beside the weights, else COCO's names for 80 classes)")
@@ -272,19 +272,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--exact", action="store_true", help="the network as it was trained, and masks as AdelaiDet pastes them: its "
         "answers on the same host to the last bit, slower; without it fp32 may differ in a pixel of a mask's edge")
     return parser
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"(npu|cuda|cpu)(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected npu, npu:N, cuda, cuda:N or cpu")
-    return text
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 1")
-    return value
