@@ -17,6 +17,7 @@ RESTARTS = Restarts(
 )
 DRAIN_S = 30.0
 A, B = "npu:0", "npu:1"
+CODES = [0, 1, -9, EXIT_CANNOT_BOOT, EXIT_HOST_LACKS]
 
 
 @pytest.fixture
@@ -310,7 +311,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         self.supervisor.acquit(slot)
 
     @precondition(lambda self: self.living)
-    @rule(pick=st.integers(0, 9), code=st.sampled_from([0, 1, -9, EXIT_CANNOT_BOOT, EXIT_HOST_LACKS]), blameless=st.booleans())
+    @rule(pick=st.integers(0, 9), code=st.sampled_from(CODES), blameless=st.booleans())
     def exit(self, pick: int, code: int, blameless: bool) -> None:
         slot = sorted(self.living)[pick % len(self.living)]
         self.asked.discard(slot)

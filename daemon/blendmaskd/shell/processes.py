@@ -16,7 +16,7 @@ from typing import IO, Any
 import msgspec
 
 from blendmaskd import protocol
-from blendmaskd.assignment import identity
+from blendmaskd.assignment import EXIT_HOST_LACKS, identity
 from blendmaskd.core import broker, durable, launch_plan, reload, supervisor
 from blendmaskd.core.launch_plan import Basis, LaunchPlan
 from blendmaskd.core.reload import Reload
@@ -25,7 +25,7 @@ from blendmaskd.core.supervisor import State, Supervisor
 from blendmaskd.logs import about
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch
-from blendmaskd.topology import HostError
+from blendmaskd.topology import HostError, format_cpus
 from blendmaskd.wanted import Actual, differences
 
 log = logging.getLogger("blendmaskd")
@@ -202,15 +202,19 @@ class Processes:
     def _spawn(self, slot: str, generation: int) -> Actions:
         basis = self.reload.basis
         try:
+            present = launch.follow_host(basis)
             plan = launch_plan.plan(
-                slot, basis, self._environment, generation=generation, endpoint=self._endpoint, token=self._token
+                slot, present, self._environment, generation=generation, endpoint=self._endpoint, token=self._token
             )
             child = Child(plan)
         except (OSError, HostError) as error:
             if isinstance(error, HostError) and generation == 1 and basis is self._first:
                 raise  # nothing is served yet: the settings do not fit this host
             how = f"cannot be started: {error}"
-            return self.supervisor.exited(slot, generation, how, 1, False, time.monotonic())
+            return self.supervisor.exited(slot, generation, how, EXIT_HOST_LACKS, False, time.monotonic())
+        if present.available != basis.available:
+            now, before = format_cpus(present.available), format_cpus(basis.available)
+            log.warning("CPUs %s may be used now, before %s", now, before, extra=about(slot=child.name))
         for warning in child.warnings:
             log.warning("%s", warning, extra=about(slot=child.name))
         self.children[child.name] = child
