@@ -263,6 +263,24 @@ def test_drain_stops_everything_for_good(up: Supervisor) -> None:
     assert up.expire(1e6) == []
 
 
+def test_a_drain_in_a_hurry_gives_a_worker_the_time_to_stop_and_no_more(up: Supervisor) -> None:
+    up.replace(A, 0.0)
+    up.hurry(1.0)
+    assert up.drain(1.0) == [Stop(B, 1)]
+    assert up.expire(1.0 + RESTARTS.stop_s) == [Kill(A, 1, signal.SIGABRT), Kill(B, 1, signal.SIGABRT)]
+
+
+def test_time_in_which_nothing_ran_is_nobodys(up: Supervisor) -> None:
+    die(up, A, 0.0)
+    up.replace(B, 0.0)
+    up.forgive(40.0)
+    assert up.expire(DRAIN_S) == []
+    assert up.expire(40.5) == [Spawn(A, 2)]
+    up.forgive(1000.0)
+    assert up.expire(1040.0 + DRAIN_S) == [Kill(B, 1, signal.SIGABRT)]
+    assert up.slots[A].state is State.STARTING
+
+
 def test_drain_does_not_wait_for_a_worker_that_still_loads() -> None:
     supervisor = Supervisor([A], RESTARTS, DRAIN_S)
     supervisor.start(0.0)
@@ -342,6 +360,15 @@ class SupervisorMachine(RuleBasedStateMachine):
     @rule()
     def drain(self) -> None:
         self.carry_out(self.supervisor.drain(self.now))
+
+    @rule()
+    def hurry(self) -> None:
+        self.supervisor.hurry(self.now)
+
+    @rule(seconds=st.floats(2.0, 40))
+    def stand_still(self, seconds: float) -> None:
+        self.now += seconds
+        self.supervisor.forgive(seconds)
 
     @rule(seconds=st.floats(0.1, 40))
     def wait(self, seconds: float) -> None:

@@ -232,6 +232,13 @@ class Supervisor:
         self.draining = True
         return [action for slot in self.slots.values() for action in self._end(slot, now)]
 
+    def hurry(self, now: float) -> None:
+        """Whoever is asked to stop, or will be, has `stop_s` for it."""
+        self.drain_s = min(self.drain_s, self.restarts.stop_s)
+        for slot in self.slots.values():
+            if slot.state is State.STOPPING and slot.deadline is not None:
+                slot.deadline = min(slot.deadline, now + self.restarts.stop_s)
+
     def expire(self, now: float) -> list[Action]:
         """Do what is due."""
         actions: list[Action] = []
@@ -247,6 +254,12 @@ class Supervisor:
             else:
                 actions += self._harder(slot, now)
         return actions
+
+    def forgive(self, seconds: float) -> None:
+        """The daemon itself did nothing for so long, and perhaps no worker did: all have that much longer."""
+        for slot in self.slots.values():
+            if slot.deadline is not None:
+                slot.deadline += seconds
 
     def next_deadline(self) -> float | None:
         return min((slot.deadline for slot in self.slots.values() if slot.deadline is not None), default=None)

@@ -31,6 +31,7 @@ from blendmaskd.wanted import Actual, differences
 log = logging.getLogger("blendmaskd")
 
 CHECK = ("-m", "blendmaskd_workers", "--check")  # loads settings and weights on the CPU; ends with 0 if both are good
+UNKNOWN_END = 256  # no exit code
 SILENT_S = 3.0  # a worker that missed this many reports is not called ready
 
 Action = durable.Action | reload.Action  # all that cores decide
@@ -58,7 +59,11 @@ class Child:
             raise
 
     def reap(self) -> int:
-        """Its exit code, negative for a signal; waits for its end."""
+        """Its exit code, negative for a signal, `UNKNOWN_END` if somebody else reaped it; waits for its end."""
+        try:
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOWAIT)
+        except ChildProcessError:  # for which `Popen.wait` has 0
+            self.process.returncode = UNKNOWN_END
         os.close(self.pidfd)
         return self.process.wait()
 
@@ -234,4 +239,6 @@ def how_it_ended(code: int) -> str:
         return f"killed by {signal.Signals(-code).name}"
     if code < 0:
         return f"killed by signal {-code}"
+    if code == UNKNOWN_END:
+        return "ended, and nobody knows how"
     return f"exited with code {code}"

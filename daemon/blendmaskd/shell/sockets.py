@@ -1,4 +1,4 @@
-"""What the daemon owns of the host: its sockets, the locks beside them, the pages, the signals' pipe.
+"""What the daemon owns of the host: its sockets, the locks beside them, the pages.
 
 Opened on entry, given back on exit; `StartError` says what to do when one cannot be had. Nothing is decided here, but
 one thing: what an ipc endpoint makes is never open to others than its owner and group, whatever the umask; the umask
@@ -12,8 +12,6 @@ import fcntl
 import functools
 import ipaddress
 import os
-import signal
-import socket
 import sys
 import tempfile
 import time
@@ -43,7 +41,7 @@ class StartError(RuntimeError):
 
 
 class Sockets:
-    """`clients` and `workers` are ROUTERs, `signals` reads the numbers of SIGTERM, SIGINT and SIGHUP.
+    """`clients` and `workers` are ROUTERs.
 
     `gate` watches over tcp:// endpoints, and is None without; `allowed` are the keys that may connect there, None
     where no keys are needed.
@@ -57,7 +55,6 @@ class Sockets:
         self._settings = settings
         self._context = zmq.Context()
         self._locks: dict[str, IO[str]] = {}  # by path
-        self._handlers: dict[int, Any] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=os.environ.get("RUNTIME_DIRECTORY"))
         self.workers_endpoint = f"ipc://{self._folder.name}/workers.sock"
         self.pages: Pages | None = None
@@ -82,19 +79,12 @@ class Sockets:
             self._bind_tcp([each for each in endpoints if _is_tcp(each)])  # last: it changes the socket's options
             if self._settings.endpoints.metrics:
                 self.pages = _pages(self._settings.endpoints.metrics)
-            self._catch_signals()
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self._handlers:
-            signal.set_wakeup_fd(-1)
-            self.signals.close()
-            self._wakeup.close()
         if self.pages:
             self.pages.close()
         self.shared_memory.close()
@@ -156,14 +146,6 @@ class Sockets:
             lock.close()
             raise StartError(f"another daemon serves {path}; stop it first, or choose another endpoint") from None
         self._locks[path] = lock
-
-    def _catch_signals(self) -> None:
-        self.signals, self._wakeup = socket.socketpair()
-        self.signals.setblocking(False)
-        self._wakeup.setblocking(False)
-        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self._handlers[number] = signal.signal(number, lambda *_: None)
 
 
 def is_loopback(endpoint: str | None) -> bool:
