@@ -13,7 +13,7 @@ import sys
 
 import msgspec
 
-from blendmaskd import assignment, logs
+from blendmaskd import assignment, logs, probe
 from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_HOST_LACKS, Assignment, AssignmentError
 from blendmaskd.extras import lacking
 from blendmaskd.probe import Cause, Probe
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         if "--check" in argv:
             return _check(assigned.settings)
         if "--probe" in argv:
-            print(msgspec.json.encode(_probe(assigned)).decode(), flush=True)
+            print(probe.in_a_line(_probe(assigned)), end="", flush=True)
             return 0
         return _work(assigned)
     except ModuleNotFoundError as error:

@@ -4,6 +4,7 @@ Whether and when one is started or killed, supervisor and reload decide; here it
 """
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -150,6 +151,13 @@ class Processes:
         actions = self.supervisor.exited(child.slot, child.generation, how, code, blameless, now)
         return [*self._broker.exited(child.name, now, f"{child.name} {how}"), *actions]
 
+    def reap_orphans(self) -> None:
+        """As process 1, or a subreaper, this one is given what workers leave behind, and nobody else reaps it."""
+        ours = {child.process.pid for child in self._running()}
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in ours:
+                os.waitpid(ended.si_pid, 0)
+
     def try_out(self, load_settings: Callable[[], Settings]) -> Actions:
         """Read the settings anew, and let a process of its own try them together with the weights."""
         try:
@@ -166,9 +174,12 @@ class Processes:
         return ()
 
     def kill_all(self) -> None:
-        for child in [*self.children.values(), *([self._check] if self._check else [])]:
+        for child in self._running():
             child.process.kill()
             child.reap()
+
+    def _running(self) -> list[Child]:
+        return [*self.children.values(), *([self._check] if self._check else [])]
 
     def report_changes(self) -> bool:
         """A line for each slot whose state has changed; whether there is one."""

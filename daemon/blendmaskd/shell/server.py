@@ -63,7 +63,10 @@ class Server:
     def run(self) -> int:
         """Serve. Returns the exit code: 0 after a drain, 1 when no worker can be started at all."""
         with contextlib.ExitStack() as owned:
-            self._open(owned)
+            try:
+                self._open(owned)
+            except (OSError, zmq.ZMQError) as error:  # the host's; what we know by name says more
+                raise StartError(f"cannot start: {error}") from error
             try:
                 self._signals.serving = True
                 self._carry_out(self._supervisor.start(time.monotonic()))
@@ -130,6 +133,7 @@ class Server:
         yield self._supervisor.expire(now)
         if now >= self._next_tick:
             yield from self._desk.tick(now)
+            self._processes.reap_orphans()
             self._tick(now)
         yield self._desk.durable.feed()
         if self._processes.report_changes():

@@ -32,6 +32,7 @@ from blendmaskd.shell.shared_memory import SharedMemory
 
 LINGER_MS = 2000  # for the last answers on their way to their clients
 NOT_FOR_OTHERS = 0o007
+WORKERS_SOCKET = "workers.sock"
 MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve the others
 LAST_S = 0.1  # for the last messages of the dead, which are there within a millisecond; the loop waits
 
@@ -53,10 +54,10 @@ class Sockets:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._folder = private_folder()
         self._context = zmq.Context()
         self._locks: dict[str, IO[str]] = {}  # by path
-        self._folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=os.environ.get("RUNTIME_DIRECTORY"))
-        self.workers_endpoint = f"ipc://{self._folder.name}/workers.sock"
+        self.workers_endpoint = f"ipc://{self._folder.name}/{WORKERS_SOCKET}"
         self.pages: Pages | None = None
         self.shared_memory = SharedMemory()
         self.no_memory = ""
@@ -146,6 +147,29 @@ class Sockets:
             lock.close()
             raise StartError(f"another daemon serves {path}; stop it first, or choose another endpoint") from None
         self._locks[path] = lock
+
+
+def private_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder of this run alone, for the workers' socket: in systemd's RUNTIME_DIRECTORY, or where temporary files go.
+
+    Raises `StartError` when none can be made, or its name leaves no room for a socket's.
+    """
+    runtime = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]  # of a unit with several: the first
+    variable = "RUNTIME_DIRECTORY" if runtime else "TMPDIR"
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=runtime or None)
+    except OSError as error:
+        raise StartError(
+            f"no folder for the workers' socket: {error}; set {variable} to a folder that this user can write"
+        ) from None
+    size = len(os.fsencode(f"{folder.name}/{WORKERS_SOCKET}"))
+    if size > zmq.IPC_PATH_MAX_LEN:
+        folder.cleanup()
+        raise StartError(
+            f"{variable}={runtime or tempfile.gettempdir()}: too long, the workers' socket there would have a path of "
+            f"{size} bytes, at most {zmq.IPC_PATH_MAX_LEN} are possible; set {variable} to a shorter one"
+        )
+    return folder
 
 
 def is_loopback(endpoint: str | None) -> bool:
