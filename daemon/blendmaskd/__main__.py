@@ -12,6 +12,7 @@ and weights. What the parent ignored or blocked is reset.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
@@ -38,14 +39,22 @@ def _serve(load: Callable[[], settings.Settings], only_check: bool, signals: Sig
     try:
         loaded = load()
     except settings.SettingsError as error:
-        print(f"blendmaskd: {error}", file=sys.stderr)
-        return EXIT_CANNOT_BOOT
+        return _refused(error)
     if only_check:
         return 0
     from blendmaskd.shell import server  # what it needs, a check of settings does not
 
     logs.configure(loaded.log)
-    return server.main_loop(loaded, load, signals)
+    try:
+        return server.Server(loaded, load, signals).run()
+    except server.CANNOT_START as error:
+        return _refused(error)
+
+
+def _refused(error: Exception) -> int:
+    with contextlib.suppress(OSError):  # a stderr that takes no more changes nothing
+        print(f"blendmaskd: {error}", file=sys.stderr)
+    return EXIT_CANNOT_BOOT
 
 
 def _check(argv: list[str]) -> int:

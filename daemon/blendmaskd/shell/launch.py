@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import platform
 import re
@@ -74,6 +75,10 @@ def launch(plan: LaunchPlan, **popen: Any) -> subprocess.Popen[bytes]:
 
     Raises `HostError` when the CPUs are gone, OSError when the program cannot be started.
     """
+    try:
+        _STARTER.submit(int)  # with the first one comes the thread, or does not: what is asked of it stays asked
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from error
     return _STARTER.submit(_start, plan, popen).result()
 
 

@@ -14,14 +14,12 @@ import logging
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 
 import zmq
 
 from blendmaskd import logs
-from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.core import reload
 from blendmaskd.core.stats import Stats, status_line
 from blendmaskd.settings import Settings, SettingsError
@@ -40,8 +38,14 @@ STOOD_STILL_S = 2.0  # since the last look at what is due, where there is one ea
 SAME_STOP_S = 1.0  # timeout(1), a terminal and a wrapper in it, and others deliver one stop as two signals
 
 
+CANNOT_START = (StartError, SettingsError, SpoolError, HostError)
+
+
 class Server:
-    """`run` serves until it is drained. `load_settings` reads the settings anew, for a reload."""
+    """`run` serves until it is drained. `load_settings` reads the settings anew, for a reload.
+
+    Both raise what is in `CANNOT_START`, whose text says what to do.
+    """
 
     def __init__(self, settings: Settings, load_settings: Callable[[], Settings], signals: Signals) -> None:
         self.settings = settings
@@ -264,12 +268,3 @@ class Server:
         self._drain_deadline = now + self.settings.drain_s
         self._desk.broker.drain()
         return self._reload.drain()
-
-
-def main_loop(settings: Settings, load_settings: Callable[[], Settings], signals: Signals) -> int:
-    """Serve with these settings; see `Server.run`. Says what is wrong, on stderr, when it cannot start."""
-    try:
-        return Server(settings, load_settings, signals).run()
-    except (StartError, SettingsError, SpoolError, HostError) as error:
-        print(f"blendmaskd: {error}", file=sys.stderr)
-        return EXIT_CANNOT_BOOT
