@@ -48,14 +48,19 @@ def ends(request: pytest.FixtureRequest) -> Iterator[tuple[int, int, str]]:
         yield reads, writes, request.param
 
 
-def test_lines_that_nobody_reads_make_nobody_wait_and_are_counted(ends: tuple[int, int, str]) -> None:
+def test_lines_that_nobody_reads_make_nobody_wait_and_are_counted(ends: tuple[int, int, str], wait_until: Any) -> None:
     reads, writes, how = ends
     with subprocess.Popen([sys.executable, "-c", TALKER, how], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=writes) as talker:  # fmt: skip
         os.close(writes)
         assert talker.stdout is not None
         assert talker.stdin is not None
-        assert talker.stdout.readline() == b"done\n", "it wrote more than anything holds"
+        os.set_blocking(talker.stdout.fileno(), False)
+        try:
+            wait_until(lambda: talker.stdout.read() == b"done\n")  # it wrote more than anything holds
+        except AssertionError:
+            talker.kill()
+            raise
         os.set_blocking(reads, False)
         text = b""
         with contextlib.suppress(BlockingIOError):  # what came so far

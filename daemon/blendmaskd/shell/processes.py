@@ -27,7 +27,7 @@ from blendmaskd.logs import about
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch
 from blendmaskd.topology import HostError, format_cpus
-from blendmaskd.wanted import Actual, differences
+from blendmaskd.wanted import Actual, differences, models_shown
 
 log = logging.getLogger("blendmaskd")
 
@@ -135,6 +135,10 @@ class Processes:
             log.warning("%s", difference, extra=about(slot=child.name))
         if not self.supervisor.ready(child.slot, child.generation, now):
             return ()
+        models = models_shown(self.describe(now))
+        if len(models) > 1 and not self.reload.reloading:
+            served = "; ".join(f"{model} on {', '.join(devices)}" for model, devices in models.items())
+            log.warning("different models are served, a file was replaced: %s: reload to serve one", served)
         return self._broker.ready(child.name, child.slot, message.window, now)
 
     def reap(self, child: Child) -> Actions:

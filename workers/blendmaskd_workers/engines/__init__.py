@@ -60,6 +60,10 @@ class Engine(Protocol):
     def exact(self) -> bool | None:
         """Whether the network runs as it was trained, once loaded; None: there is none of ours."""
 
+    @property
+    def model(self) -> str | None:
+        """A digest of the configuration, categories and weights, once loaded; None: it loads none."""
+
     def load(self) -> None:
         """Open the device and load the network. Raises `EngineError`."""
 

@@ -13,7 +13,7 @@ from blendmaskd.settings import Settings
 from blendmaskd_workers import blendmask, results
 from blendmaskd_workers.devices import Device, Staged
 from blendmaskd_workers.engines import EngineError, Pixels
-from blendmaskd_workers.engines.on_device import OnDevice
+from blendmaskd_workers.engines.on_device import OnDevice, digest
 from blendmaskd_workers.engines.timed import TimedEngine
 
 
@@ -39,6 +39,7 @@ class NativeEngine(OnDevice):
         except (OSError, blendmask.ConfigError, blendmask.WeightsError) as error:
             raise EngineError(str(error)) from error
         self._categories = self._resolve_categories(self._config.num_classes)
+        self.model = digest(trained, self._config, self._categories)
         self._open()
         self._network = network_for(trained, self.device, self._settings.exact)
         self.exact = bool(self._network.attends_everywhere)
@@ -98,7 +99,7 @@ class ReplayEngine:
     The outputs are the fields of `blendmaskd_workers.blendmask.Instances` in an .npz; every image gets the same.
     """
 
-    device = exact = None
+    device = exact = model = None
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

@@ -1,6 +1,7 @@
 """What the engines that compute share: a device, opened when the network is loaded."""
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ class OnDevice:
 
     device: devices.Device
     exact: bool | None = None
+    model: str | None = None
 
     def __init__(self, settings: Settings, device: str) -> None:
         self._settings = settings.model
@@ -56,3 +58,12 @@ class OnDevice:
             return categories.resolve(classes, self._settings.weights, self._settings.categories)
         except CategoriesError as error:
             raise EngineError(str(error)) from error
+
+
+def digest(network: Any, *others: object) -> str:
+    """16 hex digits of what was loaded: a `torch.nn.Module`'s weights, and others by what they print as."""
+    found = hashlib.sha256(repr(others).encode())
+    for name, tensor in network.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().numpy())
+    return found.hexdigest()[:16]

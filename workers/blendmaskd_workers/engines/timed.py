@@ -34,7 +34,7 @@ class TimedEngine:
     Sizes between entries are interpolated; beyond the last, each image takes as long as in the last.
     """
 
-    device = exact = None
+    device = exact = model = None
 
     def __init__(self, latency_ms: dict[int, float]) -> None:
         sizes = sorted(latency_ms)
