@@ -9,11 +9,12 @@ from blendmaskd.shell.systemd import Notifier
 
 
 def test_a_manager_that_does_not_read_makes_nobody_wait_and_misses_nothing_that_lasts() -> None:
-    with tempfile.TemporaryDirectory(prefix="bmd-") as folder, contextlib.closing(
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-    ) as manager:
+    with tempfile.TemporaryDirectory(prefix="bmd-") as folder, contextlib.ExitStack() as closing:
+        manager = closing.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK))
         manager.bind(f"{folder}/notify")
         notifier = Notifier(f"{folder}/notify")
+        assert notifier._socket is not None
+        closing.enter_context(contextlib.closing(notifier._socket))
         for number in range(2000):  # its queue has a few hundred places
             notifier.send(WATCHDOG="1", STATUS=f"{number}")
         notifier.send(READY="1")
