@@ -174,7 +174,7 @@ def ask_private_folder() -> str:
 
 def judge_private_folder(complaint: str) -> list[Finding]:
     """Whether there is a place for the workers' socket."""
-    return [error("files", complaint, "see TMPDIR and RUNTIME_DIRECTORY in docs/deployment.md")] if complaint else []
+    return [error("files", complaint, "docs/troubleshooting.md")] if complaint else []
 
 
 def ask_keys(settings: Settings) -> Iterator[TcpFacts]:
