@@ -131,6 +131,7 @@ class Restarts(_Section, frozen=True):
     longest_delay_s: Positive = 30.0  # upper bound of the restart delay
     # number of consecutive deaths, with less than `stable_s` of service in between, after which a slot fails
     give_up_after: Count = 6
+    retry_failed_s: Positive = 60.0  # a failed slot is tried once every so often, until it serves again
     stable_s: Positive = 60.0  # time of service after which earlier deaths no longer count
     start_timeout_s: Positive = 900.0  # maximum time for loading, compiling and warm-up
     # a worker that finishes none of its leases, or sends nothing, for this long is aborted, then killed

@@ -13,8 +13,9 @@ no job may be lost, answered twice or wrongly, and the daemon may hold no more m
 The clients do the accounting; they do not use this package's client library, and retry nothing. Lost: no answer after
 {lost:g} times the deadline that a job was sent with. Jobs of clients that left or never read are abandoned, which is
 no loss. Recovery: from a fault of a worker until all devices are ready, as the statistics show each second. Memory
-grows if the least-squares line through the samples after --warm-up rises by more than {slope:g} MB a minute, and by
-more than {noise:g} MB in all; a run of one minute is too short to show a slope.
+grows if the least-squares line through what is held in the quietest moment of each {window:g} s after --warm-up rises
+by more than {slope:g} MB a minute, and by more than {noise:g} MB in all; a run of one minute is too short to show a
+slope.
 
 Ctrl-C ends the run early, and the report covers it until then.
 
@@ -206,7 +207,7 @@ class Chaos:
                 self.clients.misbehave(fault.kind, now)
 
     def _mend(self) -> None:
-        """Again and again, until no device has failed: a reload is refused while another is under way."""
+        """Again and again, until no device has failed: it may be broken anew before the reload comes to it."""
         self.host.mend_devices()
         self.host.reload(good=True)
         self._later.append((time.monotonic() + MENDED_AFTER_S, self._mend_what_failed))
@@ -395,7 +396,7 @@ def _counts(counts: dict[str, int]) -> str:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     kinds = (injector.__doc__ or "").split("\n\n", 1)[1]
     text = (__doc__ or "").format(faults=kinds, lost=LOST_AFTER_DEADLINES, slope=growth.MOST_MB_PER_MIN,
-                                  noise=growth.NOISE_MB)  # fmt: skip
+                                  window=growth.WINDOW_S, noise=growth.NOISE_MB)  # fmt: skip
     parser = argparse.ArgumentParser(prog="chaos", description=text,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--minutes", metavar="N", type=_minutes, default=1.0, help="default 1")

@@ -624,6 +624,17 @@ def test_each_end_of_a_lease_is_progress(broker: Broker) -> None:
     assert broker.expire(9.0) == [Evict("npu:0.1", "no lease has ended for 5 s")]
 
 
+def test_time_in_which_the_daemon_stood_still_is_no_silence_of_a_worker(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1", "npu:1.1")
+    submit(broker, "1", now=1.0, deadline_s=100)
+    broker.heard("npu:1.1", 9.0)  # it was read before anybody noticed
+    broker.forgive(8.0, 9.0)
+    assert broker.expire(12.9) == []
+    assert broker.expire(13.0) == [Evict("npu:0.1", "no sign of life for 5 s")]
+    assert broker.expire(13.9) == [], "no more than it stood still"
+    assert broker.expire(14.0) == [Evict("npu:1.1", "no sign of life for 5 s")]
+
+
 def test_a_retiring_worker_finishes_and_is_then_told_to_stop(broker: Broker) -> None:
     with_workers(broker, "npu:0.1")
     [(_, first)] = leases(submit(broker, "a"))

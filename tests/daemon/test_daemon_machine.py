@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from blendmaskd import protocol
-from blendmaskd.assignment import EXIT_CANNOT_BOOT
+from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_HOST_LACKS
 from blendmaskd.client import exchange
 from blendmaskd.client.connection import RETRIES
 from blendmaskd.client.exchange import Exchange, JobFailed, Segmentation
@@ -387,7 +387,7 @@ class DaemonMachine(RuleBasedStateMachine):
             self.broker_does(self.broker.finished(worker, message, [b"\x90"], self.now))
 
     @precondition(lambda self: self.alive())
-    @rule(pick=pick, code=st.sampled_from([-9, -11, 0, 3, 70, EXIT_CANNOT_BOOT]))
+    @rule(pick=pick, code=st.sampled_from([-9, -11, 0, 3, 70, EXIT_CANNOT_BOOT, EXIT_HOST_LACKS]))
     def die(self, pick: int, code: int) -> None:
         self.end(self.alive()[pick % len(self.alive())], code)
 

@@ -36,9 +36,9 @@ def broken(error: str, cause: Cause | None = None) -> list[Finding]:
     return npu(probe=Probe(error=error, cause=cause))
 
 
-def nodes(opened: bool = False, **facts: Any) -> list[Finding]:
+def nodes(opened: bool = False, user: str = "alice", **facts: Any) -> list[Finding]:
     sound = {"path": "/dev/davinci1", "there": True, "usable": True, "group": "HwHiAiUser", "member": True}
-    return devices.judge_nodes([NodeFacts(**{**sound, **facts})], opened, "alice")
+    return devices.judge_nodes([NodeFacts(**{**sound, **facts})], opened, user)
 
 
 def versions(**facts: Any) -> list[Finding]:
@@ -111,6 +111,8 @@ FAULTS: list[Case] = [
     ("no node", lambda: nodes(there=False), "error", "missing: /dev/davinci1", "driver"),
     ("shut node", lambda: nodes(usable=False, member=False), "error",
      r"/dev/davinci1: alice may not use it \(group HwHiAiUser\)", "usermod --append --groups HwHiAiUser alice"),
+    ("shut node in a container", lambda: nodes(usable=False, member=False, user="65532"), "error",
+     "65532 may not use it", "supplementalGroups"),
     ("old login", lambda: nodes(usable=False, member=True), "error", "may not use it", "log in again"),
     ("service shut out", lambda: nodes(opened=True, service_may=False), "error",
      "blendmaskd is not in the group HwHiAiUser", "usermod --append --groups HwHiAiUser blendmaskd"),
@@ -158,6 +160,8 @@ FAULTS: list[Case] = [
     ("shut spool", lambda: spool(writable=False), "error", "this user cannot write /var/s.db", "chown"),
     ("spool on a network", lambda: spool(network="nfs4"), "warning", "/var/s.db is on nfs4", "local disk"),
     ("little disk", lambda: spool(free_bytes=1 << 30), "warning", "may take 4.0 GiB, 1.0 GiB are free", "spool_bytes"),
+    ("no private folder", lambda: endpoints.judge_private_folder("TMPDIR=/x: too long"), "error", "too long",
+     "troubleshooting"),
     ("insecure tcp", lambda: keys(insecure=True), "warning", "insecure_tcp", "blendmaskd-keys"),
     ("server key", lambda: keys(server_key="/k: has mode 0644"), "error", "curve.server_key: /k: has mode", "keys"),
     ("no key folder", lambda: keys(folder_there=False), "error", "curve.client_keys: /keys does not exist", "keys"),
@@ -231,6 +235,7 @@ def test_what_is_sound_is_told_in_a_line(name: str, judge: Callable[[], list[Fin
 def test_what_does_not_concern_these_settings_is_not_told() -> None:
     assert cpus.judge_governors({}) == []
     assert cpus.judge_complaint("") == []
+    assert endpoints.judge_private_folder("") == []
     assert devices.judge_identity("root", is_root=True, has_service=False) == []
     assert devices.judge_identity("alice", is_root=False, has_service=True) == []
     emulated = NodeFacts(path="/dev/davinci0", there=False)

@@ -128,7 +128,8 @@ class Loop:
             sys.setswitchinterval(SWITCH_S)
             gc.collect()
             gc.freeze()  # a collection that looks through all of torch would hold every thread up for 0.1 s
-            actual = process.observe(self._assignment.wanted, self._engine.device, self._engine.exact)
+            engine = self._engine
+            actual = process.observe(self._assignment.wanted, engine.device, engine.exact, engine.model)
             self._channel.send(
                 protocol.Ready(token=self._assignment.token, pid=os.getpid(), window=self._window(), actual=actual)
             )

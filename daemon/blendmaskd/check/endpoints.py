@@ -19,7 +19,7 @@ from blendmaskd.keys import KeyFileError, read_pair
 from blendmaskd.protocol import MEMORY_SUFFIX
 from blendmaskd.settings import Settings
 from blendmaskd.shell.admission.access import AllowedKeys
-from blendmaskd.shell.sockets import is_loopback
+from blendmaskd.shell.sockets import StartError, is_loopback, private_folder
 
 UNIT = Path("/etc/systemd/system/blendmaskd.service")
 RUNTIME_FOLDER = Path("/run/blendmaskd")  # RuntimeDirectory= of the unit
@@ -161,6 +161,20 @@ def _holder(pid: int | None) -> Holder:
         return Holder(pid=pid, command=psutil.Process(pid).name(), ours=is_ours(pid))
     except psutil.Error:
         return Holder(pid=pid)
+
+
+def ask_private_folder() -> str:
+    """What is wrong with the place of the workers' socket; empty: nothing."""
+    try:
+        private_folder().cleanup()
+    except StartError as problem:
+        return str(problem)
+    return ""
+
+
+def judge_private_folder(complaint: str) -> list[Finding]:
+    """Whether there is a place for the workers' socket."""
+    return [error("files", complaint, "docs/troubleshooting.md")] if complaint else []
 
 
 def ask_keys(settings: Settings) -> Iterator[TcpFacts]:

@@ -219,6 +219,12 @@ class Broker:
         if worker in self._workers:
             self._workers[worker].heard = now
 
+    def forgive(self, seconds: float, now: float) -> None:
+        """The daemon itself did nothing for so long, and perhaps no worker did: that is no silence of theirs."""
+        for worker in self._workers.values():
+            worker.heard = min(worker.heard + seconds, now)
+            worker.progress = min(worker.progress + seconds, now)
+
     def started(self, worker: str, message: Started, now: float) -> list[Action]:
         holder = self._workers.get(worker)
         if holder is None:

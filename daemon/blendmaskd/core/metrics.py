@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from blendmaskd.core.stats import status_line
 from blendmaskd.protocol import STAGE_BOUNDS_S, Code
+from blendmaskd.wanted import models_shown
 
 STALE_S = 5.0  # the loop takes a snapshot each second; one this old means that it hangs
 
@@ -75,6 +76,13 @@ class SnapshotCollector(Collector):
         for device in s["devices"]:
             up.add_metric([device["device"]], float(device["state"] == "ready"))
         yield up
+        models = models_shown(s["devices"])
+        yield GaugeMetricFamily("blendmaskd_models", "Different models on ready devices", len(models))
+        served = GaugeMetricFamily("blendmaskd_device_model", "1: what it has loaded", labels=["device", "model"])
+        for model, devices in models.items():
+            for name in devices:
+                served.add_metric([name, model], 1.0)
+        yield served
         jobs = CounterMetricFamily("blendmaskd_jobs", "Jobs by outcome", labels=["outcome"])
         # Codes that did not come up yet too: a rate cannot see a counter's first step from nothing.
         for outcome, number in {"answered": s["answered"], **dict.fromkeys(Code, 0), **s["failures"]}.items():

@@ -116,6 +116,10 @@ class Reload:
         self.draining, self._replacing = True, False
         return [] if self.candidate is None else [StopCheck("")]
 
+    def forgive(self, seconds: float) -> None:
+        """The daemon itself did nothing for so long."""
+        self._check_deadline += seconds
+
     def follow(self, now: float) -> list[Action]:
         """What follows from where the slots are now; to be called after whatever happens to them."""
         slots = self._supervisor.slots.values()

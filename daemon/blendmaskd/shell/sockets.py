@@ -1,4 +1,4 @@
-"""What the daemon owns of the host: its sockets, the locks beside them, the pages, the signals' pipe.
+"""What the daemon owns of the host: its sockets, the locks beside them, the pages.
 
 Opened on entry, given back on exit; `StartError` says what to do when one cannot be had. Nothing is decided here, but
 one thing: what an ipc endpoint makes is never open to others than its owner and group, whatever the umask; the umask
@@ -12,8 +12,6 @@ import fcntl
 import functools
 import ipaddress
 import os
-import signal
-import socket
 import sys
 import tempfile
 import time
@@ -34,6 +32,7 @@ from blendmaskd.shell.shared_memory import SharedMemory
 
 LINGER_MS = 2000  # for the last answers on their way to their clients
 NOT_FOR_OTHERS = 0o007
+WORKERS_SOCKET = "workers.sock"
 MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve the others
 LAST_S = 0.1  # for the last messages of the dead, which are there within a millisecond; the loop waits
 
@@ -43,7 +42,7 @@ class StartError(RuntimeError):
 
 
 class Sockets:
-    """`clients` and `workers` are ROUTERs, `signals` reads the numbers of SIGTERM, SIGINT and SIGHUP.
+    """`clients` and `workers` are ROUTERs.
 
     `gate` watches over tcp:// endpoints, and is None without; `allowed` are the keys that may connect there, None
     where no keys are needed.
@@ -55,11 +54,10 @@ class Sockets:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._folder = private_folder()
         self._context = zmq.Context()
         self._locks: dict[str, IO[str]] = {}  # by path
-        self._handlers: dict[int, Any] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=os.environ.get("RUNTIME_DIRECTORY"))
-        self.workers_endpoint = f"ipc://{self._folder.name}/workers.sock"
+        self.workers_endpoint = f"ipc://{self._folder.name}/{WORKERS_SOCKET}"
         self.pages: Pages | None = None
         self.shared_memory = SharedMemory()
         self.no_memory = ""
@@ -82,19 +80,12 @@ class Sockets:
             self._bind_tcp([each for each in endpoints if _is_tcp(each)])  # last: it changes the socket's options
             if self._settings.endpoints.metrics:
                 self.pages = _pages(self._settings.endpoints.metrics)
-            self._catch_signals()
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self._handlers:
-            signal.set_wakeup_fd(-1)
-            self.signals.close()
-            self._wakeup.close()
         if self.pages:
             self.pages.close()
         self.shared_memory.close()
@@ -157,13 +148,28 @@ class Sockets:
             raise StartError(f"another daemon serves {path}; stop it first, or choose another endpoint") from None
         self._locks[path] = lock
 
-    def _catch_signals(self) -> None:
-        self.signals, self._wakeup = socket.socketpair()
-        self.signals.setblocking(False)
-        self._wakeup.setblocking(False)
-        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self._handlers[number] = signal.signal(number, lambda *_: None)
+
+def private_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder of this run alone, for the workers' socket: in systemd's RUNTIME_DIRECTORY, or where temporary files go.
+
+    Raises `StartError` when none can be made, or its name leaves no room for a socket's.
+    """
+    runtime = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]  # of a unit with several: the first
+    variable = "RUNTIME_DIRECTORY" if runtime else "TMPDIR"
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=runtime or None)
+    except OSError as error:
+        raise StartError(
+            f"no folder for the workers' socket: {error}; set {variable} to a folder that this user can write"
+        ) from None
+    size = len(os.fsencode(f"{folder.name}/{WORKERS_SOCKET}"))
+    if size > zmq.IPC_PATH_MAX_LEN:
+        folder.cleanup()
+        raise StartError(
+            f"{variable}={runtime or tempfile.gettempdir()}: too long, the workers' socket there would have a path of "
+            f"{size} bytes, at most {zmq.IPC_PATH_MAX_LEN} are possible; set {variable} to a shorter one"
+        )
+    return folder
 
 
 def is_loopback(endpoint: str | None) -> bool:

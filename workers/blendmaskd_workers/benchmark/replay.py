@@ -27,8 +27,8 @@ T = TypeVar("T")
 
 def write(image: Path, file: Path, config: str, size: tuple[int, int]) -> None:
     """What the network of `config` says of the image, resized to `size` (height, width). Raises `UsageError`."""
-    argv = [sys.executable, "-m", "blendmaskd_workers.benchmark.replay", str(image), str(file), config, *map(str, size)]
-    if subprocess.run(argv).returncode:
+    argv = [sys.executable, "-P", "-m", "blendmaskd_workers.benchmark.replay", str(image), str(file), config]
+    if subprocess.run([*argv, *map(str, size)]).returncode:
         raise UsageError(f"--replay {image}: the network could not be run on it; see above")
 
 

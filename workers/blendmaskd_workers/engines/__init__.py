@@ -96,6 +96,10 @@ class Engine(Protocol):
     def overlaps(self) -> bool:
         """Whether the device works while the host does something else, once loaded."""
 
+    @property
+    def model(self) -> str | None:
+        """A digest of the configuration, categories and weights, once loaded; None: it loads none."""
+
     def load(self) -> None:
         """Open the device and load the network. Raises `EngineError`."""
 

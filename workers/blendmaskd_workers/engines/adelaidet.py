@@ -11,7 +11,7 @@ import torch
 from blendmaskd.protocol import Options
 from blendmaskd_workers import results
 from blendmaskd_workers.engines import EngineError, Pixels
-from blendmaskd_workers.engines.on_device import OnDevice, WholeRun
+from blendmaskd_workers.engines.on_device import OnDevice, WholeRun, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class AdelaidetEngine(OnDevice):
         config.MODEL.DEVICE = str(self.device.torch_device)
         self._predictor = engine.DefaultPredictor(config)
         self._categories = self._resolve_categories(config.MODEL.FCOS.NUM_CLASSES)
+        self.model = digest(self._predictor.model, config, self._categories)
 
     def prepare(self, image: Pixels) -> AdelaidetInput:
         height, width = image.shape[:2]

@@ -16,7 +16,7 @@ from blendmaskd.settings import Settings
 from blendmaskd_workers import blendmask, results
 from blendmaskd_workers.devices import Device, Part, Staged, Timeline
 from blendmaskd_workers.engines import EngineError, Pixels, Times
-from blendmaskd_workers.engines.on_device import OnDevice
+from blendmaskd_workers.engines.on_device import OnDevice, digest
 from blendmaskd_workers.engines.timed import TimedEngine
 
 log = logging.getLogger("blendmaskd.worker")
@@ -101,6 +101,7 @@ class NativeEngine(OnDevice):
         except (OSError, blendmask.ConfigError, blendmask.WeightsError) as error:
             raise EngineError(str(error)) from error
         self._categories = self._resolve_categories(self._config.num_classes)
+        self.model = digest(trained, self._config, self._categories)
         self._open()
         self._network = network_for(trained, self.device, self._settings.exact)
         self.exact = bool(self._network.attends_everywhere)

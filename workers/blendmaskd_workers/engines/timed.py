@@ -76,7 +76,7 @@ class TimedEngine:
     launched, and does not end before the last.
     """
 
-    device = exact = None
+    device = exact = model = None
     overlaps = True
 
     def __init__(self, timed: Timed) -> None:

@@ -259,7 +259,7 @@ def _without_effect(device: str, basis: Basis) -> dict[str, str]:
 def _weights(arguments: argparse.Namespace) -> Iterator[str | None]:
     """A checkpoint: the one given, or one of random weights for as long as the context lasts."""
     if arguments.random_weights is None:
-        yield arguments.weights and os.path.abspath(arguments.weights)
+        yield arguments.weights
         return
     with tempfile.TemporaryDirectory(prefix="eval-performance-") as folder:
         path = Path(folder) / "random.pth"
@@ -269,8 +269,8 @@ def _weights(arguments: argparse.Namespace) -> Iterator[str | None]:
 
 def _settings(arguments: argparse.Namespace, weights: str | None) -> Settings:
     overrides = [f"engine={arguments.engine}", f"model.precision={'hf32' if arguments.hf32 == 'on' else 'fp32'}"]
-    if arguments.engine != "timed":  # absolute: the processes run in another folder
-        overrides += [f"model.config={os.path.abspath(arguments.config)}", f"model.weights={weights}"]
+    if arguments.engine != "timed":
+        overrides += [f"model.config={arguments.config}", f"model.weights={weights}"]
     return settings_module.load(None, os.environ, [*overrides, *arguments.set], arguments.devices)
 
 
