@@ -17,22 +17,27 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from blendmaskd import commands, logs, settings
 from blendmaskd.assignment import EXIT_CANNOT_BOOT
-from blendmaskd.shell.signals import Signals, reset
+
+if TYPE_CHECKING:
+    from blendmaskd.shell.signals import Signals
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    reset()
+    from blendmaskd.shell import signals  # of Linux; this module can be imported anywhere
+
+    signals.reset()
     if argv[:1] == ["check"]:
         return _check(argv[1:])
     arguments = _parse(argv)
     if arguments.log_level:
         arguments.set.append(f"log.level={arguments.log_level}")
-    with Signals() as signals:
-        return _serve(_loader(arguments), arguments.check_settings, signals)
+    with signals.Signals() as caught:
+        return _serve(_loader(arguments), arguments.check_settings, caught)
 
 
 def _serve(load: Callable[[], settings.Settings], only_check: bool, signals: Signals) -> int:

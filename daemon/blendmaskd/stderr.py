@@ -20,7 +20,6 @@ from collections.abc import Callable
 STDERR = 2
 MOST_UNSENT = 1 << 16  # bytes
 LAST_S = 1.0  # for what is left at the end
-NO_WAIT = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class Handler(logging.Handler):
@@ -85,7 +84,7 @@ class Handler(logging.Handler):
         if stat.S_ISREG(mode):
             return lambda data: os.write(STDERR, data)
         try:
-            own = os.open(f"/proc/self/fd/{STDERR}", NO_WAIT)
+            own = os.open(f"/proc/self/fd/{STDERR}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError:  # of another user, say
             return _write_where_there_is_room
         self._ends.callback(os.close, own)

@@ -303,9 +303,9 @@ class Supervisor:
         return []
 
     def _back_off(self, slot: Slot, how: str, now: float) -> None:
-        doublings = min(max(slot.failures + slot.lacks - 1, 0), MOST_DOUBLINGS)
+        doubled = self.restarts.first_delay_s * 2.0 ** min(max(slot.failures + slot.lacks - 1, 0), MOST_DOUBLINGS)
         slot.state, slot.reason = State.BACKOFF, how
-        slot.deadline = now + min(self.restarts.first_delay_s * 2.0**doublings, self.restarts.longest_delay_s)
+        slot.deadline = now + min(doubled, self.restarts.longest_delay_s)
 
     def _give_up(self, slot: Slot, why: str, now: float) -> None:
         """Until a slow try serves; one more death before it has served for long is enough then."""

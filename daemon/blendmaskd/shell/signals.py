@@ -7,6 +7,7 @@ the next file that is opened, into which a library then writes what it has to sa
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -25,7 +26,7 @@ def reset() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for stream in range(3):
         try:
-            os.fstat(stream)
+            fcntl.fcntl(stream, fcntl.F_GETFD)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
 
