@@ -562,9 +562,9 @@ def test_bounds_on_bytes_hold_as_by_socket(daemon: Any, own: Any) -> None:
         name, descriptor = client.open_region(MB)
         own(descriptor)
         assert client.refusal(Place(region=name, offset=0, bytes=200_001))[0] is Code.TOO_LARGE
-        for job in range(5):  # one runs, one is at the worker, two wait
+        for job in range(6):  # one runs, two are at the worker, two wait
             client.submit(Place(region=name, offset=0, bytes=180_000), str(job), kind="raw", shape=(200, 300, 3))
-        answers = [client.receive() for _ in range(5)]
+        answers = [client.receive() for _ in range(6)]
     assert [answer.code for answer in answers if isinstance(answer, Failed)] == [Code.BUSY]
 
 
