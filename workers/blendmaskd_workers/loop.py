@@ -203,9 +203,9 @@ class Loop:
         if self._overdue(item):
             return False
         try:
-            pixels = self._pixels(item)
-            item.preview = self._previews.take(pixels) if self._previews else None
-            item.prepared = self._engine.prepare(pixels)
+            photograph = self._photograph(item)
+            item.preview = self._previews.take(photograph) if self._previews else None
+            item.prepared = self._engine.prepare(photograph)
         except ImageError as error:
             self._fail(item, error.code, error.reason)
         except RegionError as error:
@@ -220,7 +220,7 @@ class Loop:
             return True
         return False
 
-    def _pixels(self, item: Item) -> images.Pixels:
+    def _photograph(self, item: Item) -> images.Photograph:
         image, limits = item.lease.image, self._settings.limits
         match image.kind:
             case "encoded":

@@ -129,7 +129,7 @@ def _same(prepared: blendmask.Prepared, resized: Image.Image, config: blendmask.
     if resized.mode != "RGB" or resized.getexif():
         return True  # ours is converted and turned, too
     pixels = np.asarray(resized, np.float32)[:, :, :: 1 if config.channel_order == "RGB" else -1]
-    normalised = (pixels - np.float32(config.pixel_mean)) / np.float32(config.pixel_std)
+    normalised = (pixels - np.array(config.pixel_mean, np.float32)) / np.array(config.pixel_std, np.float32)
     return bool((prepared.tensor.numpy() == normalised.transpose(2, 0, 1)).all())
 
 
@@ -146,7 +146,8 @@ def finishing(arguments: argparse.Namespace, config: blendmask.Config) -> dict[s
     names = categories.resolve(config.num_classes, None, None)
 
     def finish() -> bytes:
-        return msgpack.packb(native.to_coco(output, prepared, names, Options(), exact=False))
+        packed: bytes = msgpack.packb(native.to_coco(output, prepared, names, Options(), exact=False))
+        return packed
 
     theirs, ours = in_turns(lambda: resize(encoded, *prepared.net_size), finish, arguments.rounds)
     return {

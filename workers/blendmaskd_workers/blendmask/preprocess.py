@@ -14,6 +14,8 @@ from torch import Tensor
 
 from blendmaskd_workers.blendmask.config import SIZE_DIVISOR, Config
 
+Photograph = Image.Image | npt.NDArray[np.uint8]  # of mode RGB, or (H, W, 3) BGR
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -25,32 +27,38 @@ class Prepared:
     padded_size: tuple[int, int]  # H, W once padded by itself: batch together only images in which these agree
 
 
-def prepare(image: npt.NDArray[np.uint8], config: Config) -> Prepared:
-    """Resize and normalise a BGR photograph (H, W, 3) uint8. Safe to call from several threads.
+def prepare(photograph: Photograph, config: Config) -> Prepared:
+    """Resize and normalise a photograph. Safe to call from several threads.
 
-    Raises ValueError for an array of another kind, or without pixels.
+    Raises ValueError for an image of another mode, an array of another kind, or one without pixels.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
-        raise ValueError(f"expected a uint8 image (H, W, 3) in BGR, got {image.dtype} {image.shape}")
-    height, width = resized_size(image.shape[0], image.shape[1], config)
-    if config.channel_order == "RGB":
-        image = image[:, :, ::-1]
-    pixels = np.empty((3, height, width), np.float32)
-    pixels[...] = _resize(image, height, width).transpose(2, 0, 1)
+    image, bands = _as_pillows(photograph)
+    image_size = image.height, image.width
+    height, width = resized_size(*image_size, config)
+    if image.size != (width, height):  # Pillow would copy it
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    planes = b"".join(image.tobytes("raw", bands[channel]) for channel in config.channel_order)
+    pixels = np.frombuffer(planes, np.uint8).reshape(3, height, width).astype(np.float32)
     pixels -= _per_channel(config.pixel_mean)
     pixels /= _per_channel(config.pixel_std)
     return Prepared(
         tensor=torch.from_numpy(pixels),
-        image_size=(image.shape[0], image.shape[1]),
+        image_size=image_size,
         net_size=(height, width),
         padded_size=(_padded(height), _padded(width)),
     )
 
 
-def _resize(image: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
-    if image.shape[:2] == (height, width):  # Pillow would copy it three times
-        return image
-    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR))
+def _as_pillows(photograph: Photograph) -> tuple[Image.Image, dict[str, str]]:
+    """An image of Pillow's, and what it takes each channel for: turning them is cheaper when it is small."""
+    if isinstance(photograph, Image.Image):
+        if photograph.mode != "RGB":
+            raise ValueError(f"expected an image of mode RGB, got {photograph.mode}")
+        return photograph, {"R": "R", "G": "G", "B": "B"}
+    array = photograph
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or array.size == 0:
+        raise ValueError(f"expected a uint8 image (H, W, 3) in BGR, got {array.dtype} {array.shape}")
+    return Image.fromarray(np.ascontiguousarray(array)), {"R": "B", "G": "G", "B": "R"}
 
 
 def resized_size(height: int, width: int, config: Config) -> tuple[int, int]:

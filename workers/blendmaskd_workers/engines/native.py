@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from blendmaskd.coco import categories
+from blendmaskd.images.decoding import Photograph
 from blendmaskd.protocol import IDLE, Options
 from blendmaskd.settings import Settings
 from blendmaskd_workers import blendmask, results
 from blendmaskd_workers.devices import Device, Part, Staged, Timeline
-from blendmaskd_workers.engines import EngineError, Pixels, Times
+from blendmaskd_workers.engines import EngineError, Times
 from blendmaskd_workers.engines.on_device import OnDevice
 from blendmaskd_workers.engines.timed import TimedEngine
 
@@ -100,8 +101,8 @@ class NativeEngine(OnDevice):
                     self._graphs[tuple(images.shape)] = itertools.cycle(copies)
         super().warm_up(image_sizes, batch)
 
-    def prepare(self, image: Pixels) -> Sent:
-        prepared = blendmask.prepare(image, self._config)
+    def prepare(self, photograph: Photograph) -> Sent:
+        prepared = blendmask.prepare(photograph, self._config)
         staged = self.device.stage(blendmask.collate([prepared]))
         return Sent(staged, prepared.image_size, prepared.net_size, prepared.padded_size)
 
@@ -165,8 +166,8 @@ class ReplayEngine(TimedEngine):
             prepared = self.prepare(np.full((height, width, 3), 127, np.uint8))
             self.finish(self.output(prepared), prepared, Options())
 
-    def prepare(self, image: Pixels) -> Any:
-        prepared = blendmask.prepare(image, self._config)
+    def prepare(self, photograph: Photograph) -> Any:
+        prepared = blendmask.prepare(photograph, self._config)
         blendmask.collate([prepared])  # what the native engine sends to the device
         return prepared
 
