@@ -58,7 +58,11 @@ def assert_same(photograph: images.Photograph, pixels: Pixels, config: blendmask
     np.testing.assert_array_equal(images.bgr(photograph), pixels)
     np.testing.assert_array_equal(np.asarray(images.rgb(photograph)), pixels[:, :, ::-1])
     prepared = blendmask.prepare(photograph, config)
-    np.testing.assert_array_equal(prepared.tensor.numpy(), reference_input(pixels, config), strict=True)
+    expected = reference_input(pixels, config)
+    found = blendmask.collate([prepared.tensor], config)
+    np.testing.assert_array_equal(found[0, :, : expected.shape[1], : expected.shape[2]].numpy(), expected, strict=True)
+    assert found.shape[2:] == prepared.padded_size
+    assert found.count_nonzero() == np.count_nonzero(expected)
     assert prepared.image_size == pixels.shape[:2]
 
 

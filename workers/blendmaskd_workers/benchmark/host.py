@@ -33,8 +33,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from blendmaskd import files
-from blendmaskd.coco import categories
+from blendmaskd import files, settings
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
 from blendmaskd.programs import input_images
@@ -45,7 +44,7 @@ from blendmaskd.settings import Limits
 from blendmaskd_workers import blendmask
 from blendmaskd_workers.benchmark import pictures, replay, report
 from blendmaskd_workers.benchmark.arguments import image_size
-from blendmaskd_workers.engines import native
+from blendmaskd_workers.engines.native import ReplayEngine
 
 ROOT = Path(__file__).resolve().parents[3]
 SIZES = ((800, 800), (960, 1280), (1080, 1920), (3000, 4000))
@@ -115,9 +114,7 @@ def compare(name: str, encoded: bytes, config: blendmask.Config, rounds: int) ->
 
 def prepare(encoded: bytes, config: blendmask.Config) -> blendmask.Prepared:
     """As a worker does it."""
-    prepared = blendmask.prepare(images.decode(encoded, Limits()), config)
-    blendmask.collate([prepared])
-    return prepared
+    return blendmask.prepare(images.decode(encoded, Limits()), config)
 
 
 def resize(encoded: bytes, height: int, width: int) -> Image.Image:
@@ -128,9 +125,8 @@ def resize(encoded: bytes, height: int, width: int) -> Image.Image:
 def _same(prepared: blendmask.Prepared, resized: Image.Image, config: blendmask.Config) -> bool:
     if resized.mode != "RGB" or resized.getexif():
         return True  # ours is converted and turned, too
-    pixels = np.asarray(resized, np.float32)[:, :, :: 1 if config.channel_order == "RGB" else -1]
-    normalised = (pixels - np.array(config.pixel_mean, np.float32)) / np.array(config.pixel_std, np.float32)
-    return bool((prepared.tensor.numpy() == normalised.transpose(2, 0, 1)).all())
+    planes = np.asarray(resized).transpose(2, 0, 1)[:: 1 if config.channel_order == "RGB" else -1]
+    return bool((prepared.tensor.numpy() == planes).all())
 
 
 # ---- behind the device ------------------------------------------------------------------------------------------
@@ -138,15 +134,18 @@ def _same(prepared: blendmask.Prepared, resized: Image.Image, config: blendmask.
 def finishing(arguments: argparse.Namespace, config: blendmask.Config) -> dict[str, Any]:
     """What it costs to finish and encode the replayed network's masks, in turns with Pillow's work for 800x800."""
     with tempfile.TemporaryDirectory(prefix="blendmaskd-benchmark-") as folder:
-        replay.write(arguments.replay, Path(folder) / "outputs.npz", arguments.config, REPLAYED)
-        with np.load(Path(folder) / "outputs.npz") as arrays:
-            output = blendmask.Instances(**arrays)
+        file = Path(folder) / "outputs.npz"
+        replay.write(arguments.replay, file, arguments.config, REPLAYED)
+        engine = ReplayEngine(settings.from_tree({
+            "engine": "timed", "model": {"config": arguments.config}, "timed": {"outputs": str(file)},
+        }))  # fmt: skip
+        engine.load()
     encoded = pictures.synthetic(REPLAYED, "jpeg").payload or b""
-    prepared = blendmask.prepare(images.decode(encoded, Limits()), config)
-    names = categories.resolve(config.num_classes, None, None)
+    prepared = prepare(encoded, config)
+    output = engine.output(prepared)
 
     def finish() -> bytes:
-        packed: bytes = msgpack.packb(native.to_coco(output, prepared, names, Options(), exact=False))
+        packed: bytes = msgpack.packb(engine.finish(output, prepared, Options()))
         return packed
 
     theirs, ours = in_turns(lambda: resize(encoded, *prepared.net_size), finish, arguments.rounds)

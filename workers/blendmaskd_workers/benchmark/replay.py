@@ -53,8 +53,8 @@ def record(trained: BlendMask, image: Photograph, file: Path) -> None:
     from blendmaskd_workers import blendmask
 
     network = blendmask.for_inference(trained, channels_last=True)
-    batch = [blendmask.collate([blendmask.prepare(image, network.config)])]
-    begun, first = _counted(lambda: blendmask.begin(batch, network.begin))
+    images = [blendmask.prepare(image, network.config).tensor]
+    begun, first = _counted(lambda: blendmask.begin(network, images, network.begin))
     proposals, second = _counted(lambda: blendmask.complete(begun, network.complete))
     packed = proposals.packed.numpy()
     kept = blendmask.choose(network, proposals, packed)

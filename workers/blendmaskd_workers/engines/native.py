@@ -25,9 +25,9 @@ COPIES = 2  # of the graphs of each shape: what they return lives until their ne
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """An image that is on its way to the device, padded, and what `blendmaskd_workers.blendmask.finish` needs of it."""
+    """An image on its way to the device, as bytes, and what `blendmaskd_workers.blendmask.finish` needs of it."""
 
-    staged: Staged  # (1, 3, H, W) float32
+    staged: Staged  # (3, h, w) uint8
     image_size: tuple[int, int]
     net_size: tuple[int, int]
     padded_size: tuple[int, int]
@@ -41,7 +41,7 @@ class NativeRun:
         self._parts: list[Part] = []
         begin, self._complete = graphs
         with timeline.part(self._parts):
-            self._begun = blendmask.begin(images, begin)
+            self._begun = blendmask.begin(network, images, begin)
 
     def complete(self) -> None:
         with self._timeline.part(self._parts):
@@ -96,21 +96,19 @@ class NativeEngine(OnDevice):
             for height, width in image_sizes:
                 image = self.prepare(np.full((height, width, 3), 127, np.uint8)).staged.take()
                 for size in sorted({1, batch}):
-                    images = image.expand(size, -1, -1, -1)
+                    images = blendmask.collate([image] * size, self._config)
                     copies = [blendmask.capture(self._network, self.device.graph, images) for _ in range(COPIES)]
                     self._graphs[tuple(images.shape)] = itertools.cycle(copies)
         super().warm_up(image_sizes, batch)
 
     def prepare(self, photograph: Photograph) -> Sent:
         prepared = blendmask.prepare(photograph, self._config)
-        staged = self.device.stage(blendmask.collate([prepared]))
-        return Sent(staged, prepared.image_size, prepared.net_size, prepared.padded_size)
+        return Sent(self.device.stage(prepared.tensor), prepared.image_size, prepared.net_size, prepared.padded_size)
 
     def launch(self, batch: Sequence[Sent]) -> NativeRun:
         self.device.use()
         images = [item.staged.take() for item in batch]
-        shape = (len(images), *images[0].shape[1:])
-        graphs = self._graphs.get(shape)
+        graphs = self._graphs.get((len(images), 3, *batch[0].padded_size))
         return NativeRun(self._network, self._timeline, images, next(graphs) if graphs else self._eager)
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
@@ -167,9 +165,7 @@ class ReplayEngine(TimedEngine):
             self.finish(self.output(prepared), prepared, Options())
 
     def prepare(self, photograph: Photograph) -> Any:
-        prepared = blendmask.prepare(photograph, self._config)
-        blendmask.collate([prepared])  # what the native engine sends to the device
-        return prepared
+        return blendmask.prepare(photograph, self._config)
 
     def output(self, prepared: Any) -> Any:
         recorded = self._recorded
