@@ -28,6 +28,8 @@ Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
 NotNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
 Count = Annotated[int, Meta(ge=1)]
 BatchSize = Annotated[int, Meta(ge=1, le=64)]
+MOST_HOST_THREADS = 64
+HostThreads = Annotated[int, Meta(ge=1, le=MOST_HOST_THREADS)]
 
 
 class SettingsError(ValueError):
@@ -85,7 +87,7 @@ class Limits(_Section, frozen=True):
     """Bounds on one image."""
 
     max_image_bytes: Count = 64 << 20  # maximum size of one image as sent, encoded or raw
-    # maximum height x width; decoding takes up to 16 bytes per pixel, in up to four threads per worker
+    # maximum height x width; decoding takes up to 16 bytes per pixel in each of `runtime.host_threads`
     max_image_pixels: Count = 50_000_000
     # maximum number of tcp:// connections; never more than half of the free descriptors
     max_connections: Count = 512
@@ -117,6 +119,9 @@ class Runtime(_Section, frozen=True):
     preload: str = "auto"  # tcmalloc: auto (if installed), required, off, or the path of another allocator
     # OMP_NUM_THREADS; auto: the slot's number of CPUs, limited to its share of a CPU quota
     threads: Literal["auto"] | Count = "auto"
+    # threads of a worker that decode and resize images and encode masks, beside the one that drives its device; auto:
+    # the slot's number of CPUs, limited to its share of a CPU quota, 2 to 64
+    host_threads: Literal["auto"] | HostThreads = "auto"
 
     @property
     def placed(self) -> dict[str, Cpus]:

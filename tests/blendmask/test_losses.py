@@ -73,8 +73,8 @@ def batch(network: str, model: BlendMask) -> Tensor:
         photograph = Image.open(GOLDEN / "images" / image["file"]).convert("RGB")
         pixels = np.asarray(photograph.resize((width, height), Image.Resampling.BILINEAR))[:, :, ::-1]
         assert zlib.crc32(pixels.tobytes()) == image["bgr_uint8_crc32"], "Pillow resizes differently here"
-        prepared.append(prepare(pixels, replace(model.config, min_size=min(height, width))))
-    return collate(prepared)
+        prepared.append(prepare(pixels, replace(model.config, min_size=min(height, width))).tensor)
+    return collate(prepared, model.config)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -86,7 +86,7 @@ def test_candidates_are_what_the_head_says(small_model, small_config, photograph
     config = replace(small_config, threshold_with_centreness=with_centreness)
     model = build(config)
     load_into(model, small_model.state_dict())
-    images = collate([prepare(photograph("coffee.png"), config)])
+    images = collate([prepare(photograph("coffee.png"), config).tensor], config)
     with torch.inference_mode():
         outputs = model.proposal_generator(model.backbone(images))
         packed = model.propose(images).packed[0].numpy()

@@ -202,11 +202,11 @@ def check_an_upload_beside_the_computation_arrives_when_it_is_taken() -> None:
     from blendmaskd_workers import devices
 
     device = devices.open_device("npu:1")
-    image = torch.randn(1, 3, 8, 8)
+    image = torch.randint(0, 200, (3, 8, 8), dtype=torch.uint8)
     with ThreadPoolExecutor(1) as host:
         staged = host.submit(device.stage, image).result()
     assert staged.tensor.device == NPU[1]
-    assert staged.tensor.twin.isnan().all(), "nobody has waited yet"
+    assert (staged.tensor.twin == emulated_npu.UNARRIVED).all(), "nobody has waited yet"
     emulated_npu.kept_for_streams.clear()
     for _ in range(2):
         assert torch.equal(staged.take().cpu(), image)

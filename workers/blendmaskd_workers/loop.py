@@ -42,13 +42,14 @@ import psutil
 
 from blendmaskd import protocol
 from blendmaskd.assignment import Assignment
+from blendmaskd.discovery import cpu_quota
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
 from blendmaskd.logs import about
 from blendmaskd.protocol import IDLE, Code, RegionError
-from blendmaskd.settings import Settings
+from blendmaskd.settings import MOST_HOST_THREADS, Settings
 from blendmaskd_workers import process
-from blendmaskd_workers.batching import Batching
+from blendmaskd_workers.batching import Batching, ahead
 from blendmaskd_workers.channel import Connection
 from blendmaskd_workers.engines import Engine, Run, Times
 from blendmaskd_workers.preview import Previews
@@ -104,9 +105,11 @@ class Loop:
         self._settings: Settings = assignment.settings
         self._engine = engine
         self._batching = batching  # the device thread's; others only read
-        self._lock = threading.Lock()  # for the next two
+        self._lock = threading.Lock()  # for the next three
         self._held: dict[int, Item] = {}
         self._images = 0  # finished since the last report
+        self._preparing_s = 0.0  # spent on images since the last report
+        self._ahead = 0  # see `batching.ahead`
         self._most_held = 0, 0  # at once, in the last second and in this one
         self._lone_is_quick = False  # as the last one was
         self._failures = 0  # of the engine, in a row
@@ -119,7 +122,8 @@ class Loop:
         # a device that works while we do something else has a clock of its own
         self._watch = contextlib.nullcontext() if engine.overlaps else self._busy
         self._exit_code: int | None = None
-        self._host = ThreadPoolExecutor(_host_threads(), thread_name_prefix="host")
+        self._host_threads = host_threads(self._settings, len(os.sched_getaffinity(0)), cpu_quota())
+        self._host = ThreadPoolExecutor(self._host_threads, thread_name_prefix="host")
         self._teller = ThreadPoolExecutor(1, thread_name_prefix="teller")
 
     def run(self) -> int:
@@ -179,18 +183,22 @@ class Loop:
 
     def _window(self) -> int:
         batches = 3 if self._engine.overlaps else 2  # one is already here, the others run
-        return batches * self._batching.target()
+        return batches * self._batching.target() + self._ahead
 
     def _report(self, start: float, end: float) -> None:
         with self._lock:
             images, self._images = self._images, 0
+            preparing_s, self._preparing_s = self._preparing_s, 0.0
         self._most_held = self._most_held[1], len(self._held)
+        busy_s = self._busy.take(end)
+        if images:
+            self._ahead = ahead(preparing_s, busy_s, self._host_threads)
         self._channel.send(
             protocol.Report(
                 start=start,
                 end=end,
                 images=images,
-                busy_s=self._busy.take(end),
+                busy_s=busy_s,
                 idle_s=self._busy.take_idle(),
                 memory_bytes=psutil.Process().memory_info().rss,
                 device_memory_bytes=self._engine.device.held_bytes() if self._engine.device else 0,
@@ -209,10 +217,11 @@ class Loop:
         """Whether the image is ready for the device; its lease is ended otherwise."""
         if self._overdue(item):
             return False
+        start = time.monotonic()
         try:
-            pixels = self._pixels(item)
-            item.preview = self._previews.take(pixels) if self._previews else None
-            item.prepared = self._engine.prepare(pixels)
+            photograph = self._photograph(item)
+            item.preview = self._previews.take(photograph) if self._previews else None
+            item.prepared = self._engine.prepare(photograph)
         except ImageError as error:
             self._fail(item, error.code, error.reason)
         except RegionError as error:
@@ -224,10 +233,12 @@ class Loop:
             item.payload = ()
             item.ready_at = time.monotonic()
             item.timings["decode"] = item.ready_at - item.received
+            with self._lock:
+                self._preparing_s += item.ready_at - start
             return True
         return False
 
-    def _pixels(self, item: Item) -> images.Pixels:
+    def _photograph(self, item: Item) -> images.Photograph:
         image, limits = item.lease.image, self._settings.limits
         match image.kind:
             case "encoded":
@@ -398,9 +409,12 @@ class Loop:
         self._channel.send(message, payload)
 
 
-def _host_threads() -> int:
-    """One to decode the next image and one to finish the last, more where the slot has the CPUs."""
-    return min(max(len(os.sched_getaffinity(0)), 2), 4)
+def host_threads(settings: Settings, cpus: int, quota: float) -> int:
+    """What `runtime.host_threads` comes to with so many CPUs, and so many CPUs' time for all workers together."""
+    if settings.runtime.host_threads != "auto":
+        return settings.runtime.host_threads
+    share = int(min(cpus, quota / len(settings.devices)))
+    return min(max(share, 2), MOST_HOST_THREADS)  # one to decode the next image, one to finish the last
 
 
 class Busy:

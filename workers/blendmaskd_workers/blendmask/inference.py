@@ -33,7 +33,7 @@ def segment(model: BlendMask, batch: Sequence[Prepared], upload: Upload = stay) 
 
     For one thread per device. Batch images of equal `padded_size` only, see `collate`.
     """
-    proposals = model.propose(upload(collate(batch)))
+    proposals = model.propose(collate([upload(prepared.tensor) for prepared in batch], model.config))
     selections = choose(model, proposals, proposals.packed.cpu().numpy())
     masks = blend(model, proposals, selections, upload)
     return instances(model, selections, None if masks is None else masks.cpu().numpy())
@@ -50,9 +50,9 @@ def capture(model: BlendMask, graph: Graph, images: Tensor) -> tuple[Begin, Comp
 
 
 @torch.inference_mode()
-def begin(images: Sequence[Tensor], network: Begin) -> Tensor:
-    """Begin with images (N, 3, H, W) of one size, in any number of parts. `network`: `BlendMask.begin`, or captured."""
-    return network(images[0] if len(images) == 1 else torch.cat(list(images)))
+def begin(model: BlendMask, images: Sequence[Tensor], network: Begin) -> Tensor:
+    """Begin with prepared images (3, h, w) uint8, where the network lives. `network`: `model.begin`, or captured."""
+    return network(collate(images, model.config))
 
 
 @torch.inference_mode()

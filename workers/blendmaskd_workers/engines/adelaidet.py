@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from blendmaskd.images.decoding import Photograph, bgr
 from blendmaskd.protocol import Options
 from blendmaskd_workers import results
-from blendmaskd_workers.engines import EngineError, Pixels
+from blendmaskd_workers.engines import EngineError
 from blendmaskd_workers.engines.on_device import OnDevice, WholeRun, digest
 
 
@@ -45,7 +46,8 @@ class AdelaidetEngine(OnDevice):
         self._categories = self._resolve_categories(config.MODEL.FCOS.NUM_CLASSES)
         self.model = digest(self._predictor.model, config, self._categories)
 
-    def prepare(self, image: Pixels) -> AdelaidetInput:
+    def prepare(self, photograph: Photograph) -> AdelaidetInput:
+        image = bgr(photograph)
         height, width = image.shape[:2]
         original = image[:, :, ::-1] if self._predictor.input_format == "RGB" else image
         resized = self._predictor.aug.get_transform(original).apply_image(original)

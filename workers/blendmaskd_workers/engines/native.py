@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from blendmaskd.coco import categories
+from blendmaskd.images.decoding import Photograph
 from blendmaskd.protocol import IDLE, Options
 from blendmaskd.settings import Settings
 from blendmaskd_workers import blendmask, results
 from blendmaskd_workers.devices import Device, Part, Staged, Timeline
-from blendmaskd_workers.engines import EngineError, Pixels, Times
+from blendmaskd_workers.engines import EngineError, Times
 from blendmaskd_workers.engines.on_device import OnDevice, digest
 from blendmaskd_workers.engines.timed import TimedEngine
 
@@ -27,9 +28,9 @@ COPIES = 2  # of the graphs of each shape: what they return lives until their ne
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """An image that is on its way to the device, padded, and what `blendmaskd_workers.blendmask.finish` needs of it."""
+    """An image on its way to the device, as bytes, and what `blendmaskd_workers.blendmask.finish` needs of it."""
 
-    staged: Staged  # (1, 3, H, W) float32
+    staged: Staged  # (3, h, w) uint8
     image_size: tuple[int, int]
     net_size: tuple[int, int]
     padded_size: tuple[int, int]
@@ -48,7 +49,7 @@ class NativeRun:
         self._parts: list[Part] = []
         begin, self._complete = graphs
         with self._or_release(), timeline.part(self._parts):
-            self._begun = blendmask.begin(images, begin)
+            self._begun = blendmask.begin(network, images, begin)
 
     @contextlib.contextmanager
     def _or_release(self) -> Iterator[None]:
@@ -116,17 +117,16 @@ class NativeEngine(OnDevice):
             for height, width in image_sizes:
                 image = self.prepare(np.full((height, width, 3), 127, np.uint8)).staged.take()
                 for size in sorted({1, batch}):
-                    images = image.expand(size, -1, -1, -1)
+                    images = blendmask.collate([image] * size, self._config)
                     copies = [blendmask.capture(self._network, self.device.graph, images) for _ in range(COPIES)]
                     self._graphs[tuple(images.shape)] = copies
             megabytes = self._held_mb() - before
             log.info("graphs of %d shapes, each twice: %.0f MB on the device", len(self._graphs), megabytes)
         super().warm_up(image_sizes, batch)
 
-    def prepare(self, image: Pixels) -> Sent:
-        prepared = blendmask.prepare(image, self._config)
-        staged = self.device.stage(blendmask.collate([prepared]))
-        return Sent(staged, prepared.image_size, prepared.net_size, prepared.padded_size)
+    def prepare(self, photograph: Photograph) -> Sent:
+        prepared = blendmask.prepare(photograph, self._config)
+        return Sent(self.device.stage(prepared.tensor), prepared.image_size, prepared.net_size, prepared.padded_size)
 
     def _held_mb(self) -> float:
         return self.device.held_bytes() / 1e6
@@ -134,8 +134,7 @@ class NativeEngine(OnDevice):
     def launch(self, batch: Sequence[Sent]) -> NativeRun:
         self.device.use()
         images = [item.staged.take() for item in batch]
-        shape = (len(images), *images[0].shape[1:])
-        spare = self._graphs.get(shape)
+        spare = self._graphs.get((len(images), 3, *batch[0].padded_size))
         if not spare:
             return NativeRun(self._network, self._timeline, images, self._eager, lambda: None)
         graphs = spare.pop()
@@ -194,10 +193,8 @@ class ReplayEngine(TimedEngine):
             prepared = self.prepare(np.full((height, width, 3), 127, np.uint8))
             self.finish(self.output(prepared), prepared, Options())
 
-    def prepare(self, image: Pixels) -> Any:
-        prepared = blendmask.prepare(image, self._config)
-        blendmask.collate([prepared])  # what the native engine sends to the device
-        return prepared
+    def prepare(self, photograph: Photograph) -> Any:
+        return blendmask.prepare(photograph, self._config)
 
     def output(self, prepared: Any) -> Any:
         recorded = self._recorded

@@ -10,10 +10,11 @@ import numpy as np
 
 from blendmaskd.coco import categories
 from blendmaskd.coco.categories import CategoriesError
+from blendmaskd.images.decoding import Photograph
 from blendmaskd.protocol import Options
 from blendmaskd.settings import Settings
 from blendmaskd_workers import devices
-from blendmaskd_workers.engines import EngineError, Pixels, Run, Times, segment
+from blendmaskd_workers.engines import EngineError, Run, Times, segment
 
 
 class OnDevice:
@@ -28,7 +29,7 @@ class OnDevice:
         self._settings = settings.model
         self._device_name = device
 
-    def prepare(self, image: Pixels) -> Any:
+    def prepare(self, photograph: Photograph) -> Any:
         raise NotImplementedError
 
     def launch(self, batch: Sequence[Any]) -> Run:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from blendmaskd.coco import categories
+from blendmaskd.images.decoding import Photograph, Pixels, bgr
 from blendmaskd.protocol import Options
 from blendmaskd.settings import Timed
 from blendmaskd_workers import results
-from blendmaskd_workers.engines import Pixels, Times
+from blendmaskd_workers.engines import Times
 
 CHECKED_BYTES = 64 << 10
 LARGEST_BATCH = 64  # that the settings allow
@@ -93,9 +94,10 @@ class TimedEngine:
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         pass
 
-    def prepare(self, image: Pixels) -> Any:
-        height, width = image.shape[:2]
-        return TimedInput((height, width), (height, width), checksum(image))
+    def prepare(self, photograph: Photograph) -> Any:
+        pixels = bgr(photograph)
+        height, width = pixels.shape[:2]
+        return TimedInput((height, width), (height, width), checksum(pixels))
 
     def launch(self, batch: Sequence[Any]) -> TimedRun:
         return TimedRun(self, batch)

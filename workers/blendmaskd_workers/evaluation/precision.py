@@ -57,7 +57,7 @@ def _main(arguments: argparse.Namespace) -> int:
 
 def _read(path: Path) -> Pixels:
     try:
-        return images.read(path)
+        return images.bgr(images.read(path))
     except ImageError as error:
         raise ImageError(error.code, f"{path}: {error}") from error
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -25,7 +24,7 @@ from blendmaskd.coco import categories
 from blendmaskd.coco.categories import Category
 from blendmaskd.images import decoding as images
 from blendmaskd.images import overlay
-from blendmaskd.images.decoding import ImageError, Pixels
+from blendmaskd.images.decoding import ImageError
 from blendmaskd.images.quiet import quiet
 from blendmaskd.logs import in_a_line
 from blendmaskd.programs import input_images
@@ -98,12 +97,12 @@ class Network:
             raise UsageError(f"--device {arguments.device}: {error}; --device cpu runs everywhere") from error
         self.model = native.network_for(model, self.device, self.exact)
 
-    def segment(self, pixels: Pixels, options: Options) -> list[dict[str, Any]]:
+    def segment(self, image: images.Photograph, options: Options) -> list[dict[str, Any]]:
         """The COCO results of an image, see `blendmaskd_workers.results`."""
         from blendmaskd_workers import blendmask
         from blendmaskd_workers.engines import native
 
-        prepared = blendmask.prepare(pixels, self.config)
+        prepared = blendmask.prepare(image, self.config)
         (instances,) = blendmask.segment(self.model, [prepared], self.device.upload)
         return native.to_coco(instances, prepared, self.categories, options, self.exact)
 
@@ -236,10 +235,10 @@ def _run(
 
 
 def _segment(photograph: Photograph, network: Network, options: Options) -> list[dict[str, Any]]:
-    pixels = images.read(photograph.path)
-    instances = network.segment(pixels, options)
+    image = images.read(photograph.path)
+    instances = network.segment(image, options)
     if photograph.output:
-        drawn = overlay.draw(Image.fromarray(pixels[:, :, ::-1]), instances)
+        drawn = overlay.draw(image, instances)
         drawn.save(photograph.output, **LOSSY)
     return [{"file_name": photograph.name, "image_id": photograph.image_id} | instance for instance in instances]
 
