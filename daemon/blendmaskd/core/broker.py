@@ -337,6 +337,7 @@ class Broker:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _job(self, client: bytes, message: Submit, payload: Frames, accepted: float, deadline_s: float) -> Job:
+        placed = message.image.place
         return Job(
             seq=next(self._seq),
             client=client,
@@ -344,6 +345,7 @@ class Broker:
             image=message.image,
             options=message.options,
             payload=payload,
+            payload_bytes=sum(map(len, payload)) + (placed.bytes if placed else 0),
             priority=message.priority,
             accepted=accepted,
             deadline=accepted + (message.deadline_s or deadline_s),

@@ -23,6 +23,7 @@ class Job(msgspec.Struct, eq=False):
     image: Image
     options: Options
     payload: Frames
+    payload_bytes: int  # of the image, wherever it is
     priority: int
     accepted: float
     deadline: float
@@ -37,10 +38,6 @@ class Job(msgspec.Struct, eq=False):
     @property
     def suspect(self) -> bool:
         return self.suspicion is not None
-
-    @property
-    def payload_bytes(self) -> int:
-        return sum(len(frame) for frame in self.payload) + (self.image.place.bytes if self.image.place else 0)
 
 
 class Step(msgspec.Struct, frozen=True):
