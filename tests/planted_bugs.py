@@ -177,6 +177,14 @@ BUGS = [
         "an image of other pixels is taken for the one that was given up"),
     Bug(SUPERVISOR, "slot.failures = max(slot.failures - 1, 0)", "pass",
         "images that kill take a healthy device out of service"),
+    Bug(SUPERVISOR, "elif code == EXIT_HOST_LACKS and self.proven and not slot.given_up:", "elif False:",
+        "weights that are away for a second take a device out of service for a minute"),
+    Bug(SUPERVISOR, "now + self.restarts.retry_failed_s", "now + 1e9",
+        "a device that has failed is lost until somebody reloads"),
+    Bug(SUPERVISOR, "all(slot.given_up or slot.state is State.ENDED",
+        "all(slot.state in (State.FAILED, State.ENDED)", "jobs wait for a device that is only tried once more"),
+    Bug(BROKER, "worker.heard = min(worker.heard + seconds, now)", "pass",
+        "a host that was paused aborts its healthy workers"),
 ]  # fmt: skip
 
 
