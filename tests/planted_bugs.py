@@ -127,7 +127,7 @@ BUGS = [
         "a reload looks like deaths: back-off, and the slot is given up"),
     Bug(RELOAD, "if self.trying and (slot := next(failed, None)):", "if False:",
         "settings that no device can boot take one device after the other"),
-    Bug(RELOAD, "if slot.state not in (State.FAILED, State.ENDED)}", "if slot.state is State.READY}",
+    Bug(RELOAD, "if not slot.given_up and slot.state is not State.ENDED}", "if slot.state is State.READY}",
         "settings that no device can boot take all when one is on its way as they come"),
     Bug(RELOAD, "State.STOPPING, State.BACKOFF)", "State.STOPPING, State.BACKOFF, State.FAILED)",
         "a reload stops half-way when a worker dies meanwhile"),
