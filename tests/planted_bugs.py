@@ -196,7 +196,7 @@ BUGS = [
     Bug(SUPERVISOR, "Supervisor.exited", never("asked"),
         "a reload looks like deaths: back-off, and the slot is given up"),
     Bug(RELOAD, "Reload.follow", never("trying"), "settings that no device can boot take one device after the other"),
-    Bug(RELOAD, "Reload.tried", swap("slot.state not in (State.FAILED, State.ENDED)", "slot.state is State.READY"),
+    Bug(RELOAD, "Reload.tried", swap("not slot.given_up and slot.state is not State.ENDED", "slot.state is State.READY"),
         "settings that no device can boot take all when one is on its way as they come"),
     Bug(RELOAD, "MOVING", swap("(State.STARTING, State.STOPPING, State.BACKOFF)",
         "(State.STARTING, State.STOPPING, State.BACKOFF, State.FAILED)"),
@@ -237,6 +237,14 @@ BUGS = [
     Bug(SUSPECTS, "_size", drop("image.shape", 'return "raw", length'),
         "an image of other pixels is taken for the one that was given up"),
     Bug(SUPERVISOR, "Supervisor.acquit", drop("max"), "images that kill take a healthy device out of service"),
+    Bug(SUPERVISOR, "Supervisor.exited", never("EXIT_HOST_LACKS"),
+        "weights that are away for a second take a device out of service for a minute"),
+    Bug(SUPERVISOR, "Supervisor._give_up", swap("now + self.restarts.retry_failed_s", "now + 1e9"),
+        "a device that has failed is lost until somebody reloads"),
+    Bug(SUPERVISOR, "Supervisor.hopeless", swap("slot.given_up or slot.state is State.ENDED",
+                                                "slot.state in (State.FAILED, State.ENDED)"),
+        "jobs wait for a device that is only tried once more"),
+    Bug(BROKER, "Broker.forgive", drop("heard"), "a host that was paused aborts its healthy workers"),
 ]  # fmt: skip
 
 

@@ -106,7 +106,7 @@ class Reload:
         if not self.trying:
             self._before = self.basis
         slots = self._supervisor.slots.values()
-        self._witnesses = {slot.name for slot in slots if slot.state not in (State.FAILED, State.ENDED)}
+        self._witnesses = {slot.name for slot in slots if not slot.given_up and slot.state is not State.ENDED}
         self._last = {slot.name: slot.generation for slot in slots}
         self.trying = self._replacing = True
         return self._adopt(Adopt(candidate), now)
