@@ -10,14 +10,16 @@ Environment: ``BLENDMASKD__QUEUE__MAX_JOBS=64`` sets ``queue.max_jobs``; the val
 from __future__ import annotations
 
 import difflib
+import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from blendmaskd.endpoints import ENDPOINT_SUFFIXES, ipc_path, parse_place
 from blendmaskd.topology import Cpus, parse_cpus
 
 ENVIRONMENT_PREFIX = "BLENDMASKD__"
@@ -310,8 +312,9 @@ def _check(settings: Settings) -> None:
     if preload not in ("auto", "required", "off") and not preload.startswith("/"):
         raise SettingsError(f"runtime.preload = {preload!r}: expected auto, required, off or an absolute path")
     _check_model(settings)
-    if settings.spool is not None and (not settings.spool or settings.spool.endswith("/")):
+    if settings.spool is not None and (not settings.spool or settings.spool.endswith("/") or "\0" in settings.spool):
         raise SettingsError(f"spool = {settings.spool!r}: expected the path of a file")
+    _check_files(settings)
     if 1 not in settings.timed.latency_ms:
         raise SettingsError("timed.latency_ms: needs an entry for batch size 1")
     if settings.batch != "auto" and settings.engine == "timed" and settings.batch not in settings.timed.latency_ms:
@@ -366,8 +369,33 @@ def _check_endpoints(endpoints: Endpoints) -> None:
     for endpoint in endpoints.clients:
         if not endpoint.startswith(("ipc://", "tcp://")):
             raise SettingsError(f"endpoints.clients: {endpoint!r}: expected ipc:///PATH or tcp://HOST:PORT")
-    if endpoints.metrics is not None and not re.match(r"^.+:\d{1,5}$", endpoints.metrics):
-        raise SettingsError(f"endpoints.metrics = {endpoints.metrics!r}: expected HOST:PORT")
+        try:
+            ipc_path(endpoint) if endpoint.startswith("ipc://") else parse_place(endpoint.removeprefix("tcp://"))
+        except ValueError as error:
+            raise SettingsError(f"endpoints.clients: {endpoint!r}: {error}") from None
+    try:
+        parse_place(endpoints.metrics or "*:*")
+    except ValueError as error:
+        raise SettingsError(f"endpoints.metrics = {endpoints.metrics!r}: {error}") from None
+
+
+def _check_files(settings: Settings) -> None:
+    """Each file that the daemon makes has a path of its own."""
+    taken: dict[str, str] = {}
+    for setting, path, suffixes in _files(settings):
+        for suffix in suffixes:
+            name = posixpath.normpath(f"{path}{suffix}")
+            if name in taken:
+                raise SettingsError(f"{setting}: {name} is also a file of {taken[name]}: give them different paths")
+            taken[name] = setting
+
+
+def _files(settings: Settings) -> Iterator[tuple[str, str, Sequence[str]]]:
+    for endpoint in settings.endpoints.clients:
+        if endpoint.startswith("ipc://"):
+            yield f"endpoints.clients, {endpoint}", ipc_path(endpoint), ENDPOINT_SUFFIXES
+    if settings.spool is not None:
+        yield f"spool, {settings.spool}", settings.spool, ("", "-wal", "-shm", "-journal")
 
 
 def _check_keys(settings: Settings) -> None:

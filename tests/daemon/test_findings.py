@@ -147,6 +147,7 @@ FAULTS: list[Case] = [
     ("long path", lambda: ipc("/" + "x" * 107), "error", "a path of 108 bytes, at most 107 are possible", "shorter"),
     ("no room for .fd", lambda: ipc("/" + "x" * 104), "warning", "no room for .fd: no shared memory", "shorter"),
     ("shut folder", lambda: ipc(folder_usable=False), "error", "this user cannot create /run/user/1/bmd.sock", "--set"),
+    ("a file at the endpoint", lambda: ipc(obstacle="/x.sock is a file"), "error", "/x.sock is a file", "stop or move"),
     ("port taken", lambda: tcp(bind_errno=errno.EADDRINUSE), "error", "taken by another process", "another"),
     ("low port", lambda: tcp(bind_errno=errno.EACCES), "error", "below 1024", "above 1023"),
     ("not our address", lambda: tcp(bind_errno=errno.EADDRNOTAVAIL), "error", "no such address", "ip address"),

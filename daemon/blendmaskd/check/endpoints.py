@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import urllib.request
@@ -15,15 +14,16 @@ import psutil
 
 from blendmaskd.check.finding import Finding, error, ok, warning
 from blendmaskd.check.host import is_ours, read
+from blendmaskd.endpoints import LOCK_SUFFIX, SOCKET_PATH_BYTES, ipc_path
 from blendmaskd.keys import KeyFileError, read_pair
 from blendmaskd.protocol import MEMORY_SUFFIX
 from blendmaskd.settings import Settings
 from blendmaskd.shell.admission.access import AllowedKeys
+from blendmaskd.shell.endpoint_files import is_locked, obstacle
 from blendmaskd.shell.sockets import is_loopback
 
 UNIT = Path("/etc/systemd/system/blendmaskd.service")
 RUNTIME_FOLDER = Path("/run/blendmaskd")  # RuntimeDirectory= of the unit
-SOCKET_PATH_BYTES = 107  # sockaddr_un, without its final zero
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -45,6 +45,7 @@ class EndpointFacts(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str  # ipc://PATH, tcp://HOST:PORT, HOST:PORT
     folder: str = ""  # ipc: of the socket
     folder_usable: bool = True  # it can be written, or made
+    obstacle: str = ""  # ipc: what is at its path and must stay
     by_systemd: bool = False  # the installed unit makes the folder when it starts
     bind_errno: int = 0  # tcp: what a trial bind said
     open_to_all: bool = False  # without keys, on an address that others reach
@@ -74,7 +75,8 @@ def ask(settings: Settings) -> Iterator[EndpointFacts]:
 
 
 def _ipc(endpoint: str) -> EndpointFacts:
-    path = Path(endpoint.removeprefix("ipc://"))
+    path = Path(ipc_path(endpoint))
+    lock = Path(f"{path}{LOCK_SUFFIX}")
     there = next(folder for folder in (path.absolute().parent, *path.absolute().parents) if folder.exists())
     return EndpointFacts(
         setting="endpoints.clients",
@@ -82,20 +84,9 @@ def _ipc(endpoint: str) -> EndpointFacts:
         folder=str(path.parent),
         folder_usable=os.access(there, os.W_OK | os.X_OK),
         by_systemd=path.is_relative_to(RUNTIME_FOLDER) and UNIT.exists(),
-        holder=_lock_holder(Path(f"{path}.lock")),
+        obstacle=obstacle(str(path)),
+        holder=_holder(_locker(lock)) if is_locked(str(lock)) else None,
     )
-
-
-def _lock_holder(path: Path) -> Holder | None:
-    """The process that holds the lock beside a socket; see `blendmaskd.shell.sockets`."""
-    try:
-        with path.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _holder(_locker(path))
-    except OSError:  # not there, or not ours to read: what the folder's rights say then
-        return None
-    return None
 
 
 def _locker(path: Path) -> int | None:
@@ -208,6 +199,8 @@ def _ipc_problem(facts: EndpointFacts) -> Finding | None:
     if size + len(MEMORY_SUFFIX) > SOCKET_PATH_BYTES:
         return warning("endpoint", f"{facts.setting}: a path of {size} bytes leaves no room for {MEMORY_SUFFIX}: "
                        "no shared memory", "use a shorter path")  # fmt: skip
+    if facts.obstacle:
+        return error("endpoint", f"{facts.setting}: {facts.obstacle}", "stop or move it, or choose another endpoint")
     if not facts.folder_usable and not facts.by_systemd:
         return error("endpoint", f"{facts.setting}: this user cannot create {path}",
                      "run as the service's user, or --set 'endpoints.clients=[ipc:///tmp/blendmaskd.sock]'")

@@ -51,6 +51,7 @@ class Server:
         self._next_tick = 0.0
         self._drain_deadline: float | None = None
         self._exit_code: int | None = None
+        self._missing: list[str] = []  # files of ours that others have removed
 
     def run(self) -> int:
         """Serve. Returns the exit code: 0 after a drain, 1 when no worker can be started at all."""
@@ -148,12 +149,21 @@ class Server:
             started=self._started,
             engine=self.settings.engine,
             draining=self._drain_deadline is not None,
+            missing=self._look_for_files(),
             **self._desk.describe(),
         )
         self._desk.publish(snapshot)
         if self._sockets.pages:
             self._sockets.pages.publish(snapshot)
         self._notifier.send(WATCHDOG="1", STATUS=status_line(snapshot))
+
+    def _look_for_files(self) -> list[str]:
+        missing = self._sockets.missing()
+        for path in missing:
+            if path not in self._missing:
+                log.error("%s was removed or replaced by somebody else: nobody can connect there; restart the daemon", path)
+        self._missing = missing
+        return missing
 
     # -- what was decided -------------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import ipaddress
 import os
@@ -18,22 +17,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import zmq
 
+from blendmaskd.endpoints import ipc_path
 from blendmaskd.keys import KeyFileError, read_pair
 from blendmaskd.protocol import MEMORY_SUFFIX
 from blendmaskd.settings import Settings
 from blendmaskd.shell.admission.access import AllowedKeys
 from blendmaskd.shell.admission.departures import Departures
 from blendmaskd.shell.admission.gate import Gate
+from blendmaskd.shell.endpoint_files import EndpointFiles, EndpointTaken, obstacle
 from blendmaskd.shell.pages import Pages
 from blendmaskd.shell.shared_memory import SharedMemory
 
 LINGER_MS = 2000  # for the last answers on their way to their clients
 NOT_FOR_OTHERS = 0o007
+BACKLOG = 100  # local connections that wait to be accepted
 MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve the others
 LAST_S = 0.1  # for the last messages of the dead, which are there within a millisecond; the loop waits
 
@@ -56,7 +57,7 @@ class Sockets:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._context = zmq.Context()
-        self._locks: dict[str, IO[str]] = {}  # by path
+        self._files: list[EndpointFiles] = []
         self._handlers: dict[int, Any] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=os.environ.get("RUNTIME_DIRECTORY"))
         self.workers_endpoint = f"ipc://{self._folder.name}/workers.sock"
@@ -75,10 +76,14 @@ class Sockets:
             endpoints = self._settings.endpoints.clients
             if not any(map(_is_tcp, endpoints)):
                 self.departures = Departures(self._context, self.clients)
+            paths = [ipc_path(each) for each in endpoints if not _is_tcp(each)]
+            for path in paths:  # before anything is touched
+                if taken := obstacle(path):
+                    raise _taken(taken)
             with _umask(NOT_FOR_OTHERS):
-                for endpoint in (each for each in endpoints if not _is_tcp(each)):
-                    self._bind(self.clients, endpoint)
-                self._bind(self.workers, self.workers_endpoint)
+                for path in paths:
+                    self._bind(self.clients, path, with_memory=True)
+                self._bind(self.workers, ipc_path(self.workers_endpoint))
             self._bind_tcp([each for each in endpoints if _is_tcp(each)])  # last: it changes the socket's options
             if self._settings.endpoints.metrics:
                 self.pages = _pages(self._settings.endpoints.metrics)
@@ -101,9 +106,8 @@ class Sockets:
         self._context.destroy(linger=LINGER_MS)
         if self.gate:
             self.gate.end()
-        for path, lock in self._locks.items():
-            _unlink(path)
-            lock.close()
+        for files in self._files:
+            files.close()
         self._folder.cleanup()
 
     def _router(self, max_message_bytes: int) -> zmq.Socket[bytes]:
@@ -113,16 +117,36 @@ class Sockets:
         router.set(zmq.MAXMSGSIZE, max_message_bytes)
         return router
 
-    def _bind(self, router: zmq.Socket[bytes], endpoint: str) -> None:
-        if endpoint.startswith("ipc://"):
-            path = endpoint.removeprefix("ipc://")
-            self._lock(path)
-            _unlink(path)
-            try:
-                self.shared_memory.listen(f"{path}{MEMORY_SUFFIX}")
-            except OSError as error:
-                self.no_memory = f"{path}{MEMORY_SUFFIX}: {error}"
-        _listen(endpoint, router.bind)
+    def _bind(self, router: zmq.Socket[bytes], path: str, *, with_memory: bool = False) -> None:
+        try:
+            files = EndpointFiles(path)
+            self._files.append(files)
+            if with_memory:
+                self._listen_for_memory(files, f"{path}{MEMORY_SUFFIX}")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
+                listener.bind(path)
+                files.made(path)
+                listener.listen(BACKLOG)
+                router.set(zmq.USE_FD, listener.fileno())  # binding by itself, ZeroMQ would remove what is there
+                router.bind(f"ipc://{path}")
+                listener.detach()
+            router.set(zmq.USE_FD, -1)
+        except EndpointTaken as taken:
+            raise _taken(taken) from None
+        except (OSError, zmq.ZMQError) as error:
+            reason = error.strerror or error
+            raise StartError(f"cannot use {path}: {reason}; choose another endpoints.clients") from None
+
+    def _listen_for_memory(self, files: EndpointFiles, path: str) -> None:
+        try:
+            self.shared_memory.listen(path)
+            files.made(path)
+        except OSError as error:
+            self.no_memory = f"{path}: {error}"
+
+    def missing(self) -> list[str]:
+        """Files of ours that others have removed or replaced: nobody can connect there any more."""
+        return [path for files in self._files for path in files.missing()]
 
     def _bind_tcp(self, endpoints: Sequence[str]) -> None:
         if not endpoints:
@@ -142,20 +166,6 @@ class Sockets:
         self.gate.refresh()
         for endpoint in endpoints:
             _listen(endpoint, functools.partial(self.gate.bind, keys=keys))
-
-    def _lock(self, path: str) -> None:
-        """ZeroMQ takes over a socket path in use without a word: a lock beside it keeps a second daemon off."""
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            lock = open(f"{path}.lock", "w")  # noqa: SIM115
-        except OSError as error:
-            raise StartError(f"cannot use {path}: {error.strerror}; choose another endpoints.clients") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise StartError(f"another daemon serves {path}; stop it first, or choose another endpoint") from None
-        self._locks[path] = lock
 
     def _catch_signals(self) -> None:
         self.signals, self._wakeup = socket.socketpair()
@@ -181,6 +191,10 @@ def _is_tcp(endpoint: str) -> bool:
     return endpoint.startswith("tcp://")
 
 
+def _taken(reason: object) -> StartError:
+    return StartError(f"endpoints.clients: {reason}: stop or move it, or choose another endpoint")
+
+
 @contextlib.contextmanager
 def _umask(bits: int) -> Iterator[None]:
     """Take these permissions away from new files, beside those that are taken away already."""
@@ -197,13 +211,6 @@ def _listen(endpoint: str, bind: Callable[[str], object]) -> None:
         bind(endpoint)
     except zmq.ZMQError as error:
         raise StartError(f"cannot listen on {endpoint}: {error}") from None
-
-
-def _unlink(path: str) -> None:
-    """In this order: where an ipc socket is without the other one, its daemon has no shared memory."""
-    for socket_path in (path, f"{path}{MEMORY_SUFFIX}"):
-        with contextlib.suppress(OSError):  # who listens there next says what is wrong
-            os.unlink(socket_path)
 
 
 def receive(router: zmq.Socket[bytes], most: int = MESSAGES_PER_TURN) -> Iterator[list[zmq.Frame]]:
