@@ -1,7 +1,6 @@
 """An endpoint's path among the files of others: what is there stays, what is taken away is told."""
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import socket
@@ -155,7 +154,7 @@ def test_a_spool_that_is_removed_takes_no_more_jobs_and_says_so(daemon: Any, wai
     trouble = wait_until(lambda: client.stats()["spool"]["trouble"])
     assert f"{folder}/spool was removed or replaced" in trouble
     impatient = running.connect(timeout_s=0.5, retries=0)
-    with pytest.raises(Exception, match="unavailable.*was removed or replaced"):
+    with pytest.raises(Exception, match=r"unavailable.*was removed or replaced"):
         impatient.submit(_raw(image))
     kept.rename(folder / "spool")
     wait_until(lambda: not client.stats()["spool"]["trouble"])

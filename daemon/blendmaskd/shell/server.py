@@ -85,6 +85,8 @@ class Server:
         if not is_loopback(endpoints.metrics):
             log.warning("endpoints.metrics %s: open to anyone who can reach the port; use 127.0.0.1 for this host only",
                         endpoints.metrics)  # fmt: skip
+        if sockets.allowed is None and any(endpoint.startswith("tcp://") for endpoint in endpoints.clients):
+            log.warning("insecure_tcp: anyone who can reach the tcp endpoint can submit jobs and read the traffic")
         if sockets.no_memory:
             log.warning("no shared memory, images use the socket: %s", sockets.no_memory)
 
@@ -96,7 +98,7 @@ class Server:
         events = dict(self._poller.poll(max(0, int((due - time.monotonic()) * 1000) + 1)))
         if self._sockets.workers in events:
             yield from self._desk.read_workers(self._processes)
-        yield from self._desk.admit(events)
+        yield from self._desk.admit()
         if self._sockets.clients in events:
             yield from self._desk.read_clients()
         others = [fd for fd in events if fd in self._fds]
@@ -161,7 +163,7 @@ class Server:
         missing = self._sockets.missing()
         for path in missing:
             if path not in self._missing:
-                log.error("%s was removed or replaced by somebody else: nobody can connect there; restart the daemon", path)
+                log.error("%s was removed or replaced by somebody else: restart the daemon", path)
         self._missing = missing
         return missing
 

@@ -22,11 +22,11 @@ from typing import Any
 import zmq
 
 from blendmaskd.endpoints import ipc_path
-from blendmaskd.keys import KeyFileError, read_pair
-from blendmaskd.protocol import MEMORY_SUFFIX
+from blendmaskd.keys import KeyFileError, Pair, read_pair
+from blendmaskd.protocol import MEMORY_SUFFIX, SURE_BYTES
 from blendmaskd.settings import Settings
+from blendmaskd.shell import descriptors
 from blendmaskd.shell.admission.access import AllowedKeys
-from blendmaskd.shell.admission.departures import Departures
 from blendmaskd.shell.admission.gate import Gate
 from blendmaskd.shell.endpoint_files import EndpointFiles, EndpointTaken, obstacle
 from blendmaskd.shell.pages import Pages
@@ -46,10 +46,8 @@ class StartError(RuntimeError):
 class Sockets:
     """`clients` and `workers` are ROUTERs, `signals` reads the numbers of SIGTERM, SIGINT and SIGHUP.
 
-    `gate` watches over tcp:// endpoints, and is None without; `allowed` are the keys that may connect there, None
-    where no keys are needed.
-
-    `departures` tells of clients that left, and is None with a gate, which has the socket's only monitor.
+    `gate` watches over the clients' connections; `allowed` are the keys that may connect by tcp, None where no keys
+    are needed.
 
     `no_memory` says why there is no shared memory, where there is none although there is an ipc endpoint.
     """
@@ -64,27 +62,28 @@ class Sockets:
         self.pages: Pages | None = None
         self.shared_memory = SharedMemory()
         self.no_memory = ""
-        self.gate: Gate | None = None
-        self.departures: Departures | None = None
+        self._gate: Gate | None = None
         self.allowed: AllowedKeys | None = None
 
     def __enter__(self) -> Sockets:
         try:
-            self.clients = self._router(self._settings.limits.max_image_bytes * 2 + (1 << 20))
+            self.clients = self._router(self._settings.limits.max_image_bytes * 2 + SURE_BYTES)
             self.workers = self._router(-1)
             self.workers.set(zmq.SNDHWM, 0)  # at a mark a lease would be lost; what a worker may hold is bounded
             endpoints = self._settings.endpoints.clients
-            if not any(map(_is_tcp, endpoints)):
-                self.departures = Departures(self._context, self.clients)
+            keys = self._keys() if any(map(_is_tcp, endpoints)) else None
+            self.gate = self._gate = self._make_gate()
+            self.gate.refresh()
             paths = [ipc_path(each) for each in endpoints if not _is_tcp(each)]
             for path in paths:  # before anything is touched
                 if taken := obstacle(path):
                     raise _taken(taken)
             with _umask(NOT_FOR_OTHERS):
                 for path in paths:
-                    self._bind(self.clients, path, with_memory=True)
-                self._bind(self.workers, ipc_path(self.workers_endpoint))
-            self._bind_tcp([each for each in endpoints if _is_tcp(each)])  # last: it changes the socket's options
+                    self._bind(path)
+                _listen(self.workers_endpoint, self.workers.bind)
+            for endpoint in filter(_is_tcp, endpoints):  # last: it changes the socket's options
+                _listen(endpoint, functools.partial(self.gate.bind, keys=keys))
             if self._settings.endpoints.metrics:
                 self.pages = _pages(self._settings.endpoints.metrics)
             self._catch_signals()
@@ -104,8 +103,8 @@ class Sockets:
             self.pages.close()
         self.shared_memory.close()
         self._context.destroy(linger=LINGER_MS)
-        if self.gate:
-            self.gate.end()
+        if self._gate:
+            self._gate.end()
         for files in self._files:
             files.close()
         self._folder.cleanup()
@@ -117,20 +116,23 @@ class Sockets:
         router.set(zmq.MAXMSGSIZE, max_message_bytes)
         return router
 
-    def _bind(self, router: zmq.Socket[bytes], path: str, *, with_memory: bool = False) -> None:
+    def _make_gate(self) -> Gate:
+        files, _ = descriptors.limits()
+        most = descriptors.most_connections(files)
+        descriptors.make_room(files)
+        self.shared_memory.most_regions = descriptors.most_regions(files)
+        return Gate(self._context, self.clients, self.allowed, most, min(self._settings.limits.max_connections, most))
+
+    def _bind(self, path: str) -> None:
         try:
             files = EndpointFiles(path)
             self._files.append(files)
-            if with_memory:
-                self._listen_for_memory(files, f"{path}{MEMORY_SUFFIX}")
+            self._listen_for_memory(files, f"{path}{MEMORY_SUFFIX}")
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
                 listener.bind(path)
                 files.made(path)
                 listener.listen(BACKLOG)
-                router.set(zmq.USE_FD, listener.fileno())  # binding by itself, ZeroMQ would remove what is there
-                router.bind(f"ipc://{path}")
-                listener.detach()
-            router.set(zmq.USE_FD, -1)
+                self.gate.bind_local(listener)
         except EndpointTaken as taken:
             raise _taken(taken) from None
         except (OSError, zmq.ZMQError) as error:
@@ -146,26 +148,23 @@ class Sockets:
 
     def missing(self) -> list[str]:
         """Files of ours that others have removed or replaced: nobody can connect there any more."""
-        return [path for files in self._files for path in files.missing()]
+        workers = ipc_path(self.workers_endpoint)
+        missing = [path for files in self._files for path in files.missing()]
+        return missing if os.path.exists(workers) else [*missing, workers]
 
-    def _bind_tcp(self, endpoints: Sequence[str]) -> None:
-        if not endpoints:
-            return
-        keys = None
-        if self._settings.curve.server_key and self._settings.curve.client_keys:
-            try:
-                keys = read_pair(self._settings.curve.server_key)
-            except KeyFileError as error:
-                raise StartError(f"curve.server_key: {error}") from None
-            self.allowed = AllowedKeys(self._settings.curve.client_keys)
-            if not self.allowed.folder.is_dir():
-                folder = self.allowed.folder
-                remedy = "create it with `blendmaskd-keys server`"
-                raise StartError(f"curve.client_keys: {folder}: no such folder; {remedy}")
-        self.gate = Gate(self._context, self.clients, self.allowed, self._settings.limits.max_connections)
-        self.gate.refresh()
-        for endpoint in endpoints:
-            _listen(endpoint, functools.partial(self.gate.bind, keys=keys))
+    def _keys(self) -> Pair | None:
+        """The daemon's own, where tcp endpoints have keys; then `allowed` is known too."""
+        if not self._settings.curve.server_key or not self._settings.curve.client_keys:
+            return None
+        try:
+            keys = read_pair(self._settings.curve.server_key)
+        except KeyFileError as error:
+            raise StartError(f"curve.server_key: {error}") from None
+        self.allowed = AllowedKeys(self._settings.curve.client_keys)
+        if not self.allowed.folder.is_dir():
+            folder = self.allowed.folder
+            raise StartError(f"curve.client_keys: {folder}: no such folder; create it with `blendmaskd-keys server`")
+        return keys
 
     def _catch_signals(self) -> None:
         self.signals, self._wakeup = socket.socketpair()
