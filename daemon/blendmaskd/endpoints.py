@@ -41,5 +41,5 @@ def parse_place(text: str) -> tuple[str, int]:
 
 
 def place(host: str, port: int) -> str:
-    """HOST:PORT again."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    """HOST:PORT again, for ZeroMQ."""
+    return f"[{host}]:{port or '*'}" if ":" in host else f"{host}:{port or '*'}"

@@ -149,6 +149,8 @@ FAULTS: list[Case] = [
     ("shut folder", lambda: ipc(folder_usable=False), "error", "this user cannot create /run/user/1/bmd.sock", "--set"),
     ("a file at the endpoint", lambda: ipc(obstacle="/x.sock is a file"), "error", "/x.sock is a file", "stop or move"),
     ("port taken", lambda: tcp(bind_errno=errno.EADDRINUSE), "error", "taken by another process", "another"),
+    ("port of another endpoint", lambda: tcp(obstacle="another endpoint of these settings"), "error",
+     "127.0.0.1:9464: taken by another endpoint of these settings", "choose another"),
     ("low port", lambda: tcp(bind_errno=errno.EACCES), "error", "below 1024", "above 1023"),
     ("not our address", lambda: tcp(bind_errno=errno.EADDRNOTAVAIL), "error", "no such address", "ip address"),
     ("other errors", lambda: tcp(bind_errno=errno.EAFNOSUPPORT), "error", "not supported", "another"),

@@ -297,7 +297,7 @@ class Exchange:
         return False
 
 
-R = TypeVar("R", Submit, Fetch, Forget)
+R = TypeVar("R", bound=Submit | Fetch | Forget)
 
 
 def checked(request: R, payload: list[Any]) -> R:

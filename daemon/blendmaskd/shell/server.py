@@ -25,9 +25,10 @@ from blendmaskd.core import reload
 from blendmaskd.core.stats import Stats, status_line
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch, systemd
+from blendmaskd.shell.addresses import is_loopback
 from blendmaskd.shell.desk import MESSAGES, Desk
 from blendmaskd.shell.processes import Action, Actions, Child, Decisions, Processes
-from blendmaskd.shell.sockets import Sockets, StartError, is_loopback
+from blendmaskd.shell.sockets import Sockets, StartError
 from blendmaskd.shell.spool import SpoolError
 from blendmaskd.topology import HostError
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import ipaddress
 import os
 import signal
 import socket
@@ -175,17 +174,6 @@ class Sockets:
             self._handlers[number] = signal.signal(number, lambda *_: None)
 
 
-def is_loopback(endpoint: str | None) -> bool:
-    """Whether HOST:PORT is this host's alone; so is None, which is not listened to."""
-    if endpoint is None:
-        return True
-    host = endpoint.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _is_tcp(endpoint: str) -> bool:
     return endpoint.startswith("tcp://")
 
@@ -208,8 +196,8 @@ def _umask(bits: int) -> Iterator[None]:
 def _listen(endpoint: str, bind: Callable[[str], object]) -> None:
     try:
         bind(endpoint)
-    except zmq.ZMQError as error:
-        raise StartError(f"cannot listen on {endpoint}: {error}") from None
+    except (OSError, zmq.ZMQError) as error:
+        raise StartError(f"cannot listen on {endpoint}: {error.strerror or error}") from None
 
 
 def receive(router: zmq.Socket[bytes], most: int = MESSAGES_PER_TURN) -> Iterator[list[zmq.Frame]]:
@@ -260,4 +248,4 @@ def _pages(endpoint: str) -> Pages:
     try:
         return Pages(endpoint)
     except OSError as error:
-        raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {error.strerror}") from None
+        raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {error.strerror or error}") from None

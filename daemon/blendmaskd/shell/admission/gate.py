@@ -25,7 +25,9 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
+from blendmaskd.endpoints import parse_place, place
 from blendmaskd.keys import Pair
+from blendmaskd.shell.addresses import address
 from blendmaskd.shell.admission.access import LOCAL, AllowedKeys, Change
 from blendmaskd.shell.admission.departures import Departures
 
@@ -101,8 +103,10 @@ class Gate:
         self._here.add(path)
 
     def bind(self, endpoint: str, keys: Pair | None) -> None:
-        """Listen. Options are those of the endpoints that are bound from here on. Raises ZMQError."""
+        """Listen. Options are those of the endpoints that are bound from here on. Raises ZMQError and OSError."""
         router = self._router
+        host, port = parse_place(endpoint.removeprefix("tcp://"))
+        host = address(host)  # ZeroMQ asks no resolver for where it listens
         router.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         router.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         router.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
@@ -112,7 +116,8 @@ class Gate:
             router.set(zmq.CURVE_SERVER, 1)
             router.set(zmq.CURVE_SECRETKEY, keys.secret)
             router.set(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
-        router.bind(endpoint)
+        router.set(zmq.IPV6, ":" in host)
+        router.bind(f"tcp://{place(host, port)}")
         bound = str(router.get_string(zmq.LAST_ENDPOINT))  # with the port that tcp://HOST:* got
         self._here.add(int(bound.rpartition(":")[2]))
 
