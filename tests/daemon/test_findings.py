@@ -149,7 +149,10 @@ FAULTS: list[Case] = [
     ("long path", lambda: ipc("/" + "x" * 107), "error", "a path of 108 bytes, at most 107 are possible", "shorter"),
     ("no room for .fd", lambda: ipc("/" + "x" * 104), "warning", "no room for .fd: no shared memory", "shorter"),
     ("shut folder", lambda: ipc(folder_usable=False), "error", "this user cannot create /run/user/1/bmd.sock", "--set"),
+    ("a file at the endpoint", lambda: ipc(obstacle="/x.sock is a file"), "error", "/x.sock is a file", "stop or move"),
     ("port taken", lambda: tcp(bind_errno=errno.EADDRINUSE), "error", "taken by another process", "another"),
+    ("port of another endpoint", lambda: tcp(obstacle="another endpoint of these settings"), "error",
+     "127.0.0.1:9464: taken by another endpoint of these settings", "choose another"),
     ("low port", lambda: tcp(bind_errno=errno.EACCES), "error", "below 1024", "above 1023"),
     ("not our address", lambda: tcp(bind_errno=errno.EADDRNOTAVAIL), "error", "no such address", "ip address"),
     ("other errors", lambda: tcp(bind_errno=errno.EAFNOSUPPORT), "error", "not supported", "another"),
@@ -172,7 +175,10 @@ FAULTS: list[Case] = [
      "network"),
     ("no weights", lambda: resources.judge_weights("native", None, "model.weights is not set", 0), "error", "not set",
      "--set"),
-    ("few files", lambda: limits(files=256), "warning", "256 open files: about 85 clients", "ulimit -n 65536"),
+    ("few files", lambda: limits(files=256), "warning", "256 open files: 96 clients, 24 with shared memory",
+     "ulimit -n 65536"),
+    ("few files for a flood", lambda: limits(hard_files=1024), "warning",
+     "connects very often can end the daemon", "a hard limit of 1884 or more"),
     ("little memory", lambda: limits(available_bytes=1 << 30), "warning", "may take 2.0 GiB, 1.0 GiB are", "max_bytes"),
     ("root", lambda: devices.judge_identity("root", is_root=True, has_service=True), "warning", "runs as root",
      "runuser"),
@@ -213,7 +219,7 @@ SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
     ("weights", lambda: resources.judge_weights("native", "a.pth", None, 1.25),
      "a.pth: matches the config, loaded in 1.2 s"),
     ("no weights needed", lambda: resources.judge_weights("timed", None, None, 0), "not needed by the engine timed"),
-    ("limits", limits, "1024 open files: about 341 clients; locked memory: no limit"),
+    ("limits", limits, "1024 open files: 480 clients, 120 with shared memory; locked memory: no limit"),
 ]  # fmt: skip
 
 

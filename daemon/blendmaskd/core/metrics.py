@@ -127,6 +127,8 @@ def health(snapshot: Snapshot, age_s: float) -> tuple[HTTPStatus, HTTPStatus, st
         return ok, down, f"draining\n{line}\n"
     if all(device["state"] in ("failed", "ended") for device in snapshot["devices"]):
         return down, down, f"all devices have failed\n{line}\n"
+    if missing := snapshot.get("missing"):
+        return ok, down, f"removed or replaced by others: {', '.join(missing)}: restart the daemon\n{line}\n"
     if not snapshot["serving"]:
         return ok, down, f"no device is up yet\n{line}\n"
     return ok, ok, f"{'degraded' if snapshot['degraded'] else 'ok'}\n{line}\n"

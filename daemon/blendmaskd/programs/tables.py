@@ -23,6 +23,7 @@ Snapshot = Mapping[str, Any]
 def tables(snapshot: Snapshot) -> RenderableType:
     """A snapshot for people."""
     parts: list[RenderableType] = [_headline(snapshot), _devices(snapshot["devices"]), _processes(snapshot["devices"])]
+    parts += [Text(f"removed or replaced by others: {path}", BAD) for path in snapshot.get("missing", ())]
     parts += [Text(note, BAD) for device in snapshot["devices"] for note in notes(device)]
     if len(models := models_shown(snapshot["devices"])) > 1:
         parts.append(Text(f"different models are served: {', '.join(models)}; reload, unless one is under way", BAD))

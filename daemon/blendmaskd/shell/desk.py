@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,7 +51,7 @@ class Desk:
         self.broker.tracing = settings.log.jobs
         self.durable = durable.Durable(self.broker, max_bytes=0)
         self.spool: Spool | None = None
-        self.admission = Admission(sockets.gate, sockets.departures, sockets.allowed, self._waits)
+        self.admission = Admission(sockets.gate, sockets.allowed, self._waits)
         self._snapshot: dict[str, Any] = {}
         self._last_image: dict[str, Any] | None = None
         self._settings = settings
@@ -110,13 +110,13 @@ class Desk:
 
     # -- from clients -----------------------------------------------------------------------------------------------
 
-    def admit(self, readable: Container[object]) -> Decisions:
+    def admit(self) -> Decisions:
         """Who has left, and who may connect or not be here any more; to be called before clients are read."""
         for client in self.admission.left():
             if self.broker.has_jobs(client):
                 log.info("a client has left: its jobs are cancelled", extra=about(client=shown(client)))
             yield self._client_gone(client)
-        yield from self._shut_out(self.admission.receive(readable))
+        yield from self._shut_out(self.admission.shut_out())
 
     def _shut_out(self, clients: Iterable[bytes]) -> Decisions:
         for client in clients:
@@ -169,6 +169,9 @@ class Desk:
                 return self.durable.forget(client, message, now)
             case protocol.GetStats():
                 return [durable.SendClient(client, protocol.Stats(stats=self._snapshot))]
+            case protocol.GetLimits():
+                limits = protocol.Limits(max_image_bytes=self.broker.limits.max_image_bytes)
+                return [durable.SendClient(client, limits)]
 
     def _client_gone(self, client: bytes) -> list[actions.Action]:
         self.durable.client_gone(client)

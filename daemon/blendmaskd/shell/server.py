@@ -24,10 +24,11 @@ from blendmaskd.core import reload
 from blendmaskd.core.stats import Stats, status_line
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch, systemd
+from blendmaskd.shell.addresses import is_loopback
 from blendmaskd.shell.desk import MESSAGES, Desk
 from blendmaskd.shell.processes import Action, Actions, Child, Decisions, Processes
 from blendmaskd.shell.signals import Signals
-from blendmaskd.shell.sockets import Sockets, StartError, is_loopback
+from blendmaskd.shell.sockets import Sockets, StartError
 from blendmaskd.shell.spool import SpoolError
 from blendmaskd.topology import HostError
 
@@ -63,6 +64,7 @@ class Server:
         self._stop_asked = -math.inf
         self._drain_deadline: float | None = None
         self._exit_code: int | None = None
+        self._missing: list[str] = []  # files of ours that others have removed
 
     def run(self) -> int:
         """Serve. Returns the exit code: 0 after a drain, 1 when no worker can be started at all."""
@@ -100,6 +102,8 @@ class Server:
         if not is_loopback(endpoints.metrics):
             log.warning("endpoints.metrics %s: open to anyone who can reach the port; use 127.0.0.1 for this host only",
                         endpoints.metrics)  # fmt: skip
+        if sockets.allowed is None and any(endpoint.startswith("tcp://") for endpoint in endpoints.clients):
+            log.warning("insecure_tcp: anyone who can reach the tcp endpoint can submit jobs and read the traffic")
         if sockets.no_memory:
             log.warning("no shared memory, images use the socket: %s", sockets.no_memory)
 
@@ -111,7 +115,7 @@ class Server:
         events = dict(self._poller.poll(max(0, int((due - time.monotonic()) * 1000) + 1)))
         if self._sockets.workers in events:
             yield from self._desk.read_workers(self._processes)
-        yield from self._desk.admit(events)
+        yield from self._desk.admit()
         if self._sockets.clients in events:
             yield from self._desk.read_clients()
         others = [fd for fd in events if fd in self._fds]
@@ -181,12 +185,21 @@ class Server:
             started=self._started,
             engine=self.settings.engine,
             draining=self._drain_deadline is not None,
+            missing=self._look_for_files(),
             **self._desk.describe(),
         )
         self._desk.publish(snapshot)
         if self._sockets.pages:
             self._sockets.pages.publish(snapshot)
         self._notifier.send(WATCHDOG="1", STATUS=status_line(snapshot))
+
+    def _look_for_files(self) -> list[str]:
+        missing = self._sockets.missing()
+        for path in missing:
+            if path not in self._missing:
+                log.error("%s was removed or replaced by somebody else: restart the daemon", path)
+        self._missing = missing
+        return missing
 
     # -- what was decided -------------------------------------------------------------------------------------------
 
