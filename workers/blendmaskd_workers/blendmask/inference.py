@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blendmaskd_workers.blendmask.model import BlendMask, Proposals
+from blendmaskd_workers.blendmask.model import BlendMask, Proposals, pack
 from blendmaskd_workers.blendmask.postprocess import Instances
 from blendmaskd_workers.blendmask.preprocess import Prepared, collate
 from blendmaskd_workers.blendmask.selection import Floats, Selection, select
@@ -75,14 +75,10 @@ def blend(model: BlendMask, proposals: Proposals, selections: Sequence[Selection
     counts = [len(kept) for kept in selections]
     if sum(counts) == 0:
         return None
-    kept = np.empty((sum(counts), 7), np.float32)  # whole numbers up to 2^24 are exact in it
-    kept[:, 0] = np.repeat(np.arange(len(counts)), counts)
-    kept[:, 1] = np.concatenate([each.levels for each in selections])
-    kept[:, 2] = np.concatenate([each.cells for each in selections])
-    kept[:, 3:] = np.concatenate([each.boxes for each in selections])
-    on_device = upload(torch.from_numpy(kept))
-    images, levels, cells = on_device[:, :3].long().unbind(1)
-    return model.blend(proposals, images, levels, cells, on_device[:, 3:]).float()
+    levels, cells, boxes = (np.concatenate([getattr(each, name) for each in selections])
+                            for name in ("levels", "cells", "boxes"))
+    kept = pack(np.repeat(np.arange(len(counts)), counts), levels, cells, boxes, proposals.level_sizes)
+    return model.blend(proposals, upload(torch.from_numpy(kept)))
 
 
 def instances(model: BlendMask, selections: Sequence[Selection], probabilities: Floats | None) -> list[Instances]:
