@@ -14,8 +14,8 @@ from zoo import CONFIGS, GOLDEN
 from blendmaskd_workers.blendmask import build, collate, for_inference, load_config, load_into, prepare, random_weights
 from blendmaskd_workers.blendmask.blender import roi_align
 from blendmaskd_workers.blendmask.fcos import NOT_A_CANDIDATE, Fcos, LevelOutput
-from blendmaskd_workers.blendmask.inference import blend, choose, stay
-from blendmaskd_workers.blendmask.model import Proposals, pack
+from blendmaskd_workers.blendmask.inference import blend, capture_blend, choose, instances, places, stay
+from blendmaskd_workers.blendmask.model import KEPT_FIELDS, Proposals, pack
 
 SIZES = [(9, 13), (5, 7), (3, 4), (2, 2), (1, 1)]
 TOPK = 20  # fewer than the cells of two levels, and than the pairs of three
@@ -53,6 +53,46 @@ def test_a_batch_takes_few_launches(trained, dtype, images):
     assert len(masks) == sum(map(len, kept)) > images
     assert proposing.operators <= 360
     assert blending.operators <= 80
+
+
+@torch.inference_mode()
+def test_masks_have_a_fixed_number_of_places_where_that_is_asked_for(small_model, photograph):
+    """But one more for each that ties with the last, and none at all when nothing was kept."""
+    prepared = prepare(photograph("chelsea.png"), small_model.config)
+    proposals = small_model.propose(collate([prepared]))
+    [kept] = choose(small_model, proposals, proposals.packed.numpy())
+    assert len(kept) == places(small_model, 1) == 100
+    few = kept.take(np.arange(7))
+    exact = blend(small_model, proposals, [few], stay)
+    for fewest, expected in ((0, 7), (6, 7), (7, 7), (100, 100)):
+        masks = blend(small_model, proposals, [few], stay, fewest)
+        assert len(masks) == expected
+        torch.testing.assert_close(masks[:7], exact)
+    [found] = instances(small_model, [few], masks.numpy())
+    np.testing.assert_array_equal(found.probabilities, masks[:7])
+    assert blend(small_model, proposals, [kept.take(np.arange(0))], stay, 100) is None
+
+
+def test_a_captured_blend_is_called_for_its_number_of_places_only(small_model, photograph):
+    prepared = prepare(photograph("chelsea.png"), small_model.config)
+    with torch.inference_mode():
+        proposals = small_model.propose(collate([prepared]))
+    [kept] = choose(small_model, proposals, proposals.packed.numpy())
+    shapes = []
+
+    def graph(compute, example):
+        def replay(tensor):
+            shapes.append(tensor.shape)
+            return compute(tensor)
+
+        shapes.append(example.shape)
+        return replay
+
+    captured = capture_blend(small_model, graph, proposals, 8)
+    for count in (5, 8, 9):
+        masks = blend(small_model, proposals, [kept.take(np.arange(count))], stay, 8, captured)
+        assert len(masks) == max(count, 8)
+    assert shapes == [(8, KEPT_FIELDS)] * 3
 
 
 # ---- candidates ----

@@ -8,13 +8,16 @@ from blendmaskd_workers.blendmask.checkpoint import WeightsError, load_checkpoin
 from blendmaskd_workers.blendmask.config import Config, ConfigError, load_config
 from blendmaskd_workers.blendmask.inference import (
     Begin,
+    Blend,
     Complete,
     begin,
     blend,
     capture,
+    capture_blend,
     choose,
     complete,
     instances,
+    places,
     segment,
 )
 from blendmaskd_workers.blendmask.model import BlendMask, Proposals, build
@@ -26,6 +29,7 @@ from blendmaskd_workers.blendmask.weights import load_into, load_to_fine_tune, l
 
 __all__ = [
     "Begin",
+    "Blend",
     "BlendMask",
     "Complete",
     "Config",
@@ -39,6 +43,7 @@ __all__ = [
     "blend",
     "build",
     "capture",
+    "capture_blend",
     "choose",
     "collate",
     "complete",
@@ -53,6 +58,7 @@ __all__ = [
     "paste",
     "paste_one",
     "paste_window",
+    "places",
     "prepare",
     "random_weights",
     "read_checkpoint",

@@ -5,13 +5,14 @@ batch does not stand still while the host chooses what is kept of the last.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blendmaskd_workers.blendmask.model import BlendMask, Proposals, pack
+from blendmaskd_workers.blendmask.model import KEPT_FIELDS, BlendMask, Proposals, pack
 from blendmaskd_workers.blendmask.postprocess import Instances
 from blendmaskd_workers.blendmask.preprocess import Prepared, collate
 from blendmaskd_workers.blendmask.selection import Floats, Selection, select
@@ -19,6 +20,7 @@ from blendmaskd_workers.blendmask.selection import Floats, Selection, select
 Upload = Callable[[Tensor], Tensor]  # from the host to where the network lives
 Begin = Callable[[Tensor], Tensor]
 Complete = Callable[[Tensor], Proposals]
+Blend = Callable[[Tensor], Tensor]
 Graph = Callable[[Callable[[Tensor], Any], Tensor], Callable[[Tensor], Any]]  # the same for inputs like an example
 
 
@@ -50,6 +52,16 @@ def capture(model: BlendMask, graph: Graph, images: Tensor) -> tuple[Begin, Comp
 
 
 @torch.inference_mode()
+def capture_blend(model: BlendMask, graph: Graph, proposals: Proposals, fewest: int) -> Blend:
+    """Return `model.blend` as `graph` records it, for as many detections of `proposals`, see `places`.
+
+    `proposals` come from a captured `complete`, of whose next calls it then blends the results. What it returns lives
+    until its next call.
+    """
+    return graph(partial(model.blend, proposals), proposals.packed.new_zeros(fewest, KEPT_FIELDS))
+
+
+@torch.inference_mode()
 def begin(images: Sequence[Tensor], network: Begin) -> Tensor:
     """Begin with images (N, 3, H, W) of one size, in any number of parts. `network`: `BlendMask.begin`, or captured."""
     return network(images[0] if len(images) == 1 else torch.cat(list(images)))
@@ -66,10 +78,18 @@ def choose(model: BlendMask, proposals: Proposals, packed: Floats) -> list[Selec
     return [select(candidates, proposals.level_sizes, model.config) for candidates in packed]
 
 
-@torch.inference_mode()
-def blend(model: BlendMask, proposals: Proposals, selections: Sequence[Selection], upload: Upload) -> Tensor | None:
-    """Return mask probabilities (D, R, R) float32 of all that was kept in the batch, where the network lives.
+def places(model: BlendMask, images: int) -> int:
+    """Return how many boxes are kept of a batch of so many images, at most, unless some tie with an image's last."""
+    return images * model.config.post_nms_topk
 
+
+@torch.inference_mode()
+def blend(model: BlendMask, proposals: Proposals, selections: Sequence[Selection], upload: Upload,
+          fewest: int = 0, network: Blend | None = None) -> Tensor | None:
+    """Return mask probabilities (max(D, fewest), R, R) float32 of all D that was kept, where the network lives.
+
+    Those beyond D are of no meaning: with `places` as `fewest`, shapes do not depend on what the images show. `network`
+    is what `capture_blend` returned for `proposals` and as many; where more are kept, `BlendMask.blend` is called.
     None, and the device is left alone, when nothing was kept.
     """
     counts = [len(kept) for kept in selections]
@@ -77,16 +97,20 @@ def blend(model: BlendMask, proposals: Proposals, selections: Sequence[Selection
         return None
     levels, cells, boxes = (np.concatenate([getattr(each, name) for each in selections])
                             for name in ("levels", "cells", "boxes"))
-    kept = pack(np.repeat(np.arange(len(counts)), counts), levels, cells, boxes, proposals.level_sizes)
-    return model.blend(proposals, upload(torch.from_numpy(kept)))
+    kept = np.zeros((max(sum(counts), fewest), KEPT_FIELDS), np.float32)
+    images = np.repeat(np.arange(len(counts)), counts)
+    kept[:len(images)] = pack(images, levels, cells, boxes, proposals.level_sizes)
+    if network is None or len(kept) > fewest:
+        network = partial(model.blend, proposals)
+    return network(upload(torch.from_numpy(kept)))
 
 
 def instances(model: BlendMask, selections: Sequence[Selection], probabilities: Floats | None) -> list[Instances]:
-    """Return each image's instances; `probabilities` is the host's copy of what `blend` returned."""
+    """Return each image's instances; `probabilities` is the host's copy of what `blend` returned, or its first D."""
     side = model.config.resolution
     masks = np.zeros((0, side, side), np.float32) if probabilities is None else probabilities
     ends = np.cumsum([len(kept) for kept in selections])
     return [
         Instances(kept.boxes, kept.scores, kept.classes, each, kept.locations, kept.levels)
-        for kept, each in zip(selections, np.split(masks, ends[:-1]))
+        for kept, each in zip(selections, np.split(masks, ends))
     ]
