@@ -22,7 +22,7 @@ from blendmaskd_workers.engines.timed import TimedEngine
 
 log = logging.getLogger("blendmaskd.worker")
 
-Graphs = tuple[blendmask.Begin, blendmask.Complete]
+Graphs = tuple[blendmask.Begin, blendmask.Complete, blendmask.Blend | None]
 COPIES = 2  # of the graphs of each shape: what they return lives until their next call, and two runs are in flight
 
 
@@ -47,7 +47,9 @@ class NativeRun:
     ) -> None:
         self._network, self._timeline, self._device, self._release = network, timeline, timeline.device, release
         self._parts: list[Part] = []
-        begin, self._complete = graphs
+        begin, self._complete, self._blend = graphs
+        # shapes that depend on what images show would make an accelerator compile, and no graph
+        self._places = blendmask.places(network, len(images)) if self._device.overlaps else 0
         with self._or_release(), timeline.part(self._parts):
             self._begun = blendmask.begin(network, images, begin)
 
@@ -73,8 +75,11 @@ class NativeRun:
             candidates = self._candidates.take().numpy()
             self._kept = blendmask.choose(self._network, self._proposals, candidates)
             with self._timeline.part(self._parts):
-                masks = blendmask.blend(self._network, self._proposals, self._kept, self._device.upload)
-                self._masks = None if masks is None else self._device.fetch(masks)
+                masks = blendmask.blend(
+                    self._network, self._proposals, self._kept, self._device.upload, self._places, self._blend
+                )
+                kept = sum(map(len, self._kept))
+                self._masks = None if masks is None else self._device.fetch(masks[:kept])
         finally:
             self._release()
         del self._proposals
@@ -108,7 +113,7 @@ class NativeEngine(OnDevice):
         self.exact = bool(self._network.attends_everywhere)
         self.overlaps = self.device.overlaps
         self._timeline = Timeline(self.device)
-        self._eager: Graphs = (self._network.begin, self._network.complete)
+        self._eager: Graphs = (self._network.begin, self._network.complete, None)
         self._graphs: dict[tuple[int, ...], list[Graphs]] = {}  # that no run uses, by the shape of a batch
 
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
@@ -119,7 +124,7 @@ class NativeEngine(OnDevice):
                 for size in sorted({1, batch}):
                     images = blendmask.collate([image] * size, self._config)
                     copies = [blendmask.capture(self._network, self.device.graph, images) for _ in range(COPIES)]
-                    self._graphs[tuple(images.shape)] = copies
+                    self._graphs[tuple(images.shape)] = list[Graphs](copies)
             megabytes = self._held_mb() - before
             log.info("graphs of %d shapes, each twice: %.0f MB on the device", len(self._graphs), megabytes)
         super().warm_up(image_sizes, batch)
