@@ -32,6 +32,7 @@ from blendmaskd.shell.shared_memory import SharedMemory
 
 LINGER_MS = 2000  # for the last answers on their way to their clients
 NOT_FOR_OTHERS = 0o007
+AND_MORE = zmq.NOBLOCK | zmq.SNDMORE  # as expensive as sending a frame, so not for each
 WORKERS_SOCKET = "workers.sock"
 BACKLOG = 100  # local connections that wait to be accepted
 MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve the others
@@ -240,10 +241,10 @@ def send(router: zmq.Socket[bytes], to: bytes, frames: Sequence[Any]) -> int:
     head, payload = (to, *frames[:2]), frames[2:]
     try:
         for frame in head[:-1]:
-            router.send(frame, zmq.NOBLOCK | zmq.SNDMORE)
-        router.send(head[-1], zmq.NOBLOCK | (zmq.SNDMORE if payload else 0))
+            router.send(frame, AND_MORE)
+        router.send(head[-1], AND_MORE if payload else zmq.NOBLOCK)
         for place, frame in enumerate(payload, start=1):
-            router.send(frame, zmq.NOBLOCK | (zmq.SNDMORE if place < len(payload) else 0), copy=False)
+            router.send(frame, AND_MORE if place < len(payload) else zmq.NOBLOCK, copy=False)
     except zmq.ZMQError as error:
         if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
             raise
