@@ -3,10 +3,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,23 +19,10 @@ IMAGE = np.zeros((48, 64, 3), np.uint8)
 FILES = 80  # of which eight connections are left
 
 
-@contextlib.contextmanager
-def _soft_limit(files: int) -> Iterator[None]:
-    ours = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, ours[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, ours)
-
-
 @pytest.fixture
 def few(daemon: Any) -> Any:
     """A daemon that takes eight connections."""
-    with _soft_limit(FILES):
-        running = daemon(devices=["cpu:0"], wait=False)
-    running.wait_ready()
-    return running
+    return daemon(devices=["cpu:0"], files=FILES)
 
 
 def _connect(running: Any) -> socket.socket:
