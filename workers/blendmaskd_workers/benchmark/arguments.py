@@ -60,7 +60,7 @@ def load_parser() -> argparse.ArgumentParser:
                        help="closed loop, one job in flight each; several values run one after another; default 8")
     group.add_argument("--rate", nargs="+", type=_rate, metavar="R",
                        help="open loop instead: random (Poisson) jobs per second over --clients connections")
-    group.add_argument("--size", type=_size, default=(800, 800), metavar="HEIGHTxWIDTH", help="default 800x800")
+    group.add_argument("--size", type=image_size, default=(800, 800), metavar="HEIGHTxWIDTH", help="default 800x800")
     group.add_argument("--encoding", choices=["raw", "jpeg", "png", "path"],
                        help="how images are sent; default raw, or with --images path: the daemon reads the files")
     group.add_argument("--images", nargs="+", metavar="IMAGE", help="files, folders or globs, in turn, "
@@ -88,7 +88,7 @@ def _not_negative(text: str) -> float:
     return checked(text, value, 0 <= value <= 3600, "seconds, 0 to 3600")
 
 
-def _size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
     if not found or not all(map(int, found.groups())):
         raise argparse.ArgumentTypeError(f"{text}: expected HEIGHTxWIDTH in pixels, such as 800x1200")
