@@ -16,7 +16,7 @@ from blendmaskd import settings
 from blendmaskd.assignment import Assignment
 from blendmaskd.protocol import Code, Failed, Image, Options
 from blendmaskd.wanted import Wanted
-from blendmaskd_workers import engines
+from blendmaskd_workers import engines, loop
 from blendmaskd_workers.cluster.channel import Answer, LocalChannel
 from blendmaskd_workers.engines.timed import TimedEngine, TimedRun
 from blendmaskd_workers.loop import EXIT_ENGINE_BROKEN, Loop
@@ -159,7 +159,10 @@ def raises(error: BaseException) -> Callable[[Any], Any]:
     [raises(SystemExit(0)), raises(RuntimeError("x" * 10_000_000)), raises(OSError("\udcff.jpg")), lambda _: [object()],
      lambda _: [2**70], lambda _: [{("a", "key"): {1, 2}}]],
 )  # fmt: skip
-def test_whatever_finishing_does_each_lease_ends_once(worker: Worker, finished: Callable[[Any], Any]) -> None:
+def test_whatever_finishing_does_each_lease_ends_once(
+    worker: Worker, finished: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.log, "disabled", True)  # pytest-xdist cannot pass on what is no text
     worker.engine.finished = finished
     assert outcomes(worker.together(3)) == [Code.ENGINE_FAILED] * 3
     worker.engine.finished = lambda results: results
