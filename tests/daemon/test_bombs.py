@@ -66,6 +66,8 @@ REASONS = {
     "tiff-tiles": "too-large 65520x64000 pixels in whole tiles are over the limit of 1000000",
     "tiff-strips": "bad-image",
     "tiff-deflated-strips": "bad-image cannot be decoded: StripOffsets is damaged, or has too many values",
+    "tiff-shared-strips": r"bad-image cannot be decoded: its strips or tiles are \d+ bytes in a file of",
+    "tiff-shared-tiles": r"bad-image cannot be decoded: its strips or tiles are \d+ bytes in a file of",
     "tiff-big-directory": "too-large it has more than 20000 pieces",
     "webp-canvas": "too-large 16383x16383 pixels",
 }

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import io
+import lzma
 import random
 import re
 import struct
@@ -20,6 +21,7 @@ from blendmaskd.settings import Limits
 from fuzz.pictures import bmp, chunk, png
 from fuzz.tiffs import Entry, tiff
 
+_CLEARS = int("100000000" * 8, 2).to_bytes(9)  # of LZW, in codes of nine bits
 _GREY: list[Entry] = [(258, 3, 1, 8), (262, 3, 1, 1)]
 
 
@@ -168,6 +170,49 @@ def _strips(compression: int) -> Callable[[Limits], bytes]:
     return make
 
 
+def _shared_strips(limits: Limits) -> bytes:
+    """Strips of a row, all at one place: half of the file, in which libtiff turns each byte before it inflates one."""
+    count, data = 8000, deflated(1).ljust(limits.max_image_bytes // 2, b"\0")
+    lengths = struct.pack("<I", len(data)) * count
+    entries: list[Entry] = [
+        (256, 4, 1, 1), (257, 4, 1, count), *_GREY, (259, 3, 1, 8), (266, 3, 1, 2), (278, 4, 1, 1), (279, 4, count, lengths),
+        (273, 4, count, bytes(4 * count)),
+    ]
+    entries[-1] = (273, 4, count, struct.pack("<I", len(tiff(entries))) * count)
+    return tiff(entries, data)
+
+
+def _shared_tiles(limits: Limits) -> bytes:
+    """Tiles of 16x16, each a byte further on in one piece of LZW that goes nowhere: clear, clear, clear."""
+    count = min(limits.max_image_pixels // 1000, 4000)
+    data = _CLEARS * (limits.max_image_bytes // 2 // len(_CLEARS))
+    entries: list[Entry] = [
+        (256, 4, 1, 16), (257, 4, 1, 16 * count), *_GREY, (259, 3, 1, 5), (322, 4, 1, 16), (323, 4, 1, 16),
+        (325, 4, count, struct.pack("<I", len(data) - 9 * count) * count), (324, 4, count, bytes(4 * count)),
+    ]
+    start = len(tiff(entries))
+    entries[-1] = (324, 4, count, struct.pack(f"<{count}I", *range(start, start + 9 * count, 9)))
+    return tiff(entries, data)
+
+
+def _many_strips(compression: int, row: bytes) -> Callable[[Limits], bytes]:
+    """As many strips as a picture may have, each with bytes of its own."""
+
+    def make(limits: Limits) -> bytes:
+        count = min(65_000, limits.max_image_pixels // 8)
+        lengths = struct.pack("<I", len(row)) * count
+        entries: list[Entry] = [
+            (256, 4, 1, 8), (257, 4, 1, count), *_GREY, (259, 3, 1, compression), (278, 4, 1, 1),
+            (279, 4, count, lengths), (273, 4, count, bytes(4 * count)),
+        ]
+        start = len(tiff(entries))
+        offsets = struct.pack(f"<{count}I", *range(start, start + len(row) * count, len(row)))
+        entries[-1] = (273, 4, count, offsets)
+        return tiff(entries, row * count)
+
+    return make
+
+
 def _depths(limits: Limits) -> bytes:
     count = limits.max_image_bytes // 2 - 1000
     return tiff([*_one_pixel(), (258, 3, count, _noise(2 * count))])
@@ -240,6 +285,8 @@ REFUSED: dict[str, Callable[[Limits], bytes]] = {
     "tiff-tiles": _tiles,
     "tiff-strips": _strips(1),
     "tiff-deflated-strips": _strips(8),
+    "tiff-shared-strips": _shared_strips,
+    "tiff-shared-tiles": _shared_tiles,
     "tiff-big-directory": _big_directory,
     "webp-canvas": _canvas,
 }
@@ -258,5 +305,8 @@ COSTLY: dict[str, Callable[[Limits], bytes]] = {
     "tiff-depths": _depths,
     "tiff-resolutions": _resolutions,
     "tiff-deep-directory": _deep_directory,
+    "tiff-many-strips-deflate": _many_strips(8, deflated(8)),
+    "tiff-many-strips-lzma": _many_strips(34925, lzma.compress(bytes(8))),
+    "tiff-many-strips-packbits": _many_strips(32773, b"\xf9\0"),
     "tiff-overlapping": _overlapping,
 }
