@@ -29,6 +29,7 @@ class Actual(Wanted, frozen=True, kw_only=True, omit_defaults=True):
     device_name: str | None = None  # its model, such as Ascend910B3; None, here and below: the engine uses no device
     exact: bool | None = None  # whether the network runs as it was trained; None: it is none of ours
     dtype: str | None = None  # that the network computes in, such as bfloat16
+    dtype_reason: str | None = None  # why model.precision = auto chose it; None: it did not choose
 
 
 def number(environment: Mapping[str, str], variable: str) -> int | None:
