@@ -47,7 +47,7 @@ class Model(_Section, frozen=True):
 
     config: str = "configs/BlendMask/R_50_1x.yaml"  # the network's configuration: a YAML file with AdelaiDet's keys
     weights: str | None = None  # an AdelaiDet checkpoint: {"model": state_dict}, or the state dict alone
-    # hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs with AVX512-BF16 or AMX, else fp32; fp16: not on CPUs
+    # hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs that measure faster in it, else fp32; fp16: not on CPUs
     precision: Literal["fp32", "hf32", "bf16", "fp16", "auto"] = "fp32"
     # true: AdelaiDet's order of operations, image by image; slower. false: the same except for rounding
     exact: bool = False
