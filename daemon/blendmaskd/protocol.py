@@ -398,8 +398,9 @@ def encode(message: Message, payload: Frames = ()) -> list[Any]:
     return [MAGIC, msgspec.msgpack.encode(message), *payload]
 
 
-def decode(frames: Sequence[Any], kinds: Kinds[M]) -> tuple[M, list[Any]]:
-    """The message of these frames and its payload. `kinds` is what the sender may say.
+def decode(frames: Sequence[Any], kinds: Kinds[M], nulls: bool = True) -> tuple[M, list[Any]]:
+    """The message of these frames and its payload. `kinds` is what the sender may say, `nulls` whether it may say null
+    for what it leaves to its default.
 
     Raises `ProtocolError` for anything else; its `job` names the job where that could be read.
     """
@@ -411,14 +412,14 @@ def decode(frames: Sequence[Any], kinds: Kinds[M]) -> tuple[M, list[Any]]:
     try:
         message = kinds.decoder.decode(header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        message = _read_in_steps(header, kinds)
+        message = _read_in_steps(header, kinds, nulls)
     if isinstance(message, Submit):
         _check_submit(message, len(frames) - 2)
     return message, list(frames[2:])
 
 
-def _read_in_steps(view: memoryview, kinds: Kinds[M]) -> M:
-    """Read a refused header again to find a clear reason and the name of its job: raises `ProtocolError`."""
+def _read_in_steps(view: memoryview, kinds: Kinds[M], nulls: bool) -> M:
+    """Read a refused header again. Raises `ProtocolError` with a clear reason and the name of its job."""
     header = _header(view)
     job = header.get("job")
     job = job if isinstance(job, str) and len(job) <= 128 else ""
@@ -426,7 +427,7 @@ def _read_in_steps(view: memoryview, kinds: Kinds[M]) -> M:
     if kind is None:
         raise ProtocolError(f"type {header['type']!r:.80}: expected one of {', '.join(kinds)}", job)
     try:
-        return msgspec.convert(header, kind)
+        return msgspec.convert(_without_nulls(header) if nulls else header, kind)
     except msgspec.ValidationError as error:
         raise ProtocolError(f"{header['type']}: {error}", job) from None
 
@@ -441,6 +442,16 @@ def _header(view: memoryview) -> dict[str, Any]:
     if not isinstance(header.get("type"), str):
         raise ProtocolError("header has no type")
     return header
+
+
+def _without_nulls(header: dict[str, Any]) -> dict[str, Any]:
+    """What is given, in the header and in the maps in it."""
+    maps = {key: _given(value) if isinstance(value, dict) else value for key, value in header.items()}
+    return _given(maps)
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _check_submit(message: Submit, payload_frames: int) -> None:
