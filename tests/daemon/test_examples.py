@@ -1,4 +1,4 @@
-"""The clients of docs/examples, which were written from docs/wire.md alone: what they print is what the daemon answers."""
+"""The clients of docs/examples, written from docs/wire.md alone: what they print is what the daemon answers."""
 from __future__ import annotations
 
 import os
@@ -14,11 +14,11 @@ import msgpack
 import numpy as np
 import pytest
 import zmq
+from curve import start
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from checkout import ROOT
-from curve import start
 
 EXAMPLES = ROOT / "docs" / "examples"
 pytestmark = pytest.mark.slow
@@ -35,7 +35,8 @@ def node() -> list[str]:
 def compiled(folder: Path) -> list[str]:
     if not shutil.which("cc"):
         pytest.skip("needs a C compiler: install gcc")
-    headers = subprocess.run(["cc", "-E", "-"], input="#include <zmq.h>\n#include <msgpack.h>", capture_output=True, text=True)
+    includes = "#include <zmq.h>\n#include <msgpack.h>"
+    headers = subprocess.run(["cc", "-E", "-"], input=includes, capture_output=True, text=True)
     if headers.returncode:
         missing = re.findall(r"\w+\.h(?=: No such file)", headers.stderr)
         pytest.skip(f"needs {', '.join(missing)}: install libzmq3-dev and libmsgpack-dev")
@@ -77,8 +78,8 @@ def test_it_names_why_a_daemon_refuses(example: list[str], shared_daemon: Any) -
     assert (done.returncode, done.stdout) == (1, "")
 
 
-def test_node_connects_with_keys(start_daemons: Any, short_folder: Path, photograph: Path) -> None:
-    guarded = start(start_daemons, short_folder)
+def test_node_connects_with_keys(short_folder: Path, daemon: Any, photograph: Path) -> None:
+    guarded = start(daemon, short_folder)
 
     def connect(name: str) -> subprocess.CompletedProcess[str]:
         keys = {"SERVER_KEY": str(guarded.server_key), "KEY": str(guarded.secret(name))}
@@ -96,7 +97,7 @@ def short_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-# -- against a router that answers as the test wants --------------------------------------------------------------------
+# -- against a router that answers as the test wants ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -132,8 +133,9 @@ def masks() -> list[np.ndarray[Any, Any]]:
 def test_it_decodes_masks_as_pycocotools_does_after_it_was_told_to_come_again_and_had_lost_its_daemon(
     example: list[str], router: Callable[[], Any], photograph: Path, short_folder: Path
 ) -> None:
-    objects = []
+    objects, lines = [], []
     for number, bitmap in enumerate(masks()):
+        lines.append(f"thing {number} 0.500 box {number}.0 0.5 2.0 3.0 pixels {bitmap.sum()}")
         rle = coco_mask.encode(np.asfortranarray(bitmap, np.uint8))
         objects.append({"bbox": [number, 0.5, 2, 3], "score": 0.5, "category_name": f"thing {number}",
                         "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()}})  # fmt: skip
@@ -149,7 +151,6 @@ def test_it_decodes_masks_as_pycocotools_does_after_it_was_told_to_come_again_an
         result = {"type": "result", "job": "1", "width": 451, "height": 300, "device": "npu:0", "timings": {}}
         again.send_multipart([repeated[0], b"BMD1", msgpack.packb(result), msgpack.packb(objects)])
         printed, errors = process.communicate(timeout=30)
-    lines = [f"thing {number} 0.500 box {number}.0 0.5 2.0 3.0 pixels {bitmap.sum()}" for number, bitmap in enumerate(masks())]
     assert printed.splitlines() == lines, errors
     assert process.returncode == 0
     written = np.asarray(Image.open(short_folder / "mask.pgm"))
