@@ -1,8 +1,9 @@
 """The device against recorded outputs of AdelaiDet, through the engine that serves; not for people.
 
-    python -m blendmaskd_workers.evaluation.accelerator.goldens DEVICE FOLDER --goldens NAME … --trainings NETWORK …
+    python -m blendmaskd_workers.evaluation.accelerator.goldens DEVICE FOLDER NAME …
 
-tells a row for each golden and way of computing it, and two for each training's step:
+tells a row for each golden of that name and way of computing it; two where it is a network, of a step of its training;
+and before them, with ``begun``, that it begins:
 
 ========================  =========================================================================
 golden, way               ``cpu`` is the control: the same host, as served
@@ -20,7 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +66,25 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("device")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--goldens", nargs="*", default=[])
-    parser.add_argument("--trainings", nargs="*", default=[])
+    parser.add_argument("names", nargs="+")
     arguments = parser.parse_args(argv)
     with telling() as tell:
-        for golden in arguments.goldens:
-            weights = _weights(golden, arguments.folder)
-            for way in ways(arguments.device):
-                tell(golden=golden, way=way, **_tried(_compare, golden, way, arguments.device, weights))
-        for network in arguments.trainings:
-            for way, compute in {"losses": _losses, "gradients": _gradients}.items():
-                tell(golden=f"{network}_train", way=way, **_tried(compute, network, arguments.device))
+        for name in arguments.names:
+            tell(golden=name, begun=True)
+            for row in _rows(name, arguments.device, arguments.folder):
+                tell(**row)
     return 0
+
+
+def _rows(name: str, device: str, folder: Path) -> Iterator[Row]:
+    """Of a golden, or of the training of a network."""
+    if not (recorded.GOLDEN / f"{name}.npz").exists():
+        for way, compute in {"losses": _losses, "gradients": _gradients}.items():
+            yield {"golden": f"{name}_train", "way": way, **_tried(compute, name, device)}
+        return
+    weights = _weights(name, folder)
+    for way in ways(device):
+        yield {"golden": name, "way": way, **_tried(_compare, name, way, device, weights)}
 
 
 def ways(device: str) -> list[str]:

@@ -24,7 +24,7 @@ from blendmaskd_workers.evaluation.accelerator.children import ChildError, Row
 ROOT = Path(__file__).resolve().parents[4]
 MODULES = "blendmaskd_workers.evaluation.accelerator"
 GOLDENS = ("R_50_1x_chelsea", "DLA_34_syncbn_4x_chelsea", "R_101_dcni3_5x_chelsea")
-TRAININGS = {"R_50_1x", "small_R18"}  # networks of which one was recorded
+TRAININGS = ("R_50_1x", "small_R18")  # networks of which one was recorded
 PRECISIONS = ("fp32", "hf32", "bf16", "fp16")
 COMPARED = {"fp32": ["--trace"], "hf32": ["--hf32", "on"], "bf16": ["--dtype", "bf16"], "fp16": ["--dtype", "fp16"]}
 BATCHES = (1, 2, 4, 8)
@@ -87,22 +87,22 @@ def facts(check: Check, until: float) -> Row:
 # ---- is it right? -----------------------------------------------------------------------------------------------
 
 def goldens(check: Check, until: float, _: Sequence[Row]) -> Iterator[Row]:
-    """A golden at a time, so that a device that fails at one can do the next; see `goldens`."""
+    """All in one process, and where it cannot go on, the rest in another; see `goldens`."""
     trained = [network for network in TRAININGS if any(golden.startswith(f"{network}_") for golden in check.goldens)]
-    wanted = [*(("--goldens", golden) for golden in check.goldens), *(("--trainings", network) for network in trained)]
-    for flag, name in wanted:
-        yield from _told(check, "goldens", [check.device, str(check.folder), flag, name], until, {"golden": name})
-
-
-def _told(check: Check, module: str, arguments: Sequence[str], until: float, of: Row) -> Iterator[Row]:
-    """The rows of a child; where it cannot go on, a last one that says why."""
-    if time.monotonic() >= until:
-        yield {**of, "skipped": TIME_IS_UP}
-        return
-    try:
-        yield from check.rows(module, arguments, until)
-    except ChildError as error:
-        yield {**of, "failed": str(error)}
+    left = [*check.goldens, *trained]
+    while left:
+        begun = left[0]
+        try:
+            for row in check.rows("goldens", [check.device, str(check.folder), *left], until):
+                begun = row["golden"] if "begun" in row else begun
+                yield from [row] * ("begun" not in row)
+            return
+        except ChildError as error:
+            yield {"golden": begun, "failed": str(error)}
+        left = left[left.index(begun) + 1 :]
+        if time.monotonic() >= until:
+            yield from ({"golden": name, "skipped": TIME_IS_UP} for name in left)
+            return
 
 
 def precision(check: Check, until: float, _: Sequence[Row]) -> Iterator[Row]:
@@ -117,10 +117,8 @@ def precision(check: Check, until: float, _: Sequence[Row]) -> Iterator[Row]:
             yield {**of, **_compared(check, until, flags, check.folder / f"precision_{name}")}
 
 
-def absent(device: str, precision: str, graphs: bool = False) -> str:
+def absent(device: str, precision: str) -> str:
     """What is known before it is tried; empty if it is to be tried."""
-    if device == "cpu" and graphs:
-        return "a CPU has no graphs"
     return "a CPU has no such arithmetic" if device == "cpu" and precision in ("hf32", "fp16") else ""
 
 
@@ -161,36 +159,33 @@ def _over(tensor: Mapping[str, Any]) -> float:
 # ---- how fast is it? --------------------------------------------------------------------------------------------
 
 def times(check: Check, until: float, _: Sequence[Row]) -> Iterator[Row]:
-    """Each precision without graphs, then with them, a process each; see `visits`."""
-    kinds = list(itertools.product((False, True), PRECISIONS))
-    for graphs, name in kinds:
-        if missing := absent(check.device, name, graphs):
-            yield {"precision": name, "graphs": graphs, "unsupported": missing}
-    tried = [(graphs, name) for graphs, name in kinds if not absent(check.device, name, graphs)]
-    for number, (graphs, name) in enumerate(tried):
-        of = {"precision": name, "graphs": graphs}
+    """A process for each precision; see `visits`."""
+    tried = [name for name in PRECISIONS if not absent(check.device, name)]
+    yield from ({"precision": name, "unsupported": absent(check.device, name)} for name in PRECISIONS
+                if name not in tried)  # fmt: skip
+    for number, name in enumerate(tried):
         share = (until - time.monotonic()) / (len(tried) - number)
         if share <= 0:
-            yield {**of, "skipped": TIME_IS_UP}
+            yield {"precision": name, "skipped": TIME_IS_UP}
         else:
-            yield from ({**of, **row} for row in _visits(check, until, share, name, graphs))
+            yield from ({"precision": name, **row} for row in _visits(check, until, share, name))
 
 
-def _visits(check: Check, until: float, seconds: float, name: str, graphs: bool) -> Iterator[Row]:
-    """A configuration's rows; it should take `seconds`, and may take half as long again."""
+def _visits(check: Check, until: float, seconds: float, name: str) -> Iterator[Row]:
+    """The rows of a precision; they should take `seconds`, and may take half as long again."""
     size = [str(side) for side in check.sizes[0]]
     until = min(until, time.monotonic() + 1.5 * seconds)
     arguments = ["-m", f"{MODULES}.visits", "--batches", *map(str, BATCHES), "--size", *size, "--seconds",
                  f"{seconds:.1f}"]  # fmt: skip
     try:
-        settings = settings_module.load(None, None, _overrides(check, until, name, graphs), [check.slot])
+        settings = settings_module.load(None, None, _overrides(check, until, name), [check.slot])
         plan = launch_plan.plan(check.slot, launch.basis(settings), check.environment, arguments=arguments)
         yield from children.rows(lambda **popen: launch.launch(plan, **popen), until - time.monotonic(), check.log)
     except (ChildError, HostError, SettingsError) as error:
         yield {"failed": str(error)}
 
 
-def _overrides(check: Check, until: float, name: str, graphs: bool) -> list[str]:
+def _overrides(check: Check, until: float, name: str, graphs: bool = False) -> list[str]:
     return [f"model.config={check.config}", f"model.weights={check.checkpoint(until)}", f"model.precision={name}",
             f"model.graphs={str(graphs).lower()}"]  # fmt: skip
 
@@ -254,4 +249,4 @@ def _under_load(row: Mapping[str, Any]) -> Row:
 
 
 SECTIONS: dict[str, Section] = {"goldens": goldens, "precision": precision, "times": times, "daemon": daemon}
-WEIGHTS = {"goldens": 2.0, "precision": 2.0, "times": 4.0, "daemon": 3.0}  # shares of the time
+WEIGHTS = {"goldens": 2.0, "precision": 3.0, "times": 4.0, "daemon": 3.0}  # shares of the time
