@@ -32,7 +32,10 @@ An unknown key or a bad value prevents the start (exit code 78); the error names
 `kill -HUP` reloads the settings. A change of `endpoints`, `curve`, `insecure_tcp`, `spool` or
 `limits.max_connections`, or a higher `limits.max_image_bytes`, needs a restart: a reload that contains one is refused
 as a whole. New settings and weights are first tried in a separate process; if they do not work, nothing changes.
-Relative paths are relative to the daemon's working directory.
+Relative paths are relative to the daemon's working directory; the path of an ipc endpoint starts at the root. HOST is
+an address (IPv6 in brackets), a name, an interface of this host, or `*` for all its IPv4 addresses. A key that is given
+twice is refused. In the environment, names of settings may be in capitals; below `worker_env` and other free maps, keys
+stay as they are written.
 
 | key | default | meaning |
 |---|---|---|

@@ -1,12 +1,12 @@
-"""What a second node brings, and what Ray costs: one node against two, online and offline, with the timed engine.
+"""Measure what a second node gains, and what Ray costs: one node against two, online and offline, timed engine.
 
     python scripts/benchmark_cluster.py
     python scripts/benchmark_cluster.py --latency-ms 100 --images 150 --rounds 2
 
 Starts a Ray cluster of its own on this machine, nodes with a declared NPU each, and takes turns: one node, two nodes.
 Online, as many HTTP clients as fill the windows post images in a closed loop, and what was answered is counted; offline
-it is the run's own combined FPS. The devices sleep, so what is measured is whether Ray keeps them busy; how much CPU an
-image takes is told beside it.
+it is the run's own combined FPS. The devices sleep, so what is measured is whether Ray keeps them busy; the CPU time
+of an image is shown beside it.
 """
 from __future__ import annotations
 

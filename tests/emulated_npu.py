@@ -8,12 +8,11 @@ renumbers the physical devices; `torch.npu.get_device_name` tells the physical o
 
 `host_waits` counts what makes a host wait for a real NPU: copies to the host, scalars read, outputs whose shape
 depends on data. Non-blocking copies complete late: only when somebody waits for their stream, or for an event that was
-recorded after them. Till then what they write holds NaN (but for uploads in the default stream, which order the
-device's own work), and what they read must not change: that is looked at when they complete. An event says once that
-it has not passed before it does. A graph replays the operators that ran while it was recorded, into the same tensors.
-Not
-emulated: speed, memory (figures are 0), storage aliases between host and device, operators that change a tensor's own
-shape in place, streams otherwise. Once installed in a process it stays.
+recorded after them. Till then what they write holds NaN, of bytes `UNARRIVED` (but for uploads in the default stream,
+which order the device's own work), and what they read must not change: that is looked at when they complete. An event
+says once that it has not passed before it does. A graph replays the operators that ran while it was recorded, into the
+same tensors. Not emulated: speed, memory (figures are 0), storage aliases between host and device, operators that
+change a tensor's own shape in place, streams otherwise. Once installed in a process it stays.
 """
 from __future__ import annotations
 
@@ -31,6 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 PHYSICAL_DEVICES = 2
 MEMORY_BYTES = 32 << 30
+UNARRIVED = 111  # of bytes that are on their way
 
 aten = torch.ops.aten
 host_waits: Counter[str] = Counter()  # operator to count; clear it before what is to be measured
@@ -262,7 +262,7 @@ def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = 
         return target
     copy = LateCopy(source, to)
     if to_host or stream.aside:
-        to.fill_(torch.nan if to.is_floating_point() else 111)
+        to.fill_(torch.nan if to.is_floating_point() else UNARRIVED)
     else:
         to.copy_(source)
     stream.late.append(copy)

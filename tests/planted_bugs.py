@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Plant bugs in the pure cores, one at a time, and see which test catches each: `python tests/planted_bugs.py`.
 
-Each is planted in a copy of the tree, never here. A text that is not there exactly once is refused: the code has
-changed, and the bug must be planted anew. `test_planted_bugs.py` checks that, and no more, in CI; all of this program
-takes some minutes. Exit codes: 0 all but `ALLOWED_TO_ESCAPE` caught · 1 more escaped, or a text was not found.
+Each is planted in a copy of the tree, never here, in a function that is found by its name and by what its code means,
+not by its text. What is not there exactly once is refused: the code has changed, and the bug must be planted anew.
+`test_planted_bugs.py` checks that, and no more, in CI; all of this program takes some minutes. Exit codes: 0 all but
+`ALLOWED_TO_ESCAPE` caught · 1 more escaped, or one could not be planted.
 
     python tests/planted_bugs.py               # a table in Markdown
     python tests/planted_bugs.py --only 3 17   # some of them, with what the test says
@@ -12,186 +13,281 @@ takes some minutes. Exit codes: 0 all but `ALLOWED_TO_ESCAPE` caught · 1 more e
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ALLOWED_TO_ESCAPE = 1
 TIMEOUT_S = 300
-BROKER = "daemon/blendmaskd/core/broker.py"
-JOBS = "daemon/blendmaskd/core/jobs.py"
-STATS = "daemon/blendmaskd/core/stats.py"
-SUPERVISOR = "daemon/blendmaskd/core/supervisor.py"
-SUSPECTS = "daemon/blendmaskd/core/suspects.py"
+CORE = "daemon/blendmaskd/core"
+BLAME, BROKER, JOBS, LEASES, REFUSALS, RELOAD, STATS, SUPERVISOR, SUSPECTS, TURNS = (
+    f"{CORE}/{name}.py"
+    for name in ("blame", "broker", "jobs", "leases", "refusals", "reload", "stats", "supervisor", "suspects", "turns")
+)
 PROTOCOL = "daemon/blendmaskd/protocol.py"
-RELOAD = "daemon/blendmaskd/core/reload.py"
 BATCHING = "workers/blendmaskd_workers/batching.py"
 BROKER_TESTS = ["test_broker.py", "test_broker_machine.py", "test_daemon_machine.py"]
 CORE_TESTS = {
-    BROKER: BROKER_TESTS,
-    JOBS: BROKER_TESTS,
+    **dict.fromkeys((BLAME, BROKER, JOBS, LEASES, REFUSALS, TURNS), BROKER_TESTS),
     SUSPECTS: ["test_suspects.py", *BROKER_TESTS],
     PROTOCOL: ["test_protocol.py", "test_daemon_machine.py"],
     SUPERVISOR: ["test_supervisor.py", "test_daemon_machine.py"],
     RELOAD: ["test_reload.py", "test_daemon_machine.py"],
     STATS: ["test_stats.py"],
-    "daemon/blendmaskd/core/regions.py": ["test_broker_machine.py", "test_regions.py"],
     BATCHING: ["../workers/test_batching.py"],
 }
+
+Places = Iterator[tuple[ast.AST, ast.AST]]  # what is there, and what comes instead
+
+
+class CannotPlant(Exception):
+    """The code is not what the bug was planted in."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of one place in a function."""
+
+    name: str
+    places: Callable[[ast.AST], Places]
 
 
 @dataclass(frozen=True)
 class Bug:
-    """`new` instead of `old` in `file`, and what a user would see of it."""
+    """A change of a function, method or constant, and what a user would see of it."""
 
     file: str
-    old: str
-    new: str
+    where: str  # its qualified name
+    change: Change
     why: str
 
 
+def swap(old: str, new: str) -> Change:
+    """Another expression. `...` in `old` stands for any."""
+    pattern = ast.parse(old, mode="eval").body
+    return Change(f"swap {old} for {new}", lambda tree: (
+        (node, ast.parse(new, mode="eval").body) for node in ast.walk(tree) if _matches(node, pattern)
+    ))  # fmt: skip
+
+
+def drop(what: str, instead: str = "pass") -> Change:
+    """Another statement for the innermost one that mentions this."""
+    return Change(f"drop the statement that mentions {what}", lambda tree: (
+        (node, ast.parse(instead).body[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.stmt) and _mentions(node, what)
+        and not any(_mentions(child, what) for child in ast.walk(node) if isinstance(child, ast.stmt) and child != node)
+    ))  # fmt: skip
+
+
+def never(what: str, taken: bool = False) -> Change:
+    """The branch whose condition mentions this is never taken."""
+    return Change(f"{taken} for the condition that mentions {what}", lambda tree: (
+        (node.test, ast.Constant(taken))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If | ast.While | ast.IfExp) and _mentions(node.test, what)
+    ))  # fmt: skip
+
+
+def always(what: str) -> Change:
+    """The branch whose condition mentions this is always taken."""
+    return never(what, taken=True)
+
+
+def without(what: str) -> Change:
+    """Conditions without the operand that mentions this."""
+    return Change(f"leave out the condition that mentions {what}", lambda tree: (
+        (operand, neutral) for operand, neutral in _operands(tree) if _mentions(operand, what)
+    ))  # fmt: skip
+
+
+def _operands(tree: ast.AST) -> Places:
+    """Those of `and`, `or` and comprehensions, each with what changes nothing there."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.BoolOp(op=op, values=values):
+                yield from ((value, ast.Constant(isinstance(op, ast.And))) for value in values)
+            case ast.comprehension(ifs=ifs):
+                yield from ((test, ast.Constant(True)) for test in ifs if not isinstance(test, ast.BoolOp))
+
+
+def _mentions(tree: ast.AST, what: str) -> bool:
+    """A name or attribute of this name, or this expression."""
+    if what.isidentifier():
+        return any(what in (getattr(node, "id", ""), getattr(node, "attr", "")) for node in ast.walk(tree))
+    pattern = ast.parse(what, mode="eval").body
+    return any(_matches(node, pattern) for node in ast.walk(tree))
+
+
+def _matches(node: object, pattern: object) -> bool:
+    match pattern:
+        case ast.Constant(value=value) if value is ...:
+            return True
+        case ast.expr_context():
+            return True
+        case ast.AST():
+            fields = (_matches(getattr(node, name, None), value) for name, value in ast.iter_fields(pattern))
+            return type(node) is type(pattern) and all(fields)
+        case [ast.Constant(value=value)] if value is ...:
+            return True
+        case list():
+            return isinstance(node, list) and len(node) == len(pattern) and all(map(_matches, node, pattern))
+    return node == pattern
+
+
 BUGS = [
-    Bug(BROKER, "return []  # its one answer is still to come", "pass",
-        "a job that is sent again runs twice and is answered twice"),
-    Bug(BROKER, "            self._suspects.appendleft(job)\n", "",
-        "a job whose worker dies is never answered"),
-    Bug(BROKER, "self._suspects.appendleft(job)", "self._suspects.append(job)",
+    Bug(BROKER, "Broker.submit", never("account"), "a job that is sent again runs twice and is answered twice"),
+    Bug(BROKER, "Broker.exited", drop("appendleft"), "a job whose worker dies is never answered"),
+    Bug(BROKER, "Broker.exited", swap("self._jobs.suspects.appendleft", "self._jobs.suspects.append"),
         "a worker's death changes the order of its jobs"),
-    Bug(SUSPECTS, "self.losses >= max(max_attempts, 2)", "self.losses >= 1",
-        "window-mates of a poison image fail with it"),
-    Bug(SUSPECTS, "return self.attempts >= max_attempts or self.losses >= max(max_attempts, 2)",
-        "return self.attempts >= max_attempts", "an image that crashes the decoder costs one worker more"),
-    Bug(BROKER, "if suspicion.guilty(self.limits.max_attempts):",
-        "if suspicion.guilty(self.limits.max_attempts + 1):",
+    Bug(SUSPECTS, "Suspicion.guilty", swap("max(max_attempts, 2)", "1"), "window-mates of a poison image fail with it"),
+    Bug(SUSPECTS, "Suspicion.guilty", without("losses"), "an image that crashes the decoder costs one worker more"),
+    Bug(BROKER, "Broker.exited", swap("self.limits.max_attempts", "self.limits.max_attempts + 1"),
         "a poison image kills one worker more than the settings allow"),
-    Bug(BROKER, "if not worker.retiring and not worker.alone]\n        while (suspects",
-        "if not worker.retiring]\n        while (suspects",
+    Bug(TURNS, "Turns._open", without("alone"),
         "others are leased to the worker that tries a suspect, and die with it"),
-    Bug(BROKER, "        if not self._suspects:\n            return []",
-        "        if not self._suspects or self._waiting:\n            return []",
+    Bug(TURNS, "Turns._untried", swap("not self._jobs.suspects", "not self._jobs.suspects or self._jobs.waiting"),
         "under load a suspect is never tried again"),
-    Bug(BROKER, "            open_workers.remove(min(open_workers, key=_load))  # is left",
-        "            pass  # is left", "under load no worker ever empties for a suspect"),
-    Bug(BROKER, "[worker for worker in open_workers if len(worker.leases) < worker.window]",
-        "[worker for worker in open_workers if len(worker.leases) <= worker.window]",
+    Bug(TURNS, "Turns.next", never("suspects and open_workers"), "under load no worker ever empties for a suspect"),
+    Bug(TURNS, "Turns.next", swap("len(worker.leases) < worker.window", "len(worker.leases) <= worker.window"),
         "workers are given more than their window"),
-    Bug(BROKER, "                actions.append(SendWorker(job.worker, Revoke(lease=job.lease)))\n", "",
-        "cancelled and overdue jobs still run on the device"),
-    Bug(BROKER, "lease.identity, lease.job = self._identity(lease), None",
-        "del self._workers[job.worker].leases[job.lease]",
+    Bug(BROKER, "Broker._remove", drop("Revoke"), "cancelled and overdue jobs still run on the device"),
+    Bug(BROKER, "Broker._remove", drop("identity", "del self._workers[job.worker].leases[job.lease]"),
         "a revoked lease no longer fills its window: its worker gets too many"),
-    Bug(BROKER, "        if not account.jobs:\n            del self._clients[job.client]\n", "",
-        "memory grows with every client that ever came"),
-    Bug(BROKER, "        job.payload = ()\n", "",
-        "answered images stay in memory until their deadline"),
-    Bug(BROKER, "if self.waiting_bytes + size > self.limits.max_bytes:",
-        "if self.waiting_bytes > self.limits.max_bytes:", "one image too many waits: the bound in bytes does not hold"),
-    Bug(BROKER, "worker.evicted = worker.retiring = True", "worker.evicted = True",
+    Bug(JOBS, "Jobs.remove", never("not account.jobs"), "memory grows with every client that ever came"),
+    Bug(BROKER, "Broker._remove", drop("payload"), "answered images stay in memory until their deadline"),
+    Bug(REFUSALS, "Refusals.refusal", swap("self._jobs.waiting_bytes + size", "self._jobs.waiting_bytes"),
+        "one image too many waits: the bound in bytes does not hold"),
+    Bug(BROKER, "Broker.expire", drop("retiring", "worker.evicted = True"),
         "a worker that hangs gets new leases until it is dead"),
-    Bug(BROKER, "oldest = min(worker.progress, worker.heard) if worker.leases else worker.heard",
-        "oldest = worker.heard", "a device that hangs while its worker still reports is never noticed"),
-    Bug(BROKER, "        if not worker.leases:\n            worker.progress = now\n", "",
+    Bug(LEASES, "Worker.stall_deadline", swap("min(self.progress, self.heard)", "self.heard"),
+        "a device that hangs while its worker still reports is never noticed"),
+    Bug(BROKER, "Broker._lease", never("not worker.leases"),
         "a worker that was idle for long is aborted with its first job"),
-    Bug(BROKER, "if worker.retiring and not worker.leases else []", "if worker.retiring else []",
+    Bug(BROKER, "Broker._stop_if_empty", without("leases"),
         "a worker that is replaced is stopped with jobs in its hands"),
-    Bug(BROKER, "return self._give_up(Code.UNAVAILABLE, _NO_DEVICE)", "return []",
+    Bug(BROKER, "Broker.set_available", swap("self._give_up(...)", "[]"),
         "when all devices have failed, jobs wait for nothing"),
-    Bug(BROKER, "        if self._draining:\n            return refused(",
-        "        if False:\n            return refused(", "a daemon that drains accepts more, and never ends"),
-    Bug(BROKER, "[*(SendWorker(worker, opening) for opening in self.regions), *self._assign(now)]",
-        "self._assign(now)", "a restarted worker cannot read images in shared memory"),
-    Bug(BROKER, "if job.suspicion not in tried]", "]",
+    Bug(REFUSALS, "Refusals.unfit", never("draining"), "a daemon that drains accepts more, and never ends"),
+    Bug(BROKER, "Broker.ready", drop("regions", "return self._assign(now)"),
+        "a restarted worker cannot read images in shared memory"),
+    Bug(TURNS, "Turns._untried", without("tried"),
         "the same image of two clients is tried by two workers at once, and kills both"),
-    Bug(JOBS, "            level.move_to_end(client)\n", "            pass\n",
-        "a client that floods is served alone: the others starve"),
-    Bug(JOBS, "        self.payload_bytes -= job.payload_bytes\n        return job", "        return job",
-        "after some gigabytes every job is refused as busy"),
-    Bug(JOBS, "(self.image.place.bytes if self.image.place else 0)", "0",
+    Bug(JOBS, "Waiting.next", drop("move_to_end"), "a client that floods is served alone: the others starve"),
+    Bug(JOBS, "Waiting.take", drop("payload_bytes"), "after some gigabytes every job is refused as busy"),
+    Bug(BROKER, "Broker._job", swap("placed.bytes if placed else 0", "0"),
         "images in shared memory do not count against the queue's bytes"),
-    Bug(SUPERVISOR, "if slot.generation != generation or slot.state is not State.STARTING:",
-        "if slot.state is not State.STARTING:", "a ready of an earlier life makes a worker that still loads ready"),
-    Bug(SUPERVISOR, "asked = slot.state is State.STOPPING and slot.next_signal is signal.SIGABRT",
-        "asked = False", "a worker that hangs while it is replaced keeps its jobs until the drain is over"),
-    Bug(SUPERVISOR, "self.restarts.stable_s:\n            slot.failures = 0",
-        "self.restarts.stable_s:\n            pass", "rare deaths add up over months until the slot is given up"),
-    Bug(SUPERVISOR, "slot.failures += not blameless",
-        "slot.failures += 1", "poison images take a healthy device out of service"),
-    Bug(SUPERVISOR, "        elif asked:\n            return [self._spawn(slot, now)]\n", "",
+    Bug(SUPERVISOR, "Supervisor.ready", without("generation"),
+        "a ready of an earlier life makes a worker that still loads ready"),
+    Bug(SUPERVISOR, "Supervisor.evict", swap("slot.next_signal is signal.SIGABRT", "False"),
+        "a worker that hangs while it is replaced keeps its jobs until the drain is over"),
+    Bug(SUPERVISOR, "Supervisor.exited", never("stable_s"),
+        "rare deaths add up over months until the slot is given up"),
+    Bug(SUPERVISOR, "Supervisor.exited", swap("not blameless", "True"),
+        "poison images take a healthy device out of service"),
+    Bug(SUPERVISOR, "Supervisor.exited", never("asked"),
         "a reload looks like deaths: back-off, and the slot is given up"),
-    Bug(RELOAD, "if self.trying and (slot := next(failed, None)):", "if False:",
-        "settings that no device can boot take one device after the other"),
-    Bug(RELOAD, "if slot.state not in (State.FAILED, State.ENDED)}", "if slot.state is State.READY}",
+    Bug(RELOAD, "Reload.follow", never("trying"), "settings that no device can boot take one device after the other"),
+    Bug(RELOAD, "Reload.tried",
+        swap("not slot.given_up and slot.state is not State.ENDED", "slot.state is State.READY"),
         "settings that no device can boot take all when one is on its way as they come"),
-    Bug(RELOAD, "State.STOPPING, State.BACKOFF)", "State.STOPPING, State.BACKOFF, State.FAILED)",
+    Bug(RELOAD, "MOVING", swap("(State.STARTING, State.STOPPING, State.BACKOFF)",
+        "(State.STARTING, State.STOPPING, State.BACKOFF, State.FAILED)"),
         "a reload stops half-way when a worker dies meanwhile"),
-    Bug(SUPERVISOR, "signal.SIGABRT\n        return [Stop(", "None\n        return [Stop(",
+    Bug(SUPERVISOR, "Supervisor._stop", swap("signal.SIGABRT", "None"),
         "the loop crashes on a worker that does not stop"),
-    Bug(SUPERVISOR, "now + self.restarts.stop_s, signal.SIGKILL\n        return [kill]",
-        "now + self.restarts.stop_s, signal.SIGABRT\n        return [kill]",
+    Bug(SUPERVISOR, "Supervisor._harder", swap("signal.SIGKILL", "signal.SIGABRT"),
         "a stopped worker is aborted for ever and never killed"),
-    Bug(RELOAD, " and not any(slot.state in MOVING for slot in slots)", "",
-        "a reload replaces all workers at once: nobody serves"),
-    Bug(SUPERVISOR, "slot.state, slot.deadline = State.ENDED, None\n        return []",
-        "slot.state = State.ENDED\n        return []", "a drained daemon starts workers again"),
-    Bug(SUPERVISOR, "slot.deadline = now + min(doubled, self.restarts.longest_delay_s)",
-        "slot.deadline = now + doubled", "after ten deaths a device waits for hours"),
-    Bug(STATS, "end = newest if now - newest < FRESH_S else now", "end = newest",
+    Bug(RELOAD, "Reload.follow", without("MOVING"), "a reload replaces all workers at once: nobody serves"),
+    Bug(SUPERVISOR, "Supervisor._end", drop("State.ENDED", "slot.state = State.ENDED"),
+        "a drained daemon starts workers again"),
+    Bug(SUPERVISOR, "Supervisor._back_off", swap("min(doubled, ...)", "doubled"),
+        "after ten deaths a device waits for hours"),
+    Bug(STATS, "DeviceStats.rates", swap("newest if ... else now", "newest"),
         "a device that hangs keeps the FPS it had"),
-    Bug(STATS, "self.images += report.images", "self.images = report.images",
+    Bug(STATS, "DeviceStats.add", drop("self.images", "self.images = report.images"),
         "the counter of images goes backwards"),
-    Bug(BATCHING, "if runs.compiled:", "if True:",
+    Bug(BATCHING, "Batching.observe", always("compiled"),
         "the first, compiling run of a size makes its batch look slow for good"),
-    Bug(BROKER, "len(account.jobs) >= limits.max_jobs_per_client",
-        "len(account.jobs) > limits.max_jobs_per_client", "a client has one job more than one client may"),
-    Bug(BROKER, "account.bytes + job.payload_bytes > limits.max_bytes_per_client",
-        "account.bytes > limits.max_bytes_per_client", "a client has more bytes than one client may"),
-    Bug(PROTOCOL, "{Code.BUSY, Code.TIMEOUT, Code.UNAVAILABLE,",
-        "{Code.BUSY, Code.TIMEOUT, Code.WORKER_LOST, Code.UNAVAILABLE,",
+    Bug(REFUSALS, "Refusals._greed", swap("len(account.jobs) >= ...", "len(account.jobs) > limits.max_jobs_per_client"),
+        "a client has one job more than one client may"),
+    Bug(REFUSALS, "Refusals._greed", swap("account.bytes + job.payload_bytes", "account.bytes"),
+        "a client has more bytes than one client may"),
+    Bug(PROTOCOL, "_RETRYABLE", swap("{...}", "set(Code)"),
         "clients submit an image that was given up again and again"),
-    Bug(BROKER, "        job.suspicion = self.remembered.find(job.image, job.payload, now)\n", "",
-        "an image that was given up kills again under another name"),
-    Bug(BROKER, "        self._recognise()\n        for suspicion in suspicions:",
-        "        for suspicion in suspicions:", "what waits already with the same image kills more workers"),
-    Bug(BROKER, "lease.identity, lease.job = self._identity(lease), None", "lease.job = None",
+    Bug(REFUSALS, "Refusals.refusal", drop("find"), "an image that was given up kills again under another name"),
+    Bug(BROKER, "Broker.exited", drop("recognise"), "what waits already with the same image kills more workers"),
+    Bug(BROKER, "Broker._remove", drop("identity", "lease.job = None"),
         "a deadline or a client that left washes a poison image clean: it kills without end"),
-    Bug(BROKER, "                lease.identity = self._identity(lease)  # while it can be had\n",
-        "                pass\n", "so does a client that dies with its image in shared memory"),
-    Bug(BROKER, "        self._clear(self._suspicion(lease))\n", "",
+    Bug(BROKER, "Broker.end_region", drop("identity"), "so does a client that dies with its image in shared memory"),
+    Bug(BROKER, "Broker.finished", drop("suspicion"),
         "a good image that was beside a poison one is given up at the next death, minutes later"),
-    Bug(BROKER, "for death in suspicion.deaths if death.counts and suspicion.proven]",
-        "for death in suspicion.deaths if death.counts]", "a device that dies of everything is never given up"),
-    Bug(BROKER, "if pair[1].device not in _devices(pair[0])), pairs[0])", "if False), pairs[0])",
-        "a suspect is tried on the device that may be at fault"),
-    Bug(SUSPECTS, "suspicion.until = now + KEEP_S", "suspicion.until = now",
+    Bug(BROKER, "Broker._give_up_image", without("proven"), "a device that dies of everything is never given up"),
+    Bug(TURNS, "_elsewhere", without("_devices"), "a suspect is tried on the device that may be at fault"),
+    Bug(SUSPECTS, "Suspects.keep", swap("now + KEEP_S", "now"),
         "what was given up is forgotten at once, and kills again"),
-    Bug(SUSPECTS, "        while len(self._suspicions) > MOST:\n", "        while False:\n",
-        "memory grows with every death"),
-    Bug(SUSPECTS, 'return "raw", image.shape, image.dtype, image.order, length', 'return "raw", length',
+    Bug(SUSPECTS, "Suspects.keep", never("MOST"), "memory grows with every death"),
+    Bug(SUSPECTS, "_size", drop("image.shape", 'return "raw", length'),
         "an image of other pixels is taken for the one that was given up"),
-    Bug(SUPERVISOR, "slot.failures = max(slot.failures - 1, 0)", "pass",
-        "images that kill take a healthy device out of service"),
+    Bug(SUPERVISOR, "Supervisor.acquit", drop("max"), "images that kill take a healthy device out of service"),
+    Bug(SUPERVISOR, "Supervisor.exited", swap("code == EXIT_HOST_LACKS", "False"),
+        "weights that are away for a second take a device out of service for a minute"),
+    Bug(SUPERVISOR, "Supervisor._give_up", swap("now + self.restarts.retry_failed_s", "now + 1e9"),
+        "a device that has failed is lost until somebody reloads"),
+    Bug(SUPERVISOR, "Supervisor.hopeless", swap("slot.given_up or slot.state is State.ENDED",
+                                                "slot.state in (State.FAILED, State.ENDED)"),
+        "jobs wait for a device that is only tried once more"),
+    Bug(BROKER, "Broker.forgive", drop("heard"), "a host that was paused aborts its healthy workers"),
 ]  # fmt: skip
 
 
-def problem(bug: Bug, root: Path = ROOT) -> str:
+def planted(bug: Bug, text: str) -> str:
+    """The file's text with the bug in it. Raises `CannotPlant`."""
+    tree = ast.parse(text)
+    named = list(_named(tree, bug.where.split(".")))
+    if len(named) != 1:
+        raise CannotPlant(f"{bug.file}: {bug.where} is there {len(named)} times, not once")
+    places = list(bug.change.places(named[0]))
+    if len(places) != 1:
+        raise CannotPlant(f"{bug.file}: in {bug.where}, {bug.change.name}: found {len(places)} times, not once")
+    before = ast.unparse(tree)
+    after = ast.unparse(_Replaced(*places[0]).visit(tree))
+    if before == after:
+        raise CannotPlant(f"{bug.file}: in {bug.where}, {bug.change.name}: changes nothing")
+    return after
+
+
+def _named(tree: ast.AST, path: Sequence[str]) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        match node:
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.Assign(targets=[ast.Name(id=name)]):
+                if name == path[0]:
+                    yield from _named(node, path[1:]) if path[1:] else [node]
+
+
+class _Replaced(ast.NodeTransformer):
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self._old, self._new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return self._new if node is self._old else self.generic_visit(node)
+
+
+def problem(bug: Bug) -> str:
     """Why this bug cannot be planted; empty: it can."""
-    found = (root / bug.file).read_text().count(bug.old)
-    return "" if found == 1 else f"{bug.file}: {bug.old!r} is there {found} times, not once"
-
-
-def plant(bug: Bug, root: Path) -> None:
-    """Change the file below `root`; it must compile."""
-    file = root / bug.file
-    text = file.read_text().replace(bug.old, bug.new)
-    compile(text, bug.file, "exec")
-    file.write_text(text)
+    try:
+        planted(bug, (ROOT / bug.file).read_text())
+    except CannotPlant as error:
+        return str(error)
+    return ""
 
 
 def copy_tree(folder: Path) -> Path:
@@ -207,7 +303,8 @@ def try_out(bug: Bug, tests: Sequence[str], tell: bool) -> str:
     """The test that catches it; empty: none does."""
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         root = copy_tree(Path(folder))
-        plant(bug, root)
+        file = root / bug.file
+        file.write_text(planted(bug, file.read_text()))
         argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         environment = {**os.environ, "PYTHONPATH": f"{root}/daemon:{root}/workers", "PYTHONDONTWRITEBYTECODE": "1"}
         try:

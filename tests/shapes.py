@@ -32,6 +32,8 @@ from pycocotools import mask as rle
 from rich.console import Console
 from rich.progress import track
 
+from blendmaskd.programs.arguments import count
+
 Pixels = NDArray[np.float32]  # (height, width, 3) RGB or (height, width), 0 to 1
 Mask = NDArray[np.bool_]  # (height, width)
 
@@ -409,17 +411,10 @@ BACKGROUNDS: tuple[Pattern, ...] = (_stripes, _gradient, _noise, _blobs)
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder, or an empty one")
-    parser.add_argument("--train", metavar="N", type=_count, default=3000, help="images to train on, default 3000")
-    parser.add_argument("--held-out", metavar="M", type=_count, default=300, help="to measure on, default 300")
-    parser.add_argument("--seed", metavar="S", type=_count, default=0, help="default 0")
+    parser.add_argument("--train", metavar="N", type=count, default=3000, help="images to train on, default 3000")
+    parser.add_argument("--held-out", metavar="M", type=count, default=300, help="to measure on, default 300")
+    parser.add_argument("--seed", metavar="S", type=count, default=0, help="default 0")
     return parser.parse_args(argv)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
-    return value
 
 
 if __name__ == "__main__":

@@ -6,39 +6,60 @@
 
 Settings are read from the file, then from the environment (BLENDMASKD__QUEUE__MAX_JOBS=64), then from flags, each
 overriding the one before; docs/settings.md lists them.
-Signals: SIGTERM and SIGINT drain and stop (a second one stops at once), SIGHUP reloads settings and weights.
+Signals: SIGTERM and SIGINT drain and stop (another one, a second later or more, stops at once), SIGHUP reloads settings
+and weights. What the parent ignored or blocked is reset.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from blendmaskd import commands, logs, settings
 from blendmaskd.assignment import EXIT_CANNOT_BOOT
 
+if TYPE_CHECKING:
+    from blendmaskd.shell.signals import Signals
+
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    from blendmaskd.shell import signals  # of Linux; this module can be imported anywhere
+
+    signals.reset()
     if argv[:1] == ["check"]:
         return _check(argv[1:])
     arguments = _parse(argv)
     if arguments.log_level:
         arguments.set.append(f"log.level={arguments.log_level}")
-    load = _loader(arguments)
+    with signals.Signals() as caught:
+        return _serve(_loader(arguments), arguments.check_settings, caught)
+
+
+def _serve(load: Callable[[], settings.Settings], only_check: bool, signals: Signals) -> int:
     try:
         loaded = load()
     except settings.SettingsError as error:
-        print(f"blendmaskd: {error}", file=sys.stderr)
-        return EXIT_CANNOT_BOOT
-    if arguments.check_settings:
+        return _refused(error)
+    if only_check:
         return 0
     from blendmaskd.shell import server  # what it needs, a check of settings does not
 
     logs.configure(loaded.log)
-    return server.main_loop(loaded, load)
+    try:
+        return server.Server(loaded, load, signals).run()
+    except server.CANNOT_START as error:
+        return _refused(error)
+
+
+def _refused(error: Exception) -> int:
+    with contextlib.suppress(OSError):  # a stderr that takes no more changes nothing
+        print(f"blendmaskd: {error}", file=sys.stderr)
+    return EXIT_CANNOT_BOOT
 
 
 def _check(argv: list[str]) -> int:

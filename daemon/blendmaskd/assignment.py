@@ -15,6 +15,7 @@ from blendmaskd.wanted import Wanted
 
 ASSIGNMENT = "BLENDMASKD_ASSIGNMENT"
 EXIT_CANNOT_BOOT = 78  # sysexits' EX_CONFIG: starting again cannot help
+EXIT_HOST_LACKS = 75  # sysexits' EX_TEMPFAIL: a file, a CPU, a process that the host may have again later
 
 
 class AssignmentError(RuntimeError):

@@ -19,11 +19,18 @@ TOOL_TIMEOUT_S = 10.0  # npu-smi takes seconds on a busy host
 
 
 def places(
-    devices: Sequence[str], placed: Mapping[str, Cpus], environment: Mapping[str, str]
-) -> tuple[dict[str, Cpus], dict[str, Cpus]]:
-    """The CPU set of each device on this host, see `plan_cpus`, and what is near those that are not `placed`."""
+    devices: Sequence[str],
+    placed: Mapping[str, Cpus],
+    environment: Mapping[str, str],
+    near: Mapping[str, Cpus] | None = None,
+) -> tuple[dict[str, Cpus], Mapping[str, Cpus]]:
+    """The CPU set of each device on this host, see `plan_cpus`, and what is near those that are not `placed`.
+
+    `near`: what an earlier call found; npu-smi can take seconds, in which no job would move.
+    """
     available = available_cpus()
-    near = discover([device for device in devices if device not in placed], environment)
+    if near is None:
+        near = discover([device for device in devices if device not in placed], environment)
     return plan_cpus(devices, placed, available, near, cores(available)), near
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from blendmaskd import output
+
 EXTRAS = {"torch_npu": "npu", "matplotlib": "plots", "ray": "ray", "pyarrow": "ray", "starlette": "ray"}  # else serve
 EXIT_LACKING = 2  # as for wrong arguments
 
@@ -17,9 +19,11 @@ def run(name: str, module: str, code: int = EXIT_LACKING) -> int:
     try:
         ended: int = importlib.import_module(module).main()
     except ModuleNotFoundError as error:
-        print(f"{name}: {lacking(error)}", file=sys.stderr)
+        output.complain(f"{name}: {lacking(error)}")
         return code
-    return ended
+    except SystemExit as end:  # --help, or wrong arguments
+        raise SystemExit(output.complete(name, end.code) if isinstance(end.code, int) else end.code) from None
+    return output.complete(name, ended)
 
 
 def lacking(error: ModuleNotFoundError) -> str:

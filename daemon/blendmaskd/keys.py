@@ -23,7 +23,7 @@ from pathlib import Path
 import zmq
 import zmq.auth
 
-from blendmaskd import files
+from blendmaskd import files, output
 
 PUBLIC, SECRET = ".key", ".key_secret"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
@@ -164,6 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
     except (OSError, KeyFileError) as error:
+        if isinstance(error, BrokenPipeError):
+            return output.lost("blendmaskd-keys", error)
         reason = error if not isinstance(error, OSError) or error.strerror is None else (
             f"{error.filename}: {error.strerror}")  # fmt: skip
         print(f"blendmaskd-keys: {reason}", file=sys.stderr)

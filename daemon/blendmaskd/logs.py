@@ -16,11 +16,11 @@ import json
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from blendmaskd import stderr
 from blendmaskd.settings import Log
 
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}  # syslog's
@@ -29,7 +29,7 @@ PLAIN = re.compile(r"[\w.:/@+-]+")  # what a value may be without quotes
 
 def configure(settings: Log, **constant: Any) -> None:
     """Let this process log so from now on; `constant` is what all of its lines are about. May be repeated."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = stderr.Handler()
     formatter = JsonFormatter if settings.format == "json" else TextFormatter
     handler.setFormatter(formatter(about(**constant)["about"], to_journal(os.environ)))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)  # of libraries

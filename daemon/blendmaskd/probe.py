@@ -1,5 +1,5 @@
 """What a process found that opened a device as its worker would: `python -m blendmaskd_workers --probe` prints it, as
-JSON, and `blendmaskd check` reads it."""
+JSON in a line of its own, and `blendmaskd check` reads it among whatever libraries print, as CANN's may."""
 from __future__ import annotations
 
 from enum import StrEnum
@@ -26,3 +26,19 @@ class Probe(msgspec.Struct, frozen=True, omit_defaults=True):
     memory_bytes: int = 0  # all there is
     bf16: bool | None = None  # whether it computes in bfloat16; None: it does not tell
     differences: tuple[str, ...] = ()  # from what its launch plan wanted
+
+
+MARK = "blendmaskd-probe "
+
+
+def in_a_line(probe: Probe) -> str:
+    """What is printed of it, whatever was printed before without an end of line."""
+    return f"\n{MARK}{msgspec.json.encode(probe).decode()}\n"
+
+
+def among(printed: str) -> Probe:
+    """What was found, by all that such a process printed."""
+    lines = [line.removeprefix(MARK) for line in printed.splitlines() if line.startswith(MARK)]
+    if not lines:
+        return Probe(error=f"the process that tried it did not say what it found, but {printed.strip()[-200:]!r}")
+    return msgspec.json.decode(lines[-1], type=Probe)

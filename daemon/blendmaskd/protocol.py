@@ -22,6 +22,9 @@ detections are payload frames, never inside the header; the broker forwards them
     ``job``, a durable one; see below. ``fetch`` may have ``wait`` (default true).
 ``get-stats``
     Answered by ``stats``.
+``get-limits``
+    Answered by ``limits``. Frames of up to 1 MiB are always read; the connection of a client that sends one of more
+    than twice ``max_image_bytes`` is closed, so ask before sending a large image.
 
 ``image``: ``kind`` is ``encoded`` (JPEG, PNG, WebP, BMP or TIFF bytes), ``raw`` (``shape`` [height, width, 3],
 ``dtype`` ``uint8``, ``order`` ``bgr`` or ``rgb``, rows from the top, no padding) or ``path`` (``path``: a file on the
@@ -48,6 +51,8 @@ limits as a payload does).
     when it may be tried again.
 ``stats``
     ``stats``: the snapshot described in ``blendmaskd.core.stats``.
+``limits``
+    ``max_image_bytes``: a larger image is answered `too-large`.
 
 **Durable jobs** outlive the daemon; they require ``spool`` in its settings. A ``submit`` with ``durable`` true is
 answered ``accepted`` (``job``) once the job and its image are on disk, or ``failed`` (`busy`: the spool is full;
@@ -109,6 +114,7 @@ MEMORY_SUFFIX = ".fd"
 STAGES = ("queue", "decode", "wait", "device", "finish", "send", "total")
 IDLE = ("input", "launches", "selection")  # what a device waits for before the parts of a run, in their order
 STAGE_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+SURE_BYTES = 1 << 20  # a frame of so many is read whatever the settings are
 LEAST_DURABLE_NAME = 32  # characters: 128 random bits in hexadecimal
 
 Frames = Sequence[Sized]  # payload frames: bytes or zmq.Frame; the broker asks only for their length
@@ -220,6 +226,10 @@ class GetStats(_Message, tag="get-stats", frozen=True, kw_only=True):
     """Client to broker: request the latest snapshot."""
 
 
+class GetLimits(_Message, tag="get-limits", frozen=True, kw_only=True):
+    """Client to broker: what may it send?"""
+
+
 class Result(_Message, tag="result", frozen=True, kw_only=True):
     """Broker to client: the answer. Payload: msgpack list of COCO results."""
 
@@ -255,6 +265,12 @@ class Stats(_Message, tag="stats", frozen=True, kw_only=True):
     """Broker to client: a snapshot."""
 
     stats: dict[str, Any]
+
+
+class Limits(_Message, tag="limits", frozen=True, kw_only=True):
+    """Broker to client: what it takes."""
+
+    max_image_bytes: int
 
 
 class Ready(_Message, tag="ready", frozen=True, kw_only=True):
@@ -350,8 +366,8 @@ def shown_job(name: str) -> str:
     return name if len(name) < LEAST_DURABLE_NAME else f"{name[:8]}..."
 
 
-FromClient = Submit | Cancel | Fetch | Forget | GetStats
-ToClient = Result | Failed | Accepted | Forgotten | Stats
+FromClient = Submit | Cancel | Fetch | Forget | GetStats | GetLimits
+ToClient = Result | Failed | Accepted | Forgotten | Stats | Limits
 FromWorker = Ready | Started | Finished | FailedLease | Report | Preview
 ToWorker = Lease | Revoke | OpenRegion | CloseRegion | Stop
 Message = FromClient | ToClient | FromWorker | ToWorker
@@ -371,8 +387,8 @@ def _tag(message: Any) -> str:
     return str(message.__struct_config__.tag)
 
 
-FROM_CLIENT: Kinds[FromClient] = Kinds(Submit, Cancel, Fetch, Forget, GetStats)
-TO_CLIENT: Kinds[ToClient] = Kinds(Result, Failed, Accepted, Forgotten, Stats)
+FROM_CLIENT: Kinds[FromClient] = Kinds(Submit, Cancel, Fetch, Forget, GetStats, GetLimits)
+TO_CLIENT: Kinds[ToClient] = Kinds(Result, Failed, Accepted, Forgotten, Stats, Limits)
 FROM_WORKER: Kinds[FromWorker] = Kinds(Ready, Started, Finished, FailedLease, Report, Preview)
 TO_WORKER: Kinds[ToWorker] = Kinds(Lease, Revoke, OpenRegion, CloseRegion, Stop)
 

@@ -10,14 +10,16 @@ Environment: ``BLENDMASKD__QUEUE__MAX_JOBS=64`` sets ``queue.max_jobs``; the val
 from __future__ import annotations
 
 import difflib
+import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from blendmaskd.endpoints import ENDPOINT_SUFFIXES, ipc_path, parse_place
 from blendmaskd.topology import Cpus, parse_cpus
 
 ENVIRONMENT_PREFIX = "BLENDMASKD__"
@@ -28,6 +30,8 @@ Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
 NotNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
 Count = Annotated[int, Meta(ge=1)]
 BatchSize = Annotated[int, Meta(ge=1, le=64)]
+MOST_HOST_THREADS = 64
+HostThreads = Annotated[int, Meta(ge=1, le=MOST_HOST_THREADS)]
 
 
 class SettingsError(ValueError):
@@ -47,6 +51,8 @@ class Model(_Section, frozen=True):
     precision: Literal["fp32", "hf32", "bf16", "fp16", "auto"] = "fp32"
     # true: AdelaiDet's order of operations, image by image; slower. false: the same except for rounding
     exact: bool = False
+    # exact: Pillow's resizing, as detectron2's; fast: torch's, inexact: up to 0.4% of values are off by one
+    resize: Literal["exact", "fast"] = "exact"
     # record a graph for each size in warm_up; npu and cuda only. Never run on hardware by this project
     graphs: bool = False
     # file with a COCO `categories` list; default: the one beside the weights, COCO's 80, or class_N
@@ -58,7 +64,7 @@ class Endpoints(_Section, frozen=True):
 
     # where clients connect: ipc:///PATH, guarded by its folder's mode, or tcp://HOST:PORT, guarded by keys (`curve`)
     clients: list[str] = msgspec.field(default_factory=lambda: ["ipc:///run/blendmaskd/client.sock"])
-    metrics: str | None = "127.0.0.1:9464"  # HOST:PORT of the status page, /metrics, /healthz and /readyz; null: none
+    metrics: str | None = "127.0.0.1:9464"  # HOST:PORT of the status page, /metrics, /healthz, /readyz; null: none
 
 
 class Curve(_Section, frozen=True):
@@ -84,10 +90,10 @@ class Queue(_Section, frozen=True):
 class Limits(_Section, frozen=True):
     """Bounds on one image."""
 
-    max_image_bytes: Count = 64 << 20  # maximum size of one image as sent, encoded or raw
-    # maximum height x width; decoding takes up to 16 bytes per pixel, in up to four threads per worker
+    max_image_bytes: Count = 64 << 20  # maximum size of one image as sent, encoded or raw (three bytes per pixel)
+    # maximum height x width; decoding takes up to 16 bytes per pixel in each of `runtime.host_threads`
     max_image_pixels: Count = 50_000_000
-    # maximum number of tcp:// connections; never more than half of the free descriptors
+    # maximum number of tcp:// connections; with local ones never more than half of the descriptors
     max_connections: Count = 512
 
 
@@ -117,6 +123,9 @@ class Runtime(_Section, frozen=True):
     preload: str = "auto"  # tcmalloc: auto (if installed), required, off, or the path of another allocator
     # OMP_NUM_THREADS; auto: the slot's number of CPUs, limited to its share of a CPU quota
     threads: Literal["auto"] | Count = "auto"
+    # threads of a worker that decode and resize images and encode masks, beside the one that drives its device; auto:
+    # the slot's number of CPUs, limited to its share of a CPU quota, 2 to 64
+    host_threads: Literal["auto"] | HostThreads = "auto"
 
     @property
     def placed(self) -> dict[str, Cpus]:
@@ -131,6 +140,7 @@ class Restarts(_Section, frozen=True):
     longest_delay_s: Positive = 30.0  # upper bound of the restart delay
     # number of consecutive deaths, with less than `stable_s` of service in between, after which a slot fails
     give_up_after: Count = 6
+    retry_failed_s: Positive = 60.0  # a failed slot is tried once every so often, until it serves again
     stable_s: Positive = 60.0  # time of service after which earlier deaths no longer count
     start_timeout_s: Positive = 900.0  # maximum time for loading, compiling and warm-up
     # a worker that finishes none of its leases, or sends nothing, for this long is aborted, then killed
@@ -210,12 +220,12 @@ def load(
     tree = _read(path) if path else {}
     for name, text in sorted((environment or {}).items()):
         if name.startswith(ENVIRONMENT_PREFIX):
-            _put(tree, name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"), _yaml(text, name), name)
+            _put(tree, _keys(name.removeprefix(ENVIRONMENT_PREFIX), "__"), _yaml(text, name), name)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise SettingsError(f"--set {override}: expected KEY=VALUE")
-        _put(tree, key.split("."), _yaml(text, key), key)
+        _put(tree, _keys(key, "."), _yaml(text, key), key)
     if devices:
         tree["devices"] = list(devices)
     return from_tree(tree)
@@ -244,7 +254,9 @@ def _read(path: str | Path) -> dict[str, Any]:
     import yaml  # of the extra serve, as in `_yaml`: clients have this module too
 
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
+        _refuse_doubles(yaml.compose(text, yaml.SafeLoader), str(path))
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -259,13 +271,43 @@ def _read(path: str | Path) -> dict[str, Any]:
 def _yaml(text: str, name: str) -> Any:
     import yaml
 
+    if " #" in text and not text.startswith(('"', "'", "[", "{")):
+        raise SettingsError(f"{name}={text}: YAML takes what follows ' #' for a comment: put the value into quotes")
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
+        _refuse_doubles(yaml.compose(text, yaml.SafeLoader), name)
     except yaml.YAMLError as error:
         raise SettingsError(f"{name}={text}: not a YAML value: {error}") from None
+    return value
 
 
-def _put(tree: dict[str, Any], keys: list[str], value: Any, name: str) -> None:
+def _refuse_doubles(node: Any, source: str, section: str = "", done: tuple[Any, ...] = ()) -> None:
+    """Of a key that is given twice, YAML would silently take the last. `done`: the sections around this one."""
+    seen: dict[str, int] = {}
+    for key, value in node.value if node is not None and node.id == "mapping" and node not in done else ():
+        name, line = f"{section}{key.value}", key.start_mark.line + 1
+        if name in seen:
+            raise SettingsError(f"{source}: {name} is given twice, in lines {seen[name]} and {line}")
+        seen[name] = line
+        _refuse_doubles(value, source, f"{name}.", (*done, node))
+
+
+def _keys(name: str, separator: str) -> list[Any]:
+    """The way to a value in the tree. Names of settings may be in capitals; below a free map, such as `worker_env`, a
+    key stays as it is, and a number is one.
+    """
+    keys: list[Any] = []
+    section, rest = Settings, name
+    while rest:
+        if not (isinstance(section, type) and issubclass(section, _Section)):
+            return [*keys, int(rest) if rest.isdecimal() else rest]
+        key, _, rest = rest.partition(separator)
+        keys.append(key.lower() if separator == "__" else key)
+        section = next((each.type for each in msgspec.structs.fields(section) if each.name == keys[-1]), Settings)
+    return keys or [name]
+
+
+def _put(tree: dict[str, Any], keys: list[Any], value: Any, name: str) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
@@ -312,8 +354,9 @@ def _check(settings: Settings) -> None:
     if preload not in ("auto", "required", "off") and not preload.startswith("/"):
         raise SettingsError(f"runtime.preload = {preload!r}: expected auto, required, off or an absolute path")
     _check_model(settings)
-    if settings.spool is not None and (not settings.spool or settings.spool.endswith("/")):
+    if settings.spool is not None and (not settings.spool or settings.spool.endswith("/") or "\0" in settings.spool):
         raise SettingsError(f"spool = {settings.spool!r}: expected the path of a file")
+    _check_files(settings)
     for key in ("latency_ms", "blend_ms"):
         if 1 not in getattr(settings.timed, key):
             raise SettingsError(f"timed.{key}: needs an entry for batch size 1")
@@ -326,6 +369,8 @@ def _check_model(settings: Settings) -> None:
     precision, graphs = settings.model.precision, settings.model.graphs
     if settings.engine == "adelaidet" and precision not in ("fp32", "hf32"):
         raise SettingsError(f"model.precision = {precision!r}: the engine adelaidet computes in fp32 or hf32")
+    if settings.engine == "adelaidet" and settings.model.resize == "fast":
+        raise SettingsError("model.resize = 'fast': the engine adelaidet resizes as detectron2 does, which is exact")
     if settings.engine == "adelaidet" and graphs:
         raise SettingsError("model.graphs = True: the engine adelaidet does not support graphs")
     cpus = [device for device in settings.devices if device.startswith("cpu:")]
@@ -345,6 +390,8 @@ def _check_exact(settings: Settings) -> None:
         against = "the engine timed has no network"
     elif model.precision != "fp32":
         against = f"model.precision = {model.precision!r} may round below float32"
+    elif model.resize == "fast":
+        against = "model.resize = 'fast' resizes inexactly"
     elif model.graphs:
         against = "model.graphs = True has never been compared with the network as trained"
     elif settings.batch not in ("auto", 1):
@@ -364,13 +411,40 @@ def _check_devices(devices: list[str]) -> None:
 
 
 def _check_endpoints(endpoints: Endpoints) -> None:
+    if len(set(endpoints.clients)) != len(endpoints.clients):
+        raise SettingsError(f"endpoints.clients = {endpoints.clients}: one is named twice")
     if not endpoints.clients:
         raise SettingsError("endpoints.clients = []: name at least one, such as ipc:///run/blendmaskd/client.sock")
     for endpoint in endpoints.clients:
         if not endpoint.startswith(("ipc://", "tcp://")):
             raise SettingsError(f"endpoints.clients: {endpoint!r}: expected ipc:///PATH or tcp://HOST:PORT")
-    if endpoints.metrics is not None and not re.match(r"^.+:\d{1,5}$", endpoints.metrics):
-        raise SettingsError(f"endpoints.metrics = {endpoints.metrics!r}: expected HOST:PORT")
+        try:
+            ipc_path(endpoint) if endpoint.startswith("ipc://") else parse_place(endpoint.removeprefix("tcp://"))
+        except ValueError as error:
+            raise SettingsError(f"endpoints.clients: {endpoint!r}: {error}") from None
+    try:
+        parse_place(endpoints.metrics or "*:*")
+    except ValueError as error:
+        raise SettingsError(f"endpoints.metrics = {endpoints.metrics!r}: {error}") from None
+
+
+def _check_files(settings: Settings) -> None:
+    """Each file that the daemon makes has a path of its own."""
+    taken: dict[str, str] = {}
+    for setting, path, suffixes in _files(settings):
+        for suffix in suffixes:
+            name = posixpath.normpath(f"{path}{suffix}")
+            if name in taken:
+                raise SettingsError(f"{setting}: {name} is also a file of {taken[name]}: give them different paths")
+            taken[name] = setting
+
+
+def _files(settings: Settings) -> Iterator[tuple[str, str, Sequence[str]]]:
+    for endpoint in settings.endpoints.clients:
+        if endpoint.startswith("ipc://"):
+            yield f"endpoints.clients, {endpoint}", ipc_path(endpoint), ENDPOINT_SUFFIXES
+    if settings.spool is not None:
+        yield f"spool, {settings.spool}", settings.spool, ("", "-wal", "-shm", "-journal")
 
 
 def _check_keys(settings: Settings) -> None:

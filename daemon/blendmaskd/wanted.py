@@ -4,7 +4,7 @@ Both are in the statistics of each device, `Actual` also in the worker's `Ready`
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -29,6 +29,7 @@ class Actual(Wanted, frozen=True, kw_only=True, omit_defaults=True):
     device_name: str | None = None  # its model, such as Ascend910B3; None, here and below: the engine uses no device
     exact: bool | None = None  # whether the network runs as it was trained; None: it is none of ours
     dtype: str | None = None  # that the network computes in, such as bfloat16
+    model: str | None = None  # a digest of the configuration, categories and weights that were loaded; None: none were
 
 
 def number(environment: Mapping[str, str], variable: str) -> int | None:
@@ -58,6 +59,17 @@ def differences(wanted: Wanted, actual: Actual) -> list[str]:
     if unused and "CPU_AFFINITY_CONF" not in wanted.env:  # with it torch_npu narrows its threads on purpose
         texts.append(f"CPUs {unused} of {wanted.cpus} are not used")
     return texts
+
+
+def models_shown(devices: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Of a snapshot's devices: what ready ones have loaded, by its digest, and which ones. Unless a reload is under way
+    more than one means that a file was replaced beneath the daemon.
+    """
+    models: dict[str, list[str]] = {}
+    for device in devices:
+        if device["state"] == "ready" and (model := device["actual"].get("model")):
+            models.setdefault(model, []).append(device["device"])
+    return models
 
 
 def differences_shown(device: Mapping[str, Any]) -> list[str]:

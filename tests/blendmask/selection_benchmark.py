@@ -49,7 +49,8 @@ def propose(arguments):
     network = blendmask.build(config)
     blendmask.load_into(network, blendmask.random_weights(network))
     prepared = blendmask.prepare(photograph(arguments.image, arguments.size), config)
-    return config, blendmask.for_inference(network, channels_last=True).propose(blendmask.collate([prepared]))
+    images = blendmask.collate([prepared.tensor], config)
+    return config, blendmask.for_inference(network, channels_last=True).propose(images)
 
 
 def timed(seconds: list[float], select, *arguments):

@@ -23,7 +23,7 @@ from blendmaskd_workers.blendmask import (
     segment,
 )
 from blendmaskd_workers.blendmask.fcos import FIELDS
-from blendmaskd_workers.blendmask.model import Proposals
+from blendmaskd_workers.blendmask.model import KEPT_FIELDS, Proposals, pack
 
 
 def noise(height: int, width: int, seed: int = 0):
@@ -86,7 +86,7 @@ def test_candidates_are_what_the_head_says(small_model, small_config, photograph
     config = replace(small_config, threshold_with_centreness=with_centreness)
     model = build(config)
     load_into(model, small_model.state_dict())
-    images = collate([prepare(photograph("coffee.png"), config)])
+    images = collate([prepare(photograph("coffee.png"), config).tensor], config)
     with torch.inference_mode():
         outputs = model.proposal_generator(model.backbone(images))
         packed = model.propose(images).packed[0].numpy()
@@ -113,11 +113,10 @@ def test_the_device_part_reads_nothing_back_and_has_no_shape_that_depends_on_dat
     with torch.device("meta"):
         model = build(config)
         images = torch.zeros(2, 3, 256, 320)
-        where = torch.zeros(3, dtype=torch.int64)
-        boxes = torch.zeros(3, 4)
+        kept = torch.zeros(3, KEPT_FIELDS)
     with torch.inference_mode():
         proposals = model.propose(images)
-        masks = model.blend(proposals, where, where, where, boxes)
+        masks = model.blend(proposals, kept)
     sizes = [(32, 40), (16, 20), (8, 10), (4, 5), (2, 3)][: len(config.strides)]
     candidates = sum(min(1000, height * width * config.num_classes) for height, width in sizes)
     assert proposals.packed.shape == (2, candidates, FIELDS)
@@ -137,13 +136,14 @@ def test_blend_reads_each_detections_own_image_level_and_cell(small_model, small
     features = [torch.randn(2, 64, *size, generator=generator) for size in sizes]
     bases = torch.randn(2, 4, 32, 32, generator=generator)
     where = [(image, level, cell) for image in range(2) for level, (h, w) in enumerate(sizes) for cell in range(h * w)]
-    images, levels, cells = torch.tensor(where).unbind(1)
     boxes = torch.tensor([[8.0, 8.0, 64.0, 64.0]]).expand(len(where), 4)
+    kept = torch.from_numpy(pack(*np.array(where).T, boxes.numpy(), sizes))
+    images = torch.tensor(where)[:, 0]
     with torch.inference_mode():
         everywhere = [small_model.top_layer(level).flatten(2) for level in features]
-        together = small_model.blend(Proposals(torch.empty(0), bases, features), images, levels, cells, boxes)
+        together = small_model.blend(Proposals(torch.empty(0), bases, features), kept)
         attended = [small_model.top_layer(level) for level in features]
-        exact = small_model.blend(Proposals(torch.empty(0), bases, features, attended), images, levels, cells, boxes)
+        exact = small_model.blend(Proposals(torch.empty(0), bases, features, attended), kept)
         read = torch.stack([everywhere[level][image, :, cell] for image, level, cell in where]).view(-1, 4, 7, 7)
         assert torch.equal(exact, blendmaskd_workers.blendmask.model.blend(bases, read, images, boxes, 28))
     for i, (image, level, cell) in enumerate(where):

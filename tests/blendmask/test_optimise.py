@@ -12,6 +12,7 @@ from zoo import CONFIGS
 from blendmaskd_workers.blendmask import (
     BlendMask,
     build,
+    collate,
     for_inference,
     load_config,
     load_into,
@@ -42,7 +43,7 @@ def trained(request) -> BlendMask:
 
 def run(network: BlendMask):
     image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
-    images = prepare(image, network.config).tensor[None]
+    images = collate([prepare(image, network.config).tensor], network.config)
     with torch.inference_mode():
         features = network.backbone(images.to(network.backbone.fpn_lateral3.weight.dtype))
         return [*features, network.basis_module(features[:3]), network.propose(images).packed]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from blendmaskd_workers.blendmask import collate, prepare
 from blendmaskd_workers.blendmask.preprocess import resized_size
@@ -35,20 +36,23 @@ def test_sizes_say_what_was_done(small_config):
 
 def test_channels_are_normalised_in_the_networks_order(small_config):
     config = replace(small_config, pixel_mean=(1.0, 2.0, 3.0), pixel_std=(1.0, 2.0, 4.0))
-    image = np.broadcast_to(np.array([11, 22, 43], np.uint8), (256, 256, 3))  # read-only, as decoders may return it
-    assert prepare(image, config).tensor[:, 0, 0].tolist() == [10, 10, 10]
-    rgb = prepare(image[:, :, ::-1], replace(config, channel_order="RGB"))
-    assert rgb.tensor[:, 0, 0].tolist() == [10, 10, 10]
+    bgr = np.broadcast_to(np.array([11, 22, 43], np.uint8), (256, 256, 3))  # read-only, as decoders may return it
+    for image, order in ((bgr, "BGR"), (bgr[:, :, ::-1], "RGB"), (Image.new("RGB", (256, 256), (43, 22, 11)), "BGR")):
+        prepared = prepare(image, replace(config, channel_order=order))
+        assert prepared.tensor[:, 0, 0].tolist() == [11, 22, 43]
+        assert collate([prepared.tensor], config)[0, :, 0, 0].tolist() == [10, 10, 10]
 
 
 def test_batches_are_padded_at_the_bottom_and_right_to_the_largest(small_config):
-    wide, tall = (prepare(np.full((h, w, 3), 200, np.uint8), small_config) for h, w in [(256, 300), (300, 256)])
-    images = collate([wide, tall])
+    config = replace(small_config, pixel_mean=(100.0,) * 3, pixel_std=(4.0,) * 3)
+    wide, tall = (prepare(np.full((h, w, 3), 200, np.uint8), config).tensor for h, w in [(256, 300), (300, 256)])
+    images = collate([wide, tall], config)
     assert images.shape == (2, 3, 320, 320)
-    assert (images[0, :, :256, :300] == wide.tensor).all()
-    assert (images[1, :, :300, :256] == tall.tensor).all()
-    assert (images[0, :, 256:] == 0).all()
-    assert (images[0, :, :, 300:] == 0).all()
+    assert images.is_contiguous()
+    for image, (height, width) in zip(images, [(256, 300), (300, 256)]):
+        assert (image[:, :height, :width] == 25).all()
+        assert (image[:, height:] == 0).all()
+        assert (image[:, :, width:] == 0).all()
 
 
 @pytest.mark.parametrize("image", [

@@ -1,16 +1,16 @@
-"""Six scenes in which other servers were measured, on this one: a row of the same table, in Markdown.
+"""Run the six scenes in which other servers were measured, and print this one's row of the table, in Markdown.
 
-Two timed devices at 21.7 ms an image, 8 clients in a closed loop, images of 150 KB by socket, nothing tried again.
+Two timed devices at 21.7 ms an image, 8 clients in a closed loop, images of 150 KB by socket, no retries.
 
 1. kill -9 of a worker under load: what its clients see
 2. images per second before, and 10 to 14 s later
 3. what /healthz and /readyz say while the worker is down
 4. 40 clients with a job each leave: how many of their jobs still run on a device
-5. 600 jobs at once, from 600 connections: answers by code, and the slowest
+5. 600 jobs at once, from 600 connections: answers by code, and the slowest of each
 6. SIGTERM with 8 jobs in flight: how many are answered, how long it takes, the exit code, what is left behind
 
   python scripts/fault_scenes.py                  # the row
-  python scripts/fault_scenes.py --json row.json  # the figures, too
+  python scripts/fault_scenes.py --json row.json  # also save the figures
   python scripts/fault_scenes.py --seconds 2      # a short one: not 10 to 14 s later, but 2 to 4
 
 Exit codes: 0 measured, whatever came out · 2 wrong arguments · 3 the daemon did not come up · 130 Ctrl-C.

@@ -2,18 +2,18 @@
 
 =============  =====================================================================================
 kill           kill -9 of a worker
-stop           SIGSTOP of a worker: the daemon finds it silent, and replaces it
+stop           SIGSTOP of a worker: the daemon notices its silence, and replaces it
 pause          SIGSTOP, and SIGCONT a moment later
 crash          an image that crashes the decoder (SIGSEGV)
 poison         an image that kills the worker on its device
 exit           an image on which the worker exits in the middle of a run
 raise          an image on which the engine raises
-hang           an image from which the device never comes back
+hang           an image on which the device hangs
 bad-image      bytes that are no image
-device         a device that dies and cannot start again, until it is mended and the daemon told to reload
+device         a device that dies and cannot start again, until it is repaired and the daemon reloads
 reload         SIGHUP, with good settings
 bad-reload     SIGHUP, with settings that are wrong
-vanish         a client that leaves in the midst of thirty jobs
+vanish         a client that leaves with thirty jobs in flight
 mute           a client that sends two thousand jobs and never reads
 flood          a client that sends four hundred jobs at once
 =============  =====================================================================================

@@ -2,7 +2,7 @@
 
 Starts a daemon of its own with the `timed` engine, loads it from several clients (closed loop, images of 9 KB to 1.9
 MB, half of them by shared memory), and injects faults at random times, the same ones for the same seed. At the end
-nothing may be lost, answered twice or wrongly, and the daemon may hold no more than it did.
+no job may be lost, answered twice or wrongly, and the daemon may hold no more memory or descriptors than before.
 
   python scripts/chaos.py --minutes 10                          # all faults
   python scripts/chaos.py --minutes 2 --seed 7 --faults kill,stop,hang --every 0.5
@@ -10,16 +10,17 @@ nothing may be lost, answered twice or wrongly, and the daemon may hold no more 
   python scripts/chaos.py --minutes 10 --json chaos.json --log daemon.log
 
 {faults}
-Answered, lost and duplicated are counted by the clients, which talk to the daemon without any library of ours and try
-nothing again. Lost: no answer after {lost:g} times the deadline that a job was sent with. Jobs of clients that left or
-never read are abandoned, and nobody's loss. Recovery: from a fault of a worker until all devices are ready, as
-stats say each second. Memory grows where the line of least squares through the samples after --warm-up rises by more
-than {slope:g} MB a minute, and by more than {noise:g} MB in all: a run of a minute shows no slope worth its name.
+The clients do the accounting; they do not use this package's client library, and retry nothing. Lost: no answer after
+{lost:g} times the deadline that a job was sent with. Jobs of clients that left or never read are abandoned, which is
+no loss. Recovery: from a fault of a worker until all devices are ready, as the statistics show each second. Memory
+grows if the least-squares line through what is held in the quietest moment of each {window:g} s after --warm-up rises
+by more than {slope:g} MB a minute, and by more than {noise:g} MB in all; a run of one minute is too short to show a
+slope.
 
-Ctrl-C ends the run early, with the report of what was until then.
+Ctrl-C ends the run early, and the report covers it until then.
 
 Exit codes: 0 nothing lost, duplicated or wrong, nothing grows · 1 something is · 2 wrong arguments · 3 the daemon did
-not come up · 130 Ctrl-C, and nothing was wrong until then.
+not start · 130 Ctrl-C, and nothing was wrong until then.
 """
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ from rich.live import Live
 from rich.table import Table
 
 from blendmaskd import files
-from blendmaskd.programs.arguments import positive, seconds
+from blendmaskd.programs.arguments import checked, positive, seconds
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, guarded
 from blendmaskd.programs.interruption import Interruptible
 from chaos import growth, injector
@@ -206,7 +207,7 @@ class Chaos:
                 self.clients.misbehave(fault.kind, now)
 
     def _mend(self) -> None:
-        """Again and again, until no device has failed: a reload is refused while another is under way."""
+        """Again and again, until no device has failed: it may be broken anew before the reload comes to it."""
         self.host.mend_devices()
         self.host.reload(good=True)
         self._later.append((time.monotonic() + MENDED_AFTER_S, self._mend_what_failed))
@@ -395,7 +396,7 @@ def _counts(counts: dict[str, int]) -> str:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     kinds = (injector.__doc__ or "").split("\n\n", 1)[1]
     text = (__doc__ or "").format(faults=kinds, lost=LOST_AFTER_DEADLINES, slope=growth.MOST_MB_PER_MIN,
-                                  noise=growth.NOISE_MB)  # fmt: skip
+                                  window=growth.WINDOW_S, noise=growth.NOISE_MB)  # fmt: skip
     parser = argparse.ArgumentParser(prog="chaos", description=text,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--minutes", metavar="N", type=_minutes, default=1.0, help="default 1")
@@ -416,17 +417,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _minutes(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 24 * 60:
-        raise argparse.ArgumentTypeError(f"{text}: expected minutes, more than 0 and at most a day")
-    return value
+    return checked(text, float, lambda value: 0 < value <= 24 * 60, "minutes, more than 0 and at most a day")
 
 
 def _latency(text: str) -> dict[int, float]:
-    value = float(text)
-    if not 0 <= value <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text}: expected milliseconds, 0 to 10000")
-    return {1: value}
+    return {1: checked(text, float, lambda value: 0 <= value <= 10_000, "milliseconds, 0 to 10000")}
 
 
 def _kinds(text: str) -> Sequence[str]:

@@ -17,7 +17,7 @@ def worker(node: str, device: str, images: int, *, leased: int = 0, state: str =
     report = Report(start=0.0, end=1.0, images=images, busy_s=0.5, memory_bytes=7, device_memory_bytes=8, shapes=[],
                     window=2)  # fmt: skip
     stats.report(device, report)
-    slot = {"device": device, "node": node, "state": state, "restarts": 0}
+    slot = {"device": device, "node": node, "state": state, "restarts": 0, "wanted": {}, "actual": {}}
     return stats.snapshot(1.0, 101.0, [slot], leased=leased, answered=0, failures={})
 
 

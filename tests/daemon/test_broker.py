@@ -8,7 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from blendmaskd.core.broker import Acquit, Action, Answered, Broker, Dropped, Evict, Limits, SendWorker
+from blendmaskd.core.actions import Acquit, Action, Answered, Dropped, Evict, SendWorker
+from blendmaskd.core.broker import Broker
+from blendmaskd.core.refusals import Limits
 from blendmaskd.core.regions import PAGE, Memory
 from blendmaskd.protocol import (
     Cancel,
@@ -203,12 +205,13 @@ def test_one_clients_own_bounds_count_what_is_on_a_device_too() -> None:
         submit(broker, job)
     refusal = answers(submit(broker, "4"))["4"]
     assert isinstance(refusal, Failed)
-    assert (refusal.code, refusal.reason) == (Code.BUSY, "this client has 3 jobs unanswered, as many as one client may")
+    assert refusal.code is Code.BUSY
+    assert refusal.reason == "this client has 3 unanswered jobs, the maximum for one client"
     submit(broker, "large", client=b"other", size=500)  # its only one: how large one may be is another bound
     refusal = answers(submit(broker, "more", client=b"other", size=1))["more"]
     assert isinstance(refusal, Failed)
     assert (refusal.code, refusal.reason) == (
-        Code.BUSY, "this client has 500 bytes unanswered: one client may have 100"
+        Code.BUSY, "this client has 500 unanswered bytes, the maximum for one client is 100"
     )  # fmt: skip
 
 
@@ -266,12 +269,45 @@ def test_over_a_bound_the_answer_is_at_once(broker: Broker, fill: int, size: int
 
 
 def test_busy_names_when_half_the_queue_will_be_gone(broker: Broker) -> None:
-    broker.served_per_s = 10.0
-    for number in range(4):
-        submit(broker, f"{number}")
-    refusal = answers(submit(broker, "over"))["over"]
-    assert isinstance(refusal, Failed)
-    assert refusal.retry_after_s == pytest.approx(0.2)
+    """Two leases of 0.2 s at a time are 10 jobs a second."""
+    with_workers(broker, "npu:0.1")
+    busy_for_0_2_s(broker, now=0.0)
+    assert retry_after_s(broker, now=0.3) == pytest.approx(0.2)
+
+
+def test_an_idle_hour_does_not_slow_what_busy_names(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    for hour in range(3):
+        busy_for_0_2_s(broker, now=3600.0 * hour)
+    assert retry_after_s(broker, now=3600.0 * 3) == pytest.approx(0.2)
+
+
+def test_what_busy_names_follows_the_last_answers(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    busy_for_0_2_s(broker, now=0.0)
+    for number in range(1, 100):
+        [(_, lease)] = leases(submit(broker, "slower", now=float(number)))
+        finish(broker, "npu:0.1", lease, now=number + 0.4)
+    assert retry_after_s(broker, now=200.0) == pytest.approx(0.4, rel=0.01)
+
+
+def test_while_nothing_was_served_busy_names_a_second(broker: Broker) -> None:
+    assert retry_after_s(broker, now=0.0) == 1.0
+
+
+def busy_for_0_2_s(broker: Broker, now: float) -> None:
+    held = [lease for job in "ab" for _, lease in leases(submit(broker, job, now=now))]
+    for lease in held:
+        finish(broker, "npu:0.1", lease, now=now + 0.2)
+
+
+def retry_after_s(broker: Broker, now: float) -> float | None:
+    """As `busy` names it, with two jobs on a device, or four waiting where there is none."""
+    while (refusal := answers(submit(broker, f"{broker.unanswered}", now=now))) == {}:
+        pass
+    [busy] = refusal.values()
+    assert isinstance(busy, Failed)
+    return busy.retry_after_s
 
 
 def test_a_repeated_submit_of_a_live_job_changes_nothing(broker: Broker) -> None:
@@ -439,7 +475,7 @@ def test_an_image_that_was_given_up_is_refused_at_once_under_any_name_for_ten_mi
         assert isinstance(refused, Failed)
         assert (refused.code, refused.retry_after_s) == (Code.WORKER_LOST, None)
         assert "given up: npu:2.1 killed by SIGKILL; it was on a worker that died 2 times" in refused.reason
-        assert refused.reason.endswith(f"it may be tried again in {round(601.5 - now)} s")
+        assert refused.reason.endswith(f"it may be retried in {round(601.5 - now)} s")
     assert leases(submit_image(broker, "another", b"good", now=2.0))
     assert leases(submit_image(broker, "after that", now=601.0))
 
@@ -598,7 +634,7 @@ def test_a_worker_that_makes_no_progress_is_evicted(broker: Broker) -> None:
     assert broker.expire(5.9) == []
     broker.heard("npu:0.1", 5.9)
     [evict] = broker.expire(6.0)
-    assert evict == Evict("npu:0.1", "leases held, none ended for 5 s")
+    assert evict == Evict("npu:0.1", "no lease has ended for 5 s")
     assert broker.expire(7.0) == [], "once is enough"
     assert broker.next_deadline() == 101.0, "the job's own"
     assert leases(submit(broker, "b", now=7.0)) == []
@@ -618,7 +654,18 @@ def test_each_end_of_a_lease_is_progress(broker: Broker) -> None:
     finish(broker, "npu:0.1", first, now=4.0)
     broker.heard("npu:0.1", 8.0)
     assert broker.expire(8.9) == []
-    assert broker.expire(9.0) == [Evict("npu:0.1", "leases held, none ended for 5 s")]
+    assert broker.expire(9.0) == [Evict("npu:0.1", "no lease has ended for 5 s")]
+
+
+def test_time_in_which_the_daemon_stood_still_is_no_silence_of_a_worker(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1", "npu:1.1")
+    submit(broker, "1", now=1.0, deadline_s=100)
+    broker.heard("npu:1.1", 9.0)  # it was read before anybody noticed
+    broker.forgive(8.0, 9.0)
+    assert broker.expire(12.9) == []
+    assert broker.expire(13.0) == [Evict("npu:0.1", "no sign of life for 5 s")]
+    assert broker.expire(13.9) == [], "no more than it stood still"
+    assert broker.expire(14.0) == [Evict("npu:1.1", "no sign of life for 5 s")]
 
 
 def test_a_retiring_worker_finishes_and_is_then_told_to_stop(broker: Broker) -> None:
@@ -660,4 +707,4 @@ def test_answered_jobs_do_not_pile_up_behind_far_deadlines(broker: Broker) -> No
     for number in range(1000):
         [(worker, lease)] = leases(submit(broker, f"{number}", deadline_s=86400.0))
         finish(broker, worker, lease)
-    assert len(broker._deadlines) < 100
+    assert len(broker._jobs._deadlines) < 100

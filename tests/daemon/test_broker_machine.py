@@ -8,7 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from blendmaskd.core.broker import Action, Answered, Broker, Evict, Limits, SendWorker
+from blendmaskd.core.actions import Action, Answered, Evict, SendWorker
+from blendmaskd.core.broker import Broker
+from blendmaskd.core.refusals import Limits
 from blendmaskd.core.regions import PAGE, Memory
 from blendmaskd.protocol import (
     Cancel,

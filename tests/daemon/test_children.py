@@ -7,6 +7,9 @@ import signal
 from typing import Any
 
 import numpy as np
+from test_launch_plan import NONE, make_plan
+
+from blendmaskd.shell.processes import UNKNOWN_END, Child, how_it_ended
 
 PICTURE = np.zeros((32, 32, 3), np.uint8)
 LONG_S = 60.0
@@ -27,3 +30,10 @@ def test_a_worker_that_cannot_be_started_is_tried_again_while_the_others_serve(d
     wait_until(lambda: running.pids()["cpu:0"] not in (dead, None), LONG_S)
     running.wait_ready()
     assert client.segment(PICTURE).detections
+
+
+def test_an_end_that_somebody_else_was_told_of_is_no_success() -> None:
+    child = Child(make_plan("cpu:0", tuple(os.sched_getaffinity(0)), os.environ, NONE, ("-c", "")))
+    os.waitpid(child.process.pid, 0)
+    assert child.reap() == UNKNOWN_END
+    assert how_it_ended(UNKNOWN_END) == "ended, and nobody knows how"

@@ -1,7 +1,11 @@
 """Both clients against a running daemon; where a peer has to misbehave, against a bare socket."""
 import asyncio
+import contextlib
+import gc
 import io
 import itertools
+import os
+import socket
 import struct
 import threading
 import time
@@ -14,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import zmq
+from curve import free_port
 from PIL import Image
 
 from blendmaskd import protocol
@@ -313,7 +318,7 @@ def test_stats_are_the_latest_snapshot(shared_daemon: Any, wait_until: Any) -> N
 def test_a_deadline_that_passes_is_a_timeout_and_not_tried_again(slow_daemon: Any) -> None:
     before = outcomes(slow_daemon).get("timeout", 0)
     start = time.monotonic()
-    with pytest.raises(JobFailed, match=r"timeout: not done .* on cpu:0") as failed:
+    with pytest.raises(JobFailed, match=r"timeout: the deadline passed .* on cpu:0") as failed:
         slow_daemon.client.segment(pixels(0), deadline_s=0.05)
     assert failed.value.code is Code.TIMEOUT
     assert time.monotonic() - start < SLOW_MS / 1000
@@ -464,7 +469,7 @@ async def gather(endpoint: str, images: list[Any]) -> list[Segmentation]:
 
 def with_client(endpoint: str, work: Callable[[AsyncClient], Awaitable[Any]], timeout_s: float = 20.0) -> Any:
     async def run() -> Any:
-        async with AsyncClient(endpoint, timeout_s=timeout_s) as client, asyncio.timeout(30):
+        async with AsyncClient(endpoint, timeout_s=timeout_s) as client, asyncio.timeout(60):
             return await work(client)
 
     return asyncio.run(run())
@@ -570,3 +575,283 @@ def test_a_lost_answer_to_stats_does_not_mislead_the_next(peer: Peer) -> None:
     assert peer.receive() == protocol.GetStats()
     peer.send(protocol.Stats(stats={"seq": 2}))
     assert result() == {"seq": 2}
+
+
+# -- what callers get wrong -------------------------------------------------------------------------------------------
+
+# What cannot be sent, or would be refused: by name, the call.
+WRONG: dict[str, Callable[[Any], Any]] = {
+    "an int beyond 64 bits": lambda client: client.segment(pixels(0), priority=10**30),
+    "an object": lambda client: client.segment(pixels(0), score_threshold=object()),
+    "a complex number": lambda client: client.segment(pixels(0), score_threshold=1j),
+    "text for a number": lambda client: client.segment(pixels(0), deadline_s="5"),
+    "not a number": lambda client: client.segment(pixels(0), deadline_s=float("nan")),
+    "infinity": lambda client: client.segment(pixels(0), deadline_s=np.inf),
+    "a numpy truth": lambda client: client.segment(pixels(0), max_detections=np.bool_(True)),
+    "an array": lambda client: client.segment(pixels(0), score_threshold=np.zeros(2)),
+    "None for a choice": lambda client: client.segment(pixels(0), mask_format=None),
+    "an unknown option": lambda client: client.segment(pixels(0), softness=1),
+    "objects": lambda client: client.segment(np.zeros((4, 4, 3), object)),
+    "dates": lambda client: client.segment(np.zeros((4, 4, 3), "datetime64[s]")),
+    "surrogates": lambda client: client.segment(ServerPath("/caf\udce9.jpg")),
+    "a path of bytes": lambda client: client.segment(ServerPath(b"/x.jpg")),  # type: ignore[arg-type]
+    "a long path": lambda client: client.segment(ServerPath("/" + "x" * 5000)),
+    "a long name": lambda client: client.submit(pixels(0), job="x" * 200),
+    "a short name": lambda client: client.submit(pixels(0), job="x"),
+    "a name that is no text": lambda client: client.submit(pixels(0), job=b"x" * 40),
+    "a number as a name": lambda client: client.fetch(5),
+    "no name": lambda client: client.forget(None),
+}
+REFUSED = (JobFailed, TypeError, ValueError, OverflowError)
+
+
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
+def test_a_wrong_argument_raises_in_its_call_and_nowhere_else(shared_daemon: Any, call: Callable[[Any], Any]) -> None:
+    async def work(client: AsyncClient) -> None:
+        others = asyncio.create_task(client.segment(pixels(1)))
+        with pytest.raises(REFUSED):
+            await asyncio.wait_for(call(client), 5)
+        assert answered(await others) == checksum(pixels(1))
+        assert answered(await client.segment(pixels(2))) == checksum(pixels(2))
+
+    with_client(shared_daemon.endpoint, work)
+    with shared_daemon.connect(timeout_s=5) as client:
+        with pytest.raises(REFUSED):
+            call(client)
+        assert answered(client.segment(pixels(3))) == checksum(pixels(3))
+
+
+def test_numbers_of_other_libraries_are_numbers(shared_daemon: Any) -> None:
+    options = {"score_threshold": np.float32(0.25), "max_detections": np.int64(0), "priority": np.int8(-1),
+               "deadline_s": np.float64(5)}  # fmt: skip
+    assert shared_daemon.client.segment(pixels(0), **options).detections == []
+    assert with_client(shared_daemon.endpoint, lambda client: client.segment(pixels(0), **options)).detections == []
+    with Client(shared_daemon.endpoint, timeout_s=np.float32(5), retries=np.int64(2)) as client:
+        assert answered(client.segment(pixels(0))) == checksum(pixels(0))
+
+
+@pytest.mark.parametrize(
+    "options", [{"timeout_s": 0}, {"timeout_s": float("nan")}, {"timeout_s": "x"}, {"retries": 1.5}]
+)
+def test_a_client_that_cannot_be_is_refused_where_it_is_made(options: dict[str, Any]) -> None:
+    for make in (Client, AsyncClient):
+        with pytest.raises((ValueError, TypeError)):
+            make("ipc:///x", **options)
+
+
+@pytest.mark.parametrize("view", [lambda data: memoryview(data)[::2], lambda data: memoryview(data[::2]).cast("b")])
+def test_views_of_bytes_arrive_as_they_look(shared_daemon: Any, view: Any) -> None:
+    data = bytearray(encoded(pixels(1, 20, 30), "PNG"))
+    spread = bytearray(2 * len(data))
+    spread[::2] = data
+    assert answered(shared_daemon.client.segment(view(spread))) == checksum(pixels(1, 20, 30))
+
+
+def test_a_task_that_dies_ends_what_waits_with_its_error(peer: Peer) -> None:
+    async def work(client: AsyncClient) -> None:
+        waiting = [asyncio.create_task(client.segment(b"x")), asyncio.create_task(client.stats())]
+        for _ in waiting:
+            await asyncio.to_thread(peer.receive)
+        peer.socket.send_multipart([peer.client, b"nonsense"])
+        for task in waiting:
+            with pytest.raises(protocol.ProtocolError):
+                await asyncio.wait_for(task, 5)
+        with pytest.raises(RuntimeError, match="this client has failed: ProtocolError"):
+            await client.segment(b"x")
+
+    with_client(peer.endpoint, work)
+
+
+LARGE = np.zeros((1000, 1500, 3), np.uint8)
+
+
+@pytest.mark.parametrize("transport", ["auto", "socket", "shared"])
+def test_an_image_over_the_limit_fails_alone_and_at_once(daemon: Any, transport: Any) -> None:
+    """Its frame would be twice what ZeroMQ reads, and cost the connection."""
+    running = daemon(devices=["cpu:0"], limits={"max_image_bytes": 1 << 20})
+    reason = r"too-large: 4500000 bytes: an image has at most 1048576 \(limits.max_image_bytes\)"
+
+    async def work(client: AsyncClient) -> None:
+        large = asyncio.create_task(client.segment(LARGE))
+        assert answered(await asyncio.wait_for(client.segment(pixels(1)), 5)) == checksum(pixels(1))
+        with pytest.raises(JobFailed, match=reason):
+            await asyncio.wait_for(large, 5)
+
+    with_client(running.endpoint, work)
+    client = running.connect(transport=transport)
+    found = list(client.map([pixels(1), LARGE, pixels(2), LARGE, pixels(3)], on_error="return"))
+    assert [str(each).partition(":")[0] for each in found if isinstance(each, JobFailed)] == ["too-large"] * 2
+    assert [answered(found[place]) for place in (0, 2, 4)] == [checksum(pixels(number)) for number in (1, 2, 3)]
+    assert "gone" not in running.log
+
+
+def test_the_limits_are_asked_again_of_a_daemon_that_was_restarted(daemon: Any) -> None:
+    running = daemon(devices=["cpu:0"], limits={"max_image_bytes": 1 << 20})
+    client = running.client
+    with pytest.raises(JobFailed, match="too-large"):
+        client.segment(LARGE)
+    running.kill()
+    running.rewrite(limits={"max_image_bytes": 8 << 20})
+    running.start()
+    running.wait_ready()
+    assert client.segment(LARGE).width == 1500
+
+
+def test_a_daemon_that_knows_no_limits_gets_the_image(peer: Peer) -> None:
+    with Client(peer.endpoint, timeout_s=10, transport="socket") as client:
+        result = in_thread(lambda: client.segment(LARGE))
+        assert peer.receive() == protocol.GetLimits()
+        peer.refuse("", Code.BAD_REQUEST)
+        peer.finish(peer.receive().job)
+        assert result().device == "npu:0"
+
+
+# -- whose a client is ------------------------------------------------------------------------------------------------
+
+
+def test_after_a_fork_the_child_is_told_and_the_parent_is_not_harmed(shared_daemon: Any) -> None:
+    client = shared_daemon.connect()
+    large = pixels(1, 200, 300)
+    before = answered(client.segment(large))
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        said = []
+        for call in (lambda: client.segment(large), client.stats, client.close, client.close):
+            try:
+                said.append(str(call()))
+            except BaseException as error:
+                said.append(repr(error))
+        os.write(writing, "\n".join(said).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as pipe:
+        said = pipe.read().split("\n")
+    os.waitpid(pid, 0)
+    assert [f"belongs to process {os.getpid()}" in each for each in said] == [True, True, False, False]
+    assert said[2:] == ["None", "None"]
+    for _ in range(3):
+        assert answered(client.segment(large)) == before
+
+
+def test_a_closed_client_says_so_and_is_closed_again_quietly(shared_daemon: Any) -> None:
+    client = Client(shared_daemon.endpoint)
+    results = client.map([pixels(0)] * 5)
+    next(results)
+    client.close()
+    client.close()
+    for call in (lambda: client.segment(pixels(0)), client.stats, lambda: next(results)):
+        with pytest.raises(RuntimeError, match="this client is closed"):
+            call()
+
+
+def test_another_thread_is_told(slow_daemon: Any, wait_until: Any) -> None:
+    client = slow_daemon.connect()
+    result = in_thread(lambda: client.segment(pixels(1)))
+    wait_until(lambda: client._exchange.jobs)
+    for call in (lambda: client.segment(pixels(2)), client.stats, client.close, lambda: list(client.map([pixels(2)]))):
+        with pytest.raises(RuntimeError, match="used by another thread"):
+            call()
+    assert answered(result()) == checksum(pixels(1))
+    assert answered(client.segment(pixels(2))) == checksum(pixels(2))  # one after the other they may
+
+
+def test_an_async_client_is_of_one_loop_and_of_its_block(shared_daemon: Any) -> None:
+    client = AsyncClient(shared_daemon.endpoint)
+
+    async def use() -> None:
+        for call in (client.segment(pixels(0)), client.stats(), client.fetch("x" * 40)):
+            with pytest.raises(RuntimeError, match=reason):
+                await asyncio.wait_for(call, 5)
+        with pytest.raises(RuntimeError, match=reason):
+            [each async for each in client.map([pixels(0)])]
+
+    async def enter_and_use() -> None:
+        nonlocal reason
+        async with client:
+            with pytest.raises(RuntimeError, match="in use already"):
+                await client.__aenter__()
+            reason = "another event loop"
+            await asyncio.to_thread(asyncio.run, use())
+            assert answered(await client.segment(pixels(0))) == checksum(pixels(0))
+        reason = "closed"
+        await use()
+
+    reason = "not connected"
+    asyncio.run(use())
+    asyncio.run(enter_and_use())
+
+
+def test_a_forgotten_client_gives_back_what_it_held(shared_daemon: Any) -> None:
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    def forget() -> None:
+        assert Client(shared_daemon.endpoint).segment(pixels(1, 200, 300)).width == 300
+
+    forget()  # what pyzmq keeps for all
+    gc.collect()
+    before = held()
+    for _ in range(5):
+        forget()
+    gc.collect()
+    assert held() == before
+
+
+
+# -- a path that goes silent ------------------------------------------------------------------------------------------
+
+
+class Relay:
+    """A path to a daemon by TCP. `swallow` makes it silent: what is sent vanishes and no end is told, as when a NAT
+    forgets a connection; new connections work.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._silent: set[socket.socket] = set()
+        self._open: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                ends = self._listener.accept()[0], socket.create_connection(("127.0.0.1", self._port))
+                self._open += ends
+                for pair in (ends, ends[::-1]):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if source not in self._silent:
+                    target.sendall(data)
+
+    def swallow(self) -> None:
+        self._silent.update(self._open)
+
+    def close(self) -> None:
+        for each in (self._listener, *self._open):
+            each.close()
+
+
+@pytest.mark.slow
+def test_a_path_that_goes_silent_is_given_up_and_the_job_sent_again(daemon: Any) -> None:
+    port = free_port()
+    daemon(insecure_tcp=True, endpoints={"clients": [f"tcp://127.0.0.1:{port}"], "metrics": None})
+    relay = Relay(port)
+
+    async def work(client: AsyncClient) -> None:
+        await client.segment(pixels(1))
+        relay.swallow()
+        assert answered(await client.segment(pixels(2))) == checksum(pixels(2))
+
+    with contextlib.closing(relay), Client(relay.endpoint, timeout_s=60) as client:
+        client.segment(pixels(1))
+        relay.swallow()
+        start = time.monotonic()
+        assert answered(client.segment(pixels(2))) == checksum(pixels(2))
+        assert time.monotonic() - start < 40
+        with_client(relay.endpoint, work, timeout_s=60.0)

@@ -25,15 +25,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from blendmaskd import protocol
-from blendmaskd.assignment import EXIT_CANNOT_BOOT
+from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_HOST_LACKS
 from blendmaskd.client import exchange
 from blendmaskd.client.connection import RETRIES
 from blendmaskd.client.exchange import Exchange, JobFailed, Segmentation
-from blendmaskd.core import broker as broker_module
+from blendmaskd.core import actions as broker_actions
 from blendmaskd.core import reload as reload_module
 from blendmaskd.core import supervisor as supervisor_module
-from blendmaskd.core.broker import Acquit, Answered, Broker, Evict, Limits, SendWorker
+from blendmaskd.core.actions import Acquit, Answered, Evict, SendWorker
+from blendmaskd.core.broker import Broker
 from blendmaskd.core.launch_plan import Basis, Preload
+from blendmaskd.core.refusals import Limits
 from blendmaskd.core.reload import Adopt, GiveUp, Ready, Reload, StopCheck
 from blendmaskd.core.supervisor import Kill, Spawn, State, Supervisor
 from blendmaskd.protocol import (
@@ -124,7 +126,7 @@ class DaemonMachine(RuleBasedStateMachine):
 
     # -- the shell --------------------------------------------------------------------------------------------------
 
-    def broker_does(self, actions: list[broker_module.Action]) -> None:
+    def broker_does(self, actions: list[broker_actions.Action]) -> None:
         for action in actions:
             match action:
                 case Answered(to, answer, payload):
@@ -385,7 +387,7 @@ class DaemonMachine(RuleBasedStateMachine):
             self.broker_does(self.broker.finished(worker, message, [b"\x90"], self.now))
 
     @precondition(lambda self: self.alive())
-    @rule(pick=pick, code=st.sampled_from([-9, -11, 0, 3, 70, EXIT_CANNOT_BOOT]))
+    @rule(pick=pick, code=st.sampled_from([-9, -11, 0, 3, 70, EXIT_CANNOT_BOOT, EXIT_HOST_LACKS]))
     def die(self, pick: int, code: int) -> None:
         self.end(self.alive()[pick % len(self.alive())], code)
 

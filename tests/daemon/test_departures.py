@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import zmq
 
-from blendmaskd.shell.admission.departures import Departures
+from blendmaskd.shell.admission.gate import Gate
 
 Connect = Callable[[bytes], zmq.Socket[bytes]]
 
@@ -21,18 +21,20 @@ class Daemon:
         self.router = context.socket(zmq.ROUTER)
         self.router.linger = 0
         self.router.set(zmq.ROUTER_HANDOVER, 1)
-        self.departures = Departures(context, self.router)
+        self.gate = Gate(context, self.router, None, most=100, most_tcp=100)
+        self.departures = self.gate.departures
         self.router.bind(endpoint)
         self.endpoint = str(self.router.get_string(zmq.LAST_ENDPOINT))
 
     def turn(self, wait_ms: int = 0) -> tuple[list[bytes], list[bytes]]:
         """Who left, and who said something."""
+        self.gate.receive()
         left = self.departures.take()
         heard = []
         if self.router.poll(wait_ms):
             while self.router.poll(0):
                 client, *frames = self.router.recv_multipart(copy=False)
-                self.departures.heard(client.bytes, frames[-1])
+                self.gate.heard(client.bytes, frames[-1])
                 heard.append(client.bytes)
         return left, heard
 
@@ -83,7 +85,7 @@ def test_who_has_left_by_ipc_is_told_once(here, connect, transport, wait_until) 
     here.turn()
     a.close(linger=0)
     if transport == "tcp":
-        assert wait_until(lambda: here.departures.socket.poll(0))
+        assert wait_until(lambda: here.gate.sockets[0].poll(0))
         assert here.turn() == ([], []), "it may come back"
     else:
         assert wait_until(lambda: here.turn()[0]) == [b"a"]
@@ -96,7 +98,7 @@ def test_what_was_said_in_the_turn_before_may_be_anothers(here, connect, wait_un
     a = connect(b"a")
     says(here, a, b"a")
     a.close(linger=0)
-    assert wait_until(lambda: here.departures.socket.poll(0))
+    assert wait_until(lambda: here.gate.sockets[0].poll(0))
     assert here.turn() == ([], []), "it might have been said by a new connection of the same number"
     assert here.turn() == ([], [])
 
@@ -126,7 +128,8 @@ def test_nothing_is_kept_of_who_has_left(here, connect, wait_until) -> None:
         if number % 2:
             here.turn()
         socket.close(linger=0)
-        assert wait_until(lambda: here.departures.socket.poll(0))
+        assert wait_until(lambda: here.gate.sockets[0].poll(0))
         here.turn()
+    assert here.gate.connections == 0
     assert here.departures._heard == {}
     assert here.departures._descriptors == {}

@@ -111,7 +111,7 @@ def test_an_async_client_does_the_same(kept: Any) -> None:
     ("change", "code", "reason"),
     [
         ({"job": "guessable"}, Code.BAD_REQUEST, "at least 32 random characters"),
-        ({"image": bytes(200_000)}, Code.TOO_LARGE, "an image has at most 100000"),
+        ({"image": bytes(200_000)}, Code.TOO_LARGE, "the limit is 100000"),
         ({"image": ServerPath("/etc/passwd")}, Code.BAD_REQUEST, "images by path are disabled"),
     ],
 )

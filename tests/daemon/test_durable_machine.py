@@ -19,9 +19,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from blendmaskd.core import broker, durable
-from blendmaskd.core.broker import DURABLE, Answered, Broker, Limits, Losses, Returned, SendWorker
-from blendmaskd.core.durable import UNPROVEN_LOSSES, Durable, SendClient, State
+from blendmaskd.core import durable
+from blendmaskd.core.actions import DURABLE, Acquit, Answered, Dropped, Evict, Losses, Returned, SendWorker
+from blendmaskd.core.broker import Broker
+from blendmaskd.core.durable import UNPROVEN_LOSSES, Durable, SendClient
+from blendmaskd.core.durable_jobs import State
+from blendmaskd.core.refusals import Limits
 from blendmaskd.core.spool_messages import AnswerKept, Look, Reply, Request, Store, StoreAnswer, Stored
 from blendmaskd.protocol import (
     Accepted,
@@ -124,7 +127,7 @@ class DurableMachine(RuleBasedStateMachine):
                 return self.durable.lost(action.job, action.attempts, action.losses)
             case Returned():
                 return self.durable.returned(action.job)
-            case SendWorker() | broker.Evict() | broker.Acquit() | broker.Dropped():
+            case SendWorker() | Evict() | Acquit() | Dropped():
                 pass
             case _:
                 self.spool.ask(action)
@@ -267,8 +270,8 @@ class DurableMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 5))
     def disk(self, count: int) -> None:
         for reply in self.spool.do(count):
-            if isinstance(reply, AnswerKept) and reply.seq in self.durable._by_seq:  # else it was forgotten
-                name = self.durable._by_seq[reply.seq].name
+            if isinstance(reply, AnswerKept) and reply.seq in self.durable._jobs.by_seq:  # else it was forgotten
+                name = self.durable._jobs.by_seq[reply.seq].name
                 self.runs[name] += 1
                 assert self.runs[name] == 1, "answered twice"
             self.carry_out(self.durable.replied(reply, self.now))
@@ -290,8 +293,8 @@ class DurableMachine(RuleBasedStateMachine):
     def holds(self) -> None:
         self.durable.check()
         self.broker.check()
-        queued = {job.name for job in self.durable._jobs.values() if job.state is State.QUEUED}
-        assert queued == self.broker._jobs_of(DURABLE).keys(), "the broker has other jobs"
+        queued = {job.name for job in self.durable._jobs if job.state is State.QUEUED}
+        assert queued == self.broker._jobs.account(DURABLE).jobs.keys(), "the broker has other jobs"
         assert self.durable._looks == sum(isinstance(asked, Look) for asked in self.spool.asked)
         assert self.available or not self.broker.unanswered, "a job waits for no device"
 
@@ -364,7 +367,7 @@ def test_owners_take_turns_and_leave_each_other_room() -> None:
     (stored,) = machine.durable.submit(b"a", owned, 40, lambda: [bytes(40)], 0.0)
     assert isinstance(stored, Store)
     (refused,) = machine.durable.submit(b"a", msgspec.structs.replace(owned, job="8" * 32), 40, lambda: [b""], 0.0)
-    assert "the last are for others" in refused.answer.reason
+    assert "the last ones are reserved for others" in refused.answer.reason
     (stored,) = machine.durable.submit(b"b", msgspec.structs.replace(owned, job="7" * 32), 40, lambda: [b""], 0.0)
     assert isinstance(stored, Store)
     machine.spool.die()
@@ -374,10 +377,10 @@ def test_owners_take_turns_and_leave_each_other_room() -> None:
 @pytest.mark.parametrize(
     ("limits", "taken", "complaint"),
     [
-        ({"max_jobs_per_client": 3}, 3, "this client has 3 durable jobs unanswered, as many as one client may"),
-        ({"max_bytes_per_client": 90}, 2, "this client has 80 bytes unanswered: one client may have 90"),
+        ({"max_jobs_per_client": 3}, 3, "this client has 3 unanswered durable jobs, the maximum for one client"),
+        ({"max_bytes_per_client": 90}, 2, "this client has 80 unanswered bytes, the maximum is 90"),
         ({"max_jobs": 16, "max_jobs_per_client": 16}, 14,
-         "this client has 14 jobs on their way to the spool: the last places are reserved for others"),
+         "this client has 14 jobs being written to the spool: the last places are reserved for others"),
     ],
 )
 def test_one_owner_has_no_more_than_one_may(limits: dict[str, int], taken: int, complaint: str) -> None:

@@ -36,9 +36,9 @@ def broken(error: str, cause: Cause | None = None) -> list[Finding]:
     return npu(probe=Probe(error=error, cause=cause))
 
 
-def nodes(opened: bool = False, **facts: Any) -> list[Finding]:
+def nodes(opened: bool = False, user: str = "alice", **facts: Any) -> list[Finding]:
     sound = {"path": "/dev/davinci1", "there": True, "usable": True, "group": "HwHiAiUser", "member": True}
-    return devices.judge_nodes([NodeFacts(**{**sound, **facts})], opened, "alice")
+    return devices.judge_nodes([NodeFacts(**{**sound, **facts})], opened, user)
 
 
 def versions(**facts: Any) -> list[Finding]:
@@ -111,6 +111,8 @@ FAULTS: list[Case] = [
     ("no node", lambda: nodes(there=False), "error", "missing: /dev/davinci1", "driver"),
     ("shut node", lambda: nodes(usable=False, member=False), "error",
      r"/dev/davinci1: alice may not use it \(group HwHiAiUser\)", "usermod --append --groups HwHiAiUser alice"),
+    ("shut node in a container", lambda: nodes(usable=False, member=False, user="65532"), "error",
+     "65532 may not use it", "supplementalGroups"),
     ("old login", lambda: nodes(usable=False, member=True), "error", "may not use it", "log in again"),
     ("service shut out", lambda: nodes(opened=True, service_may=False), "error",
      "blendmaskd is not in the group HwHiAiUser", "usermod --append --groups HwHiAiUser blendmaskd"),
@@ -147,7 +149,10 @@ FAULTS: list[Case] = [
     ("long path", lambda: ipc("/" + "x" * 107), "error", "a path of 108 bytes, at most 107 are possible", "shorter"),
     ("no room for .fd", lambda: ipc("/" + "x" * 104), "warning", "no room for .fd: no shared memory", "shorter"),
     ("shut folder", lambda: ipc(folder_usable=False), "error", "this user cannot create /run/user/1/bmd.sock", "--set"),
+    ("a file at the endpoint", lambda: ipc(obstacle="/x.sock is a file"), "error", "/x.sock is a file", "stop or move"),
     ("port taken", lambda: tcp(bind_errno=errno.EADDRINUSE), "error", "taken by another process", "another"),
+    ("port of another endpoint", lambda: tcp(obstacle="another endpoint of these settings"), "error",
+     "127.0.0.1:9464: taken by another endpoint of these settings", "choose another"),
     ("low port", lambda: tcp(bind_errno=errno.EACCES), "error", "below 1024", "above 1023"),
     ("not our address", lambda: tcp(bind_errno=errno.EADDRNOTAVAIL), "error", "no such address", "ip address"),
     ("other errors", lambda: tcp(bind_errno=errno.EAFNOSUPPORT), "error", "not supported", "another"),
@@ -158,6 +163,8 @@ FAULTS: list[Case] = [
     ("shut spool", lambda: spool(writable=False), "error", "this user cannot write /var/s.db", "chown"),
     ("spool on a network", lambda: spool(network="nfs4"), "warning", "/var/s.db is on nfs4", "local disk"),
     ("little disk", lambda: spool(free_bytes=1 << 30), "warning", "may take 4.0 GiB, 1.0 GiB are free", "spool_bytes"),
+    ("no private folder", lambda: endpoints.judge_private_folder("TMPDIR=/x: too long"), "error", "too long",
+     "troubleshooting"),
     ("insecure tcp", lambda: keys(insecure=True), "warning", "insecure_tcp", "blendmaskd-keys"),
     ("server key", lambda: keys(server_key="/k: has mode 0644"), "error", "curve.server_key: /k: has mode", "keys"),
     ("no key folder", lambda: keys(folder_there=False), "error", "curve.client_keys: /keys does not exist", "keys"),
@@ -168,7 +175,10 @@ FAULTS: list[Case] = [
      "network"),
     ("no weights", lambda: resources.judge_weights("native", None, "model.weights is not set", 0), "error", "not set",
      "--set"),
-    ("few files", lambda: limits(files=256), "warning", "256 open files: about 85 clients", "ulimit -n 65536"),
+    ("few files", lambda: limits(files=256), "warning", "256 open files: 96 clients, 24 with shared memory",
+     "ulimit -n 65536"),
+    ("few files for a flood", lambda: limits(hard_files=1024), "warning",
+     "connects very often can end the daemon", "a hard limit of 1884 or more"),
     ("little memory", lambda: limits(available_bytes=1 << 30), "warning", "may take 2.0 GiB, 1.0 GiB are", "max_bytes"),
     ("root", lambda: devices.judge_identity("root", is_root=True, has_service=True), "warning", "runs as root",
      "runuser"),
@@ -209,7 +219,7 @@ SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
     ("weights", lambda: resources.judge_weights("native", "a.pth", None, 1.25),
      "a.pth: matches the config, loaded in 1.2 s"),
     ("no weights needed", lambda: resources.judge_weights("timed", None, None, 0), "not needed by the engine timed"),
-    ("limits", limits, "1024 open files: about 341 clients; locked memory: no limit"),
+    ("limits", limits, "1024 open files: 480 clients, 120 with shared memory; locked memory: no limit"),
 ]  # fmt: skip
 
 
@@ -231,6 +241,7 @@ def test_what_is_sound_is_told_in_a_line(name: str, judge: Callable[[], list[Fin
 def test_what_does_not_concern_these_settings_is_not_told() -> None:
     assert cpus.judge_governors({}) == []
     assert cpus.judge_complaint("") == []
+    assert endpoints.judge_private_folder("") == []
     assert devices.judge_identity("root", is_root=True, has_service=False) == []
     assert devices.judge_identity("alice", is_root=False, has_service=True) == []
     emulated = NodeFacts(path="/dev/davinci0", there=False)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blendmaskd.images.decoding import ImageError, decode, from_raw, read_path
+from blendmaskd.images import decoding as images
+from blendmaskd.images.decoding import ImageError, Pixels, bgr, from_raw, read_path
 from blendmaskd.settings import Limits
 
 LIMITS = Limits()
@@ -39,6 +40,10 @@ def png(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = zlib.compress(bytes(1000))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def decode(payload: images.Payload, limits: Limits = LIMITS) -> Pixels:
+    return bgr(images.decode(payload, limits))
 
 
 def refused(payload: bytes, limits: Limits = LIMITS) -> ImageError:
@@ -233,7 +238,7 @@ def test_a_raw_bgr_array_is_a_view_of_its_payload() -> None:
 
 
 def test_a_raw_rgb_array_is_reversed() -> None:
-    pixels = from_raw(memoryview(RGB), [HEIGHT, WIDTH, 3], "uint8", "rgb", LIMITS)
+    pixels = bgr(from_raw(memoryview(RGB), [HEIGHT, WIDTH, 3], "uint8", "rgb", LIMITS))
     np.testing.assert_array_equal(pixels, RGB[:, :, ::-1])
     assert pixels.flags.c_contiguous
 

@@ -7,8 +7,10 @@ from collections import defaultdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blendmaskd.core.broker import Broker, Limits, SendWorker
+from blendmaskd.core.actions import SendWorker
+from blendmaskd.core.broker import Broker
 from blendmaskd.core.jobs import Step
+from blendmaskd.core.refusals import Limits
 from blendmaskd.protocol import Cancel, Code, FailedLease, Finished, Image, Lease, Started, Submit
 
 LIMITS = Limits(max_jobs=4, max_bytes=1 << 20, max_image_bytes=100, max_attempts=2, deadline_s=50, stall_s=1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def one_cpu() -> int:
 
 
 def observe(plan: LaunchPlan) -> tuple[Actual, list[str]]:
-    running = launch.launch(plan, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    running = launch.launch(plan, stdout=subprocess.PIPE)
     output, _ = running.communicate(timeout=30)
     assert running.returncode == 0
     return msgspec.json.decode(output, type=tuple[Actual, list[str]])
@@ -158,6 +159,43 @@ def test_launching_from_a_thread_leaves_the_others_alone(one_cpu: int) -> None:
     thread.join(30)
     assert seen[0].cpus == str(one_cpu)
     assert before.items() <= process.thread_masks().items()  # the joined thread may still be ending
+
+
+def test_nothing_is_imported_from_the_working_directory(
+    one_cpu: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor by an empty entry of PYTHONPATH, as CANN's set_env.sh leaves one where there was none."""
+    for name in ("blendmaskd_workers", "msgspec", "queue"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('somebody else\'s {name}')")
+    monkeypatch.chdir(tmp_path)
+    for path in (None, ":", f"{tmp_path / 'nothing'}:", "."):
+        base = {**os.environ, "PYTHONPATH": path} if path else os.environ
+        plan = make_plan("cpu:0", (one_cpu,), base, NONE)
+        running = launch.launch(plan, stderr=subprocess.PIPE)
+        _, said = running.communicate(timeout=30)
+        assert ("somebody else" in said.decode()) == (path == "."), "but where the operator says so"
+
+
+def test_a_plan_follows_the_cpus_that_this_process_may_use_now() -> None:
+    code = """
+import dataclasses, os
+from blendmaskd import settings
+from blendmaskd.shell import launch
+cpus = sorted(os.sched_getaffinity(0))
+both = launch.basis(settings.from_tree({"devices": ["cpu:0", "cpu:1"]}))
+named = {"cpu:0": str(cpus[0]), "cpu:1": f"{cpus[0]},{cpus[1]}"}
+placed = launch.basis(settings.from_tree({"devices": ["cpu:0", "cpu:1"], "runtime": {"cpus": named}}))
+os.sched_setaffinity(0, cpus[1:2])
+assert set(launch.follow_host(both).cpus.values()) == {(cpus[1],)}, "shrunk"
+assert set(launch.follow_host(placed).cpus.values()) == {(cpus[1],)}, "what is left of it, and what is left at all"
+os.sched_setaffinity(0, cpus)
+assert launch.follow_host(both) == both, "as before"
+small = dataclasses.replace(both, available=cpus[:1], cpus=dict.fromkeys(both.cpus, cpus[:1]))
+assert launch.follow_host(small).cpus == both.cpus, "grown"
+"""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two CPUs")
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_cpus_that_do_not_exist_stop_the_launch() -> None:

@@ -60,7 +60,7 @@ def test_an_npu_slot_sees_one_card_and_its_settings() -> None:
         "PYTHONFAULTHANDLER": "1",
         ASSIGNMENT: told,
     }
-    assert plan.argv == (sys.executable, "-m", "blendmaskd_workers", "npu:1.3")
+    assert plan.argv == (sys.executable, "-P", "-m", "blendmaskd_workers", "npu:1.3")
     assert "secret" not in " ".join(plan.argv)
     assert (plan.cpus, plan.warnings) == ((4, 5, 6), ())
 

@@ -42,7 +42,8 @@ def example(*states: str, **more: Any) -> dict[str, Any]:
         report = Report(start=0.0, end=1.0, images=number + 1, busy_s=0.25, memory_bytes=100, device_memory_bytes=7,
                         shapes=[], window=2)  # fmt: skip
         stats.report(f"npu:{number}", report)
-        slots.append({"device": f"npu:{number}", "state": state, "restarts": number, "reason": ""})
+        slots.append({"device": f"npu:{number}", "state": state, "restarts": number, "reason": "",
+                      "actual": {"model": f"m{number}"}})  # fmt: skip
     stats.answered({"device": 0.03, "total": 99.0})
     totals = {
         "queue": {"jobs": 5, "bytes": 600, "max_jobs": 50, "max_bytes": 6000}, "leased": 4, "draining": False,
@@ -86,6 +87,9 @@ def test_metrics_have_the_documented_names_and_the_snapshot_s_values() -> None:
         assert found["blendmaskd_worker_up", device] == 1 - number
         assert found["blendmaskd_worker_memory_bytes", device] == 100
         assert found["blendmaskd_device_memory_bytes", device] == 7
+    assert found["blendmaskd_models", ""] == 1, "of ready devices"
+    assert samples(render(example("ready", "ready")).decode())["blendmaskd_models", ""] == 2
+    assert found["blendmaskd_device_model", "npu:0"] == 1
     outcomes = {label: value for (name, label), value in found.items() if name == "blendmaskd_jobs_total"}
     assert outcomes == {**dict.fromkeys(Code, 0.0), "answered": 3, "busy": 2, "worker-lost": 1}
 

@@ -85,7 +85,7 @@ def test_without_results_nothing_is_drawn() -> None:
 
 def test_a_mask_of_another_size_is_refused_with_both_sizes() -> None:
     turned = rle(np.ones((300, 200), bool))
-    with pytest.raises(ValueError, match="200x300 pixels, this one has 300x200"):
+    with pytest.raises(ValueError, match=r"size \[300, 200\], the image \[200, 300\] \(height, width\)"):
         draw(plain(300, 200), [result((0, 0, 9, 9), segmentation=turned)])
 
 

@@ -37,7 +37,7 @@ YCBCR = {530: (SHORT, (1, 1))}  # not subsampled
 def pixels_of(payload: bytes) -> np.ndarray | str:
     """RGB, or the reason of a refusal."""
     try:
-        return decode(payload, LIMITS)[:, :, ::-1]
+        return np.asarray(decode(payload, LIMITS))
     except ImageError as refusal:
         return refusal.reason
 

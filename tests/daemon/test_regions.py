@@ -45,11 +45,11 @@ def test_there_is_an_end_to_the_number_of_regions() -> None:
     table = regions.Regions(1 << 40)
     for number in range(regions.MOST_REGIONS // regions.SHARES):
         table.add(str(number), OURS)
-    with pytest.raises(RegionError, match="all 256 regions, or the 64 of a process, are taken"):
+    with pytest.raises(RegionError, match="all 256 regions are in use, or this process has 64"):
         table.add("one more of it", OURS)
     for number in range(len(table), regions.MOST_REGIONS):
         table.add(str(number), replace(OURS, pid=1000 + number))
-    with pytest.raises(RegionError, match="are taken"):
+    with pytest.raises(RegionError, match="are in use"):
         table.add("one more", replace(OURS, pid=1))
 
 

@@ -120,6 +120,16 @@ def test_a_reload_goes_past_a_device_that_was_gone_before_it(up: Daemon) -> None
     assert up.reload.trying
 
 
+def test_a_failed_device_that_is_tried_anew_as_a_reload_comes_does_not_speak_against_it(up: Daemon) -> None:
+    up.die(A, 0.0)
+    up.does(up.supervisor.expire(RESTARTS.retry_failed_s), RESTARTS.retry_failed_s)
+    assert up.so_far() == [Spawn(A, 2)]
+    up.begin(basis(A, B), RESTARTS.retry_failed_s)
+    assert up.die(A, RESTARTS.retry_failed_s, code=-9) == [Spawn(A, 3)], "it loads what is not wanted any more"
+    assert up.die(A, RESTARTS.retry_failed_s) == [Stop(B, 1)]
+    assert up.reload.trying
+
+
 def test_a_reload_by_which_the_first_worker_cannot_boot_is_undone(up: Daemon) -> None:
     before = up.reload.basis
     assert up.begin(basis(A, B, C), 0.0)[1:] == [Spawn(C, 1)]

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,39 @@ def test_values_of_environment_and_flags_are_yaml() -> None:
     assert found.timed.latency_ms == {1: 5.0, 2: 8.5}
     assert found.model.weights == "a"
     assert found.runtime.cpus == {"cpu:0": "0-3"}
+
+
+def test_below_a_free_map_keys_of_the_environment_stay_as_they_are() -> None:
+    environment = {
+        "BLENDMASKD__WORKER_ENV__TORCH_NPU_Fallback": "'1'", "BLENDMASKD__WORKER_ENV__A__B": "x",
+        "BLENDMASKD__TIMED__LATENCY_MS__1": "5", "BLENDMASKD__Queue__max_JOBS": "7",
+    }  # fmt: skip
+    found = load(None, environment, ["batch_latency_ms.2=8.5", "worker_env.a.b=y"])
+    assert found.worker_env == {"TORCH_NPU_Fallback": "1", "A__B": "x", "a.b": "y"}
+    assert (found.timed.latency_ms[1], found.batch_latency_ms, found.queue.max_jobs) == (5.0, {2: 8.5}, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "lines"),
+    [
+        ("drain_s: 1\nbatch: 1\ndrain_s: 2\n", "drain_s", "1 and 3"),
+        ("queue: {max_jobs: 1}\nqueue: {max_bytes: 9}\n", "queue", "1 and 2"),
+        ("queue:\n  max_jobs: 1\n  max_jobs: 1\n", "queue.max_jobs", "2 and 3"),
+        ("worker_env: {A: x, 'A': y}\n", "worker_env.A", "1 and 1"),
+        ("timed:\n  latency_ms:\n    1: 5\n    1: 6\n", "timed.latency_ms.1", "3 and 4"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_by_name(tmp_path: Path, text: str, name: str, lines: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(SettingsError, match=re.escape(f"{path}: {name} is given twice, in lines {lines}")):
+        load(path)
+
+
+def test_what_yaml_would_take_for_a_comment_is_refused_in_flags_and_environment() -> None:
+    for sources in ((None, {"BLENDMASKD__SPOOL": "/data/run #3/spool"}), (None, {}, ["spool=/data/run #3/spool"])):
+        with pytest.raises(SettingsError, match="takes what follows ' #' for a comment"):
+            load(*sources)
+    assert load(None, {}, ["spool='/data/run #3/spool'"]).spool == "/data/run #3/spool"
 
 
 def test_devices_have_a_flag_of_their_own_that_wins() -> None:
@@ -118,9 +152,15 @@ REFUSED = {
     "exactly, in HF32": ({"model": {"exact": True, "precision": "hf32"}}, "exact = True: model.precision = 'hf32' may"),
     "exactly, as it comes": ({"model": {"exact": True, "precision": "auto"}}, "model.precision = 'auto' may round"),
     "exactly, recorded": ({"model": {"exact": True, "graphs": True}}, "exact = True: model.graphs = True has never"),
+    "exactly, resized fast": ({"model": {"exact": True, "resize": "fast"}}, "model.resize = 'fast' resizes inexactly"),
+    "AdelaiDet, fast": ({"engine": "adelaidet", "model": {"resize": "fast"}}, "model.resize = 'fast': the engine"),
+    "another resizing": ({"model": {"resize": "lanczos"}}, "model.resize = 'lanczos': Invalid enum value"),
     "exactly, in batches": ({"model": {"exact": True}, "batch": 4}, "exact = True: batch = 4: images are run one"),
     "exactness of a word": ({"model": {"exact": "yes"}}, "model.exact = 'yes': Expected `bool`, got `str`"),
     "task queue 3": ({"runtime": {"task_queue": 3}}, "runtime.task_queue = 3: Invalid enum value 3"),
+    "no host threads": ({"runtime": {"host_threads": 0}}, "runtime.host_threads = 0: Expected `int` >= 1"),
+    "65 host threads": ({"runtime": {"host_threads": 65}}, "runtime.host_threads = 65: Expected `int` <= 64"),
+    "host threads of a word": ({"runtime": {"host_threads": "all"}}, "runtime.host_threads = 'all': Invalid enum"),
     "no devices": ({"devices": []}, "devices = []: name at least one"),
     "unknown device": ({"devices": ["npu:0", "gpu:0"]}, "devices: 'gpu:0': expected npu:N, cuda:N or cpu:N"),
     "device without number": ({"devices": ["npu"]}, "devices: 'npu': expected npu:N"),
@@ -129,6 +169,23 @@ REFUSED = {
     "device of a number": ({"devices": ["cpu:0", 5]}, "devices[1] = 5: Expected `str`"),
     "no endpoint": ({"endpoints": {"clients": []}}, "endpoints.clients = []: name at least one"),
     "endpoint of a path": ({"endpoints": {"clients": ["/x"]}}, "endpoints.clients: '/x': expected ipc:///PATH or tcp://"),
+    **{f"endpoint {endpoint}": ({"endpoints": {"clients": [endpoint]}}, f"endpoints.clients: {endpoint!r}: {reason}")
+       for endpoint, reason in {
+        "ipc://tmp/x": "expected ipc:///PATH", "ipc://~/x": "expected ipc:///PATH", "ipc://@x": "expected ipc:///PATH",
+        "ipc://*": "expected ipc:///PATH", "ipc:///tmp/": "expected ipc:///PATH", "ipc:/tmp/x": "expected ipc:///PATH",
+        "tcp://host": "expected HOST:PORT", "tcp://:1": "expected HOST:PORT", "tcp://::1:9465": "expected HOST:PORT",
+        "tcp://a b:1": "expected HOST:PORT", "tcp://host:9465/": "expected HOST:PORT", "tcp://host:-1": "expected",
+        "tcp://host:70000": "port 70000: expected at most 65535", "tcp://1.2.3:1": "Expected 4 octets in '1.2.3'",
+        "tcp://1.2.3.256:1": "Octet 256", "tcp://[1.2.3.4]:1": "At least 3 parts", "tcp://[g::1]:1": "Only hex digits",
+        "tcp://host:9465-9470": "expected HOST:PORT",
+    }.items()},
+    "metrics as an address": ({"endpoints": {"metrics": "http://127.0.0.1:9464"}}, "expected HOST:PORT, an IPv6"),
+    "metrics beyond ports": ({"endpoints": {"metrics": "127.0.0.1:99999"}}, "port 99999: expected at most 65535"),
+    "one endpoint twice": ({"endpoints": {"clients": ["ipc:///a", "ipc:///a"]}}, "one is named twice"),
+    "two names of one endpoint": ({"endpoints": {"clients": ["ipc:///a/b", "ipc:///a/./b"]}}, "/a/b is also a file of"),
+    "an endpoint at another's lock": ({"endpoints": {"clients": ["ipc:///a", "ipc:///a.lock"]}}, "is also a file of"),
+    "a spool at an endpoint": ({"endpoints": {"clients": ["ipc:///a"]}, "spool": "/a"}, "/a is also a file of"),
+    "a spool at an endpoint's lock": ({"endpoints": {"clients": ["ipc:///a"]}, "spool": "/a.lock"}, "also a file of"),
     "metrics without port": ({"endpoints": {"metrics": "localhost"}}, "endpoints.metrics = 'localhost': expected HOST"),
     "CPUs of another device": (
         {"devices": ["cpu:0"], "runtime": {"cpus": {"cpu:1": "0"}}}, "runtime.cpus.cpu:1: not among devices ['cpu:0']"

@@ -173,7 +173,16 @@ def test_what_did_not_take_effect_is_red_and_said_in_words(snapshot: Any) -> Non
                  "thread acl_thread/7 runs on CPUs 9, outside 0-7", "TASK_QUEUE: wanted '2', is None"):  # fmt: skip
         assert f"cpu:1 {note}" in text
     assert "\x1b[1;31m0-3, wanted 0-7" in shown(snapshot, colour=True)
-    assert row(text, "cpu:0", "preload")[1:] == ["4", "lib.so", "1"]
+    assert row(text, "cpu:0", "preload")[1:] == ["4", "lib.so", "1", "-"]
+
+
+def test_models_that_differ_are_said(snapshot: Any) -> None:
+    for device, model in zip(snapshot["devices"], ("aa", "aa")):
+        device["actual"] = {**device["wanted"], "thread_cpus": {}, "model": model}
+    assert "different models" not in shown(snapshot)
+    assert row(shown(snapshot), "cpu:1", "preload")[-1] == "aa"
+    snapshot["devices"][1]["actual"]["model"] = "bb"
+    assert "different models are served: aa, bb; reload, unless one is under way" in shown(snapshot)
 
 
 def test_a_device_that_is_down_says_why(snapshot: Any) -> None:

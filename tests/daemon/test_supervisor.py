@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from blendmaskd.assignment import EXIT_CANNOT_BOOT
+from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_HOST_LACKS
 from blendmaskd.core.supervisor import Action, InvalidTransition, Kill, Spawn, State, Stop, Supervisor
 from blendmaskd.settings import Restarts
 
@@ -17,6 +17,7 @@ RESTARTS = Restarts(
 )
 DRAIN_S = 30.0
 A, B = "npu:0", "npu:1"
+CODES = [0, 1, -9, EXIT_CANNOT_BOOT, EXIT_HOST_LACKS]
 
 
 @pytest.fixture
@@ -101,7 +102,54 @@ def test_a_slot_that_dies_too_often_fails_and_the_other_goes_on(up: Supervisor) 
     assert "died 4 times in a row" in up.slots[A].reason
     assert up.slots[B].state is State.READY
     assert not up.hopeless
-    assert up.expire(1e6) == []
+
+
+def test_a_failed_slot_is_tried_slowly_for_ever_and_given_up_until_a_try_serves(up: Supervisor) -> None:
+    die(up, A, 0.0, code=EXIT_CANNOT_BOOT)
+    die(up, B, 0.0, code=EXIT_CANNOT_BOOT)
+    for number, code in enumerate((EXIT_CANNOT_BOOT, EXIT_HOST_LACKS, 1, -9), 1):
+        due = up.next_deadline()
+        assert due == number * RESTARTS.retry_failed_s
+        assert up.expire(due) == [Spawn(A, number + 1), Spawn(B, number + 1)]
+        assert up.hopeless, "a try is no promise: nothing may wait for it"
+        die(up, A, due, code=code)
+        die(up, B, due, code=code)
+        assert {up.slots[A].state, up.slots[B].state} == {State.FAILED}, "one death is enough"
+    up.expire(300.0)
+    assert up.ready(A, 6, 300.0)
+    assert not up.hopeless
+    die(up, A, 301.0)
+    assert up.slots[A].state is State.FAILED, "what fails again soon is not restarted quickly again and again"
+
+
+def test_what_the_host_lacks_is_waited_for_where_a_worker_has_been_ready(up: Supervisor) -> None:
+    now = 0.0
+    die(up, A, now)
+    for _ in range(2000):  # twelve hours and more
+        due = up.next_deadline()
+        assert due is not None
+        assert due - now <= RESTARTS.longest_delay_s
+        now = due
+        up.expire(now)
+        die(up, A, now, code=EXIT_HOST_LACKS)
+        assert up.slots[A].state is State.BACKOFF
+    [spawn] = up.expire(now + RESTARTS.longest_delay_s)
+    assert isinstance(spawn, Spawn)
+    up.ready(A, spawn.generation, now)
+    die(up, A, now)
+    assert up.slots[A].deadline == now + 2 * RESTARTS.first_delay_s, "its own two deaths alone count"
+
+
+def test_what_the_host_lacks_from_the_start_is_a_fault_of_the_settings(up: Supervisor) -> None:
+    first = Supervisor([A], RESTARTS, DRAIN_S)
+    first.start(0.0)
+    die(first, A, 1.0, code=EXIT_HOST_LACKS)
+    assert first.hopeless
+    renew(up, [A, B], 0.0)
+    up.replace(A, 0.0)
+    die(up, A, 1.0, code=0)
+    die(up, A, 2.0, code=EXIT_HOST_LACKS)
+    assert up.slots[A].state is State.FAILED, "other settings: nothing has served by them"
 
 
 def test_stable_service_starts_the_count_anew(up: Supervisor) -> None:
@@ -215,6 +263,24 @@ def test_drain_stops_everything_for_good(up: Supervisor) -> None:
     assert up.expire(1e6) == []
 
 
+def test_a_drain_in_a_hurry_gives_a_worker_the_time_to_stop_and_no_more(up: Supervisor) -> None:
+    up.replace(A, 0.0)
+    up.hurry(1.0)
+    assert up.drain(1.0) == [Stop(B, 1)]
+    assert up.expire(1.0 + RESTARTS.stop_s) == [Kill(A, 1, signal.SIGABRT), Kill(B, 1, signal.SIGABRT)]
+
+
+def test_time_in_which_nothing_ran_is_nobodys(up: Supervisor) -> None:
+    die(up, A, 0.0)
+    up.replace(B, 0.0)
+    up.forgive(40.0)
+    assert up.expire(DRAIN_S) == []
+    assert up.expire(40.5) == [Spawn(A, 2)]
+    up.forgive(1000.0)
+    assert up.expire(1040.0 + DRAIN_S) == [Kill(B, 1, signal.SIGABRT)]
+    assert up.slots[A].state is State.STARTING
+
+
 def test_drain_does_not_wait_for_a_worker_that_still_loads() -> None:
     supervisor = Supervisor([A], RESTARTS, DRAIN_S)
     supervisor.start(0.0)
@@ -263,7 +329,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         self.supervisor.acquit(slot)
 
     @precondition(lambda self: self.living)
-    @rule(pick=st.integers(0, 9), code=st.sampled_from([0, 1, -9, EXIT_CANNOT_BOOT]), blameless=st.booleans())
+    @rule(pick=st.integers(0, 9), code=st.sampled_from(CODES), blameless=st.booleans())
     def exit(self, pick: int, code: int, blameless: bool) -> None:
         slot = sorted(self.living)[pick % len(self.living)]
         self.asked.discard(slot)
@@ -294,6 +360,15 @@ class SupervisorMachine(RuleBasedStateMachine):
     @rule()
     def drain(self) -> None:
         self.carry_out(self.supervisor.drain(self.now))
+
+    @rule()
+    def hurry(self) -> None:
+        self.supervisor.hurry(self.now)
+
+    @rule(seconds=st.floats(2.0, 40))
+    def stand_still(self, seconds: float) -> None:
+        self.now += seconds
+        self.supervisor.forgive(seconds)
 
     @rule(seconds=st.floats(0.1, 40))
     def wait(self, seconds: float) -> None:

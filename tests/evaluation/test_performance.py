@@ -104,7 +104,7 @@ def test_the_death_of_a_process_is_noticed() -> None:
 # ---- the program ------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_two_sleeping_devices_are_twice_as_fast_as_one(tmp_path, parses_back, capsys) -> None:
+def test_two_sleeping_devices_are_twice_as_fast_as_one(tmp_path, read_report, capsys) -> None:
     for _ in range(5):  # whatever else the machine does disturbs the two sooner than the one
         capsys.readouterr()
         code = performance.main([
@@ -112,7 +112,7 @@ def test_two_sleeping_devices_are_twice_as_fast_as_one(tmp_path, parses_back, ca
             "--warm-up", "1", "--size", "64x64", "--output-dir", str(tmp_path),
         ])  # fmt: skip
         assert code == 0
-        report = parses_back(tmp_path, "performance", logs.read_performance, logs.write_performance)
+        report = read_report(tmp_path, "performance", logs.write_performance)
         together = report["together"]
         if together["speedup"] >= 1.95:
             break
@@ -132,7 +132,7 @@ def test_two_sleeping_devices_are_twice_as_fast_as_one(tmp_path, parses_back, ca
 
 
 @pytest.mark.slow
-def test_an_emulated_pair_with_everything_that_can_be_measured(config, script, tmp_path, parses_back) -> None:
+def test_an_emulated_pair_with_everything_that_can_be_measured(config, script, tmp_path, read_report) -> None:
     done = script(
         "eval_performance", "--config", config, "--random-weights", "0", "--devices", "npu:0", "npu:1",
         "--batch-sizes", "1", "2", "--dtypes", "fp32", "bf16", "--runtime-options", "--cpu-baseline",
@@ -140,7 +140,7 @@ def test_an_emulated_pair_with_everything_that_can_be_measured(config, script, t
         "--set", "runtime.threads=1", "--set", "runtime.preload='off'", environment=EMULATED,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    report = parses_back(tmp_path, "performance", logs.read_performance, logs.write_performance)
+    report = read_report(tmp_path, "performance", logs.write_performance)
     baseline, *devices = report["latency"]
     assert (baseline["device"], baseline["model"]) == ("CPU", "cpu")
     assert [row["model"] for row in devices] == [f"Ascend910-emulated physical {index}" for index in (0, 1)]
@@ -160,7 +160,7 @@ def test_an_emulated_pair_with_everything_that_can_be_measured(config, script, t
 
 
 @pytest.mark.slow
-def test_a_data_type_that_a_device_cannot_compute_is_reported_in_its_row(config, script, tmp_path, parses_back) -> None:
+def test_a_data_type_that_a_device_cannot_compute_is_reported_in_its_row(config, script, tmp_path, read_report) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import torch\n"
         "autocast = torch.autocast\n"
@@ -175,7 +175,7 @@ def test_a_data_type_that_a_device_cannot_compute_is_reported_in_its_row(config,
         "--output-dir", tmp_path / "out", "--set", "runtime.threads=1", environment={"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    report = parses_back(tmp_path / "out", "performance", logs.read_performance, logs.write_performance)
+    report = read_report(tmp_path / "out", "performance", logs.write_performance)
     assert report["dtypes"][0] == {"dtype": "fp16", "failed": "cpu:0: no kernel for Half"}
     assert report["dtypes"][1]["base"] == "fp32"
     assert report["together"] is None

@@ -31,13 +31,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(config: Path, tmp_path: Path, parses_back: Callable[..., Any]) -> Callable[..., tuple[int, Any]]:
+def run(config: Path, tmp_path: Path, read_report: Callable[..., Any]) -> Callable[..., tuple[int, Any]]:
     """``run("--device", "cpu", …)``: exit code and report of the program in this process."""
 
     def run(*arguments: str) -> tuple[int, Any]:
         common = ["--config", str(config), "--random-weights", "0", "--output-dir", str(tmp_path)]
         code = precision.main([*common, *arguments])
-        return code, parses_back(tmp_path, "precision", logs.read_precision, logs.write_precision)
+        return code, read_report(tmp_path, "precision", logs.write_precision)
 
     return run
 
@@ -159,14 +159,14 @@ def test_a_photograph_can_be_the_scene(run) -> None:
 
 
 @pytest.mark.slow
-def test_an_emulated_npu_agrees(config, script, parses_back, tmp_path) -> None:
+def test_an_emulated_npu_agrees(config, script, read_report, tmp_path) -> None:
     weights = tmp_path / "weights.pth"
     network = blendmask.build(blendmask.load_config(config))
     torch.save({"model": blendmask.random_weights(network)}, weights)
     done = script("eval_precision", "--config", config, "--weights", weights, "--device", "npu:1", "--trace",
                   "--output-dir", tmp_path, environment=EMULATED)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    report = parses_back(tmp_path, "precision", logs.read_precision, logs.write_precision)
+    report = read_report(tmp_path, "precision", logs.write_precision)
     assert report["run"]["model"] == "Ascend910-emulated physical 1"
     assert {row["abs_max"] for scene in report["scenes"] for row in scene["tensors"]} == {0}
     assert {row["abs_max"] for row in report["trace"]["modules"]} == {0}

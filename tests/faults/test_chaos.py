@@ -53,6 +53,18 @@ def test_growth_is_a_slope_that_lasts(rate_mb_per_min, minutes, grows) -> None:
     assert found.grows is grows
 
 
+@pytest.mark.parametrize(("leak_mb_per_min", "grows"), [(0.0, False), (2.0, True)])
+def test_what_comes_and_goes_is_no_growth_wherever_in_the_run_it_is(leak_mb_per_min, grows) -> None:
+    """Floods of 15 MB, most of them late; and so they hide none."""
+    floods = {second for begin in (100, 190, 230, 250, 270, 285) for second in range(begin, begin + 12)}
+    late = [(float(s), 50 + leak_mb_per_min * s / 60 + 15 * (s in floods)) for s in range(300)]
+    early = [(float(s), 50 + leak_mb_per_min * s / 60 + 15 * (299 - s in floods)) for s in range(300)]
+    for samples in (late, early):
+        found = growth.of(samples, 60.0)
+        assert found is not None
+        assert found.grows is grows
+
+
 def test_the_same_seed_gives_the_same_faults_each_kind_in_its_turn() -> None:
     def first(seed: int) -> list[injector.Fault]:
         return list(itertools.islice(injector.faults(seed, injector.KINDS, 2, 1.0), 3 * len(injector.KINDS)))

@@ -80,6 +80,26 @@ def test_a_stopped_worker_is_silent_then_replaced(scene, wait_until) -> None:
     assert here.load.failures == []
 
 
+@pytest.mark.slow
+def test_a_pause_of_the_whole_host_costs_no_worker(scene, wait_until) -> None:
+    """All processes stand still for longer than `stall_s`, in the midst of jobs, as in a virtual machine's snapshot."""
+    with scene(timed={"latency_ms": {1: 300}}, restarts={**QUICK_RESTARTS, "stall_s": 2}) as here:
+        pids = here.server.pids()
+        for _ in range(2):
+            answered = here.load.answered
+            wait_until(lambda answered=answered: here.load.answered > answered + 4, LONG_S)
+            everyone = here.server.processes()
+            for process in everyone:
+                process.suspend()
+            paused = time.monotonic()
+            wait_until(lambda paused=paused: time.monotonic() > paused + 4)
+            for process in everyone:
+                process.resume()
+        wait_until(lambda: here.server.log.count("stood still") >= 2)
+    assert here.load.failures == []
+    assert here.server.pids() == pids
+
+
 @pytest.mark.parametrize("poison", [Poison.CRASHES_DECODING, Poison.KILLS, Poison.EXITS],
                          ids=["crash in the decoder", "kill on the device", "exit code"])  # fmt: skip
 def test_a_poison_image_fails_alone_and_by_name(scene, poison) -> None:

@@ -45,7 +45,7 @@ def test_one_image_costs_two_workers_and_then_none(scene, poison) -> None:
     with scene(**FAULTY) as here, Client(here.server.endpoint) as client:
         assert code_of(lambda: client.segment(picture(poison))) is Code.WORKER_LOST
         assert deaths(here.server) == MAX_ATTEMPTS
-        with pytest.raises(JobFailed, match=r"was given up: .* it may be tried again in \d+ s"):
+        with pytest.raises(JobFailed, match=r"was given up: .* it may be retried in \d+ s"):
             client.segment(picture(poison), score_threshold=0.5, mask_format="none", priority=-1)
         assert deaths(here.server) == MAX_ATTEMPTS
     assert here.load.failures == []

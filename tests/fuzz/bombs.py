@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import io
+import lzma
 import random
 import re
 import struct
@@ -17,8 +18,10 @@ from PIL import Image
 
 from blendmaskd.images.decoding import MOST_SIDE
 from blendmaskd.settings import Limits
-from fuzz.pictures import Entry, bmp, chunk, png, tiff, tiff_data
+from fuzz.pictures import bmp, chunk, png
+from fuzz.tiffs import Entry, tiff
 
+_CLEARS = int("100000000" * 8, 2).to_bytes(9)  # of LZW, in codes of nine bits
 _GREY: list[Entry] = [(258, 3, 1, 8), (262, 3, 1, 1)]
 
 
@@ -133,16 +136,10 @@ def _tile(limits: Limits) -> bytes:
     side = min(2 * _side(limits), 30_000)
     data = deflated(side * side)
     entries: list[Entry] = [
-        (256, 4, 1, 100),
-        (257, 4, 1, 100),
-        *_GREY,
-        (259, 3, 1, 8),
-        (322, 4, 1, side),
-        (323, 4, 1, side),
-        (324, 4, 1, 0),
-        (325, 4, 1, len(data)),
+        (256, 4, 1, 100), (257, 4, 1, 100), *_GREY, (259, 3, 1, 8), (322, 4, 1, side), (323, 4, 1, side),
+        (324, 4, 1, 0), (325, 4, 1, len(data)),
     ]
-    entries[7] = (324, 4, 1, tiff_data(entries))
+    entries[7] = (324, 4, 1, len(tiff(entries)))
     return tiff(entries, data)
 
 
@@ -150,16 +147,10 @@ def _tiles(limits: Limits) -> bytes:
     """A strip one pixel wide, in tiles 65520 wide that all lie at one place."""
     data, count = deflated(65520 * 16), 4000
     entries: list[Entry] = [
-        (256, 4, 1, 1),
-        (257, 4, 1, 16 * count),
-        *_GREY,
-        (259, 3, 1, 8),
-        (322, 4, 1, 65520),
-        (323, 4, 1, 16),
-        (324, 4, count, bytes(4 * count)),
-        (325, 4, count, struct.pack("<I", len(data)) * count),
+        (256, 4, 1, 1), (257, 4, 1, 16 * count), *_GREY, (259, 3, 1, 8), (322, 4, 1, 65520), (323, 4, 1, 16),
+        (324, 4, count, bytes(4 * count)), (325, 4, count, struct.pack("<I", len(data)) * count),
     ]
-    entries[7] = (324, 4, count, struct.pack("<I", tiff_data(entries)) * count)
+    entries[7] = (324, 4, count, struct.pack("<I", len(tiff(entries))) * count)
     return tiff(entries, data)
 
 
@@ -169,19 +160,55 @@ def _strips(compression: int) -> Callable[[Limits], bytes]:
         count = 3 * rows  # a strip for each row of each colour
         data = deflated(4) if compression == 8 else bytes(4)
         entries: list[Entry] = [
-            (256, 4, 1, 4),
-            (257, 4, 1, rows),
-            (258, 3, 3, struct.pack("<3H", 8, 8, 8)),
-            (262, 3, 1, 2),
-            (277, 3, 1, 3),
-            (284, 3, 1, 2),
-            (259, 3, 1, compression),
-            (278, 4, 1, 1),
-            (273, 4, count, bytes(4 * count)),
-            (279, 4, count, struct.pack("<I", len(data)) * count),
+            (256, 4, 1, 4), (257, 4, 1, rows), (258, 3, 3, struct.pack("<3H", 8, 8, 8)), (262, 3, 1, 2),
+            (277, 3, 1, 3), (284, 3, 1, 2), (259, 3, 1, compression), (278, 4, 1, 1),
+            (273, 4, count, bytes(4 * count)), (279, 4, count, struct.pack("<I", len(data)) * count),
         ]
-        entries[8] = (273, 4, count, struct.pack("<I", tiff_data(entries)) * count)
+        entries[8] = (273, 4, count, struct.pack("<I", len(tiff(entries))) * count)
         return tiff(entries, data)
+
+    return make
+
+
+def _shared_strips(limits: Limits) -> bytes:
+    """Strips of a row, all at one place: half of the file, in which libtiff turns each byte before it inflates one."""
+    count, data = 8000, deflated(1).ljust(limits.max_image_bytes // 2, b"\0")
+    lengths = struct.pack("<I", len(data)) * count
+    entries: list[Entry] = [
+        (256, 4, 1, 1), (257, 4, 1, count), *_GREY, (259, 3, 1, 8), (266, 3, 1, 2), (278, 4, 1, 1), (279, 4, count, lengths),
+        (273, 4, count, bytes(4 * count)),
+    ]
+    entries[-1] = (273, 4, count, struct.pack("<I", len(tiff(entries))) * count)
+    return tiff(entries, data)
+
+
+def _shared_tiles(limits: Limits) -> bytes:
+    """Tiles of 16x16, each a byte further on in one piece of LZW that goes nowhere: clear, clear, clear."""
+    count = min(limits.max_image_pixels // 1000, 4000)
+    data = _CLEARS * (limits.max_image_bytes // 2 // len(_CLEARS))
+    entries: list[Entry] = [
+        (256, 4, 1, 16), (257, 4, 1, 16 * count), *_GREY, (259, 3, 1, 5), (322, 4, 1, 16), (323, 4, 1, 16),
+        (325, 4, count, struct.pack("<I", len(data) - 9 * count) * count), (324, 4, count, bytes(4 * count)),
+    ]
+    start = len(tiff(entries))
+    entries[-1] = (324, 4, count, struct.pack(f"<{count}I", *range(start, start + 9 * count, 9)))
+    return tiff(entries, data)
+
+
+def _many_strips(compression: int, row: bytes) -> Callable[[Limits], bytes]:
+    """As many strips as a picture may have, each with bytes of its own."""
+
+    def make(limits: Limits) -> bytes:
+        count = min(65_000, limits.max_image_pixels // 8)
+        lengths = struct.pack("<I", len(row)) * count
+        entries: list[Entry] = [
+            (256, 4, 1, 8), (257, 4, 1, count), *_GREY, (259, 3, 1, compression), (278, 4, 1, 1),
+            (279, 4, count, lengths), (273, 4, count, bytes(4 * count)),
+        ]
+        start = len(tiff(entries))
+        offsets = struct.pack(f"<{count}I", *range(start, start + len(row) * count, len(row)))
+        entries[-1] = (273, 4, count, offsets)
+        return tiff(entries, row * count)
 
     return make
 
@@ -204,7 +231,7 @@ def _deep_directory(limits: Limits) -> bytes:
     """A TIFF whose EXIF directory has all the numbers."""
     count = limits.max_image_bytes // 8 - 1000
     entries = [*_one_pixel(), (258, 3, 1, 8), (34665, 4, 1, 0)]
-    start = tiff_data(entries)
+    start = len(tiff(entries))
     entries[-1] = (34665, 4, 1, start)
     inside = struct.pack("<HHHIII", 1, 33434, 5, count, start + 2 + 12 + 4, 0)
     return tiff(entries, inside + _noise(8 * count))
@@ -214,7 +241,7 @@ def _overlapping(limits: Limits) -> bytes:
     """A directory of a thousand entries that all lie at one place."""
     size = limits.max_image_bytes // 2
     entries: list[Entry] = [(40000 + number, 7, size, 0) for number in range(1000)]
-    start = tiff_data(entries)
+    start = len(tiff(entries))
     return tiff([(tag, kind, count, start) for tag, kind, count, _ in entries], bytes(size))
 
 
@@ -258,6 +285,8 @@ REFUSED: dict[str, Callable[[Limits], bytes]] = {
     "tiff-tiles": _tiles,
     "tiff-strips": _strips(1),
     "tiff-deflated-strips": _strips(8),
+    "tiff-shared-strips": _shared_strips,
+    "tiff-shared-tiles": _shared_tiles,
     "tiff-big-directory": _big_directory,
     "webp-canvas": _canvas,
 }
@@ -276,5 +305,8 @@ COSTLY: dict[str, Callable[[Limits], bytes]] = {
     "tiff-depths": _depths,
     "tiff-resolutions": _resolutions,
     "tiff-deep-directory": _deep_directory,
+    "tiff-many-strips-deflate": _many_strips(8, deflated(8)),
+    "tiff-many-strips-lzma": _many_strips(34925, lzma.compress(bytes(8))),
+    "tiff-many-strips-packbits": _many_strips(32773, b"\xf9\0"),
     "tiff-overlapping": _overlapping,
 }

@@ -47,14 +47,8 @@ _FROM_WORKER: tuple[protocol.Message, ...] = (
     protocol.Finished(lease=1, width=2, height=1, timings={"decode": 0.5}),
     protocol.FailedLease(lease=1, code=Code.BAD_IMAGE, reason="empty"),
     protocol.Report(
-        start=1.0,
-        end=2.0,
-        images=3,
-        busy_s=0.5,
-        memory_bytes=4,
-        device_memory_bytes=0,
-        shapes=[(1, 2, 3, 0.5), (2, 2, 3, None)],
-        window=4,
+        start=1.0, end=2.0, images=3, busy_s=0.5, memory_bytes=4, device_memory_bytes=0,
+        shapes=[(1, 2, 3, 0.5), (2, 2, 3, None)], window=4,
     ),
 )
 _TO_WORKER: tuple[protocol.Message, ...] = (
@@ -82,42 +76,12 @@ _HEADS: dict[str, tuple[Kinds[Any], list[bytes]]] = {
 }
 SIDES = tuple(_HEADS)
 _TEXTS = (
-    "",
-    "a",
-    "job",
-    "submit",
-    "\0",
-    "..",
-    "/",
-    "é" * 64,
-    "x" * 127,
-    "x" * 128,
-    "x" * 129,
-    "x" * 70_000,
-    "\U0001f40d",
-    "nan",
+    "", "a", "job", "submit", "\0", "..", "/", "é" * 64, "x" * 127, "x" * 128, "x" * 129, "x" * 70_000,
+    "\U0001f40d", "nan",
 )
 _NAMES = (
-    "type",
-    "job",
-    "image",
-    "kind",
-    "shape",
-    "dtype",
-    "order",
-    "path",
-    "place",
-    "region",
-    "offset",
-    "bytes",
-    "options",
-    "score_threshold",
-    "max_detections",
-    "mask_format",
-    "deadline_s",
-    "priority",
-    "lease",
-    "leases",
+    "type", "job", "image", "kind", "shape", "dtype", "order", "path", "place", "region", "offset", "bytes",
+    "options", "score_threshold", "max_detections", "mask_format", "deadline_s", "priority", "lease", "leases",
     "timings",
 )
 _LIARS = (b"\xdd", b"\xdf", b"\xdb", b"\xc6", b"\xc9")  # list, map, str, bin, ext: the four bytes behind are its length
@@ -233,17 +197,5 @@ def _long(random: Random, head: bytes) -> bytes:
 
 
 _WAYS: tuple[Callable[[Random, bytes], bytes], ...] = (
-    _bytes,
-    _bytes,
-    _bytes,
-    _fields,
-    _fields,
-    _fields,
-    _fields,
-    _anything,
-    _deep,
-    _lies,
-    _lies,
-    _twice,
-    _long,
+    _bytes, _bytes, _bytes, _fields, _fields, _fields, _fields, _anything, _deep, _lies, _lies, _twice, _long,
 )

@@ -8,42 +8,9 @@ from random import Random
 
 MOST_BYTES = 1 << 18
 EDGES = (
-    0,
-    1,
-    2,
-    3,
-    4,
-    7,
-    8,
-    15,
-    16,
-    31,
-    32,
-    63,
-    64,
-    127,
-    128,
-    129,
-    255,
-    256,
-    257,
-    1000,
-    4095,
-    4096,
-    32767,
-    32768,
-    65534,
-    65535,
-    65536,
-    (1 << 24) - 1,
-    1 << 24,
-    (1 << 31) - 1,
-    1 << 31,
-    (1 << 32) - 1,
-    1 << 32,
-    (1 << 63) - 1,
-    1 << 63,
-    (1 << 64) - 1,
+    0, 1, 2, 3, 4, 7, 8, 15, 16, 31, 32, 63, 64, 127, 128, 129, 255, 256, 257, 1000, 4095, 4096, 32767, 32768,
+    65534, 65535, 65536, (1 << 24) - 1, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, (1 << 63) - 1,
+    1 << 63, (1 << 64) - 1,
 )
 
 Change = Callable[[Random, bytearray], None]
@@ -114,15 +81,5 @@ def _cut(random: Random, data: bytearray) -> None:
 
 
 _CHANGES: tuple[Change, ...] = (
-    _flip,
-    _flip,
-    _set,
-    _set,
-    _set_number,
-    _set_number,
-    _insert,
-    _delete,
-    _repeat,
-    _move,
-    _cut,
+    _flip, _flip, _set, _set, _set_number, _set_number, _insert, _delete, _repeat, _move, _cut,
 )

@@ -11,7 +11,7 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from random import Random
 
 import numpy as np
@@ -19,77 +19,19 @@ from PIL import Image
 
 from fuzz import tiffs
 from fuzz.mutate import mutate, number
-from fuzz.tiffs import DEFLATE, LZW, PACKBITS, SHORT, Layout
+from fuzz.tiffs import DEFLATE, LZW, PACKBITS, SHORT, Entry, Layout, tiff
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 16: 8}  # of a TIFF's entries
-Entry = tuple[int, int, int, int | bytes]  # of a TIFF: tag, type, count, value or what lies elsewhere
 _MARKER = re.compile(rb"\xff[\xc0-\xfe]")
 _PNG_KINDS = (
-    b"IHDR",
-    b"PLTE",
-    b"IDAT",
-    b"IEND",
-    b"tRNS",
-    b"gAMA",
-    b"iCCP",
-    b"tEXt",
-    b"zTXt",
-    b"iTXt",
-    b"eXIf",
-    b"pHYs",
-    b"acTL",
-    b"fcTL",
-    b"fdAT",
-    b"cHRM",
-    b"sRGB",
-    b"prVt",
-    b"\0\0\0\0",
+    b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"pHYs",
+    b"acTL", b"fcTL", b"fdAT", b"cHRM", b"sRGB", b"prVt", b"\0\0\0\0",
 )
 _TAGS = (
-    254,
-    256,
-    257,
-    258,
-    259,
-    262,
-    266,
-    273,
-    274,
-    277,
-    278,
-    279,
-    282,
-    284,
-    292,
-    317,
-    320,
-    322,
-    323,
-    324,
-    325,
-    330,
-    332,
-    338,
-    339,
-    347,
-    512,
-    513,
-    514,
-    519,
-    529,
-    530,
-    531,
-    532,
-    700,
-    33432,
-    34377,
-    34665,
-    34675,
-    34853,
-    40965,
-    45056,
-    50838,
+    254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 282, 284, 292, 317, 320, 322, 323, 324, 325,
+    330, 332, 338, 339, 347, 512, 513, 514, 519, 529, 530, 531, 532, 700, 33432, 34377, 34665, 34675, 34853,
+    40965, 45056, 50838,
 )
 
 
@@ -121,36 +63,6 @@ def bmp(width: int, height: int, data: bytes, *, bits: int = 8, compression: int
     file = struct.pack("<2sIHHI", b"BM", start + len(data), 0, 0, start)
     info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, compression, len(data), 0, 0, len(palette) // 4, 0)
     return file + info + palette + data
-
-
-def tiff(entries: Sequence[Entry], data: bytes = b"", order: str = "<", big: bool = False) -> bytes:
-    """One directory, then what its entries have elsewhere, then `data`: see `tiff_data`."""
-    head, entry, room, end = ("HHQ", "HHQ", 8, "Q") if big else ("I", "HHI", 4, "I")
-    where = tiff_data(entries, big) - _elsewhere(entries, big)
-    out = (b"II" if order == "<" else b"MM") + struct.pack(order + "H", 43 if big else 42)
-    out += struct.pack(order + head, *((8, 0, 16) if big else (8,))) + struct.pack(order + "HQ"[big], len(entries))
-    elsewhere = b""
-    for tag, kind, count, value in entries:
-        out += struct.pack(order + entry, tag, kind, count)
-        if isinstance(value, bytes) and len(value) > room:
-            out += struct.pack(order + end, where + len(elsewhere))
-            elsewhere += value
-        elif isinstance(value, bytes):
-            out += value.ljust(room, b"\0")
-        else:
-            code = {1: "B", 3: "H", 16: "Q"}.get(kind, "I") if count == 1 else "I"
-            out += struct.pack(order + code, value & ((1 << 8 * struct.calcsize(code)) - 1)).ljust(room, b"\0")[:room]
-    return out + struct.pack(order + end, 0) + elsewhere + data
-
-
-def tiff_data(entries: Sequence[Entry], big: bool = False) -> int:
-    """Where `tiff` puts its data: for the offsets among the entries, which may be 0 while this is asked."""
-    return (24 + 20 * len(entries) + 8 if big else 10 + 12 * len(entries) + 4) + _elsewhere(entries, big)
-
-
-def _elsewhere(entries: Sequence[Entry], big: bool) -> int:
-    room = 8 if big else 4
-    return sum(len(value) for *_, value in entries if isinstance(value, bytes) and len(value) > room)
 
 
 @functools.cache
@@ -226,19 +138,11 @@ def tiled(order: str = "<", big: bool = False, planar: int = 1) -> bytes:
     """A TIFF in four deflated tiles of 16x16."""
     tile = zlib.compress(bytes(range(256)))
     entries: list[Entry] = [
-        (256, 4, 1, 18),
-        (257, 4, 1, 24),
-        (258, 3, 1, 8),
-        (259, 3, 1, 8),
-        (262, 3, 1, 1),
-        (277, 3, 1, 1),
-        (284, 3, 1, planar),
-        (322, 3, 1, 16),
-        (323, 3, 1, 16),
-        (324, 4, 4, bytes(16)),
+        (256, 4, 1, 18), (257, 4, 1, 24), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
+        (284, 3, 1, planar), (322, 3, 1, 16), (323, 3, 1, 16), (324, 4, 4, bytes(16)),
         (325, 4, 4, struct.pack(order + "I", len(tile)) * 4),
     ]
-    start = tiff_data(entries, big)
+    start = len(tiff(entries, order=order, big=big))
     entries[9] = (324, 4, 4, struct.pack(order + "4I", *(start + len(tile) * each for each in range(4))))
     return tiff(entries, tile * 4, order, big)
 
@@ -319,11 +223,8 @@ def _segments(random: Random, whole: bytes) -> bytes:
                 )
                 body = random.choice(
                     (
-                        b"Exif\0\0" + whole[:60],
-                        b"MPF\0II*\0\x08\0\0\0",
-                        b"Adobe\0d\0\0\0\0\1",
-                        b"Photoshop 3.0\0008BIM",
-                        b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>',
+                        b"Exif\0\0" + whole[:60], b"MPF\0II*\0\x08\0\0\0", b"Adobe\0d\0\0\0\0\1",
+                        b"Photoshop 3.0\0008BIM", b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>',
                         random.randbytes(20),
                     )
                 )
@@ -365,16 +266,8 @@ def _bmp_header(random: Random, whole: bytes) -> bytes:
     """BMP: fields of its header, each with the numbers that matter for it."""
     changed = bytearray(whole)
     fields = (
-        (2, "<I"),
-        (10, "<I"),
-        (14, "<I"),
-        (18, "<i"),
-        (22, "<i"),
-        (26, "<H"),
-        (28, "<H"),
-        (30, "<I"),
-        (34, "<I"),
-        (46, "<I"),
+        (2, "<I"), (10, "<I"), (14, "<I"), (18, "<i"), (22, "<i"), (26, "<H"), (28, "<H"), (30, "<I"),
+        (34, "<I"), (46, "<I"),
     )
     for _ in range(random.randint(1, 3)):
         place, code = random.choice(fields)

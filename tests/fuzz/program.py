@@ -1,22 +1,22 @@
-"""Throw malformed frames, headers, images, descriptors and requests at blendmaskd, and say what came of each.
+"""Send malformed frames, headers, images, descriptors and requests to blendmaskd, and report what came of each.
 
 Examples:
     scripts/fuzz.py                                     # one million, in all layers: about ten minutes
     scripts/fuzz.py --inputs 20000 --seed 7             # a short run of other inputs
     scripts/fuzz.py --layer images --inputs 100000      # one layer
-    scripts/fuzz.py --layer images --first 4711 --inputs 1   # one input again, from what a failure said
+    scripts/fuzz.py --layer images --first 4711 --inputs 1   # repeat the input that a failure named
 
-Layers, and what share of the inputs each gets:
+Layers, and the share of the inputs that each gets:
     headers  40 %  frames and headers for each side of the wire, in a process of its own: a message or `ProtocolError`
     images   45 %  damaged images, raw arrays and paths, in processes of their own: pixels within limits or `ImageError`
     daemon   10 %  messages at a running daemon, with damaged images in them: each answered or dropped by the rule
     memory    3 %  descriptors and places at its socket for shared memory
     pages     2 %  requests at its metrics port
-    bombs          small files that ask for much, at the default limits: memory bounded by pixels and bytes
+    bombs          small files that demand much, at the default limits: memory is bounded by pixels and bytes
 
-While a daemon is thrown at, a good client uses it, must be served all the time and get its own results. At the end no
-process has died, nothing unforeseen is in the log, descriptors are back and memory has not grown. Whatever else happens
-is told with the layer, the seed and the number that make it again, and ends the run with exit code 1.
+While a daemon gets such inputs, a well-behaved client uses it, and must get its own results throughout. In the end no
+process may have died, the log must hold nothing unexpected, descriptors must be closed and memory must not have grown.
+Anything else is reported with the layer, seed and number that reproduce it, and makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -137,12 +137,7 @@ def _run_child(layer: str, seed: int, numbers: range, folder: str) -> Progress:
     at = Path(folder, f"{numbers.start}.at")
     at.write_bytes(bytes(8))
     argv = [
-        sys.executable,
-        "-m",
-        "fuzz.child",
-        layer,
-        *map(str, (seed, numbers.start, numbers.stop)),
-        folder,
+        sys.executable, "-m", "fuzz.child", layer, *map(str, (seed, numbers.start, numbers.stop)), folder,
     ]
     with Path(folder, "stderr").open("w+") as stderr:
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr, env=_as_a_worker())
@@ -318,8 +313,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--inputs", type=int, default=1_000_000, metavar="N", help="in all layers together (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="what all inputs follow from (%(default)s)")
-    parser.add_argument("--layer", choices=LAYERS, help="only this one; all inputs are its")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="all inputs follow from it (%(default)s)")
+    parser.add_argument("--layer", choices=LAYERS, help="run only this one, with all inputs")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first input (%(default)s)")
     parser.add_argument("--json", action="store_true", help="the figures as one JSON object")
     return parser.parse_args(argv)

@@ -161,6 +161,7 @@ class Messages:
             self._stats -= 1
             self.outcomes["stats"] += 1
             return
+        assert not isinstance(message, protocol.Limits), "nobody has asked"
         self._answered[message.job] += 1
         self._may[message.job] -= 1
         if self._may[message.job] < 0:
@@ -312,7 +313,7 @@ class Descriptors:
                 os.pwrite(memory, random.randbytes(16), random.randrange(max(len(payload), 1)))
             if self._socket.poll(1):
                 message, _ = protocol.decode(self._socket.recv_multipart(), protocol.TO_CLIENT)
-                assert not isinstance(message, protocol.Stats)
+                assert not isinstance(message, protocol.Stats | protocol.Limits)
                 names.remove(message.job)
                 code = message.code.value if isinstance(message, Failed) else type(message).__name__.lower()
                 self.outcomes[f"place: {code}"] += 1
@@ -388,12 +389,8 @@ def _memory(random: Random, size: int) -> int:
     descriptor = os.memfd_create("fuzz", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     os.ftruncate(descriptor, size)
     seals = (
-        fcntl.F_SEAL_SHRINK,
-        fcntl.F_SEAL_SHRINK,
-        fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
-        fcntl.F_SEAL_GROW,
-        fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE,
-        0,
+        fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+        fcntl.F_SEAL_GROW, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE, 0,
     )
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, random.choice(seals))
     return descriptor

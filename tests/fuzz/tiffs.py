@@ -5,7 +5,7 @@ from __future__ import annotations
 import lzma
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ NONE, LZW, DEFLATE, OLD_DEFLATE, PACKBITS, LZMA = 1, 5, 8, 32946, 32773, 34925
 _CODES = {1: "B", SHORT: "H", LONG: "I", 11: "f"}
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
+Entry = tuple[int, int, int, int | bytes]  # tag, type, count, value or what lies elsewhere
 Samples = npt.NDArray[Any]  # height, width, samples of a pixel
 
 
@@ -77,29 +78,37 @@ def assemble(
 ) -> bytes:
     """A TIFF of one directory, with the blocks as its tiles if it has tiles, else as strips."""
     offsets, lengths = (324, 325) if 322 in entries else (273, 279)
-    room, code, entry, begin = (8, "Q", "HHQ", 16) if big else (4, "I", "HHI", 8)
     whole = {**entries, offsets: (LONG, (0,) * len(blocks)), lengths: (LONG, tuple(map(len, blocks)))}
-    elsewhere = begin + struct.calcsize(order + "HQ"[big]) + len(whole) * (struct.calcsize(order + entry) + room) + room
-    size = sum(len(body) for kind, values in whole.values() if len(body := _body(kind, values, order)) > room)
-    starts = [elsewhere + size + sum(map(len, blocks[:place])) for place in range(len(blocks))]
-    whole[offsets] = (LONG, tuple(starts))
+    start = len(tiff(_listed(whole, order), b"", order, big))
+    whole[offsets] = (LONG, tuple(start + sum(map(len, blocks[:place])) for place in range(len(blocks))))
+    return tiff(_listed(whole, order), b"".join(blocks), order, big)
+
+
+def _listed(entries: Mapping[int, tuple[int, tuple[float, ...]]], order: str) -> list[Entry]:
+    return [
+        (tag, kind, len(values), struct.pack(f"{order}{len(values)}{_CODES[kind]}", *values))
+        for tag, (kind, values) in sorted(entries.items())
+    ]
+
+
+def tiff(entries: Sequence[Entry], data: bytes = b"", order: str = "<", big: bool = False) -> bytes:
+    """One directory, what its entries have elsewhere, then `data`; without data its length is where that begins."""
+    head, entry, room, end = ("HHQ", "HHQ", 8, "Q") if big else ("I", "HHI", 4, "I")
+    where = 24 + 20 * len(entries) + 8 if big else 10 + 12 * len(entries) + 4
     out = (b"II" if order == "<" else b"MM") + struct.pack(order + "H", 43 if big else 42)
-    out += struct.pack(order + "HHQ", 8, 0, begin) if big else struct.pack(order + "I", begin)
-    out += struct.pack(order + "HQ"[big], len(whole))
-    bodies = b""
-    for tag, (kind, values) in sorted(whole.items()):
-        body = _body(kind, values, order)
-        out += struct.pack(order + entry, tag, kind, len(values))
-        if len(body) > room:
-            out += struct.pack(order + code, elsewhere + len(bodies))
-            bodies += body
+    out += struct.pack(order + head, *((8, 0, 16) if big else (8,))) + struct.pack(order + "HQ"[big], len(entries))
+    elsewhere = b""
+    for tag, kind, count, value in entries:
+        out += struct.pack(order + entry, tag, kind, count)
+        if isinstance(value, bytes) and len(value) > room:
+            out += struct.pack(order + end, where + len(elsewhere))
+            elsewhere += value
+        elif isinstance(value, bytes):
+            out += value.ljust(room, b"\0")
         else:
-            out += body.ljust(room, b"\0")
-    return out + struct.pack(order + code, 0) + bodies + b"".join(blocks)
-
-
-def _body(kind: int, values: tuple[float, ...], order: str) -> bytes:
-    return struct.pack(f"{order}{len(values)}{_CODES[kind]}", *values)
+            code = {1: "B", 3: "H", 16: "Q"}.get(kind, "I") if count == 1 else "I"
+            out += struct.pack(order + code, value & ((1 << 8 * struct.calcsize(code)) - 1)).ljust(room, b"\0")[:room]
+    return out + struct.pack(order + end, 0) + elsewhere + data
 
 
 def _blocks(plane: Samples, layout: Layout) -> list[Samples]:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blendmaskd_workers.batching import LARGEST, LONG_S, Batching
+from blendmaskd_workers.batching import LARGEST, LONG_S, Batching, ahead
 
 SIZE = (800, 800)
 RECORD = {1: 0.02179, 2: 0.03890, 4: 0.12243, 8: 0.22638}  # one Ascend 910
@@ -131,3 +131,10 @@ def test_whatever_the_device_a_batch_is_never_more_than_there_is_nor_than_allowe
 def test_with_fewer_images_than_the_best_batch_the_best_of_those_is_run(ready: int) -> None:
     device = {1: 0.020, 2: 0.030, 4: 0.040, 8: 0.060}
     assert Batching("auto", device).choose(SIZE, ready) == {1: 1, 2: 2, 3: 2, 5: 4}[ready]
+
+
+@pytest.mark.parametrize(("preparing_s", "busy_s", "held"), [
+    (0.0, 0.0, 0), (0.1, 1.0, 0), (0.99, 1.0, 0), (3.5, 1.0, 3), (100.0, 1.0, 8), (0.1, 0.0, 8),
+], ids=["idle", "small", "nearly", "large", "more than threads", "a device of no time"])
+def test_as_many_images_are_held_ahead_as_are_prepared_while_the_device_runs_one(preparing_s, busy_s, held) -> None:
+    assert ahead(preparing_s, busy_s, threads=8) == held

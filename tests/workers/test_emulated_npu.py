@@ -202,11 +202,11 @@ def check_an_upload_beside_the_computation_arrives_when_it_is_taken() -> None:
     from blendmaskd_workers import devices
 
     device = devices.open_device("npu:1")
-    image = torch.randn(1, 3, 8, 8)
+    image = torch.randint(0, 200, (3, 8, 8), dtype=torch.uint8)
     with ThreadPoolExecutor(1) as host:
         staged = host.submit(device.stage, image).result()
     assert staged.tensor.device == NPU[1]
-    assert staged.tensor.twin.isnan().all(), "nobody has waited yet"
+    assert (staged.tensor.twin == emulated_npu.UNARRIVED).all(), "nobody has waited yet"
     emulated_npu.kept_for_streams.clear()
     for _ in range(2):
         assert torch.equal(staged.take().cpu(), image)
@@ -215,19 +215,25 @@ def check_an_upload_beside_the_computation_arrives_when_it_is_taken() -> None:
 
 
 def check_a_graph_computes_again_what_was_recorded() -> None:
-    from blendmaskd_workers import devices
-    from blendmaskd_workers.blendmask import capture, config, model, random_weights
+    from blendmaskd_workers import blendmask, devices
 
-    small = config.load_config(ROOT / "tests/golden/small_R18.yaml")
-    network = model.build(small)
-    network.load_state_dict(random_weights(network))
+    network = blendmask.build(blendmask.load_config(ROOT / "tests/golden/small_R18.yaml"))
+    blendmask.load_into(network, blendmask.random_weights(network))
     device = devices.open_device("npu:0")
     network.to(device.torch_device)
     first, second = torch.randn(2, 1, 3, 96, 64).mul(60).to(device.torch_device)
-    begin, complete = capture(network, device.graph, first)
     with torch.inference_mode():
+        begin, complete, captured = blendmask.capture(network, device.graph, first)
+        fewest = blendmask.places(network, 1)
         for images in (second, first):
             found, expected = complete(begin(images)), network.propose(images)
+            kept = blendmask.choose(network, expected, expected.packed.cpu().numpy())
+            masks = blendmask.blend(network, found, kept, device.upload, fewest, captured)
+            alone = blendmask.blend(network, expected, kept, device.upload, fewest)
+            assert masks is not None
+            assert alone is not None
+            assert masks.shape[0] == alone.shape[0] == fewest
+            assert torch.equal(masks.cpu(), alone.cpu())
             assert torch.equal(found.packed.cpu(), expected.packed.cpu())
             assert torch.equal(found.bases.cpu(), expected.bases.cpu())
             for ours, theirs in zip(found.box_features, expected.box_features, strict=True):

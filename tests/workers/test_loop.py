@@ -1,6 +1,8 @@
 """The worker's loop: how batches form, what busy means, and what a real worker does with late and unwanted leases."""
 from __future__ import annotations
 
+import io
+import math
 import shutil
 import threading
 import time
@@ -10,12 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import zmq
+from PIL import Image as PillowImage
 
-from blendmaskd import protocol
+from blendmaskd import protocol, settings
 from blendmaskd.client.blocking import JobFailed, ServerPath
 from blendmaskd.protocol import TO_CLIENT, Cancel, Code, Image, Lease, Options, Submit
 from blendmaskd_workers.batching import Batching
-from blendmaskd_workers.loop import Busy
+from blendmaskd_workers.loop import Busy, host_threads
 from blendmaskd_workers.ready import Item, ReadyQueue
 
 
@@ -146,3 +149,32 @@ def test_a_path_below_an_allowed_root_is_read_by_the_worker_and_no_other(daemon,
     for path in (outside, str(tmp_path / "allowed" / "link.png"), "/etc/passwd"):
         with pytest.raises(JobFailed, match="bad-request: the path is not below a root"):
             server.client.segment(ServerPath(str(path)))
+
+
+@pytest.mark.parametrize(("setting", "cpus", "quota", "threads"), [
+    ("auto", 24, math.inf, 24), ("auto", 1, math.inf, 2), ("auto", 24, 12.5, 6), ("auto", 24, 1.0, 2),
+    ("auto", 192, math.inf, 64), ("1", 24, math.inf, 1), ("40", 24, 12.0, 40),
+], ids=["a mask", "one CPU", "a quota", "a small quota", "a large host", "one", "a number"])
+def test_as_many_host_threads_as_the_slot_has_cpus(setting: str, cpus: int, quota: float, threads: int) -> None:
+    chosen = settings.load(None, None, ["devices=[cpu:0, cpu:1]", f"runtime.host_threads={setting}"])
+    assert host_threads(chosen, cpus, quota) == threads
+
+
+def test_where_images_cost_more_than_the_device_takes_more_of_them_are_leased(daemon, wait_until) -> None:
+    server = daemon(devices=["cpu:0"], batch=1, timed={"latency_ms": {1: 1}}, runtime={"host_threads": 5})
+    large = np.zeros((1500, 1500, 3), np.uint8)
+    file = io.BytesIO()
+    PillowImage.fromarray(large).save(file, "JPEG")
+    enough = threading.Event()
+
+    def load() -> None:
+        for _ in server.connect().map(iter(lambda: enough.is_set() or file.getvalue(), True), window=16):
+            pass
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        wait_until(lambda: server.client.stats()["leased"] >= 3 + 5)
+    finally:
+        enough.set()
+        thread.join()

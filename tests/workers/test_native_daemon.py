@@ -1,6 +1,8 @@
 """The whole daemon with the native engine, on CPUs and on emulated NPUs: its answers are the bare network's."""
 from __future__ import annotations
 
+import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +88,36 @@ def test_two_devices_answer_as_the_bare_network(daemon, weights, kind) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_model_that_was_replaced_beneath_the_daemon_is_told(daemon, weights, tmp_path, wait_until) -> None:
+    """By a link, as deployments do; then a worker dies. The reload that was forgotten makes them one again."""
+    other, current = tmp_path / "other.pth", tmp_path / "current.pth"
+    network = blendmask.build(blendmask.load_config(CONFIG))
+    torch.save({"model": blendmask.random_weights(network, seed=1)}, other)
+    current.symlink_to(weights)
+    model = {"config": str(CONFIG), "weights": str(current)}
+    server = daemon(engine="native", model=model, warm_up=[[64, 64]], runtime={"threads": 1}, batch=1)
+
+    def models() -> list[str]:
+        return [device["actual"].get("model", "") for device in server.devices().values()]
+
+    first, same = models()
+    assert first == same
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    assert "blendmaskd_models 1.0" in server.get("/metrics")[1]
+    current.unlink()
+    current.symlink_to(other)
+    os.kill(server.pids()["cpu:1"], signal.SIGKILL)
+    wait_until(lambda: len({*models(), ""}) == 3, 60)
+    second = next(model for model in models() if model != first)
+    assert f"different models are served, a file was replaced: {first} on cpu:0; {second} on cpu:1" in server.log
+    wait_until(lambda: "blendmaskd_models 2.0" in server.get("/metrics")[1])
+    assert f'blendmaskd_device_model{{device="cpu:1",model="{second}"}} 1.0' in server.get("/metrics")[1]
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: models() == [second] * 2, 60)
+    assert server.log.count("different models are served") == 1, "a reload's own difference is none"
+
+
 def test_a_reload_asks_for_exact_answers_and_they_do_not_depend_on_company(daemon, weights, wait_until) -> None:
     """Eight jobs of one size, there at once, would make a batch, which is summed in another order."""
     model = {"config": str(CONFIG), "weights": str(weights)}

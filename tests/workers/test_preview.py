@@ -9,6 +9,7 @@ from PIL import Image
 from blendmaskd_workers.preview import BEST, EACH_S, SHARE, SIDE, Previews, picture
 
 RED_BGR = np.zeros((40, 60, 3), np.uint8) + np.array([0, 0, 255], np.uint8)
+RED = Image.new("RGB", (60, 40), "red")
 
 
 def result(score: float = 0.9, bbox: tuple[float, ...] = (5, 5, 20, 20)) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def opened(jpeg: bytes) -> Image.Image:
 
 
 def test_a_picture_is_the_image_with_its_results() -> None:
-    plain, drawn = opened(picture(RED_BGR, [])), opened(picture(RED_BGR, [result()]))
+    plain, drawn = opened(picture(RED, [])), opened(picture(RED, [result()]))
     assert plain.size == drawn.size == (60, 40)
     red, green, blue = plain.getpixel((30, 35))
     assert (red > 240, green < 20, blue < 20) == (True, True, True)
@@ -29,7 +30,7 @@ def test_a_picture_is_the_image_with_its_results() -> None:
 
 def test_a_picture_is_small_and_has_the_best_only() -> None:
     many = [result(bbox=(1, 1, 8, 8))] * BEST
-    large = np.zeros((1500, 3000, 3), np.uint8)
+    large = Image.new("RGB", (3000, 1500))
     assert opened(picture(large, many)).size == (SIDE, SIDE // 2)
     assert picture(large, [*many, result(0.1, (1500, 700, 900, 700))]) == picture(large, many)
 
@@ -49,7 +50,7 @@ def test_one_image_in_each_period_is_taken_and_it_is_a_copy() -> None:
     taken = previews.take(pixels)
     assert taken is not None
     pixels[:] = 0  # its client's memory again
-    assert (taken == RED_BGR).all()
+    assert taken == RED
     assert previews.take(pixels) is None
     clock.now += EACH_S
     assert previews.take(pixels) is not None
@@ -62,21 +63,21 @@ def test_a_picture_that_took_long_keeps_the_next_one_away() -> None:
         clock.now += 3.0  # it and the drawing
 
     previews = Previews(send, clock)
-    taken = previews.take(RED_BGR)
+    taken = previews.take(RED)
     assert taken is not None
     previews.draw(taken, [result()])
     previews._artist.shutdown()
     clock.now = 103.0 + 3.0 / SHARE - 0.1
-    assert previews.take(RED_BGR) is None
+    assert previews.take(RED) is None
     clock.now += 0.2
-    assert previews.take(RED_BGR) is not None
+    assert previews.take(RED) is not None
 
 
 def test_what_cannot_be_drawn_is_logged_and_the_next_one_comes(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     sent = threading.Event()
     previews = Previews(lambda jpeg: sent.set(), clock)
-    previews.draw(RED_BGR, [{"bbox": [0, 0, 1, 1], "segmentation": {"size": [1, 1], "counts": "0"}}])
-    previews.draw(RED_BGR, [result()])
+    previews.draw(RED, [{"bbox": [0, 0, 1, 1], "segmentation": {"size": [1, 1], "counts": "0"}}])
+    previews.draw(RED, [result()])
     assert sent.wait(20)
     assert "could not be drawn" in caplog.text

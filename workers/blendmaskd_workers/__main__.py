@@ -13,8 +13,8 @@ import sys
 
 import msgspec
 
-from blendmaskd import assignment, logs
-from blendmaskd.assignment import EXIT_CANNOT_BOOT, Assignment, AssignmentError
+from blendmaskd import assignment, logs, probe
+from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_HOST_LACKS, Assignment, AssignmentError
 from blendmaskd.extras import lacking
 from blendmaskd.probe import Cause, Probe
 from blendmaskd.settings import Settings
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         if "--check" in argv:
             return _check(assigned.settings)
         if "--probe" in argv:
-            print(msgspec.json.encode(_probe(assigned)).decode(), flush=True)
+            print(probe.in_a_line(_probe(assigned)), end="", flush=True)
             return 0
         return _work(assigned)
     except ModuleNotFoundError as error:
@@ -95,8 +95,13 @@ def _work(assignment: Assignment) -> int:
         engine.warm_up(settings.warm_up, batching.target())
     except EngineError as error:
         log.error("%s", error)
-        return error.exit_code
+        return EXIT_HOST_LACKS if _of_a_file(error) else error.exit_code
     return Loop(assignment, engine, batching, Channel(assignment.identity, assignment.endpoint)).run()
+
+
+def _of_a_file(error: BaseException | None) -> bool:
+    """Whether it is about a file that could not be read: on a mount that is away, it may be back."""
+    return error is not None and (isinstance(error, OSError) or _of_a_file(error.__cause__))
 
 
 if __name__ == "__main__":

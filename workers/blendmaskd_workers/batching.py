@@ -26,6 +26,14 @@ RUNS_REMEMBERED = 9
 Size = tuple[int, int]  # height, width, padded
 
 
+def ahead(preparing_s: float, busy_s: float, threads: int) -> int:
+    """How many images to hold beyond those of the batches: as many as are prepared while the device runs one.
+
+    The host's `threads` spent `preparing_s` together, and the device `busy_s`, on equally many images.
+    """
+    return min(int(preparing_s / max(busy_s, 1e-9)), threads)
+
+
 @dataclass(slots=True)
 class Runs:
     """What was seen of one batch size."""

@@ -9,6 +9,7 @@ accelerator_check = partial(run, "accelerator_check", "blendmaskd_workers.evalua
 inference = partial(run, "blendmaskd-inference", "blendmaskd_workers.programs.inference")
 train = partial(run, "blendmaskd-train", "blendmaskd_workers.training.program")
 benchmark = partial(run, "blendmaskd-benchmark", "blendmaskd_workers.benchmark.program")
+benchmark_host = partial(run, "benchmark_host", "blendmaskd_workers.benchmark.host")
 benchmark_masks = partial(run, "benchmark_masks", "blendmaskd_workers.programs.benchmark_masks")
 benchmark_network = partial(run, "benchmark_network", "blendmaskd_workers.programs.benchmark_network")
 eval_performance = partial(run, "eval_performance", "blendmaskd_workers.evaluation.performance")

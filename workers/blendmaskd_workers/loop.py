@@ -32,10 +32,9 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgpack
@@ -43,13 +42,14 @@ import psutil
 
 from blendmaskd import protocol
 from blendmaskd.assignment import Assignment
+from blendmaskd.discovery import cpu_quota
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
 from blendmaskd.logs import about
-from blendmaskd.protocol import Code, RegionError
-from blendmaskd.settings import Settings
+from blendmaskd.protocol import IDLE, Code, RegionError
+from blendmaskd.settings import MOST_HOST_THREADS, Settings
 from blendmaskd_workers import process
-from blendmaskd_workers.batching import Batching
+from blendmaskd_workers.batching import Batching, ahead
 from blendmaskd_workers.channel import Connection
 from blendmaskd_workers.engines import Engine, Run, Times
 from blendmaskd_workers.preview import Previews
@@ -63,12 +63,13 @@ EARLY = 0.8  # of a first visit: so long its end need not be looked for
 QUICK_S = 0.002  # so long the main thread may be kept from receiving
 SWITCH_S = 0.0005  # how long a thread that needs the interpreter lock waits until it asks for it; Python's own is 5 ms
 ENGINE_FAILURES_IN_A_ROW = 3  # then the device is taken to be broken rather than the images
+LONGEST_REASON = 1000  # characters, whatever a library says
 EXIT_ENGINE_BROKEN = 70  # sysexits' EX_SOFTWARE
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Flight:
     """A batch that the device was asked for."""
 
@@ -83,11 +84,24 @@ class Flight:
 
     def complete(self) -> Flight:
         self.run.complete()
-        return replace(self, completed=time.monotonic())
+        self.completed = time.monotonic()
+        return self
 
     def choose(self) -> Flight:
         self.run.choose()
         return self
+
+    def through(self) -> list[Any]:
+        """What is left of a run whose beginning is asked for, with no other beside it."""
+        self.run.complete()
+        self.run.choose()
+        return self.collect()
+
+    def collect(self) -> list[Any]:
+        outputs = self.run.collect()
+        if len(outputs) != len(self.batch):
+            raise RuntimeError(f"the engine gave {len(outputs)} outputs for {len(self.batch)} images")
+        return outputs
 
 
 class Loop:
@@ -98,9 +112,11 @@ class Loop:
         self._settings: Settings = assignment.settings
         self._engine = engine
         self._batching = batching  # the device thread's; others only read
-        self._lock = threading.Lock()  # for the next two
+        self._lock = threading.Lock()  # for the next three
         self._held: dict[int, Item] = {}
         self._images = 0  # finished since the last report
+        self._preparing_s = 0.0  # spent on images since the last report
+        self._ahead = 0  # see `batching.ahead`
         self._most_held = 0, 0  # at once, in the last second and in this one
         self._lone_is_quick = False  # as the last one was
         self._failures = 0  # of the engine, in a row
@@ -113,7 +129,8 @@ class Loop:
         # a device that works while we do something else has a clock of its own
         self._watch = contextlib.nullcontext() if engine.overlaps else self._busy
         self._exit_code: int | None = None
-        self._host = ThreadPoolExecutor(_host_threads(), thread_name_prefix="host")
+        self._host_threads = host_threads(self._settings, len(os.sched_getaffinity(0)), cpu_quota())
+        self._host = ThreadPoolExecutor(self._host_threads, thread_name_prefix="host")
         self._teller = ThreadPoolExecutor(1, thread_name_prefix="teller")
 
     def run(self) -> int:
@@ -122,7 +139,8 @@ class Loop:
             sys.setswitchinterval(SWITCH_S)
             gc.collect()
             gc.freeze()  # a collection that looks through all of torch would hold every thread up for 0.1 s
-            actual = process.observe(self._assignment.wanted, self._engine.device, self._engine.exact)
+            engine = self._engine
+            actual = process.observe(self._assignment.wanted, engine.device, engine.exact, engine.model)
             self._channel.send(
                 protocol.Ready(token=self._assignment.token, pid=os.getpid(), window=self._window(), actual=actual)
             )
@@ -168,22 +186,26 @@ class Loop:
         for lone in [other for other in others if other.lone]:
             lone.lone = False
             self._channel.send(protocol.Started(leases=[lone.lease.lease]))
-        self._host.submit(self._prepare_and_put, item)
+        self._host.submit(self._unless_it_dies, self._prepare_and_put, item)
 
     def _window(self) -> int:
         batches = 3 if self._engine.overlaps else 2  # one is already here, the others run
-        return batches * self._batching.target()
+        return batches * self._batching.target() + self._ahead
 
     def _report(self, start: float, end: float) -> None:
         with self._lock:
             images, self._images = self._images, 0
+            preparing_s, self._preparing_s = self._preparing_s, 0.0
         self._most_held = self._most_held[1], len(self._held)
+        busy_s = self._busy.take(end)
+        if images:
+            self._ahead = ahead(preparing_s, busy_s, self._host_threads)
         self._channel.send(
             protocol.Report(
                 start=start,
                 end=end,
                 images=images,
-                busy_s=self._busy.take(end),
+                busy_s=busy_s,
                 idle_s=self._busy.take_idle(),
                 memory_bytes=psutil.Process().memory_info().rss,
                 device_memory_bytes=self._engine.device.held_bytes() if self._engine.device else 0,
@@ -202,25 +224,28 @@ class Loop:
         """Whether the image is ready for the device; its lease is ended otherwise."""
         if self._overdue(item):
             return False
+        start = time.monotonic()
         try:
-            pixels = self._pixels(item)
-            item.preview = self._previews.take(pixels) if self._previews else None
-            item.prepared = self._engine.prepare(pixels)
+            photograph = self._photograph(item)
+            item.preview = self._previews.take(photograph) if self._previews else None
+            item.prepared = self._engine.prepare(photograph)
         except ImageError as error:
             self._fail(item, error.code, error.reason)
         except RegionError as error:
             self._fail(item, Code.BAD_REQUEST, str(error))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a library that wants to exit would end its thread and nothing else
             log.exception("preparing its image failed", extra=about(lease=item.lease.lease))
             self._fail(item, Code.ENGINE_FAILED, f"preparing the image: {type(error).__name__}: {error}")
         else:
             item.payload = ()
             item.ready_at = time.monotonic()
             item.timings["decode"] = item.ready_at - item.received
+            with self._lock:
+                self._preparing_s += item.ready_at - start
             return True
         return False
 
-    def _pixels(self, item: Item) -> images.Pixels:
+    def _photograph(self, item: Item) -> images.Photograph:
         image, limits = item.lease.image, self._settings.limits
         match image.kind:
             case "encoded":
@@ -239,12 +264,12 @@ class Loop:
         start = time.monotonic()
         try:
             detections = self._engine.finish(output, item.prepared, item.lease.options)
-        except Exception as error:
+            payload = msgpack.packb(detections)
+        except (Exception, SystemExit) as error:
             log.exception("finishing its results failed", extra=about(lease=item.lease.lease))
             self._fail(item, Code.ENGINE_FAILED, f"finishing the results: {type(error).__name__}: {error}")
             return
         height, width = item.prepared.image_size
-        payload = msgpack.packb(detections)
         item.timings["finish"] = time.monotonic() - start
         self._end(
             protocol.Finished(lease=item.lease.lease, width=width, height=height, timings=item.timings), [payload]
@@ -286,14 +311,17 @@ class Loop:
 
     def _run(self, batch: list[Item]) -> None:
         """All of a run, with nothing else on the device."""
-        self._collect(self._choose(self._complete(self._launch(batch))))
+        flight = self._launch(batch)
+        if flight is not None:
+            self._answer(flight, self._guarded(batch, flight.through))
 
     def _launch(self, batch: list[Item]) -> Flight | None:
         if not batch:
             return None
         self._lone_is_quick = False
         if not batch[0].lone:
-            self._teller.submit(self._channel.send, protocol.Started(leases=[item.lease.lease for item in batch]))
+            started = protocol.Started(leases=[item.lease.lease for item in batch])
+            self._teller.submit(self._unless_it_dies, self._channel.send, started)
         return self._guarded(batch, lambda: Flight(batch, self._engine.launch([item.prepared for item in batch])))
 
     def _complete(self, flight: Flight | None) -> Flight | None:
@@ -303,26 +331,22 @@ class Loop:
         return flight and self._guarded(flight.batch, flight.choose)
 
     def _collect(self, flight: Flight | None) -> None:
-        if flight is None:
-            return
-        outputs = self._guarded(flight.batch, flight.run.collect)
-        if outputs is not None:
-            self._failures = 0
-            self._answer(flight, outputs)
+        if flight is not None:
+            self._answer(flight, self._guarded(flight.batch, flight.collect))
 
     def _guarded(self, batch: list[Item], step: Callable[[], T]) -> T | None:
         """A step of a batch's run; when the engine raises, each image is tried alone, and None is returned."""
         try:
             with self._watch:
                 return step()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._failures = 0 if self._try_alone(batch, error) else self._failures + 1
         if self._failures >= ENGINE_FAILURES_IN_A_ROW:
             log.error("the engine failed %d times in a row: starting anew", self._failures)
             self._break()
         return None
 
-    def _try_alone(self, batch: list[Item], error: Exception) -> bool:
+    def _try_alone(self, batch: list[Item], error: BaseException) -> bool:
         """What is left to do for a batch on which the engine raised; False when no image of it got an answer."""
         if len(batch) == 1:
             log.error("the engine failed", extra=about(lease=batch[0].lease.lease), exc_info=error)
@@ -337,30 +361,40 @@ class Loop:
     def _run_alone(self, item: Item) -> bool:
         try:
             with self._watch:
-                run = self._engine.launch([item.prepared])
-                run.complete()
-                run.choose()
-                outputs = run.collect()
-        except Exception as error:
+                flight = Flight([item], self._engine.launch([item.prepared]))
+                outputs = flight.through()
+        except (Exception, SystemExit) as error:
             return self._try_alone([item], error)
-        self._answer(Flight([item], run), outputs)
+        self._answer(flight, outputs)
         return True
 
-    def _answer(self, flight: Flight, outputs: list[Any]) -> None:
-        """Hand the outputs to the host's threads."""
+    def _answer(self, flight: Flight, outputs: list[Any] | None) -> None:
+        """Hand the outputs to the host's threads; without any, the engine has failed, and that was answered."""
+        if outputs is None:
+            return
+        self._failures = 0
         end, batch, times = time.monotonic(), flight.batch, flight.run.times()
         device_s = times.busy_s
         if self._engine.overlaps:
             self._busy.add(times)
-        self._batching.observe(*flight.kind, device_s)
-        self._first_s[flight.kind] = times.first_s
+        kind = flight.kind
+        self._batching.observe(*kind, device_s)
+        self._first_s[kind] = times.first_s
         self._lone_is_quick = batch[0].lone and end - batch[0].received < QUICK_S
         for item, output in zip(batch, outputs):
             item.timings |= {"wait": max(end - item.ready_at - device_s, 0.0), "device": device_s}
             if len(self._held) == 1:
                 self._finish(item, output)
             else:
-                self._host.submit(self._finish, item, output)
+                self._host.submit(self._unless_it_dies, self._finish, item, output)
+
+    def _unless_it_dies(self, work: Callable[..., object], *arguments: Any) -> None:
+        """In a thread of a pool, which keeps to itself what is raised: whatever `work` lets pass is our own fault."""
+        try:
+            work(*arguments)
+        except BaseException:
+            log.exception("a thread died")
+            self._break()
 
     def _break(self) -> None:
         self._exit_code = EXIT_ENGINE_BROKEN
@@ -382,7 +416,8 @@ class Loop:
         return True
 
     def _fail(self, item: Item, code: Code, reason: str) -> None:
-        self._end(protocol.FailedLease(lease=item.lease.lease, code=code, reason=reason))
+        text = reason[:LONGEST_REASON].encode("utf-8", "backslashreplace").decode()  # a file's name need not be text
+        self._end(protocol.FailedLease(lease=item.lease.lease, code=code, reason=text))
 
     def _end(self, message: protocol.Finished | protocol.FailedLease, payload: Sequence[bytes] = ()) -> None:
         with self._lock:
@@ -391,9 +426,12 @@ class Loop:
         self._channel.send(message, payload)
 
 
-def _host_threads() -> int:
-    """One to decode the next image and one to finish the last, more where the slot has the CPUs."""
-    return min(max(len(os.sched_getaffinity(0)), 2), 4)
+def host_threads(settings: Settings, cpus: int, quota: float) -> int:
+    """What `runtime.host_threads` comes to with so many CPUs, and so many CPUs' time for all workers together."""
+    if settings.runtime.host_threads != "auto":
+        return settings.runtime.host_threads
+    share = int(min(cpus, quota / len(settings.devices)))
+    return min(max(share, 2), MOST_HOST_THREADS)  # one to decode the next image, one to finish the last
 
 
 class Busy:
@@ -403,7 +441,7 @@ class Busy:
         self._lock = threading.Lock()
         self._since: float | None = None
         self._seconds = 0.0
-        self._idle_s: Counter[str] = Counter()
+        self._idle_s = dict.fromkeys(IDLE, 0.0)
 
     def __enter__(self) -> None:
         with self._lock:
@@ -419,12 +457,13 @@ class Busy:
         """By the device's own clock."""
         with self._lock:
             self._seconds += times.busy_s
-            self._idle_s.update(times.idle_s)
+            for reason, seconds in times.idle_s.items():
+                self._idle_s[reason] += seconds
 
     def take_idle(self) -> dict[str, float]:
         """Seconds by reason since the last call."""
         with self._lock:
-            idle_s, self._idle_s = self._idle_s, Counter()
+            idle_s, self._idle_s = self._idle_s, dict.fromkeys(IDLE, 0.0)
             return {reason: max(seconds, 0.0) for reason, seconds in idle_s.items()}
 
     def take(self, now: float) -> float:

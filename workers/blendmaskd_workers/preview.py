@@ -2,7 +2,7 @@
 
 Drawing takes longer than many a device does for an image, so it is a thread's own work, done after the answer has left,
 at most every `EACH_S` and never for more than `SHARE` of the time: a picture that took long to draw keeps the next one
-away. Its pixels are a copy, because those of shared memory are their client's again after the answer.
+away. Of raw pixels it is a copy, because those of shared memory are their client's again after the answer.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from blendmaskd.images import overlay
-from blendmaskd.images.decoding import Pixels
+from blendmaskd.images.decoding import Photograph, rgb
 
 log = logging.getLogger("blendmaskd.worker")
 
@@ -38,22 +38,22 @@ class Previews:
         self._next = clock()
         self._artist = ThreadPoolExecutor(1, thread_name_prefix="preview")
 
-    def take(self, pixels: Pixels) -> Pixels | None:
-        """A copy of these pixels if a picture is due; it is to be drawn when its results are known."""
+    def take(self, photograph: Photograph) -> Image.Image | None:
+        """The photograph, ours for good, if a picture is due; it is to be drawn when its results are known."""
         with self._lock:
             now = self._clock()
             if now < self._next:
                 return None
             self._next = now + EACH_S
-        return pixels.copy()
+        return rgb(photograph)
 
-    def draw(self, pixels: Pixels, results: Sequence[Mapping[str, Any]]) -> None:
-        self._artist.submit(self._draw, pixels, results)
+    def draw(self, image: Image.Image, results: Sequence[Mapping[str, Any]]) -> None:
+        self._artist.submit(self._draw, image, results)
 
-    def _draw(self, pixels: Pixels, results: Sequence[Mapping[str, Any]]) -> None:
+    def _draw(self, image: Image.Image, results: Sequence[Mapping[str, Any]]) -> None:
         start = self._clock()
         try:
-            self._send(picture(pixels, results))
+            self._send(picture(image, results))
         except Exception:
             log.exception("the preview could not be drawn")
         end = self._clock()
@@ -61,9 +61,9 @@ class Previews:
             self._next = max(self._next, end + (end - start) / SHARE)
 
 
-def picture(pixels: Pixels, results: Sequence[Mapping[str, Any]]) -> bytes:
-    """A JPEG of an image (height, width, BGR) with its best COCO results drawn over it."""
-    drawn = overlay.draw(Image.fromarray(pixels[:, :, ::-1]), results[:BEST])
+def picture(image: Image.Image, results: Sequence[Mapping[str, Any]]) -> bytes:
+    """A JPEG of an image with its best COCO results drawn over it."""
+    drawn = overlay.draw(image, results[:BEST])
     drawn.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
     drawn.save(file, "JPEG", quality=QUALITY)

@@ -23,7 +23,9 @@ def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
-def observe(wanted: Wanted, device: Device | None, exact: bool | None = None) -> Actual:
+def observe(
+    wanted: Wanted, device: Device | None, exact: bool | None = None, model: str | None = None
+) -> Actual:
     """What took effect in this process, by the libraries' own account where `device` gives one."""
     cpus = format_cpus(os.sched_getaffinity(os.getpid()))
     actual = Actual(
@@ -35,7 +37,7 @@ def observe(wanted: Wanted, device: Device | None, exact: bool | None = None) ->
         env={name: os.environ[name] for name in wanted.env if name in os.environ},
     )
     effects = {} if device is None else device.effects()
-    return msgspec.structs.replace(actual, exact=exact, **effects)
+    return msgspec.structs.replace(actual, exact=exact, model=model, **effects)
 
 
 def thread_masks() -> dict[str, str]:

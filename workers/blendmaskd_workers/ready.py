@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from blendmaskd import protocol
-from blendmaskd.images import decoding as images
 from blendmaskd_workers.batching import Batching
 
 FULL = -math.inf  # how long a batch waits that needs no more
@@ -28,7 +29,7 @@ class Item:
     ready_at: float = 0.0  # when it was prepared
     lone: bool = False  # not reported as started, because it is the only one
     revoked: bool = False
-    preview: images.Pixels | None = None  # to be drawn once its results are known
+    preview: Image.Image | None = None  # to be drawn once its results are known
     timings: dict[str, float] = field(default_factory=dict)
 
 

@@ -13,7 +13,7 @@ from blendmaskd.topology import Cpus, HostError, format_cpus
 DYNAMIC_DRIVERS = ("intel_pstate", "amd-pstate-epp")  # their powersave raises the clock as needed
 
 
-def places(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[str, Cpus], dict[str, Cpus], str]:
+def places(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[str, Cpus], Mapping[str, Cpus], str]:
     """The plan, the CPUs near each device, and what stands in the way of a plan."""
     visible = []
     for device in settings.devices:

@@ -14,7 +14,7 @@ from blendmaskd import ascend, discovery, topology
 from blendmaskd.ascend import Card, Chip
 from blendmaskd.check.endpoints import Holder
 from blendmaskd.check.finding import Finding, error, ok, warning
-from blendmaskd.check.host import is_ours
+from blendmaskd.check.host import is_ours, own_user
 from blendmaskd.probe import Cause, Probe
 from blendmaskd.settings import Settings
 from blendmaskd.topology import VISIBLE_DEVICES, HostError
@@ -131,14 +131,14 @@ def _node(path: Path) -> NodeFacts:
         group = grp.getgrgid(group_id).gr_name
     except KeyError:
         group = str(group_id)
-    user = pwd.getpwuid(os.geteuid())
+    _, groups = own_user()
     service = service_groups()
     return NodeFacts(
         path=str(path),
         there=True,
         usable=os.access(path, os.R_OK | os.W_OK),
         group=group,
-        member=group_id in os.getgrouplist(user.pw_name, user.pw_gid),
+        member=group_id in groups,
         service_may=None if service is None else group_id in service,
     )
 
@@ -239,6 +239,8 @@ def _shut_out(facts: Sequence[NodeFacts]) -> list[Finding]:
 
 def _shut(node: NodeFacts, user: str) -> Finding:
     remedy = f"usermod --append --groups {node.group} {user}, then log in again"
+    if user.isdigit():
+        remedy = f"start it with the group {node.group}: supplementalGroups of a pod, --group-add of docker"
     if node.member:
         remedy = f"{user} joined the group {node.group} after this login: log in again"
     return error("permissions", f"{node.path}: {user} may not use it (group {node.group})", remedy)

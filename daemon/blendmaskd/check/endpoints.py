@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import urllib.request
@@ -15,15 +14,17 @@ import psutil
 
 from blendmaskd.check.finding import Finding, error, ok, warning
 from blendmaskd.check.host import is_ours, read
+from blendmaskd.endpoints import LOCK_SUFFIX, SOCKET_PATH_BYTES, ipc_path, parse_place
 from blendmaskd.keys import KeyFileError, read_pair
 from blendmaskd.protocol import MEMORY_SUFFIX
 from blendmaskd.settings import Settings
+from blendmaskd.shell.addresses import address, is_loopback, overlap
 from blendmaskd.shell.admission.access import AllowedKeys
-from blendmaskd.shell.sockets import is_loopback
+from blendmaskd.shell.endpoint_files import is_locked, obstacle
+from blendmaskd.shell.sockets import StartError, private_folder
 
 UNIT = Path("/etc/systemd/system/blendmaskd.service")
 RUNTIME_FOLDER = Path("/run/blendmaskd")  # RuntimeDirectory= of the unit
-SOCKET_PATH_BYTES = 107  # sockaddr_un, without its final zero
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -45,6 +46,7 @@ class EndpointFacts(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str  # ipc://PATH, tcp://HOST:PORT, HOST:PORT
     folder: str = ""  # ipc: of the socket
     folder_usable: bool = True  # it can be written, or made
+    obstacle: str = ""  # what is at its path and must stay, or has its port by these settings
     by_systemd: bool = False  # the installed unit makes the folder when it starts
     bind_errno: int = 0  # tcp: what a trial bind said
     open_to_all: bool = False  # without keys, on an address that others reach
@@ -64,17 +66,19 @@ class TcpFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 def ask(settings: Settings) -> Iterator[EndpointFacts]:
     """Where the settings have the daemon listen."""
+    bound: list[tuple[str, int]] = []
     for endpoint in settings.endpoints.clients:
         if endpoint.startswith("ipc://"):
             yield _ipc(endpoint)
         else:
-            yield _tcp("endpoints.clients", endpoint, endpoint.removeprefix("tcp://"))
+            yield _tcp("endpoints.clients", endpoint, endpoint.removeprefix("tcp://"), bound)
     if settings.endpoints.metrics:
-        yield _tcp("endpoints.metrics", settings.endpoints.metrics, settings.endpoints.metrics)
+        yield _tcp("endpoints.metrics", settings.endpoints.metrics, settings.endpoints.metrics, bound)
 
 
 def _ipc(endpoint: str) -> EndpointFacts:
-    path = Path(endpoint.removeprefix("ipc://"))
+    path = Path(ipc_path(endpoint))
+    lock = Path(f"{path}{LOCK_SUFFIX}")
     there = next(folder for folder in (path.absolute().parent, *path.absolute().parents) if folder.exists())
     return EndpointFacts(
         setting="endpoints.clients",
@@ -82,20 +86,9 @@ def _ipc(endpoint: str) -> EndpointFacts:
         folder=str(path.parent),
         folder_usable=os.access(there, os.W_OK | os.X_OK),
         by_systemd=path.is_relative_to(RUNTIME_FOLDER) and UNIT.exists(),
-        holder=_lock_holder(Path(f"{path}.lock")),
+        obstacle=obstacle(str(path)),
+        holder=_holder(_locker(lock)) if is_locked(str(lock)) else None,
     )
-
-
-def _lock_holder(path: Path) -> Holder | None:
-    """The process that holds the lock beside a socket; see `blendmaskd.shell.sockets`."""
-    try:
-        with path.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _holder(_locker(path))
-    except OSError:  # not there, or not ours to read: what the folder's rights say then
-        return None
-    return None
 
 
 def _locker(path: Path) -> int | None:
@@ -108,34 +101,35 @@ def _locker(path: Path) -> int | None:
     return None
 
 
-def _tcp(setting: str, endpoint: str, place: str) -> EndpointFacts:
-    host, _, port = place.rpartition(":")
-    host = host.strip("[]").replace("*", "0.0.0.0")
-    number = _bind_errno(host, port)
+def _tcp(setting: str, endpoint: str, place: str, bound: list[tuple[str, int]]) -> EndpointFacts:
+    host, port = parse_place(place)
+    number, found = _bind_errno(host, port)
+    obstacle = "another endpoint of these settings" if any(overlap((found, port), other) for other in bound) else ""
+    bound.append((found, port))
     holder = None
     if number == errno.EADDRINUSE:
-        holder = _listener(int(port))
+        holder = _listener(port)
         if setting == "endpoints.metrics" and holder.pid is None and _is_our_page(place):
             holder = Holder(ours=True)
     open_to_all = setting == "endpoints.metrics" and not is_loopback(place)
     return EndpointFacts(
-        setting=setting, endpoint=endpoint, bind_errno=number, open_to_all=open_to_all, holder=holder
+        setting=setting, endpoint=endpoint, obstacle=obstacle, bind_errno=number, open_to_all=open_to_all, holder=holder
     )
 
 
-def _bind_errno(host: str, port: str) -> int:
-    if not port.isdigit():
-        return 0  # an endpoint such as tcp://eth0:*, which ZeroMQ understands
+def _bind_errno(host: str, port: int) -> tuple[int, str]:
+    """What binding says, and the address that was tried."""
+    found = ""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as trial:
+        found = address(host)
+        with socket.socket(socket.AF_INET6 if ":" in found else socket.AF_INET) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(address)
+            trial.bind((found, port))
     except socket.gaierror:
-        return errno.EADDRNOTAVAIL
+        return errno.EADDRNOTAVAIL, found
     except OSError as problem:
-        return problem.errno or 0
-    return 0
+        return problem.errno or errno.EADDRNOTAVAIL, found
+    return 0, found
 
 
 def _listener(port: int) -> Holder:
@@ -161,6 +155,20 @@ def _holder(pid: int | None) -> Holder:
         return Holder(pid=pid, command=psutil.Process(pid).name(), ours=is_ours(pid))
     except psutil.Error:
         return Holder(pid=pid)
+
+
+def ask_private_folder() -> str:
+    """What is wrong with the place of the workers' socket; empty: nothing."""
+    try:
+        private_folder().cleanup()
+    except StartError as problem:
+        return str(problem)
+    return ""
+
+
+def judge_private_folder(complaint: str) -> list[Finding]:
+    """Whether there is a place for the workers' socket."""
+    return [error("files", complaint, "docs/troubleshooting.md")] if complaint else []
 
 
 def ask_keys(settings: Settings) -> Iterator[TcpFacts]:
@@ -208,6 +216,8 @@ def _ipc_problem(facts: EndpointFacts) -> Finding | None:
     if size + len(MEMORY_SUFFIX) > SOCKET_PATH_BYTES:
         return warning("endpoint", f"{facts.setting}: a path of {size} bytes leaves no room for {MEMORY_SUFFIX}: "
                        "no shared memory", "use a shorter path")  # fmt: skip
+    if facts.obstacle:
+        return error("endpoint", f"{facts.setting}: {facts.obstacle}", "stop or move it, or choose another endpoint")
     if not facts.folder_usable and not facts.by_systemd:
         return error("endpoint", f"{facts.setting}: this user cannot create {path}",
                      "run as the service's user, or --set 'endpoints.clients=[ipc:///tmp/blendmaskd.sock]'")
@@ -216,6 +226,8 @@ def _ipc_problem(facts: EndpointFacts) -> Finding | None:
 
 def _tcp_problem(facts: EndpointFacts) -> Finding | None:
     where = f"{facts.setting}: {facts.endpoint}"
+    if facts.obstacle:
+        return error("endpoint", f"{where}: taken by {facts.obstacle}", f"choose another {facts.setting}")
     match facts.bind_errno:
         case 0:
             return None

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import pwd
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,16 @@ def read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def own_user() -> tuple[str, set[int]]:
+    """This process's user by name, or by number where no entry names it, and the groups that it has at its next login.
+    """
+    try:
+        entry = pwd.getpwuid(os.geteuid())
+    except KeyError:  # usual in a container
+        return str(os.geteuid()), set(os.getgroups())
+    return entry.pw_name, set(os.getgrouplist(entry.pw_name, entry.pw_gid))
 
 
 def is_ours(pid: int) -> bool:

@@ -12,9 +12,9 @@ import psutil
 from blendmaskd.check.finding import Finding, error, ok, warning
 from blendmaskd.check.host import read
 from blendmaskd.settings import Settings
+from blendmaskd.shell.descriptors import limits, most_connections, most_regions, needed
 
 NETWORK_TYPES = ("nfs", "cifs", "smb", "ceph", "glusterfs", "lustre", "fuse.sshfs", "9p")
-FILES_PER_CLIENT = 3  # its connection, and with shared memory the second one and the region
 FEW_FILES = 512
 GIB = 1 << 30
 
@@ -80,11 +80,11 @@ def _network_type(folder: Path) -> str:
 
 
 def ask_limits(settings: Settings) -> LimitFacts:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = limits()
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return LimitFacts(
-        files=soft if soft != resource.RLIM_INFINITY else 1 << 20,
-        hard_files=hard if hard != resource.RLIM_INFINITY else 1 << 20,
+        files=soft,
+        hard_files=hard,
         locked_bytes=None if locked == resource.RLIM_INFINITY else locked,
         available_bytes=min(psutil.virtual_memory().available, _control_group_bytes()),
         promised_bytes=settings.queue.max_bytes + settings.shared_memory_bytes,
@@ -135,11 +135,16 @@ def judge_weights(engine: str, named: str | None, complaint: str | None, took_s:
 def judge_limits(facts: LimitFacts) -> list[Finding]:
     """Descriptors and memory."""
     locked = "no limit" if facts.locked_bytes is None else f"{facts.locked_bytes / (1 << 20):.0f} MiB"
-    clients = facts.files // FILES_PER_CLIENT
-    text = f"{facts.files} open files: about {clients} clients; locked memory: {locked}"
+    clients, regions = most_connections(facts.files), most_regions(facts.files)
+    text = f"{facts.files} open files: {clients} clients, {regions} with shared memory; locked memory: {locked}"
     findings = [ok("limits", text)]
     if facts.files < FEW_FILES:
         findings = [warning("limits", text, f"ulimit -n {min(65536, facts.hard_files)}; the service has 65536")]
+    if needed(facts.files) > facts.hard_files:
+        findings.append(warning(
+            "limits", f"{facts.hard_files} open files at most: a local user who connects very often can end the daemon",
+            f"a hard limit of {needed(facts.files)} or more (ulimit -Hn)",
+        ))  # fmt: skip
     if facts.promised_bytes > facts.available_bytes:
         findings.append(warning(
             "limits",

@@ -9,13 +9,11 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 
-import msgspec
-
 from blendmaskd import discovery
 from blendmaskd.check.endpoints import Holder
 from blendmaskd.core import launch_plan
 from blendmaskd.core.launch_plan import Basis, LaunchPlan, Preload
-from blendmaskd.probe import Probe
+from blendmaskd.probe import Probe, among
 from blendmaskd.settings import Settings
 from blendmaskd.shell import launch
 from blendmaskd.topology import Cpus, HostError
@@ -36,7 +34,7 @@ class Trial:
         try:
             self.plan = start()
             self._process = launch.launch(self.plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        except HostError as error:
+        except (HostError, OSError) as error:
             self.complaint = str(error)
 
     def end(self) -> Trial:
@@ -86,4 +84,4 @@ def probe(trial: Trial) -> Probe:
     trial.end()
     if trial.complaint is not None:
         return Probe(error=trial.complaint)
-    return msgspec.json.decode(trial.printed, type=Probe)
+    return among(trial.printed)

@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,19 +19,24 @@ from blendmaskd import protocol
 from blendmaskd.client.connection import (
     DEFAULT_ENDPOINT,
     EVENTS,
+    LINGER_MS,
     RETRIES,
     Connection,
     HandshakeError,
     KeyFile,
     Transport,
     check_window,
+    wants_ipv6,
 )
 from blendmaskd.client.exchange import Call, Image, JobFailed, Segmentation
 from blendmaskd.protocol import Code, GetStats
 
 
 class AsyncClient(Connection):
-    """The same for asyncio. Any number of tasks of one event loop may share it; use it as ``async with``."""
+    """The same for asyncio. Any number of tasks of one event loop may share it; use it as ``async with``.
+
+    A call outside of that, or in another loop, raises RuntimeError.
+    """
 
     def __init__(
         self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES,
@@ -40,25 +45,34 @@ class AsyncClient(Connection):
         super().__init__(endpoint, timeout_s, retries, transport, server_key, key)
         self._futures: dict[str, asyncio.Future[None]] = {}
         self._stats_futures: list[asyncio.Future[dict[str, Any]]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._broken: Exception | None = None  # what has ended a task of ours
 
     async def __aenter__(self) -> Self:
+        if self._loop is not None and not self._closed:
+            raise RuntimeError("this client is in use already: make another one")
+        ipv6 = await asyncio.to_thread(wants_ipv6, self.endpoint)
+        self._loop, self._closed, self._broken = asyncio.get_running_loop(), False, None
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._monitor = self._socket.get_monitor_socket(EVENTS)
         try:
-            self._open(self._socket)
+            self._open(self._socket, ipv6)
         except ValueError:
             self._disconnect()
             raise
         self._wake = asyncio.Event()
         if self._places:
-            asyncio.get_running_loop().add_reader(self._places.fileno(), self._read_memory)
-        self._tasks = [asyncio.create_task(task()) for task in (self._read, self._write, self._watch)]
+            self._loop.add_reader(self._places.fileno(), self._read_memory)
+        self._tasks = [asyncio.create_task(self._keep(task)) for task in (self._read, self._write, self._watch)]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._closed or self._is_foreign:
+            return
+        self._closed = True
         for name in list(self._futures):
             await self._close_job(name)
         for task in self._tasks:
@@ -66,10 +80,20 @@ class AsyncClient(Connection):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._disconnect()
 
+    def _check_usable(self) -> None:
+        super()._check_usable()
+        if self._loop is None:
+            raise RuntimeError("this client is not connected: use it as `async with AsyncClient(...) as client`")
+        if self._loop is not asyncio.get_running_loop():
+            raise RuntimeError("this client belongs to another event loop: make one in each loop")
+        if self._broken is not None:
+            raise RuntimeError(f"this client has failed: {self._broken!r}: make another one") from self._broken
+
     async def segment(
         self, image: Image, *, deadline_s: float | None = None, priority: int = 0, **options: Any
     ) -> Segmentation:
         """As `Client.segment`. Cancelling the task cancels the job."""
+        self._check_usable()
         job = self._add(image, deadline_s, priority, options)
         await self._wait_for(job)
         return job.result()
@@ -79,6 +103,7 @@ class AsyncClient(Connection):
         **options: Any,
     ) -> str:  # fmt: skip
         """As `Client.submit`."""
+        self._check_usable()
         added = self._add_durable(image, job, deadline_s, priority, options)
         await self._wait_for(added)
         added.check()
@@ -86,12 +111,14 @@ class AsyncClient(Connection):
 
     async def fetch(self, job: str, *, wait: bool = True) -> Segmentation | None:
         """As `Client.fetch`. Raises ValueError while another task of this client asks for the same job."""
+        self._check_usable()
         asked = self._ask(protocol.Fetch(job=job, wait=wait))
         await self._wait_for(asked)
         return None if isinstance(asked.answer, protocol.Accepted) else asked.result()
 
     async def forget(self, job: str) -> None:
         """As `Client.forget`."""
+        self._check_usable()
         asked = self._ask(protocol.Forget(job=job))
         await self._wait_for(asked)
         asked.check()
@@ -114,6 +141,7 @@ class AsyncClient(Connection):
         self, images: Iterable[Image], *, window: int = 16, **options: Any
     ) -> AsyncGenerator[Segmentation, None]:
         """As `Client.map`, raising the first failure."""
+        self._check_usable()
         check_window(window)
         tasks: deque[asyncio.Task[Segmentation]] = deque()
         source = iter(images)
@@ -132,6 +160,7 @@ class AsyncClient(Connection):
 
     async def stats(self) -> dict[str, Any]:
         """As `Client.stats`."""
+        self._check_usable()
         self._renew(self._socket)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._stats_futures.append(future)
@@ -141,6 +170,14 @@ class AsyncClient(Connection):
                 return await future
         except TimeoutError:
             raise self._timed_out() from None
+
+    async def _keep(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Work that must go on as long as the client: whoever waits has its error, and so has every later call."""
+        try:
+            await work()
+        except Exception as error:
+            self._broken = error
+            self._fail_all(error)
 
     async def _read(self) -> None:
         while True:
@@ -190,9 +227,9 @@ class AsyncClient(Connection):
                     self._wake.set()
                 connected = True
             if self._refused:
-                self._tell_refused(HandshakeError(self._refused))
+                self._fail_all(HandshakeError(self._refused))
 
-    def _tell_refused(self, error: HandshakeError) -> None:
+    def _fail_all(self, error: Exception) -> None:
         """To all who wait."""
         waiting: list[asyncio.Future[Any]] = [*self._futures.values(), *self._stats_futures]
         for future in waiting:
@@ -209,8 +246,9 @@ class AsyncClient(Connection):
             await self._abandon(name)
 
     def _disconnect(self) -> None:
+        self._closed = True
         self._socket.disable_monitor()
-        self._context.destroy(linger=200)  # lets the cancellations leave
+        self._context.destroy(linger=LINGER_MS)
         if self._places:
             asyncio.get_running_loop().remove_reader(self._places.fileno())
             self._places.close()

@@ -26,9 +26,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -40,12 +42,14 @@ from blendmaskd.client.asynchronous import AsyncClient
 from blendmaskd.client.connection import (
     DEFAULT_ENDPOINT,
     EVENTS,
+    LINGER_MS,
     RETRIES,
     Connection,
     HandshakeError,
     KeyFile,
     Transport,
     check_window,
+    wants_ipv6,
 )
 from blendmaskd.client.exchange import Call, Image, JobFailed, Segmentation, ServerPath, SharedMemoryError
 from blendmaskd.keys import KeyFileError
@@ -60,7 +64,8 @@ LONGEST_POLL_S = 3600.0  # poll takes no infinite time
 
 
 class Client(Connection):
-    """Blocking client. Not for several threads at once; each may have its own.
+    """Blocking client. Not for several threads at once, nor for a forked child; each may have its own, and a call that
+    comes while another thread's runs raises RuntimeError, as one on a closed client does.
 
     `timeout_s` bounds each wait for an answer, and is the deadline of a job that names none; `retries` bounds how often
     a job is tried again when the daemon says that this can help. A tcp:// endpoint takes keys, see `blendmaskd.keys`:
@@ -73,13 +78,16 @@ class Client(Connection):
         self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES,
         transport: Transport = "auto", server_key: KeyFile = None, key: KeyFile = None,
     ) -> None:  # fmt: skip
+        self._closed = True  # until all is there
         super().__init__(endpoint, timeout_s, retries, transport, server_key, key)
+        self._thread = threading.RLock()  # held by the thread whose call runs
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._monitor = self._socket.get_monitor_socket(EVENTS)
         self._was_connected = False
+        self._closed = False
         try:
-            self._open(self._socket)
+            self._open(self._socket, wants_ipv6(endpoint))
         except ValueError:
             self.close()
             raise
@@ -101,8 +109,9 @@ class Client(Connection):
 
         Raises `JobFailed`, TimeoutError when no answer comes, OSError for a file that cannot be read.
         """
-        job = self._add(image, deadline_s, priority, options)
-        self._wait_for(job)
+        with self._alone():
+            job = self._add(image, deadline_s, priority, options)
+            self._wait_for(job)
         return job.result()
 
     def map(
@@ -119,16 +128,19 @@ class Client(Connection):
         source = iter(images)
         try:
             while True:
-                for image in itertools.islice(source, window - len(jobs)):
-                    jobs.append(self._add_or_fail(image, on_error, deadline_s, priority, options))
-                if not jobs:
-                    return
-                self._wait_for(jobs[0])
+                with self._alone():
+                    for image in itertools.islice(source, window - len(jobs)):
+                        jobs.append(self._add_or_fail(image, on_error, deadline_s, priority, options))
+                    if not jobs:
+                        return
+                    self._wait_for(jobs[0])
                 job = jobs.popleft()
                 yield job.answer if on_error == "return" and isinstance(job.answer, JobFailed) else job.result()
         finally:
-            for job in jobs:
-                self._abandon(job)
+            if not self._is_foreign and not self._closed:
+                with self._alone():
+                    for job in jobs:
+                        self._abandon(job)
 
     def submit(
         self, image: Image, *, job: str | None = None, deadline_s: float | None = None, priority: int = 0,
@@ -141,8 +153,9 @@ class Client(Connection):
         same one again changes nothing. `deadline_s` is a day by default. Raises as `segment`; `JobFailed` with
         `bad-request` where the daemon has no spool.
         """
-        added = self._add_durable(image, job, deadline_s, priority, options)
-        self._wait_for(added)
+        with self._alone():
+            added = self._add_durable(image, job, deadline_s, priority, options)
+            self._wait_for(added)
         added.check()
         return added.name
 
@@ -152,33 +165,56 @@ class Client(Connection):
         Raises `JobFailed` with the job's own failure, or with `bad-request` for a job that the daemon does not know;
         TimeoutError when there is no answer within `timeout_s`, after which it may be fetched again.
         """
-        asked = self._ask(protocol.Fetch(job=job, wait=wait))
-        self._wait_for(asked)
+        with self._alone():
+            asked = self._ask(protocol.Fetch(job=job, wait=wait))
+            self._wait_for(asked)
         return None if isinstance(asked.answer, protocol.Accepted) else asked.result()
 
     def forget(self, job: str) -> None:
         """Let the daemon drop a durable job and its answer; without one it is cancelled."""
-        asked = self._ask(protocol.Forget(job=job))
-        self._wait_for(asked)
+        with self._alone():
+            asked = self._ask(protocol.Forget(job=job))
+            self._wait_for(asked)
         asked.check()
 
     def stats(self) -> dict[str, Any]:
         """The daemon's latest snapshot; its keys are described in `blendmaskd.core.stats`."""
-        self._exchange.stats.clear()
-        self._send(protocol.encode(GetStats()))
-        deadline = time.monotonic() + self.timeout_s
-        while not self._exchange.stats:
-            self._turn(deadline)
-        return self._exchange.stats.popleft()
+        with self._alone():
+            self._exchange.stats.clear()
+            self._send(protocol.encode(GetStats()))
+            deadline = time.monotonic() + self.timeout_s
+            while not self._exchange.stats:
+                self._turn(deadline)
+            return self._exchange.stats.popleft()
 
     def close(self) -> None:
-        """Give up what is in flight and disconnect."""
-        for job in list(self._exchange.jobs.values()):
-            self._abandon(job)
-        self._socket.disable_monitor()
-        self._context.destroy(linger=200)  # lets the cancellations leave
-        if self._places:
-            self._places.close()
+        """Give up what is in flight and disconnect. Again, or in a forked child, it does nothing."""
+        if self._closed or self._is_foreign:
+            return
+        with self._alone():
+            self._closed = True
+            for job in list(self._exchange.jobs.values()):
+                self._abandon(job)
+            self._socket.disable_monitor()
+            self._context.destroy(linger=LINGER_MS)
+            if self._places:
+                self._places.close()
+
+    def __del__(self) -> None:
+        """A client that is forgotten gives back what it held."""
+        if not sys.is_finalizing():
+            self.close()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """For the time of a call. Raises RuntimeError for one that must not be."""
+        self._check_usable()
+        if not self._thread.acquire(blocking=False):
+            raise RuntimeError("this client is being used by another thread: make one in each thread")
+        try:
+            yield
+        finally:
+            self._thread.release()
 
     def _add_or_fail(
         self, image: Image, on_error: str, deadline_s: float | None, priority: int, options: Mapping[str, Any]

@@ -6,7 +6,10 @@ guessing is possible, a hint in the TimeoutError.
 from __future__ import annotations
 
 import contextlib
+import operator
+import os
 import secrets
+import socket as sockets
 import sys
 import time
 from collections.abc import Mapping
@@ -17,11 +20,16 @@ import zmq
 
 from blendmaskd.client import places
 from blendmaskd.client.exchange import Call, Exchange, Image
+from blendmaskd.endpoints import ipc_path, parse_place
 from blendmaskd.keys import PUBLIC, Pair, read_pair, read_public
 from blendmaskd.protocol import Fetch, Forget, Options
 
 DEFAULT_ENDPOINT = "ipc:///run/blendmaskd/client.sock"
 RETRIES = 8
+LINGER_MS = 200  # lets the cancellations leave
+EXPECTED = "expected ipc:///PATH or tcp://HOST:PORT"
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 5_000, 15_000  # a path that has gone silent is given up after so long
+CONNECT_MS = 10_000  # then the connection is tried anew
 
 EVENTS = (
     zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -43,16 +51,20 @@ class HandshakeError(ConnectionError):
 class Connection:
     """What both clients share: endpoint, keys (None: it has none), settings, the exchange."""
 
+    _closed = False
+
     def __init__(
         self, endpoint: str, timeout_s: float, retries: int, transport: Transport, server_key: KeyFile, key: KeyFile
     ) -> None:
+        self._pid = os.getpid()
         self.endpoint = endpoint
         self._key_files = server_key, key
         self.keys = _keys(endpoint, server_key, key)
         self._refused = ""  # why the connection was refused for good; ZeroMQ does not try again then
         self._failed_handshakes = 0
+        self._disconnects = 0  # in a row
         self._places = _places(endpoint, transport)
-        self._exchange = Exchange(retries, timeout_s, self._places)
+        self._exchange = Exchange(operator.index(retries), _seconds(timeout_s), self._places)
 
     @property
     def timeout_s(self) -> float:
@@ -61,10 +73,31 @@ class Connection:
 
     @timeout_s.setter
     def timeout_s(self, seconds: float) -> None:
-        self._exchange.timeout_s = seconds
+        self._exchange.timeout_s = _seconds(seconds)
 
-    def _open(self, socket: zmq.Socket[Any]) -> None:
+    def _check_usable(self) -> None:
+        """Raises RuntimeError for a client that is another process's, or closed."""
+        if self._is_foreign:
+            raise RuntimeError(
+                f"this client belongs to process {self._pid}: after a fork, make another one in the child"
+            )
+        if self._closed:
+            raise RuntimeError("this client is closed: make another one")
+
+    @property
+    def _is_foreign(self) -> bool:
+        """Whether this is a child of the process that made the client: sockets and threads of it are not here."""
+        return os.getpid() != self._pid
+
+    def _open(self, socket: zmq.Socket[Any], ipv6: bool) -> None:
+        """`ipv6`: see `wants_ipv6`."""
         introduce(socket, self.keys)
+        if self.endpoint.startswith("tcp://"):
+            socket.set(zmq.IPV6, ipv6)
+            socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+            socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+            socket.set(zmq.HANDSHAKE_IVL, CONNECT_MS)
+            socket.set(zmq.CONNECT_TIMEOUT, CONNECT_MS)
         socket.set(zmq.LINGER, 0)
         socket.set(zmq.SNDHWM, 0)  # at a mark a send would block, whatever `timeout_s` says; callers bound themselves
         socket.set(zmq.RCVHWM, 0)
@@ -73,7 +106,7 @@ class Connection:
         try:
             socket.connect(self.endpoint)
         except zmq.ZMQError as error:
-            raise ValueError(f"{self.endpoint}: {error}: expected ipc:///PATH or tcp://HOST:PORT") from None
+            raise ValueError(f"{self.endpoint}: {error}: {EXPECTED}") from None
 
     def _on_event(self, event: int) -> bool:
         """Take in what happened to the connection. Whether it stands now; `_refused` says why it never will."""
@@ -81,6 +114,8 @@ class Connection:
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._failed_handshakes = 0
                 return True
+            case zmq.EVENT_DISCONNECTED:
+                self._disconnects += 1
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._failed_handshakes += 1
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -127,12 +162,49 @@ class Connection:
     @property
     def hint(self) -> str:
         """What else may be the reason for silence: something to end an error's text with."""
+        if self._disconnects and not self.keys and self.endpoint.startswith("ipc://"):
+            return f" It closed the connection {self._disconnects} times: has it as many clients as it may?"
         if not self._failed_handshakes:
             return ""
         question = f"is {self._key_files[0]} the public key of this daemon?" if self.keys else (
             "does it require keys (server_key and key; programs: --server-key FILE --key FILE)?"
         )  # fmt: skip
         return f" {self._failed_handshakes} handshakes failed: {question}"
+
+
+def _seconds(timeout_s: float) -> float:
+    seconds = float(timeout_s)
+    if not seconds > 0:
+        raise ValueError(f"timeout_s = {timeout_s!r}: expected more than 0 seconds")
+    return seconds
+
+
+def _check_form(endpoint: str) -> None:
+    """Raises ValueError for an endpoint to which nothing can be connected."""
+    if endpoint.startswith("ipc://"):
+        ipc_path(endpoint)
+    elif endpoint.startswith("tcp://"):
+        host, port = parse_place(endpoint.removeprefix("tcp://"))
+        if host == "*" or not port:
+            raise ValueError("a client needs a host and a port")
+
+
+def wants_ipv6(endpoint: str) -> bool:
+    """Whether the host has no IPv4 address: ZeroMQ takes a name's first address, by one protocol only.
+
+    Asks the resolver, which may take its time. Raises ValueError for an endpoint to which nothing can be connected.
+    """
+    try:
+        _check_form(endpoint)
+    except ValueError as error:
+        raise ValueError(f"{endpoint}: {error}: {EXPECTED}") from None
+    if not endpoint.startswith("tcp://"):
+        return False
+    host, _ = parse_place(endpoint.removeprefix("tcp://"))
+    try:
+        return all(found[0] == sockets.AF_INET6 for found in sockets.getaddrinfo(host, None))
+    except OSError:  # it may be known later
+        return False
 
 
 def introduce(socket: zmq.Socket[Any], keys: Keys | None) -> None:

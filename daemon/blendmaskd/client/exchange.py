@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
+import os
 import secrets
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgpack
 import msgspec
 
 from blendmaskd import protocol
 from blendmaskd.protocol import (
+    FROM_CLIENT,
+    SURE_BYTES,
     TO_CLIENT,
     Accepted,
     Code,
@@ -24,8 +28,11 @@ from blendmaskd.protocol import (
     Fetch,
     Forget,
     Forgotten,
+    GetLimits,
+    Limits,
     Options,
     Place,
+    ProtocolError,
     Result,
     Stats,
     Submit,
@@ -93,6 +100,11 @@ class Call:
     def name(self) -> str:
         return self.request.job
 
+    @property
+    def bytes(self) -> int:
+        """Of its image, as sent."""
+        return sum(memoryview(frame).nbytes for frame in self.payload)
+
     def frames(self) -> list[Any]:
         if self.place is None or self.by_socket:
             return protocol.encode(self.request, self.payload)
@@ -119,13 +131,18 @@ class Exchange:
     An image goes by shared memory as soon as there is a place for it, and by socket otherwise; only where `places` are
     required it waits. It goes by socket for good once it was refused (the region may have ended), or sent to whom we
     are not connected any more.
+
+    A large image waits until the daemon has said what it takes: a frame that is too large would cost the connection,
+    and all jobs with it.
     """
 
     def __init__(self, retries: int, timeout_s: float, places: Places | None = None) -> None:
         self.timeout_s = timeout_s
         self._retries = retries
         self._places = places
-        self._held: list[Call] = []  # until there is a place for them
+        self._held: list[Call] = []  # until there is a place for them, or the limits are known
+        self._most_bytes: float | None = None  # of an image; None: to be asked for
+        self._asked = self._to_ask = False
         self._prefix = secrets.token_hex(8)
         self._numbers = itertools.count(1)
         self.jobs: dict[str, Call] = {}  # unanswered
@@ -133,12 +150,15 @@ class Exchange:
         self.stats: deque[dict[str, Any]] = deque()
 
     def add(self, image: Image, deadline_s: float | None, priority: int, options: Options, now: float) -> Call:
-        """A new job, to be sent at once. Raises OSError for a file that cannot be read, TypeError for no image."""
+        """A new job, to be sent at once. Raises OSError for a file that cannot be read, TypeError for no image and
+        for what cannot be sent; `JobFailed` for what the daemon would refuse.
+        """
         described, payload = describe(image)
         name = f"{self._prefix}-{next(self._numbers)}"
         if deadline_s is None:
             deadline_s = min(max(self.timeout_s - ANSWER_S, self.timeout_s / 2), LONGEST_DEADLINE_S)
         submit = Submit(job=name, image=described, options=options, deadline_s=deadline_s, priority=priority)
+        submit = checked(submit, payload)
         job = self.jobs[name] = Call(submit, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now)
         return job
 
@@ -149,11 +169,11 @@ class Exchange:
         described, payload = describe(image)
         submit = Submit(job=name or secrets.token_hex(16), image=described, options=options, deadline_s=deadline_s,
                         priority=priority, durable=True)  # fmt: skip
-        return self._ask(submit, payload, now)
+        return self._ask(checked(submit, payload), payload, now)
 
     def ask(self, request: Fetch | Forget, now: float) -> Call:
         """Something about a durable job, to be sent at once."""
-        return self._ask(request, [], now)
+        return self._ask(checked(request, []), [], now)
 
     def _ask(self, request: Submit | Fetch | Forget, payload: list[Any], now: float) -> Call:
         if request.job in self.jobs:
@@ -167,15 +187,19 @@ class Exchange:
         for job in list(self.jobs.values()):
             if job.send_at <= now:
                 job.send_at = math.inf
-                if self._placed(job, now):
+                if self._fits(job) and self._placed(job, now):
                     yield job.frames()
+        if self._to_ask and not self._asked:
+            self._asked = True
+            yield protocol.encode(GetLimits())
 
     def next_send(self) -> float:
         """When `due` has something to send."""
         return min((job.send_at for job in self.jobs.values()), default=math.inf)
 
     def reconnected(self, now: float) -> None:
-        """Whoever is at the other end now may not know of what was sent before."""
+        """Whoever is at the other end now may not know of what was sent before, and may take less."""
+        self._most_bytes, self._asked, self._to_ask = None, False, False
         for job in self.jobs.values():
             job.by_socket = job.by_socket or job.place is not None
             job.send_at = min(job.send_at, now)
@@ -203,6 +227,10 @@ class Exchange:
                 self._answer(self.jobs[message.job], message)
             case Failed() if message.job in self.jobs:
                 self._failed(self.jobs[message.job], message, now)
+            case Limits():
+                self._most_bytes = message.max_image_bytes
+            case Failed(job="") if self._asked:  # a daemon that does not know the question
+                self._most_bytes = self._most_bytes or math.inf
         self._release(now)
 
     def receive_memory(self, now: float) -> None:
@@ -241,6 +269,19 @@ class Exchange:
             self._places.give_back(job.place)
             job.place = None
 
+    def _fits(self, job: Call) -> bool:
+        """Whether the daemon takes its image. False: it is not to be sent now."""
+        size = job.bytes
+        if size <= SURE_BYTES or (self._most_bytes is not None and size <= self._most_bytes):
+            return True
+        if self._most_bytes is None:
+            self._to_ask = True
+            self._held.append(job)
+        else:
+            reason = f"{size} bytes: an image has at most {self._most_bytes:.0f} (limits.max_image_bytes)"
+            self._answer(job, JobFailed(Code.TOO_LARGE, reason, job=job.name))
+        return False
+
     def _placed(self, job: Call, now: float) -> bool:
         """Put its image to where it travels from. False: it is not to be sent now."""
         if self._places is None or job.place is not None or job.by_socket or not job.payload:
@@ -256,19 +297,53 @@ class Exchange:
         return False
 
 
+R = TypeVar("R", bound=Submit | Fetch | Forget)
+
+
+def checked(request: R, payload: list[Any]) -> R:
+    """The request as the daemon will read it, in plain values. Raises `JobFailed` for what it would refuse; TypeError,
+    ValueError and OverflowError for what cannot be sent at all.
+    """
+    try:
+        read, _ = protocol.decode([protocol.MAGIC, _ENCODER.encode(request), *payload], FROM_CLIENT)
+    except ProtocolError as error:
+        raise JobFailed(Code.BAD_REQUEST, str(error), job=error.job) from None
+    assert isinstance(read, type(request))
+    return read
+
+
+def _plain(value: Any) -> int | float:
+    """A number of numpy's, or of another library. Raises TypeError for everything else."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"{value!r:.80}: expected a number or text, found {type(value).__name__}")
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
+
+
 def describe(image: Image) -> tuple[protocol.Image, list[Any]]:
-    """How an image travels, and its payload frames."""
+    """How an image travels, and its payload frames: bytes, or views of memory without gaps."""
     match image:
         case ServerPath():
-            return protocol.Image(kind="path", path=image.path), []
+            return protocol.Image(kind="path", path=os.fspath(image.path)), []
         case str() | Path():
             return protocol.Image(kind="encoded"), [Path(image).read_bytes()]
         case bytes() | bytearray() | memoryview():
-            return protocol.Image(kind="encoded"), [image]
+            return protocol.Image(kind="encoded"), [_contiguous(image)]
     shape, dtype = getattr(image, "shape", None), str(getattr(image, "dtype", ""))
     if shape is None:
         raise TypeError(f"{type(image).__name__} is not an image: expected a path, bytes or an array")
     if len(shape) != 3:
         raise TypeError(f"array of shape {tuple(shape)}: expected (height, width, 3)")
-    contiguous = memoryview(image) if memoryview(image).c_contiguous else image.tobytes()
-    return protocol.Image(kind="raw", shape=(int(shape[0]), int(shape[1]), int(shape[2])), dtype=dtype), [contiguous]
+    height, width, channels = map(int, shape)
+    return protocol.Image(kind="raw", shape=(height, width, channels), dtype=dtype), [_contiguous(image)]
+
+
+def _contiguous(image: Any) -> Any:
+    view = memoryview(image)
+    if "O" in view.format:
+        raise TypeError("an array of objects is not an image: expected uint8")
+    return image if isinstance(image, bytes) else view if view.c_contiguous else view.tobytes()

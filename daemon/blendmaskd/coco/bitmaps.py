@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from blendmaskd.coco.values import rle
+
 Bitmap = npt.NDArray[np.bool_]
 
 
@@ -18,32 +20,8 @@ def decode(segmentation: Any, height: int, width: int) -> Bitmap:
     if isinstance(segmentation, list):
         inside = [_polygon(np.asarray(polygon, float).reshape(-1, 2), height, width) for polygon in segmentation]
         return np.logical_or.reduce(inside, initial=False) if inside else np.zeros((height, width), bool)
-    found = tuple(segmentation["size"])
-    if found != (height, width):
-        raise ValueError(f"a mask is for an image of {found[1]}x{found[0]} pixels, this one has {width}x{height}")
-    runs = _runs(segmentation["counts"])
-    if runs.min(initial=0) < 0 or runs.sum() != height * width:
-        raise ValueError(f"a mask's runs are not the {height * width} pixels of its image")
+    runs = rle(segmentation, width, height).counts
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-
-
-def _runs(counts: str) -> npt.NDArray[np.int64]:
-    """Lengths of alternating runs, false first. Numbers are groups of five bits, least first, with a flag that more
-    follow; the last group's highest bit is the sign. From the fourth on they are differences from the one but one
-    before."""
-    codes = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(codes & 32 == 0) + 1
-    if codes.min(initial=0) < 0 or codes.max(initial=0) > 63 or not len(ends) or ends[-1] != len(codes):
-        raise ValueError("a mask's counts are not COCO's compressed RLE")
-    starts = np.concatenate([[0], ends[:-1]])
-    place = np.arange(len(codes)) - np.repeat(starts, ends - starts)
-    if place.max() > 11:
-        raise ValueError("a mask's counts have a number of more than 60 bits")
-    runs = np.add.reduceat((codes & 31) << (5 * place), starts)
-    runs -= np.where(codes[ends - 1] & 16, 1 << (5 * (ends - starts)), 0)
-    for first in (1, 2):
-        runs[first::2] = np.cumsum(runs[first::2])
-    return runs
 
 
 def _polygon(points: npt.NDArray[np.float64], height: int, width: int) -> Bitmap:

@@ -15,22 +15,23 @@ answered   on its way into the spool with its answer, which its waiters get when
 
 What is answered and in the spool is nowhere here: the spool finds it by its name. So nothing that a client was told is
 ever only in memory, and what the daemon does not live to do is done by the next one. Owners take turns; none may take
-more of the spool than it leaves, or of the way into it than `broker.SHARE` times what it leaves.
+more of the spool than it leaves, or of the way into it than `refusals.SHARE` times what it leaves.
 
 No socket, clock, process, thread, file or logger belongs in here.
 """
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
-from enum import Enum
 
 import msgspec
 
-from blendmaskd.core import broker
+from blendmaskd.core import actions
 from blendmaskd.core import spool_messages as spool
-from blendmaskd.core.broker import DURABLE, SHARE, Answered, Broker, Dropped, refused
+from blendmaskd.core.actions import DURABLE, Answered, Dropped, refused
+from blendmaskd.core.broker import Broker
+from blendmaskd.core.durable_jobs import Job, Jobs, Owned, State
+from blendmaskd.core.refusals import SHARE
 from blendmaskd.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit, ToClient
 
 RETRY_S = 1.0  # after which the spool may have room, or work again
@@ -47,44 +48,7 @@ class SendClient(msgspec.Struct, frozen=True):
     payload: Frames = ()
 
 
-Action = broker.Action | SendClient | spool.Request
-
-
-class State(Enum):
-    """See the module."""
-
-    STORING = "storing"
-    SPOOLED = "spooled"
-    LOADING = "loading"
-    QUEUED = "queued"
-    ANSWERED = "answered"
-
-
-class Job(msgspec.Struct, eq=False):
-    """A durable job whose answer is not in the spool yet."""
-
-    seq: int
-    name: str
-    owner: bytes
-    priority: int
-    size: int
-    accepted: float
-    state: State
-    attempts: int = 0
-    losses: int = 0
-    loads: int = 0  # that failed
-    leased: bool = False  # as the spool knows it
-    submitters: dict[bytes, None] = {}  # are owed `Accepted`
-    waiters: dict[bytes, None] = {}  # are owed its answer
-    answer: tuple[spool.Answer, Frames] | None = None
-
-
-class Owned(msgspec.Struct):
-    """What one owner has here."""
-
-    jobs: int = 0
-    bytes: int = 0
-    storing: int = 0  # of the jobs
+Action = actions.Action | SendClient | spool.Request
 
 
 class Durable:
@@ -97,13 +61,7 @@ class Durable:
         self.usage = spool.Usage(answers=0, bytes=0)
         self._broker = broker
         self._seq = itertools.count(next_seq)
-        self._jobs: dict[str, Job] = {}
-        self._by_seq: dict[int, Job] = {}
-        self._lines: dict[int, OrderedDict[bytes, deque[Job]]] = {}  # priority: owners in turn; none is empty
-        self._states: Counter[State] = Counter()
-        self._storing_bytes = 0
-        self._owned: dict[bytes, Owned] = {}  # by owner
-        self._owed: Counter[bytes] = Counter()  # how many messages each client waits for
+        self._jobs = Jobs()
         self._looks = 0
         self._ended = False
         for each in stored:
@@ -116,7 +74,7 @@ class Durable:
     @property
     def busy(self) -> bool:
         """Whether a job is on its way somewhere, so that ending now would cost work."""
-        return self._states.total() > self._states[State.SPOOLED] + self._states[State.LOADING]
+        return self._jobs.states.total() > self._jobs.states[State.SPOOLED] + self._jobs.states[State.LOADING]
 
     # -- clients ----------------------------------------------------------------------------------------------------
 
@@ -124,11 +82,11 @@ class Durable:
         self, client: bytes, message: Submit, size: int, payload: Callable[[], Frames], now: float
     ) -> list[Action]:
         """Accept a job when the spool has it, or answer at once why not. `payload` reads its image of `size` bytes."""
-        job = self._jobs.get(message.job)
+        job = self._jobs.by_name.get(message.job)
         if job is not None and job.state is not State.STORING:
             return [SendClient(client, Accepted(job=message.job))]
         if job is not None:
-            self._owe(job.submitters, client)
+            self._jobs.owe(job.submitters, client)
             return []
         refusal = self._refusal(client, message, size)
         if refusal is not None:
@@ -136,27 +94,27 @@ class Durable:
         image = payload()
         if message.image.place:
             message = msgspec.structs.replace(message, image=msgspec.structs.replace(message.image, place=None))
-        given_up = self._broker.given_up(message.job, message.image, image, now)
+        given_up = self._broker.refusals.given_up(message.job, message.image, image, now)
         if given_up is not None:
             return [Answered(client, given_up)]
         job = Job(next(self._seq), message.job, client, message.priority, size, now, State.STORING)
-        self._owe(job.submitters, client)
-        self._add(job)
+        self._jobs.owe(job.submitters, client)
+        self._jobs.add(job)
         return [spool.Store(_stored(job), message, image)]
 
     def fetch(self, client: bytes, message: Fetch) -> list[Action]:
         """Send the answer as soon as there is one."""
         if not self.max_bytes:
             return [SendClient(client, _off(message.job))]
-        job = self._jobs.get(message.job)
+        job = self._jobs.by_name.get(message.job)
         if job is None:
             return self._look(client, message.job)
         if self._ended:
             return [SendClient(client, _ending(message.job))]
         if message.wait:
-            self._owe(job.waiters, client)
+            self._jobs.owe(job.waiters, client)
         elif job.state is State.STORING:
-            self._owe(job.submitters, client)
+            self._jobs.owe(job.submitters, client)
         else:
             return [SendClient(client, Accepted(job=message.job))]
         return []
@@ -166,9 +124,9 @@ class Durable:
         if not self.max_bytes:
             return [SendClient(client, _off(message.job))]
         actions: list[Action] = []
-        job = self._jobs.get(message.job)
+        job = self._jobs.by_name.get(message.job)
         if job is not None:
-            self._remove(job)
+            self._jobs.remove(job)
             if job.state is State.QUEUED:
                 actions += self._broker.withdraw(job.name, now)
             actions += self._drop(job, refused(job.name, Code.CANCELLED, "it was forgotten"))
@@ -176,56 +134,56 @@ class Durable:
 
     def stop_waiting(self, client: bytes, message: Cancel) -> None:
         """This client waits for that job no longer."""
-        if message.job in self._jobs:
-            self._settle(self._jobs[message.job].waiters, client)
+        if message.job in self._jobs.by_name:
+            self._jobs.settle(self._jobs.by_name[message.job].waiters, client)
 
     def client_gone(self, client: bytes) -> None:
         """Nobody waits there any more; its jobs stay."""
-        for job in self._jobs.values() if client in self._owed else ():
-            self._settle(job.waiters, client)
-            self._settle(job.submitters, client)
+        for job in self._jobs if self._jobs.owed(client) else ():
+            self._jobs.settle(job.waiters, client)
+            self._jobs.settle(job.submitters, client)
 
     def waits(self, client: bytes) -> bool:
         """Whether this client is owed something."""
-        return client in self._owed
+        return self._jobs.owed(client)
 
     # -- the broker -------------------------------------------------------------------------------------------------
 
     def feed(self) -> list[Action]:
         """Load what the broker has room for."""
         actions: list[Action] = []
-        while self._lines and self._states[State.LOADING] < self._broker.room:
-            job = self._next()
-            self._set(job, State.LOADING)
+        while self._jobs.lined_up and self._jobs.states[State.LOADING] < self._broker.room:
+            job = self._jobs.next()
+            self._jobs.move(job, State.LOADING)
             actions.append(spool.Load(job.seq))
         return actions
 
     def leased(self, name: str) -> list[Action]:
         """A worker has it from now on: should the daemon die, it may have been the reason."""
-        job = self._jobs[name]
+        job = self._jobs.by_name[name]
         job.leased = True
         return [_mark(job)]
 
     def lost(self, name: str, attempts: int, losses: int) -> list[Action]:
         """A worker died with it."""
-        job = self._jobs[name]
+        job = self._jobs.by_name[name]
         job.attempts, job.losses, job.leased = attempts, losses, False
         return [_mark(job)]
 
     def returned(self, name: str) -> list[Action]:
         """The broker has it no more."""
-        job = self._jobs[name]
+        job = self._jobs.by_name[name]
         actions: list[Action] = []
         if job.leased:
             job.leased = False
             actions = [_mark(job)]
-        self._line_up(job, first=True)
+        self._jobs.line_up(job, first=True)
         return actions
 
     def answered(self, answer: spool.Answer, payload: Frames) -> list[Action]:
         """A job has its answer."""
-        job = self._jobs[answer.job]
-        self._set(job, State.ANSWERED)
+        job = self._jobs.by_name[answer.job]
+        self._jobs.move(job, State.ANSWERED)
         job.answer = (answer, payload)
         return [spool.StoreAnswer(job.seq, answer, payload), *self.feed()]
 
@@ -241,19 +199,19 @@ class Durable:
                 return self._looked(reply)
             case spool.Erased():
                 return [SendClient(reply.client, _erased(reply))]
-        job = self._by_seq.get(reply.seq)
+        job = self._jobs.by_seq.get(reply.seq)
         if job is None:
             return []  # forgotten
         match reply:
             case spool.Kept():
-                self._line_up(job)
+                self._jobs.line_up(job)
                 return [*self._accept(job), *self.feed()]
             case spool.Known():
-                self._remove(job)
-                waiters = self._take(job.waiters)
+                self._jobs.remove(job)
+                waiters = self._jobs.settle_all(job.waiters)
                 return [*self._accept(job), *(each for client in waiters for each in self._look(client, job.name))]
             case spool.NotKept():
-                self._remove(job)
+                self._jobs.remove(job)
                 return self._drop(job, _unwritten(job.name, reply.reason))
             case spool.Loaded():
                 return self._loaded(job, reply, now)
@@ -261,15 +219,15 @@ class Durable:
                 return self._not_loaded(job, reply.reason)
             case spool.AnswerKept():
                 assert job.answer is not None
-                self._remove(job)
-                return [SendClient(client, *job.answer) for client in self._take(job.waiters)]
+                self._jobs.remove(job)
+                return [SendClient(client, *job.answer) for client in self._jobs.settle_all(job.waiters)]
 
     def end(self) -> list[Action]:
         """The daemon ends: what is left is done by the next one, and whoever waits is told so."""
         self._ended = True
         actions: list[Action] = []
-        for job in self._jobs.values():
-            actions += [SendClient(client, _ending(job.name)) for client in self._owed_for(job)]
+        for job in self._jobs:
+            actions += [SendClient(client, _ending(job.name)) for client in self._jobs.settle_job(job)]
         return actions
 
     # -- inside -----------------------------------------------------------------------------------------------------
@@ -282,134 +240,61 @@ class Durable:
             losses += 1
         job = Job(stored.seq, stored.name, stored.owner, stored.priority, stored.size, now, State.LOADING)
         job.attempts, job.losses = attempts, losses
-        self._add(job)
-        self._line_up(job)
+        self._jobs.add(job)
+        self._jobs.line_up(job)
 
     def _refusal(self, client: bytes, message: Submit, size: int) -> Failed | None:
         if not self.max_bytes:
             return _off(message.job)
-        unfit = self._broker.unfit(message.job, message.image, size)
+        unfit = self._broker.refusals.unfit(message.job, message.image, size)
         if unfit is not None:
             return unfit
-        reason = self._shortage(size) or self._greed(self._owned.get(client, Owned()), size)
+        reason = self._shortage(size) or self._greed(self._jobs.owned(client), size)
         return _busy(message.job, reason) if reason else None
 
     def _shortage(self, size: int) -> str:
         """What there is no room for; empty: nothing."""
-        storing, limits = self._states[State.STORING], self._broker.limits
-        if storing >= limits.max_jobs or (storing and self._storing_bytes + size > limits.max_bytes):
-            return f"{storing} jobs are on their way into the spool"
-        used = self.usage.bytes + self._storing_bytes
+        storing, limits = self._jobs.states[State.STORING], self._broker.limits
+        if storing >= limits.max_jobs or (storing and self._jobs.storing_bytes + size > limits.max_bytes):
+            return f"{storing} jobs are being written to the spool"
+        used = self.usage.bytes + self._jobs.storing_bytes
         if used + size > self.max_bytes:
-            return f"the spool has {used} of {self.max_bytes} bytes (spool_bytes)"
+            return f"the spool holds {used} of {self.max_bytes} bytes (spool_bytes)"
         return ""
 
     def _greed(self, own: Owned, size: int) -> str:
         """What of its owner's is too much for one; empty: nothing."""
         limits = self._broker.limits
         if own.jobs >= limits.max_jobs_per_client:
-            return f"this client has {own.jobs} durable jobs unanswered, as many as one client may"
+            return f"this client has {own.jobs} unanswered durable jobs, the maximum for one client"
         if own.bytes + size > limits.max_bytes_per_client:
-            return f"this client has {own.bytes} bytes unanswered: one client may have {limits.max_bytes_per_client}"
-        if own.storing >= SHARE * (limits.max_jobs - self._states[State.STORING]):
-            on_the_way = f"{own.storing} jobs on their way to the spool"
+            return f"this client has {own.bytes} unanswered bytes, the maximum is {limits.max_bytes_per_client}"
+        if own.storing >= SHARE * (limits.max_jobs - self._jobs.states[State.STORING]):
+            on_the_way = f"{own.storing} jobs being written to the spool"
             return f"this client has {on_the_way}: the last places are reserved for others"
-        if own.bytes and own.bytes + size > self.max_bytes - self.usage.bytes - self._storing_bytes:
-            return f"this client has {own.bytes} bytes in the spool: the last are for others"
+        if own.bytes and own.bytes + size > self.max_bytes - self.usage.bytes - self._jobs.storing_bytes:
+            return f"this client has {own.bytes} bytes in the spool: the last ones are reserved for others"
         return ""
 
-    def _add(self, job: Job) -> None:
-        self._jobs[job.name] = self._by_seq[job.seq] = job
-        own = self._owned.setdefault(job.owner, Owned())
-        own.jobs, own.bytes = own.jobs + 1, own.bytes + job.size
-        self._count(job, 1)
-
-    def _remove(self, job: Job) -> None:
-        del self._jobs[job.name]
-        del self._by_seq[job.seq]
-        self._count(job, -1)
-        own = self._owned[job.owner]
-        own.jobs, own.bytes = own.jobs - 1, own.bytes - job.size
-        if not own.jobs:
-            del self._owned[job.owner]
-        if job.state is State.SPOOLED:
-            self._lines[job.priority][job.owner].remove(job)
-            self._tidy(job.priority, job.owner)
-
-    def _set(self, job: Job, state: State) -> None:
-        self._count(job, -1)
-        job.state = state
-        self._count(job, 1)
-
-    def _count(self, job: Job, by: int) -> None:
-        self._states[job.state] += by
-        if job.state is State.STORING:
-            self._storing_bytes += by * job.size
-            self._owned[job.owner].storing += by
-
-    def _line_up(self, job: Job, first: bool = False) -> None:
-        self._set(job, State.SPOOLED)
-        line = self._lines.setdefault(job.priority, OrderedDict()).setdefault(job.owner, deque())
-        line.appendleft(job) if first else line.append(job)
-
-    def _next(self) -> Job:
-        """Out of the line: the highest priority's next owner's first."""
-        priority = max(self._lines)
-        owners = self._lines[priority]
-        owner = next(iter(owners))
-        job = owners[owner].popleft()
-        owners.move_to_end(owner)
-        self._tidy(priority, owner)
-        return job
-
-    def _tidy(self, priority: int, owner: bytes) -> None:
-        if not self._lines[priority][owner]:
-            del self._lines[priority][owner]
-        if not self._lines[priority]:
-            del self._lines[priority]
-
     def _accept(self, job: Job) -> list[Action]:
-        return [SendClient(client, Accepted(job=job.name)) for client in self._take(job.submitters)]
+        return [SendClient(client, Accepted(job=job.name)) for client in self._jobs.settle_all(job.submitters)]
 
     def _drop(self, job: Job, failed: Failed) -> list[Action]:
         """Tell whoever waits of a job that the spool does not have."""
-        return [Dropped(job.name, failed.code), *(SendClient(client, failed) for client in self._owed_for(job))]
-
-    def _owe(self, owed: dict[bytes, None], client: bytes) -> None:
-        if client not in owed:
-            owed[client] = None
-            self._owed[client] += 1
-
-    def _settle(self, owed: dict[bytes, None], client: bytes) -> None:
-        if client in owed:
-            del owed[client]
-            self._owed[client] -= 1
-            if not self._owed[client]:
-                del self._owed[client]
-
-    def _take(self, owed: dict[bytes, None]) -> list[bytes]:
-        """All of them, who are owed nothing any more."""
-        clients = list(owed)
-        for client in clients:
-            self._settle(owed, client)
-        return clients
-
-    def _owed_for(self, job: Job) -> list[bytes]:
-        """Whoever waits for anything of this job, and is owed nothing any more."""
-        return list(dict.fromkeys(self._take(job.submitters) + self._take(job.waiters)))
+        return [Dropped(job.name, failed.code), *(SendClient(client, failed) for client in self._jobs.settle_job(job))]
 
     def _loaded(self, job: Job, loaded: spool.Loaded, now: float) -> list[Action]:
         if not self._broker.room:
-            self._line_up(job, first=True)
+            self._jobs.line_up(job, first=True)
             return []
-        self._set(job, State.QUEUED)
+        self._jobs.move(job, State.QUEUED)
         return [*self._broker.adopt(loaded.message, loaded.payload, job.accepted, now, job.attempts, job.losses)]
 
     def _not_loaded(self, job: Job, reason: str) -> list[Action]:
         """Behind the others, and tried again; in the end it is damaged rather than the disk's bad moment."""
         job.loads += 1
         if job.loads < MOST_LOADS:
-            self._line_up(job)
+            self._jobs.line_up(job)
             return []
         text = f"its image cannot be read from the spool: {reason}"
         return [Answered(DURABLE, refused(job.name, Code.UNAVAILABLE, text))]
@@ -430,26 +315,7 @@ class Durable:
 
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
-        assert {job.seq for job in self._jobs.values()} == self._by_seq.keys(), "a job has one name of two"
-        lined = [job for owners in self._lines.values() for line in owners.values() for job in line]
-        assert len(lined) == len({job.seq for job in lined}), "a job is in a line twice"
-        assert {job.seq for job in lined} == {
-            job.seq for job in self._jobs.values() if job.state is State.SPOOLED
-        }, "a job is lost, or in a line and elsewhere"
-        assert all(line for owners in self._lines.values() for line in owners.values()), "an empty line is kept"
-        assert +self._states == Counter(job.state for job in self._jobs.values()), "states are miscounted"
-        storing = sum(job.size for job in self._jobs.values() if job.state is State.STORING)
-        assert self._storing_bytes == storing, "bytes are miscounted"
-        for owner in {job.owner for job in self._jobs.values()} | self._owned.keys():
-            jobs = [job for job in self._jobs.values() if job.owner == owner]
-            on_the_way = sum(job.state is State.STORING for job in jobs)
-            counted = Owned(len(jobs), sum(job.size for job in jobs), on_the_way)
-            assert self._owned[owner] == counted, "what an owner has is miscounted"
-        owed = Counter(client for job in self._jobs.values() for client in [*job.submitters, *job.waiters])
-        assert owed == self._owed, "what is owed is miscounted"
-        for job in self._jobs.values():
-            assert not job.submitters or job.state is State.STORING, "a job is in the spool and not accepted"
-            assert (job.answer is None) == (job.state is not State.ANSWERED), "an answer is nowhere"
+        self._jobs.check()
 
 
 _UNKNOWN = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"

@@ -1,7 +1,8 @@
 """Jobs, and the order in which they wait. Pure; the broker decides what becomes of them."""
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Literal
 
@@ -22,6 +23,7 @@ class Job(msgspec.Struct, eq=False):
     image: Image
     options: Options
     payload: Frames
+    payload_bytes: int  # of the image, wherever it is
     priority: int
     accepted: float
     deadline: float
@@ -36,10 +38,6 @@ class Job(msgspec.Struct, eq=False):
     @property
     def suspect(self) -> bool:
         return self.suspicion is not None
-
-    @property
-    def payload_bytes(self) -> int:
-        return sum(len(frame) for frame in self.payload) + (self.image.place.bytes if self.image.place else 0)
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -160,3 +158,87 @@ class Waiting:
         lines = [line for level in self._levels.values() for line in level.values()]
         assert all(self._levels.values()), "an empty level is kept"
         assert all(line and all(line.values()) for line in lines), "an empty queue is kept"
+
+
+class Jobs:
+    """All that have no answer: whose they are, where those without a worker wait, and when each is overdue."""
+
+    def __init__(self) -> None:
+        self.waiting = Waiting()
+        self.suspects: deque[Job] = deque()
+        self._accounts: dict[bytes, Account] = {}
+        self._deadlines: list[tuple[float, int, Job]] = []
+
+    def __iter__(self) -> Iterator[Job]:
+        for account in self._accounts.values():
+            yield from account.jobs.values()
+
+    def __len__(self) -> int:
+        return sum(len(account.jobs) for account in self._accounts.values())
+
+    @property
+    def waiting_jobs(self) -> int:
+        return len(self.waiting) + len(self.suspects)
+
+    @property
+    def waiting_bytes(self) -> int:
+        return self.waiting.payload_bytes + sum(job.payload_bytes for job in self.suspects)
+
+    def has(self, client: bytes) -> bool:
+        """Whether this client waits for an answer."""
+        return client in self._accounts
+
+    def account(self, client: bytes) -> Account:
+        """What this client has here; an empty one is nowhere."""
+        return self._accounts.get(client) or Account()
+
+    def add(self, job: Job) -> None:
+        self._accounts.setdefault(job.client, Account()).add(job)
+        heapq.heappush(self._deadlines, (job.deadline, job.seq, job))
+        if len(self._deadlines) > 2 * len(self) + 64:  # answered jobs must not pile up behind a far deadline
+            self._deadlines = [entry for entry in self._deadlines if not entry[2].answered]
+            heapq.heapify(self._deadlines)
+        if job.suspect:
+            self.suspects.append(job)
+        else:
+            self.waiting.put(job)
+
+    def remove(self, job: Job) -> None:
+        """It has its answer."""
+        account = self._accounts[job.client]
+        account.remove(job)
+        if not account.jobs:
+            del self._accounts[job.client]
+        job.answered = True
+        if job.worker is not None:
+            account.end_lease(job)
+        elif job in self.suspects:
+            self.suspects.remove(job)
+        else:
+            self.waiting.take(job)
+
+    def pop_overdue(self, now: float) -> Job | None:
+        """The next that is overdue. It must be answered."""
+        deadline = self.next_deadline()
+        return heapq.heappop(self._deadlines)[2] if deadline is not None and deadline <= now else None
+
+    def next_deadline(self) -> float | None:
+        while self._deadlines and self._deadlines[0][2].answered:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def check(self) -> None:
+        """Raise AssertionError when an invariant does not hold."""
+        self.waiting.check()
+        leased = [job for job in self if job.worker is not None]
+        everywhere = [*self.waiting, *self.suspects, *leased]
+        assert len(everywhere) == len(set(everywhere)), "a job is in two places"
+        assert set(everywhere) == set(self), "an unanswered job is nowhere, or an answered one somewhere"
+        assert not any(job.answered for job in everywhere), "an answered job is still held"
+        for account in self._accounts.values():
+            assert account.jobs, "an empty account is kept"
+            account.check()
+        assert not any(job.suspect or job.worker for job in self.waiting), "a suspect waits among the others"
+        assert all(job.suspect for job in self.suspects), "an innocent job is suspected"
+        live = {entry[2] for entry in self._deadlines if not entry[2].answered}
+        assert live == set(everywhere), "a job has no deadline"

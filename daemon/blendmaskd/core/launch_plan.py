@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -48,6 +48,7 @@ class Basis:
     preload: Preload
     available: Cpus  # all that there are, for a device that has none of its own
     quota: float  # CPUs' time that all workers together may use; infinite without a limit
+    near: Mapping[str, Cpus] = field(default_factory=dict)  # the CPUs near each device, where the host tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +94,11 @@ def plan(
         device, LOCAL[_kind(device)], generation, endpoint, token, os.getpid(), settings, wanted
     )
     inherited = {name: value for name, value in base_environment.items() if name not in NOT_INHERITED}
+    if "PYTHONPATH" in inherited:  # an empty entry, as set_env.sh leaves one, is the working directory
+        inherited["PYTHONPATH"] = ":".join(filter(None, inherited["PYTHONPATH"].split(":")))
     return LaunchPlan(
         assignment=assignment,
-        argv=(sys.executable, *arguments, assignment.identity),
+        argv=(sys.executable, "-P", *arguments, assignment.identity),  # imports nothing from the working directory
         environment={**inherited, **own, ASSIGNMENT: msgspec.json.encode(assignment).decode()},
         cpus=cpus,
         preload=preload,

@@ -16,8 +16,19 @@ from prometheus_client.registry import Collector
 
 from blendmaskd.core.stats import status_line
 from blendmaskd.protocol import STAGE_BOUNDS_S, Code
+from blendmaskd.wanted import models_shown
 
 STALE_S = 5.0  # the loop takes a snapshot each second; one this old means that it hangs
+
+BY_DEVICE = (  # kind of metric, name, help, key of a device in the snapshot
+    (GaugeMetricFamily, "device_fps", "Images per second of the device", "fps"),
+    (GaugeMetricFamily, "device_busy_share", "Share of the window in which the device was busy", "busy_share"),
+    (GaugeMetricFamily, "worker_memory_bytes", "Resident memory of the worker process", "memory_bytes"),
+    (GaugeMetricFamily, "device_memory_bytes", "Memory allocated on the device", "device_memory_bytes"),
+    (CounterMetricFamily, "images", "Images finished by the device", "images"),
+    (CounterMetricFamily, "device_busy_seconds", "Seconds in which the device was busy", "busy_seconds"),
+    (CounterMetricFamily, "worker_restarts", "Restarts after a worker's death", "restarts"),
+)
 
 Snapshot = Mapping[str, Any]
 
@@ -30,43 +41,48 @@ class SnapshotCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         s = self.snapshot
-        yield GaugeMetricFamily("blendmaskd_snapshot_seq", "Number of the snapshot these figures are of", s["seq"])
-        yield GaugeMetricFamily(
-            "blendmaskd_combined_fps", "Images per second, all devices together", s["combined_fps"]
-        )
-        yield GaugeMetricFamily("blendmaskd_queue_jobs", "Jobs that wait for a device", s["queue"]["jobs"])
-        yield GaugeMetricFamily("blendmaskd_queue_bytes", "Image bytes that wait", s["queue"]["bytes"])
-        yield GaugeMetricFamily(
-            "blendmaskd_queue_jobs_limit", "Jobs that may wait (queue.max_jobs)", s["queue"]["max_jobs"]
-        )
-        yield GaugeMetricFamily(
-            "blendmaskd_queue_bytes_limit", "Image bytes that may wait (queue.max_bytes)", s["queue"]["max_bytes"]
-        )
-        yield GaugeMetricFamily("blendmaskd_leased_jobs", "Jobs at the workers", s["leased"])
-        yield GaugeMetricFamily("blendmaskd_regions", "Regions of shared memory that are open", s["regions"]["count"])
-        yield GaugeMetricFamily("blendmaskd_region_bytes", "Their bytes", s["regions"]["bytes"])
-        if spool := s.get("spool"):
-            yield GaugeMetricFamily("blendmaskd_spool_jobs", "Durable jobs without an answer", spool["jobs"])
-            yield GaugeMetricFamily("blendmaskd_spool_answers", "Answers that are kept", spool["answers"])
-            yield GaugeMetricFamily("blendmaskd_spool_bytes", "Their images and answers", spool["bytes"])
-            yield GaugeMetricFamily(
-                "blendmaskd_spool_bytes_limit", "What they may have (spool_bytes)", spool["max_bytes"]
-            )
-            yield GaugeMetricFamily("blendmaskd_spool_trouble", "1 while it cannot be written", bool(spool["trouble"]))
-        yield GaugeMetricFamily("blendmaskd_draining", "1 while it only finishes what it accepted", s["draining"])
-        yield GaugeMetricFamily("blendmaskd_start_time_seconds", "When the daemon started, Unix time", s["started"])
-        yield self._gauge("blendmaskd_device_fps", "Images per second of a device", "fps")
-        yield self._gauge("blendmaskd_device_busy_share", "Share of the window that the device was busy", "busy_share")
-        yield self._gauge("blendmaskd_worker_memory_bytes", "Resident size of the worker process", "memory_bytes")
-        yield self._gauge("blendmaskd_device_memory_bytes", "Memory held on the device", "device_memory_bytes")
-        yield self._counter("blendmaskd_images", "Images finished by a device", "images")
-        yield self._counter("blendmaskd_device_busy_seconds", "Time in which the device was busy", "busy_seconds")
+        queue, regions, spool = s["queue"], s["regions"], s.get("spool")
+        gauges = [
+            ("snapshot_seq", "Sequence number of the snapshot that these figures come from", s["seq"]),
+            ("combined_fps", "Images per second of all devices together", s["combined_fps"]),
+            ("queue_jobs", "Jobs waiting for a device", queue["jobs"]),
+            ("queue_bytes", "Image bytes waiting for a device", queue["bytes"]),
+            ("queue_jobs_limit", "Maximum number of waiting jobs (queue.max_jobs)", queue["max_jobs"]),
+            ("queue_bytes_limit", "Maximum of waiting image bytes (queue.max_bytes)", queue["max_bytes"]),
+            ("leased_jobs", "Jobs leased to workers", s["leased"]),
+            ("regions", "Open regions of shared memory", regions["count"]),
+            ("region_bytes", "Bytes in open regions of shared memory", regions["bytes"]),
+        ]
+        if spool:
+            gauges += [
+                ("spool_jobs", "Durable jobs without an answer", spool["jobs"]),
+                ("spool_answers", "Answers in the spool", spool["answers"]),
+                ("spool_bytes", "Bytes that durable jobs and answers take in the spool", spool["bytes"]),
+                ("spool_bytes_limit", "Maximum size of the spool in bytes (spool_bytes)", spool["max_bytes"]),
+                ("spool_trouble", "1 while the spool cannot be written", bool(spool["trouble"])),
+            ]
+        gauges += [
+            ("draining", "1 while the daemon finishes accepted jobs and refuses new ones", s["draining"]),
+            ("start_time_seconds", "Start time of the daemon, Unix time", s["started"]),
+        ]
+        yield from (GaugeMetricFamily(f"blendmaskd_{name}", text, value) for name, text, value in gauges)
+        for kind, name, text, key in BY_DEVICE:
+            family = kind(f"blendmaskd_{name}", text, labels=["device"])
+            for device in s["devices"]:
+                family.add_metric([device["device"]], device[key])
+            yield family
         yield self._idle()
-        yield self._counter("blendmaskd_worker_restarts", "Restarts after a worker's death", "restarts")
         up = GaugeMetricFamily("blendmaskd_worker_up", "1 while the device can serve", labels=["device"])
         for device in s["devices"]:
             up.add_metric([device["device"]], float(device["state"] == "ready"))
         yield up
+        models = models_shown(s["devices"])
+        yield GaugeMetricFamily("blendmaskd_models", "Different models on ready devices", len(models))
+        served = GaugeMetricFamily("blendmaskd_device_model", "1: what it has loaded", labels=["device", "model"])
+        for model, devices in models.items():
+            for name in devices:
+                served.add_metric([name, model], 1.0)
+        yield served
         jobs = CounterMetricFamily("blendmaskd_jobs", "Jobs by outcome", labels=["outcome"])
         # Codes that did not come up yet too: a rate cannot see a counter's first step from nothing.
         for outcome, number in {"answered": s["answered"], **dict.fromkeys(Code, 0), **s["failures"]}.items():
@@ -74,31 +90,17 @@ class SnapshotCollector(Collector):
         yield jobs
         yield self._stages()
 
-    def _gauge(self, name: str, text: str, key: str) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(name, text, labels=["device"])
-        for device in self.snapshot["devices"]:
-            family.add_metric([device["device"]], device[key])
-        return family
-
-    def _counter(self, name: str, text: str, key: str) -> CounterMetricFamily:
-        family = CounterMetricFamily(name, text, labels=["device"])
-        for device in self.snapshot["devices"]:
-            family.add_metric([device["device"]], device[key])
-        return family
-
     def _idle(self) -> CounterMetricFamily:
-        family = CounterMetricFamily(
-            "blendmaskd_device_idle_seconds",
-            "Time in which the device waited, by what for",
-            labels=["device", "reason"],
-        )
+        text = "Seconds that a device waited between runs, by reason"
+        family = CounterMetricFamily("blendmaskd_device_idle_seconds", text, labels=["device", "reason"])
         for device in self.snapshot["devices"]:
             for reason, seconds in device["idle_seconds"].items():
                 family.add_metric([device["device"], reason], seconds)
         return family
 
     def _stages(self) -> HistogramMetricFamily:
-        family = HistogramMetricFamily("blendmaskd_stage_seconds", "Where an image's time went", labels=["stage"])
+        text = "Seconds that an image spent in each stage"
+        family = HistogramMetricFamily("blendmaskd_stage_seconds", text, labels=["stage"])
         bounds = [*map(str, STAGE_BOUNDS_S), "+Inf"]
         for stage, histogram in self.snapshot["stages"].items():
             family.add_metric([stage], list(zip(bounds, histogram["buckets"])), histogram["sum"])
@@ -125,6 +127,8 @@ def health(snapshot: Snapshot, age_s: float) -> tuple[HTTPStatus, HTTPStatus, st
         return ok, down, f"draining\n{line}\n"
     if all(device["state"] in ("failed", "ended") for device in snapshot["devices"]):
         return down, down, f"all devices have failed\n{line}\n"
+    if missing := snapshot.get("missing"):
+        return ok, down, f"removed or replaced by others: {', '.join(missing)}: restart the daemon\n{line}\n"
     if not snapshot["serving"]:
         return ok, down, f"no device is up yet\n{line}\n"
     return ok, ok, f"{'degraded' if snapshot['degraded'] else 'ok'}\n{line}\n"

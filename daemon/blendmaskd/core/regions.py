@@ -65,7 +65,7 @@ class Regions:
             raise RegionError("the memory has no bytes")
         siblings = sum(other.pid == memory.pid for other in self._regions.values()) if memory.pid else 0
         if len(self) >= MOST_REGIONS or siblings >= MOST_REGIONS // SHARES:
-            raise RegionError(f"all {MOST_REGIONS} regions, or the {MOST_REGIONS // SHARES} of a process, are taken")
+            raise RegionError(f"all {MOST_REGIONS} regions are in use, or this process has {MOST_REGIONS // SHARES}")
         left = max(min(self.max_bytes - self.bytes, self.max_bytes // SHARES), 0)
         if memory.bytes > left:
             raise RegionError(f"{memory.bytes} bytes: {left} are left for a region (shared_memory_bytes)", left)
@@ -78,7 +78,7 @@ class Regions:
         """Why an image cannot lie there; None: it can."""
         region = self._regions.get(place.region)
         if region is None:
-            return f"region {place.region!r}: there is none of that name, or it has ended"
+            return f"region {place.region!r} does not exist, or has ended"
         if place.offset + place.bytes > region.bytes:
             return f"{place.bytes} bytes at {place.offset}: the region has {region.bytes}"
         return None

@@ -106,7 +106,7 @@ class Reload:
         if not self.trying:
             self._before = self.basis
         slots = self._supervisor.slots.values()
-        self._witnesses = {slot.name for slot in slots if slot.state not in (State.FAILED, State.ENDED)}
+        self._witnesses = {slot.name for slot in slots if not slot.given_up and slot.state is not State.ENDED}
         self._last = {slot.name: slot.generation for slot in slots}
         self.trying = self._replacing = True
         return self._adopt(Adopt(candidate), now)
@@ -115,6 +115,10 @@ class Reload:
         """Workers that serve now are left as they are, to finish what was accepted."""
         self.draining, self._replacing = True, False
         return [] if self.candidate is None else [StopCheck("")]
+
+    def forgive(self, seconds: float) -> None:
+        """The daemon itself did nothing for so long."""
+        self._check_deadline += seconds
 
     def follow(self, now: float) -> list[Action]:
         """What follows from where the slots are now; to be called after whatever happens to them."""

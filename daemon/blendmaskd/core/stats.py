@@ -16,6 +16,7 @@ systemd status line all show, so that they agree. Its form::
      "stages": {stage: {"buckets": [cumulative counts at STAGE_BOUNDS_S], "count", "sum"}},
      "latency": {"count", "p50", "p99" (seconds; None: no answer), "stages": {stage: mean seconds}} (of the window),
      "last_image": {"device", "time"} or None,
+     "missing": [paths of sockets and locks that others have removed while the daemon runs],
      "devices": [{"device", "slot", "generation", "pid", "state", "reason", "fps", "images", "busy_seconds",
                   "busy_share", "idle_seconds": {reason: seconds}, "restarts", "memory_bytes", "device_memory_bytes",
                   "shapes",

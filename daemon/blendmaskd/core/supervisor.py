@@ -9,7 +9,7 @@ STARTING  spawned, loading and warming up             `ready`; `exited`; its sta
 READY     serving                                     `exited`; `evict`: killed; `replace`, `drain`: STOPPING
 STOPPING  told to stop, or being killed               `exited`; its deadline: the next, harder signal
 BACKOFF   dead; waits until its delay is over         its delay: STARTING
-FAILED    died too often, or cannot boot at all       `renew`: STARTING
+FAILED    died too often, or cannot boot at all       its longer delay, `renew`: STARTING
 ENDED     stopped for good: drained, or taken out     nothing
 ========  ==========================================  =======================================================
 
@@ -17,6 +17,10 @@ A worker that has to go is first asked (`Stop`, through the broker's socket, so 
 aborted (SIGABRT, which dumps its stacks), then killed. Deaths in a row double the delay up to a longest one; after
 `give_up_after` of them the slot is FAILED. A worker that served for `stable_s` starts the count anew. Deaths that an
 image is to blame for do not count: as far as that shows at once, they are `blameless`; else they are taken off later.
+
+Nothing is lost for good: a FAILED slot is tried once every `retry_failed_s`, and given up until such a try serves. What
+only the host lacks (EXIT_HOST_LACKS: weights on a mount that is away, CPUs, processes) fails no slot once a worker has
+been READY by these settings, and is waited for in BACKOFF.
 
 Which worker is replaced when other settings come is decided in `blendmaskd.core.reload`.
 """
@@ -27,8 +31,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from blendmaskd.assignment import EXIT_CANNOT_BOOT
+from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_HOST_LACKS
 from blendmaskd.settings import Restarts
+
+MOST_DOUBLINGS = 60  # far beyond any longest delay, and no overflow
 
 
 class State(Enum):
@@ -81,10 +87,12 @@ class Slot:
     name: str
     state: State = State.BACKOFF
     generation: int = 0
-    deadline: float | None = None  # of STARTING, STOPPING and BACKOFF
+    deadline: float | None = None  # of STARTING, STOPPING, BACKOFF and FAILED
     next_signal: signal.Signals | None = None  # what STOPPING does at its deadline
     ready_since: float | None = None
     failures: int = 0  # in a row
+    lacks: int = 0  # starts in a row for which the host lacked something
+    given_up: bool = False  # FAILED, or a try to get out of that
     restarts: int = 0  # spawns after the first, replacements by reload not counted
     ending: bool = False  # its worker is the last
     wanted_down: bool = False  # it stops because we asked
@@ -103,6 +111,7 @@ class Supervisor:
         self.restarts = restarts
         self.drain_s = drain_s
         self.draining = False
+        self.proven = False  # a worker has been READY by the present settings
 
     # -- what the shell may ask -------------------------------------------------------------------------------------
 
@@ -110,8 +119,9 @@ class Supervisor:
     def settled(self) -> bool:
         """Whether no slot is on its first way up: what systemd waits for, together with one READY slot."""
         return not any(
-            slot.state is State.STARTING or (slot.state is State.BACKOFF and slot.failures <= 1)
+            slot.state is State.STARTING or (slot.state is State.BACKOFF and slot.failures + slot.lacks <= 1)
             for slot in self.slots.values()
+            if not slot.given_up
         )
 
     @property
@@ -125,8 +135,8 @@ class Supervisor:
 
     @property
     def hopeless(self) -> bool:
-        """Whether no slot can serve, now or after a restart."""
-        return all(slot.state in (State.FAILED, State.ENDED) for slot in self.slots.values())
+        """Whether every slot is given up, or ended."""
+        return all(slot.given_up or slot.state is State.ENDED for slot in self.slots.values())
 
     @property
     def ended(self) -> bool:
@@ -143,6 +153,7 @@ class Supervisor:
         if slot.generation != generation or slot.state is not State.STARTING:
             return False
         slot.state, slot.deadline, slot.ready_since, slot.reason = State.READY, None, now, ""
+        slot.lacks, slot.given_up, self.proven = 0, False, True
         return True
 
     def evict(self, name: str, generation: int, reason: str, now: float) -> list[Action]:
@@ -167,11 +178,17 @@ class Supervisor:
             slot.state = State.ENDED
         elif asked:
             return [self._spawn(slot, now)]
-        elif code == EXIT_CANNOT_BOOT:
-            slot.state, slot.reason = State.FAILED, f"cannot boot: {how}"
+        elif code == EXIT_HOST_LACKS and self.proven and not slot.given_up:
+            slot.lacks += 1
+            self._back_off(slot, how, now)
+        elif code in (EXIT_CANNOT_BOOT, EXIT_HOST_LACKS):
+            self._give_up(slot, f"cannot boot: {how}", now)
         else:
             slot.failures += not blameless
-            self._back_off(slot, how, now)
+            if slot.given_up or slot.failures >= self.restarts.give_up_after:
+                self._give_up(slot, f"died {slot.failures} times in a row; the last time {how}", now)
+            else:
+                self._back_off(slot, how, now)
         return []
 
     def acquit(self, name: str) -> None:
@@ -184,7 +201,7 @@ class Supervisor:
         """Go by these from now on, also in adding and taking out slots. Workers that serve are left; what is on its way
         begins anew, what failed tries again.
         """
-        self.restarts, self.drain_s = restarts, drain_s
+        self.restarts, self.drain_s, self.proven = restarts, drain_s, False
         wanted = list(devices)
         actions: list[Action] = []
         for name in wanted:
@@ -194,7 +211,7 @@ class Supervisor:
                 self.slots[name] = Slot(name, generation=generation)
                 actions.append(self._spawn(self.slots[name], now))
                 continue
-            slot.failures = 0
+            slot.failures, slot.lacks, slot.given_up = 0, 0, False
             if slot.state in (State.BACKOFF, State.FAILED):
                 actions.append(self._spawn(slot, now))
             elif slot.state is State.STARTING:
@@ -215,13 +232,20 @@ class Supervisor:
         self.draining = True
         return [action for slot in self.slots.values() for action in self._end(slot, now)]
 
+    def hurry(self, now: float) -> None:
+        """Whoever is asked to stop, or will be, has `stop_s` for it."""
+        self.drain_s = min(self.drain_s, self.restarts.stop_s)
+        for slot in self.slots.values():
+            if slot.state is State.STOPPING and slot.deadline is not None:
+                slot.deadline = min(slot.deadline, now + self.restarts.stop_s)
+
     def expire(self, now: float) -> list[Action]:
         """Do what is due."""
         actions: list[Action] = []
         for slot in self.slots.values():
             if slot.deadline is None or now < slot.deadline:
                 continue
-            if slot.state is State.BACKOFF:
+            if slot.state in (State.BACKOFF, State.FAILED):
                 slot.restarts += 1
                 actions.append(self._spawn(slot, now))
             elif slot.state is State.STARTING:
@@ -230,6 +254,12 @@ class Supervisor:
             else:
                 actions += self._harder(slot, now)
         return actions
+
+    def forgive(self, seconds: float) -> None:
+        """The daemon itself did nothing for so long, and perhaps no worker did: all have that much longer."""
+        for slot in self.slots.values():
+            if slot.deadline is not None:
+                slot.deadline += seconds
 
     def next_deadline(self) -> float | None:
         return min((slot.deadline for slot in self.slots.values() if slot.deadline is not None), default=None)
@@ -273,20 +303,24 @@ class Supervisor:
         return []
 
     def _back_off(self, slot: Slot, how: str, now: float) -> None:
-        if slot.failures >= self.restarts.give_up_after:
-            slot.state, slot.reason = State.FAILED, f"died {slot.failures} times in a row; the last time {how}"
-            return
-        doubled = self.restarts.first_delay_s * 2.0 ** max(slot.failures - 1, 0)
+        doubled = self.restarts.first_delay_s * 2.0 ** min(max(slot.failures + slot.lacks - 1, 0), MOST_DOUBLINGS)
         slot.state, slot.reason = State.BACKOFF, how
         slot.deadline = now + min(doubled, self.restarts.longest_delay_s)
+
+    def _give_up(self, slot: Slot, why: str, now: float) -> None:
+        """Until a slow try serves; one more death before it has served for long is enough then."""
+        slot.state, slot.reason, slot.given_up = State.FAILED, why, True
+        slot.deadline, slot.failures = now + self.restarts.retry_failed_s, self.restarts.give_up_after - 1
 
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
         for slot in self.slots.values():
-            timed = slot.state in (State.STARTING, State.STOPPING, State.BACKOFF)
+            timed = slot.state not in (State.READY, State.ENDED)
             assert (slot.deadline is not None) == timed, slot
             assert (slot.ready_since is not None) <= (slot.state in (State.READY, State.STOPPING)), slot
             assert slot.next_signal is None or slot.state is State.STOPPING, slot
             assert slot.state is not State.STOPPING or slot.next_signal is not None, slot
-            assert slot.failures <= self.restarts.give_up_after, slot
+            assert slot.failures < self.restarts.give_up_after, slot
+            assert slot.state is not State.FAILED or slot.given_up, slot
+            assert not slot.given_up or slot.state is not State.READY, slot
             assert not (self.draining and slot.state in (State.READY, State.STARTING, State.BACKOFF)), slot

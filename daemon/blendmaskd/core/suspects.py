@@ -75,7 +75,7 @@ class Suspicion(msgspec.Struct, eq=False):
     def reason(self, now: float) -> str:
         """Why it is not tried, once it was given up."""
         left_s = math.ceil(max(self.until - now, 0.0))
-        return f"this image was given up: {self.given_up}; it may be tried again in {left_s} s"
+        return f"this image was given up: {self.given_up}; it may be retried in {left_s} s"
 
     @property
     def proven(self) -> bool:

@@ -12,6 +12,7 @@ JPEG              thousands of scans of 70 bytes, each over all pixels: hours   
 BMP               run lengths, expanded in Python with its interpreter lock: 5 s      `MOST_RUN_LENGTH_PIXELS`
 TIFF, any EXIF    millions of numbers that become Python objects: 30 s, 2 GB          `MOST_NUMBER_BYTES`
 TIFF              tiles larger than the picture, decoded in full: 2 GB, hours         pixels, in whole tiles
+TIFF              65,000 strips that share one megabyte of deflate: hours             together, bytes of the file
 WebP              a canvas that is cleared, twice, as soon as the file is opened: 2 GB  `canvas`, before that
 ================  ==================================================================  =========================
 
@@ -39,7 +40,9 @@ _SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 _EXIF = re.compile(rb"\xff\xe1..Exif\0\0", re.DOTALL)
 _OPAQUE = (1, 2, 7)  # types of a directory's entries that stay bytes, or become one text: byte, ascii, undefined
 _SIZES = {"TileWidth": 322, "TileLength": 323}
-_PIECES = {"StripOffsets": 273, "StripByteCounts": 279, "TileOffsets": 324, "TileByteCounts": 325}
+_LENGTHS = {"StripByteCounts": 279, "TileByteCounts": 325}
+_PIECES = {"StripOffsets": 273, "TileOffsets": 324, **_LENGTHS}
+_UNSIGNED = (3, 4, 16)  # types of a directory's entries: SHORT, LONG, LONG8
 
 
 class Bomb(ValueError):
@@ -131,10 +134,14 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile, encoded: bytes, max_pixels
     for name, tag in {**_SIZES, **_PIECES}.items():
         if written.count(tag) > 1:
             raise ValueError(f"{name} is there more than once")
-        if tag in written and tag not in directory:
+        if tag in written and (tag not in directory or directory.tagtype[tag] not in _UNSIGNED):
             raise ValueError(f"{name} is damaged, or has too many values")
-    if not any(tag in directory for tag in _SIZES.values()):
-        return
+    if any(tag in directory for tag in _SIZES.values()):
+        _check_tiles(directory, max_pixels)
+    _check_pieces(directory, len(encoded))
+
+
+def _check_tiles(directory: TiffImagePlugin.ImageFileDirectory_v2, max_pixels: int) -> None:
     sides = []
     for side_tag, tile_tag in ((256, 322), (257, 323)):
         side, tile = directory[side_tag], directory.get(tile_tag)
@@ -143,6 +150,14 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile, encoded: bytes, max_pixels
         sides.append(-(-side // tile) * tile)
     if sides[0] * sides[1] > max_pixels:
         raise Bomb(f"{sides[0]}x{sides[1]} pixels in whole tiles are over the limit of {max_pixels}")
+
+
+def _check_pieces(directory: TiffImagePlugin.ImageFileDirectory_v2, most: int) -> None:
+    """Strips and tiles may lie over each other, and each is decompressed: no byte of the file may count twice."""
+    lengths = [directory.get(tag, ()) for tag in _LENGTHS.values()]
+    together = sum(sum(each) if isinstance(each, tuple) else each for each in lengths)
+    if together > most:
+        raise ValueError(f"its strips or tiles are {together} bytes in a file of {most}: shared, or cut off")
 
 
 def tags(encoded: bytes, directory: TiffImagePlugin.ImageFileDirectory_v2) -> list[int]:

@@ -1,4 +1,7 @@
-"""Images: a job's payload as pixels, HxWx3 uint8 BGR, the network's input before resizing.
+"""Images: a job's payload as a photograph, upright, 8 bits a channel: the network's input before resizing.
+
+An encoded one stays as its decoder left it, Pillow's, in RGB; a raw one stays where it lies. `rgb` and `bgr` give
+either in one form, for a copy, which nobody pays for who only needs it small.
 
 Pixels are those of detectron2's ``read_image(format="BGR")`` where that reads an image right: first frame, upright by
 its EXIF orientation, RGB by Pillow's conversion, channels reversed. docs/client.md says what becomes of what; which
@@ -43,7 +46,8 @@ _UPRIGHT = {
 }
 _ORIENTATION = 0x0112
 
-Pixels = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3) BGR
+Photograph = Image.Image | Pixels  # of mode RGB
 Payload = bytes | bytearray | memoryview
 
 # `Limits` decides here what is too large. Pillow's own bound would warn below it, or refuse in other words.
@@ -59,8 +63,8 @@ class ImageError(ValueError):
         self.reason = reason
 
 
-def decode(payload: Payload, limits: Limits) -> Pixels:
-    """The pixels of an encoded image (JPEG, PNG, WebP, BMP or TIFF): HxWx3 uint8 BGR, contiguous, read-only.
+def decode(payload: Payload, limits: Limits) -> Image.Image:
+    """An encoded image (JPEG, PNG, WebP, BMP or TIFF), decoded, of mode RGB.
 
     Raises `ImageError`: too-large over either limit and for bombs, else bad-image, which names a pixel format that is
     not read.
@@ -78,7 +82,7 @@ def decode(payload: Payload, limits: Limits) -> Pixels:
             _check_pixels(image.height, image.width, limits)
             bombs.check(image, whole, limits.max_image_pixels)
             pixel_formats.check_opened(image, whole)
-            return _bgr(image, depth)
+            return _upright(image, depth)
     except ImageError:
         raise
     except bombs.Bomb as bomb:
@@ -100,17 +104,17 @@ def _why(error: Exception) -> str:
     return text or type(error).__name__
 
 
-def read(path: str | os.PathLike[str]) -> Pixels:
-    """The pixels of a file of the user's own, as `decode` gives them. Raises `ImageError`, and OSError."""
+def read(path: str | os.PathLike[str]) -> Image.Image:
+    """A file of the user's own, as `decode` gives it. Raises `ImageError`, and OSError."""
     with open(path, "rb") as file:
         return decode(file.read(), OWN_LIMITS)
 
 
-def from_raw(payload: Payload, shape: Iterable[Any], dtype: str, order: str, limits: Limits) -> Pixels:
-    """The pixels of a raw array of `shape` (height, width, 3), rows from the top, no padding: HxWx3 uint8 BGR.
+def from_raw(payload: Payload, shape: Iterable[Any], dtype: str, order: str, limits: Limits) -> Photograph:
+    """The photograph that a raw array of `shape` (height, width, 3) is, rows from the top, no padding.
 
-    Without a copy for `order` ``bgr``; ``rgb`` is copied. Raises `ImageError`: too-large over either limit, bad-request
-    for an unknown order, else bad-image.
+    For `order` ``bgr`` a view of the payload; ``rgb`` is copied. Raises `ImageError`: too-large over either limit,
+    bad-request for an unknown order, else bad-image.
     """
     if order not in ("bgr", "rgb"):
         raise ImageError(Code.BAD_REQUEST, f"order {order!r}: expected bgr or rgb")
@@ -124,7 +128,22 @@ def from_raw(payload: Payload, shape: Iterable[Any], dtype: str, order: str, lim
         reason = f"shape ({height}, {width}, 3) of uint8: expected {height * width * 3} bytes, found {found}"
         raise ImageError(Code.BAD_IMAGE, reason)
     pixels = np.frombuffer(payload, np.uint8).reshape(height, width, 3)
-    return pixels if order == "bgr" else np.ascontiguousarray(pixels[:, :, ::-1])
+    return pixels if order == "bgr" else Image.fromarray(pixels)
+
+
+def bgr(photograph: Photograph) -> Pixels:
+    """HxWx3 uint8 BGR, perhaps read-only; a copy, or the array itself."""
+    if isinstance(photograph, Image.Image):
+        pixels = np.frombuffer(photograph.tobytes("raw", "BGR"), np.uint8)
+        return pixels.reshape(photograph.height, photograph.width, 3)
+    return photograph
+
+
+def rgb(photograph: Photograph) -> Image.Image:
+    """An image of mode RGB that nothing else changes: a copy, or the image itself."""
+    if isinstance(photograph, Image.Image):
+        return photograph
+    return Image.fromarray(np.ascontiguousarray(photograph[:, :, ::-1]))
 
 
 def read_path(path: str, roots: Iterable[str | os.PathLike[str]], limits: Limits) -> bytes:
@@ -161,7 +180,7 @@ def _read_regular(resolved: str, allowed: list[str], limits: Limits) -> bytes:
     return payload
 
 
-def _bgr(image: Image.Image, depth: Depth) -> Pixels:
+def _upright(image: Image.Image, depth: Depth) -> Image.Image:
     image.load()  # before the orientation is read: a TIFF turns itself upright here
     if image.mode.startswith("I;16"):
         upper = (np.asarray(image) >> (depth.bits - 8)).astype(np.uint8)
@@ -170,9 +189,7 @@ def _bgr(image: Image.Image, depth: Depth) -> Pixels:
     if upright is not None:
         image = image.transpose(upright)
     image.info.pop("transparency", None)  # Pillow warns that it gets lost
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return np.frombuffer(image.tobytes("raw", "BGR"), np.uint8).reshape(image.height, image.width, 3)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:

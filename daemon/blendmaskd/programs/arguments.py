@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import re
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-Number = TypeVar("Number", int, float)
+T = TypeVar("T")
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
@@ -28,35 +30,41 @@ def parse_resuming(parser: argparse.ArgumentParser, argv: Sequence[str] | None, 
 
 
 def share(text: str) -> float:
-    """A number from 0 to 1."""
-    value = float(text)
-    return checked(text, value, 0 <= value <= 1, "a number from 0 to 1")
+    return checked(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def seconds(text: str) -> float:
-    """More than 0, at most a day."""
-    value = float(text)
-    return checked(text, value, 0 < value <= 86400, "seconds, more than 0 and at most 86400")
+    return checked(text, float, lambda value: 0 < value <= 86400, "seconds, more than 0 and at most 86400")
 
 
 def count(text: str) -> int:
-    """0 or more."""
-    return checked(text, int(text), int(text) >= 0, "0 or more")
+    return checked(text, int, lambda value: value >= 0, "a whole number from 0")
 
 
 def positive(text: str) -> int:
-    """1 or more."""
-    return checked(text, int(text), int(text) >= 1, "1 or more")
+    return checked(text, int, lambda value: value >= 1, "a whole number from 1")
 
 
 def percentage(text: str) -> float:
-    """A number from 0 to 100."""
-    value = float(text)
-    return checked(text, value, 0 <= value <= 100, "percent, 0 to 100")
+    return checked(text, float, lambda value: 0 <= value <= 100, "percent, 0 to 100")
 
 
-def checked(text: str, value: Number, good: bool, expected: str) -> Number:
+def size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text}: expected HEIGHTxWIDTH in pixels, such as 800x1200")
+    return int(found[1]), int(found[2])
+
+
+def device(text: str) -> str:
+    """Of a process that computes by itself."""
+    expected = "npu, npu:N, cuda, cuda:N or cpu"
+    return checked(text, str, lambda value: bool(re.fullmatch(r"(npu|cuda|cpu)(:\d+)?", value)), expected)
+
+
+def checked(text: str, convert: Callable[[str], T], good: Callable[[T], bool], expected: str) -> T:
     """The value if it is good. Raises argparse's error, which says what was expected instead of `text`."""
-    if not good:
-        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-    return value
+    with contextlib.suppress(ValueError):
+        if good(value := convert(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text}: expected {expected}")

@@ -1,9 +1,12 @@
 """How a program fails: its errors, their exit codes, and the one line about each on stderr."""
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from collections.abc import Callable
+
+from blendmaskd import output
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NO_DAEMON, EXIT_OUTPUT, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
@@ -29,7 +32,9 @@ def guarded(name: str, run: Callable[[], int]) -> int:
     try:
         return run()
     except (*CODES, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):
+            return output.lost(name, error)
+        output.complain(f"{name}: {error}")
         return next((code for kind, code in CODES.items() if isinstance(error, kind)), EXIT_FAILED)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

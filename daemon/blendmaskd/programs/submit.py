@@ -36,7 +36,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
@@ -268,8 +267,7 @@ class Overlays:
 
 def draw_overlay(source: Source, detections: Sequence[dict[str, Any]]) -> None:
     """Write the image with its results drawn over it, whole or not at all."""
-    pixels = images.read(source.path)
-    drawn = overlay.draw(Image.fromarray(pixels[:, :, ::-1]), detections)
+    drawn = overlay.draw(images.read(source.path), detections)
     source.overlay.parent.mkdir(parents=True, exist_ok=True)
     with files.whole(source.overlay, mark="part") as beside:  # the journal's lock keeps others off
         drawn.save(beside, "JPEG", quality=92)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blendmaskd.protocol import STAGE_BOUNDS_S
-from blendmaskd.wanted import differences_shown
+from blendmaskd.wanted import differences_shown, models_shown
 
 GOOD, WARN, BAD = "green", "yellow", "bold red"
 STATE_STYLES = {"ready": GOOD, "starting": WARN, "stopping": WARN, "backoff": BAD, "failed": BAD, "silent": BAD}
@@ -23,7 +23,10 @@ Snapshot = Mapping[str, Any]
 def tables(snapshot: Snapshot) -> RenderableType:
     """A snapshot for people."""
     parts: list[RenderableType] = [_headline(snapshot), _devices(snapshot["devices"]), _processes(snapshot["devices"])]
+    parts += [Text(f"removed or replaced by others: {path}", BAD) for path in snapshot.get("missing", ())]
     parts += [Text(note, BAD) for device in snapshot["devices"] for note in notes(device)]
+    if len(models := models_shown(snapshot["devices"])) > 1:
+        parts.append(Text(f"different models are served: {', '.join(models)}; reload, unless one is under way", BAD))
     if any(histogram["count"] for histogram in snapshot["stages"].values()):
         parts.append(_stages(snapshot["stages"]))
     return Group(*parts)
@@ -64,9 +67,9 @@ def _devices(devices: Iterable[Mapping[str, Any]]) -> Table:
 
 def _processes(devices: Iterable[Mapping[str, Any]]) -> Table:
     """What each worker's process was to have, and has."""
-    table = new_table("device", "CPUs", "preload", "task queue")
+    table = new_table("device", "CPUs", "preload", "task queue", "model")
     for device in devices:
-        table.add_row(device["device"], *(effect(device, key) for key in ("cpus", "preload", "task_queue")))
+        table.add_row(device["device"], *(effect(device, key) for key in ("cpus", "preload", "task_queue", "model")))
     return table
 
 

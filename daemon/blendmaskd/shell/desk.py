@@ -11,14 +11,16 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import zmq
 
 from blendmaskd import protocol
-from blendmaskd.core import broker, durable
+from blendmaskd.core import actions, durable
+from blendmaskd.core.broker import Broker
+from blendmaskd.core.refusals import Limits
 from blendmaskd.core.spool_messages import Request
 from blendmaskd.core.stats import Stats
 from blendmaskd.logs import about, shown
@@ -35,7 +37,7 @@ from blendmaskd.shell.spool import Spool
 log = logging.getLogger("blendmaskd")
 
 Message = (  # first what is frequent
-    broker.SendWorker | broker.Answered | durable.SendClient | broker.Dropped | broker.Losses | broker.Returned
+    actions.SendWorker | actions.Answered | durable.SendClient | actions.Dropped | actions.Losses | actions.Returned
     | Request
 )  # fmt: skip
 MESSAGES = get_args(Message)  # `isinstance` takes a tuple in a third of the time
@@ -45,11 +47,11 @@ class Desk:
     """`broker` and `durable` are the cores. Raises `SpoolError` when the spool cannot be opened; `close` it."""
 
     def __init__(self, settings: Settings, sockets: Sockets, stats: Stats) -> None:
-        self.broker = broker.Broker(_limits(settings), self._read_place)
+        self.broker = Broker(_limits(settings), self._read_place)
         self.broker.tracing = settings.log.jobs
         self.durable = durable.Durable(self.broker, max_bytes=0)
         self.spool: Spool | None = None
-        self.admission = Admission(sockets.gate, sockets.departures, sockets.allowed, self._waits)
+        self.admission = Admission(sockets.gate, sockets.allowed, self._waits)
         self._snapshot: dict[str, Any] = {}
         self._last_image: dict[str, Any] | None = None
         self._settings = settings
@@ -67,7 +69,7 @@ class Desk:
     def adopt(self, settings: Settings) -> Actions:
         """Go by these settings from now on."""
         self._settings = settings
-        self.broker.limits = _limits(settings)
+        self.broker.refusals.limits = _limits(settings)
         self.broker.regions.max_bytes = settings.shared_memory_bytes
         self.broker.tracing = self._job_log.tracing = settings.log.jobs
         if self.spool is not None:
@@ -92,7 +94,6 @@ class Desk:
     def publish(self, snapshot: dict[str, Any]) -> None:
         """What clients that ask for statistics get from now on."""
         self._snapshot = snapshot
-        self.broker.served_per_s = snapshot["combined_fps"]
 
     def describe(self) -> dict[str, Any]:
         """What a snapshot shows of jobs, regions and the spool; see `Stats.snapshot`."""
@@ -108,13 +109,13 @@ class Desk:
 
     # -- from clients -----------------------------------------------------------------------------------------------
 
-    def admit(self, readable: Container[object]) -> Decisions:
+    def admit(self) -> Decisions:
         """Who has left, and who may connect or not be here any more; to be called before clients are read."""
         for client in self.admission.left():
             if self.broker.has_jobs(client):
                 log.info("a client has left: its jobs are cancelled", extra=about(client=shown(client)))
             yield self._client_gone(client)
-        yield from self._shut_out(self.admission.receive(readable))
+        yield from self._shut_out(self.admission.shut_out())
 
     def _shut_out(self, clients: Iterable[bytes]) -> Decisions:
         for client in clients:
@@ -139,7 +140,7 @@ class Desk:
 
     def _turn_away(self, client: bytes, frames: Sequence[zmq.Frame], verdict: Verdict) -> Actions:
         if verdict is Verdict.UNKNOWN:
-            return [broker.Dropped("", Code.UNAUTHORISED)]
+            return [actions.Dropped("", Code.UNAUTHORISED)]
         try:
             message: protocol.FromClient
             message, _ = protocol.decode(frames[1:], FROM_CLIENT)
@@ -159,16 +160,18 @@ class Desk:
             case protocol.Submit():
                 return self.broker.submit(client, message, payload, now)
             case protocol.Cancel():
-                self.durable.stop_waiting(client, message)
-                return self.broker.cancel(client, message, now)
+                return [*self.durable.stop_waiting(client, message), *self.broker.cancel(client, message, now)]
             case protocol.Fetch():
                 return self.durable.fetch(client, message)
             case protocol.Forget():
                 return self.durable.forget(client, message, now)
             case protocol.GetStats():
                 return [durable.SendClient(client, protocol.Stats(stats=self._snapshot))]
+            case protocol.GetLimits():
+                limits = protocol.Limits(max_image_bytes=self.broker.limits.max_image_bytes)
+                return [durable.SendClient(client, limits)]
 
-    def _client_gone(self, client: bytes) -> list[broker.Action]:
+    def _client_gone(self, client: bytes) -> list[actions.Action]:
         self.durable.client_gone(client)
         return self.broker.client_gone(client, time.monotonic())
 
@@ -219,33 +222,33 @@ class Desk:
     def carry_out(self, action: Message) -> Actions:
         """Returns what follows from it."""
         match action:
-            case broker.SendWorker():
+            case actions.SendWorker():
                 frames = protocol.encode(action.message, action.payload)
                 if send(self._sockets.workers, action.worker.encode(), frames):
-                    log.warning("not reachable; its death will follow", extra=about(slot=action.worker))
+                    log.warning("the worker cannot be reached: it is about to exit", extra=about(slot=action.worker))
                 return self.durable.leased(action.durable) if action.durable else ()
-            case broker.Answered():
+            case actions.Answered():
                 return self._answer(action)
             case durable.SendClient():
                 return self._send(action.client, action.message, action.payload)
-            case broker.Dropped():
+            case actions.Dropped():
                 self._stats.failures[action.code] += 1
-            case broker.Losses():
+            case actions.Losses():
                 return self.durable.lost(action.job, action.attempts, action.losses)
-            case broker.Returned():
+            case actions.Returned():
                 return self.durable.returned(action.job)
             case _:
                 assert self.spool is not None
                 self.spool.ask(action)
         return ()
 
-    def _answer(self, action: broker.Answered) -> Actions:
+    def _answer(self, action: actions.Answered) -> Actions:
         answer = action.answer
         if isinstance(answer, protocol.Result):
             self._stats.answered(answer.timings)
         else:
             self._stats.failed(time.time(), protocol.shown_job(answer.job), answer.code, answer.reason)
-        if action.owner == broker.DURABLE:
+        if action.owner == actions.DURABLE:
             return self.durable.answered(answer, action.payload)
         return self._send(action.owner, answer, action.payload)
 
@@ -268,7 +271,7 @@ class Desk:
             self.broker, self._settings.spool_bytes, time.monotonic(), stored, self.spool.next_seq
         )
         self.durable.usage = self.spool.usage
-        log.info("spool %s: %d jobs to do, %d answers", self.spool.path, len(stored), self.spool.usage.answers)
+        log.info("spool %s: %d jobs pending, %d answers stored", self.spool.path, len(stored), self.spool.usage.answers)
 
     def _submit_durable(self, client: bytes, message: protocol.Submit, payload: Sequence[Any], now: float) -> Actions:
         place = message.image.place
@@ -316,23 +319,23 @@ class Desk:
     def _open_region(self, offered: Offered) -> Actions:
         name = secrets.token_hex(16)
         try:
-            actions = self.broker.open_region(name, offered.memory)
+            opened = self.broker.open_region(name, offered.memory)
         except RegionError as error:
             self._sockets.shared_memory.refuse(offered, error)
             return ()
         self._sockets.shared_memory.accept(offered, name)
-        return actions
+        return opened
 
     def _waits(self, client: bytes) -> bool:
         return self.broker.has_jobs(client) or self.durable.waits(client)
 
 
-def _failed(client: bytes, job: str, code: Code, reason: str) -> broker.Answered:
-    return broker.Answered(client, protocol.Failed(job=job, code=code, reason=reason))
+def _failed(client: bytes, job: str, code: Code, reason: str) -> actions.Answered:
+    return actions.Answered(client, protocol.Failed(job=job, code=code, reason=reason))
 
 
-def _limits(settings: Settings) -> broker.Limits:
-    return broker.Limits(
+def _limits(settings: Settings) -> Limits:
+    return Limits(
         max_jobs=settings.queue.max_jobs,
         max_bytes=settings.queue.max_bytes,
         max_jobs_per_client=settings.queue.max_jobs_per_client or math.inf,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from blendmaskd.core.broker import DURABLE
+from blendmaskd.core.actions import DURABLE
 from blendmaskd.core.jobs import Step
 from blendmaskd.logs import about, shown
 from blendmaskd.protocol import Code, shown_job

@@ -4,12 +4,16 @@ The environment of the calling process is never edited, torch is never imported.
 """
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
 import os
 import platform
 import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +42,50 @@ def basis(
     old: Basis | None = None,
 ) -> Basis:
     """What `devices`, those of the settings unless given, come to on this host. Raises `HostError`."""
-    if old and (settings.devices, settings.runtime.cpus) == (old.settings.devices, old.settings.runtime.cpus):
-        cpus = old.cpus  # npu-smi can take seconds, in which no job would move
-    else:
-        cpus, _ = discovery.places(devices or settings.devices, settings.runtime.placed, environment)
+    unmoved = old and (settings.devices, settings.runtime.cpus) == (old.settings.devices, old.settings.runtime.cpus)
+    known = old.near if old and unmoved else None
+    cpus, near = discovery.places(devices or settings.devices, settings.runtime.placed, environment, known)
     preload = resolve_preload(settings.runtime.preload)
-    return Basis(settings, cpus, preload, discovery.available_cpus(), discovery.cpu_quota())
+    return Basis(settings, cpus, preload, discovery.available_cpus(), discovery.cpu_quota(), near)
+
+
+def follow_host(basis: Basis) -> Basis:
+    """The same by what this process may use now: a cpuset or a quota may be others than when `basis` was made.
+
+    Of the CPUs that the settings name those that are left are used, of a device that has none left its even share.
+    """
+    available, quota = discovery.available_cpus(), discovery.cpu_quota()
+    if (available, quota) == (basis.available, basis.quota):
+        return basis
+    named = basis.settings.runtime.placed
+    left = {device: tuple(sorted(set(cpus).intersection(available))) for device, cpus in named.items()}
+    placed = {device: cpus for device, cpus in left.items() if cpus}
+    cpus, _ = discovery.places(basis.settings.devices, placed, {}, basis.near)
+    return dataclasses.replace(basis, cpus=cpus, available=available, quota=quota)
 
 
 def launch(plan: LaunchPlan, **popen: Any) -> subprocess.Popen[bytes]:
     """Start the planned process; it has its CPU set from before its first instruction.
 
-    A child inherits the affinity of the thread that starts it, so this thread takes on the worker's CPUs for the
-    milliseconds of the start. Nothing runs between fork and exec: that would be unsafe once the daemon has threads,
-    and setting the mask later would miss the threads that a library makes as it is loaded.
+    A child inherits the affinity of the thread that starts it, so a thread of its own takes on the worker's CPUs.
+    Nothing runs between fork and exec: that would be unsafe once the daemon has threads, and setting the mask later
+    would miss the threads that a library makes as it is loaded. The calling thread's mask is never set: the kernel
+    would take that for a wish, and not widen it again with the cpuset. The starting thread lives as long as this
+    process, as a worker asks the kernel to end it with the thread that started it.
 
     Raises `HostError` when the CPUs are gone, OSError when the program cannot be started.
     """
+    try:
+        _STARTER.submit(int)  # with the first one comes the thread, or does not: what is asked of it stays asked
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from error
+    return _STARTER.submit(_start, plan, popen).result()
+
+
+_STARTER = ThreadPoolExecutor(1, thread_name_prefix="starter")
+
+
+def _start(plan: LaunchPlan, popen: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, plan.cpus)
@@ -63,7 +94,8 @@ def launch(plan: LaunchPlan, **popen: Any) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(plan.argv, env=plan.environment, **popen)
     finally:
-        os.sched_setaffinity(0, before)
+        with contextlib.suppress(OSError):  # these CPUs may be gone meanwhile, and the next start sets its own
+            os.sched_setaffinity(0, before)
 
 
 def resolve_preload(choice: str, folders: Iterable[Path] = LIBRARY_FOLDERS) -> Preload:

@@ -42,6 +42,8 @@ from typing import Any
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from blendmaskd.core.metrics import Snapshot, health, render
+from blendmaskd.endpoints import parse_place
+from blendmaskd.shell.addresses import address
 
 LIFE_S = 10.0
 MOST_CONNECTIONS = 32
@@ -73,8 +75,8 @@ class Pages:
         self._latest = _Published({}, clock())
         self._image: bytes | None = None
         self._status_page = _status_page()
-        host, _, port = endpoint.rpartition(":")
-        self._http = _Http((host.strip("[]"), int(port)), _handler(self))
+        host, port = parse_place(endpoint)
+        self._http = _Http((address(host), port), _handler(self))
         self.port: int = self._http.server_address[1]
         self._local_only = ipaddress.ip_address(str(self._http.server_address[0])).is_loopback
         threading.Thread(target=self._http.serve_forever, name="pages", daemon=True).start()

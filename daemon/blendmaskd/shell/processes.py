@@ -4,6 +4,7 @@ Whether and when one is started or killed, supervisor and reload decide; here it
 """
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -16,8 +17,9 @@ from typing import IO, Any
 import msgspec
 
 from blendmaskd import protocol
-from blendmaskd.assignment import identity
+from blendmaskd.assignment import EXIT_HOST_LACKS, identity
 from blendmaskd.core import broker, durable, launch_plan, reload, supervisor
+from blendmaskd.core.actions import Acquit, Evict
 from blendmaskd.core.launch_plan import Basis, LaunchPlan
 from blendmaskd.core.reload import Reload
 from blendmaskd.core.stats import Stats
@@ -25,12 +27,13 @@ from blendmaskd.core.supervisor import State, Supervisor
 from blendmaskd.logs import about
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch
-from blendmaskd.topology import HostError
-from blendmaskd.wanted import Actual, differences
+from blendmaskd.topology import HostError, format_cpus
+from blendmaskd.wanted import Actual, differences, models_shown
 
 log = logging.getLogger("blendmaskd")
 
 CHECK = ("-m", "blendmaskd_workers", "--check")  # loads settings and weights on the CPU; ends with 0 if both are good
+UNKNOWN_END = 256  # no exit code
 SILENT_S = 3.0  # a worker that missed this many reports is not called ready
 
 Action = durable.Action | reload.Action  # all that cores decide
@@ -58,7 +61,11 @@ class Child:
             raise
 
     def reap(self) -> int:
-        """Its exit code, negative for a signal; waits for its end."""
+        """Its exit code, negative for a signal, `UNKNOWN_END` if somebody else reaped it; waits for its end."""
+        try:
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOWAIT)
+        except ChildProcessError:  # for which `Popen.wait` has 0
+            self.process.returncode = UNKNOWN_END
         os.close(self.pidfd)
         return self.process.wait()
 
@@ -106,9 +113,9 @@ class Processes:
                 name = identity(slot, generation)
                 log.warning("sent %s", number.name, extra=about(slot=name))
                 self.children[name].process.send_signal(number)
-            case broker.Evict(worker, reason):
+            case Evict(worker, reason):
                 return self._evict(self.children[worker], reason)
-            case broker.Acquit(device):
+            case Acquit(device):
                 self.supervisor.acquit(device)
             case reload.StopCheck(why):
                 if why:
@@ -129,6 +136,10 @@ class Processes:
             log.warning("%s", difference, extra=about(slot=child.name))
         if not self.supervisor.ready(child.slot, child.generation, now):
             return ()
+        models = models_shown(self.describe(now))
+        if len(models) > 1 and not self.reload.reloading:
+            served = "; ".join(f"{model} on {', '.join(devices)}" for model, devices in models.items())
+            log.warning("different models are served, a file was replaced: %s: reload to serve one", served)
         return self._broker.ready(child.name, child.slot, message.window, now)
 
     def reap(self, child: Child) -> Actions:
@@ -144,6 +155,13 @@ class Processes:
         self._stats.exited(child.slot)
         actions = self.supervisor.exited(child.slot, child.generation, how, code, blameless, now)
         return [*self._broker.exited(child.name, now, f"{child.name} {how}"), *actions]
+
+    def reap_orphans(self) -> None:
+        """As process 1, or a subreaper, this one is given what workers leave behind, and nobody else reaps it."""
+        ours = {child.process.pid for child in self._running()}
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in ours:
+                os.waitpid(ended.si_pid, 0)
 
     def try_out(self, load_settings: Callable[[], Settings]) -> Actions:
         """Read the settings anew, and let a process of its own try them together with the weights."""
@@ -161,9 +179,12 @@ class Processes:
         return ()
 
     def kill_all(self) -> None:
-        for child in [*self.children.values(), *([self._check] if self._check else [])]:
+        for child in self._running():
             child.process.kill()
             child.reap()
+
+    def _running(self) -> list[Child]:
+        return [*self.children.values(), *([self._check] if self._check else [])]
 
     def report_changes(self) -> bool:
         """A line for each slot whose state has changed; whether there is one."""
@@ -202,15 +223,19 @@ class Processes:
     def _spawn(self, slot: str, generation: int) -> Actions:
         basis = self.reload.basis
         try:
+            present = launch.follow_host(basis)
             plan = launch_plan.plan(
-                slot, basis, self._environment, generation=generation, endpoint=self._endpoint, token=self._token
+                slot, present, self._environment, generation=generation, endpoint=self._endpoint, token=self._token
             )
             child = Child(plan)
         except (OSError, HostError) as error:
             if isinstance(error, HostError) and generation == 1 and basis is self._first:
                 raise  # nothing is served yet: the settings do not fit this host
             how = f"cannot be started: {error}"
-            return self.supervisor.exited(slot, generation, how, 1, False, time.monotonic())
+            return self.supervisor.exited(slot, generation, how, EXIT_HOST_LACKS, False, time.monotonic())
+        if present.available != basis.available:
+            now, before = format_cpus(present.available), format_cpus(basis.available)
+            log.warning("CPUs %s may be used now, before %s", now, before, extra=about(slot=child.name))
         for warning in child.warnings:
             log.warning("%s", warning, extra=about(slot=child.name))
         self.children[child.name] = child
@@ -230,4 +255,6 @@ def how_it_ended(code: int) -> str:
         return f"killed by {signal.Signals(-code).name}"
     if code < 0:
         return f"killed by signal {-code}"
+    if code == UNKNOWN_END:
+        return "ended, and nobody knows how"
     return f"exited with code {code}"

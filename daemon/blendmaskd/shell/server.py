@@ -3,45 +3,55 @@
 A turn asks what has happened, decision by decision, and puts what was decided into the one queue of actions: messages
 are carried out by `blendmaskd.shell.desk`, processes by `blendmaskd.shell.processes`, the rest here. Before a dead
 worker is reaped, all that it had sent is read, so that an answer is not taken for a lost one. Signal handlers only wake
-the loop. Once per second it takes a snapshot, shows it everywhere, and feeds systemd's watchdog: a loop that hangs is a
-daemon that is restarted.
+the loop. When the loop itself stood still, with its host or in a debugger, that time is nobody's fault. Once per second
+it takes a snapshot, shows it everywhere, and feeds systemd's watchdog: a loop that hangs is a daemon that is restarted.
 """
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
+import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 
 import zmq
 
 from blendmaskd import logs
-from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.core import reload
 from blendmaskd.core.stats import Stats, status_line
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch, systemd
+from blendmaskd.shell.addresses import is_loopback
 from blendmaskd.shell.desk import MESSAGES, Desk
 from blendmaskd.shell.processes import Action, Actions, Child, Decisions, Processes
-from blendmaskd.shell.sockets import Sockets, StartError, is_loopback
+from blendmaskd.shell.signals import Signals
+from blendmaskd.shell.sockets import Sockets, StartError
 from blendmaskd.shell.spool import SpoolError
 from blendmaskd.topology import HostError
 
 log = logging.getLogger("blendmaskd")
 
 TICK_S = 1.0
+STOOD_STILL_S = 2.0  # since the last look at what is due, where there is one each second
+SAME_STOP_S = 1.0  # timeout(1), a terminal and a wrapper in it, and others deliver one stop as two signals
+
+
+CANNOT_START = (StartError, SettingsError, SpoolError, HostError)
 
 
 class Server:
-    """`run` serves until it is drained. `load_settings` reads the settings anew, for a reload."""
+    """`run` serves until it is drained. `load_settings` reads the settings anew, for a reload.
 
-    def __init__(self, settings: Settings, load_settings: Callable[[], Settings]) -> None:
+    Both raise what is in `CANNOT_START`, whose text says what to do.
+    """
+
+    def __init__(self, settings: Settings, load_settings: Callable[[], Settings], signals: Signals) -> None:
         self.settings = settings
         self._load_settings = load_settings
+        self._signals = signals
         self._basis = launch.basis(settings)
         self._notifier = systemd.from_environment()
         self._stats = Stats(settings.window_s)
@@ -49,14 +59,22 @@ class Server:
         self._fds: dict[int, Callable[[], Decisions]] = {}  # pidfds and the signal pipe, among others
         self._started = time.time()
         self._next_tick = 0.0
+        self._last_look = math.inf  # at what time asks for
+        self._reload_asked = False
+        self._stop_asked = -math.inf
         self._drain_deadline: float | None = None
         self._exit_code: int | None = None
+        self._missing: list[str] = []  # files of ours that others have removed
 
     def run(self) -> int:
         """Serve. Returns the exit code: 0 after a drain, 1 when no worker can be started at all."""
         with contextlib.ExitStack() as owned:
-            self._open(owned)
             try:
+                self._open(owned)
+            except (OSError, zmq.ZMQError) as error:  # the host's; what we know by name says more
+                raise StartError(f"cannot start: {error}") from error
+            try:
+                self._signals.serving = True
                 self._carry_out(self._supervisor.start(time.monotonic()))
                 while self._exit_code is None:
                     for actions in self._turn():
@@ -77,13 +95,15 @@ class Server:
         self._supervisor, self._reload = self._processes.supervisor, self._processes.reload
         for socket in (sockets.clients, sockets.workers, *desk.admission.sockets):
             self._poller.register(socket, zmq.POLLIN)
-        self._watch(sockets.signals.fileno(), self._on_signals)
+        self._watch(self._signals.fileno(), self._on_signals)
         self._watch(sockets.shared_memory.fileno(), desk.on_shared_memory)
         if desk.spool is not None:
             self._watch(desk.spool.fileno(), desk.on_spool)
         if not is_loopback(endpoints.metrics):
             log.warning("endpoints.metrics %s: open to anyone who can reach the port; use 127.0.0.1 for this host only",
                         endpoints.metrics)  # fmt: skip
+        if sockets.allowed is None and any(endpoint.startswith("tcp://") for endpoint in endpoints.clients):
+            log.warning("insecure_tcp: anyone who can reach the tcp endpoint can submit jobs and read the traffic")
         if sockets.no_memory:
             log.warning("no shared memory, images use the socket: %s", sockets.no_memory)
 
@@ -95,7 +115,7 @@ class Server:
         events = dict(self._poller.poll(max(0, int((due - time.monotonic()) * 1000) + 1)))
         if self._sockets.workers in events:
             yield from self._desk.read_workers(self._processes)
-        yield from self._desk.admit(events)
+        yield from self._desk.admit()
         if self._sockets.clients in events:
             yield from self._desk.read_clients()
         others = [fd for fd in events if fd in self._fds]
@@ -114,18 +134,35 @@ class Server:
     def _keep_house(self, now: float) -> Decisions:
         """What time and changes ask for, rather than messages."""
         self._processes.unsettled = False
+        if now - self._last_look > STOOD_STILL_S:
+            self._forgive(now - self._last_look, now)
+        self._last_look = now
         yield self._desk.broker.expire(now)
         yield self._supervisor.expire(now)
         if now >= self._next_tick:
             yield from self._desk.tick(now)
+            self._processes.reap_orphans()
             self._tick(now)
         yield self._desk.durable.feed()
         if self._processes.report_changes():
             self._next_tick = 0.0  # the pages and stats show them at once, too
+        if self._reload_asked and not self._reload.busy:
+            self._reload_asked = False
+            self._notifier.reloading()
+            yield self._processes.try_out(self._load_settings)
         yield self._reload.follow(now)
         yield self._desk.broker.set_available(self._supervisor.draining or not self._supervisor.hopeless)
         if self._drain_deadline is not None:
             yield from self._follow_drain(now, self._drain_deadline)
+
+    def _forgive(self, seconds: float, now: float) -> None:
+        """Nothing ran here for so long, and perhaps in the workers neither: no clock that watches them goes on."""
+        log.warning("stood still for %.1f s, as when the host is paused: not counted against the workers", seconds)
+        self._desk.broker.forgive(seconds, now)
+        self._supervisor.forgive(seconds)
+        self._reload.forgive(seconds)
+        if self._drain_deadline is not None:
+            self._drain_deadline += seconds
 
     def _follow_drain(self, now: float, deadline: float) -> Decisions:
         durable = self._desk.durable
@@ -148,12 +185,21 @@ class Server:
             started=self._started,
             engine=self.settings.engine,
             draining=self._drain_deadline is not None,
+            missing=self._look_for_files(),
             **self._desk.describe(),
         )
         self._desk.publish(snapshot)
         if self._sockets.pages:
             self._sockets.pages.publish(snapshot)
         self._notifier.send(WATCHDOG="1", STATUS=status_line(snapshot))
+
+    def _look_for_files(self) -> list[str]:
+        missing = self._sockets.missing()
+        for path in missing:
+            if path not in self._missing:
+                log.error("%s was removed or replaced by somebody else: restart the daemon", path)
+        self._missing = missing
+        return missing
 
     # -- what was decided -------------------------------------------------------------------------------------------
 
@@ -210,31 +256,28 @@ class Server:
         yield self._processes.reap(child)
 
     def _on_signals(self) -> Decisions:
-        for number in self._sockets.signals.recv(64):
-            if number in (signal.SIGTERM, signal.SIGINT):
-                yield self._drain(signal.Signals(number))
-            elif number == signal.SIGHUP and self._reload.busy:
-                log.warning("reload ignored: another reload or a drain is in progress")
-            elif number == signal.SIGHUP:
-                self._notifier.reloading()
-                yield self._processes.try_out(self._load_settings)
+        for number in self._signals.take():
+            if number is not signal.SIGHUP:
+                yield self._drain(number, time.monotonic())
+            elif self._drain_deadline is not None:
+                log.warning("reload ignored: the daemon is stopping")
+            else:
+                if self._reload.busy:
+                    log.info("reload: another one is being checked; this one follows")
+                self._reload_asked = True
 
-    def _drain(self, number: signal.Signals) -> Actions:
+    def _drain(self, number: signal.Signals, now: float) -> Actions:
+        if now - self._stop_asked < SAME_STOP_S:
+            log.info("%s: taken for the same stop", number.name)
+            return ()
         if self._drain_deadline is not None:
             log.warning("%s again: not waiting for %d jobs", number.name, self._desk.broker.unanswered)
-            self._drain_deadline = time.monotonic()
+            self._drain_deadline = now
+            self._supervisor.hurry(now)
             return ()
+        self._stop_asked = now
         log.info("%s: draining, %d jobs to finish", number.name, self._desk.broker.unanswered)
         self._notifier.send(STOPPING="1")
-        self._drain_deadline = time.monotonic() + self.settings.drain_s
+        self._drain_deadline = now + self.settings.drain_s
         self._desk.broker.drain()
         return self._reload.drain()
-
-
-def main_loop(settings: Settings, load_settings: Callable[[], Settings]) -> int:
-    """Serve with these settings; see `Server.run`. Says what is wrong, on stderr, when it cannot start."""
-    try:
-        return Server(settings, load_settings).run()
-    except (StartError, SettingsError, SpoolError, HostError) as error:
-        print(f"blendmaskd: {error}", file=sys.stderr)
-        return EXIT_CANNOT_BOOT

@@ -71,6 +71,7 @@ class SharedMemory:
     """Listens at `listen`'s paths. `fileno()` is readable when `receive` has something to tell."""
 
     def __init__(self) -> None:
+        self.most_regions = 256  # each is two descriptors
         self._events = select.epoll()  # one descriptor for the daemon's poller, however many clients there are
         self._listeners: dict[int, socket.socket] = {}
         self._peers: dict[int, Peer] = {}
@@ -150,6 +151,8 @@ class SharedMemory:
         try:
             if message != MAGIC or len(peer.descriptors) != 1:
                 raise RegionError(f"expected {MAGIC.decode()} with one descriptor")
+            if sum(bool(other.region) for other in self._peers.values()) >= self.most_regions:
+                raise RegionError(f"{self.most_regions} regions are open, and the daemon has no descriptors for more")
             memory = _examine(peer)
         except RegionError as error:
             self._answer(peer, reason=str(error), left=0)

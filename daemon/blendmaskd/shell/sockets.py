@@ -1,4 +1,4 @@
-"""What the daemon owns of the host: its sockets, the locks beside them, the pages, the signals' pipe.
+"""What the daemon owns of the host: its sockets, the locks beside them, the pages.
 
 Opened on entry, given back on exit; `StartError` says what to do when one cannot be had. Nothing is decided here, but
 one thing: what an ipc endpoint makes is never open to others than its owner and group, whatever the umask; the umask
@@ -8,32 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
-import ipaddress
 import os
-import signal
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import zmq
 
-from blendmaskd.keys import KeyFileError, read_pair
-from blendmaskd.protocol import MEMORY_SUFFIX
+from blendmaskd.endpoints import ipc_path
+from blendmaskd.keys import KeyFileError, Pair, read_pair
+from blendmaskd.protocol import MEMORY_SUFFIX, SURE_BYTES
 from blendmaskd.settings import Settings
+from blendmaskd.shell import descriptors
 from blendmaskd.shell.admission.access import AllowedKeys
-from blendmaskd.shell.admission.departures import Departures
 from blendmaskd.shell.admission.gate import Gate
+from blendmaskd.shell.endpoint_files import EndpointFiles, EndpointTaken, obstacle
 from blendmaskd.shell.pages import Pages
 from blendmaskd.shell.shared_memory import SharedMemory
 
 LINGER_MS = 2000  # for the last answers on their way to their clients
 NOT_FOR_OTHERS = 0o007
+AND_MORE = zmq.NOBLOCK | zmq.SNDMORE  # as expensive as sending a frame, so not for each
+WORKERS_SOCKET = "workers.sock"
+BACKLOG = 100  # local connections that wait to be accepted
 MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve the others
 LAST_S = 0.1  # for the last messages of the dead, which are there within a millisecond; the loop waits
 
@@ -43,67 +44,61 @@ class StartError(RuntimeError):
 
 
 class Sockets:
-    """`clients` and `workers` are ROUTERs, `signals` reads the numbers of SIGTERM, SIGINT and SIGHUP.
+    """`clients` and `workers` are ROUTERs.
 
-    `gate` watches over tcp:// endpoints, and is None without; `allowed` are the keys that may connect there, None
-    where no keys are needed.
-
-    `departures` tells of clients that left, and is None with a gate, which has the socket's only monitor.
+    `gate` watches over the clients' connections; `allowed` are the keys that may connect by tcp, None where no keys
+    are needed.
 
     `no_memory` says why there is no shared memory, where there is none although there is an ipc endpoint.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._folder = private_folder()
         self._context = zmq.Context()
-        self._locks: dict[str, IO[str]] = {}  # by path
-        self._handlers: dict[int, Any] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=os.environ.get("RUNTIME_DIRECTORY"))
-        self.workers_endpoint = f"ipc://{self._folder.name}/workers.sock"
+        self._files: list[EndpointFiles] = []
+        self.workers_endpoint = f"ipc://{self._folder.name}/{WORKERS_SOCKET}"
         self.pages: Pages | None = None
         self.shared_memory = SharedMemory()
         self.no_memory = ""
-        self.gate: Gate | None = None
-        self.departures: Departures | None = None
+        self._gate: Gate | None = None
         self.allowed: AllowedKeys | None = None
 
     def __enter__(self) -> Sockets:
         try:
-            self.clients = self._router(self._settings.limits.max_image_bytes * 2 + (1 << 20))
+            self.clients = self._router(self._settings.limits.max_image_bytes * 2 + SURE_BYTES)
             self.workers = self._router(-1)
             self.workers.set(zmq.SNDHWM, 0)  # at a mark a lease would be lost; what a worker may hold is bounded
             endpoints = self._settings.endpoints.clients
-            if not any(map(_is_tcp, endpoints)):
-                self.departures = Departures(self._context, self.clients)
+            keys = self._keys() if any(map(_is_tcp, endpoints)) else None
+            self.gate = self._gate = self._make_gate()
+            self.gate.refresh()
+            paths = [ipc_path(each) for each in endpoints if not _is_tcp(each)]
+            for path in paths:  # before anything is touched
+                if taken := obstacle(path):
+                    raise _taken(taken)
             with _umask(NOT_FOR_OTHERS):
-                for endpoint in (each for each in endpoints if not _is_tcp(each)):
-                    self._bind(self.clients, endpoint)
-                self._bind(self.workers, self.workers_endpoint)
-            self._bind_tcp([each for each in endpoints if _is_tcp(each)])  # last: it changes the socket's options
+                for path in paths:
+                    self._bind(path)
+                _listen(self.workers_endpoint, self.workers.bind)
+            for endpoint in filter(_is_tcp, endpoints):  # last: it changes the socket's options
+                _listen(endpoint, functools.partial(self.gate.bind, keys=keys))
             if self._settings.endpoints.metrics:
                 self.pages = _pages(self._settings.endpoints.metrics)
-            self._catch_signals()
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self._handlers:
-            signal.set_wakeup_fd(-1)
-            self.signals.close()
-            self._wakeup.close()
         if self.pages:
             self.pages.close()
         self.shared_memory.close()
         self._context.destroy(linger=LINGER_MS)
-        if self.gate:
-            self.gate.end()
-        for path, lock in self._locks.items():
-            _unlink(path)
-            lock.close()
+        if self._gate:
+            self._gate.end()
+        for files in self._files:
+            files.close()
         self._folder.cleanup()
 
     def _router(self, max_message_bytes: int) -> zmq.Socket[bytes]:
@@ -113,72 +108,86 @@ class Sockets:
         router.set(zmq.MAXMSGSIZE, max_message_bytes)
         return router
 
-    def _bind(self, router: zmq.Socket[bytes], endpoint: str) -> None:
-        if endpoint.startswith("ipc://"):
-            path = endpoint.removeprefix("ipc://")
-            self._lock(path)
-            _unlink(path)
-            try:
-                self.shared_memory.listen(f"{path}{MEMORY_SUFFIX}")
-            except OSError as error:
-                self.no_memory = f"{path}{MEMORY_SUFFIX}: {error}"
-        _listen(endpoint, router.bind)
+    def _make_gate(self) -> Gate:
+        files, _ = descriptors.limits()
+        most = descriptors.most_connections(files)
+        descriptors.make_room(files)
+        self.shared_memory.most_regions = descriptors.most_regions(files)
+        return Gate(self._context, self.clients, self.allowed, most, min(self._settings.limits.max_connections, most))
 
-    def _bind_tcp(self, endpoints: Sequence[str]) -> None:
-        if not endpoints:
-            return
-        keys = None
-        if self._settings.curve.server_key and self._settings.curve.client_keys:
-            try:
-                keys = read_pair(self._settings.curve.server_key)
-            except KeyFileError as error:
-                raise StartError(f"curve.server_key: {error}") from None
-            self.allowed = AllowedKeys(self._settings.curve.client_keys)
-            if not self.allowed.folder.is_dir():
-                folder = self.allowed.folder
-                remedy = "create it with `blendmaskd-keys server`"
-                raise StartError(f"curve.client_keys: {folder}: no such folder; {remedy}")
-        self.gate = Gate(self._context, self.clients, self.allowed, self._settings.limits.max_connections)
-        self.gate.refresh()
-        for endpoint in endpoints:
-            _listen(endpoint, functools.partial(self.gate.bind, keys=keys))
-
-    def _lock(self, path: str) -> None:
-        """ZeroMQ takes over a socket path in use without a word: a lock beside it keeps a second daemon off."""
+    def _bind(self, path: str) -> None:
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            lock = open(f"{path}.lock", "w")  # noqa: SIM115
+            files = EndpointFiles(path)
+            self._files.append(files)
+            self._listen_for_memory(files, f"{path}{MEMORY_SUFFIX}")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
+                listener.bind(path)
+                files.made(path)
+                listener.listen(BACKLOG)
+                self.gate.bind_local(listener)
+        except EndpointTaken as taken:
+            raise _taken(taken) from None
+        except (OSError, zmq.ZMQError) as error:
+            reason = error.strerror or error
+            raise StartError(f"cannot use {path}: {reason}; choose another endpoints.clients") from None
+
+    def _listen_for_memory(self, files: EndpointFiles, path: str) -> None:
+        try:
+            self.shared_memory.listen(path)
+            files.made(path)
         except OSError as error:
-            raise StartError(f"cannot use {path}: {error.strerror}; choose another endpoints.clients") from None
+            self.no_memory = f"{path}: {error}"
+
+    def missing(self) -> list[str]:
+        """Files of ours that others have removed or replaced: nobody can connect there any more."""
+        workers = ipc_path(self.workers_endpoint)
+        missing = [path for files in self._files for path in files.missing()]
+        return missing if os.path.exists(workers) else [*missing, workers]
+
+    def _keys(self) -> Pair | None:
+        """The daemon's own, where tcp endpoints have keys; then `allowed` is known too."""
+        if not self._settings.curve.server_key or not self._settings.curve.client_keys:
+            return None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise StartError(f"another daemon serves {path}; stop it first, or choose another endpoint") from None
-        self._locks[path] = lock
-
-    def _catch_signals(self) -> None:
-        self.signals, self._wakeup = socket.socketpair()
-        self.signals.setblocking(False)
-        self._wakeup.setblocking(False)
-        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self._handlers[number] = signal.signal(number, lambda *_: None)
+            keys = read_pair(self._settings.curve.server_key)
+        except KeyFileError as error:
+            raise StartError(f"curve.server_key: {error}") from None
+        self.allowed = AllowedKeys(self._settings.curve.client_keys)
+        if not self.allowed.folder.is_dir():
+            folder = self.allowed.folder
+            raise StartError(f"curve.client_keys: {folder}: no such folder; create it with `blendmaskd-keys server`")
+        return keys
 
 
-def is_loopback(endpoint: str | None) -> bool:
-    """Whether HOST:PORT is this host's alone; so is None, which is not listened to."""
-    if endpoint is None:
-        return True
-    host = endpoint.rpartition(":")[0].strip("[]")
+def private_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder of this run alone, for the workers' socket: in systemd's RUNTIME_DIRECTORY, or where temporary files go.
+
+    Raises `StartError` when none can be made, or its name leaves no room for a socket's.
+    """
+    runtime = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]  # of a unit with several: the first
+    variable = "RUNTIME_DIRECTORY" if runtime else "TMPDIR"
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=runtime or None)
+    except OSError as error:
+        raise StartError(
+            f"no folder for the workers' socket: {error}; set {variable} to a folder that this user can write"
+        ) from None
+    size = len(os.fsencode(f"{folder.name}/{WORKERS_SOCKET}"))
+    if size > zmq.IPC_PATH_MAX_LEN:
+        folder.cleanup()
+        raise StartError(
+            f"{variable}={runtime or tempfile.gettempdir()}: too long, the workers' socket there would have a path of "
+            f"{size} bytes, at most {zmq.IPC_PATH_MAX_LEN} are possible; set {variable} to a shorter one"
+        )
+    return folder
 
 
 def _is_tcp(endpoint: str) -> bool:
     return endpoint.startswith("tcp://")
+
+
+def _taken(reason: object) -> StartError:
+    return StartError(f"endpoints.clients: {reason}: stop or move it, or choose another endpoint")
 
 
 @contextlib.contextmanager
@@ -195,15 +204,8 @@ def _umask(bits: int) -> Iterator[None]:
 def _listen(endpoint: str, bind: Callable[[str], object]) -> None:
     try:
         bind(endpoint)
-    except zmq.ZMQError as error:
-        raise StartError(f"cannot listen on {endpoint}: {error}") from None
-
-
-def _unlink(path: str) -> None:
-    """In this order: where an ipc socket is without the other one, its daemon has no shared memory."""
-    for socket_path in (path, f"{path}{MEMORY_SUFFIX}"):
-        with contextlib.suppress(OSError):  # who listens there next says what is wrong
-            os.unlink(socket_path)
+    except (OSError, zmq.ZMQError) as error:
+        raise StartError(f"cannot listen on {endpoint}: {error.strerror or error}") from None
 
 
 def receive(router: zmq.Socket[bytes], most: int = MESSAGES_PER_TURN) -> Iterator[list[zmq.Frame]]:
@@ -239,10 +241,10 @@ def send(router: zmq.Socket[bytes], to: bytes, frames: Sequence[Any]) -> int:
     head, payload = (to, *frames[:2]), frames[2:]
     try:
         for frame in head[:-1]:
-            router.send(frame, zmq.NOBLOCK | zmq.SNDMORE)
-        router.send(head[-1], zmq.NOBLOCK | (zmq.SNDMORE if payload else 0))
+            router.send(frame, AND_MORE)
+        router.send(head[-1], AND_MORE if payload else zmq.NOBLOCK)
         for place, frame in enumerate(payload, start=1):
-            router.send(frame, zmq.NOBLOCK | (zmq.SNDMORE if place < len(payload) else 0), copy=False)
+            router.send(frame, AND_MORE if place < len(payload) else zmq.NOBLOCK, copy=False)
     except zmq.ZMQError as error:
         if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
             raise
@@ -254,4 +256,4 @@ def _pages(endpoint: str) -> Pages:
     try:
         return Pages(endpoint)
     except OSError as error:
-        raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {error.strerror}") from None
+        raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {error.strerror or error}") from None

@@ -106,6 +106,7 @@ class Spool:
             raise SpoolError(f"spool {self.path}: {error.strerror}: its folder must exist and be writable") from None
         except _ERRORS as error:
             raise SpoolError(f"spool {self.path}: {_told(error)}") from None
+        self._made = {path: _inode(path) for path in (str(self.path), f"{self.path}-wal")}
         self._opened = time.monotonic()
         self._next_expiry = self._opened + EXPIRE_S
         self._start()
@@ -151,6 +152,7 @@ class Spool:
                 with contextlib.suppress(sqlite3.Error), self._commit(synchronous=False):
                     self._expire()
             replies = self._carry_out(batch) if batch else []
+            self._trouble = self._removed() or (self._trouble if batch else "")
             self._replies.extend([self.usage, *replies])
             os.eventfd_write(self._wake, 1)
         self._db.close()
@@ -159,7 +161,7 @@ class Spool:
         """What to do now, and whether to go on afterwards."""
         batch, self._unsaved = self._unsaved, []
         try:
-            request = self._requests.get(timeout=RETRY_S if batch else max(self._next_expiry - time.monotonic(), 0.01))
+            request = self._requests.get(timeout=RETRY_S)
             while request is not None:
                 batch.append(request)
                 if len(batch) >= MOST_AT_ONCE:
@@ -202,8 +204,15 @@ class Spool:
         self._unsaved.append(request)
         return []
 
+    def _removed(self) -> str:
+        """What others have removed or replaced; empty: nothing."""
+        gone = [path for path, inode in self._made.items() if inode and _inode(path) != inode]
+        return f"{gone[0]} was removed or replaced by somebody else; restart the daemon" if gone else ""
+
     @contextlib.contextmanager
     def _commit(self, *, synchronous: bool) -> Iterator[None]:
+        if removed := self._removed():  # SQLite would go on writing into what is nowhere any more
+            raise sqlite3.OperationalError(removed)
         self._db.execute(f"PRAGMA synchronous = {'FULL' if synchronous else 'NORMAL'}")
         counted = self._answers, self._bytes
         self._db.execute("BEGIN IMMEDIATE")
@@ -321,6 +330,14 @@ class Spool:
             "ORDER BY seq"
         )
         return [Stored(*row) for row in rows]
+
+
+def _inode(path: str) -> int:
+    """0: there is none."""
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return 0
 
 
 def _buffer(frame: Any) -> memoryview:

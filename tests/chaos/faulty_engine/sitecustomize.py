@@ -11,7 +11,7 @@ from typing import Any
 
 if sys.argv[:1] == ["-m"]:  # `python -m blendmaskd_workers`, before its module is found
     from blendmaskd import assignment
-    from blendmaskd_workers.engines import Pixels
+    from blendmaskd.images.decoding import Photograph, bgr
     from blendmaskd_workers.engines.timed import TimedEngine, TimedInput, TimedRun
     from chaos.poison import BOOT_S, BROKEN_DEVICES, HOARD_BYTES, Poison
 
@@ -24,10 +24,10 @@ if sys.argv[:1] == ["-m"]:  # `python -m blendmaskd_workers`, before its module 
         time.sleep(float(os.environ.get(BOOT_S, "0")))
         load(self)
 
-    def faulty_prepare(self: TimedEngine, image: Pixels) -> Any:
-        if image.shape[1] == Poison.CRASHES_DECODING:
+    def faulty_prepare(self: TimedEngine, photograph: Photograph) -> Any:
+        if bgr(photograph).shape[1] == Poison.CRASHES_DECODING:
             os.kill(os.getpid(), signal.SIGSEGV)
-        return prepare(self, image)
+        return prepare(self, photograph)
 
     def faulty_launch(self: TimedEngine, batch: Sequence[TimedInput]) -> TimedRun:
         widths = {item.image_size[1] for item in batch}

@@ -13,6 +13,7 @@
 ``bare``        the processes of the plain ZeroMQ path
 ``device``      the bare loop of an engine in a process of its own: the devices' limit
 ``replay``      outputs of a network for the timed engine
+``host``        a program of its own: what an image costs the host, beside Pillow
 ``report``      medians, ratios, tables, JSON
 ``plot``        throughput against latency; needs matplotlib
 ==============  =====================================================================================

@@ -2,11 +2,10 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from blendmaskd.programs.arguments import checked, positive, seconds
+from blendmaskd.programs.arguments import checked, positive, seconds, size
 from blendmaskd.programs.connecting import ANSWER_S, add_keys
 
 MOST_CLIENTS = 500
@@ -40,8 +39,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
                      help="two variants in turns: settings, or options of the load, several with ; between; "
                      "'NAME: KEY=VALUE' gives one a short name")
     run.add_argument("--bare", nargs="?", choices=("proxy", "poller"), const="proxy", metavar="KIND",
-                     help="also the plain ZeroMQ path to workers that only sleep: its proxy (default), or a poller loop "
-                          "in Python")  # fmt: skip
+                     help="also the plain ZeroMQ path to workers that only sleep: its proxy (default), or a poller "
+                          "loop in Python")  # fmt: skip
     run.add_argument("--kill", action="store_true", help="instead, kill -9 a worker under load")
     run.add_argument("--flood", action="store_true", help="latency of a client with one job at a time, alone and "
                      "beside one with 1000 in flight, instead")
@@ -60,7 +59,7 @@ def load_parser() -> argparse.ArgumentParser:
                        help="closed loop, one job in flight each; several values run one after another; default 8")
     group.add_argument("--rate", nargs="+", type=_rate, metavar="R",
                        help="open loop instead: random (Poisson) jobs per second over --clients connections")
-    group.add_argument("--size", type=image_size, default=(800, 800), metavar="HEIGHTxWIDTH", help="default 800x800")
+    group.add_argument("--size", type=size, default=(800, 800), metavar="HEIGHTxWIDTH", help="default 800x800")
     group.add_argument("--encoding", choices=["raw", "jpeg", "png", "path"],
                        help="how images are sent; default raw, or with --images path: the daemon reads the files")
     group.add_argument("--images", nargs="+", metavar="IMAGE", help="files, folders or globs, in turn, "
@@ -72,24 +71,12 @@ def load_parser() -> argparse.ArgumentParser:
 
 
 def _clients(text: str) -> int:
-    value = positive(text)
-    if value > MOST_CLIENTS:
-        raise argparse.ArgumentTypeError(f"{text}: at most {MOST_CLIENTS}")
-    return value
+    return checked(text, int, lambda value: 1 <= value <= MOST_CLIENTS, f"a whole number from 1 to {MOST_CLIENTS}")
 
 
 def _rate(text: str) -> float:
-    value = float(text)
-    return checked(text, value, 0 < value <= 100_000, "jobs per second, more than 0 and at most 100000")
+    return checked(text, float, lambda value: 0 < value <= 100_000, "jobs per second, more than 0 and at most 100000")
 
 
 def _not_negative(text: str) -> float:
-    value = float(text)
-    return checked(text, value, 0 <= value <= 3600, "seconds, 0 to 3600")
-
-
-def image_size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if not found or not all(map(int, found.groups())):
-        raise argparse.ArgumentTypeError(f"{text}: expected HEIGHTxWIDTH in pixels, such as 800x1200")
-    return int(found[1]), int(found[2])
+    return checked(text, float, lambda value: 0 <= value <= 3600, "seconds, 0 to 3600")

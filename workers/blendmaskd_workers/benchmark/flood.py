@@ -72,8 +72,8 @@ def _figures(generator: Generator, warm_up_s: float, seconds: float) -> tuple[Ro
 
 @contextlib.contextmanager
 def _flood(endpoint: str, size: tuple[int, int]) -> Iterator[None]:
-    process = subprocess.Popen([sys.executable, "-m", "blendmaskd_workers.benchmark.flood", endpoint, *map(str, size)],
-                               stdout=subprocess.PIPE)  # fmt: skip
+    argv = [sys.executable, "-P", "-m", "blendmaskd_workers.benchmark.flood", endpoint, *map(str, size)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
         process.stdout.readline()  # its first answer

@@ -38,7 +38,7 @@ class Picture:
         payload = Path(self.image.path or "").read_bytes() if self.payload is None else self.payload
         if self.image.kind == "raw":
             return np.frombuffer(payload, np.uint8).reshape(self.image.shape or ())
-        return images.decode(payload, Limits())
+        return images.bgr(images.decode(payload, Limits()))
 
 
 def synthetic(size: tuple[int, int], encoding: Encoding) -> Picture:
@@ -54,7 +54,7 @@ def synthetic(size: tuple[int, int], encoding: Encoding) -> Picture:
 def from_file(path: Path, encoding: Encoding) -> Picture:
     """Raises `UsageError` for a file that cannot be read or is no image."""
     try:
-        pixels = images.decode(path.read_bytes(), Limits())
+        pixels = images.bgr(images.decode(path.read_bytes(), Limits()))
     except (ImageError, OSError) as error:
         raise UsageError(f"{path}: {error}") from None
     if encoding != "path":

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from blendmaskd.images import decoding as images
-from blendmaskd.images.decoding import ImageError, Pixels
+from blendmaskd.images.decoding import ImageError, Photograph
 from blendmaskd.programs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,8 +26,8 @@ T = TypeVar("T")
 
 def write(image: Path, file: Path, config: str, size: tuple[int, int]) -> None:
     """What the network of `config` says of the image, resized to `size` (height, width). Raises `UsageError`."""
-    argv = [sys.executable, "-m", "blendmaskd_workers.benchmark.replay", str(image), str(file), config, *map(str, size)]
-    if subprocess.run(argv).returncode:
+    argv = [sys.executable, "-P", "-m", "blendmaskd_workers.benchmark.replay", str(image), str(file), config]
+    if subprocess.run([*argv, *map(str, size)]).returncode:
         raise UsageError(f"--replay {image}: the network could not be run on it; see above")
 
 
@@ -37,25 +36,25 @@ def main(argv: list[str]) -> int:
 
     image, file, config_path, height, width = argv
     try:
-        pixels = images.read(image)
+        photograph = images.read(image)
         config = blendmask.load_config(config_path)
     except (OSError, ImageError, blendmask.ConfigError) as error:
         print(error, file=sys.stderr)
         return 1
-    resized = np.asarray(Image.fromarray(pixels).resize((int(width), int(height))))
+    resized = photograph.resize((int(width), int(height)))
     network = blendmask.build(config)
     blendmask.load_into(network, blendmask.random_weights(network))
     record(network, resized, Path(file))
     return 0
 
 
-def record(trained: BlendMask, image: Pixels, file: Path) -> None:
-    """Write what the network says of an image (H, W, 3), as it is made for inference."""
+def record(trained: BlendMask, image: Photograph, file: Path) -> None:
+    """Write what the network says of an image, as it is made for inference."""
     from blendmaskd_workers import blendmask
 
     network = blendmask.for_inference(trained, channels_last=True)
-    batch = [blendmask.collate([blendmask.prepare(image, network.config)])]
-    begun, first = _counted(lambda: blendmask.begin(batch, network.begin))
+    images = [blendmask.prepare(image, network.config).tensor]
+    begun, first = _counted(lambda: blendmask.begin(network, images, network.begin))
     proposals, second = _counted(lambda: blendmask.complete(begun, network.complete))
     packed = proposals.packed.numpy()
     kept = blendmask.choose(network, proposals, packed)

@@ -48,7 +48,7 @@ def own_daemon(overrides: Sequence[str], settings: Settings) -> Iterator[Server]
     """A daemon with these settings. Raises `NoDaemonError` when it, or one of its devices, does not come up."""
     with tempfile.TemporaryDirectory(prefix="blendmaskd-benchmark-") as folder:
         endpoint = f"ipc://{folder}/client.sock"
-        argv = [sys.executable, "-m", "blendmaskd", "--log-level", "warning"]
+        argv = [sys.executable, "-P", "-m", "blendmaskd", "--log-level", "warning"]
         for override in [*overrides, f"endpoints.clients=[{endpoint}]", "endpoints.metrics=null"]:
             argv += ["--set", override]
         process = subprocess.Popen(argv)
@@ -75,7 +75,7 @@ def bare_path(settings: Settings, answer_bytes: int, kind: str) -> Iterator[Serv
     """The plain ZeroMQ path with a sleeping process for each device, see `blendmaskd_workers.benchmark.bare`."""
     with tempfile.TemporaryDirectory(prefix="blendmaskd-benchmark-") as folder:
         front, back = (f"ipc://{folder}/{name}.sock" for name in ("front", "back"))
-        program_argv = [sys.executable, "-m", "blendmaskd_workers.benchmark.bare"]
+        program_argv = [sys.executable, "-P", "-m", "blendmaskd_workers.benchmark.bare"]
         worker = [*program_argv, "worker", back, json.dumps(seconds_by_batch(settings)), str(answer_bytes)]
         processes: list[subprocess.Popen[bytes]] = []
         try:

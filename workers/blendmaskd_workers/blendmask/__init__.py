@@ -8,6 +8,7 @@ from blendmaskd_workers.blendmask.checkpoint import WeightsError, load_checkpoin
 from blendmaskd_workers.blendmask.config import Config, ConfigError, load_config
 from blendmaskd_workers.blendmask.inference import (
     Begin,
+    Blend,
     Complete,
     begin,
     blend,
@@ -15,6 +16,7 @@ from blendmaskd_workers.blendmask.inference import (
     choose,
     complete,
     instances,
+    places,
     segment,
 )
 from blendmaskd_workers.blendmask.model import BlendMask, Proposals, build
@@ -26,6 +28,7 @@ from blendmaskd_workers.blendmask.weights import load_into, load_to_fine_tune, l
 
 __all__ = [
     "Begin",
+    "Blend",
     "BlendMask",
     "Complete",
     "Config",
@@ -53,6 +56,7 @@ __all__ = [
     "paste",
     "paste_one",
     "paste_window",
+    "places",
     "prepare",
     "random_weights",
     "read_checkpoint",

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BASES_SCALE = 0.25  # bases have stride 4
+OUTSIDE = -2.0  # more than one base pixel off any map
 
 
 def blend(bases: Tensor, attentions: Tensor, images: Tensor, boxes: Tensor, resolution: int) -> Tensor:
@@ -16,7 +17,7 @@ def blend(bases: Tensor, attentions: Tensor, images: Tensor, boxes: Tensor, reso
 
     bases (N, K, H/4, W/4); attentions (D, K, A, A); images (D,) the image of each detection; boxes (D, 4).
     """
-    return combine(roi_align(bases.float(), images, boxes, resolution), attentions).sigmoid()
+    return combine(roi_align(bases, images, boxes, resolution), attentions).sigmoid()
 
 
 def combine(crops: Tensor, attentions: Tensor) -> Tensor:
@@ -26,40 +27,37 @@ def combine(crops: Tensor, attentions: Tensor) -> Tensor:
 
 
 def roi_align(bases: Tensor, images: Tensor, boxes: Tensor, resolution: int) -> Tensor:
-    """Sample `bases` bilinearly at the centre of each of R x R bins of each box; returns (D, K, R, R).
+    """Sample `bases` bilinearly at the centre of each of R x R bins of each box; returns (D, K, R, R) float32.
 
     Detectron2's ROIAlignV2 at sampling ratio 1: base pixels have their centres at whole numbers, which are half a
     base pixel off the box's coordinates. A sample more than one base pixel outside the map is 0; within that pixel
     the border is repeated. Boxes may overhang the image, be empty or not finite.
     """
-    height, width = bases.shape[2:]
-    corners = boxes * BASES_SCALE - 0.5  # (D, 4)
-    bins = (corners[:, 2:] - corners[:, :2]) / resolution  # (D, 2)
+    count, (height, width) = len(boxes), bases.shape[2:]
+    table = bases.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 2)
+    start, end = (boxes * BASES_SCALE - 0.5).view(count, 2, 2, 1).unbind(1)  # (D, 2, 1) each: x and y
+    bins = (end - start) / resolution
     steps = torch.arange(resolution, dtype=boxes.dtype, device=boxes.device)
-    samples = corners[:, :2, None] + steps * bins[:, :, None] + 0.5 * bins[:, :, None]  # (D, 2, R)
-    x0, x1, right, inside_x = _neighbours(samples[:, 0], width)
-    y0, y1, down, inside_y = _neighbours(samples[:, 1], height)
-    table = bases.permute(0, 2, 3, 1).reshape(-1, bases.shape[1]).contiguous()  # (N * H/4 * W/4, K)
-
-    def corner(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # (D, R), (D, R), (D, R, R) -> (D, R, R, K)
-        index = (images[:, None, None] * height + y[:, :, None]) * width + x[:, None, :]
-        return table.index_select(0, index.flatten()).view(*index.shape, -1) * weight[..., None]
-
-    right, down = right[:, None, :], down[:, :, None]
-    value = corner(y0, x0, (1 - down) * (1 - right)) + corner(y0, x1, (1 - down) * right)
-    value = value + corner(y1, x0, down * (1 - right)) + corner(y1, x1, down * right)
-    inside = inside_y[:, :, None] & inside_x[:, None, :]
-    return value.masked_fill(~inside[..., None], 0.0).permute(0, 3, 1, 2).contiguous()
+    samples = torch.add(start + steps * bins, bins, alpha=0.5)  # (D, 2, R)
+    last = torch.linspace(width - 1, height - 1, 2, dtype=boxes.dtype, device=boxes.device)[:, None]
+    index, weights = _neighbours(samples.nan_to_num(nan=OUTSIDE), last)
+    x, y = index.unbind(2)  # (2, D, R) each
+    y = torch.add(y.view(2, 1, count, resolution, 1), images.view(count, 1, 1), alpha=height)
+    place = torch.add(x.view(2, count, 1, resolution), y, alpha=width)  # (2, 2, D, R, R): above, below; left, right
+    x, y = weights.unbind(2)
+    weight = y.view(2, 1, count, resolution, 1, 1) * x.view(2, count, 1, resolution, 1)
+    corners = F.embedding(place, table).mul_(weight).flatten(0, 1).unbind(0)  # four of (D, R, R, K)
+    return (corners[0] + corners[1] + corners[2] + corners[3]).permute(0, 3, 1, 2).contiguous()
 
 
-def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the base pixels before and after each position (int64), the share of the second, and which are inside.
+def _neighbours(positions: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the base pixels before and after each position (int64) and their weights, (2, ...) each.
 
-    Positions outside, NaN included, come back as pixel 0, so that indices are always valid.
+    Weights of positions outside are 0, their pixels the nearest, so that indices are always valid.
     """
-    inside = (position >= -1) & (position <= size)
-    position = position.masked_fill(~inside, 0.0).clamp(0, size - 1)
-    before = position.floor()
-    share = position - before
-    before = before.long()
-    return before, (before + 1).clamp(max=size - 1), share, inside
+    nearest = positions.clamp(min=0).minimum(last)
+    outside = (positions - nearest).abs() > 1
+    before = nearest.floor()
+    share = nearest - before
+    index = torch.stack([before, nearest.ceil()]).long()
+    return index, torch.stack([1 - share, share]).masked_fill(outside, 0.0)

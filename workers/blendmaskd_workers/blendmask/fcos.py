@@ -1,11 +1,13 @@
 """FCOS (Tian et al., arXiv:1904.01355), the part that runs on the device: p3.. in, a fixed number of candidates out.
 
-Axes: N images, C channels, H x W one level, K classes, M candidates of a level (fixed by its size and the config).
+Axes: N images, C channels, H x W one level, S cells of all levels, K classes, M candidates of a level (fixed by its
+size and the config).
 Rules: no shape depends on data and nothing is read back: no boolean-mask indexing, `nonzero` or `.item()`, each of
 which makes an accelerator wait. Candidates below the threshold are marked, not removed; `selection` drops them on
 the host. Module names are AdelaiDet's, so that its checkpoints load unchanged.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -109,29 +111,61 @@ class Fcos(nn.Module):
         self.score_threshold = score_threshold
         self.threshold_with_centreness = threshold_with_centreness
         self.topk = topk
+        self.squashes_levels_apart = True  # as the reference: on a CPU a sigmoid's rounding depends on its place
 
     def forward(self, features: Sequence[Tensor]) -> list[LevelOutput]:
         return self.fcos_head(features)
 
     def candidates(self, outputs: Sequence[LevelOutput]) -> Tensor:
         """Return each level's best (cell, class) pairs, (N, sum of M, FIELDS) float32; pairs that miss the threshold
-        carry NOT_A_CANDIDATE. The order within a level is undefined."""
-        return torch.cat([self._level_candidates(output) for output in outputs], dim=1)
-
-    def _level_candidates(self, output: LevelOutput) -> Tensor:
-        images, classes, height, width = output.logits.shape
-        assert height * width < LARGEST_EXACT_INTEGER
-        probability = output.logits.permute(0, 2, 3, 1).reshape(images, -1, classes).float().sigmoid()  # (N, HW, K)
-        centreness = output.centreness.flatten(1).float().sigmoid()[:, :, None]  # (N, HW, 1)
-        confidence = probability * centreness  # (N, HW, K)
+        carry NOT_A_CANDIDATE. The order within a level is undefined, as is which of equal pairs are the last."""
+        classes = outputs[0].logits.shape[1]
+        cells = [output.logits.shape[2] * output.logits.shape[3] for output in outputs]
+        assert sum(cells) < LARGEST_EXACT_INTEGER
+        probability, centreness, distances = self._maps(outputs).split_with_sizes([classes, 1, 4], dim=1)
+        if not self.squashes_levels_apart:
+            probability, centreness = probability.sigmoid(), centreness.sigmoid()
+        confidence = probability * centreness  # (N, K, S)
         thresholded = confidence if self.threshold_with_centreness else probability
         marked = confidence.masked_fill(~(thresholded > self.score_threshold), NOT_A_CANDIDATE)  # NaN is none either
-        count = candidates_of_level(height * width, classes, self.topk)
-        best, index = marked.flatten(1).topk(count, dim=1)  # (N, M) each
-        cell = torch.div(index, classes, rounding_mode="floor")
-        distances = output.distances.flatten(2).gather(2, cell[:, None].expand(-1, 4, -1)).float()  # (N, 4, M)
-        fields = [best[:, None], (index - cell * classes)[:, None].float(), cell[:, None].float(), distances]
-        return torch.cat(fields, dim=1).transpose(1, 2)  # (N, M, FIELDS)
+        best, label, cell, place = best_pairs(marked, cells, self.topk)
+        distances = distances.gather(2, place[:, None].expand(-1, 4, -1))  # (N, 4, sum of M)
+        fields = [best[:, None], torch.stack([label, cell], dim=1).float(), distances]
+        return torch.cat(fields, dim=1).transpose(1, 2)  # (N, sum of M, FIELDS)
+
+    def _maps(self, outputs: Sequence[LevelOutput]) -> Tensor:
+        """Return logits, or what the sigmoid makes of them, centre-ness alike, and distances: (N, K + 1 + 4, S)."""
+        parts = [(output.logits, output.centreness, output.distances) for output in outputs]
+        if self.squashes_levels_apart:
+            parts = [(a.float().sigmoid(), b.float().sigmoid(), distances.float()) for a, b, distances in parts]
+        return torch.cat([torch.cat(part, dim=1).flatten(2) for part in parts], dim=2).float()
+
+
+def best_pairs(values: Tensor, cells: Sequence[int], topk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return value, class, cell within its level and cell among all, each (N, sum of M), of each level's best pairs.
+
+    `values` (N, K, S) are those of all levels' cells; `cells` says how many each level has. A level's best `topk` pairs
+    of cell and class lie in its `topk` cells of the best classes, so those are sought first: K times fewer values.
+    """
+    classes = values.shape[1]
+    kept = [min(topk, count) for count in cells]
+    bests = values.amax(dim=1).split_with_sizes(list(cells), dim=1)
+    cell_of = [best.topk(count, dim=1).indices for best, count in zip(bests, kept)]
+    place_of = _joined(cell_of, cells)  # (N, sum of kept)
+    pairs = values.gather(2, place_of[:, None].expand(-1, classes, -1)).transpose(1, 2).flatten(1)
+    of_levels = pairs.split_with_sizes([count * classes for count in kept], dim=1)
+    counts = [candidates_of_level(count, classes, topk) for count in cells]
+    found = [level.topk(count, dim=1) for level, count in zip(of_levels, counts)]
+    index = _joined([level.indices for level in found], [count * classes for count in kept])
+    row = torch.div(index, classes, rounding_mode="floor")
+    best = torch.cat([level.values for level in found], dim=1)
+    return best, index % classes, torch.cat(cell_of, dim=1).gather(1, row), place_of.gather(1, row)
+
+
+def _joined(indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Return indices into parts of these sizes as indices into the whole."""
+    starts = itertools.accumulate(sizes, initial=0)
+    return torch.cat([index + start if start else index for index, start in zip(indices, starts)], dim=1)
 
 
 def candidates_of_level(cells: int, classes: int, topk: int) -> int:

@@ -5,13 +5,14 @@ batch does not stand still while the host chooses what is kept of the last.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blendmaskd_workers.blendmask.model import BlendMask, Proposals
+from blendmaskd_workers.blendmask.model import KEPT_FIELDS, BlendMask, Proposals, pack
 from blendmaskd_workers.blendmask.postprocess import Instances
 from blendmaskd_workers.blendmask.preprocess import Prepared, collate
 from blendmaskd_workers.blendmask.selection import Floats, Selection, select
@@ -19,6 +20,7 @@ from blendmaskd_workers.blendmask.selection import Floats, Selection, select
 Upload = Callable[[Tensor], Tensor]  # from the host to where the network lives
 Begin = Callable[[Tensor], Tensor]
 Complete = Callable[[Tensor], Proposals]
+Blend = Callable[[Tensor], Tensor]
 Graph = Callable[[Callable[[Tensor], Any], Tensor], Callable[[Tensor], Any]]  # the same for inputs like an example
 
 
@@ -33,26 +35,30 @@ def segment(model: BlendMask, batch: Sequence[Prepared], upload: Upload = stay) 
 
     For one thread per device. Batch images of equal `padded_size` only, see `collate`.
     """
-    proposals = model.propose(upload(collate(batch)))
+    proposals = model.propose(collate([upload(prepared.tensor) for prepared in batch], model.config))
     selections = choose(model, proposals, proposals.packed.cpu().numpy())
     masks = blend(model, proposals, selections, upload)
     return instances(model, selections, None if masks is None else masks.cpu().numpy())
 
 
 @torch.inference_mode()
-def capture(model: BlendMask, graph: Graph, images: Tensor) -> tuple[Begin, Complete]:
-    """Return `model.begin` and `model.complete` as `graph` records them, for images of this shape.
+def capture(model: BlendMask, graph: Graph, images: Tensor) -> tuple[Begin, Complete, Blend]:
+    """Return `model.begin`, `model.complete` and `model.blend` as `graph` records them, for images of this shape.
 
-    What they return lives until their next call.
+    `blend` is of the last that this `complete` returned, for as many detections as there are `places`. What they return
+    lives until their next call.
     """
     begin: Begin = graph(model.begin, images)
-    return begin, graph(model.complete, begin(images))
+    complete: Complete = graph(model.complete, begin(images))
+    proposals = complete(begin(images))
+    kept = proposals.packed.new_zeros(places(model, len(images)), KEPT_FIELDS)
+    return begin, complete, graph(partial(model.blend, proposals), kept)
 
 
 @torch.inference_mode()
-def begin(images: Sequence[Tensor], network: Begin) -> Tensor:
-    """Begin with images (N, 3, H, W) of one size, in any number of parts. `network`: `BlendMask.begin`, or captured."""
-    return network(images[0] if len(images) == 1 else torch.cat(list(images)))
+def begin(model: BlendMask, images: Sequence[Tensor], network: Begin) -> Tensor:
+    """Begin with prepared images (3, h, w) uint8, where the network lives. `network`: `model.begin`, or captured."""
+    return network(collate(images, model.config))
 
 
 @torch.inference_mode()
@@ -66,31 +72,39 @@ def choose(model: BlendMask, proposals: Proposals, packed: Floats) -> list[Selec
     return [select(candidates, proposals.level_sizes, model.config) for candidates in packed]
 
 
-@torch.inference_mode()
-def blend(model: BlendMask, proposals: Proposals, selections: Sequence[Selection], upload: Upload) -> Tensor | None:
-    """Return mask probabilities (D, R, R) float32 of all that was kept in the batch, where the network lives.
+def places(model: BlendMask, images: int) -> int:
+    """Return how many boxes are kept of a batch of so many images, at most, unless some tie with an image's last."""
+    return images * model.config.post_nms_topk
 
+
+@torch.inference_mode()
+def blend(model: BlendMask, proposals: Proposals, selections: Sequence[Selection], upload: Upload,
+          fewest: int = 0, network: Blend | None = None) -> Tensor | None:
+    """Return mask probabilities (max(D, fewest), R, R) float32 of all D that was kept, where the network lives.
+
+    Those beyond D are of no meaning: with `places` as `fewest`, shapes do not depend on what the images show. `network`
+    is what `capture` returned for `proposals` and as many; where more are kept, `BlendMask.blend` is called.
     None, and the device is left alone, when nothing was kept.
     """
     counts = [len(kept) for kept in selections]
     if sum(counts) == 0:
         return None
-    kept = np.empty((sum(counts), 7), np.float32)  # whole numbers up to 2^24 are exact in it
-    kept[:, 0] = np.repeat(np.arange(len(counts)), counts)
-    kept[:, 1] = np.concatenate([each.levels for each in selections])
-    kept[:, 2] = np.concatenate([each.cells for each in selections])
-    kept[:, 3:] = np.concatenate([each.boxes for each in selections])
-    on_device = upload(torch.from_numpy(kept))
-    images, levels, cells = on_device[:, :3].long().unbind(1)
-    return model.blend(proposals, images, levels, cells, on_device[:, 3:]).float()
+    levels, cells, boxes = (np.concatenate([getattr(each, name) for each in selections])
+                            for name in ("levels", "cells", "boxes"))
+    kept = np.zeros((max(sum(counts), fewest), KEPT_FIELDS), np.float32)
+    images = np.repeat(np.arange(len(counts)), counts)
+    kept[:len(images)] = pack(images, levels, cells, boxes, proposals.level_sizes)
+    if network is None or len(kept) > fewest:
+        network = partial(model.blend, proposals)
+    return network(upload(torch.from_numpy(kept)))
 
 
 def instances(model: BlendMask, selections: Sequence[Selection], probabilities: Floats | None) -> list[Instances]:
-    """Return each image's instances; `probabilities` is the host's copy of what `blend` returned."""
+    """Return each image's instances; `probabilities` is the host's copy of what `blend` returned, or its first D."""
     side = model.config.resolution
     masks = np.zeros((0, side, side), np.float32) if probabilities is None else probabilities
     ends = np.cumsum([len(kept) for kept in selections])
     return [
         Instances(kept.boxes, kept.scores, kept.classes, each, kept.locations, kept.levels)
-        for kept, each in zip(selections, np.split(masks, ends[:-1]))
+        for kept, each in zip(selections, np.split(masks, ends))
     ]

@@ -8,6 +8,8 @@ mask. Inference runs `propose` on the device, `selection.select` on the host wit
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from blendmaskd_workers.blendmask.backbone import ResNet
@@ -18,7 +20,12 @@ from blendmaskd_workers.blendmask.dla import Dla34
 from blendmaskd_workers.blendmask.fcos import Fcos, FcosHead
 from blendmaskd_workers.blendmask.fpn import Fpn
 from blendmaskd_workers.blendmask.norms import BACKBONE_NORMS
-from blendmaskd_workers.blendmask.patches import convolve, patches_of_levels, values_of_levels
+from blendmaskd_workers.blendmask.patches import convolve, rows_of_patches, table_of_levels, values_of_levels
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+KEPT_FIELDS = 14  # of a packed detection: the rows of its 3x3 cells, see `patches`, its image, its box
 
 
 def build(config: Config) -> "BlendMask":
@@ -102,19 +109,29 @@ class BlendMask(nn.Module):
         attentions = [self.top_layer(level) for level in box_features] if self.attends_everywhere else None
         return Proposals(self.proposal_generator.candidates(outputs), bases, box_features, attentions)
 
-    def blend(self, proposals: Proposals, images: Tensor, levels: Tensor, cells: Tensor, boxes: Tensor) -> Tensor:
-        """Return mask probabilities (D, R, R) of the kept detections of a batch.
+    def blend(self, proposals: Proposals, kept: Tensor) -> Tensor:
+        """Return mask probabilities (D, R, R) float32 of the kept detections of a batch; `kept` (D, KEPT_FIELDS).
 
-        images, levels, cells (D,) int64 say which cell predicted each detection; boxes (D, 4) network pixels. Where the
-        top layer has not been run everywhere, it is run at these cells: that spares a seventh of the network's
-        multiplications, and sums in another order.
+        Where the top layer has not been run everywhere, it is run at the detections' cells: that spares a seventh of
+        the network's multiplications, and sums in another order.
         """
         size = self.config.attention_size
+        rows, images, boxes = kept.split_with_sizes([9, 1, 4], dim=1)
+        rows, images = rows.long(), images.long()
         if proposals.attentions is None:
-            patches = patches_of_levels(proposals.box_features, images, levels, cells)  # (D, 9, C)
+            patches = table_of_levels(proposals.box_features)[images, rows]  # (D, 9, C)
             attentions = convolve(self.top_layer, patches)  # (D, K * A * A)
         else:
-            attentions = values_of_levels(proposals.attentions, images, levels, cells)
+            attentions = values_of_levels(proposals.attentions, images[:, 0], rows[:, 4])
         attentions = attentions.view(-1, self.config.num_bases, size, size)
         return blend(proposals.bases, attentions, images, boxes, self.config.resolution)
 
+
+def pack(images: Integers, levels: Integers, cells: Integers, boxes: Floats,
+         level_sizes: Sequence[tuple[int, int]]) -> Floats:
+    """Return what `blend` reads of detections (D,), (D, KEPT_FIELDS); cells in their level, boxes (D, 4). Host only."""
+    kept = np.empty((len(images), KEPT_FIELDS), np.float32)
+    kept[:, :9] = rows_of_patches(levels, cells, level_sizes)
+    kept[:, 9] = images
+    kept[:, 10:] = boxes
+    return kept

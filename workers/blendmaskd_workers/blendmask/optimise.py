@@ -2,9 +2,10 @@
 
 Batch norms with constant statistics vanish into the convolutions before them; where a tower has one for each level, it
 gets a convolution for each level. Group norms stay: they depend on the image. The top layer is run only where it is
-read. Weights may change their type and their order in memory. Sums are rounded otherwise than in the trained network,
-which is the one to serve where that matters. Rules: the trained network stays as it is; parameters here have other
-names than a checkpoint's, so weights are loaded before. Must know nothing of devices.
+read, sigmoids for all levels at once. Weights may change their type and their order in memory. What comes out is
+rounded otherwise than in the trained network, which is the one to serve where that matters. Rules: the trained network
+stays as it is; parameters here have other names than a checkpoint's, so weights are loaded before. Must know nothing
+of devices.
 """
 
 import copy
@@ -33,6 +34,7 @@ def for_inference(network: BlendMask, dtype: torch.dtype = torch.float32, channe
     """
     optimised = copy.deepcopy(network).requires_grad_(False)
     optimised.attends_everywhere = False
+    optimised.proposal_generator.squashes_levels_apart = False
     for module in list(optimised.modules()):
         if isinstance(module, Tower):
             _fold_tower(module)

@@ -1,13 +1,18 @@
 """A 3x3 convolution at a few cells instead of everywhere: the top layer is wide, and few of its cells are ever read.
 
-Axes: N images, C channels, H x W one level, D cells of one level or of several. Shapes depend on D only.
+Axes: N images, C channels, H x W one level, S cells of all levels, D cells of one level or of several. Shapes depend
+on D only.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Integers = npt.NDArray[np.int64]
 
 
 def convolve(conv: nn.Conv2d, patches: Tensor) -> Tensor:
@@ -30,22 +35,34 @@ def patches_at(features: Tensor, images: Tensor, cells: Tensor) -> Tensor:
     return values.masked_fill((outside_y[:, :, None] | outside_x[:, None, :]).view(-1, 9, 1), 0.0)
 
 
-def patches_of_levels(maps: Sequence[Tensor], images: Tensor, levels: Tensor, cells: Tensor) -> Tensor:
-    """Return `patches_at` for cells that lie on several levels, (D, 9, C); maps are (N, C, H_l, W_l).
+def table_of_levels(maps: Sequence[Tensor]) -> Tensor:
+    """Return the cells of all levels, row-major, level after level, and then zeros: (N, S + 1, C) of (N, C, H_l, W_l).
 
-    Every level is read for every cell, somewhere where it is not the cell's: shapes stay fixed.
+    All levels can then be read at once; `rows_of_patches` says where.
     """
-    gathered = maps[0].new_zeros(len(cells), 9, maps[0].shape[1])
-    for level, features in enumerate(maps):
-        here = (levels == level)[:, None, None]
-        gathered = torch.where(here, patches_at(features, images, cells), gathered)
-    return gathered
+    rows = [level.permute(0, 2, 3, 1).flatten(1, 2) for level in maps]
+    return torch.cat([*rows, rows[0].new_zeros(len(rows[0]), 1, rows[0].shape[2])], dim=1)
 
 
-def values_of_levels(maps: Sequence[Tensor], images: Tensor, levels: Tensor, cells: Tensor) -> Tensor:
-    """Return the values at cells that lie on several levels, (D, C); maps are (N, C, H_l, W_l). Shapes stay fixed."""
-    gathered = maps[0].new_zeros(len(cells), maps[0].shape[1])
-    for level, values in enumerate(maps):
-        at_cells = values.flatten(2)[images, :, cells.clamp(max=values.shape[2] * values.shape[3] - 1)]  # (D, C)
-        gathered = torch.where((levels == level)[:, None], at_cells, gathered)
+def rows_of_patches(levels: Integers, cells: Integers, level_sizes: Sequence[tuple[int, int]]) -> Integers:
+    """Return which rows of that table a 3x3 convolution reads at cells (D,) of levels (D,): (D, 9). Host only."""
+    heights, widths = np.array(level_sizes).T
+    starts = np.concatenate([[0], np.cumsum(heights * widths)])
+    step = np.arange(-1, 2)
+    height, width = heights[levels, None], widths[levels, None]  # (D, 1)
+    y, x = (at[:, None] + step for at in np.divmod(cells, width[:, 0]))  # (D, 3)
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None]
+    rows = starts[levels, None, None] + y[:, :, None] * width[:, :, None] + x[:, None]
+    return np.where(inside, rows, starts[-1]).reshape(-1, 9)
+
+
+def values_of_levels(maps: Sequence[Tensor], images: Tensor, rows: Tensor) -> Tensor:
+    """Return the values at rows (D,) of the levels' cells, as that table has them: (D, C) of (N, C, H_l, W_l)."""
+    gathered = maps[0].new_zeros(len(rows), maps[0].shape[1])
+    start = 0
+    for level in maps:
+        values = level.flatten(2)
+        at_rows = values[images, :, (rows - start).clamp(0, values.shape[2] - 1)]  # somewhere where it is not the row's
+        gathered = torch.where((rows >= start)[:, None], at_rows, gathered)
+        start += values.shape[2]
     return gathered

@@ -119,7 +119,7 @@ class SegmentTasks:
             time.sleep(WATCH_S)
             trouble = self._segmenter.trouble()
             if trouble:
-                log.error("%s: starting anew", trouble, extra=about(slot=self._segmenter.device))
+                log.error("%s: restarting the worker", trouble, extra=about(slot=self._segmenter.device))
                 _break()
 
 

@@ -59,25 +59,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float  # from arrival
 
 
-class Success(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of an answer."""
-
-    width: int
-    height: int
-    node: str
-    device: str
-    timings: dict[str, float]
-    detections: msgspec.Raw
-
-
-class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The body of a failure."""
-
-    code: Code
-    reason: str
-    retry_after_s: float | None = None
-
-
 def read(parameters: Mapping[str, str], body_bytes: int, deadline_s: float) -> Request:
     """The request that a query and a body of so many bytes make. Raises `RequestError`."""
     try:
@@ -102,16 +83,13 @@ def write(outcome: Answer | Failed, timings: Mapping[str, float]) -> tuple[HTTPS
     """Status, headers and body; `timings` are an answer's."""
     headers = {"content-type": "application/json"}
     if isinstance(outcome, Answer):
-        detections = msgspec.Raw(msgspec.json.encode(msgspec.msgpack.decode(outcome.detections)))
-        body = msgspec.json.encode(Success(
-            width=outcome.width, height=outcome.height, node=outcome.node, device=outcome.device,
-            timings=dict(timings), detections=detections,
-        ))  # fmt: skip
-        return HTTPStatus.OK, headers, body
-    retry_after_s = (outcome.retry_after_s or RETRY_AFTER_S) if outcome.code.retryable else None
-    if retry_after_s is not None:
+        fields = {name: getattr(outcome, name) for name in ("width", "height", "node", "device")}
+        fields |= {"timings": dict(timings), "detections": msgspec.msgpack.decode(outcome.detections)}
+        return HTTPStatus.OK, headers, msgspec.json.encode(fields)
+    failure: dict[str, object] = {"code": outcome.code, "reason": outcome.reason}
+    if outcome.code.retryable:
+        failure["retry_after_s"] = retry_after_s = outcome.retry_after_s or RETRY_AFTER_S
         headers["retry-after"] = str(max(1, round(retry_after_s)))
-    failure = Failure(code=outcome.code, reason=outcome.reason, retry_after_s=retry_after_s)
     return STATUS[outcome.code], headers, msgspec.json.encode(failure)
 
 

@@ -19,18 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from blendmaskd.assignment import EXIT_CANNOT_BOOT
+from blendmaskd.images.decoding import Photograph
 from blendmaskd.protocol import Options
 from blendmaskd.settings import Settings
 from blendmaskd_workers.batching import Batching
 
 if TYPE_CHECKING:
     from blendmaskd_workers.devices import Device
-
-Pixels = npt.NDArray[np.uint8]  # (H, W, 3) BGR
 
 
 class EngineError(RuntimeError):
@@ -96,13 +92,17 @@ class Engine(Protocol):
     def overlaps(self) -> bool:
         """Whether the device works while the host does something else, once loaded."""
 
+    @property
+    def model(self) -> str | None:
+        """A digest of the configuration, categories and weights, once loaded; None: it loads none."""
+
     def load(self) -> None:
         """Open the device and load the network. Raises `EngineError`."""
 
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         """Run once for each image size (height, width), alone and in a full batch, so that no job pays for it."""
 
-    def prepare(self, image: Pixels) -> Any:
+    def prepare(self, photograph: Photograph) -> Any:
         """The network's input, a `Prepared`."""
 
     def launch(self, batch: Sequence[Any]) -> Run:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from blendmaskd.images.decoding import Photograph, bgr
 from blendmaskd.protocol import Options
 from blendmaskd_workers import results
-from blendmaskd_workers.engines import EngineError, Pixels
-from blendmaskd_workers.engines.on_device import OnDevice, WholeRun
+from blendmaskd_workers.engines import EngineError
+from blendmaskd_workers.engines.on_device import OnDevice, WholeRun, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,10 @@ class AdelaidetEngine(OnDevice):
         config.MODEL.DEVICE = str(self.device.torch_device)
         self._predictor = engine.DefaultPredictor(config)
         self._categories = self._resolve_categories(config.MODEL.FCOS.NUM_CLASSES)
+        self.model = digest(self._predictor.model, config, self._categories)
 
-    def prepare(self, image: Pixels) -> AdelaidetInput:
+    def prepare(self, photograph: Photograph) -> AdelaidetInput:
+        image = bgr(photograph)
         height, width = image.shape[:2]
         original = image[:, :, ::-1] if self._predictor.input_format == "RGB" else image
         resized = self._predictor.aug.get_transform(original).apply_image(original)

@@ -1,9 +1,9 @@
 """The engine native, and the timed one that does the native one's work on the host."""
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,42 +11,58 @@ import numpy as np
 import torch
 
 from blendmaskd.coco import categories
+from blendmaskd.images.decoding import Photograph
 from blendmaskd.protocol import IDLE, Options
 from blendmaskd.settings import Settings
 from blendmaskd_workers import blendmask, results
 from blendmaskd_workers.devices import Device, Part, Staged, Timeline
-from blendmaskd_workers.engines import EngineError, Pixels, Times
-from blendmaskd_workers.engines.on_device import OnDevice
+from blendmaskd_workers.engines import EngineError, Times
+from blendmaskd_workers.engines.on_device import OnDevice, digest
 from blendmaskd_workers.engines.timed import TimedEngine
 
 log = logging.getLogger("blendmaskd.worker")
 
-Graphs = tuple[blendmask.Begin, blendmask.Complete]
-COPIES = 2  # of the graphs of each shape: what they return lives until their next call, and two runs are under way
+Graphs = tuple[blendmask.Begin, blendmask.Complete, blendmask.Blend | None]
+COPIES = 2  # of the graphs of each shape: what they return lives until their next call, and two runs are in flight
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """An image that is on its way to the device, padded, and what `blendmaskd_workers.blendmask.finish` needs of it."""
+    """An image on its way to the device, as bytes, and what `blendmaskd_workers.blendmask.finish` needs of it."""
 
-    staged: Staged  # (1, 3, H, W) float32
+    staged: Staged  # (3, h, w) uint8
     image_size: tuple[int, int]
     net_size: tuple[int, int]
     padded_size: tuple[int, int]
 
 
 class NativeRun:
-    """A batch on the device of the engine native."""
+    """A batch on the device of the engine native.
 
-    def __init__(self, network: Any, timeline: Timeline, images: Sequence[Any], graphs: Graphs) -> None:
-        self._network, self._timeline, self._device = network, timeline, timeline.device
+    `release` is called when the last that reads what the graphs return has been asked for, or is not going to be.
+    """
+
+    def __init__(
+        self, network: Any, timeline: Timeline, images: Sequence[Any], graphs: Graphs, release: Callable[[], None]
+    ) -> None:
+        self._network, self._timeline, self._device, self._release = network, timeline, timeline.device, release
         self._parts: list[Part] = []
-        begin, self._complete = graphs
-        with timeline.part(self._parts):
-            self._begun = blendmask.begin(images, begin)
+        begin, self._complete, self._blend = graphs
+        # shapes that depend on what images show would make an accelerator compile, and no graph
+        self._places = blendmask.places(network, len(images)) if self._device.overlaps else 0
+        with self._or_release(), timeline.part(self._parts):
+            self._begun = blendmask.begin(network, images, begin)
+
+    @contextlib.contextmanager
+    def _or_release(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._release()
+            raise
 
     def complete(self) -> None:
-        with self._timeline.part(self._parts):
+        with self._or_release(), self._timeline.part(self._parts):
             self._proposals = blendmask.complete(self._begun, self._complete)
             self._candidates = self._device.fetch(self._proposals.packed)
         del self._begun
@@ -55,11 +71,17 @@ class NativeRun:
         return self._candidates.arrived.passed()
 
     def choose(self) -> None:
-        candidates = self._candidates.take().numpy()
-        self._kept = blendmask.choose(self._network, self._proposals, candidates)
-        with self._timeline.part(self._parts):
-            masks = blendmask.blend(self._network, self._proposals, self._kept, self._device.upload)
-            self._masks = None if masks is None else self._device.fetch(masks)
+        try:
+            candidates = self._candidates.take().numpy()
+            self._kept = blendmask.choose(self._network, self._proposals, candidates)
+            with self._timeline.part(self._parts):
+                masks = blendmask.blend(
+                    self._network, self._proposals, self._kept, self._device.upload, self._places, self._blend
+                )
+                kept = sum(map(len, self._kept))
+                self._masks = None if masks is None else self._device.fetch(masks[:kept])
+        finally:
+            self._release()
         del self._proposals
 
     def collect(self) -> list[Any]:
@@ -85,13 +107,14 @@ class NativeEngine(OnDevice):
         except (OSError, blendmask.ConfigError, blendmask.WeightsError) as error:
             raise EngineError(str(error)) from error
         self._categories = self._resolve_categories(self._config.num_classes)
+        self.model = digest(trained, self._config, self._categories)
         self._open()
         self._network = network_for(trained, self.device, self._settings.exact)
         self.exact = bool(self._network.attends_everywhere)
         self.overlaps = self.device.overlaps
         self._timeline = Timeline(self.device)
-        self._eager: Graphs = (self._network.begin, self._network.complete)
-        self._graphs: dict[tuple[int, ...], Iterator[Graphs]] = {}  # by the shape of a batch
+        self._eager: Graphs = (self._network.begin, self._network.complete, None)
+        self._graphs: dict[tuple[int, ...], list[Graphs]] = {}  # that no run uses, by the shape of a batch
 
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         if self._settings.graphs:
@@ -99,17 +122,16 @@ class NativeEngine(OnDevice):
             for height, width in image_sizes:
                 image = self.prepare(np.full((height, width, 3), 127, np.uint8)).staged.take()
                 for size in sorted({1, batch}):
-                    images = image.expand(size, -1, -1, -1)
+                    images = blendmask.collate([image] * size, self._config)
                     copies = [blendmask.capture(self._network, self.device.graph, images) for _ in range(COPIES)]
-                    self._graphs[tuple(images.shape)] = itertools.cycle(copies)
+                    self._graphs[tuple(images.shape)] = list[Graphs](copies)
             megabytes = self._held_mb() - before
             log.info("graphs of %d shapes, each twice: %.0f MB on the device", len(self._graphs), megabytes)
         super().warm_up(image_sizes, batch)
 
-    def prepare(self, image: Pixels) -> Sent:
-        prepared = blendmask.prepare(image, self._config)
-        staged = self.device.stage(blendmask.collate([prepared]))
-        return Sent(staged, prepared.image_size, prepared.net_size, prepared.padded_size)
+    def prepare(self, photograph: Photograph) -> Sent:
+        prepared = blendmask.prepare(photograph, self._config, self._settings.resize == "fast")
+        return Sent(self.device.stage(prepared.tensor), prepared.image_size, prepared.net_size, prepared.padded_size)
 
     def _held_mb(self) -> float:
         return self.device.held_bytes() / 1e6
@@ -117,9 +139,11 @@ class NativeEngine(OnDevice):
     def launch(self, batch: Sequence[Sent]) -> NativeRun:
         self.device.use()
         images = [item.staged.take() for item in batch]
-        shape = (len(images), *images[0].shape[1:])
-        graphs = self._graphs.get(shape)
-        return NativeRun(self._network, self._timeline, images, next(graphs) if graphs else self._eager)
+        spare = self._graphs.get((len(images), 3, *batch[0].padded_size))
+        if not spare:
+            return NativeRun(self._network, self._timeline, images, self._eager, lambda: None)
+        graphs = spare.pop()
+        return NativeRun(self._network, self._timeline, images, graphs, lambda: spare.append(graphs))
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
         return to_coco(output, prepared, self._categories, options, self._settings.exact)
@@ -174,10 +198,8 @@ class ReplayEngine(TimedEngine):
             prepared = self.prepare(np.full((height, width, 3), 127, np.uint8))
             self.finish(self.output(prepared), prepared, Options())
 
-    def prepare(self, image: Pixels) -> Any:
-        prepared = blendmask.prepare(image, self._config)
-        blendmask.collate([prepared])  # what the native engine sends to the device
-        return prepared
+    def prepare(self, photograph: Photograph) -> Any:
+        return blendmask.prepare(photograph, self._config, self._settings.model.resize == "fast")
 
     def output(self, prepared: Any) -> Any:
         recorded = self._recorded
@@ -186,9 +208,9 @@ class ReplayEngine(TimedEngine):
             kept.boxes, kept.scores, kept.classes, recorded.probabilities, kept.locations, kept.levels
         )
 
-    def launch_operators(self, which: int) -> None:
+    def launch_operators(self, part: int) -> None:
         one = torch.ones(1)
-        for _ in range(1 if self._settings.model.graphs else int(self._recorded.launches[which])):
+        for _ in range(1 if self._settings.model.graphs else int(self._recorded.launches[part])):
             one.mean()  # some 4 microseconds, which is what dispatching an operator takes
 
     def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What the engines that compute share: a device, opened when the network is loaded."""
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,10 +10,11 @@ import numpy as np
 
 from blendmaskd.coco import categories
 from blendmaskd.coco.categories import CategoriesError
+from blendmaskd.images.decoding import Photograph
 from blendmaskd.protocol import Options
 from blendmaskd.settings import Settings
 from blendmaskd_workers import devices
-from blendmaskd_workers.engines import EngineError, Pixels, Run, Times, segment
+from blendmaskd_workers.engines import EngineError, Run, Times, segment
 
 
 class OnDevice:
@@ -21,12 +23,13 @@ class OnDevice:
     device: devices.Device
     exact: bool | None = None
     overlaps = False
+    model: str | None = None
 
     def __init__(self, settings: Settings, device: str) -> None:
         self._settings = settings.model
         self._device_name = device
 
-    def prepare(self, image: Pixels) -> Any:
+    def prepare(self, photograph: Photograph) -> Any:
         raise NotImplementedError
 
     def launch(self, batch: Sequence[Any]) -> Run:
@@ -91,3 +94,12 @@ class WholeRun:
 
     def times(self) -> Times:
         return Times(self._seconds, self._seconds, {})
+
+
+def digest(network: Any, *others: object) -> str:
+    """16 hex digits of what was loaded: a `torch.nn.Module`'s weights, and others by what they print as."""
+    found = hashlib.sha256(repr(others).encode())
+    for name, tensor in network.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().numpy())
+    return found.hexdigest()[:16]

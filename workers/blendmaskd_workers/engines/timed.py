@@ -4,17 +4,18 @@ from __future__ import annotations
 import functools
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from blendmaskd.coco import categories
-from blendmaskd.protocol import IDLE, Options
+from blendmaskd.images.decoding import Photograph, Pixels, bgr
+from blendmaskd.protocol import Options
 from blendmaskd.settings import Timed
 from blendmaskd_workers import results
-from blendmaskd_workers.engines import Pixels, Times
+from blendmaskd_workers.engines import Times
 
 CHECKED_BYTES = 64 << 10
 LARGEST_BATCH = 64  # that the settings allow
@@ -30,76 +31,62 @@ class TimedInput:
     checksum: int
 
 
-class Visits:
-    """A device's queue: visits take the time that is said, in the order in which they were asked for, one at a time."""
-
-    def __init__(self) -> None:
-        self._free: float | None = None  # when all that was asked for is done
-
-    def visit(self, seconds: float, launch: Callable[[], None]) -> Visit:
-        """The device begins with the first operator that `launch` asks for, and does not end before the last."""
-        now = time.monotonic()
-        before = now if self._free is None else self._free
-        begin = max(now, before)
-        launch()
-        self._free = max(begin + seconds, time.monotonic())
-        return Visit(begin - before, self._free - begin - seconds, self._free)
-
-
-@dataclass(frozen=True, slots=True)
-class Visit:
-    """A part of a run on the device: seconds of waiting before it and for its launches; its end."""
-
-    idle_s: float
-    starved_s: float
-    end: float  # time.monotonic
-
-    def wait(self) -> None:
-        if (left := self.end - time.monotonic()) > 0:  # sleeping for no time takes 0.08 ms
-            time.sleep(left)
-
-
 class TimedRun:
     """A batch of the timed engine."""
 
     def __init__(self, engine: TimedEngine, batch: Sequence[Any]) -> None:
         self._engine, self._batch = engine, batch
-        self._visits = [engine.visit(0, len(batch))]
+        self._idle_s: list[float] = []  # before each part
+        self._starved_s = 0.0  # by launches that were slower than the device
+        self._ask(0)
 
     def complete(self) -> None:
-        self._visits.append(self._engine.visit(1, len(self._batch)))
+        self._ask(1)
 
     def arrived(self) -> bool:
-        return time.monotonic() >= self._visits[1].end
+        return time.monotonic() >= self._end
 
     def choose(self) -> None:
-        self._visits[1].wait()
+        self._wait()
         self._outputs = [self._engine.output(prepared) for prepared in self._batch]
-        self._visits.append(self._engine.visit(2, len(self._batch)))
+        self._ask(2)
 
     def collect(self) -> list[Any]:
-        self._visits[2].wait()
+        self._wait()
         return self._outputs
 
     def times(self) -> Times:
-        idle_s = dict(zip(IDLE, (visit.idle_s for visit in self._visits), strict=True))
-        idle_s["launches"] += sum(visit.starved_s for visit in self._visits)
+        before_first, before_rest, before_second = self._idle_s
+        idle_s = {"input": before_first, "launches": before_rest + self._starved_s, "selection": before_second}
         return Times(*self._engine.seconds(len(self._batch)), idle_s)
+
+    def _ask(self, part: int) -> None:
+        idle_s, starved_s, self._end = self._engine.ask(part, len(self._batch))
+        self._idle_s.append(idle_s)
+        self._starved_s += starved_s
+
+    def _wait(self) -> None:
+        if (left := self._end - time.monotonic()) > 0:  # sleeping for no time takes 0.08 ms
+            time.sleep(left)
 
 
 class TimedEngine:
-    """A device that takes the time that the table says, `timed.blend_ms` of it in the second visit."""
+    """A device that takes the time that the table says, `timed.blend_ms` of it in the second visit.
 
-    device = exact = None
+    What it is asked for it does one after the other, never two things at once: it begins when the first operator is
+    launched, and does not end before the last.
+    """
+
+    device = exact = model = None
     overlaps = True
 
     def __init__(self, timed: Timed) -> None:
         whole = by_batch(timed.latency_ms)
         second = np.minimum(by_batch(timed.blend_ms), whole)
-        self._whole: list[float] = whole.tolist()
         beginning = BEGINNING * (whole - second)
         self._parts = [each.tolist() for each in (beginning, whole - beginning - second, second)]
-        self._queue = Visits()
+        self._seconds = list(zip((whole - second).tolist(), whole.tolist()))
+        self._free: float | None = None  # when all that was asked for is done
 
     def load(self) -> None:
         pass
@@ -107,23 +94,33 @@ class TimedEngine:
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         pass
 
-    def prepare(self, image: Pixels) -> Any:
-        height, width = image.shape[:2]
-        return TimedInput((height, width), (height, width), checksum(image))
+    def prepare(self, photograph: Photograph) -> Any:
+        pixels = bgr(photograph)
+        height, width = pixels.shape[:2]
+        return TimedInput((height, width), (height, width), checksum(pixels))
 
     def launch(self, batch: Sequence[Any]) -> TimedRun:
         return TimedRun(self, batch)
 
-    def visit(self, which: int, images: int) -> Visit:
-        """Ask the device for the beginning (0) or rest (1) of a batch's first visit, or for its second (2)."""
-        return self._queue.visit(self._parts[which][images], lambda: self.launch_operators(which))
-
     def seconds(self, images: int) -> tuple[float, float]:
         """What the device works for a batch of so many images: in the first visit, and in both."""
-        return self._whole[images] - self._parts[2][images], self._whole[images]
+        return self._seconds[images]
 
-    def launch_operators(self, which: int) -> None:
-        """What launching costs the host in a visit."""
+    def ask(self, part: int, images: int) -> tuple[float, float, float]:
+        """Ask for the beginning (0) or rest (1) of a batch's first visit, or for its second (2).
+
+        For how long the device stands still before it, and waits for launches meanwhile; when it ends (time.monotonic).
+        """
+        now = time.monotonic()
+        before = now if self._free is None else self._free
+        begin = max(now, before)
+        done = begin + self._parts[part][images]
+        self.launch_operators(part)
+        end = self._free = max(done, time.monotonic())
+        return begin - before, end - done, end
+
+    def launch_operators(self, part: int) -> None:
+        """What launching costs the host in this part."""
 
     def output(self, prepared: Any) -> Any:
         """What the device and the host's choice make of an image."""

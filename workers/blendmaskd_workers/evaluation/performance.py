@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ import msgspec
 
 from blendmaskd import settings as settings_module
 from blendmaskd.core.launch_plan import Basis, Preload
+from blendmaskd.programs.arguments import positive, size
 from blendmaskd.programs.errors import UsageError, guarded
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch
@@ -259,7 +259,7 @@ def _without_effect(device: str, basis: Basis) -> dict[str, str]:
 def _weights(arguments: argparse.Namespace) -> Iterator[str | None]:
     """A checkpoint: the one given, or one of random weights for as long as the context lasts."""
     if arguments.random_weights is None:
-        yield arguments.weights and os.path.abspath(arguments.weights)
+        yield arguments.weights
         return
     with tempfile.TemporaryDirectory(prefix="eval-performance-") as folder:
         path = Path(folder) / "random.pth"
@@ -269,8 +269,8 @@ def _weights(arguments: argparse.Namespace) -> Iterator[str | None]:
 
 def _settings(arguments: argparse.Namespace, weights: str | None) -> Settings:
     overrides = [f"engine={arguments.engine}", f"model.precision={'hf32' if arguments.hf32 == 'on' else 'fp32'}"]
-    if arguments.engine != "timed":  # absolute: the processes run in another folder
-        overrides += [f"model.config={os.path.abspath(arguments.config)}", f"model.weights={weights}"]
+    if arguments.engine != "timed":
+        overrides += [f"model.config={arguments.config}", f"model.weights={weights}"]
     return settings_module.load(None, os.environ, [*overrides, *arguments.set], arguments.devices)
 
 
@@ -315,20 +315,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--devices", nargs="+", required=True, metavar="DEVICE",
         help="npu:0 npu:1, cuda:0, cpu:0; batches, data types and options are timed on the first")
     add("--engine", default="native", choices=["native", "adelaidet", "timed"], help="default: native")
-    add("--batch-sizes", type=_count, nargs="+", default=[], metavar="N", help="such as 1 2 4 8")
+    add("--batch-sizes", type=positive, nargs="+", default=[], metavar="N", help="such as 1 2 4 8")
     add("--dtypes", nargs="+", default=[], choices=["fp32", "fp16", "bf16"],
         help="data types of convolutions and matrix products, with autocast")
     add("--runtime-options", action="store_true",
         help="time CPU affinity, task queue and tcmalloc: none, each alone, all")
     add("--cpu-baseline", action="store_true", help="compare with all CPUs of the host")
-    add("--size", type=_size, default="800x800", metavar="HxW",
+    add("--size", type=size, default="800x800", metavar="HxW",
         help="size of the random image (default: 800x800); the network resizes it as its configuration says")
     add("--hf32", choices=("on", "off"), default="off", help="on: let an NPU use HF32 and CUDA TF32 (default: off)")
-    add("--iterations", type=_count, default=50, metavar="N", help="per measurement (default: 50)")
-    add("--warm-up", type=_count, default=10, metavar="N", help="iterations before each (default: 10)")
+    add("--iterations", type=positive, default=50, metavar="N", help="per measurement (default: 50)")
+    add("--warm-up", type=positive, default=10, metavar="N", help="iterations before each (default: 10)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the daemon, such as runtime.cpus")
     add("--output-dir", type=Path, default=Path("out/performance"), metavar="FOLDER", help="default: out/performance")
     arguments = parser.parse_args(argv)
+    arguments.size = "{}x{}".format(*arguments.size)
     _check(parser, arguments)
     return arguments
 
@@ -339,15 +340,3 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
             parser.error("engine timed sleeps: it has no data types, CPU baseline or runtime options")
     elif arguments.config is None or (arguments.weights is None and arguments.random_weights is None):
         parser.error("--config and --weights (or --random-weights) are needed")
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
-    return int(text)
-
-
-def _size(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected HEIGHTxWIDTH, such as 800x1280")
-    return text

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, Pixels
+from blendmaskd.programs.arguments import device
 from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
 from blendmaskd_workers.evaluation import logs, outputs
 
@@ -57,7 +57,7 @@ def _main(arguments: argparse.Namespace) -> int:
 
 def _read(path: Path) -> Pixels:
     try:
-        return images.read(path)
+        return images.bgr(images.read(path))
     except ImageError as error:
         raise ImageError(error.code, f"{path}: {error}") from error
 
@@ -84,8 +84,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--weights", metavar="FILE", help="an AdelaiDet checkpoint of that network (.pth)")
     weights.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights instead")
-    add("--reference", type=_device, default="cpu", metavar="DEVICE", help="device to compare with (default: cpu)")
-    add("--device", type=_device, required=True, metavar="DEVICE", help="npu:0, cuda:0, cpu")
+    add("--reference", type=device, default="cpu", metavar="DEVICE", help="device to compare with (default: cpu)")
+    add("--device", type=device, required=True, metavar="DEVICE", help="npu:0, cuda:0, cpu")
     add("--images", type=Path, nargs="+", default=[], metavar="FILE",
         help="photographs, annotated with seeded shapes as instances (default: painted scenes)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the scenes (default: 0)")
@@ -100,9 +100,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.hf32 == "on" and kinds in ({"npu"}, {"cuda"}):
         parser.error("--hf32 on: is one switch for all devices of a process; the reference must be of another kind")
     return arguments
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"(npu|cuda|cpu)(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected npu, npu:N, cuda, cuda:N or cpu")
-    return text

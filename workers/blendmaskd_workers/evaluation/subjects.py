@@ -77,7 +77,7 @@ def scenes_of(names: Sequence[str], photographs: Sequence[Pixels], seed: int) ->
 def evaluate(
     reference: Subject, device: Subject, on: Sequence[Scene], config: Config, trace: bool = False
 ) -> dict[str, Any]:
-    """The report without its header; `logs.PRECISION` gives it as text."""
+    """The report without its header; `logs.write_precision` gives it as text."""
     differences: dict[str, Difference] = {}
     rows = [_compare_on(scene, reference, device, config, differences if trace else None) for scene in on]
     report = {"scenes": rows, "trace": _trace(differences) if trace else None}
@@ -138,7 +138,7 @@ def observe(subject: Subject, prepared: Prepared) -> tuple[Instances, dict[str, 
 def train_losses(subject: Subject, scene: Scene, prepared: Prepared, config: Config) -> dict[str, float]:
     """The training losses on a scene, with the batch norms in training mode; the network stays as it was."""
     place = subject.device.torch_device
-    images = blendmask.collate([prepared]).to(place)
+    images = blendmask.collate([prepared.tensor.to(place)], config)
     truth = scenes.ground_truth(scene, prepared, config).to(place)
     with _training(subject.model):
         computed = subject.run(lambda: losses(subject.model, images, [truth]))

@@ -12,7 +12,6 @@ import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -22,7 +21,6 @@ from blendmaskd.core.launch_plan import Basis
 from blendmaskd.shell import launch
 from blendmaskd.wanted import Actual, differences
 
-CODE = Path(__file__).resolve().parents[2]  # where the processes find this same code
 END_S = 30.0  # for a process to end by itself
 
 
@@ -56,7 +54,7 @@ class Stopwatch:
 
     def __enter__(self) -> Self:
         """Start it; it is `ready` later. Raises `HostError` or OSError."""
-        self._process = launch.launch(self.plan, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CODE)
+        self._process = launch.launch(self.plan, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self
 
     def __exit__(self, error: object, *_: object) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.table import Table
@@ -61,10 +60,10 @@ def instances(config_path: str, image_path: str) -> tuple[Floats, Floats]:
     network = blendmask.build(config)
     blendmask.load_into(network, blendmask.random_weights(network))
     try:
-        pixels = images.read(image_path)
+        image = images.read(image_path)
     except ImageError as error:
         raise UsageError(f"{image_path}: {error}") from None
-    prepared = blendmask.prepare(np.asarray(Image.fromarray(pixels).resize(SIZE[::-1])), config)
+    prepared = blendmask.prepare(image.resize(SIZE[::-1]), config)
     [found] = blendmask.segment(network, [prepared])
     detections = blendmask.finish(found, prepared)
     return detections.boxes, detections.probabilities

@@ -26,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.table import Table
@@ -124,10 +123,10 @@ def _main(arguments: argparse.Namespace) -> int:
 def photograph(path: str, side: int) -> Pixels:
     """The image as BGR pixels (side, side, 3). Raises `UsageError`, and OSError."""
     try:
-        pixels = images.read(path)
+        image = images.read(path)
     except ImageError as error:
         raise UsageError(f"{path}: {error}") from None
-    return np.asarray(Image.fromarray(pixels).resize((side, side)))
+    return images.bgr(image.resize((side, side)))
 
 
 # ---- the two sides ----------------------------------------------------------------------------------------------

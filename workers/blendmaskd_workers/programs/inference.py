@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,10 +24,11 @@ from blendmaskd.coco import categories
 from blendmaskd.coco.categories import Category
 from blendmaskd.images import decoding as images
 from blendmaskd.images import overlay
-from blendmaskd.images.decoding import ImageError, Pixels
+from blendmaskd.images.decoding import ImageError
 from blendmaskd.images.quiet import quiet
 from blendmaskd.logs import in_a_line
 from blendmaskd.programs import input_images
+from blendmaskd.programs.arguments import device, share
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError, guarded
 from blendmaskd.protocol import Options
 
@@ -98,12 +97,12 @@ class Network:
             raise UsageError(f"--device {arguments.device}: {error}; --device cpu runs everywhere") from error
         self.model = native.network_for(model, self.device, self.exact)
 
-    def segment(self, pixels: Pixels, options: Options) -> list[dict[str, Any]]:
+    def segment(self, image: images.Photograph, options: Options) -> list[dict[str, Any]]:
         """The COCO results of an image, see `blendmaskd_workers.results`."""
         from blendmaskd_workers import blendmask
         from blendmaskd_workers.engines import native
 
-        prepared = blendmask.prepare(pixels, self.config)
+        prepared = blendmask.prepare(image, self.config)
         (instances,) = blendmask.segment(self.model, [prepared], self.device.upload)
         return native.to_coco(instances, prepared, self.categories, options, self.exact)
 
@@ -236,10 +235,10 @@ def _run(
 
 
 def _segment(photograph: Photograph, network: Network, options: Options) -> list[dict[str, Any]]:
-    pixels = images.read(photograph.path)
-    instances = network.segment(pixels, options)
+    image = images.read(photograph.path)
+    instances = network.segment(image, options)
     if photograph.output:
-        drawn = overlay.draw(Image.fromarray(pixels[:, :, ::-1]), instances)
+        drawn = overlay.draw(image, instances)
         drawn.save(photograph.output, **LOSSY)
     return [{"file_name": photograph.name, "image_id": photograph.image_id} | instance for instance in instances]
 
@@ -261,8 +260,8 @@ def _parser() -> argparse.ArgumentParser:
         help="files, folders, or quoted patterns such as 'photos/**/*.jpg'")
     add("--output", metavar="PLACE", help="overlays: a file for one image, a folder for several")
     add("--json", type=Path, metavar="FILE", help="file for all results, as one list")
-    add("--device", type=_device, default="cpu", help="npu, npu:1, cuda, cuda:0 or cpu (default: cpu)")
-    add("--score-threshold", type=_share, default=0.3, metavar="T",
+    add("--device", type=device, default="cpu", help="npu, npu:1, cuda, cuda:0 or cpu (default: cpu)")
+    add("--score-threshold", type=share, default=0.3, metavar="T",
         help="keep instances with at least this score (default: 0.3; 0: everything the network returns)")
     add("--categories", metavar="FILE", help="names of the classes, a COCO categories list (default: categories.json "
         "beside the weights, else COCO's names for 80 classes)")
@@ -272,19 +271,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--exact", action="store_true", help="the network as it was trained, and masks as AdelaiDet pastes them: its "
         "answers on the same host to the last bit, slower; without it fp32 may differ in a pixel of a mask's edge")
     return parser
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"(npu|cuda|cpu)(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected npu, npu:N, cuda, cuda:N or cpu")
-    return text
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 1")
-    return value

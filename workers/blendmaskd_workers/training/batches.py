@@ -75,8 +75,8 @@ class Batches:
                         self.config.flip and bool(random.random() < 0.5), self.limits)
             for index in self.indices(iteration)
         ]
-        images = collate([sample.prepared for sample in samples]).contiguous(memory_format=torch.channels_last)
-        return Batch(images, [sample.truth for sample in samples])
+        images = collate([sample.prepared.tensor for sample in samples], self.network)
+        return Batch(images.contiguous(memory_format=torch.channels_last), [sample.truth for sample in samples])
 
     def ahead(self, iterations: Sequence[int]) -> Generator[Batch, None, None]:
         """The batches of these iterations, loaded by threads a little ahead of their use. Raises `DataError`."""

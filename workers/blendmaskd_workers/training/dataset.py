@@ -149,7 +149,7 @@ def _is_empty(box: Box, picture: coco_instances.Picture) -> bool:
 def make_sample(entry: Entry, network: Config, config: TrainingConfig, min_size: int, flip: bool,
                 limits: Limits = LIMITS) -> Sample:
     """Read, resize and perhaps flip an image, with its targets. Raises `DataError`."""
-    prepared = prepare(_pixels(entry, limits), replace(network, min_size=min_size, max_size=config.max_size))
+    prepared = prepare(_photograph(entry, limits), replace(network, min_size=min_size, max_size=config.max_size))
     if flip:
         prepared = replace(prepared, tensor=prepared.tensor.flip(2).contiguous())
     scene = _Scene(entry, prepared.net_size, flip)
@@ -167,18 +167,18 @@ def make_sample(entry: Entry, network: Config, config: TrainingConfig, min_size:
     return Sample(prepared, truth)
 
 
-def _pixels(entry: Entry, limits: Limits) -> images.Pixels:
+def _photograph(entry: Entry, limits: Limits) -> Image.Image:
     try:
-        pixels = images.decode(entry.path.read_bytes(), limits)
+        image = images.decode(entry.path.read_bytes(), limits)
     except OSError as error:
         raise DataError(f"{entry.path}: {error.strerror}") from error
     except images.ImageError as error:
         reason = error.reason.replace("limits.max_image_pixels", "--max-image-pixels")  # a training has no settings
         raise DataError(f"{entry.path}: {reason}") from error
-    if pixels.shape[:2] != (entry.height, entry.width):
-        raise DataError(f"{entry.path}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, the annotations say "
+    if image.size != (entry.width, entry.height):
+        raise DataError(f"{entry.path}: is {image.width} x {image.height} pixels, the annotations say "
                         f"{entry.width} x {entry.height}")
-    return pixels
+    return image
 
 
 def _is_wide_enough(box: npt.NDArray[np.float32]) -> bool:

@@ -11,11 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import zmq
-from zmq.utils.monitor import parse_monitor_message
-
-MONITOR_ENDPOINT = "inproc://clients.departures"
-
 
 @dataclass(slots=True)
 class Heard:
@@ -26,23 +21,16 @@ class Heard:
 
 
 class Departures:
-    """`socket` is readable when somebody may have left. To be made before the router is bound."""
+    """Fed by `blendmaskd.shell.admission.gate`, which hears of connections."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], router: zmq.Socket[bytes]) -> None:
-        router.monitor(MONITOR_ENDPOINT, zmq.EVENT_DISCONNECTED)
-        self.socket = context.socket(zmq.PAIR)
-        self.socket.set(zmq.RCVHWM, 0)  # at a mark ZeroMQ's thread would wait for us
-        self.socket.connect(MONITOR_ENDPOINT)
+    def __init__(self) -> None:
         self._heard: dict[int, Heard] = {}  # by descriptor
         self._descriptors: dict[bytes, int] = {}  # by client, the last one
+        self._left: list[bytes] = []
         self._turn = 0
 
-    def heard(self, client: bytes, frame: zmq.Frame) -> None:
-        """A client said something: a frame of its message."""
-        try:
-            descriptor = int(frame.get(zmq.SRCFD))
-        except zmq.ZMQError:  # of a peer that speaks ZMTP 1 or 2 nothing is known
-            return
+    def heard(self, client: bytes, descriptor: int) -> None:
+        """A client said something over this connection."""
         last = self._heard.get(descriptor)
         if last is not None and last.client == client:
             last.turn = self._turn
@@ -52,16 +40,21 @@ class Departures:
         self._heard[descriptor] = Heard(client, self._turn)
         self._descriptors[client] = descriptor
 
+    def knows(self, descriptor: int) -> bool:
+        """Whether a client said something over this connection."""
+        return descriptor in self._heard
+
+    def ended(self, descriptor: int, *, local: bool) -> None:
+        """A connection has ended."""
+        last = self._heard.pop(descriptor, None)
+        if last is None or self._descriptors.get(last.client) != descriptor:
+            return
+        del self._descriptors[last.client]
+        if last.turn < self._turn and local:
+            self._left.append(last.client)
+
     def take(self) -> list[bytes]:
         """Who has left since the last call; to be called in each turn, before any client is heard."""
-        left: list[bytes] = []
-        while int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
-            event = parse_monitor_message(self.socket.recv_multipart())
-            last = self._heard.pop(event["value"], None)
-            if last is None or self._descriptors.get(last.client) != event["value"]:
-                continue
-            del self._descriptors[last.client]
-            if last.turn < self._turn and event["endpoint"].startswith(b"ipc"):
-                left.append(last.client)
+        left, self._left = self._left, []
         self._turn += 1
         return left

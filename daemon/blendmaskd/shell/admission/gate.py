@@ -1,11 +1,13 @@
-"""The daemon's TCP endpoints: who may connect, and how many.
+"""The clients' connections: how many there may be, and who may connect by TCP.
 
 Who: ZeroMQ asks over an inproc socket (ZAP, rfc.zeromq.org/spec/27) about each client that has proved to own its key;
 the serving loop answers from the folder of allowed keys. A client without CURVE, or with another server key, fails
 before that. How many: accepted connections are counted by the events that ZeroMQ tells of its socket. Over the bound
-the oldest connection that has not said anything yet is closed, else the new one: so a crowd of strangers, who cannot
-say anything, never keeps a client out for longer than its handshake, or uses up the daemon's descriptors for longer
-than a turn of its loop. ZeroMQ has no such bound, and at the limit of descriptors its thread turns in circles.
+the oldest connection of its kind, local or TCP, that has not said anything yet is closed, else the new one: so a crowd
+of strangers, who cannot say anything, never keeps a client out for longer than its handshake, or uses up the daemon's
+descriptors for longer than a turn of its loop. ZeroMQ has no such bound: at the limit of descriptors its thread turns
+in circles, and for a local connection it aborts the process. So its thread waits for us when too many events are
+unread: whatever the speed of a crowd, a bounded number of connections is not counted yet.
 
 What is said after the handshake is judged in `blendmaskd.shell.admission.access`. Nothing here waits.
 """
@@ -13,18 +15,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import socket
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
+from blendmaskd.endpoints import parse_place, place
 from blendmaskd.keys import Pair
+from blendmaskd.shell.addresses import address
 from blendmaskd.shell.admission.access import LOCAL, AllowedKeys, Change
+from blendmaskd.shell.admission.departures import Departures
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 ZAP_DOMAIN = b"blendmaskd"
@@ -47,26 +52,40 @@ _FAILURES = {
 }
 
 
+@dataclass(slots=True)
+class Crowd:
+    """Connections of one kind, by descriptor."""
+
+    most: int
+    open: set[int] = field(default_factory=set)
+    silent: dict[int, None] = field(default_factory=dict)  # that have not said anything yet, oldest first
+
+
 class Gate:
-    """Opened before the first TCP endpoint is bound; poll `sockets`, and call `receive` before reading the clients'."""
+    """To be made before any endpoint of the clients is bound; poll `sockets`, and call `receive` in each turn, before
+    reading the clients'.
+
+    `departures` tells who has left.
+    """
 
     def __init__(
-        self, context: zmq.Context[Any], router: zmq.Socket[bytes], allowed: AllowedKeys | None, most: int
-    ) -> None:
-        """`allowed`: None for endpoints without CURVE. `most`: connections, at most half of the descriptors left."""
-        left = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/proc/self/fd"))
-        self.most = max(min(most, left // 2), 1)
+        self, context: zmq.Context[Any], router: zmq.Socket[bytes], allowed: AllowedKeys | None, most: int,
+        most_tcp: int,
+    ) -> None:  # fmt: skip
+        """`allowed`: None for endpoints without CURVE. `most`: connections in all, `most_tcp`: by TCP."""
+        self.most = most
+        self.departures = Departures()
         self.refused: Counter[str] = Counter()  # by reason, since `take_refused`
         self._nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._spare = os.dup(self._nothing)  # to close connections with when there are no descriptors left
         self._changes: list[Change] = []
         self._allowed = allowed
         self._router = router
-        self._ports: set[int] = set()
-        self._connections: dict[int, bool] = {}  # by descriptor, oldest first: has it said anything?
+        self._here: set[int | str] = set()  # ports and paths that are listened to
+        self._crowds = {"ipc": Crowd(most), "tcp": Crowd(most_tcp)}
         router.monitor(MONITOR_ENDPOINT, _EVENTS)
         self._monitor = context.socket(zmq.PAIR)
-        self._monitor.set(zmq.RCVHWM, 0)  # at a mark ZeroMQ's thread would wait for us
+        self._monitor.set(zmq.RCVHWM, 1)  # with ZeroMQ's own thousand; at the mark its thread accepts nobody any more
         self._monitor.connect(MONITOR_ENDPOINT)
         self.sockets = [self._monitor]
         if allowed is not None:
@@ -74,9 +93,20 @@ class Gate:
             self._zap.bind(ZAP_ENDPOINT)  # before the endpoints are: without it ZeroMQ lets everybody in
             self.sockets.append(self._zap)
 
+    def bind_local(self, listener: socket.socket) -> None:
+        """Take over a socket that listens at a path. Raises ZMQError."""
+        path = str(listener.getsockname())
+        self._router.set(zmq.USE_FD, listener.fileno())  # binding by itself, ZeroMQ would remove what is there
+        self._router.bind(f"ipc://{path}")
+        self._router.set(zmq.USE_FD, -1)
+        listener.detach()
+        self._here.add(path)
+
     def bind(self, endpoint: str, keys: Pair | None) -> None:
-        """Listen. Options are those of the endpoints that are bound from here on. Raises ZMQError."""
+        """Listen. Options are those of the endpoints that are bound from here on. Raises ZMQError and OSError."""
         router = self._router
+        host, port = parse_place(endpoint.removeprefix("tcp://"))
+        host = address(host)  # ZeroMQ asks no resolver for where it listens
         router.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         router.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         router.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
@@ -86,13 +116,14 @@ class Gate:
             router.set(zmq.CURVE_SERVER, 1)
             router.set(zmq.CURVE_SECRETKEY, keys.secret)
             router.set(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
-        router.bind(endpoint)
+        router.set(zmq.IPV6, ":" in host)
+        router.bind(f"tcp://{place(host, port)}")
         bound = str(router.get_string(zmq.LAST_ENDPOINT))  # with the port that tcp://HOST:* got
-        self._ports.add(int(bound.rpartition(":")[2]))
+        self._here.add(int(bound.rpartition(":")[2]))
 
     @property
     def connections(self) -> int:
-        return len(self._connections)
+        return sum(len(crowd.open) for crowd in self._crowds.values())
 
     def receive(self) -> None:
         """Take in who came and went, and answer who may stay."""
@@ -100,28 +131,32 @@ class Gate:
             if not int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
                 break
             event = parse_monitor_message(self._monitor.recv_multipart())
-            if event["endpoint"].startswith(b"tcp"):
-                self._on_event(Event(event["event"]), event["value"])
+            self._on_event(Event(event["event"]), event["value"], event["endpoint"][:3].decode())
         for _ in range(AT_ONCE if self._allowed is not None else 0):
             if not int(self._zap.get(zmq.EVENTS)) & zmq.POLLIN:
                 break
             self._zap.send_multipart(self._answer(self._zap.recv_multipart()))
 
+    def heard(self, client: bytes, frame: zmq.Frame) -> None:
+        """A client said this: its connection counts as one of a client from here on."""
+        try:
+            descriptor = int(frame.get(zmq.SRCFD))
+        except zmq.ZMQError:  # of a peer that speaks ZMTP 1 or 2 nothing is known
+            return
+        for crowd in self._crowds.values():
+            crowd.silent.pop(descriptor, None)
+        self.departures.heard(client, descriptor)
+
     def user(self, frame: zmq.Frame) -> str:
-        """Who sent this frame: a key, as Z85 text, or `LOCAL`. The connection counts as one of a client from here on.
+        """Who sent this frame, where keys are needed: a key, as Z85 text, or `LOCAL`.
 
         The peer's address is the kernel's word and comes first: a peer may claim any other property.
         """
         try:
             address = str(frame.get("Peer-Address"))
-        except zmq.ZMQError:  # of a peer that speaks ZMTP 1 or 2 nothing is known: where keys are needed it has none
-            return LOCAL if self._allowed is None else ""
-        if address.startswith("localhost:"):  # of ipc: then uid, gid, pid; TCP's are numeric
-            return LOCAL
-        descriptor = int(frame.get(zmq.SRCFD))
-        if descriptor in self._connections:
-            self._connections[descriptor] = True
-        return str(frame.get("User-Id")) if self._allowed is not None else LOCAL
+        except zmq.ZMQError:  # of a peer that speaks ZMTP 1 or 2 nothing is known: it has no key
+            return ""
+        return LOCAL if address.startswith("localhost:") else str(frame.get("User-Id"))  # of ipc: then uid, gid, pid
 
     def close(self, frame: zmq.Frame) -> None:
         """Close the connection that this frame came over."""
@@ -149,33 +184,44 @@ class Gate:
         self.refused.clear()
         return line
 
-    def _on_event(self, event: Event, value: int) -> None:
+    def _on_event(self, event: Event, value: int, kind: str) -> None:
         if event is Event.ACCEPTED:
-            self._connections[value] = False
-            if len(self._connections) > self.most:
-                self.refused["were too many at once"] += 1
-                self._close(next((old for old, spoke in self._connections.items() if not spoke), value))
+            self._accepted(value, self._crowds[kind])
         elif event is Event.DISCONNECTED:
-            self._connections.pop(value, None)
-        else:
+            self._forget(value)
+            self.departures.ended(value, local=kind == "ipc")
+        elif kind == "tcp":
             self.refused[_FAILURES[event]] += 1
+
+    def _accepted(self, descriptor: int, crowd: Crowd) -> None:
+        crowd.open.add(descriptor)
+        if not self.departures.knows(descriptor):
+            crowd.silent[descriptor] = None
+        if len(crowd.open) > crowd.most or self.connections > self.most:
+            self.refused["were too many at once"] += 1
+            self._close(next(iter(crowd.silent), descriptor))
+
+    def _forget(self, descriptor: int) -> None:
+        for crowd in self._crowds.values():
+            crowd.open.discard(descriptor)
+            crowd.silent.pop(descriptor, None)
 
     def _close(self, descriptor: int) -> None:
         """End a connection of ZeroMQ's, which finds it at its end then.
 
-        Through a copy: ZeroMQ may have closed this one and given its number to something else, which the port shows;
-        another connection to this port may well be closed, its client comes again.
+        Through a copy: ZeroMQ may have closed this one and given its number to something else, which its address shows;
+        another connection to this one may well be closed, its client comes again.
         """
-        self._connections.pop(descriptor, None)
+        self._forget(descriptor)
         try:
             os.dup2(descriptor, self._spare, inheritable=False)
             connection = socket.socket(fileno=self._spare)
         except OSError:  # closed, or no socket any more
             pass
         else:
-            inet = connection.family in (socket.AF_INET, socket.AF_INET6)
             with contextlib.suppress(OSError):  # its peer has closed it
-                if inet and connection.getsockname()[1] in self._ports:
+                name = connection.getsockname()
+                if (name if connection.family == socket.AF_UNIX else name[1]) in self._here:
                     connection.shutdown(socket.SHUT_RDWR)
             connection.detach()
         os.dup2(self._nothing, self._spare, inheritable=False)

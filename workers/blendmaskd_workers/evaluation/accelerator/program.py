@@ -58,10 +58,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from blendmaskd import files
-from blendmaskd.programs.arguments import seconds
+from blendmaskd.programs.arguments import seconds, size
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_DAEMON, OutputError, UsageError, guarded
 from blendmaskd.settings import DEVICE
-from blendmaskd_workers.benchmark.arguments import image_size
 from blendmaskd_workers.benchmark.report import machine, plain
 from blendmaskd_workers.evaluation.accelerator import recorded, report, sections
 from blendmaskd_workers.evaluation.accelerator.children import END_S, ChildError, Row
@@ -224,7 +223,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--weights", type=Path, metavar="FILE", help="an AdelaiDet checkpoint of it; default: seeded random weights")
     add("--goldens", nargs="+", default=list(sections.GOLDENS), metavar="NAME",
         help=f"files of tests/golden of one whole image; default: {' '.join(sections.GOLDENS)}")
-    add("--sizes", type=image_size, nargs="+", default=[(800, 800), (3000, 4000)], metavar="HxW",
+    add("--sizes", type=size, nargs="+", default=[(800, 800), (3000, 4000)], metavar="HxW",
         help="photographs of the daemon's load, times are of the first; default: 800x800 3000x4000")
     arguments = parser.parse_args(argv)
     _refuse_what_is_not_there(arguments)

@@ -63,8 +63,8 @@ def training_images(network: str, config: Config) -> Tensor:
         whole = Image.open(PHOTOGRAPHS / image["file"]).convert("RGB")
         pixels = np.asarray(whole.resize((width, height), Image.Resampling.BILINEAR))[:, :, ::-1]
         assert zlib.crc32(pixels.tobytes()) == image["bgr_uint8_crc32"], "Pillow resizes differently here"
-        prepared.append(prepare(pixels, replace(config, min_size=min(height, width))))
-    return collate(prepared)
+        prepared.append(prepare(pixels, replace(config, min_size=min(height, width))).tensor)
+    return collate(prepared, config)
 
 
 def ground_truths(

@@ -1,0 +1,95 @@
+"""Which waiting job goes to which worker. Pure; the broker leases them.
+
+Clients share. They take turns (`jobs.Waiting`). None may have more than
+`refusals.SHARE` times as many waiting as places are
+free, so whoever comes next finds room. A job whose client has nothing on a device goes ahead of those whose client has
+several there: it may take one place beyond a worker's window, and its worker runs it next. So a client with one job at
+a time is served at nearly the pace of an idle daemon, however many jobs the others have.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+
+from blendmaskd.core.blame import Blame
+from blendmaskd.core.jobs import Job, Jobs
+from blendmaskd.core.leases import Worker, held
+
+
+class Turns:
+    """Of these jobs, on these workers."""
+
+    def __init__(self, jobs: Jobs, workers: dict[str, Worker], blame: Blame) -> None:
+        self._jobs = jobs
+        self._workers = workers
+        self._blame = blame
+
+    def next(self) -> Iterator[tuple[Job, Worker]]:
+        """Who is served now. Each is out of where it waited, and must be leased before the next is asked for."""
+        if not self._jobs.waiting_jobs:
+            return
+        open_workers = self._open()
+        while (suspects := self._untried()) and (empty := [w for w in open_workers if not w.leases]):
+            suspect, worker = _elsewhere(suspects, empty)
+            self._jobs.suspects.remove(suspect)
+            open_workers.remove(worker)
+            yield suspect, worker
+        if suspects and open_workers:
+            open_workers.remove(min(open_workers, key=_load))  # is left to empty, for the next suspect
+        while self._jobs.waiting:
+            free = [worker for worker in open_workers if len(worker.leases) < worker.window]
+            if not free:
+                break
+            yield self._jobs.waiting.next(), min(free, key=_load)
+
+    def ahead(self, job: Job) -> Iterator[tuple[Job, Worker]]:
+        """The same for this job, which waits: the one place beyond a window, if it goes ahead of what is there."""
+        if self._jobs.suspects or job.priority < 0:
+            return
+        room = [w for w in self._open() if len(w.leases) == w.window and self.goes_ahead(job, w)]
+        if room:
+            yield self._jobs.waiting.take(job), min(room, key=_load)
+
+    def goes_ahead(self, job: Job, worker: Worker) -> bool:
+        """Whether its client has nothing on a device, while another has several jobs on this one."""
+        if self._jobs.account(job.client).leases or job.priority < 0:
+            return False
+        clients = Counter(lease.job.client for lease in worker.leases.values() if lease.job)
+        return max(clients.values(), default=0) > 1
+
+    def _open(self) -> list[Worker]:
+        return [worker for worker in self._workers.values() if not worker.retiring and not worker.alone]
+
+    def _untried(self) -> list[Job]:
+        """Suspects whose image no worker has: two that try one image could both die of it."""
+        if not self._jobs.suspects:
+            return []
+        tried = [self._blame.suspicion(lease) for lease in held(self._workers.values())]
+        return [job for job in self._jobs.suspects if job.suspicion not in tried]
+
+    def check(self) -> None:
+        """Raise AssertionError when an invariant does not hold."""
+        for worker in self._workers.values():
+            assert not worker.alone or len(worker.leases) == 1, "a suspect has company"
+        open_workers, suspects = self._open(), self._untried()
+        assert not (suspects and any(not w.leases for w in open_workers)), "a suspect waits beside an idle worker"
+        free = [w for w in open_workers if len(w.leases) < w.window]
+        assert not self._jobs.waiting or len(free) <= bool(suspects), "a job waits although a window is free"
+        trials = [self._blame.suspicion(lease) for lease in held(self._workers.values()) if lease.alone]
+        known_trials = [id(trial) for trial in trials if trial]
+        assert len(known_trials) == len(set(known_trials)), "an image is tried twice at once"
+
+
+_load = attrgetter("load")
+
+
+def _elsewhere(suspects: Sequence[Job], workers: Sequence[Worker]) -> tuple[Job, Worker]:
+    """The first suspect and a device that its image has not cost a worker yet; the first of all where there is none."""
+    pairs = [(job, worker) for job in suspects for worker in workers]
+    return next((pair for pair in pairs if pair[1].device not in _devices(pair[0])), pairs[0])
+
+
+def _devices(job: Job) -> set[str]:
+    """On which workers died with its image."""
+    return job.suspicion.devices if job.suspicion else set()

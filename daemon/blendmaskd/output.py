@@ -1,0 +1,35 @@
+"""What a program has printed reaches its reader, or the program says why not: quietly into a pipe that was closed, with
+the reason on a full disk."""
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+EXIT_CLOSED, EXIT_OUTPUT = 1, 4
+
+
+def complete(name: str, code: int) -> int:
+    """The exit code of a program that ends with this one, when all that it printed is out."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        return lost(name, error)
+    return code
+
+
+def lost(name: str, error: OSError) -> int:
+    """The exit code of a program whose output cannot be written; the reason is said on stderr."""
+    with contextlib.suppress(OSError, ValueError):  # what is left must not be tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return EXIT_CLOSED
+    complain(f"{name}: cannot write its output: {error.strerror}")
+    return EXIT_OUTPUT
+
+
+def complain(text: str) -> None:
+    """Say it on stderr, if anybody can read that."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)

@@ -1,0 +1,39 @@
+"""What is really bound for a host that settings name: one address, whoever listens, ZeroMQ or the pages."""
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+import psutil
+
+from blendmaskd.endpoints import parse_place
+
+
+def address(host: str) -> str:
+    """The address for ``*``, an address, an interface or a name; IPv4 where there is a choice. Raises OSError."""
+    if host == "*":
+        return "0.0.0.0"
+    if host in (interfaces := psutil.net_if_addrs()):
+        found = [(each.family, each.address) for each in interfaces[host]]
+    else:
+        found = [(each[0], str(each[4][0])) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    for family in (socket.AF_INET, socket.AF_INET6):
+        if own := [text for kind, text in found if kind == family]:
+            return own[0]
+    raise OSError(f"{host} has no address")
+
+
+def is_loopback(endpoint: str | None) -> bool:
+    """Whether HOST:PORT is this host's alone; so is None, which is not listened to."""
+    if endpoint is None:
+        return True
+    try:
+        return ipaddress.ip_address(address(parse_place(endpoint)[0])).is_loopback
+    except OSError:
+        return False
+
+
+def overlap(one: tuple[str, int], other: tuple[str, int]) -> bool:
+    """Whether two addresses with ports exclude each other."""
+    (first, port), (second, again) = one, other
+    return port == again != 0 and (first == second or "0.0.0.0" in (first, second) or "::" in (first, second))
