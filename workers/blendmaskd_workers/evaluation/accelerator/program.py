@@ -12,7 +12,7 @@ installed. Sections:
              5e-3 pixels, no mask pixel); "near": ten times that (and 2 of 100 instances, 0.01% of mask pixels, 0.1% of
              a loss or gradient); else "off"
   precision  eval_precision.py against the host's CPU, in fp32 (with --trace), hf32 (TF32), bf16 and fp16 (autocast)
-  times      the engine, by precision, without and with model.graphs, in batches of 1, 2, 4, 8: images/s, both visits,
+  times      the engine, by precision, without and with model.graphs, by batch size: images/s, both visits,
              idle time and its reasons, peak memory
   daemon     benchmark.py with JPEGs of 800x800 and of 12 megapixels, 8 and 32 clients: images/s, and the share of the
              devices' own time; in fp32 and as the device was fastest
@@ -58,7 +58,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from blendmaskd import files
-from blendmaskd.programs.arguments import seconds, size
+from blendmaskd.programs.arguments import positive, seconds, size
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_DAEMON, OutputError, UsageError, guarded
 from blendmaskd.settings import DEVICE
 from blendmaskd_workers.benchmark.report import machine, plain
@@ -179,6 +179,7 @@ def _check(arguments: argparse.Namespace, folder: Path) -> Check:
         weights=arguments.weights and str(arguments.weights.absolute()),
         goldens=arguments.goldens,
         sizes=arguments.sizes,
+        batch_sizes=arguments.batch_sizes,
         folder=folder,
         log=arguments.out.absolute() / f"{NAME}.log",
         environment=_environment(os.environ, folder),
@@ -223,6 +224,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--weights", type=Path, metavar="FILE", help="an AdelaiDet checkpoint of it; default: seeded random weights")
     add("--goldens", nargs="+", default=list(sections.GOLDENS), metavar="NAME",
         help=f"files of tests/golden of one whole image; default: {' '.join(sections.GOLDENS)}")
+    add("--batch-sizes", type=positive, nargs="+", default=[1, 2, 4, 8], metavar="N", help="of times; default: 1 2 4 8")
     add("--sizes", type=size, nargs="+", default=[(800, 800), (3000, 4000)], metavar="HxW",
         help="photographs of the daemon's load, times are of the first; default: 800x800 3000x4000")
     arguments = parser.parse_args(argv)

@@ -22,12 +22,13 @@ from blendmaskd_workers.evaluation.accelerator import children
 from blendmaskd_workers.evaluation.accelerator.children import ChildError, Row
 
 ROOT = Path(__file__).resolve().parents[4]
-MODULES = "blendmaskd_workers.evaluation.accelerator"
+FACTS = "blendmaskd_workers.evaluation.accelerator.facts"
+GOLDEN = "blendmaskd_workers.evaluation.accelerator.goldens"
+VISITS = "blendmaskd_workers.evaluation.accelerator.visits"
 GOLDENS = ("R_50_1x_chelsea", "DLA_34_syncbn_4x_chelsea", "R_101_dcni3_5x_chelsea")
 TRAININGS = ("R_50_1x", "small_R18")  # networks of which one was recorded
 PRECISIONS = ("fp32", "hf32", "bf16", "fp16")
 COMPARED = {"fp32": ["--trace"], "hf32": ["--hf32", "on"], "bf16": ["--dtype", "bf16"], "fp16": ["--dtype", "fp16"]}
-BATCHES = (1, 2, 4, 8)
 CLIENTS = (8, 32)
 LONGEST_WAIT_S = 5.0  # of a client that has as many beside it: after a load their jobs are waited for
 LONGEST_LOAD_S, WARM_UP_S, START_S = 8.0, 2.0, 15.0  # of the daemon, for each number of clients
@@ -44,6 +45,7 @@ class Check:
     weights: str | None  # None: seeded random ones
     goldens: Sequence[str]
     sizes: Sequence[tuple[int, int]]  # height, width of photographs
+    batch_sizes: Sequence[int]
     folder: Path  # for files in between
     log: Path
     environment: Mapping[str, str]
@@ -70,8 +72,8 @@ class Check:
                 log.write(line + b"\n")
 
     def rows(self, module: str, arguments: Sequence[str], until: float) -> Iterator[Row]:
-        """What a module here tells. Raises `ChildError`."""
-        start = children.program(["-m", f"{MODULES}.{module}", *arguments], self.environment)
+        """What a module tells. Raises `ChildError`."""
+        start = children.program(["-m", module, *arguments], self.environment)
         return children.rows(start, until - time.monotonic(), self.log)
 
 
@@ -80,7 +82,7 @@ Section = Callable[[Check, float, Sequence[Row]], Iterator[Row]]  # with the row
 
 def facts(check: Check, until: float) -> Row:
     """The device, by a process that opens it. Raises `ChildError`."""
-    [row] = check.rows("facts", [check.device], until)
+    [row] = check.rows(FACTS, [check.device], until)
     return row
 
 
@@ -93,12 +95,12 @@ def goldens(check: Check, until: float, _: Sequence[Row]) -> Iterator[Row]:
     while left:
         begun = left[0]
         try:
-            for row in check.rows("goldens", [check.device, str(check.folder), *left], until):
+            for row in check.rows(GOLDEN, [check.device, str(check.folder), *left], until):
                 begun = row["golden"] if "begun" in row else begun
                 yield from [row] * ("begun" not in row)
             return
         except ChildError as error:
-            yield {"golden": begun, "failed": str(error)}
+            yield {"golden": begun, **error.row}
         left = left[left.index(begun) + 1 :]
         if time.monotonic() >= until:
             yield from ({"golden": name, "skipped": TIME_IS_UP} for name in left)
@@ -129,7 +131,7 @@ def _compared(check: Check, until: float, flags: Sequence[str], folder: Path) ->
                    "--output-dir", str(folder), *flags], until)  # fmt: skip
     except ChildError as error:  # also where the device is off, which is told in the report
         if not (folder / "precision_eval.json").exists():
-            return {"failed": str(error)}
+            return error.row
     return deviations(json.loads((folder / "precision_eval.json").read_text()))
 
 
@@ -175,13 +177,15 @@ def _visits(check: Check, until: float, seconds: float, name: str) -> Iterator[R
     """The rows of a precision; they should take `seconds`, and may take half as long again."""
     size = [str(side) for side in check.sizes[0]]
     until = min(until, time.monotonic() + 1.5 * seconds)
-    arguments = ["-m", f"{MODULES}.visits", "--batches", *map(str, BATCHES), "--size", *size, "--seconds",
+    arguments = ["-m", VISITS, "--batches", *map(str, check.batch_sizes), "--size", *size, "--seconds",
                  f"{seconds:.1f}"]  # fmt: skip
     try:
         settings = settings_module.load(None, None, _overrides(check, until, name), [check.slot])
         plan = launch_plan.plan(check.slot, launch.basis(settings), check.environment, arguments=arguments)
         yield from children.rows(lambda **popen: launch.launch(plan, **popen), until - time.monotonic(), check.log)
-    except (ChildError, HostError, SettingsError) as error:
+    except ChildError as error:
+        yield error.row
+    except (HostError, SettingsError) as error:
         yield {"failed": str(error)}
 
 
@@ -237,7 +241,7 @@ def _loaded(
         )  # fmt: skip
     except ChildError as error:  # also where an answer is wrong, which is told in the rows
         if not file.exists():
-            yield {"failed": str(error)}
+            yield error.row
             return
     yield from map(_under_load, json.loads(file.read_text())["rows"])
 

@@ -25,7 +25,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -159,35 +159,29 @@ def figures(times: Sequence[Times], batch: int) -> Row:
 
 
 def fly(engine: Engine, batch: list[Any], until: float) -> list[Times]:
-    """Runs until then, at least `LEAST_RUNS`, as a worker has them on this device."""
+    """Runs until then, at least `LEAST_RUNS`; where the device overlaps, each begins before the last one's choice."""
     times: list[Times] = []
-    for run in (_overlapped if engine.overlaps else _one_by_one)(engine, batch):
-        times.append(run.times())
-        if len(times) >= LEAST_RUNS and time.monotonic() >= until:
-            break
-    return times
-
-
-def _one_by_one(engine: Engine, batch: list[Any]) -> Iterator[Run]:
-    while True:
-        run = engine.launch(batch)
-        run.complete()
-        run.choose()
-        run.collect()
-        yield run
-
-
-def _overlapped(engine: Engine, batch: list[Any]) -> Iterator[Run]:
-    """Each begins before the last one's choice, and is completed after it."""
-    last = engine.launch(batch)
-    last.complete()
-    while True:
-        run = engine.launch(batch)
+    last = _begun(engine, batch)
+    while len(times) < LEAST_RUNS or time.monotonic() < until:
+        following = engine.launch(batch) if engine.overlaps else None
         last.choose()
-        run.complete()
-        last.collect()
-        yield last
-        last = run
+        if following is not None:
+            following.complete()
+        times.append(_collected(last))
+        last = following or _begun(engine, batch)
+    last.choose()
+    return [*times, _collected(last)]
+
+
+def _begun(engine: Engine, batch: list[Any]) -> Run:
+    run = engine.launch(batch)
+    run.complete()
+    return run
+
+
+def _collected(run: Run) -> Times:
+    run.collect()
+    return run.times()
 
 
 def _seconds(engine: Engine, batch: list[Any]) -> float:
