@@ -1,8 +1,10 @@
 """The check of an accelerator: each section on what is here, processes that fail, what is said of all that."""
 from __future__ import annotations
 
+import configparser
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -297,6 +299,15 @@ def test_what_is_not_there_is_said(tmp_path: Path, capsys: Any) -> None:
     said = capsys.readouterr().err
     for words in ("R_50_9x_dog.npz: no such file", "missing.pth: no such file", "Not a directory"):
         assert words in said
+
+
+def test_the_wheels_to_bring_are_those_that_are_needed() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    wanted = setup["options"]["install_requires"] + setup["options.extras_require"]["serve"]
+    names = {re.split("[<>=]", line)[0] for line in wanted.split()} - {"torch", "numpy"}
+    [brought] = re.findall(r"-d wheels ([^:]+)\n\n", program.__doc__ or "")
+    assert names <= set(brought.replace("\\", "").split())
 
 
 # ---- all of it --------------------------------------------------------------------------------------------------

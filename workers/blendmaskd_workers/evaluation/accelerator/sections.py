@@ -22,6 +22,7 @@ from blendmaskd_workers.evaluation.accelerator import children
 from blendmaskd_workers.evaluation.accelerator.children import ChildError, Row
 
 ROOT = Path(__file__).resolve().parents[4]
+RECORDED = ROOT / "tests" / "golden"
 FACTS = "blendmaskd_workers.evaluation.accelerator.facts"
 GOLDEN = "blendmaskd_workers.evaluation.accelerator.goldens"
 VISITS = "blendmaskd_workers.evaluation.accelerator.visits"
