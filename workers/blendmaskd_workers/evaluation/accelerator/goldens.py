@@ -1,6 +1,6 @@
 """The device against recorded outputs of AdelaiDet, through the engine that serves; not for people.
 
-    python -m blendmaskd_workers.evaluation.accelerator.goldens DEVICE FOLDER NAME …
+    python -m blendmaskd_workers.evaluation.accelerator.goldens DEVICE FOLDER --names NAME … --ways WAY …
 
 tells a row for each golden of that name and way of computing it; two where it is a network, of a step of its training;
 and before them, with ``begun``, that it begins:
@@ -66,30 +66,26 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("device")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("names", nargs="+")
+    parser.add_argument("--names", nargs="+", required=True)
+    parser.add_argument("--ways", nargs="+", required=True, choices=WAYS)
     arguments = parser.parse_args(argv)
     with telling() as tell:
         for name in arguments.names:
             tell(golden=name, begun=True)
-            for row in _rows(name, arguments.device, arguments.folder):
+            for row in _rows(name, arguments.ways, arguments.device, arguments.folder):
                 tell(**row)
     return 0
 
 
-def _rows(name: str, device: str, folder: Path) -> Iterator[Row]:
+def _rows(name: str, ways: Sequence[str], device: str, folder: Path) -> Iterator[Row]:
     """Of a golden, or of the training of a network."""
     if not (recorded.GOLDEN / f"{name}.npz").exists():
         for way, compute in {"losses": _losses, "gradients": _gradients}.items():
             yield {"golden": f"{name}_train", "way": way, **_tried(compute, name, device)}
         return
     weights = _weights(name, folder)
-    for way in ways(device):
+    for way in ways:
         yield {"golden": name, "way": way, **_tried(_compare, name, way, device, weights)}
-
-
-def ways(device: str) -> list[str]:
-    """How a golden is computed: a CPU is its own control, and has no graphs."""
-    return ["exact", "served"] if device.startswith("cpu") else list(WAYS)
 
 
 def judge(row: Row) -> str:
@@ -121,6 +117,8 @@ def _tried(compute: Callable[..., Row], *arguments: Any) -> Row:
 def _weights(golden: str, folder: Path) -> Path:
     """The checkpoint with which a golden was recorded."""
     path = folder / f"{golden}.pth"
+    if path.exists():
+        return path
     model = blendmask.build(blendmask.load_config(_config(golden)))
     torch.save({"model": blendmask.random_weights(model)}, path)
     return path

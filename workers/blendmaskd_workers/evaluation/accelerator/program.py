@@ -220,8 +220,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", type=Path, default=sections.ROOT / "configs/BlendMask/R_50_1x.yaml", metavar="FILE",
         help="the network of precision, times and daemon: AdelaiDet's YAML keys; default R_50_1x")
     add("--weights", type=Path, metavar="FILE", help="an AdelaiDet checkpoint of it; default: seeded random weights")
-    add("--goldens", nargs="+", default=list(sections.GOLDENS), metavar="NAME",
-        help=f"files of tests/golden of one whole image; default: {' '.join(sections.GOLDENS)}")
+    add("--goldens", nargs="+", default=list(sections.CHOSEN), metavar="NAME",
+        help=f"files of tests/golden of one whole image; default: {' '.join(sections.CHOSEN)}")
     add("--batch-sizes", type=positive, nargs="+", default=[1, 2, 4, 8], metavar="N", help="of times; default: 1 2 4 8")
     add("--sizes", type=size, nargs="+", default=[(800, 800), (3000, 4000)], metavar="HxW",
         help="photographs of the daemon's load, times are of the first; default: 800x800 3000x4000")
