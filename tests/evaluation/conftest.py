@@ -31,11 +31,13 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 def script() -> Script:
     """``script("eval_precision", "--config", …, environment={…})``: a program of a clone, run from another folder."""
 
-    def run(name: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Any:
+    def run(
+        name: str, *arguments: object, environment: Mapping[str, str] | None = None, timeout_s: float = 120
+    ) -> Any:
         return subprocess.run(
             [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)],
             cwd="/", env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=timeout_s,
         )  # fmt: skip
 
     return run

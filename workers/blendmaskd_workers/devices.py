@@ -47,11 +47,12 @@ class UnsupportedError(DeviceError):
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory figures in bytes: the device's own, or this process's on a CPU."""
+    """Memory figures in bytes: of this process's tensors on the device, or of all of this process on a CPU."""
 
     used: int
     peak: int
     total: int
+    taken: int  # of the whole device, by all processes and with what allocators and graphs keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,8 @@ class Device:
         """Memory in use now and at most so far, and all there is."""
         used = psutil.Process().memory_info().rss
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return Memory(used, max(used, peak), psutil.virtual_memory().total)
+        whole = psutil.virtual_memory()
+        return Memory(used, max(used, peak), whole.total, whole.total - whole.available)
 
     def held_bytes(self) -> int:
         """Bytes held on the device; 0 where that is the host's memory."""
@@ -234,8 +236,8 @@ class Accelerator(Device):
 
     def memory(self) -> Memory:
         device = self.torch_device
-        _, total = self.api.mem_get_info(device)
-        return Memory(self.api.memory_allocated(device), self.api.max_memory_allocated(device), total)
+        free, total = self.api.mem_get_info(device)
+        return Memory(self.api.memory_allocated(device), self.api.max_memory_allocated(device), total, total - free)
 
     def held_bytes(self) -> int:
         return int(self.api.memory_allocated(self.torch_device))

@@ -19,13 +19,18 @@ from typing import Any, Protocol
 
 END_S = 10.0  # for a child to end by itself: the benchmark stops its daemon
 ATTEMPTS = 2  # of a child that dies before it has told anything: drivers have hiccups
+HANGS_S = 60.0  # who is not ready then; before, there was not enough time
 CHUNK = 1 << 16
 
 Row = dict[str, Any]
 
 
 class ChildError(RuntimeError):
-    """A child that ended badly or was too slow; the text says how."""
+    """A child that ended badly or was too slow; the text says how. `row`: the same, as ``failed`` or ``skipped``."""
+
+    def __init__(self, reason: str, kind: str = "failed") -> None:
+        super().__init__(reason)
+        self.row: Row = {kind: reason}
 
 
 class Start(Protocol):
@@ -69,7 +74,8 @@ def lines(start: Start, deadline: float, log: Path) -> Iterator[bytes]:
             yield from _read(process, deadline)
             process.wait(max(deadline - time.monotonic(), 0))
         except (TimeoutError, subprocess.TimeoutExpired):
-            raise ChildError(f"not ready within {time.monotonic() - begun:.0f} s") from None
+            took_s = time.monotonic() - begun
+            raise ChildError(f"not ready within {took_s:.0f} s", "failed" if took_s > HANGS_S else "skipped") from None
         finally:
             end(process)
     if process.returncode:

@@ -1,8 +1,9 @@
 """The device against recorded outputs of AdelaiDet, through the engine that serves; not for people.
 
-    python -m blendmaskd_workers.evaluation.accelerator.goldens DEVICE FOLDER --goldens NAME … --trainings NETWORK …
+    python -m blendmaskd_workers.evaluation.accelerator.goldens DEVICE FOLDER --names NAME … --ways WAY …
 
-tells a row for each golden and way of computing it, and two for each training's step:
+tells a row for each golden of that name and way of computing it; two where it is a network, of a step of its training;
+and before them, with ``begun``, that it begins:
 
 ========================  =========================================================================
 golden, way               ``cpu`` is the control: the same host, as served
@@ -20,7 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +66,26 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("device")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--goldens", nargs="*", default=[])
-    parser.add_argument("--trainings", nargs="*", default=[])
+    parser.add_argument("--names", nargs="+", required=True)
+    parser.add_argument("--ways", nargs="+", required=True, choices=WAYS)
     arguments = parser.parse_args(argv)
     with telling() as tell:
-        for golden in arguments.goldens:
-            weights = _weights(golden, arguments.folder)
-            for way in ways(arguments.device):
-                tell(golden=golden, way=way, **_tried(_compare, golden, way, arguments.device, weights))
-        for network in arguments.trainings:
-            for way, compute in {"losses": _losses, "gradients": _gradients}.items():
-                tell(golden=f"{network}_train", way=way, **_tried(compute, network, arguments.device))
+        for name in arguments.names:
+            tell(golden=name, begun=True)
+            for row in _rows(name, arguments.ways, arguments.device, arguments.folder):
+                tell(**row)
     return 0
 
 
-def ways(device: str) -> list[str]:
-    """How a golden is computed: a CPU is its own control, and has no graphs."""
-    return ["exact", "served"] if device.startswith("cpu") else list(WAYS)
+def _rows(name: str, ways: Sequence[str], device: str, folder: Path) -> Iterator[Row]:
+    """Of a golden, or of the training of a network."""
+    if not (recorded.GOLDEN / f"{name}.npz").exists():
+        for way, compute in {"losses": _losses, "gradients": _gradients}.items():
+            yield {"golden": f"{name}_train", "way": way, **_tried(compute, name, device)}
+        return
+    weights = _weights(name, folder)
+    for way in ways:
+        yield {"golden": name, "way": way, **_tried(_compare, name, way, device, weights)}
 
 
 def judge(row: Row) -> str:
@@ -113,6 +117,8 @@ def _tried(compute: Callable[..., Row], *arguments: Any) -> Row:
 def _weights(golden: str, folder: Path) -> Path:
     """The checkpoint with which a golden was recorded."""
     path = folder / f"{golden}.pth"
+    if path.exists():
+        return path
     model = blendmask.build(blendmask.load_config(_config(golden)))
     torch.save({"model": blendmask.random_weights(model)}, path)
     return path

@@ -12,7 +12,7 @@ installed. Sections:
              5e-3 pixels, no mask pixel); "near": ten times that (and 2 of 100 instances, 0.01% of mask pixels, 0.1% of
              a loss or gradient); else "off"
   precision  eval_precision.py against the host's CPU, in fp32 (with --trace), hf32 (TF32), bf16 and fp16 (autocast)
-  times      the engine, by precision, without and with model.graphs, in batches of 1, 2, 4, 8: images/s, both visits,
+  times      the engine, by precision, without and with model.graphs, by batch size: images/s, both visits,
              idle time and its reasons, peak memory
   daemon     benchmark.py with JPEGs of 800x800 and of 12 megapixels, 8 and 32 clients: images/s, and the share of the
              devices' own time; in fp32 and as the device was fastest
@@ -30,16 +30,17 @@ Without a package index: the host needs Python 3.11 or later, and torch 2.1 or l
 host:
 
     python3 -m pip download --only-binary=:all: --no-deps --python-version 3.12 --implementation cp \\
-      --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d wheels \\
-      {wheels}
+      --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \\
+      -d wheels contourpy markdown-it-py mdurl msgpack msgspec pillow prometheus_client psutil pycocotools pygments \\
+      pyyaml pyzmq rich
 
 Bring `wheels` and the checkout over, and there:
 
     python3 -m pip install --no-index --no-deps --target site wheels/*.whl
     PYTHONPATH=site python3 scripts/accelerator_check.py --device cuda:0 --out out/check
 
-Those that are there already may be left out (`python3 -m pip list`); numpy must be the one that torch was made for, so
-bring none where there is one. Plots by matplotlib are made only where it is installed.
+Those that are there already may be left out (`python3 -m pip list` tells); numpy, which most have with torch, is to be
+brought too where it is not.
 """
 from __future__ import annotations
 
@@ -58,16 +59,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from blendmaskd import files
-from blendmaskd.programs.arguments import seconds, size
+from blendmaskd.programs.arguments import positive, seconds, size
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_DAEMON, OutputError, UsageError, guarded
 from blendmaskd.settings import DEVICE
 from blendmaskd_workers.benchmark.report import machine, plain
-from blendmaskd_workers.evaluation.accelerator import recorded, report, sections
+from blendmaskd_workers.evaluation.accelerator import report, sections
 from blendmaskd_workers.evaluation.accelerator.children import END_S, ChildError, Row
 from blendmaskd_workers.evaluation.accelerator.sections import SECTIONS, WEIGHTS, Check
 
-WHEELS = ("contourpy msgpack msgspec numpy pillow prometheus_client psutil pycocotools pyyaml pyzmq rich "
-          "markdown-it-py mdurl pygments")  # fmt: skip
 EXIT_NO_DEVICE = EXIT_NO_DAEMON
 FACTS_S = 60.0  # for a process to open the device
 NAME = "accelerator_check"
@@ -179,6 +178,7 @@ def _check(arguments: argparse.Namespace, folder: Path) -> Check:
         weights=arguments.weights and str(arguments.weights.absolute()),
         goldens=arguments.goldens,
         sizes=arguments.sizes,
+        batch_sizes=arguments.batch_sizes,
         folder=folder,
         log=arguments.out.absolute() / f"{NAME}.log",
         environment=_environment(os.environ, folder),
@@ -209,8 +209,7 @@ def _describe(arguments: argparse.Namespace) -> Tree:
 # ---- command line -----------------------------------------------------------------------------------------------
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    description = (__doc__ or "").replace("{wheels}", WHEELS)
-    parser = argparse.ArgumentParser(prog=NAME, description=description,
+    parser = argparse.ArgumentParser(prog=NAME, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--device", type=_device, required=True, metavar="DEVICE", help="cuda:0, npu:0 or cpu")
@@ -218,11 +217,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="default: out/accelerator_check")
     add("--sections", type=_sections, default=list(SECTIONS), metavar="A,B", help=f"default: {','.join(SECTIONS)}")
     add("--budget-s", type=seconds, default=480.0, metavar="S", help="for all of it; default 480")
-    add("--config", type=Path, default=recorded.ROOT / "configs/BlendMask/R_50_1x.yaml", metavar="FILE",
+    add("--config", type=Path, default=sections.ROOT / "configs/BlendMask/R_50_1x.yaml", metavar="FILE",
         help="the network of precision, times and daemon: AdelaiDet's YAML keys; default R_50_1x")
     add("--weights", type=Path, metavar="FILE", help="an AdelaiDet checkpoint of it; default: seeded random weights")
-    add("--goldens", nargs="+", default=list(sections.GOLDENS), metavar="NAME",
-        help=f"files of tests/golden of one whole image; default: {' '.join(sections.GOLDENS)}")
+    add("--goldens", nargs="+", default=list(sections.CHOSEN), metavar="NAME",
+        help=f"files of tests/golden of one whole image; default: {' '.join(sections.CHOSEN)}")
+    add("--batch-sizes", type=positive, nargs="+", default=[1, 2, 4, 8], metavar="N", help="of times; default: 1 2 4 8")
     add("--sizes", type=size, nargs="+", default=[(800, 800), (3000, 4000)], metavar="HxW",
         help="photographs of the daemon's load, times are of the first; default: 800x800 3000x4000")
     arguments = parser.parse_args(argv)
@@ -241,7 +241,7 @@ def _needed(arguments: argparse.Namespace) -> Iterator[Path]:
     if arguments.weights:
         yield arguments.weights
     for golden in arguments.goldens if "goldens" in arguments.sections else ():
-        yield recorded.GOLDEN / f"{golden}.npz"
+        yield sections.RECORDED / f"{golden}.npz"
 
 
 def _device(text: str) -> str:

@@ -70,6 +70,7 @@ FOUND: Mapping[str, Columns] = {
         "idle (ms by reason)": _idle_ms,
         "alone ms": lambda row: _number(row["alone_ms"], 2),
         "peak MB": lambda row: _number(row["peak_mb"], 0),
+        "of all": lambda row: _number(row["taken_mb"], 0),
     },
     "daemon": {
         "images/s": lambda row: _number(row["fps"], 1),

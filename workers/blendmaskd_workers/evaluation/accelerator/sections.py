@@ -22,12 +22,14 @@ from blendmaskd_workers.evaluation.accelerator import children
 from blendmaskd_workers.evaluation.accelerator.children import ChildError, Row
 
 ROOT = Path(__file__).resolve().parents[4]
-MODULES = "blendmaskd_workers.evaluation.accelerator"
-GOLDENS = ("R_50_1x_chelsea", "DLA_34_syncbn_4x_chelsea", "R_101_dcni3_5x_chelsea")
-TRAININGS = {"R_50_1x", "small_R18"}  # networks of which one was recorded
+RECORDED = ROOT / "tests" / "golden"
+FACTS = "blendmaskd_workers.evaluation.accelerator.facts"
+GOLDENS = "blendmaskd_workers.evaluation.accelerator.goldens"
+VISITS = "blendmaskd_workers.evaluation.accelerator.visits"
+CHOSEN = ("R_50_1x_chelsea", "DLA_34_syncbn_4x_chelsea", "R_101_dcni3_5x_chelsea")
+TRAININGS = ("R_50_1x", "small_R18")  # networks of which one was recorded
 PRECISIONS = ("fp32", "hf32", "bf16", "fp16")
 COMPARED = {"fp32": ["--trace"], "hf32": ["--hf32", "on"], "bf16": ["--dtype", "bf16"], "fp16": ["--dtype", "fp16"]}
-BATCHES = (1, 2, 4, 8)
 CLIENTS = (8, 32)
 LONGEST_WAIT_S = 5.0  # of a client that has as many beside it: after a load their jobs are waited for
 LONGEST_LOAD_S, WARM_UP_S, START_S = 8.0, 2.0, 15.0  # of the daemon, for each number of clients
@@ -44,6 +46,7 @@ class Check:
     weights: str | None  # None: seeded random ones
     goldens: Sequence[str]
     sizes: Sequence[tuple[int, int]]  # height, width of photographs
+    batch_sizes: Sequence[int]
     folder: Path  # for files in between
     log: Path
     environment: Mapping[str, str]
@@ -70,8 +73,8 @@ class Check:
                 log.write(line + b"\n")
 
     def rows(self, module: str, arguments: Sequence[str], until: float) -> Iterator[Row]:
-        """What a module here tells. Raises `ChildError`."""
-        start = children.program(["-m", f"{MODULES}.{module}", *arguments], self.environment)
+        """What a module tells. Raises `ChildError`."""
+        start = children.program(["-m", module, *arguments], self.environment)
         return children.rows(start, until - time.monotonic(), self.log)
 
 
@@ -80,29 +83,37 @@ Section = Callable[[Check, float, Sequence[Row]], Iterator[Row]]  # with the row
 
 def facts(check: Check, until: float) -> Row:
     """The device, by a process that opens it. Raises `ChildError`."""
-    [row] = check.rows("facts", [check.device], until)
+    [row] = check.rows(FACTS, [check.device], until)
     return row
 
 
 # ---- is it right? -----------------------------------------------------------------------------------------------
 
 def goldens(check: Check, until: float, _: Sequence[Row]) -> Iterator[Row]:
-    """A golden at a time, so that a device that fails at one can do the next; see `goldens`."""
+    """Graphs are tried in a process of their own: a device may not recover from one that it cannot record."""
     trained = [network for network in TRAININGS if any(golden.startswith(f"{network}_") for golden in check.goldens)]
-    wanted = [*(("--goldens", golden) for golden in check.goldens), *(("--trainings", network) for network in trained)]
-    for flag, name in wanted:
-        yield from _told(check, "goldens", [check.device, str(check.folder), flag, name], until, {"golden": name})
+    on_a_cpu = check.device == "cpu"  # which is its own control, and has no graphs
+    ways = ["exact", "served"] if on_a_cpu else ["cpu", "exact", "served"]
+    yield from _goldens(check, until, ways, [*check.goldens, *trained])
+    if not on_a_cpu:
+        yield from _goldens(check, until, ["graphs"], check.goldens)
 
 
-def _told(check: Check, module: str, arguments: Sequence[str], until: float, of: Row) -> Iterator[Row]:
-    """The rows of a child; where it cannot go on, a last one that says why."""
-    if time.monotonic() >= until:
-        yield {**of, "skipped": TIME_IS_UP}
-        return
-    try:
-        yield from check.rows(module, arguments, until)
-    except ChildError as error:
-        yield {**of, "failed": str(error)}
+def _goldens(check: Check, until: float, ways: Sequence[str], names: Sequence[str]) -> Iterator[Row]:
+    """All in one process, and where it cannot go on, the rest in another; see `goldens`."""
+    left = list(names)
+    while left and time.monotonic() < until:
+        begun = left[0]
+        try:
+            arguments = [check.device, str(check.folder), "--names", *left, "--ways", *ways]
+            for row in check.rows(GOLDENS, arguments, until):
+                begun = row["golden"] if "begun" in row else begun
+                yield from [row] * ("begun" not in row)
+            return
+        except ChildError as error:
+            yield {"golden": begun, **error.row}
+        left = left[left.index(begun) + 1 :]
+    yield from ({"golden": name, "skipped": TIME_IS_UP} for name in left)
 
 
 def precision(check: Check, until: float, _: Sequence[Row]) -> Iterator[Row]:
@@ -117,10 +128,8 @@ def precision(check: Check, until: float, _: Sequence[Row]) -> Iterator[Row]:
             yield {**of, **_compared(check, until, flags, check.folder / f"precision_{name}")}
 
 
-def absent(device: str, precision: str, graphs: bool = False) -> str:
+def absent(device: str, precision: str) -> str:
     """What is known before it is tried; empty if it is to be tried."""
-    if device == "cpu" and graphs:
-        return "a CPU has no graphs"
     return "a CPU has no such arithmetic" if device == "cpu" and precision in ("hf32", "fp16") else ""
 
 
@@ -131,7 +140,7 @@ def _compared(check: Check, until: float, flags: Sequence[str], folder: Path) ->
                    "--output-dir", str(folder), *flags], until)  # fmt: skip
     except ChildError as error:  # also where the device is off, which is told in the report
         if not (folder / "precision_eval.json").exists():
-            return {"failed": str(error)}
+            return error.row
     return deviations(json.loads((folder / "precision_eval.json").read_text()))
 
 
@@ -161,36 +170,35 @@ def _over(tensor: Mapping[str, Any]) -> float:
 # ---- how fast is it? --------------------------------------------------------------------------------------------
 
 def times(check: Check, until: float, _: Sequence[Row]) -> Iterator[Row]:
-    """Each precision without graphs, then with them, a process each; see `visits`."""
-    kinds = list(itertools.product((False, True), PRECISIONS))
-    for graphs, name in kinds:
-        if missing := absent(check.device, name, graphs):
-            yield {"precision": name, "graphs": graphs, "unsupported": missing}
-    tried = [(graphs, name) for graphs, name in kinds if not absent(check.device, name, graphs)]
-    for number, (graphs, name) in enumerate(tried):
-        of = {"precision": name, "graphs": graphs}
+    """A process for each precision; see `visits`."""
+    tried = [name for name in PRECISIONS if not absent(check.device, name)]
+    yield from ({"precision": name, "unsupported": absent(check.device, name)} for name in PRECISIONS
+                if name not in tried)  # fmt: skip
+    for number, name in enumerate(tried):
         share = (until - time.monotonic()) / (len(tried) - number)
         if share <= 0:
-            yield {**of, "skipped": TIME_IS_UP}
+            yield {"precision": name, "skipped": TIME_IS_UP}
         else:
-            yield from ({**of, **row} for row in _visits(check, until, share, name, graphs))
+            yield from ({"precision": name, **row} for row in _visits(check, until, share, name))
 
 
-def _visits(check: Check, until: float, seconds: float, name: str, graphs: bool) -> Iterator[Row]:
-    """A configuration's rows; it should take `seconds`, and may take half as long again."""
+def _visits(check: Check, until: float, seconds: float, name: str) -> Iterator[Row]:
+    """The rows of a precision; they should take `seconds`, and may take half as long again."""
     size = [str(side) for side in check.sizes[0]]
     until = min(until, time.monotonic() + 1.5 * seconds)
-    arguments = ["-m", f"{MODULES}.visits", "--batches", *map(str, BATCHES), "--size", *size, "--seconds",
+    arguments = ["-m", VISITS, "--batches", *map(str, check.batch_sizes), "--size", *size, "--seconds",
                  f"{seconds:.1f}"]  # fmt: skip
     try:
-        settings = settings_module.load(None, None, _overrides(check, until, name, graphs), [check.slot])
+        settings = settings_module.load(None, None, _overrides(check, until, name), [check.slot])
         plan = launch_plan.plan(check.slot, launch.basis(settings), check.environment, arguments=arguments)
         yield from children.rows(lambda **popen: launch.launch(plan, **popen), until - time.monotonic(), check.log)
-    except (ChildError, HostError, SettingsError) as error:
+    except ChildError as error:
+        yield error.row
+    except (HostError, SettingsError) as error:
         yield {"failed": str(error)}
 
 
-def _overrides(check: Check, until: float, name: str, graphs: bool) -> list[str]:
+def _overrides(check: Check, until: float, name: str, graphs: bool = False) -> list[str]:
     return [f"model.config={check.config}", f"model.weights={check.checkpoint(until)}", f"model.precision={name}",
             f"model.graphs={str(graphs).lower()}"]  # fmt: skip
 
@@ -242,7 +250,7 @@ def _loaded(
         )  # fmt: skip
     except ChildError as error:  # also where an answer is wrong, which is told in the rows
         if not file.exists():
-            yield {"failed": str(error)}
+            yield error.row
             return
     yield from map(_under_load, json.loads(file.read_text())["rows"])
 
@@ -254,4 +262,4 @@ def _under_load(row: Mapping[str, Any]) -> Row:
 
 
 SECTIONS: dict[str, Section] = {"goldens": goldens, "precision": precision, "times": times, "daemon": daemon}
-WEIGHTS = {"goldens": 2.0, "precision": 2.0, "times": 4.0, "daemon": 3.0}  # shares of the time
+WEIGHTS = {"goldens": 2.0, "precision": 3.0, "times": 4.0, "daemon": 3.0}  # shares of the time

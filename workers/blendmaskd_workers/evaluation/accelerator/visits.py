@@ -1,17 +1,17 @@
 """How long a device takes for a batch, by its own clock, with two runs on it as in a worker.
 
-`python -m blendmaskd_workers.evaluation.accelerator.visits` is started as the daemon starts workers, for one precision,
-with graphs or without; not for people. It tells a row for each batch size:
+`python -m blendmaskd_workers.evaluation.accelerator.visits` is started as the daemon starts workers, for one precision;
+not for people. It tells a row for each batch size, without graphs and then with them:
 
 ====================  ============================================================================
-batch                 images
+graphs, batch         whether, images
 images_per_s          by the wall clock
 device_images_per_s   what the device could do if it never waited
 first_ms, second_ms   the device's two visits, medians
 idle_ms               what it waited before the parts of a run, by reason, means
 idle_share            of its time, 0 to 1
 alone_ms              one run with nothing else on the device, by the wall clock, median
-peak_mb               memory, the largest so far; of the process on a CPU
+peak_mb, taken_mb     see `blendmaskd_workers.devices.Memory`; the peak is the largest so far
 warm_up_s             the first runs, and recording graphs
 runs                  that were timed
 ====================  ============================================================================
@@ -25,12 +25,15 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from blendmaskd import assignment
+from blendmaskd.assignment import Assignment
 from blendmaskd.protocol import IDLE
 from blendmaskd_workers import engines, process
 from blendmaskd_workers.devices import UnsupportedError
@@ -42,6 +45,7 @@ ALONE_RUNS = 3
 RUNS = 1 + ALONE_RUNS + LEAST_RUNS + 1  # at least, of a batch size: to warm up, and one in flight at the end
 MOST_S = 3.0  # for a batch size
 TIME_IS_UP = "the time was up"
+Tell = Callable[..., None]
 NOT_THERE = ("not implemented", "not supported", "unsupported")
 
 
@@ -55,23 +59,39 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     deadline = time.monotonic() + arguments.seconds
     assigned = assignment.read(os.environ)
-    engine = engines.make(assigned.settings, assigned.local_device)
     with telling() as tell:
-        try:
-            engine.load()
-        except EngineError as error:
-            if isinstance(error.__cause__, UnsupportedError):
-                tell(unsupported=str(error))
-                return 0
-            print(error, file=sys.stderr)
-            return error.exit_code
-        _time_all(engine, tuple(arguments.size), arguments.batches, deadline, tell)
+        for graphs in (False, True):
+            left_s = deadline - time.monotonic()
+            until = deadline if graphs or assigned.local_device == "cpu" else deadline - left_s / 2
+            _time_kind(assigned, graphs, tuple(arguments.size), arguments.batches, until, partial(tell, graphs=graphs))
     return 0
 
 
-def _time_all(
-    engine: Engine, size: tuple[int, int], batches: Sequence[int], deadline: float, tell: Callable[..., None]
+def _time_kind(
+    assigned: Assignment, graphs: bool, size: tuple[int, int], batches: Sequence[int], until: float, tell: Tell
 ) -> None:
+    if graphs and assigned.local_device == "cpu":
+        tell(unsupported="a CPU has no graphs")
+        return
+    try:
+        engine = _loaded(assigned, graphs)
+    except EngineError as error:
+        if not isinstance(error.__cause__, UnsupportedError):
+            raise
+        tell(unsupported=str(error))
+    else:
+        _time_all(engine, size, batches, until, tell)
+
+
+def _loaded(assigned: Assignment, graphs: bool) -> Engine:
+    settings = assigned.settings
+    model = msgspec.structs.replace(settings.model, graphs=graphs)
+    engine = engines.make(msgspec.structs.replace(settings, model=model), assigned.local_device)
+    engine.load()
+    return engine
+
+
+def _time_all(engine: Engine, size: tuple[int, int], batches: Sequence[int], deadline: float, tell: Tell) -> None:
     prepared = engine.prepare(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
     refused, per_image_s = "", 0.0
     for number, batch in enumerate(batches):
@@ -113,10 +133,15 @@ def _time(engine: Engine, size: tuple[int, int], batch: list[Any], seconds: floa
         "images_per_s": len(times) * len(batch) / wall_s,
         **figures(times[1:], len(batch)),  # the first one found an idle device
         "alone_ms": 1000 * statistics.median(alone_s),
-        "peak_mb": engine.device.memory().peak / 1e6 if engine.device else None,
+        **_memory(engine),
         "warm_up_s": warm_up_s,
         "runs": len(times),
     }
+
+
+def _memory(engine: Engine) -> Row:
+    memory = engine.device.memory() if engine.device else None
+    return {} if memory is None else {"peak_mb": memory.peak / 1e6, "taken_mb": memory.taken / 1e6}
 
 
 def figures(times: Sequence[Times], batch: int) -> Row:
@@ -134,35 +159,29 @@ def figures(times: Sequence[Times], batch: int) -> Row:
 
 
 def fly(engine: Engine, batch: list[Any], until: float) -> list[Times]:
-    """Runs until then, at least `LEAST_RUNS`, as a worker has them on this device."""
+    """Runs until then, at least `LEAST_RUNS`; where the device overlaps, each begins before the last one's choice."""
     times: list[Times] = []
-    for run in (_overlapped if engine.overlaps else _one_by_one)(engine, batch):
-        times.append(run.times())
-        if len(times) >= LEAST_RUNS and time.monotonic() >= until:
-            break
-    return times
-
-
-def _one_by_one(engine: Engine, batch: list[Any]) -> Iterator[Run]:
-    while True:
-        run = engine.launch(batch)
-        run.complete()
-        run.choose()
-        run.collect()
-        yield run
-
-
-def _overlapped(engine: Engine, batch: list[Any]) -> Iterator[Run]:
-    """Each begins before the last one's choice, and is completed after it."""
-    last = engine.launch(batch)
-    last.complete()
-    while True:
-        run = engine.launch(batch)
+    last = _begun(engine, batch)
+    while len(times) < LEAST_RUNS or time.monotonic() < until:
+        following = engine.launch(batch) if engine.overlaps else None
         last.choose()
-        run.complete()
-        last.collect()
-        yield last
-        last = run
+        if following is not None:
+            following.complete()
+        times.append(_collected(last))
+        last = following or _begun(engine, batch)
+    last.choose()
+    return [*times, _collected(last)]
+
+
+def _begun(engine: Engine, batch: list[Any]) -> Run:
+    run = engine.launch(batch)
+    run.complete()
+    return run
+
+
+def _collected(run: Run) -> Times:
+    run.collect()
+    return run.times()
 
 
 def _seconds(engine: Engine, batch: list[Any]) -> float:
