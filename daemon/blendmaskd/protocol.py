@@ -73,9 +73,10 @@ most 128 characters. A job of that name that is already accepted is not affected
 ## Masks
 
 A **polygon** segmentation is a list with one polygon for each connected part of the mask, none if it has no pixel. A
-polygon is a flat list [x0, y0, x1, y1, …] of corners in pixels of the image, along the edges of pixels (0, 0 is the
-upper left corner of the first), closed from the last corner to the first. A hole is joined to its outline by a cut
-without width.
+polygon is a flat list [x0, y0, x1, y1, …] of points in pixels of the image (0, 0 is the upper left corner of the first
+pixel), closed from the last to the first. It runs along the edges of pixels and cuts corners from the middle of one
+edge to that of the next, so its numbers are multiples of a half. A hole is joined to its outline by a cut without
+width.
 
 An **rle** segmentation is COCO's compressed form, a map of ``size`` [height, width] and ``counts`` (str):
 
@@ -107,9 +108,10 @@ it. A shorter or missing identity is answered `unauthorised`. So is a message un
 of another key; those jobs then end without an answer, and their owner, who lost the connection, sends them again. So
 are the unanswered jobs of a key that is no longer allowed; anything such a key sends afterwards is dropped.
 
-A client that is not let in hears nothing: ZeroMQ closes the connection and tries again for ever. A socket monitor tells
-ZMQ_EVENT_HANDSHAKE_FAILED_AUTH if the client's key is not allowed, and ZMQ_EVENT_HANDSHAKE_FAILED_NO_DETAIL or
-ZMQ_EVENT_HANDSHAKE_FAILED_PROTOCOL if the server key is wrong or one side uses none.
+A client that is not let in hears nothing; a socket monitor tells why. After ZMQ_EVENT_HANDSHAKE_FAILED_AUTH, the
+client's key is not allowed, and ZMQ_EVENT_HANDSHAKE_FAILED_PROTOCOL, one side uses no keys, ZeroMQ gives up: make a new
+socket. After ZMQ_EVENT_HANDSHAKE_FAILED_NO_DETAIL, of which many in a row mean a wrong server key, it tries again for
+ever.
 
 A **key file** is UTF-8 text, with comments after ``#``; a key is 40 characters of Z85, as ZMQ_CURVE_PUBLICKEY and the
 other socket options take it. The daemon's ``server.key`` and a client's ``NAME.key`` lack the last line:
