@@ -96,9 +96,10 @@ connection it has. Without one ZeroMQ makes up another for each connection: what
 - **A name may be used again** as soon as it is answered. A ``submit`` with the name of a job that is not answered yet
   changes nothing: there will still be exactly one answer. So it is always safe to send again what is unanswered.
 - **After a lost connection send again what is unanswered**: the daemon may have been restarted, or have cancelled the
-  jobs of a client that it saw leave, and knows nothing of them; there will only be silence. A socket monitor tells of
-  it (ZMQ_EVENT_DISCONNECTED). A client without one repeats itself after some seconds of silence. Over TCP set
-  ZMQ_HEARTBEAT_IVL, or a path that went dead is not noticed.
+  jobs of a client that it saw leave, and knows nothing of them; there will only be silence. A socket monitor tells
+  when: at each ZMQ_EVENT_HANDSHAKE_SUCCEEDED but the first. A client without one repeats itself after some seconds of
+  silence, with ZMQ_IMMEDIATE set, so that nothing piles up while nobody is there. Over TCP set ZMQ_HEARTBEAT_IVL, or a
+  path that went dead is not noticed.
 - **A second connection under an identity takes over**: the jobs stay, the second gets the answers, the first hears
   nothing more. Two sockets that live at the same time need two identities.
 
