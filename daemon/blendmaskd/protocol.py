@@ -73,9 +73,10 @@ most 128 characters. A job of that name that is already accepted is not affected
 ## Masks
 
 A **polygon** segmentation is a list with one polygon for each connected part of the mask, none if it has no pixel. A
-polygon is a flat list [x0, y0, x1, y1, …] of corners in pixels of the image, along the edges of pixels (0, 0 is the
-upper left corner of the first), closed from the last corner to the first. A hole is joined to its outline by a cut
-without width.
+polygon is a flat list [x0, y0, x1, y1, …] of points in pixels of the image (0, 0 is the upper left corner of the first
+pixel), closed from the last to the first. It runs along the edges of pixels and cuts corners from the middle of one
+edge to that of the next, so its numbers are multiples of a half. A hole is joined to its outline by a cut without
+width.
 
 An **rle** segmentation is COCO's compressed form, a map of ``size`` [height, width] and ``counts`` (str):
 
@@ -95,9 +96,10 @@ connection it has. Without one ZeroMQ makes up another for each connection: what
 - **A name may be used again** as soon as it is answered. A ``submit`` with the name of a job that is not answered yet
   changes nothing: there will still be exactly one answer. So it is always safe to send again what is unanswered.
 - **After a lost connection send again what is unanswered**: the daemon may have been restarted, or have cancelled the
-  jobs of a client that it saw leave, and knows nothing of them; there will only be silence. A socket monitor tells of
-  it (ZMQ_EVENT_DISCONNECTED). A client without one repeats itself after some seconds of silence. Over TCP set
-  ZMQ_HEARTBEAT_IVL, or a path that went dead is not noticed.
+  jobs of a client that it saw leave, and knows nothing of them; there will only be silence. A socket monitor tells
+  when: at each ZMQ_EVENT_HANDSHAKE_SUCCEEDED but the first. A client without one repeats itself after some seconds of
+  silence, with ZMQ_IMMEDIATE set, so that nothing piles up while nobody is there. Over TCP set ZMQ_HEARTBEAT_IVL, or a
+  path that went dead is not noticed.
 - **A second connection under an identity takes over**: the jobs stay, the second gets the answers, the first hears
   nothing more. Two sockets that live at the same time need two identities.
 
@@ -107,9 +109,10 @@ it. A shorter or missing identity is answered `unauthorised`. So is a message un
 of another key; those jobs then end without an answer, and their owner, who lost the connection, sends them again. So
 are the unanswered jobs of a key that is no longer allowed; anything such a key sends afterwards is dropped.
 
-A client that is not let in hears nothing: ZeroMQ closes the connection and tries again for ever. A socket monitor tells
-ZMQ_EVENT_HANDSHAKE_FAILED_AUTH if the client's key is not allowed, and ZMQ_EVENT_HANDSHAKE_FAILED_NO_DETAIL or
-ZMQ_EVENT_HANDSHAKE_FAILED_PROTOCOL if the server key is wrong or one side uses none.
+A client that is not let in hears nothing; a socket monitor tells why. After ZMQ_EVENT_HANDSHAKE_FAILED_AUTH, the
+client's key is not allowed, and ZMQ_EVENT_HANDSHAKE_FAILED_PROTOCOL, one side uses no keys, ZeroMQ gives up: make a new
+socket. After ZMQ_EVENT_HANDSHAKE_FAILED_NO_DETAIL, of which many in a row mean a wrong server key, it tries again for
+ever.
 
 A **key file** is UTF-8 text, with comments after ``#``; a key is 40 characters of Z85, as ZMQ_CURVE_PUBLICKEY and the
 other socket options take it. The daemon's ``server.key`` and a client's ``NAME.key`` lack the last line:

@@ -167,9 +167,10 @@ int main(int argc, char **argv)
         fail("usage", "client ENDPOINT IMAGE [MASK.pgm]");
     char *image = read_file(argv[2], &bytes);
     void *context = zmq_ctx_new(), *dealer = zmq_socket(context, ZMQ_DEALER);
-    int repeat_ms = REPEAT_MS, no_linger = 0;
+    int repeat_ms = REPEAT_MS, no_linger = 0, wait_for_connection = 1;
     zmq_setsockopt(dealer, ZMQ_RCVTIMEO, &repeat_ms, sizeof repeat_ms);
     zmq_setsockopt(dealer, ZMQ_LINGER, &no_linger, sizeof no_linger);
+    zmq_setsockopt(dealer, ZMQ_IMMEDIATE, &wait_for_connection, sizeof wait_for_connection);
     if (zmq_connect(dealer, argv[1]))
         fail(argv[1], zmq_strerror(errno));
     for (int done = 0; !done;) {

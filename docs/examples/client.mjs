@@ -21,7 +21,8 @@ const image = readFileSync(imagePath);
 const header = { type: "submit", job: "1", image: { kind: "encoded" }, options: { score_threshold: 0.3 } };
 const dealer = new Dealer({ ...curve, routingId: randomBytes(16).toString("hex"), linger: 0 });
 const submit = () => dealer.send(["BMD1", encode(header), image]);
-dealer.events.on("disconnect", submit); // the daemon may have forgotten the job; else this changes nothing
+let connections = 0;
+dealer.events.on("handshake", () => connections++ && submit()); // the daemon may have forgotten it; else nothing changes
 dealer.events.on("handshake:error:auth", () => { throw new Error("this key is not allowed"); });
 dealer.connect(endpoint);
 await submit();
