@@ -203,6 +203,14 @@ def test_a_device_that_is_taken_out_stops_beside_the_replacement(up: Daemon) -> 
     assert up.begin(new, 1.0) == [Adopt(new), Spawn(A, 2), Spawn(C, 1), Stop(B, 1)]
 
 
+def test_a_device_that_comes_back_while_it_stops_is_not_counted_as_replaced(up: Daemon) -> None:
+    up.begin(basis(A, B), 1.0)
+    assert up.begin(basis(A), 2.0)[1:] == [Stop(B, 1)]
+    assert up.begin(basis(A, B), 3.0)[1:] == [], "both stop already, for different reasons"
+    assert up.die(A, 4.0, code=0) == [Spawn(A, 2)]
+    assert up.die(B, 4.0, code=0) == [Spawn(B, 2)]
+
+
 def test_a_first_start_that_cannot_be_is_given_up_and_a_later_one_is_not(up: Daemon) -> None:
     hopeless = Daemon(A)
     hopeless.so_far()

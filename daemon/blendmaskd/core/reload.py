@@ -71,6 +71,7 @@ class Reload:
         self._replacing = False
         self._last: dict[str, int] = {}  # generations when `basis` was adopted: these and earlier ones are older
         self._witnesses: set[str] = set()  # slots that were up then, or on their way
+        self._taken_out: set[str] = set()  # slots whose worker stops because an earlier reload took them out
         self._reported = False  # that all are ready by `basis`, or that none ever will be
         self._served = False
 
@@ -146,6 +147,8 @@ class Reload:
 
     def _adopt(self, action: Adopt, now: float) -> list[Action]:
         self.basis, self._reported = action.basis, False
+        stopping = [slot for slot in self._supervisor.slots.values() if slot.state is State.STOPPING]
+        self._taken_out = {slot.name for slot in stopping if slot.ending or slot.name in self._taken_out}
         settings = action.basis.settings
         return [action, *self._supervisor.renew(settings.devices, settings.restarts, settings.drain_s, now)]
 
@@ -171,7 +174,8 @@ class Reload:
         if not self._supervisor.draining:
             kept = [slot for slot in slots if not slot.ending and slot.state is not State.ENDED]
             assert {slot.name for slot in kept} == set(self.basis.settings.devices), slots
-            assert sum(slot.wanted_down and slot.ready_since is not None for slot in kept) <= 1, slots
+            replaced = [slot for slot in kept if slot.wanted_down and slot.name not in self._taken_out]
+            assert sum(slot.ready_since is not None for slot in replaced) <= 1, slots
 
 
 def refuse_rebinding(opened: Settings, new: Settings) -> None:
