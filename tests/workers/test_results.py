@@ -11,7 +11,8 @@ from pycocotools.coco import COCO as CocoDataset
 
 from blendmaskd.coco.categories import COCO
 from blendmaskd.protocol import Options
-from blendmaskd_workers.results import Pasted, Stretched, Window, encode_rle, keep, to_coco, trace_polygons
+from blendmaskd_workers import outlines
+from blendmaskd_workers.results import Pasted, Stretched, Window, edges, encode_rle, keep, to_coco
 
 # pycocotools 2.0.11 hands numpy an array by a protocol that numpy 2.4 warns about.
 
@@ -34,6 +35,10 @@ def placed(mask: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> 
 def disc(height: int, width: int, radius: float) -> np.ndarray:
     rows, columns = np.ogrid[:height, :width]
     return (rows - height / 2) ** 2 + (columns - width / 2) ** 2 <= radius**2
+
+
+def trace_polygons(window: Window) -> list[list[float]]:
+    return [part.ravel().tolist() for part in outlines.trace(*edges(window))]
 
 
 def coco(options: Options, pasted: list[int] | None = None) -> list[dict]:
