@@ -91,8 +91,11 @@ class WaitUntil(Protocol):
 class Daemon:
     """A running daemon. `settings` is the tree in its file, which `rewrite` changes."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], environment: Mapping[str, str], files: int | None = None
+    ) -> None:
         self.folder = folder
+        self._limit = [] if files is None else ["sh", "-c", f'ulimit -Sn {files}; exec "$@"', "sh"]
         self.settings_file = folder / "daemon.yaml"
         self.settings: dict[str, Any] = {
             "endpoints": {"clients": [f"ipc://{folder}/client.sock"], "metrics": "127.0.0.1:0"}
@@ -113,7 +116,7 @@ class Daemon:
         """Start it, again after it was killed, on the same endpoints."""
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "blendmaskd", "--settings", self.settings_file],
+                [*self._limit, sys.executable, "-m", "blendmaskd", "--settings", self.settings_file],
                 cwd=ROOT, env=self._environment, stderr=log,
             )  # fmt: skip
 
@@ -219,7 +222,8 @@ class Daemon:
 
 class MakeDaemon(Protocol):
     def __call__(
-        self, *, wait: bool = True, environment: Mapping[str, str] | None = None, **settings: Any
+        self, *, wait: bool = True, environment: Mapping[str, str] | None = None, files: int | None = None,
+        **settings: Any,
     ) -> Daemon: ...
 
 
@@ -228,10 +232,13 @@ def _daemons() -> Iterator[MakeDaemon]:
     started: list[Daemon] = []
     with contextlib.ExitStack() as folders:
 
-        def make(*, wait: bool = True, environment: Mapping[str, str] | None = None, **settings: Any) -> Daemon:
+        def make(
+            *, wait: bool = True, environment: Mapping[str, str] | None = None, files: int | None = None,
+            **settings: Any,
+        ) -> Daemon:  # fmt: skip
             # Not pytest's folder: the path of a socket has at most 107 bytes.
             folder = Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="bmd-")))
-            started.append(Daemon(folder, settings, environment or {}))
+            started.append(Daemon(folder, settings, environment or {}, files))
             if wait:
                 started[-1].wait_ready()
             return started[-1]
@@ -248,7 +255,8 @@ def _daemons() -> Iterator[MakeDaemon]:
 def daemon() -> Iterator[MakeDaemon]:
     """Starts daemons: ``daemon(queue={"max_jobs": 2})``, ``wait=False`` to not wait until all devices are ready.
 
-    Settings go over `DEFAULTS`, key by key at the top; `environment` over this process's own.
+    Settings go over `DEFAULTS`, key by key at the top; `environment` over this process's own; `files` is its soft limit
+    of open files.
     """
     with _daemons() as make:
         yield make

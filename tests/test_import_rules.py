@@ -35,7 +35,9 @@ MAY = {
     TRAINING: {LANGUAGE, PROGRAMS, WORKER, NETWORK, TRAINING},
     **{tool: {LANGUAGE, CORE, LAUNCHING, CLIENT, PROGRAMS, WORKER, NETWORK, ENGINES, TRAINING} for tool in TOOLS},
 }
-ALSO = {f"{WORKER}.evaluation": {f"{WORKER}.programs"}}  # networks with random weights
+ALSO = {  # networks with random weights; the load of the accelerator check
+    f"{WORKER}.evaluation": {f"{WORKER}.programs", f"{WORKER}.benchmark"},
+}
 
 
 def _modules() -> dict[str, Path]:

@@ -47,10 +47,12 @@ class Model(_Section, frozen=True):
 
     config: str = "configs/BlendMask/R_50_1x.yaml"  # the network's configuration: a YAML file with AdelaiDet's keys
     weights: str | None = None  # an AdelaiDet checkpoint: {"model": state_dict}, or the state dict alone
-    # hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs with AVX512-BF16 or AMX, else fp32; fp16: not on CPUs
+    # hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs that measure faster in it, else fp32; fp16: not on CPUs
     precision: Literal["fp32", "hf32", "bf16", "fp16", "auto"] = "fp32"
     # true: AdelaiDet's order of operations, image by image; slower. false: the same except for rounding
     exact: bool = False
+    # exact: Pillow's resizing, as detectron2's; fast: torch's, inexact: up to 0.4% of values are off by one
+    resize: Literal["exact", "fast"] = "exact"
     # record a graph for each size in warm_up; npu and cuda only. Never run on hardware by this project
     graphs: bool = False
     # file with a COCO `categories` list; default: the one beside the weights, COCO's 80, or class_N
@@ -367,6 +369,8 @@ def _check_model(settings: Settings) -> None:
     precision, graphs = settings.model.precision, settings.model.graphs
     if settings.engine == "adelaidet" and precision not in ("fp32", "hf32"):
         raise SettingsError(f"model.precision = {precision!r}: the engine adelaidet computes in fp32 or hf32")
+    if settings.engine == "adelaidet" and settings.model.resize == "fast":
+        raise SettingsError("model.resize = 'fast': the engine adelaidet resizes as detectron2 does, which is exact")
     if settings.engine == "adelaidet" and graphs:
         raise SettingsError("model.graphs = True: the engine adelaidet does not support graphs")
     cpus = [device for device in settings.devices if device.startswith("cpu:")]
@@ -386,6 +390,8 @@ def _check_exact(settings: Settings) -> None:
         against = "the engine timed has no network"
     elif model.precision != "fp32":
         against = f"model.precision = {model.precision!r} may round below float32"
+    elif model.resize == "fast":
+        against = "model.resize = 'fast' resizes inexactly"
     elif model.graphs:
         against = "model.graphs = True has never been compared with the network as trained"
     elif settings.batch not in ("auto", 1):

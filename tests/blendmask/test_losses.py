@@ -1,20 +1,17 @@
 """Losses and gradients against recorded ones of the real AdelaiDet; tests/golden/README.md says what they hold."""
 
-import json
-import zlib
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from zoo import two_threads
 
-from blendmaskd_workers.blendmask import BlendMask, build, collate, load_config, load_into, prepare, random_weights
+from blendmaskd_workers.blendmask import BlendMask, build, load_config, load_into, random_weights
+from blendmaskd_workers.evaluation.accelerator import recorded
 from blendmaskd_workers.training.losses import losses
-from blendmaskd_workers.training.targets import GroundTruth, assign, polygon_mask
+from blendmaskd_workers.training.targets import GroundTruth, assign
 from checkout import ROOT
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -42,39 +39,8 @@ class Step:
         return None if parameter is None or parameter.grad is None else parameter.grad.double().norm().item()
 
 
-@cache
-def recorded(network: str) -> tuple[dict, dict[str, np.ndarray]]:
-    with np.load(GOLDEN / f"{network}_train.npz") as arrays:
-        return json.loads((GOLDEN / f"{network}_train.json").read_text()), dict(arrays)
-
-
 def ground_truths(network: str, kind: str, resolution: int) -> list[GroundTruth]:
-    data, arrays = recorded(network)
-    truths = []
-    for i, image in enumerate(data["inputs"]):
-        empty = i in EMPTY[kind]
-        instances = [] if empty else image["instances"]
-        boxes = np.array([instance["box"] for instance in instances], np.float32).reshape(-1, 4)
-        masks = [polygon_mask([np.array(part) for part in instance["polygons"]], box, resolution)
-                 for instance, box in zip(instances, boxes)]
-        classes = torch.tensor([instance["class"] for instance in instances], dtype=torch.int64)
-        semantic = torch.from_numpy(arrays[f"img{i}_basis_sem"] * (not empty))
-        truths.append(GroundTruth(
-            torch.from_numpy(boxes), classes,
-            torch.from_numpy(np.array(masks, np.float32).reshape(-1, resolution, resolution)),
-            None if kind.startswith("nosem") else semantic))
-    return truths
-
-
-def batch(network: str, model: BlendMask) -> Tensor:
-    prepared = []
-    for image in recorded(network)[0]["inputs"]:
-        height, width = image["hw"]
-        photograph = Image.open(GOLDEN / "images" / image["file"]).convert("RGB")
-        pixels = np.asarray(photograph.resize((width, height), Image.Resampling.BILINEAR))[:, :, ::-1]
-        assert zlib.crc32(pixels.tobytes()) == image["bgr_uint8_crc32"], "Pillow resizes differently here"
-        prepared.append(prepare(pixels, replace(model.config, min_size=min(height, width))).tensor)
-    return collate(prepared, model.config)
+    return recorded.ground_truths(network, resolution, EMPTY[kind], not kind.startswith("nosem"))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -84,11 +50,12 @@ def step(request) -> Step:
     model = build(replace(config, semantic_classes=None) if kind.startswith("nosem") else config)
     load_into(model, random_weights(model))
     model.train()
-    want = recorded(network)[0]["results"][kind]
+    want = recorded.training(network)[0]["results"][kind]
     for name in want["frozen_params"]:
         model.get_parameter(name).requires_grad_(False)
     with two_threads():
-        found = losses(model, batch(network, model), ground_truths(network, kind, config.resolution))
+        images = recorded.training_images(network, model.config)
+        found = losses(model, images, ground_truths(network, kind, config.resolution))
         torch.stack(list(found.values())).sum().backward()
     return Step(want, model, found)
 
@@ -122,7 +89,7 @@ def test_running_statistics(step):
 @pytest.mark.parametrize("network", CONFIGS)
 def test_targets(network):
     config = load_config(CONFIGS[network])
-    data, arrays = recorded(network)
+    data, arrays = recorded.training(network)
     truths = ground_truths(network, "sem", config.resolution)
     height, width = (max(-(-image["hw"][i] // 32) * 32 for image in data["inputs"]) for i in (0, 1))
     sizes = [(-(-height // stride), -(-width // stride)) for stride in config.strides]

@@ -269,12 +269,45 @@ def test_over_a_bound_the_answer_is_at_once(broker: Broker, fill: int, size: int
 
 
 def test_busy_names_when_half_the_queue_will_be_gone(broker: Broker) -> None:
-    broker.refusals.served_per_s = 10.0
-    for number in range(4):
-        submit(broker, f"{number}")
-    refusal = answers(submit(broker, "over"))["over"]
-    assert isinstance(refusal, Failed)
-    assert refusal.retry_after_s == pytest.approx(0.2)
+    """Two leases of 0.2 s at a time are 10 jobs a second."""
+    with_workers(broker, "npu:0.1")
+    busy_for_0_2_s(broker, now=0.0)
+    assert retry_after_s(broker, now=0.3) == pytest.approx(0.2)
+
+
+def test_an_idle_hour_does_not_slow_what_busy_names(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    for hour in range(3):
+        busy_for_0_2_s(broker, now=3600.0 * hour)
+    assert retry_after_s(broker, now=3600.0 * 3) == pytest.approx(0.2)
+
+
+def test_what_busy_names_follows_the_last_answers(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    busy_for_0_2_s(broker, now=0.0)
+    for number in range(1, 100):
+        [(_, lease)] = leases(submit(broker, "slower", now=float(number)))
+        finish(broker, "npu:0.1", lease, now=number + 0.4)
+    assert retry_after_s(broker, now=200.0) == pytest.approx(0.4, rel=0.01)
+
+
+def test_while_nothing_was_served_busy_names_a_second(broker: Broker) -> None:
+    assert retry_after_s(broker, now=0.0) == 1.0
+
+
+def busy_for_0_2_s(broker: Broker, now: float) -> None:
+    held = [lease for job in "ab" for _, lease in leases(submit(broker, job, now=now))]
+    for lease in held:
+        finish(broker, "npu:0.1", lease, now=now + 0.2)
+
+
+def retry_after_s(broker: Broker, now: float) -> float | None:
+    """As `busy` names it, with two jobs on a device, or four waiting where there is none."""
+    while (refusal := answers(submit(broker, f"{broker.unanswered}", now=now))) == {}:
+        pass
+    [busy] = refusal.values()
+    assert isinstance(busy, Failed)
+    return busy.retry_after_s
 
 
 def test_a_repeated_submit_of_a_live_job_changes_nothing(broker: Broker) -> None:

@@ -1,9 +1,11 @@
 """Both clients against a running daemon; where a peer has to misbehave, against a bare socket."""
 import asyncio
+import contextlib
 import gc
 import io
 import itertools
 import os
+import socket
 import struct
 import threading
 import time
@@ -16,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import zmq
+from curve import free_port
 from PIL import Image
 
 from blendmaskd import protocol
@@ -344,6 +347,20 @@ def test_silence_is_a_timeout_error_after_which_the_job_is_cancelled(peer: Peer)
             client.stats()
 
 
+def test_what_a_fetch_that_gave_up_left_behind_is_no_answer_to_the_next(peer: Peer) -> None:
+    name = "x" * 32
+    with Client(peer.endpoint, timeout_s=0.2) as client:
+        with pytest.raises(TimeoutError):
+            client.fetch(name)
+        assert [peer.receive(), peer.receive()] == [protocol.Fetch(job=name), protocol.Cancel(job=name)]
+        for call in (lambda: client.fetch(name), lambda: client.forget(name)):
+            peer.send(protocol.Accepted(job=name))
+            with pytest.raises(TimeoutError):
+                call()
+        peer.send(protocol.Accepted(job=name))
+        assert client.fetch(name, wait=False) is None
+
+
 def test_nobody_there_is_a_timeout_error(tmp_path: Path) -> None:
     with Client(f"ipc://{tmp_path}/nobody", timeout_s=0.1) as client:
         with pytest.raises(TimeoutError):
@@ -466,7 +483,7 @@ async def gather(endpoint: str, images: list[Any]) -> list[Segmentation]:
 
 def with_client(endpoint: str, work: Callable[[AsyncClient], Awaitable[Any]], timeout_s: float = 20.0) -> Any:
     async def run() -> Any:
-        async with AsyncClient(endpoint, timeout_s=timeout_s) as client, asyncio.timeout(30):
+        async with AsyncClient(endpoint, timeout_s=timeout_s) as client, asyncio.timeout(60):
             return await work(client)
 
     return asyncio.run(run())
@@ -793,3 +810,62 @@ def test_a_forgotten_client_gives_back_what_it_held(shared_daemon: Any) -> None:
         forget()
     gc.collect()
     assert held() == before
+
+
+
+# -- a path that goes silent ------------------------------------------------------------------------------------------
+
+
+class Relay:
+    """A path to a daemon by TCP. `swallow` makes it silent: what is sent vanishes and no end is told, as when a NAT
+    forgets a connection; new connections work.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._silent: set[socket.socket] = set()
+        self._open: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                ends = self._listener.accept()[0], socket.create_connection(("127.0.0.1", self._port))
+                self._open += ends
+                for pair in (ends, ends[::-1]):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if source not in self._silent:
+                    target.sendall(data)
+
+    def swallow(self) -> None:
+        self._silent.update(self._open)
+
+    def close(self) -> None:
+        for each in (self._listener, *self._open):
+            each.close()
+
+
+@pytest.mark.slow
+def test_a_path_that_goes_silent_is_given_up_and_the_job_sent_again(daemon: Any) -> None:
+    port = free_port()
+    daemon(insecure_tcp=True, endpoints={"clients": [f"tcp://127.0.0.1:{port}"], "metrics": None})
+    relay = Relay(port)
+
+    async def work(client: AsyncClient) -> None:
+        await client.segment(pixels(1))
+        relay.swallow()
+        assert answered(await client.segment(pixels(2))) == checksum(pixels(2))
+
+    with contextlib.closing(relay), Client(relay.endpoint, timeout_s=60) as client:
+        client.segment(pixels(1))
+        relay.swallow()
+        start = time.monotonic()
+        assert answered(client.segment(pixels(2))) == checksum(pixels(2))
+        assert time.monotonic() - start < 40
+        with_client(relay.endpoint, work, timeout_s=60.0)

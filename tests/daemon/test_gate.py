@@ -4,7 +4,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import resource
 import socket
 import stat
 import subprocess
@@ -370,13 +369,7 @@ def test_a_message_that_is_too_long_ends_its_connection_and_no_other(daemon) -> 
 def test_few_descriptors_leave_room_for_workers(daemon, wait_until) -> None:
     """At the limit of descriptors the daemon could not start a worker anew; strangers never get it there."""
     with tempfile.TemporaryDirectory(prefix="bmd-") as folder, contextlib.ExitStack() as stack:
-        ours = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (FEW_DESCRIPTORS, ours[1]))
-        try:
-            guarded = start(daemon, Path(folder), wait=False, devices=["cpu:0"])
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, ours)
-        guarded.daemon.wait_ready()
+        guarded = start(daemon, Path(folder), files=FEW_DESCRIPTORS, devices=["cpu:0"])
         process = psutil.Process(guarded.daemon.process.pid)
         silent = [stack.enter_context(socket.create_connection(("127.0.0.1", guarded.port), timeout=30))
                   for _ in range(2 * FEW_DESCRIPTORS)]  # fmt: skip

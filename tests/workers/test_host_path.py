@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,6 +17,7 @@ from blendmaskd.images import decoding as images
 from blendmaskd.images import pixel_formats
 from blendmaskd.settings import Limits
 from blendmaskd_workers import blendmask
+from blendmaskd_workers.benchmark import pictures as pictures_of_a_load
 from blendmaskd_workers.blendmask.preprocess import resized_size
 from fuzz import pictures
 
@@ -139,6 +141,32 @@ def test_what_shared_memory_says_later_does_not_matter() -> None:
         memory[:] = bytes(reversed(memory))
         assert (prepared.tensor == before[0]).all()
         assert (np.asarray(kept) == before[1]).all()
+
+
+in_silence = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # as preprocess has it
+
+
+@in_silence
+@settings(max_examples=100, deadline=None)
+@given(sides, sides, seeds, st.booleans(), configs)
+def test_fast_resizing_is_off_by_one_at_most(
+    height: int, width: int, seed: int, decoded: bool, config: blendmask.Config
+) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    photograph = images.rgb(pixels) if decoded else pixels
+    exact, fast = (blendmask.prepare(photograph, config, fast=fast) for fast in (False, True))
+    assert (exact.image_size, exact.net_size, exact.padded_size) == (fast.image_size, fast.net_size, fast.padded_size)
+    assert (exact.tensor.int() - fast.tensor.int()).abs().max() <= 1
+    if exact.net_size == (height, width):
+        assert torch.equal(exact.tensor, fast.tensor)
+
+
+@in_silence
+def test_fast_resizing_changes_few_values() -> None:
+    picture = images.decode(pictures_of_a_load.synthetic((960, 1280), "jpeg").payload or b"", LIMITS)
+    exact, fast = (blendmask.prepare(picture, replace(CONFIG, min_size=800, max_size=1333), fast=fast).tensor
+                   for fast in (False, True))  # fmt: skip
+    assert 0 < (exact != fast).float().mean() < 0.002
 
 
 def test_other_modes_are_refused() -> None:

@@ -5,7 +5,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,7 +16,7 @@ from blendmaskd import settings
 from blendmaskd.assignment import Assignment
 from blendmaskd.protocol import Code, Failed, Image, Options
 from blendmaskd.wanted import Wanted
-from blendmaskd_workers import engines
+from blendmaskd_workers import engines, loop
 from blendmaskd_workers.cluster.channel import Answer, LocalChannel
 from blendmaskd_workers.engines.timed import TimedEngine, TimedRun
 from blendmaskd_workers.loop import EXIT_ENGINE_BROKEN, Loop
@@ -33,12 +33,20 @@ class Recorded(TimedEngine):
         self.steps: list[tuple[str, int]] = []
         self.fails: set[tuple[str, int]] = set()
         self.started = threading.Event()
+        self.given: list[Any] | None = None  # instead of the outputs
 
     def launch(self, batch: Sequence[Any]) -> RecordedRun:
         number = 1 + sum(step == "launch" for step, _ in self.steps)
         self.note("launch", number)
         self.started.set()
         return RecordedRun(self, batch, number)
+
+    def finish(self, output: Any, prepared: Any, options: Options) -> list[Any]:
+        return self.finished(super().finish(output, prepared, options))
+
+    def finished(self, results: list[Any]) -> list[Any]:
+        """To be replaced."""
+        return results
 
     def note(self, step: str, number: int) -> None:
         self.steps.append((step, number))
@@ -61,7 +69,8 @@ class RecordedRun(TimedRun):
 
     def collect(self) -> list[Any]:
         self.recorded.note("collect", self.number)
-        return super().collect()
+        outputs = super().collect()
+        return outputs if self.recorded.given is None else self.recorded.given
 
 
 class Worker:
@@ -98,9 +107,9 @@ class Worker:
 
 
 @pytest.fixture
-def worker() -> Iterator[Worker]:
+def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
     interval = sys.getswitchinterval()
-    worker = Worker(latency_ms=200)
+    worker = Worker(latency_ms=getattr(request, "param", 200))
     yield worker
     worker.end()
     gc.unfreeze()
@@ -134,6 +143,38 @@ def test_what_was_revoked_or_is_too_late_is_not_begun(worker: Worker) -> None:
 def test_a_run_that_fails_takes_no_other_with_it(worker: Worker, step: str) -> None:
     worker.engine.fails = {(step, 2)}
     assert outcomes(worker.together(4)) == ["answered", Code.ENGINE_FAILED, "answered", "answered"]
+    assert outcomes([worker.submit()]) == ["answered"]
+
+
+def raises(error: BaseException) -> Callable[[Any], Any]:
+    def fail(_: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("worker", [10], indirect=True)
+@pytest.mark.parametrize(
+    "finished",
+    [raises(SystemExit(0)), raises(RuntimeError("x" * 10_000_000)), raises(OSError("\udcff.jpg")), lambda _: [object()],
+     lambda _: [2**70], lambda _: [{("a", "key"): {1, 2}}]],
+)  # fmt: skip
+def test_whatever_finishing_does_each_lease_ends_once(
+    worker: Worker, finished: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.log, "disabled", True)  # pytest-xdist cannot pass on what is no text
+    worker.engine.finished = finished
+    assert outcomes(worker.together(3)) == [Code.ENGINE_FAILED] * 3
+    worker.engine.finished = lambda results: results
+    assert outcomes([worker.submit()]) == ["answered"]
+
+
+@pytest.mark.parametrize("worker", [10], indirect=True)
+@pytest.mark.parametrize("outputs", [[], [1, 2]])
+def test_too_few_outputs_or_too_many_are_a_failure(worker: Worker, outputs: list[Any]) -> None:
+    worker.engine.given = outputs
+    assert outcomes(worker.together(2)) == [Code.ENGINE_FAILED] * 2
+    worker.engine.given = None
     assert outcomes([worker.submit()]) == ["answered"]
 
 

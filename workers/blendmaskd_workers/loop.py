@@ -63,6 +63,7 @@ EARLY = 0.8  # of a first visit: so long its end need not be looked for
 QUICK_S = 0.002  # so long the main thread may be kept from receiving
 SWITCH_S = 0.0005  # how long a thread that needs the interpreter lock waits until it asks for it; Python's own is 5 ms
 ENGINE_FAILURES_IN_A_ROW = 3  # then the device is taken to be broken rather than the images
+LONGEST_REASON = 1000  # characters, whatever a library says
 EXIT_ENGINE_BROKEN = 70  # sysexits' EX_SOFTWARE
 
 T = TypeVar("T")
@@ -94,7 +95,13 @@ class Flight:
         """What is left of a run whose beginning is asked for, with no other beside it."""
         self.run.complete()
         self.run.choose()
-        return self.run.collect()
+        return self.collect()
+
+    def collect(self) -> list[Any]:
+        outputs = self.run.collect()
+        if len(outputs) != len(self.batch):
+            raise RuntimeError(f"the engine gave {len(outputs)} outputs for {len(self.batch)} images")
+        return outputs
 
 
 class Loop:
@@ -179,7 +186,7 @@ class Loop:
         for lone in [other for other in others if other.lone]:
             lone.lone = False
             self._channel.send(protocol.Started(leases=[lone.lease.lease]))
-        self._host.submit(self._prepare_and_put, item)
+        self._host.submit(self._unless_it_dies, self._prepare_and_put, item)
 
     def _window(self) -> int:
         batches = 3 if self._engine.overlaps else 2  # one is already here, the others run
@@ -226,7 +233,7 @@ class Loop:
             self._fail(item, error.code, error.reason)
         except RegionError as error:
             self._fail(item, Code.BAD_REQUEST, str(error))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a library that wants to exit would end its thread and nothing else
             log.exception("preparing its image failed", extra=about(lease=item.lease.lease))
             self._fail(item, Code.ENGINE_FAILED, f"preparing the image: {type(error).__name__}: {error}")
         else:
@@ -257,12 +264,12 @@ class Loop:
         start = time.monotonic()
         try:
             detections = self._engine.finish(output, item.prepared, item.lease.options)
-        except Exception as error:
+            payload = msgpack.packb(detections)
+        except (Exception, SystemExit) as error:
             log.exception("finishing its results failed", extra=about(lease=item.lease.lease))
             self._fail(item, Code.ENGINE_FAILED, f"finishing the results: {type(error).__name__}: {error}")
             return
         height, width = item.prepared.image_size
-        payload = msgpack.packb(detections)
         item.timings["finish"] = time.monotonic() - start
         self._end(
             protocol.Finished(lease=item.lease.lease, width=width, height=height, timings=item.timings), [payload]
@@ -313,7 +320,8 @@ class Loop:
             return None
         self._lone_is_quick = False
         if not batch[0].lone:
-            self._teller.submit(self._channel.send, protocol.Started(leases=[item.lease.lease for item in batch]))
+            started = protocol.Started(leases=[item.lease.lease for item in batch])
+            self._teller.submit(self._unless_it_dies, self._channel.send, started)
         return self._guarded(batch, lambda: Flight(batch, self._engine.launch([item.prepared for item in batch])))
 
     def _complete(self, flight: Flight | None) -> Flight | None:
@@ -324,21 +332,21 @@ class Loop:
 
     def _collect(self, flight: Flight | None) -> None:
         if flight is not None:
-            self._answer(flight, self._guarded(flight.batch, flight.run.collect))
+            self._answer(flight, self._guarded(flight.batch, flight.collect))
 
     def _guarded(self, batch: list[Item], step: Callable[[], T]) -> T | None:
         """A step of a batch's run; when the engine raises, each image is tried alone, and None is returned."""
         try:
             with self._watch:
                 return step()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._failures = 0 if self._try_alone(batch, error) else self._failures + 1
         if self._failures >= ENGINE_FAILURES_IN_A_ROW:
             log.error("the engine failed %d times in a row: starting anew", self._failures)
             self._break()
         return None
 
-    def _try_alone(self, batch: list[Item], error: Exception) -> bool:
+    def _try_alone(self, batch: list[Item], error: BaseException) -> bool:
         """What is left to do for a batch on which the engine raised; False when no image of it got an answer."""
         if len(batch) == 1:
             log.error("the engine failed", extra=about(lease=batch[0].lease.lease), exc_info=error)
@@ -355,7 +363,7 @@ class Loop:
             with self._watch:
                 flight = Flight([item], self._engine.launch([item.prepared]))
                 outputs = flight.through()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return self._try_alone([item], error)
         self._answer(flight, outputs)
         return True
@@ -378,7 +386,15 @@ class Loop:
             if len(self._held) == 1:
                 self._finish(item, output)
             else:
-                self._host.submit(self._finish, item, output)
+                self._host.submit(self._unless_it_dies, self._finish, item, output)
+
+    def _unless_it_dies(self, work: Callable[..., object], *arguments: Any) -> None:
+        """In a thread of a pool, which keeps to itself what is raised: whatever `work` lets pass is our own fault."""
+        try:
+            work(*arguments)
+        except BaseException:
+            log.exception("a thread died")
+            self._break()
 
     def _break(self) -> None:
         self._exit_code = EXIT_ENGINE_BROKEN
@@ -400,7 +416,8 @@ class Loop:
         return True
 
     def _fail(self, item: Item, code: Code, reason: str) -> None:
-        self._end(protocol.FailedLease(lease=item.lease.lease, code=code, reason=reason))
+        text = reason[:LONGEST_REASON].encode("utf-8", "backslashreplace").decode()  # a file's name need not be text
+        self._end(protocol.FailedLease(lease=item.lease.lease, code=code, reason=text))
 
     def _end(self, message: protocol.Finished | protocol.FailedLease, payload: Sequence[bytes] = ()) -> None:
         with self._lock:

@@ -81,7 +81,7 @@ class Broker:
         self._workers: dict[str, Worker] = {}
         self._blame = Blame(self._jobs, Suspects(read) if read else Suspects())
         self._turns = Turns(self._jobs, self._workers, self._blame)
-        self.refusals = Refusals(limits, self._jobs, self.regions, self._blame.remembered)
+        self.refusals = Refusals(limits, self._jobs, self._workers, self.regions, self._blame.remembered)
 
     @property
     def limits(self) -> Limits:
@@ -247,6 +247,7 @@ class Broker:
         job = lease.job
         if job is None:
             return self._after_lease(worker, now)
+        self.refusals.served(now - job.leased_at)
         device = self._workers[worker].device
         timings = {**message.timings, "queue": job.leased_at - job.accepted}
         total = now - job.accepted
@@ -303,7 +304,7 @@ class Broker:
         actions: list[Action] = []
         while (job := self._jobs.pop_overdue(now)) is not None:
             where = "in the queue" if job.worker is None else f"on {self._workers[job.worker].device}"
-            text = f"the deadline passed {now - job.accepted:.1f} s after it arrived, {where}"
+            text = f"the deadline passed {job.deadline - job.accepted:g} s after it arrived, {where}"
             actions += self._fail(job, Code.TIMEOUT, text)
         for worker in self._workers.values():
             if now >= worker.stall_deadline(self.limits.stall_s):

@@ -3,17 +3,21 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 
 import msgspec
 
 from blendmaskd.core.actions import refused
 from blendmaskd.core.jobs import Job, Jobs
+from blendmaskd.core.leases import Worker
 from blendmaskd.core.regions import Regions
 from blendmaskd.core.suspects import Suspects
 from blendmaskd.protocol import Code, Failed, Frames, Image
 
 SHORTEST_RETRY_S = 0.05
 LONGEST_RETRY_S = 30.0
+UNKNOWN_RETRY_S = 1.0  # while nothing is known of how fast jobs are served
+LATEST = 1 / 16  # what the last lease counts for in the mean of them
 SHARE = 7  # of the queue one client alone can fill 7 of 8 parts, two 7 of 15 each
 NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, fix the cause, then reload"
 
@@ -34,14 +38,17 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Refusals:
-    """The shell sets `limits`, and `served_per_s`, which is only for the retry hint."""
+    """The shell sets `limits`."""
 
-    def __init__(self, limits: Limits, jobs: Jobs, regions: Regions, remembered: Suspects) -> None:
+    def __init__(
+        self, limits: Limits, jobs: Jobs, workers: Mapping[str, Worker], regions: Regions, remembered: Suspects
+    ) -> None:
         self.limits = limits
-        self.served_per_s = 0.0
         self.draining = False
         self.available = True  # some device serves, or will
+        self._lease_s = 0.0  # how long the last leases took
         self._jobs = jobs
+        self._workers = workers
         self._regions = regions
         self._remembered = remembered
 
@@ -99,8 +106,13 @@ class Refusals:
             return f"{account.bytes} unanswered bytes, the maximum for one client is {limits.max_bytes_per_client}"
         return ""
 
+    def served(self, lease_s: float) -> None:
+        """A lease has ended with a result, after so many seconds."""
+        self._lease_s += (lease_s - self._lease_s) * (LATEST if self._lease_s else 1)
+
     def retry_after_s(self) -> float:
-        """When about half of the queue will be gone."""
-        if not self.served_per_s:
-            return 1.0
-        return min(max(self._jobs.waiting_jobs / self.served_per_s / 2, SHORTEST_RETRY_S), LONGEST_RETRY_S)
+        """When about half of the queue will be gone, by Little's law; idle times say nothing of that."""
+        leased = sum(len(worker.leases) for worker in self._workers.values())
+        if not leased or not self._lease_s:
+            return UNKNOWN_RETRY_S
+        return min(max(self._jobs.waiting_jobs * self._lease_s / leased / 2, SHORTEST_RETRY_S), LONGEST_RETRY_S)

@@ -94,7 +94,6 @@ class Desk:
     def publish(self, snapshot: dict[str, Any]) -> None:
         """What clients that ask for statistics get from now on."""
         self._snapshot = snapshot
-        self.broker.refusals.served_per_s = snapshot["combined_fps"]
 
     def describe(self) -> dict[str, Any]:
         """What a snapshot shows of jobs, regions and the spool; see `Stats.snapshot`."""
@@ -161,8 +160,7 @@ class Desk:
             case protocol.Submit():
                 return self.broker.submit(client, message, payload, now)
             case protocol.Cancel():
-                self.durable.stop_waiting(client, message)
-                return self.broker.cancel(client, message, now)
+                return [*self.durable.stop_waiting(client, message), *self.broker.cancel(client, message, now)]
             case protocol.Fetch():
                 return self.durable.fetch(client, message)
             case protocol.Forget():

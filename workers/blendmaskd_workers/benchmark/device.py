@@ -1,4 +1,4 @@
-"""The devices' own limit: an engine in a bare loop, batches of one prepared image, one after the other.
+"""The devices' own limit: an engine in a bare loop, batches of one prepared image, one after the other, by its clock.
 
 No daemon, transport, decoding and masks. The loop runs in a process of its own, started on the first device as the
 daemon starts a worker: same CPUs, threads, allocator and environment. `python -m blendmaskd_workers.benchmark.device`

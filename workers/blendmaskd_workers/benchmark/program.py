@@ -1,8 +1,8 @@
 """Load a daemon and report what its clients see, as a share of what the devices can do.
 
 It loads a daemon of its own (--devices, --engine, --batch, --set) or a running one (--endpoint). The devices'
-limit is measured in the same run, before and after: the same engine in a bare loop, without daemon, transport,
-decoding and masks. Ratios can be compared between machines, absolute figures cannot.
+limit is measured in the same run, before and after: the same engine in a bare loop, by the device's own clock, without
+daemon, transport, decoding and masks. Ratios can be compared between machines, absolute figures cannot.
 
   python scripts/benchmark.py                                       # two timed devices, 8 clients, 800x800 raw
   python scripts/benchmark.py --clients 1 2 4 8 16 --plot load.svg  # closed loop: throughput against latency

@@ -6,6 +6,7 @@ Axes: H x W pixels, N images. The network's pixels are those of the resized imag
 """
 
 import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,11 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from blendmaskd_workers.blendmask.config import SIZE_DIVISOR, Config
+
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Pillow's, which is only read here
 
 Photograph = Image.Image | npt.NDArray[np.uint8]  # of mode RGB, or (H, W, 3) BGR
 
@@ -30,15 +34,19 @@ class Prepared:
     padded_size: tuple[int, int]  # H, W once padded by itself: batch together only images in which these agree
 
 
-def prepare(photograph: Photograph, config: Config) -> Prepared:
+def prepare(photograph: Photograph, config: Config, fast: bool = False) -> Prepared:
     """Resize a photograph. Safe to call from several threads.
+
+    As detectron2 does, by Pillow; `fast`: by torch, which rounds up to four values of a thousand to a neighbour.
 
     Raises ValueError for an image of another mode, an array of another kind, or one without pixels.
     """
     image, bands = _as_pillows(photograph)
     image_size = image.height, image.width
     height, width = resized_size(*image_size, config)
-    if image.size != (width, height):  # Pillow would copy it
+    if fast and image.size != (width, height):
+        image = _resized_by_torch(image, height, width)
+    elif image.size != (width, height):  # Pillow would copy it
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     planes = bytearray().join(image.tobytes("raw", bands[channel]) for channel in config.channel_order)
     return Prepared(
@@ -59,6 +67,12 @@ def _as_pillows(photograph: Photograph) -> tuple[Image.Image, dict[str, str]]:
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or array.size == 0:
         raise ValueError(f"expected a uint8 image (H, W, 3) in BGR, got {array.dtype} {array.shape}")
     return Image.fromarray(np.ascontiguousarray(array)), {"R": "B", "G": "G", "B": "R"}
+
+
+def _resized_by_torch(image: Image.Image, height: int, width: int) -> Image.Image:
+    pixels = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None]
+    small = functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    return Image.fromarray(np.ascontiguousarray(small[0].permute(1, 2, 0).numpy()))
 
 
 def resized_size(height: int, width: int, config: Config) -> tuple[int, int]:

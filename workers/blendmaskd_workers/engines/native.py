@@ -130,7 +130,7 @@ class NativeEngine(OnDevice):
         super().warm_up(image_sizes, batch)
 
     def prepare(self, photograph: Photograph) -> Sent:
-        prepared = blendmask.prepare(photograph, self._config)
+        prepared = blendmask.prepare(photograph, self._config, self._settings.resize == "fast")
         return Sent(self.device.stage(prepared.tensor), prepared.image_size, prepared.net_size, prepared.padded_size)
 
     def _held_mb(self) -> float:
@@ -199,7 +199,7 @@ class ReplayEngine(TimedEngine):
             self.finish(self.output(prepared), prepared, Options())
 
     def prepare(self, photograph: Photograph) -> Any:
-        return blendmask.prepare(photograph, self._config)
+        return blendmask.prepare(photograph, self._config, self._settings.model.resize == "fast")
 
     def output(self, prepared: Any) -> Any:
         recorded = self._recorded

@@ -23,6 +23,7 @@ SMALL = 1e-3  # of a reference value, whose relative error does not count
 
 Run = Callable[[Callable[[], Any]], Any]  # calls a function as the device needs it: current device, data type
 Floats = npt.NDArray[np.float64]
+Places = npt.NDArray[np.int64]
 
 
 class Difference:
@@ -99,19 +100,25 @@ def compare_detections(reference: Instances, device: Instances, prepared: Prepar
 
     Boxes differ in network pixels, masks are compared as pasted into the photograph, by intersection over union.
     """
-    ours = {key: index for index, key in enumerate(_keys(device))}
-    pairs = [(index, ours[key]) for index, key in enumerate(_keys(reference)) if key in ours]
-    left, right = (np.array([pair[side] for pair in pairs], np.int64) for side in (0, 1))
-    overlaps = [_overlap(_mask(reference, i, prepared), _mask(device, j, prepared)) for i, j in pairs]
+    left, right = matched(reference, device)
+    overlaps = [_overlap(_mask(reference, i, prepared), _mask(device, j, prepared)) for i, j in zip(left, right)]
     return {
         "reference": len(reference.scores),
         "device": len(device.scores),
-        "matched": len(pairs),
+        "matched": len(left),
         "box_diff_px": float(np.abs(reference.boxes[left] - device.boxes[right]).max(initial=0)),
         "score_diff": float(np.abs(reference.scores[left] - device.scores[right]).max(initial=0)),
         "iou_mean": float(np.mean(overlaps)) if overlaps else 1.0,
         "iou_min": min(overlaps, default=1.0),
     }
+
+
+def matched(reference: Instances, device: Instances) -> tuple[Places, Places]:
+    """The places of those instances that both have: what one cell predicted as one class is one instance."""
+    ours = {key: index for index, key in enumerate(_keys(device))}
+    pairs = [(index, ours[key]) for index, key in enumerate(_keys(reference)) if key in ours]
+    left, right = (np.array([pair[side] for pair in pairs], np.int64) for side in (0, 1))
+    return left, right
 
 
 def _keys(found: Instances) -> list[tuple[float, ...]]:

@@ -1,0 +1,175 @@
+"""How long a device takes for a batch, by its own clock, with two runs on it as in a worker.
+
+`python -m blendmaskd_workers.evaluation.accelerator.visits` is started as the daemon starts workers, for one precision,
+with graphs or without; not for people. It tells a row for each batch size:
+
+====================  ============================================================================
+batch                 images
+images_per_s          by the wall clock
+device_images_per_s   what the device could do if it never waited
+first_ms, second_ms   the device's two visits, medians
+idle_ms               what it waited before the parts of a run, by reason, means
+idle_share            of its time, 0 to 1
+alone_ms              one run with nothing else on the device, by the wall clock, median
+peak_mb               memory, the largest so far; of the process on a CPU
+warm_up_s             the first runs, and recording graphs
+runs                  that were timed
+====================  ============================================================================
+
+or ``unsupported``, ``skipped`` or ``failed`` with a reason.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from blendmaskd import assignment
+from blendmaskd.protocol import IDLE
+from blendmaskd_workers import engines, process
+from blendmaskd_workers.devices import UnsupportedError
+from blendmaskd_workers.engines import Engine, EngineError, Run, Times, segment
+from blendmaskd_workers.evaluation.accelerator.children import Row, first_line, telling
+
+LEAST_RUNS = 3
+ALONE_RUNS = 3
+RUNS = 1 + ALONE_RUNS + LEAST_RUNS + 1  # at least, of a batch size: to warm up, and one in flight at the end
+MOST_S = 3.0  # for a batch size
+TIME_IS_UP = "the time was up"
+NOT_THERE = ("not implemented", "not supported", "unsupported")
+
+
+def main(argv: list[str]) -> int:
+    process.end_with_parent()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", type=int, nargs=2, required=True)
+    parser.add_argument("--batches", type=int, nargs="+", required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("identity")  # for `ps`
+    arguments = parser.parse_args(argv)
+    deadline = time.monotonic() + arguments.seconds
+    assigned = assignment.read(os.environ)
+    engine = engines.make(assigned.settings, assigned.local_device)
+    with telling() as tell:
+        try:
+            engine.load()
+        except EngineError as error:
+            if isinstance(error.__cause__, UnsupportedError):
+                tell(unsupported=str(error))
+                return 0
+            print(error, file=sys.stderr)
+            return error.exit_code
+        _time_all(engine, tuple(arguments.size), arguments.batches, deadline, tell)
+    return 0
+
+
+def _time_all(
+    engine: Engine, size: tuple[int, int], batches: Sequence[int], deadline: float, tell: Callable[..., None]
+) -> None:
+    prepared = engine.prepare(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    refused, per_image_s = "", 0.0
+    for number, batch in enumerate(batches):
+        left = deadline - time.monotonic()
+        if not refused and per_image_s * batch * RUNS > left:
+            refused = TIME_IS_UP
+        if refused:
+            tell(batch=batch, skipped=refused)
+            continue
+        try:
+            row = _time(engine, size, [prepared] * batch, left / (len(batches) - number))
+            per_image_s = row["alone_ms"] / 1000 / batch
+        except Exception as error:  # whatever a driver raises
+            row = why(error)
+            refused = f"batch {batch} did not run"
+        tell(batch=batch, **row)
+
+
+def why(error: Exception) -> Row:
+    """What an error says of the device: that it has not the memory or the means, or that it failed."""
+    text = first_line(error)
+    if "out of memory" in str(error).lower():
+        return {"skipped": f"out of memory: {text}"}
+    missing = any(words in str(error).lower() for words in NOT_THERE)
+    if missing or isinstance(error, UnsupportedError | NotImplementedError | AttributeError):
+        return {"unsupported": text}
+    return {"failed": f"{type(error).__name__}: {text}"}
+
+
+def _time(engine: Engine, size: tuple[int, int], batch: list[Any], seconds: float) -> Row:
+    start = time.monotonic()
+    engine.warm_up([size], len(batch))
+    warm_up_s = time.monotonic() - start
+    alone_s = [_seconds(engine, batch) for _ in range(ALONE_RUNS)]
+    begun = time.monotonic()
+    times = fly(engine, batch, begun + min(seconds - (begun - start), MOST_S))
+    wall_s = time.monotonic() - begun
+    return {
+        "images_per_s": len(times) * len(batch) / wall_s,
+        **figures(times[1:], len(batch)),  # the first one found an idle device
+        "alone_ms": 1000 * statistics.median(alone_s),
+        "peak_mb": engine.device.memory().peak / 1e6 if engine.device else None,
+        "warm_up_s": warm_up_s,
+        "runs": len(times),
+    }
+
+
+def figures(times: Sequence[Times], batch: int) -> Row:
+    """What the device's clock says of runs of a batch."""
+    busy_s = statistics.median(each.busy_s for each in times)
+    idle_s = {reason: statistics.fmean(each.idle_s.get(reason, 0.0) for each in times) for reason in IDLE}
+    whole_s = statistics.fmean(each.busy_s for each in times) + sum(idle_s.values())
+    return {
+        "device_images_per_s": batch / busy_s,
+        "first_ms": 1000 * statistics.median(each.first_s for each in times),
+        "second_ms": 1000 * statistics.median(each.busy_s - each.first_s for each in times),
+        "idle_ms": {reason: 1000 * seconds for reason, seconds in idle_s.items()},
+        "idle_share": sum(idle_s.values()) / whole_s,
+    }
+
+
+def fly(engine: Engine, batch: list[Any], until: float) -> list[Times]:
+    """Runs until then, at least `LEAST_RUNS`, as a worker has them on this device."""
+    times: list[Times] = []
+    for run in (_overlapped if engine.overlaps else _one_by_one)(engine, batch):
+        times.append(run.times())
+        if len(times) >= LEAST_RUNS and time.monotonic() >= until:
+            break
+    return times
+
+
+def _one_by_one(engine: Engine, batch: list[Any]) -> Iterator[Run]:
+    while True:
+        run = engine.launch(batch)
+        run.complete()
+        run.choose()
+        run.collect()
+        yield run
+
+
+def _overlapped(engine: Engine, batch: list[Any]) -> Iterator[Run]:
+    """Each begins before the last one's choice, and is completed after it."""
+    last = engine.launch(batch)
+    last.complete()
+    while True:
+        run = engine.launch(batch)
+        last.choose()
+        run.complete()
+        last.collect()
+        yield last
+        last = run
+
+
+def _seconds(engine: Engine, batch: list[Any]) -> float:
+    start = time.perf_counter()
+    segment(engine, batch)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
