@@ -116,13 +116,12 @@ def _delta(limits: Limits) -> bytes:
     return bmp(MOST_SIDE, limits.max_image_pixels // MOST_SIDE, b"\0\2\1\xff" * 8, compression=1)
 
 
-def _scans(limits: Limits) -> bytes:
-    side = _side(limits)
+def scans(side: int, most: int) -> bytes:
+    """A grey JPEG of black, with so many scans over all of it."""
     whole = io.BytesIO()
     Image.new("L", (side, side)).save(whole, "JPEG", progressive=True)
-    start = [match.start() for match in re.finditer(rb"\xff\xda", whole.getvalue())][-1]
-    scan = whole.getvalue()[start:-2]
-    return whole.getvalue()[:-2] + scan * ((limits.max_image_bytes - whole.tell()) // len(scan)) + b"\xff\xd9"
+    starts = [match.start() for match in re.finditer(rb"\xff\xda", whole.getvalue())]
+    return whole.getvalue()[:-2] + whole.getvalue()[starts[-1] : -2] * (most - len(starts)) + b"\xff\xd9"
 
 
 def _exif_segments(limits: Limits) -> bytes:
@@ -277,7 +276,7 @@ REFUSED: dict[str, Callable[[Limits], bytes]] = {
     "png-strip": _strip,
     "png-giant": lambda _: png(1 << 31, 1 << 31, b""),
     "jpeg-padding": _padding,
-    "jpeg-scans": _scans,
+    "jpeg-scans": lambda limits: scans(_side(limits), limits.max_image_bytes // 1000),
     "jpeg-exif-segments": _exif_segments,
     "bmp-runs": _runs,
     "bmp-line-ends": _line_ends,
