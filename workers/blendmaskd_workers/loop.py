@@ -115,7 +115,7 @@ class Loop:
         self._assignment = assignment
         self._settings: Settings = assignment.settings
         self._engine = engine
-        self._batching = batching  # the device thread's; others only read
+        self._batching = batching
         self._lock = threading.Lock()  # for the next three
         self._held: dict[int, Item] = {}
         self._images = 0  # finished since the last report
@@ -124,7 +124,6 @@ class Loop:
         self._most_held = 0, 0  # at once, in the last second and in this one
         self._lone_is_quick = False  # as the last one was
         self._failures = 0  # of the engine, in a row
-        self._first_s: dict[tuple[tuple[int, int], int], float] = {}  # the last first visit of each kind
         self._channel = channel
         self._regions = Regions(assignment.daemon_pid)
         self._overtime = Overtime()
@@ -327,7 +326,7 @@ class Loop:
             items = self._prepared.take()
         elif self._engine.overlaps:
             items = self._prepared.take_ahead(
-                running.completed + EARLY * self._first_s.get(running.kind, 0.0),
+                running.completed + EARLY * self._batching.first_s(*running.kind),
                 running.run.arrived,
                 lambda: len(self._held) > len(running.batch),
             )
@@ -403,9 +402,7 @@ class Loop:
         device_s = times.busy_s
         if self._engine.overlaps:
             self._busy.add(times)
-        kind = flight.kind
-        self._batching.observe(*kind, device_s)
-        self._first_s[kind] = times.first_s
+        self._batching.observe(*flight.kind, device_s, times.first_s)
         self._lone_is_quick = batch[0].lone and end - batch[0].received < QUICK_S
         for item, output in zip(batch, outputs):
             item.timings |= {"wait": max(end - item.ready_at - device_s, 0.0), "device": device_s}
