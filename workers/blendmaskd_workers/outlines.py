@@ -3,7 +3,7 @@
 A mask is known by its edges: where its pixels change down each column, a start and an end in turn. An edge is a piece
 of outline, one pixel long. Between two columns, the edges of both, sorted by row, are joined two by two: between them
 lies an upright piece of outline, or nothing where they are in one row. So each edge has one that follows it, with the
-mask on its right, and following them leads around each outline and each hole. Pixels that share only a corner are apart.
+mask on its right, and following them leads around each outline and hole. Pixels that share a corner only are apart.
 
 Numpy, but for two steps in Python for each edge.
 """

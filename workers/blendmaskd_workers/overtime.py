@@ -35,4 +35,5 @@ class Overtime:
     def over(self, most_s: float) -> list[int]:
         """The leases whose images have taken more of a CPU."""
         with self._lock:
-            return [lease for lease, (clock, start) in self._begun.items() if time.clock_gettime(clock) - start > most_s]
+            spent = {lease: time.clock_gettime(clock) - start for lease, (clock, start) in self._begun.items()}
+        return [lease for lease, seconds in spent.items() if seconds > most_s]

@@ -66,7 +66,7 @@ from blendmaskd_workers.evaluation.accelerator import recorded, report, sections
 from blendmaskd_workers.evaluation.accelerator.children import END_S, ChildError, Row
 from blendmaskd_workers.evaluation.accelerator.sections import SECTIONS, WEIGHTS, Check
 
-WHEELS = ("contourpy msgpack msgspec numpy pillow prometheus_client psutil pycocotools pyyaml pyzmq rich "
+WHEELS = ("msgpack msgspec numpy pillow prometheus_client psutil pycocotools pyyaml pyzmq rich "
           "markdown-it-py mdurl pygments")  # fmt: skip
 EXIT_NO_DEVICE = EXIT_NO_DAEMON
 FACTS_S = 60.0  # for a process to open the device
