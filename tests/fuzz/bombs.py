@@ -266,6 +266,18 @@ def _canvas(_: Limits) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def _frames(form: str) -> Callable[[Limits], bytes]:
+    """Many pictures in one file, of which the first is read."""
+
+    def make(limits: Limits) -> bytes:
+        whole, first = io.BytesIO(), Image.frombytes("L", (64, 64), _noise(64 * 64)).convert("RGB")
+        others = [first.rotate(90 * number) for number in range(min(limits.max_image_bytes // (1 << 14), 500))]
+        first.save(whole, form, save_all=True, append_images=others)
+        return whole.getvalue()
+
+    return make
+
+
 REFUSED: dict[str, Callable[[Limits], bytes]] = {
     "png-text-inflates": lambda limits: _small(before=_inflating(b"zTXt", limits)),
     "png-text-behind-inflates": lambda limits: _small(after=_inflating(b"zTXt", limits)),
@@ -308,5 +320,9 @@ COSTLY: dict[str, Callable[[Limits], bytes]] = {
     "tiff-many-strips-deflate": _many_strips(8, deflated(8)),
     "tiff-many-strips-lzma": _many_strips(34925, lzma.compress(bytes(8))),
     "tiff-many-strips-packbits": _many_strips(32773, b"\xf9\0"),
+    "tiff-pages": _frames("TIFF"),
+    "mpo-pictures": _frames("MPO"),
+    "png-frames": _frames("PNG"),
+    "webp-frames": _frames("WEBP"),
     "tiff-overlapping": _overlapping,
 }
