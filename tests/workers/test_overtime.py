@@ -45,7 +45,7 @@ def costly() -> bytes:
 
 
 def test_an_image_that_takes_too_long_to_decode_costs_two_workers_and_its_neighbours_nothing(daemon, costly) -> None:
-    limits = {"max_image_pixels": WIDE.max_image_pixels, "max_cpu_s": 0.3}
+    limits = {"max_image_pixels": WIDE.max_image_pixels, "max_decode_s": 0.3}
     server = daemon(devices=["cpu:0"], limits=limits, restarts={"first_delay_s": 0.05})
     enough = threading.Event()
     outcomes: list[object] = []
@@ -60,7 +60,7 @@ def test_an_image_that_takes_too_long_to_decode_costs_two_workers_and_its_neighb
     thread = threading.Thread(target=neighbour)
     thread.start()
     try:
-        with pytest.raises(JobFailed, match=r"took too much of a CPU \(limits\.max_cpu_s\); this image") as failed:
+        with pytest.raises(JobFailed, match=r"took too much of a CPU \(limits\.max_decode_s\); this image") as failed:
             server.client.segment(costly)
         assert failed.value.code is Code.WORKER_LOST
         with pytest.raises(JobFailed, match="this image was given up"):

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from blendmaskd.images.decoding import ImageError
 from blendmaskd.protocol import Code, Options
 from blendmaskd_workers import masks, outlines
 from blendmaskd_workers import results as finishing
-from blendmaskd_workers.results import Pasted, Stretched, Window, edges, encode_rle, keep, to_coco
+from blendmaskd_workers.results import LateError, Pasted, Stretched, Window, edges, encode_rle, keep, to_coco
 
 # pycocotools 2.0.11 hands numpy an array by a protocol that numpy 2.4 warns about.
 
@@ -192,6 +193,23 @@ def test_polygons_of_a_large_image_take_what_their_outlines_do() -> None:
     area = abs(np.sum(x * np.roll(y, 1) - y * np.roll(x, 1))) / 2
     assert area == pytest.approx(coco_mask.area(found.rles([0])[0]), rel=1e-3)
     assert peak < 30 << 20
+
+
+@pytest.mark.parametrize("mask_format", ["rle", "polygon"])
+def test_no_bitmap_is_pasted_once_the_deadline_has_passed(mask_format: str) -> None:
+    pasted: list[int] = []
+
+    def paste(index: int) -> Window:
+        pasted.append(index)
+        while time.monotonic() < deadline:
+            pass
+        return np.ones((5, 5), bool), (0, 0)
+
+    deadline = time.monotonic() + 0.05
+    masks_until = Pasted(paste, (HEIGHT, WIDTH), deadline)
+    with pytest.raises(LateError):
+        to_coco(BOXES, SCORES, CLASSES, masks_until, COCO, Options(mask_format=mask_format))
+    assert pasted == [1]
 
 
 def test_outlines_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ from blendmaskd_workers.overtime import Overtime
 from blendmaskd_workers.preview import Previews
 from blendmaskd_workers.ready import Item, ReadyQueue
 from blendmaskd_workers.regions import Regions
+from blendmaskd_workers.results import LateError
 
 log = logging.getLogger("blendmaskd.worker")
 
@@ -271,11 +272,13 @@ class Loop:
             return
         start = time.monotonic()
         try:
-            with self._overtime.counted(item.lease.lease):
-                detections = self._engine.finish(output, item.prepared, item.lease.options)
-                payload = msgpack.packb(detections)
+            detections = self._engine.finish(output, item.prepared, item.lease.options, item.lease.deadline)
+            payload = msgpack.packb(detections)
         except ImageError as error:
             self._fail(item, error.code, error.reason)
+            return
+        except LateError:
+            self._fail(item, Code.TIMEOUT, "the deadline passed before its masks were done")
             return
         except (Exception, SystemExit) as error:
             log.exception("finishing its results failed", extra=about(lease=item.lease.lease))
@@ -295,11 +298,12 @@ class Loop:
     # -- overtime's thread ------------------------------------------------------------------------------------------
 
     def _look_for_overtime(self) -> None:
-        most_s = self._settings.limits.max_cpu_s
+        most_s = self._settings.limits.max_decode_s
         while not (over := self._overtime.over(most_s)):
             time.sleep(LOOK_S)
         for lease in over:
-            log.error("its image takes over %g s of a CPU (limits.max_cpu_s): ending", most_s, extra=about(lease=lease))
+            text = "decoding its image takes over %g s of a CPU (limits.max_decode_s): ending"
+            log.error(text, most_s, extra=about(lease=lease))
         self._channel.send(protocol.Started(leases=over))  # so it is known which are to blame
         self._break(EXIT_OVERTIME)
         time.sleep(LAST_S)

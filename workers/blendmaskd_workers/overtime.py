@@ -1,9 +1,9 @@
 """Overtime: no image may keep a thread for ever.
 
 Decoders are native code, which nothing interrupts, and a file can be made for one to take hours. So it is counted how
-much of a CPU each image takes of the thread that decodes it, or that finishes its results; what takes too much is ended
-with its process. A CPU's time, because a host that is busy or stands still says nothing of an image. Who counts needs
-the interpreter lock: of a decoder that keeps it, the daemon knows by the worker's silence (`restarts.stall_s`).
+much of a CPU each image takes of the thread that decodes it, and what takes too much is ended with its process: of a
+CPU, because a host that is busy or stands still says nothing of an image. Who counts needs the interpreter lock. Of a
+decoder that keeps it, the daemon knows by the worker's silence (`restarts.stall_s`).
 """
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ of a large photograph would not fit in memory. Nothing is rounded. Must never im
 """
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +28,10 @@ from blendmaskd_workers.masks import Floats, Integers
 MOST_EDGES = 2_000_000  # see `outlines`, of all masks of an image: 1.5 s, and at most twice as many points
 
 Window = tuple[npt.NDArray[np.bool_], tuple[int, int]]  # the part that can be true, its top left (y, x)
+
+
+class LateError(RuntimeError):
+    """The deadline passed before all masks were done."""
 
 
 class Masks(Protocol):
@@ -55,16 +61,25 @@ class Stretched:
 
 @dataclass(frozen=True, slots=True)
 class Pasted:
-    """Masks that `paste` gives as bitmaps, in an image of (height, width)."""
+    """Masks that `paste` gives as bitmaps, in an image of (height, width).
+
+    A bitmap takes as long as its area is large, so none is begun after `deadline` (time.monotonic): raises `LateError`.
+    """
 
     paste: Callable[[int], Window]
     image_size: tuple[int, int]
+    deadline: float = math.inf
 
     def rles(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [encode_rle(self.paste(index), self.image_size) for index in indices]
+        return [encode_rle(self._window(index), self.image_size) for index in indices]
 
     def edges(self, index: int) -> tuple[Integers, Integers]:
-        return edges(self.paste(index))
+        return edges(self._window(index))
+
+    def _window(self, index: int) -> Window:
+        if time.monotonic() >= self.deadline:
+            raise LateError
+        return self.paste(index)
 
 
 def to_coco(

@@ -258,5 +258,5 @@ def how_it_ended(code: int) -> str:
     if code == UNKNOWN_END:
         return "ended, and nobody knows how"
     if code == EXIT_OVERTIME:
-        return "ended: an image took too much of a CPU (limits.max_cpu_s)"
+        return "ended: an image took too much of a CPU (limits.max_decode_s)"
     return f"exited with code {code}"
