@@ -16,7 +16,8 @@ TIFF              65,000 strips that share one megabyte of deflate: hours       
 WebP              a canvas that is cleared, twice, as soon as the file is opened: 2 GB  `canvas`, before that
 ================  ==================================================================  =========================
 
-What Pillow bounds itself from version 13 on is left to it: text and ICC chunks that inflate, directories whose entries
+Not bounded here: the code tables of a lossless WebP, 65,536 times five, of which the file says nothing before it is
+decoded: 0.3 GB in 290 KB of file, 0.8 GB at most. What Pillow bounds itself from version 13 on is left to it: text and ICC chunks that inflate, directories whose entries
 overlap. Must never decode a pixel.
 """
 
