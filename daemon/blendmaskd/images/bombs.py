@@ -17,8 +17,8 @@ WebP              a canvas that is cleared, twice, as soon as the file is opened
 ================  ==================================================================  =========================
 
 Not bounded here: the code tables of a lossless WebP, 65,536 times five, of which the file says nothing before it is
-decoded: 0.3 GB in 290 KB of file, 0.8 GB at most. What Pillow bounds itself from version 13 on is left to it: text and ICC chunks that inflate, directories whose entries
-overlap. Must never decode a pixel.
+decoded: 0.3 GB in 290 KB of file, 0.8 GB at most. What Pillow bounds itself from version 13 on is left to it: text and
+ICC chunks that inflate, directories whose entries overlap. Must never decode a pixel.
 """
 
 from __future__ import annotations
