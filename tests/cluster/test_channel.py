@@ -82,7 +82,7 @@ def test_a_deadline_passes_and_a_cancelled_image_is_not_run(wait_until) -> None:
     assert unwanted.cancel()
     assert isinstance(running.result(20), Answer)
     assert isinstance(next_one.result(20), Answer)
-    assert late.result(20) == Failed(job="", code=Code.TIMEOUT, reason="the deadline passed before the device was free")
+    assert late.result(20) == Failed(job="", code=Code.TIMEOUT, reason="the deadline passed before it was done")
     with pytest.raises(CancelledError):
         unwanted.result(20)
     wait_until(lambda: worker.channel.held() == 0)

@@ -90,7 +90,7 @@ def command(name: str) -> tuple[str, str]:
 
 def test_the_base_installation_is_small() -> None:
     assert distributions(setup()["options"]["install_requires"]) == BASE
-    assert {"torch", "pycocotools", "contourpy"} <= SERVE
+    assert {"torch", "pycocotools"} <= SERVE
     for extra in ("npu", "ray", "test", "dev"):
         assert distributions(setup()["options.extras_require"][extra]) > SERVE
 

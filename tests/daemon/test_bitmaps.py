@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco_mask
 
 from blendmaskd.coco.bitmaps import decode
-from blendmaskd_workers.results import trace_polygons
+from blendmaskd_workers import outlines
+from blendmaskd_workers.results import edges
 
 BITMAPS = arrays.arrays(bool, arrays.array_shapes(min_dims=2, max_dims=2, max_side=70))
 
@@ -28,7 +29,8 @@ def test_an_rle_is_decoded_to_the_pixel(mask: np.ndarray) -> None:
 
 @given(BITMAPS)
 def test_polygons_of_a_mask_are_that_mask_again(mask: np.ndarray) -> None:
-    np.testing.assert_array_equal(decode(trace_polygons((mask, (0, 0))), *mask.shape), mask)
+    polygons = [part.ravel().tolist() for part in outlines.trace(*edges((mask, (0, 0))))]
+    np.testing.assert_array_equal(decode(polygons, *mask.shape), mask)
 
 
 @pytest.mark.parametrize("mask", [np.zeros((3, 5), bool), np.ones((3, 5), bool), np.eye(1200, 1300, dtype=bool)])

@@ -116,13 +116,12 @@ def _delta(limits: Limits) -> bytes:
     return bmp(MOST_SIDE, limits.max_image_pixels // MOST_SIDE, b"\0\2\1\xff" * 8, compression=1)
 
 
-def _scans(limits: Limits) -> bytes:
-    side = _side(limits)
+def scans(side: int, most: int) -> bytes:
+    """A grey JPEG of black, with so many scans over all of it."""
     whole = io.BytesIO()
     Image.new("L", (side, side)).save(whole, "JPEG", progressive=True)
-    start = [match.start() for match in re.finditer(rb"\xff\xda", whole.getvalue())][-1]
-    scan = whole.getvalue()[start:-2]
-    return whole.getvalue()[:-2] + scan * ((limits.max_image_bytes - whole.tell()) // len(scan)) + b"\xff\xd9"
+    starts = [match.start() for match in re.finditer(rb"\xff\xda", whole.getvalue())]
+    return whole.getvalue()[:-2] + whole.getvalue()[starts[-1] : -2] * (most - len(starts)) + b"\xff\xd9"
 
 
 def _exif_segments(limits: Limits) -> bytes:
@@ -267,6 +266,18 @@ def _canvas(_: Limits) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def _frames(form: str) -> Callable[[Limits], bytes]:
+    """Many pictures in one file, of which the first is read."""
+
+    def make(limits: Limits) -> bytes:
+        whole, first = io.BytesIO(), Image.frombytes("L", (64, 64), _noise(64 * 64)).convert("RGB")
+        others = [first.rotate(90 * number) for number in range(min(limits.max_image_bytes // (1 << 14), 500))]
+        first.save(whole, form, save_all=True, append_images=others)
+        return whole.getvalue()
+
+    return make
+
+
 REFUSED: dict[str, Callable[[Limits], bytes]] = {
     "png-text-inflates": lambda limits: _small(before=_inflating(b"zTXt", limits)),
     "png-text-behind-inflates": lambda limits: _small(after=_inflating(b"zTXt", limits)),
@@ -277,7 +288,7 @@ REFUSED: dict[str, Callable[[Limits], bytes]] = {
     "png-strip": _strip,
     "png-giant": lambda _: png(1 << 31, 1 << 31, b""),
     "jpeg-padding": _padding,
-    "jpeg-scans": _scans,
+    "jpeg-scans": lambda limits: scans(_side(limits), limits.max_image_bytes // 1000),
     "jpeg-exif-segments": _exif_segments,
     "bmp-runs": _runs,
     "bmp-line-ends": _line_ends,
@@ -309,5 +320,9 @@ COSTLY: dict[str, Callable[[Limits], bytes]] = {
     "tiff-many-strips-deflate": _many_strips(8, deflated(8)),
     "tiff-many-strips-lzma": _many_strips(34925, lzma.compress(bytes(8))),
     "tiff-many-strips-packbits": _many_strips(32773, b"\xf9\0"),
+    "tiff-pages": _frames("TIFF"),
+    "mpo-pictures": _frames("MPO"),
+    "png-frames": _frames("PNG"),
+    "webp-frames": _frames("WEBP"),
     "tiff-overlapping": _overlapping,
 }

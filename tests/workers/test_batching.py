@@ -1,11 +1,15 @@
 """How many images to batch: against devices that are given as latency tables."""
 from __future__ import annotations
 
+import itertools
+import sys
+import threading
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blendmaskd_workers.batching import LARGEST, LONG_S, Batching, ahead
+from blendmaskd_workers.batching import LARGEST, LONG_S, SIZES_REMEMBERED, Batching, ahead
 
 SIZE = (800, 800)
 RECORD = {1: 0.02179, 2: 0.03890, 4: 0.12243, 8: 0.22638}  # one Ascend 910
@@ -99,6 +103,39 @@ def test_a_set_batch_is_filled_as_far_as_images_are_there() -> None:
     batching = Batching(4, RECORD)
     assert batching.target(SIZE) == batching.target() == 4
     assert [batching.choose(SIZE, ready) for ready in (1, 3, 9)] == [1, 3, 4]
+
+
+def test_of_ever_new_sizes_the_last_are_remembered() -> None:
+    batching = Batching("auto", RECORD)
+    for side in range(1000):
+        batching.observe(SIZE, 1, 0.02)
+        batching.observe((side, 1), 2, 0.03)
+    seen = batching.seen()
+    assert len(seen) == SIZES_REMEMBERED
+    assert {(1, *SIZE, 0.02), (2, 999, 1, None)} <= set(seen)
+    assert batching.first_s((0, 1), 2) == 0.0
+
+
+def test_any_thread_may_ask_while_another_observes() -> None:
+    batching = Batching("auto")
+    interval, halt = sys.getswitchinterval(), threading.Event()
+
+    def observe() -> None:
+        for height, width in itertools.product(range(32, 1344, 32), repeat=2):
+            for _ in range(5):
+                batching.observe((height, width), 1, 0.02)
+        halt.set()
+
+    sys.setswitchinterval(1e-6)
+    try:
+        observer = threading.Thread(target=observe)
+        observer.start()
+        while not halt.is_set():
+            assert batching.target() >= 1
+            assert len(batching.seen()) <= SIZES_REMEMBERED
+        observer.join()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_seen_lists_every_batch_size_with_the_median_of_its_last_runs() -> None:

@@ -1,4 +1,7 @@
+import contextlib
 import json
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +13,11 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO as CocoDataset
 
 from blendmaskd.coco.categories import COCO
-from blendmaskd.protocol import Options
-from blendmaskd_workers.results import Pasted, Stretched, Window, encode_rle, keep, to_coco, trace_polygons
+from blendmaskd.images.decoding import ImageError
+from blendmaskd.protocol import Code, Options
+from blendmaskd_workers import masks, outlines
+from blendmaskd_workers import results as finishing
+from blendmaskd_workers.results import LateError, Pasted, Stretched, Window, edges, encode_rle, keep, to_coco
 
 # pycocotools 2.0.11 hands numpy an array by a protocol that numpy 2.4 warns about.
 
@@ -34,6 +40,10 @@ def placed(mask: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> 
 def disc(height: int, width: int, radius: float) -> np.ndarray:
     rows, columns = np.ogrid[:height, :width]
     return (rows - height / 2) ** 2 + (columns - width / 2) ** 2 <= radius**2
+
+
+def trace_polygons(window: Window) -> list[list[float]]:
+    return [part.ravel().tolist() for part in outlines.trace(*edges(window))]
 
 
 def coco(options: Options, pasted: list[int] | None = None) -> list[dict]:
@@ -106,8 +116,8 @@ def test_equal_scores_keep_their_order() -> None:
 def test_no_detections_give_no_results() -> None:
     nothing = np.zeros(0, np.float32)
     none = nothing.reshape(0, 4)
-    for masks in (Pasted(whole, (9, 9)), Stretched(np.zeros((0, 5, 5), np.float32), none, (9, 9))):
-        assert to_coco(none, nothing, nothing.astype(int), masks, COCO, Options()) == []
+    for nowhere in (Pasted(whole, (9, 9)), Stretched(np.zeros((0, 5, 5), np.float32), none, (9, 9))):
+        assert to_coco(none, nothing, nothing.astype(int), nowhere, COCO, Options()) == []
 
 
 @st.composite
@@ -167,6 +177,53 @@ def test_polygons_cover_the_mask_holes_and_parts_included(shape: Callable[[], np
     assert all(len(polygon) >= 6 for polygon in polygons)
     drawn = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
     assert coco_mask.iou([drawn], [coco_mask.encode(placed(mask, corner, size))], [0])[0, 0] > 0.98
+
+
+def test_polygons_of_a_large_image_take_what_their_outlines_do() -> None:
+    """A mask over fifty million pixels: as a bitmap alone it would take as many bytes."""
+    ring = np.hypot(*np.mgrid[-1:1:56j, -1:1:56j])
+    probabilities = ((ring < 0.9) & (ring > 0.5)).astype(np.float32)[None]
+    found = Stretched(probabilities, np.array([[0, 0, 8600, 5800]], np.float32), (5800, 8600))
+    tracemalloc.start()
+    [result] = to_coco(found.boxes, SCORES[:1], CLASSES[:1], found, COCO, Options(mask_format="polygon"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    [polygon] = result["segmentation"]
+    x, y = np.reshape(polygon, (-1, 2)).T
+    area = abs(np.sum(x * np.roll(y, 1) - y * np.roll(x, 1))) / 2
+    assert area == pytest.approx(coco_mask.area(found.rles([0])[0]), rel=1e-3)
+    assert peak < 30 << 20
+
+
+@pytest.mark.parametrize("mask_format", ["rle", "polygon"])
+def test_no_bitmap_is_pasted_once_the_deadline_has_passed(mask_format: str) -> None:
+    pasted: list[int] = []
+
+    def paste(index: int) -> Window:
+        pasted.append(index)
+        while time.monotonic() < deadline:
+            pass
+        return np.ones((5, 5), bool), (0, 0)
+
+    deadline = time.monotonic() + 0.05
+    masks_until = Pasted(paste, (HEIGHT, WIDTH), deadline)
+    with pytest.raises(LateError):
+        to_coco(BOXES, SCORES, CLASSES, masks_until, COCO, Options(mask_format=mask_format))
+    assert pasted == [1]
+
+
+def test_outlines_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = (np.indices((28, 28)).sum(0) % 2).astype(np.float32)[None].repeat(3, axis=0)
+    boxes = np.array([[0, 0, 280, 280]] * 3, np.float32)
+    most = len(masks.edges(checks[0], boxes[0], (280, 280))[0])
+    found = Stretched(checks, boxes, (280, 280))
+    for allowed, wanted in ((3 * most, 3), (3 * most - 1, None)):
+        monkeypatch.setattr(finishing, "MOST_EDGES", allowed)
+        refused = pytest.raises(ImageError, match="ask for mask_format rle")
+        with contextlib.nullcontext() if wanted else refused as refusal:
+            assert len(to_coco(boxes, SCORES, CLASSES, found, COCO, Options(mask_format="polygon"))) == wanted
+    assert refusal.value.code is Code.TOO_LARGE
+    assert len(to_coco(boxes, SCORES, CLASSES, found, COCO, Options())) == 3
 
 
 def test_polygons_name_corners_only_and_stay_inside_the_image() -> None:

@@ -14,12 +14,14 @@ import pytest
 
 from blendmaskd import settings
 from blendmaskd.assignment import Assignment
+from blendmaskd.images.decoding import ImageError
 from blendmaskd.protocol import Code, Failed, Image, Options
 from blendmaskd.wanted import Wanted
 from blendmaskd_workers import engines, loop
 from blendmaskd_workers.cluster.channel import Answer, LocalChannel
 from blendmaskd_workers.engines.timed import TimedEngine, TimedRun
 from blendmaskd_workers.loop import EXIT_ENGINE_BROKEN, Loop
+from blendmaskd_workers.results import LateError
 
 SHAPE = (6, 8, 3)
 STEPS = ("complete", "choose", "collect")
@@ -41,8 +43,8 @@ class Recorded(TimedEngine):
         self.started.set()
         return RecordedRun(self, batch, number)
 
-    def finish(self, output: Any, prepared: Any, options: Options) -> list[Any]:
-        return self.finished(super().finish(output, prepared, options))
+    def finish(self, output: Any, prepared: Any, options: Options, deadline: float) -> list[Any]:
+        return self.finished(super().finish(output, prepared, options, deadline))
 
     def finished(self, results: list[Any]) -> list[Any]:
         """To be replaced."""
@@ -167,6 +169,15 @@ def test_whatever_finishing_does_each_lease_ends_once(
     assert outcomes(worker.together(3)) == [Code.ENGINE_FAILED] * 3
     worker.engine.finished = lambda results: results
     assert outcomes([worker.submit()]) == ["answered"]
+
+
+@pytest.mark.parametrize("worker", [10], indirect=True)
+@pytest.mark.parametrize(("error", "code"), [
+    (LateError(), Code.TIMEOUT), (ImageError(Code.TOO_LARGE, "too many"), Code.TOO_LARGE),
+])  # fmt: skip
+def test_results_that_come_too_late_or_are_too_much_say_so(worker: Worker, error: Exception, code: Code) -> None:
+    worker.engine.finished = raises(error)
+    assert outcomes(worker.together(2)) == [code] * 2
 
 
 @pytest.mark.parametrize("worker", [10], indirect=True)

@@ -8,13 +8,15 @@ Rules for ``auto``: the smallest batch counts as best unless a larger one gives 
 largest that is known, twice as many are tried, if that many are there at once and the device takes less than
 `LONG_S`: batching saves what a launch costs, and nobody sees that in a quarter of a second. The first run of a new
 size is not counted, because a device may compile for it.
+
+One thread at a time observes; any may ask. So what was learnt is replaced and never changed, and who reads it reads one
+state of it. Of the padded sizes, those that ran last are remembered: whoever sends images chooses them.
 """
 from __future__ import annotations
 
 import statistics
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 WORTH = 1.01  # a gain below is noise
@@ -22,6 +24,7 @@ LONG_S = 0.25
 LARGEST = 16  # that is tried unasked
 RUNS_TO_KNOW = 3
 RUNS_REMEMBERED = 9
+SIZES_REMEMBERED = 64  # 800 to 1333 pixels, in steps of 32, are 35
 
 Size = tuple[int, int]  # height, width, padded
 
@@ -34,11 +37,12 @@ def ahead(preparing_s: float, busy_s: float, threads: int) -> int:
     return min(int(preparing_s / max(busy_s, 1e-9)), threads)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Runs:
     """What was seen of one batch size."""
 
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RUNS_REMEMBERED))
+    seconds: tuple[float, ...] = ()  # of the last ones
+    first_s: float = 0.0  # the first visit of the very last
     compiled: bool = False  # its first run is over
     refused: bool = False  # the engine cannot do it
 
@@ -56,7 +60,7 @@ class Batching:
         self._fixed = None if batch == "auto" else batch
         self._table = dict(table or {})
         self._longest_s = longest_s or float("inf")
-        self._runs: dict[Size, dict[int, Runs]] = {}
+        self._runs: Mapping[Size, Mapping[int, Runs]] = {}  # in the order of their last
 
     def target(self, size: Size | None = None) -> int:
         """How many images of this padded size to gather: the best batch, or a larger one that is worth a try.
@@ -76,27 +80,35 @@ class Batching:
             return min(ready, target)
         return self._best({n: s for n, s in self._latencies(size).items() if n <= ready})
 
-    def observe(self, size: Size, count: int, seconds: float) -> None:
-        """A batch of `count` images took the device so long."""
+    def first_s(self, size: Size, count: int) -> float:
+        """How long the first visit of the last such batch was; 0 if there was none."""
+        return self._of(size, count).first_s
+
+    def observe(self, size: Size, count: int, seconds: float, first_s: float = 0.0) -> None:
+        """A batch of `count` images took the device so long, and `first_s` of it in the first visit."""
         runs = self._of(size, count)
-        if runs.compiled:
-            runs.seconds.append(seconds)
-        runs.compiled = True
+        counted = (*runs.seconds, seconds)[-RUNS_REMEMBERED:] if runs.compiled else ()
+        self._learn(size, count, replace(runs, seconds=counted, first_s=first_s, compiled=True))
 
     def refuse(self, size: Size, count: int) -> None:
         """The engine failed on a batch of `count` whose images it can do alone: memory, mostly."""
-        self._of(size, count).refused = True
+        self._learn(size, count, replace(self._of(size, count), refused=True))
 
     def seen(self) -> list[tuple[int, int, int, float | None]]:
-        """Batch sizes run so far: count, height, width, and the median of the last runs in seconds. For any thread."""
+        """Batch sizes that are remembered: count, height, width, and the median of the last runs in seconds."""
         return [
-            (count, *size, statistics.median(seconds) if (seconds := list(runs.seconds)) else None)
-            for size, counts in list(self._runs.items())
-            for count, runs in list(counts.items())
+            (count, *size, statistics.median(runs.seconds) if runs.seconds else None)
+            for size, counts in self._runs.items()
+            for count, runs in counts.items()
         ]
 
     def _of(self, size: Size, count: int) -> Runs:
-        return self._runs.setdefault(size, {}).setdefault(count, Runs())
+        return self._runs.get(size, {}).get(count, Runs())
+
+    def _learn(self, size: Size, count: int, runs: Runs) -> None:
+        others = [other for other in self._runs if other != size][1 - SIZES_REMEMBERED :]
+        before = {other: self._runs[other] for other in others}
+        self._runs = {**before, size: {**self._runs.get(size, {}), count: runs}}
 
     def _latencies(self, size: Size) -> dict[int, float]:
         """Seconds by batch size, as far as known: seen, or else the table's in proportion."""

@@ -6,6 +6,7 @@ host       a small pool: decodes and prepares the next images, finishes and answ
 device     one: forms batches from what is prepared, runs the engine
 teller     one: tells the daemon which batch has started
 preview    one, where `show_last_image` is on: draws a picture now and then
+overtime   one: ends the process for an image that keeps a thread for too long
 =========  ==========================================================================================
 
 A lease that comes while no other is held is lone: the device thread does all of it, because nothing could overlap and
@@ -21,7 +22,7 @@ lock back can last as long as a host thread's longest step. So a batch's start i
 what must be done lies between two runs.
 
 A lease ends with exactly one `Finished` or `FailedLease`, whatever happens to its image; `_end` is the only place that
-sends one. Deadlines and revocations are looked at twice, before decoding and right before the device.
+sends one. Deadlines and revocations are looked at before decoding, right before the device, and before the masks.
 """
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ import msgpack
 import psutil
 
 from blendmaskd import protocol
-from blendmaskd.assignment import Assignment
+from blendmaskd.assignment import EXIT_OVERTIME, Assignment
 from blendmaskd.discovery import cpu_quota
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
@@ -52,9 +53,11 @@ from blendmaskd_workers import process
 from blendmaskd_workers.batching import Batching, ahead
 from blendmaskd_workers.channel import Connection
 from blendmaskd_workers.engines import Engine, Run, Times
+from blendmaskd_workers.overtime import Overtime
 from blendmaskd_workers.preview import Previews
 from blendmaskd_workers.ready import Item, ReadyQueue
 from blendmaskd_workers.regions import Regions
+from blendmaskd_workers.results import LateError
 
 log = logging.getLogger("blendmaskd.worker")
 
@@ -64,6 +67,8 @@ QUICK_S = 0.002  # so long the main thread may be kept from receiving
 SWITCH_S = 0.0005  # how long a thread that needs the interpreter lock waits until it asks for it; Python's own is 5 ms
 ENGINE_FAILURES_IN_A_ROW = 3  # then the device is taken to be broken rather than the images
 LONGEST_REASON = 1000  # characters, whatever a library says
+LOOK_S = 0.5  # how often it is looked for overtime
+LAST_S = 1.0  # for the main thread to end the process, if it is not what takes so long
 EXIT_ENGINE_BROKEN = 70  # sysexits' EX_SOFTWARE
 
 T = TypeVar("T")
@@ -111,7 +116,7 @@ class Loop:
         self._assignment = assignment
         self._settings: Settings = assignment.settings
         self._engine = engine
-        self._batching = batching  # the device thread's; others only read
+        self._batching = batching
         self._lock = threading.Lock()  # for the next three
         self._held: dict[int, Item] = {}
         self._images = 0  # finished since the last report
@@ -120,9 +125,9 @@ class Loop:
         self._most_held = 0, 0  # at once, in the last second and in this one
         self._lone_is_quick = False  # as the last one was
         self._failures = 0  # of the engine, in a row
-        self._first_s: dict[tuple[tuple[int, int], int], float] = {}  # the last first visit of each kind
         self._channel = channel
         self._regions = Regions(assignment.daemon_pid)
+        self._overtime = Overtime()
         self._previews = Previews(self._send_preview) if self._settings.show_last_image else None
         self._prepared = ReadyQueue(batching, self._settings.max_wait_ms / 1000, lambda: max(self._most_held) <= 1)
         self._busy = Busy()
@@ -136,6 +141,7 @@ class Loop:
     def run(self) -> int:
         with self._channel:
             threading.Thread(target=self._run_device, name="device", daemon=True).start()
+            threading.Thread(target=self._look_for_overtime, name="overtime", daemon=True).start()
             sys.setswitchinterval(SWITCH_S)
             gc.collect()
             gc.freeze()  # a collection that looks through all of torch would hold every thread up for 0.1 s
@@ -226,9 +232,10 @@ class Loop:
             return False
         start = time.monotonic()
         try:
-            photograph = self._photograph(item)
-            item.preview = self._previews.take(photograph) if self._previews else None
-            item.prepared = self._engine.prepare(photograph)
+            with self._overtime.counted(item.lease.lease):
+                photograph = self._photograph(item)
+                item.preview = self._previews.take(photograph) if self._previews else None
+                item.prepared = self._engine.prepare(photograph)
         except ImageError as error:
             self._fail(item, error.code, error.reason)
         except RegionError as error:
@@ -261,10 +268,18 @@ class Loop:
         return buffer
 
     def _finish(self, item: Item, output: Any) -> None:
+        if self._overdue(item):
+            return
         start = time.monotonic()
         try:
-            detections = self._engine.finish(output, item.prepared, item.lease.options)
+            detections = self._engine.finish(output, item.prepared, item.lease.options, item.lease.deadline)
             payload = msgpack.packb(detections)
+        except ImageError as error:
+            self._fail(item, error.code, error.reason)
+            return
+        except LateError:
+            self._fail(item, Code.TIMEOUT, "the deadline passed before its masks were done")
+            return
         except (Exception, SystemExit) as error:
             log.exception("finishing its results failed", extra=about(lease=item.lease.lease))
             self._fail(item, Code.ENGINE_FAILED, f"finishing the results: {type(error).__name__}: {error}")
@@ -279,6 +294,20 @@ class Loop:
 
     def _send_preview(self, jpeg: bytes) -> None:
         self._channel.send(protocol.Preview(), [jpeg])
+
+    # -- overtime's thread ------------------------------------------------------------------------------------------
+
+    def _look_for_overtime(self) -> None:
+        most_s = self._settings.limits.max_decode_s
+        while not (over := self._overtime.over(most_s)):
+            time.sleep(LOOK_S)
+        for lease in over:
+            text = "decoding its image takes over %g s of a CPU (limits.max_decode_s): ending"
+            log.error(text, most_s, extra=about(lease=lease))
+        self._channel.send(protocol.Started(leases=over))  # so it is known which are to blame
+        self._break(EXIT_OVERTIME)
+        time.sleep(LAST_S)
+        os._exit(EXIT_OVERTIME)
 
     # -- device thread ----------------------------------------------------------------------------------------------
 
@@ -301,7 +330,7 @@ class Loop:
             items = self._prepared.take()
         elif self._engine.overlaps:
             items = self._prepared.take_ahead(
-                running.completed + EARLY * self._first_s.get(running.kind, 0.0),
+                running.completed + EARLY * self._batching.first_s(*running.kind),
                 running.run.arrived,
                 lambda: len(self._held) > len(running.batch),
             )
@@ -377,9 +406,7 @@ class Loop:
         device_s = times.busy_s
         if self._engine.overlaps:
             self._busy.add(times)
-        kind = flight.kind
-        self._batching.observe(*kind, device_s)
-        self._first_s[kind] = times.first_s
+        self._batching.observe(*flight.kind, device_s, times.first_s)
         self._lone_is_quick = batch[0].lone and end - batch[0].received < QUICK_S
         for item, output in zip(batch, outputs):
             item.timings |= {"wait": max(end - item.ready_at - device_s, 0.0), "device": device_s}
@@ -396,8 +423,8 @@ class Loop:
             log.exception("a thread died")
             self._break()
 
-    def _break(self) -> None:
-        self._exit_code = EXIT_ENGINE_BROKEN
+    def _break(self, exit_code: int = EXIT_ENGINE_BROKEN) -> None:
+        self._exit_code = exit_code
         self._channel.wake()
 
     def _can_run(self, item: Item) -> bool:
@@ -410,7 +437,7 @@ class Loop:
         if item.revoked:
             self._fail(item, Code.CANCELLED, "revoked")
         elif time.monotonic() >= item.lease.deadline:
-            self._fail(item, Code.TIMEOUT, "the deadline passed before the device was free")
+            self._fail(item, Code.TIMEOUT, "the deadline passed before it was done")
         else:
             return False
         return True

@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
-Window = tuple[npt.NDArray[np.bool_], tuple[int, int]]  # the part that can be true, its top left (y, x)
 
 THRESHOLD = np.float32(0.5)
 COLUMNS_AT_ONCE = 2048  # their nodes stay in the processor's cache
@@ -40,15 +39,12 @@ def encode(probabilities: Floats, boxes: Floats, image_size: tuple[int, int]) ->
     return [{"size": [height, width], "counts": counts} for counts in strings]
 
 
-def window(probability: Floats, box: Floats, image_size: tuple[int, int]) -> Window:
-    """One mask (R, R) over one box (4,) as a bitmap of its box, and a pixel more on each side."""
+def edges(probability: Floats, box: Floats, image_size: tuple[int, int]) -> tuple[Integers, Integers]:
+    """Where one mask (R, R) over one box (4,) changes down a column: columns x, rows y, ascending in this order."""
     height, width = image_size
     _, x, y = _edges(probability[None], box[None].astype(np.float64), height, width)
-    left, top = (max(int(side) - 1, 0) for side in np.floor(box[:2]))
-    right, bottom = (min(int(side) + 1, limit) for side, limit in zip(np.ceil(box[2:]), (width, height)))
-    changes = np.zeros((right - left, bottom - top + 1), np.int64)  # a row more: where runs at the foot end
-    np.add.at(changes, (x - left, y - top), 1)
-    return (np.cumsum(changes, axis=1)[:, :-1] & 1).astype(np.bool_).T, (top, left)
+    places = _without_empty_runs(x * (height + 1) + y)  # one row more: a column's foot is not the next one's head
+    return places // (height + 1), places % (height + 1)
 
 
 def _edges(

@@ -9,20 +9,29 @@ of a large photograph would not fit in memory. Nothing is rounded. Must never im
 """
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from contourpy import FillType, contour_generator
 from pycocotools import mask as coco_mask
 
 from blendmaskd.coco.categories import Category
-from blendmaskd.protocol import Options
-from blendmaskd_workers import masks
-from blendmaskd_workers.masks import Floats, Integers, Window
+from blendmaskd.images.decoding import ImageError
+from blendmaskd.protocol import Code, Options
+from blendmaskd_workers import masks, outlines
+from blendmaskd_workers.masks import Floats, Integers
+
+MOST_EDGES = 2_000_000  # see `outlines`, of all masks of an image: 1.5 s, and at most twice as many points
+
+Window = tuple[npt.NDArray[np.bool_], tuple[int, int]]  # the part that can be true, its top left (y, x)
+
+
+class LateError(RuntimeError):
+    """The deadline passed before all masks were done."""
 
 
 class Masks(Protocol):
@@ -31,8 +40,8 @@ class Masks(Protocol):
     def rles(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """COCO's RLEs, ``{"size": [height, width], "counts": str}``."""
 
-    def window(self, index: int) -> Window:
-        """One mask as a bitmap of its window."""
+    def edges(self, index: int) -> tuple[Integers, Integers]:
+        """Where one mask changes down a column: columns x, rows y, ascending in this order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +55,30 @@ class Stretched:
     def rles(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         return masks.encode(self.probabilities[indices], self.boxes[indices], self.image_size)
 
-    def window(self, index: int) -> Window:
-        return masks.window(self.probabilities[index], self.boxes[index], self.image_size)
+    def edges(self, index: int) -> tuple[Integers, Integers]:
+        return masks.edges(self.probabilities[index], self.boxes[index], self.image_size)
 
 
 @dataclass(frozen=True, slots=True)
 class Pasted:
-    """Masks that `paste` gives as bitmaps, in an image of (height, width)."""
+    """Masks that `paste` gives as bitmaps, in an image of (height, width).
+
+    A bitmap takes as long as its area is large, so none is begun after `deadline` (time.monotonic): raises `LateError`.
+    """
 
     paste: Callable[[int], Window]
     image_size: tuple[int, int]
+    deadline: float = math.inf
 
     def rles(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [encode_rle(self.paste(index), self.image_size) for index in indices]
+        return [encode_rle(self._window(index), self.image_size) for index in indices]
 
-    def window(self, index: int) -> Window:
+    def edges(self, index: int) -> tuple[Integers, Integers]:
+        return edges(self._window(index))
+
+    def _window(self, index: int) -> Window:
+        if time.monotonic() >= self.deadline:
+            raise LateError
         return self.paste(index)
 
 
@@ -75,13 +93,14 @@ def to_coco(
     """The results that `options` ask for, in descending score (equal scores keep their order).
 
     `boxes` (n, 4) x1, y1, x2, y2 in pixels, `scores` (n,), `classes` (n,) indices into `categories`. Masks are asked
-    for those detections only that are kept, and not at all when the mask format is ``none``.
+    for those detections only that are kept, and not at all when the mask format is ``none``. Raises `ImageError` when
+    polygons would take more than `MOST_EDGES`.
     """
     results = []
     kept = keep(scores, options)
-    rles = found_masks.rles(kept) if options.mask_format == "rle" else []
-    rows = zip(kept, boxes[kept].tolist(), scores[kept].tolist(), classes[kept].tolist())
-    for place, (index, (x1, y1, x2, y2), score, class_index) in enumerate(rows):
+    segmentations = _segmentations(found_masks, kept, options)
+    rows = zip(boxes[kept].tolist(), scores[kept].tolist(), classes[kept].tolist())
+    for place, ((x1, y1, x2, y2), score, class_index) in enumerate(rows):
         result = {
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "score": score,
@@ -89,12 +108,31 @@ def to_coco(
             "category_id": categories[class_index].id,
             "category_name": categories[class_index].name,
         }
-        if options.mask_format == "rle":
-            result["segmentation"] = rles[place]
-        elif options.mask_format == "polygon":
-            result["segmentation"] = trace_polygons(found_masks.window(index))
+        if segmentations:
+            result["segmentation"] = segmentations[place]
         results.append(result)
     return results
+
+
+def _segmentations(found_masks: Masks, kept: Sequence[int], options: Options) -> Sequence[Any]:
+    match options.mask_format:
+        case "rle":
+            return found_masks.rles(kept)
+        case "polygon":
+            return _polygons(found_masks, kept)
+    return ()
+
+
+def _polygons(found_masks: Masks, kept: Sequence[int]) -> list[list[list[float]]]:
+    polygons, left = [], MOST_EDGES
+    for index in kept:
+        x, y = found_masks.edges(index)
+        left -= len(x)
+        if left < 0:
+            reason = f"its outlines cross columns over {MOST_EDGES} times: ask for mask_format rle, or a smaller image"
+            raise ImageError(Code.TOO_LARGE, reason)
+        polygons.append([part.ravel().tolist() for part in outlines.trace(x, y)])
+    return polygons
 
 
 def keep(scores: Floats, options: Options) -> list[int]:
@@ -116,50 +154,21 @@ def encode_rle(window: Window, image_size: tuple[int, int]) -> dict[str, Any]:
     return {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
 
 
-def trace_polygons(window: Window) -> list[list[float]]:
-    """The mask's outlines along pixel edges, one polygon per connected part, in pixels of the image.
-
-    A hole is joined to its outline by a cut of no width, because COCO has no other way to write one. A mask without a
-    true pixel gives no polygon.
-    """
+def edges(window: Window) -> tuple[Integers, Integers]:
+    """Where a bitmap changes down a column: columns x, rows y of the image, ascending in this order."""
     mask, (top, left) = window
-    around = np.pad(mask, 1).astype(np.float32)  # so that outlines close at the window's border
-    generator = contour_generator(z=around, fill_type=FillType.OuterOffset)
-    polygons = []
-    for points, offsets in zip(*generator.filled(0.5, 1.5)):
-        rings = [_without_collinear(points[start : end - 1]) for start, end in pairwise(offsets)]
-        # Pixel i covers i to i + 1: its centre is i + 0.5, and the padding moved it by one.
-        polygons.append((_joined(rings) + np.array([left - 0.5, top - 0.5])).ravel().tolist())
-    return polygons
+    columns = np.pad(mask.T, ((0, 0), (1, 1))).astype(np.int8)
+    x, y = np.nonzero(np.diff(columns, axis=1))
+    return left + x, top + y
 
 
 def _run_lengths(window: Window, height: int, width: int) -> list[int]:
     """COCO's uncompressed counts: lengths of alternating runs, false first, down the columns of the whole image."""
-    mask, (top, left) = window
-    columns = np.pad(mask.T, ((0, 0), (1, 1))).astype(np.int8)
-    column, row = np.nonzero(np.diff(columns, axis=1))  # where runs start and end, alternating
-    turns = (left + column) * height + top + row
+    x, y = edges(window)  # where runs start and end, alternating
+    turns = x * height + y
     if len(turns):
         # A run that reaches the foot of a column goes on at the head of the next.
         apart = turns[1:-1:2] != turns[2::2]
         turns = turns[np.concatenate([[True], np.repeat(apart, 2), [True]])]
     counts: list[int] = np.diff(turns, prepend=0, append=height * width).tolist()
     return counts if counts[-1] or len(counts) == 1 else counts[:-1]
-
-
-def _without_collinear(ring: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The corners of a closed ring (n, 2); exact, because its coordinates are multiples of a half."""
-    arriving = ring - np.roll(ring, 1, axis=0)
-    leaving = np.roll(arriving, -1, axis=0)
-    turning = arriving[:, 0] * leaving[:, 1] != arriving[:, 1] * leaving[:, 0]
-    corners: npt.NDArray[np.float64] = ring[turning]
-    return corners
-
-
-def _joined(rings: list[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
-    """One ring out of an outline and its holes: from the nearest corner to the hole, around it, and back."""
-    joined = rings[0]
-    for hole in rings[1:]:
-        nearest = int(np.argmin(np.square(joined - hole[0]).sum(axis=1)))
-        joined = np.concatenate([joined[: nearest + 1], hole, hole[:1], joined[nearest:]])
-    return joined

@@ -17,7 +17,7 @@ from typing import IO, Any
 import msgspec
 
 from blendmaskd import protocol
-from blendmaskd.assignment import EXIT_HOST_LACKS, identity
+from blendmaskd.assignment import EXIT_HOST_LACKS, EXIT_OVERTIME, identity
 from blendmaskd.core import broker, durable, launch_plan, reload, supervisor
 from blendmaskd.core.actions import Acquit, Evict
 from blendmaskd.core.launch_plan import Basis, LaunchPlan
@@ -257,4 +257,6 @@ def how_it_ended(code: int) -> str:
         return f"killed by signal {-code}"
     if code == UNKNOWN_END:
         return "ended, and nobody knows how"
+    if code == EXIT_OVERTIME:
+        return "ended: an image took too much of a CPU (limits.max_decode_s)"
     return f"exited with code {code}"

@@ -15,6 +15,7 @@ while the host chooses, and the second visit does not wait for all of the next b
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -108,8 +109,13 @@ class Engine(Protocol):
     def launch(self, batch: Sequence[Any]) -> Run:
         """Ask for the beginning of a batch's first visit."""
 
-    def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
-        """One image's output as COCO results, see `blendmaskd_workers.results`."""
+    def finish(
+        self, output: Any, prepared: Any, options: Options, deadline: float = math.inf
+    ) -> list[dict[str, Any]]:
+        """One image's output as COCO results; raises what `blendmaskd_workers.results` does.
+
+        What takes long looks at `deadline` (time.monotonic).
+        """
 
 
 def segment(engine: Engine, batch: Sequence[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,13 +67,15 @@ class AdelaidetEngine(OnDevice):
         with torch.inference_mode():
             return [output["instances"].to("cpu") for output in self._predictor.model(inputs)]
 
-    def finish(self, output: Any, prepared: AdelaidetInput, options: Options) -> list[dict[str, Any]]:
+    def finish(
+        self, output: Any, prepared: AdelaidetInput, options: Options, deadline: float = math.inf
+    ) -> list[dict[str, Any]]:
         masks = output.pred_masks.numpy()
         return results.to_coco(
             output.pred_boxes.tensor.numpy(),
             output.scores.numpy(),
             output.pred_classes.numpy(),
-            results.Pasted(lambda index: (masks[index], (0, 0)), prepared.image_size),
+            results.Pasted(lambda index: (masks[index], (0, 0)), prepared.image_size, deadline),
             self._categories,
             options,
         )

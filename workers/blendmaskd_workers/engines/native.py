@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,8 +146,10 @@ class NativeEngine(OnDevice):
         graphs = spare.pop()
         return NativeRun(self._network, self._timeline, images, graphs, lambda: spare.append(graphs))
 
-    def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
-        return to_coco(output, prepared, self._categories, options, self._settings.exact)
+    def finish(
+        self, output: Any, prepared: Any, options: Options, deadline: float = math.inf
+    ) -> list[dict[str, Any]]:
+        return to_coco(output, prepared, self._categories, options, self._settings.exact, deadline)
 
 
 def network_for(trained: Any, device: Device, exact: bool) -> Any:
@@ -156,19 +159,28 @@ def network_for(trained: Any, device: Device, exact: bool) -> Any:
 
 
 def to_coco(
-    output: Any, prepared: Any, names: Sequence[categories.Category], options: Options, exact: bool
+    output: Any,
+    prepared: Any,
+    names: Sequence[categories.Category],
+    options: Options,
+    exact: bool,
+    deadline: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """The COCO results of what our network said about an image; `exact` is of the masks, see `masks_of`."""
+    """The COCO results of what our network said about an image; `exact` and `deadline` see `masks_of`."""
     found = blendmask.finish(output, prepared)
-    return results.to_coco(found.boxes, found.scores, found.classes, masks_of(found, exact), names, options)
+    return results.to_coco(found.boxes, found.scores, found.classes, masks_of(found, exact, deadline), names, options)
 
 
-def masks_of(found: Any, exact: bool) -> results.Masks:
+def masks_of(found: Any, exact: bool, deadline: float = math.inf) -> results.Masks:
     """The masks of `blendmask.Detections`; `exact`: pasted, so that also values of one half are rounded as there."""
     probabilities, boxes, size = found.probabilities, found.boxes, found.image_size
     if not exact:
         return results.Stretched(probabilities, boxes, size)
-    return results.Pasted(lambda index: blendmask.paste_window(probabilities[index], boxes[index], size), size)
+
+    def paste(index: int) -> results.Window:
+        return blendmask.paste_window(probabilities[index], boxes[index], size)
+
+    return results.Pasted(paste, size, deadline)
 
 
 class ReplayEngine(TimedEngine):
@@ -213,7 +225,9 @@ class ReplayEngine(TimedEngine):
         for _ in range(1 if self._settings.model.graphs else int(self._recorded.launches[part])):
             one.mean()  # some 4 microseconds, which is what dispatching an operator takes
 
-    def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
+    def finish(
+        self, output: Any, prepared: Any, options: Options, deadline: float = math.inf
+    ) -> list[dict[str, Any]]:
         return to_coco(output, prepared, self._categories, options, exact=False)
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +36,9 @@ class OnDevice:
     def launch(self, batch: Sequence[Any]) -> Run:
         raise NotImplementedError
 
-    def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
+    def finish(
+        self, output: Any, prepared: Any, options: Options, deadline: float = math.inf
+    ) -> list[dict[str, Any]]:
         raise NotImplementedError
 
     def load(self) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -126,7 +127,9 @@ class TimedEngine:
         """What the device and the host's choice make of an image."""
         return prepared.checksum
 
-    def finish(self, output: Any, prepared: Any, options: Options) -> list[dict[str, Any]]:
+    def finish(
+        self, output: Any, prepared: Any, options: Options, deadline: float = math.inf
+    ) -> list[dict[str, Any]]:
         """One detection, the whole image, with the key `checksum` beside the usual ones."""
         return [{**detection, "checksum": output} for detection in _whole_image(prepared.image_size, options)]
 

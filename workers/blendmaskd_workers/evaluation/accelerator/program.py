@@ -31,7 +31,7 @@ host:
 
     python3 -m pip download --only-binary=:all: --no-deps --python-version 3.12 --implementation cp \\
       --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \\
-      -d wheels contourpy markdown-it-py mdurl msgpack msgspec pillow prometheus_client psutil pycocotools pygments \\
+      -d wheels markdown-it-py mdurl msgpack msgspec pillow prometheus_client psutil pycocotools pygments \\
       pyyaml pyzmq rich
 
 Bring `wheels` and the checkout over, and there:

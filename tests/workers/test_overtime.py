@@ -1,0 +1,74 @@
+"""No image keeps a worker for ever: what takes too much of a CPU is ended with its worker, and then given up."""
+from __future__ import annotations
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+
+from blendmaskd.client.blocking import JobFailed
+from blendmaskd.protocol import Code
+from blendmaskd.settings import Limits
+from blendmaskd_workers.overtime import Overtime
+from fuzz.bombs import scans
+
+WIDE = Limits(max_image_pixels=160_000_000)
+
+
+def test_what_counts_is_the_time_of_the_images_own_thread() -> None:
+    overtime = Overtime()
+    begun, end = threading.Event(), threading.Event()
+
+    def idle() -> None:
+        with overtime.counted(1):
+            begun.set()
+            end.wait(10)
+
+    thread = threading.Thread(target=idle)
+    thread.start()
+    begun.wait(10)
+    with overtime.counted(2):
+        while not overtime.over(0.05):
+            pass
+        assert overtime.over(0.05) == [2]
+    assert overtime.over(0.0) == [1]
+    end.set()
+    thread.join()
+    assert overtime.over(0.0) == []
+
+
+@pytest.fixture
+def costly() -> bytes:
+    """Some seconds of libjpeg's, in 50 KB."""
+    return scans(4000, 400)
+
+
+def test_an_image_that_takes_too_long_to_decode_costs_two_workers_and_its_neighbours_nothing(daemon, costly) -> None:
+    limits = {"max_image_pixels": WIDE.max_image_pixels, "max_decode_s": 0.3}
+    server = daemon(devices=["cpu:0"], limits=limits, restarts={"first_delay_s": 0.05})
+    enough = threading.Event()
+    outcomes: list[object] = []
+
+    def neighbour() -> None:
+        pictures = itertools.repeat(np.zeros((8, 8, 3), np.uint8))
+        for answer in server.connect().map(pictures, window=4, on_error="return"):
+            outcomes.append(answer)
+            if enough.is_set():
+                return
+
+    thread = threading.Thread(target=neighbour)
+    thread.start()
+    try:
+        with pytest.raises(JobFailed, match=r"took too much of a CPU \(limits\.max_decode_s\); this image") as failed:
+            server.client.segment(costly)
+        assert failed.value.code is Code.WORKER_LOST
+        with pytest.raises(JobFailed, match="this image was given up"):
+            server.client.segment(costly)
+        server.wait_ready()
+        assert server.devices()["cpu:0"]["generation"] == 3
+    finally:
+        enough.set()
+        thread.join()
+    assert outcomes
+    assert not [each for each in outcomes if isinstance(each, JobFailed)]
