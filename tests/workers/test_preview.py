@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from blendmaskd_workers import outlines
 from blendmaskd_workers.preview import BEST, EACH_S, SHARE, SIDE, Previews, picture
+from blendmaskd_workers.results import edges, encode_rle
 
 RED_BGR = np.zeros((40, 60, 3), np.uint8) + np.array([0, 0, 255], np.uint8)
 RED = Image.new("RGB", (60, 40), "red")
@@ -33,6 +35,23 @@ def test_a_picture_is_small_and_has_the_best_only() -> None:
     large = Image.new("RGB", (3000, 1500))
     assert opened(picture(large, many)).size == (SIDE, SIDE // 2)
     assert picture(large, [*many, result(0.1, (1500, 700, 900, 700))]) == picture(large, many)
+
+
+@pytest.mark.parametrize("as_polygons", [False, True])
+def test_a_mask_is_drawn_small_where_it_lies(as_polygons: bool) -> None:
+    size = (1501, 2999)
+    mask = np.hypot(np.arange(size[0])[:, None] - 400, np.arange(size[1]) - 2200) < 300
+    found = result(bbox=(1900, 100, 600, 600))
+    whole = [part.ravel().tolist() for part in outlines.trace(*edges((mask, (0, 0))))]
+    found["segmentation"] = whole if as_polygons else encode_rle((mask, (0, 0)), size)
+    large = Image.new("RGB", size[::-1], "white")
+    drawn = np.asarray(opened(picture(large, [found])), int)
+    plain = np.asarray(opened(picture(large, [])), int)
+    rows, columns = (np.arange(count) * side // count for count, side in zip(drawn.shape, size))
+    tinted = np.abs(drawn - plain).max(axis=2) > 60
+    assert tinted[mask[np.ix_(rows, columns)]].mean() > 0.98
+    assert tinted[~mask[np.ix_(rows, columns)]].mean() < 0.03  # the box and its tag
+    assert picture(large, [found]) == picture(large, [found]), "the results are left as they are"
 
 
 class Clock:

@@ -14,10 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from blendmaskd.coco import bitmaps
 from blendmaskd.images import overlay
 from blendmaskd.images.decoding import Photograph, rgb
+from blendmaskd_workers.results import encode_rle
 
 log = logging.getLogger("blendmaskd.worker")
 
@@ -26,6 +29,8 @@ SHARE = 0.05
 SIDE = 960  # pixels of the longer one
 BEST = 30  # instances that are drawn
 QUALITY = 80
+
+Size = tuple[int, int]  # width, height
 
 
 class Previews:
@@ -62,9 +67,24 @@ class Previews:
 
 
 def picture(image: Image.Image, results: Sequence[Mapping[str, Any]]) -> bytes:
-    """A JPEG of an image with its best COCO results drawn over it."""
-    drawn = overlay.draw(image, results[:BEST])
-    drawn.thumbnail((SIDE, SIDE))
+    """A JPEG of an image with its best COCO results drawn over it: made small first, as masks are drawn whole."""
+    small = image.copy()
+    small.thumbnail((SIDE, SIDE))
+    drawn = overlay.draw(small, [_scaled(result, image.size, small.size) for result in results[:BEST]])
     file = io.BytesIO()
     drawn.save(file, "JPEG", quality=QUALITY)
     return file.getvalue()
+
+
+def _scaled(result: Mapping[str, Any], size: Size, small: Size) -> Mapping[str, Any]:
+    """A result of an image of `size` (width, height), as one of the same image in another size."""
+    scale = np.divide(small, size)
+    scaled = {**result, "bbox": (np.reshape(result["bbox"], (2, 2)) * scale).ravel().tolist()}
+    match result.get("segmentation"):
+        case list(polygons):
+            scaled["segmentation"] = [(np.reshape(each, (-1, 2)) * scale).ravel() for each in polygons]
+        case dict(rle):
+            columns, rows = (((np.arange(count) + 0.5) / by).astype(int) for count, by in zip(small, scale))
+            bitmap = bitmaps.decode(rle, size[1], size[0])[np.ix_(rows, columns)]
+            scaled["segmentation"] = encode_rle((bitmap, (0, 0)), small[::-1])
+    return scaled
