@@ -300,6 +300,8 @@ class Loop:
     def _look_for_overtime(self) -> None:
         most_s = self._settings.limits.max_decode_s
         while not (over := self._overtime.over(most_s)):
+            if self._exit_code is not None:
+                return
             time.sleep(LOOK_S)
         for lease in over:
             text = "decoding its image takes over %g s of a CPU (limits.max_decode_s): ending"
