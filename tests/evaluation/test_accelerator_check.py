@@ -242,6 +242,12 @@ def test_the_daemon_is_loaded_as_the_device_was_fastest_and_as_it_can_bear() -> 
     assert sections.clients_for([{**TIMED[0], "images_per_s": 0.5}]) == [1]
 
 
+def test_what_a_load_was_too_short_for_is_left_out() -> None:
+    row = sections._under_load({"load": {"clients": 8}, "fps": 3.0, "p50_ms": float("nan"), "failures": {}, "wrong": 0})
+    assert set(row) == {"clients", "fps", "p50_ms", "failures", "wrong"}
+    assert "images/s 3.0" in report.line("daemon", row)
+
+
 def tree(**rows: Any) -> Any:
     return {
         "run": {"device": "cuda:0", "config": "R_50_1x.yaml", "weights": None, "budget_s": 480.0},
@@ -266,7 +272,7 @@ GOLDEN = {"golden": "a", "way": "served", "recorded": 100, "matched": 99, "score
     ("precision", {"precision": "fp32", "off": ["p3 is off"]}, True),
     ("daemon", {"clients": 8, "failures": {"timeout": 2}, "wrong": 0}, True),
     ("daemon", {"clients": 8, "failures": {}, "wrong": 1}, True),
-    ("daemon", {"clients": 8, "failures": {}, "wrong": 0, "of_device_time": None}, False),
+    ("daemon", {"clients": 8, "failures": {}, "wrong": 0, "fps": 3.0}, False),
     ("daemon", {"failed": "KeyError: 'rows'"}, True),
 ])  # fmt: skip
 def test_what_is_unsupported_or_left_out_is_no_problem_and_what_fails_is(section: str, row: Any, bad: bool) -> None:
