@@ -356,8 +356,7 @@ def test_an_emulated_npu_passes_with_graphs(check, tmp_path: Path) -> None:
     assert code == 0
     assert {row["verdict"] for row in rows["goldens"] if "verdict" in row} == {goldens.AS_A_CPU}
     assert {"exact", "served", "cpu"} <= {row.get("way") for row in rows["goldens"]}
-    timed = {(row["precision"], row["graphs"]) for row in rows["times"] if "images_per_s" in row}
-    assert timed >= {("fp32", False), ("fp32", True)}
+    assert {row["graphs"] for row in rows["times"] if "images_per_s" in row} == {False, True}
     assert "Ascend910-emulated physical 0" in (tmp_path / "accelerator_check.md").read_text()
 
 
