@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from typing import IO
 
 EXIT_CLOSED, EXIT_OUTPUT = 1, 4
 
@@ -21,8 +22,7 @@ def complete(name: str, code: int) -> int:
 
 def lost(name: str, error: OSError) -> int:
     """The exit code of a program whose output cannot be written; the reason is said on stderr."""
-    with contextlib.suppress(OSError, ValueError):  # what is left must not be tried again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _discard(sys.stdout)
     if isinstance(error, BrokenPipeError):
         return EXIT_CLOSED
     complain(f"{name}: cannot write its output: {error.strerror}")
@@ -31,5 +31,13 @@ def lost(name: str, error: OSError) -> int:
 
 def complain(text: str) -> None:
     """Say it on stderr, if anybody can read that."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: IO[str]) -> None:
+    """What is left in it must not be tried again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

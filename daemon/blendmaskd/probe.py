@@ -25,6 +25,7 @@ class Probe(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str = ""  # Ascend910B3
     memory_bytes: int = 0  # all there is
     bf16: bool | None = None  # whether it computes in bfloat16; None: it does not tell
+    chosen: str = ""  # what a network computes in, and why, where model.precision = auto chose it
     differences: tuple[str, ...] = ()  # from what its launch plan wanted
 
 

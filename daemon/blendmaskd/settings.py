@@ -47,7 +47,7 @@ class Model(_Section, frozen=True):
 
     config: str = "configs/BlendMask/R_50_1x.yaml"  # the network's configuration: a YAML file with AdelaiDet's keys
     weights: str | None = None  # an AdelaiDet checkpoint: {"model": state_dict}, or the state dict alone
-    # hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs with AVX512-BF16 or AMX, else fp32; fp16: not on CPUs
+    # hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs that measure faster in it, else fp32; fp16: not on CPUs
     precision: Literal["fp32", "hf32", "bf16", "fp16", "auto"] = "fp32"
     # true: AdelaiDet's order of operations, image by image; slower. false: the same except for rounding
     exact: bool = False
@@ -193,7 +193,8 @@ class Settings(_Section, frozen=True):
     # maximum size of images and answers in the spool; beyond it durable jobs are answered `busy`
     spool_bytes: Count = 4 << 30
     spool_keep_s: Positive = 604800.0  # how long an answer is kept, counted while the daemon runs
-    max_attempts: Count = 2  # number of workers that may die on a job before it fails
+    # number of workers that may die on a job before it fails; 1: all that was on the device of one that dies fails
+    max_attempts: Count = 2
     deadline_s: Positive = 60.0  # default deadline of a job
     drain_s: Positive = 30.0  # time allowed for accepted jobs to finish after SIGTERM
     window_s: Positive = 10.0  # window over which FPS are averaged

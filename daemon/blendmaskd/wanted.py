@@ -30,6 +30,7 @@ class Actual(Wanted, frozen=True, kw_only=True, omit_defaults=True):
     exact: bool | None = None  # whether the network runs as it was trained; None: it is none of ours
     dtype: str | None = None  # that the network computes in, such as bfloat16
     model: str | None = None  # a digest of the configuration, categories and weights that were loaded; None: none were
+    dtype_reason: str | None = None  # why model.precision = auto chose it; None: it did not choose
 
 
 def number(environment: Mapping[str, str], variable: str) -> int | None:

@@ -338,6 +338,13 @@ def test_the_deadline_answers_in_the_queue_and_on_the_device(broker: Broker) -> 
     assert answers(finish(broker, "npu:0.1", lease)) == {}, "a late result is dropped"
 
 
+def test_a_timeout_names_the_deadline_however_short(broker: Broker) -> None:
+    submit(broker, "a", deadline_s=0.002)
+    failed = answers(broker.expire(0.0021))["a"]
+    assert isinstance(failed, Failed)
+    assert failed.reason == "the deadline passed 0.002 s after it arrived, in the queue"
+
+
 def test_a_window_that_grows_is_filled_and_one_that_shrinks_runs_empty(broker: Broker) -> None:
     with_workers(broker, "npu:0.1", window=1)
     held = [number for job in "abcd" for _, number in leases(submit(broker, job))]

@@ -347,6 +347,20 @@ def test_silence_is_a_timeout_error_after_which_the_job_is_cancelled(peer: Peer)
             client.stats()
 
 
+def test_what_a_fetch_that_gave_up_left_behind_is_no_answer_to_the_next(peer: Peer) -> None:
+    name = "x" * 32
+    with Client(peer.endpoint, timeout_s=0.2) as client:
+        with pytest.raises(TimeoutError):
+            client.fetch(name)
+        assert [peer.receive(), peer.receive()] == [protocol.Fetch(job=name), protocol.Cancel(job=name)]
+        for call in (lambda: client.fetch(name), lambda: client.forget(name)):
+            peer.send(protocol.Accepted(job=name))
+            with pytest.raises(TimeoutError):
+                call()
+        peer.send(protocol.Accepted(job=name))
+        assert client.fetch(name, wait=False) is None
+
+
 def test_nobody_there_is_a_timeout_error(tmp_path: Path) -> None:
     with Client(f"ipc://{tmp_path}/nobody", timeout_s=0.1) as client:
         with pytest.raises(TimeoutError):

@@ -165,6 +165,28 @@ def test_names_of_durable_jobs_are_secrets_in_log_and_stats(daemon: Any, tmp_pat
     assert not any(job in shown for job in jobs)
 
 
+def test_a_fetch_that_is_open_is_answered_when_its_client_or_its_job_goes_on(daemon: Any, tmp_path: Path) -> None:
+    running = daemon(**spooled(tmp_path, timed={"latency_ms": {1: 1500}}))
+    dealer, name = running.dealer(), secrets.token_hex(16)
+
+    def say(message: Any, *payload: bytes) -> None:
+        dealer.send_multipart(protocol.encode(message, payload))
+
+    def hear() -> Any:
+        return protocol.decode(dealer.recv_multipart(), TO_CLIENT)[0]
+
+    say(protocol.Submit(job=name, image=protocol.Image(kind="raw", shape=(2, 2, 3)), durable=True), bytes(12))
+    assert hear() == protocol.Accepted(job=name)
+    say(protocol.Fetch(job=name))
+    say(protocol.Cancel(job=name))
+    assert hear() == protocol.Accepted(job=name), "of the fetch, as if it had not waited"
+    say(protocol.Cancel(job=name))
+    say(protocol.Fetch(job=name))
+    say(protocol.Forget(job=name))
+    assert (failed := hear()).code is Code.CANCELLED, failed
+    assert hear() == protocol.Forgotten(job=name)
+
+
 # -- the daemon dies --------------------------------------------------------------------------------------------------
 
 

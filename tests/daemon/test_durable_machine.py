@@ -28,6 +28,7 @@ from blendmaskd.core.refusals import Limits
 from blendmaskd.core.spool_messages import AnswerKept, Look, Reply, Request, Store, StoreAnswer, Stored
 from blendmaskd.protocol import (
     Accepted,
+    Cancel,
     Code,
     Failed,
     Fetch,
@@ -203,6 +204,17 @@ class DurableMachine(RuleBasedStateMachine):
         if name not in self.waiting[client]:
             self.waiting[client].add(name)
             self.carry_out(self.durable.fetch(client, Fetch(job=name)))
+
+    @precondition(lambda self: self.names)
+    @rule(client=CLIENTS, pick=index)
+    def stop_waiting(self, client: bytes, pick: int) -> None:
+        """A `fetch` that is still open becomes one that does not wait; one that is being looked up has its answer."""
+        job = self.durable._jobs.by_name.get(f"{pick % self.names + 1:032}")
+        if job is not None and client in job.waiters:
+            self.waiting[client].remove(job.name)
+            self.submitting[client].add(job.name)
+            self.carry_out(self.durable.stop_waiting(client, Cancel(job=job.name)))
+            assert job.state is State.STORING or job.name not in self.submitting[client], "a fetch has no answer"
 
     @precondition(lambda self: self.names)
     @rule(client=CLIENTS, pick=index, really=st.sampled_from([False, False, True]))

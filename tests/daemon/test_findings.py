@@ -190,6 +190,8 @@ SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
     ("exact", lambda: npu(exact=True), "npu:1: Ascend910B3, 64 GiB, health OK, fp32, exact"),
     ("bf16 untold", lambda: npu("bf16", probe=Probe(name="x", memory_bytes=1 << 30)),
      "npu:1: x, 1 GiB, health OK, bf16"),
+    ("auto", lambda: npu("auto", probe=Probe(name="cpu", memory_bytes=1 << 30, chosen="bfloat16: it takes 0.5")),
+     "npu:1: cpu, 1 GiB, health OK, auto (bfloat16: it takes 0.5)"),
     ("ours", lambda: npu(probe=None, untried="it is in use by a running blendmaskd (pid 9)"),
      "npu:1: not opened, it is in use by a running blendmaskd (pid 9)"),
     ("nodes", lambda: nodes(opened=True), "device nodes"),

@@ -35,9 +35,11 @@ def full_disk() -> Iterator[int]:
 def run(program: str, words: list[str], stdout: int, stderr: int = subprocess.PIPE) -> tuple[int, str]:
     """Exit code, and what it says on stderr."""
     code = f"import sys; from blendmaskd.commands import {program}; sys.exit({program}())"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=ROOT, stdout=stdout, stderr=stderr, text=True, timeout=60, check=False
-    )
+        [sys.executable, "-c", code, *words], cwd=ROOT, env=buffered, stdout=stdout, stderr=stderr, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
     return done.returncode, done.stderr or ""
 
 

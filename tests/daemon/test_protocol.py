@@ -20,6 +20,7 @@ from blendmaskd.protocol import (
     Code,
     Failed,
     FailedLease,
+    Fetch,
     Finished,
     GetStats,
     Image,
@@ -74,6 +75,20 @@ PLACED_BYTES = [
     b"\xa3job\xa3a-1"
     b"\xa5image\x82\xa4kind\xa7encoded\xa5place\x83\xa6region\xa40a1b\xa6offset\xcd\x10\x00\xa5bytes\x03"
     b"\xa4type\xa6submit"),
+]
+
+# Each optional field is null, as a client writes it whose language has no absent ones.
+NULLS_BYTES = [
+    b"BMD1",
+    (b"\x87"
+    b"\xa4type\xa6submit"
+    b"\xa3job\xa3a-1"
+    b"\xa5image\x86\xa4kind\xa3raw\xa5shape\x93\x01\x02\x03\xa5dtype\xc0\xa5order\xc0\xa4path\xc0\xa5place\xc0"
+    b"\xa7options\x83\xafscore_threshold\xc0\xaemax_detections\xc0\xabmask_format\xc0"
+    b"\xaadeadline_s\xc0"
+    b"\xa8priority\xc0"
+    b"\xa7durable\xc0"),
+    b"\x01\x02\x03\x04\x05\x06",
 ]
 
 ACTUAL = Actual(cpus="0-3", threads=4, task_queue=None, preload="/t.so", env={"A": "b"}, thread_cpus={"a/7": "1"})
@@ -132,6 +147,32 @@ def test_an_image_in_shared_memory_is_these_bytes() -> None:
     placed = Submit(job="a-1", image=Image(kind="encoded", place=Place(region="0a1b", offset=4096, bytes=3)))
     assert decode(PLACED_BYTES, FROM_CLIENT) == (placed, [])
     assert decode(encode(placed), FROM_CLIENT) == (placed, [])
+
+
+def test_an_optional_field_that_is_null_has_its_default() -> None:
+    message = Submit(job="a-1", image=Image(kind="raw", shape=(1, 2, 3)))
+    assert decode(NULLS_BYTES, FROM_CLIENT) == (message, NULLS_BYTES[2:])
+    for name in ("deadline_s", "priority", "durable", "options"):
+        assert decode(submit(**{name: None}), FROM_CLIENT)[0] == Submit(job="a", image=Image(kind="encoded")), name
+    assert decode([MAGIC, header(type="fetch", job="a", wait=None)], FROM_CLIENT) == (Fetch(job="a"), [])
+
+
+def test_a_running_daemon_takes_nulls_and_says_them(shared_daemon: Any) -> None:
+    socket = shared_daemon.dealer()
+    socket.send_multipart(NULLS_BYTES)
+    assert msgpack.unpackb(socket.recv_multipart()[1])["type"] == "result"
+    socket.send_multipart(submit(image={"kind": None}))
+    _, head = socket.recv_multipart()
+    reason = "submit: Object missing required field `kind` - at `$.image`"
+    answer = {"type": "failed", "job": "a", "code": "bad-request", "reason": reason, "retry_after_s": None}
+    assert msgpack.unpackb(head) == answer
+
+
+def test_a_number_without_a_fraction_is_a_float_but_no_float_is_an_integer() -> None:
+    message, _ = decode(submit(deadline_s=4, options={"score_threshold": 1}), FROM_CLIENT)
+    assert message == Submit(job="a", image=Image(kind="encoded"), options=Options(score_threshold=1.0), deadline_s=4.0)
+    with pytest.raises(ProtocolError, match="Expected `int"):
+        decode(submit(options={"max_detections": 5.0}), FROM_CLIENT)
 
 
 def test_a_running_daemon_speaks_these_bytes(shared_daemon: Any) -> None:

@@ -132,12 +132,12 @@ def test_the_window_mates_of_a_poison_image_lose_nothing(scene) -> None:
 @pytest.mark.slow
 def test_a_hung_worker_is_aborted_with_its_stacks(scene) -> None:
     restarts = {**QUICK_RESTARTS, "stall_s": 5}
-    with scene(**FAULTY, restarts=restarts, max_attempts=1) as here:
+    with scene(**FAULTY, restarts=restarts) as here:
         with Client(here.server.endpoint, timeout_s=LONG_S) as client, pytest.raises(JobFailed) as failed:
             client.segment(picture(Poison.HANGS))
         assert failed.value.code is Code.WORKER_LOST
     assert here.load.failures == []
-    assert "in faulty_segment" in here.server.log, "no stack dump"
+    assert "in faulty_launch" in here.server.log, "no stack dump"
 
 
 @pytest.mark.slow

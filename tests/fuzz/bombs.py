@@ -175,7 +175,8 @@ def _shared_strips(limits: Limits) -> bytes:
     count, data = 8000, deflated(1).ljust(limits.max_image_bytes // 2, b"\0")
     lengths = struct.pack("<I", len(data)) * count
     entries: list[Entry] = [
-        (256, 4, 1, 1), (257, 4, 1, count), *_GREY, (259, 3, 1, 8), (266, 3, 1, 2), (278, 4, 1, 1), (279, 4, count, lengths),
+        (256, 4, 1, 1), (257, 4, 1, count), *_GREY, (259, 3, 1, 8), (266, 3, 1, 2), (278, 4, 1, 1),
+        (279, 4, count, lengths),
         (273, 4, count, bytes(4 * count)),
     ]
     entries[-1] = (273, 4, count, struct.pack("<I", len(tiff(entries))) * count)

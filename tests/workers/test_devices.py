@@ -5,6 +5,7 @@ import importlib.util
 import math
 import mmap
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,7 +73,46 @@ def test_what_a_cpu_computes_in(
                 devices.open_device("cpu:0", precision)
             assert refused.value.cause is Cause.PRECISION
         else:
+            monkeypatch.setattr(devices, "bf16_share", lambda: devices.BF16_SHARE)
             assert devices.open_device("cpu:0", precision).dtype == wanted
+
+
+@pytest.mark.parametrize(
+    ("flags", "share", "dtype", "reason"),
+    [
+        ("avx512f", 0.1, "float32", "neither AVX512-BF16 nor AMX"),
+        ("avx512_bf16", 1.93, "float32", "convolutions in bfloat16 take 1.93 of the time in float32"),
+        ("avx512_bf16", 0.81, "float32", "convolutions in bfloat16 take 0.81 of the time in float32"),
+        ("amx_bf16", 0.5, "bfloat16", "convolutions in bfloat16 take 0.50 of the time in float32"),
+    ],
+)
+def test_auto_is_the_faster_one_by_a_margin_and_says_why(
+    flags: str, share: float, dtype: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cpu_with(flags, monkeypatch, tmp_path)
+    monkeypatch.setattr(devices, "bf16_share", lambda: share)
+    effects = devices.open_device("cpu", "auto").effects()
+    assert effects["dtype"] == dtype
+    assert reason in effects["dtype_reason"]
+    assert devices.open_device("cpu", "fp32").effects()["dtype_reason"] is None
+
+
+@pytest.mark.skipif(not devices.cpu_multiplies_bf16(), reason="needs a CPU with AVX512-BF16 or AMX")
+@pytest.mark.parametrize(("instructions", "dtype"), [("AVX512_CORE", "float32"), ("DEFAULT", None)])
+def test_auto_goes_by_what_convolutions_take(instructions: str, dtype: str | None) -> None:
+    """A oneDNN that may not use this CPU's bfloat16 is slower in it, as on CPUs whose bfloat16 is slow."""
+    opener = (
+        "import torch; from blendmaskd_workers import devices; before = torch.get_num_threads();"
+        "device = devices.open_device('cpu', 'auto'); assert torch.get_num_threads() == before;"
+        "print(device.effects()['dtype'], device.why)"
+    )
+    environment = {**os.environ, "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "2"}
+    environment["ONEDNN_MAX_CPU_ISA"] = instructions
+    answer = subprocess.run([sys.executable, "-c", opener], env=environment, capture_output=True, text=True, check=True)
+    found, _, reason = answer.stdout.partition(" ")
+    share = float(re.search(r"take ([0-9.]+) of", reason)[1])  # type: ignore[index]
+    assert found == ("bfloat16" if share <= devices.BF16_SHARE else "float32")
+    assert dtype is None or found == dtype
 
 
 def test_this_cpus_own_description_can_be_read() -> None:

@@ -74,6 +74,7 @@ def _probe(assignment: Assignment) -> Probe:
         name=device.name(),
         memory_bytes=device.memory().total,
         bf16=device.multiplies_bf16(),
+        chosen=f"{device.effects()['dtype']}: {device.why}" if device.why else "",
         differences=tuple(differences(assignment.wanted, process.observe(assignment.wanted, device))),
     )
 

@@ -25,6 +25,9 @@ Precision = Literal["fp32", "hf32", "bf16", "fp16", "auto"]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CPUINFO = Path("/proc/cpuinfo")
 CPU_BF16 = frozenset({"avx512_bf16", "amx_bf16"})  # its flags of CPUs that multiply bfloat16
+BF16_SHARE = 0.8  # of float32's time that bfloat16 may take to be chosen: it costs accuracy
+CONVOLUTIONS = ((64, 64, 3, 100), (1024, 256, 1, 50), (256, 256, 3, 25))  # R_50's: channels in, out, kernel, side
+ROUNDS = 5
 GRAPHS = {"cuda": "CUDAGraph", "npu": "NPUGraph"}
 
 T = TypeVar("T")
@@ -106,9 +109,10 @@ class Fetched:
 class Device:
     """The CPU, and what npu and cuda share with it."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32, why: str | None = None) -> None:
         self.torch_device = device
         self.dtype = dtype  # that a network should compute in
+        self.why = why  # it is this one, where it was not asked for
         # Convolutions like the channels innermost on a CPU and on CUDA's tensor cores; an NPU has formats of its own.
         self.overlaps = device.type != "cpu"  # it works on while the host does something else
         self.channels_last = device.type == "cpu" or (device.type == "cuda" and dtype != torch.float32)
@@ -160,6 +164,7 @@ class Device:
             "threads": torch.get_num_threads(),
             "device_name": self.name(),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype_reason": self.why,
             **({} if queue is None else {"task_queue": queue}),
         }
 
@@ -280,12 +285,13 @@ def open_device(name: str, precision: Precision = "fp32") -> Device:
 
     `name` is a kind with an index or without: ``npu:1``, ``cuda``, ``cpu``. ``fp32`` rounds nothing below float32;
     ``hf32`` allows HF32 on an NPU and TF32 on CUDA; ``bf16`` and ``fp16`` ask for networks of that type; ``auto`` is
-    ``bf16`` on a CPU that multiplies it, else ``fp32``. Raises `DeviceError` where there is no such device, and
+    ``bf16`` on a CPU whose convolutions are clearly faster in it, else ``fp32``; where the CPU multiplies bfloat16 that
+    is measured, in some 0.3 s. Raises `DeviceError` where there is no such device, and
     `UnsupportedError` where a CPU has no arithmetic for a precision.
     """
     kind, _, index = name.partition(":")
     if kind == "cpu":
-        return Device(torch.device("cpu"), _cpu_dtype(precision))
+        return Device(torch.device("cpu"), *_cpu_dtype(precision))
     api = _load_npu() if kind == "npu" else torch.cuda
     count = api.device_count() if api.is_available() else 0
     number = int(index or 0)
@@ -301,19 +307,57 @@ def open_device(name: str, precision: Precision = "fp32") -> Device:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has AVX512-BF16 or AMX; others take longer in bfloat16 than in float32."""
+    """Whether this CPU has AVX512-BF16 or AMX; others take longer in bfloat16, and so do some of these."""
     flags = set(CPUINFO.read_text(encoding="utf-8", errors="replace").split())
     return bool(flags & CPU_BF16)
 
 
-def _cpu_dtype(precision: Precision) -> torch.dtype:
+@torch.inference_mode()
+def bf16_share() -> float:
+    """The time that this CPU takes for convolutions in bfloat16, in terms of float32.
+
+    The two take turns, so that other load meets both, and the least time of each convolution counts. On one thread:
+    several wait for each other, and where others use the CPUs too, for longer than they compute.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cases = [_operands(*shape, dtype) for shape in CONVOLUTIONS for dtype in (torch.float32, torch.bfloat16)]
+    rounds = [[_convolution_s(*case) for case in cases] for _ in range(ROUNDS)]
+    torch.set_num_threads(threads)
+    least: list[float] = [min(seconds) for seconds in zip(*rounds)]
+    return sum(least[1::2]) / sum(least[::2])
+
+
+def _convolution_s(image: Tensor, weight: Tensor) -> float:
+    begin = time.perf_counter()
+    torch.conv2d(image, weight, padding=weight.shape[2] // 2)
+    return time.perf_counter() - begin
+
+
+def _operands(before: int, after: int, kernel: int, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    image, weight = torch.ones(1, before, side, side), torch.ones(after, before, kernel, kernel)
+    return image.to(dtype, memory_format=torch.channels_last), weight.to(dtype, memory_format=torch.channels_last)
+
+
+def _cpu_dtype(precision: Precision) -> tuple[torch.dtype, str | None]:
+    """What a network should compute in, and why if that was not asked for."""
     if precision == "fp16":
         raise UnsupportedError("cpu: float16 is some forty times slower than float32 here; fp32, or auto, are for CPUs",
                                Cause.PRECISION)  # fmt: skip
+    if precision not in ("bf16", "auto"):
+        return torch.float32, None
     if precision == "bf16" and not cpu_multiplies_bf16():
         raise UnsupportedError("cpu: has neither AVX512-BF16 nor AMX, and would be slower in bfloat16 than in float32; "
                                "fp32, or auto, are for such CPUs", Cause.PRECISION)  # fmt: skip
-    return torch.bfloat16 if precision in ("bf16", "auto") and cpu_multiplies_bf16() else torch.float32
+    return (torch.bfloat16, None) if precision == "bf16" else _faster()
+
+
+def _faster() -> tuple[torch.dtype, str]:
+    if not cpu_multiplies_bf16():
+        return torch.float32, "neither AVX512-BF16 nor AMX"
+    share = bf16_share()
+    reason = f"convolutions in bfloat16 take {share:.2f} of the time in float32, {BF16_SHARE:g} is the most for it"
+    return (torch.bfloat16 if share <= BF16_SHARE else torch.float32), reason
 
 
 def _load_npu() -> Any:

@@ -83,12 +83,12 @@ def _crossings(nodes: Floats, first: Integers, share: Floats, offset: int) -> tu
     steps -= values
     steps *= share[:, None]
     values += steps
-    inside = values >= THRESHOLD
-    place = np.flatnonzero(inside[:, 1:] != inside[:, :-1]).astype(np.int32)
-    column = place // np.int32(inside.shape[1] - 1)
-    flat = place + column  # in values, which are one longer per column
-    above, below = values.ravel().take(flat), values.ravel().take(flat + 1)
-    return column + offset, flat - column * inside.shape[1], (THRESHOLD - above) / (below - above)
+    line = values.ravel()  # all columns one behind the other: each begins and ends with a zero
+    inside = line >= THRESHOLD
+    place = np.flatnonzero(inside[1:] != inside[:-1]).astype(np.int32)
+    column = place // np.int32(values.shape[1])
+    above, below = line.take(place), line.take(place + 1)
+    return column + offset, place - column * values.shape[1], (THRESHOLD - above) / (below - above)
 
 
 def _first_row(

@@ -204,7 +204,7 @@ def _opened(facts: DeviceFacts, precision: str, exact: bool) -> list[Finding]:
                               "set model.precision to fp16 or fp32"))  # fmt: skip
     if not findings:
         health = f", health {facts.card.health}" if facts.card and facts.card.health else ""
-        arithmetic = f"{precision}, exact" if exact else precision
+        arithmetic = f"{precision}, exact" if exact else precision + (f" ({probe.chosen})" if probe.chosen else "")
         findings = [ok("device", f"{name}: {probe.name}, {probe.memory_bytes / GIB:.0f} GiB{health}, {arithmetic}")]
     return findings
 

@@ -223,7 +223,9 @@ class Exchange:
                 size = message.width, message.height
                 answer = Segmentation(*size, message.device, message.timings, detections, message.job)
                 self._answer(self.jobs[message.job], answer)
-            case Accepted() | Forgotten() if message.job in self.jobs:
+            case Accepted() if message.job in self.jobs:
+                self._accepted(self.jobs[message.job], message)
+            case Forgotten() if message.job in self.jobs:
                 self._answer(self.jobs[message.job], message)
             case Failed() if message.job in self.jobs:
                 self._failed(self.jobs[message.job], message, now)
@@ -243,6 +245,12 @@ class Exchange:
         for job in self._held:
             job.send_at = now  # there may be a place now
         self._held.clear()
+
+    def _accepted(self, job: Call, message: Accepted) -> None:
+        """To a `forget`, or a `fetch` that waits, it is no answer, but what is left of one that was cancelled."""
+        request = job.request
+        if isinstance(request, Submit) or (isinstance(request, Fetch) and not request.wait):
+            self._answer(job, message)
 
     def _failed(self, job: Call, message: Failed, now: float) -> None:
         if message.code is Code.BAD_REQUEST and self._places and job.place is not None:
@@ -305,7 +313,8 @@ def checked(request: R, payload: list[Any]) -> R:
     ValueError and OverflowError for what cannot be sent at all.
     """
     try:
-        read, _ = protocol.decode([protocol.MAGIC, _ENCODER.encode(request), *payload], FROM_CLIENT)
+        frames = [protocol.MAGIC, _ENCODER.encode(request), *payload]
+        read, _ = protocol.decode(frames, FROM_CLIENT, nulls=False)  # None is a slip, as in `mask_format=None`
     except ProtocolError as error:
         raise JobFailed(Code.BAD_REQUEST, str(error), job=error.job) from None
     assert isinstance(read, type(request))

@@ -132,10 +132,13 @@ class Durable:
             actions += self._drop(job, refused(job.name, Code.CANCELLED, "it was forgotten"))
         return [*actions, spool.Erase(client, message.job), *self.feed()]
 
-    def stop_waiting(self, client: bytes, message: Cancel) -> None:
-        """This client waits for that job no longer."""
-        if message.job in self._jobs.by_name:
-            self._jobs.settle(self._jobs.by_name[message.job].waiters, client)
+    def stop_waiting(self, client: bytes, message: Cancel) -> list[Action]:
+        """This client waits for that job no longer: its `fetch` is answered as one that does not wait."""
+        job = self._jobs.by_name.get(message.job)
+        if job is None or client not in job.waiters:
+            return []
+        self._jobs.settle(job.waiters, client)
+        return self.fetch(client, Fetch(job=message.job, wait=False))
 
     def client_gone(self, client: bytes) -> None:
         """Nobody waits there any more; its jobs stay."""

@@ -19,7 +19,7 @@ systemd status line all show, so that they agree. Its form::
      "missing": [paths of sockets and locks that others have removed while the daemon runs],
      "devices": [{"device", "slot", "generation", "pid", "state", "reason", "fps", "images", "busy_seconds",
                   "busy_share", "idle_seconds": {reason: seconds}, "restarts", "memory_bytes", "device_memory_bytes",
-                  "shapes",
+                  "shapes": [[batch, height, width, median seconds or None]],
                   "wanted", "actual": the fields of `blendmaskd.wanted`; {} while there is no worker, or it is not up}]}
 """
 from __future__ import annotations

@@ -9,6 +9,7 @@ it takes a snapshot, shows it everywhere, and feeds systemd's watchdog: a loop t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 import math
@@ -35,10 +36,12 @@ from blendmaskd.topology import HostError
 log = logging.getLogger("blendmaskd")
 
 TICK_S = 1.0
+TRIM_S = 10.0
 STOOD_STILL_S = 2.0  # since the last look at what is due, where there is one each second
 SAME_STOP_S = 1.0  # timeout(1), a terminal and a wrapper in it, and others deliver one stop as two signals
 
 
+_malloc_trim: Callable[[int], object] = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)  # glibc's
 CANNOT_START = (StartError, SettingsError, SpoolError, HostError)
 
 
@@ -58,7 +61,7 @@ class Server:
         self._poller = zmq.Poller()
         self._fds: dict[int, Callable[[], Decisions]] = {}  # pidfds and the signal pipe, among others
         self._started = time.time()
-        self._next_tick = 0.0
+        self._next_tick = self._next_trim = 0.0
         self._last_look = math.inf  # at what time asks for
         self._reload_asked = False
         self._stop_asked = -math.inf
@@ -142,6 +145,7 @@ class Server:
         if now >= self._next_tick:
             yield from self._desk.tick(now)
             self._processes.reap_orphans()
+            self._trim(now)
             self._tick(now)
         yield self._desk.durable.feed()
         if self._processes.report_changes():
@@ -200,6 +204,12 @@ class Server:
                 log.error("%s was removed or replaced by somebody else: restart the daemon", path)
         self._missing = missing
         return missing
+
+    def _trim(self, now: float) -> None:
+        """Give back what images held that are gone: glibc keeps it wherever something small came to lie behind."""
+        if now >= self._next_trim:
+            self._next_trim = now + TRIM_S
+            _malloc_trim(0)
 
     # -- what was decided -------------------------------------------------------------------------------------------
 

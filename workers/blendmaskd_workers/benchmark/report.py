@@ -207,7 +207,7 @@ def _median(group: Sequence[Row]) -> Row:
     row: dict[str, Any] = {**group[0], "round": "median"}
     for key, value in group[0].items():
         if isinstance(value, Mapping) and key not in ("load", "failures"):
-            row[key] = {name: _middle([each[key].get(name) for each in group]) for name in value}
+            row[key] = {name: _middle([each.get(key, {}).get(name) for each in group]) for name in value}
         elif key not in ("load", "failures", "variant", "round"):
             row[key] = _middle([each.get(key) for each in group])
     row["failures"] = {}
