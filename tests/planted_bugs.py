@@ -34,6 +34,7 @@ BLAME, BROKER, JOBS, LEASES, REFUSALS, RELOAD, STATS, SUPERVISOR, SUSPECTS, TURN
 )
 PROTOCOL = "daemon/blendmaskd/protocol.py"
 BATCHING = "workers/blendmaskd_workers/batching.py"
+LOOP = "workers/blendmaskd_workers/loop.py"
 BROKER_TESTS = ["test_broker.py", "test_broker_machine.py", "test_daemon_machine.py"]
 CORE_TESTS = {
     **dict.fromkeys((BLAME, BROKER, JOBS, LEASES, REFUSALS, TURNS), BROKER_TESTS),
@@ -43,6 +44,7 @@ CORE_TESTS = {
     RELOAD: ["test_reload.py", "test_daemon_machine.py"],
     STATS: ["test_stats.py"],
     BATCHING: ["../workers/test_batching.py"],
+    LOOP: ["../workers/test_two_runs.py"],
 }
 
 Places = Iterator[tuple[ast.AST, ast.AST]]  # what is there, and what comes instead
@@ -246,6 +248,13 @@ BUGS = [
                                                 "slot.state in (State.FAILED, State.ENDED)"),
         "jobs wait for a device that is only tried once more"),
     Bug(BROKER, "Broker.forgive", drop("heard"), "a host that was paused aborts its healthy workers"),
+    Bug(LOOP, "Loop._next", never("overlaps"), "the device stands still while the host chooses"),
+    Bug(LOOP, "Loop._can_run", swap("not self._overdue(item)", "True"), "images that nobody waits for are begun ahead"),
+    Bug(LOOP, "Loop._guarded", swap("(Exception, SystemExit)", "ZeroDivisionError"),
+        "a run that fails takes the one that has begun with it"),
+    Bug(LOOP, "Flight.collect", never("len"), "an image without an output never gets an answer"),
+    Bug(LOOP, "Loop._finish", swap("(Exception, SystemExit)", "Exception"),
+        "a library that wants to exit ends a host's thread, and a lease never ends"),
 ]  # fmt: skip
 
 

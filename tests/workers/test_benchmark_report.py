@@ -43,7 +43,8 @@ def test_what_the_daemon_says_of_itself_is_told_per_image() -> None:
 
 def test_a_device_that_does_two_things_at_once_is_told() -> None:
     assert report.remarks(row("a", 1, 90.0, of_device_time=1.01)) == []
-    [said] = report.remarks(row("a", 1, 90.0, of_device_time=1.05))
+    assert report.remarks(row("a", 1, 90.0, of_device_time=1.05, images=199)) == [], "too few to know"
+    [said] = report.remarks(row("a", 1, 90.0, of_device_time=1.05, images=200))
     assert "their visits overlapped" in said
 
 

@@ -26,6 +26,7 @@ from blendmaskd.protocol import IDLE
 
 Row = Mapping[str, Any]
 MOST_OF_DEVICE_TIME = 1.02  # answers are counted over other seconds than those that the daemon's stats are of
+ENOUGH_IMAGES = 200  # for that difference to be small
 RATIOS = {"images/s": "fps", "p50": "p50_ms", "p99": "p99_ms", "server CPU": "server_cpu", "broker CPU": "broker_cpu"}
 
 
@@ -104,7 +105,7 @@ def remarks(row: Row) -> list[str]:
 
 def visits_overlapped(row: Row) -> bool:
     """Whether devices did more than one thing at a time, which makes the figures worthless."""
-    return bool(row.get("of_device_time", 0.0) > MOST_OF_DEVICE_TIME)
+    return bool(row["images"] >= ENOUGH_IMAGES and row.get("of_device_time", 0.0) > MOST_OF_DEVICE_TIME)
 
 
 Columns = Mapping[str, Callable[[Row], str]]

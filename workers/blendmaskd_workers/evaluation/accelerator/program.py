@@ -192,6 +192,7 @@ def _environment(base: Mapping[str, str], folder: Path) -> dict[str, str]:
         **base,
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # an installed torch_npu without CANN breaks torch
         "PYTHONFAULTHANDLER": "1",
+        "CUDA_DEVICE_ORDER": base.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),  # as for workers: cuda:1 is one card
         **({} if writable else {"HOME": str(folder)}),
     }
 

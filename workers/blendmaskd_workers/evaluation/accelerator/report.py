@@ -168,7 +168,7 @@ def _cells(row: Row, columns: Columns) -> Iterator[tuple[str, str]]:
 def _has(row: Row, name: str, columns: Columns) -> bool:
     try:
         return bool(columns[name](row))
-    except (KeyError, TypeError):  # a row of another kind; None: not known
+    except KeyError:  # a row of another kind, or not known
         return False
 
 

@@ -256,9 +256,10 @@ def _loaded(
 
 
 def _under_load(row: Mapping[str, Any]) -> Row:
+    """What is to be kept of it, as far as it is known."""
     kept = ("fps", "of_device_time", "busy_ms_per_image", "idle_share", "p50_ms", "p99_ms", "stages_ms",
             "cpu_s_per_1000", "generator_share", "memory_mb", "failures", "wrong")  # fmt: skip
-    return {"clients": row["load"]["clients"], **{name: row.get(name) for name in kept}}
+    return {"clients": row["load"]["clients"], **{name: row[name] for name in kept if row.get(name) is not None}}
 
 
 SECTIONS: dict[str, Section] = {"goldens": goldens, "precision": precision, "times": times, "daemon": daemon}
