@@ -70,15 +70,16 @@ class Batching:
         if self._fixed is not None:
             return self._fixed
         if size is None:
-            return max(map(self.target, self._runs), default=self._best(self._table))
-        return self._next_try(size) or self._best(self._latencies(size))
+            return max(map(self._target, self._runs.values()), default=self._best(self._table))
+        return self._target(self._runs.get(size, {}))
 
     def choose(self, size: Size, ready: int) -> int:
         """How many of `ready` images (at least 1) to run now."""
         target = self.target(size)
         if self._fixed is not None or ready >= target:
             return min(ready, target)
-        return self._best({n: s for n, s in self._latencies(size).items() if n <= ready})
+        latencies = self._latencies(self._runs.get(size, {}))
+        return self._best({n: s for n, s in latencies.items() if n <= ready})
 
     def first_s(self, size: Size, count: int) -> float:
         """How long the first visit of the last such batch was; 0 if there was none."""
@@ -110,9 +111,11 @@ class Batching:
         before = {other: self._runs[other] for other in others}
         self._runs = {**before, size: {**self._runs.get(size, {}), count: runs}}
 
-    def _latencies(self, size: Size) -> dict[int, float]:
+    def _target(self, runs: Mapping[int, Runs]) -> int:
+        return self._next_try(runs) or self._best(self._latencies(runs))
+
+    def _latencies(self, runs: Mapping[int, Runs]) -> dict[int, float]:
         """Seconds by batch size, as far as known: seen, or else the table's in proportion."""
-        runs = self._runs.get(size, {})
         seen = {count: statistics.median(each.seconds) for count, each in runs.items() if each.known}
         ratios = [seconds / self._table[count] for count, seconds in seen.items() if self._table.get(count)]
         scale = statistics.median(ratios) if ratios else 1.0
@@ -126,10 +129,9 @@ class Batching:
         most = max(rates.values(), default=0.0)
         return min((n for n, rate in rates.items() if rate * WORTH >= most), default=1)
 
-    def _next_try(self, size: Size) -> int | None:
-        latencies = self._latencies(size)
+    def _next_try(self, runs: Mapping[int, Runs]) -> int | None:
+        latencies = self._latencies(runs)
         best = self._best(latencies)
-        runs = self._runs.get(size, {})
         if best not in runs or not runs[best].known or best < max(latencies):
             return None
         more = 2 * best
