@@ -120,6 +120,25 @@ def test_a_progressive_jpeg_with_its_usual_scans_is_decoded_up_to_the_limit() ->
     assert decode(whole.getvalue(), SMALL).shape == (1000, 1000, 3)
 
 
+def test_a_tiff_of_many_jpegs_is_decoded_and_each_has_few_scans() -> None:
+    whole = io.BytesIO()
+    Image.new("RGB", (1000, 1000)).save(whole, "TIFF", compression="jpeg", strip_size=1 << 14)
+    assert whole.getvalue().count(b"\xff\xda") > bombs.MOST_PASSES
+    assert decode(whole.getvalue(), SMALL).shape == (1000, 1000, 3)
+    usual, many = (jpeg_in_a_tiff(made.scans(64, count), 64) for count in (20, 200))
+    assert decode(usual, SMALL).shape == (64, 64, 3)
+    assert refused(many).code == "bad-image"
+
+
+def jpeg_in_a_tiff(jpeg: bytes, side: int) -> bytes:
+    entries: list[tiffs.Entry] = [
+        (256, 4, 1, side), (257, 4, 1, side), (258, 3, 1, 8), (259, 3, 1, 7), (262, 3, 1, 1), (278, 4, 1, side),
+        (279, 4, 1, len(jpeg)), (273, 4, 1, 0),
+    ]  # fmt: skip
+    entries[-1] = (273, 4, 1, len(tiffs.tiff(entries)))
+    return tiffs.tiff(entries, jpeg)
+
+
 def test_exif_in_several_segments_is_read() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -17,8 +17,9 @@ WebP              a canvas that is cleared, twice, as soon as the file is opened
 ================  ==================================================================  =========================
 
 Not bounded here: the code tables of a lossless WebP, 65,536 times five, of which the file says nothing before it is
-decoded: 0.3 GB in 290 KB of file, 0.8 GB at most. What Pillow bounds itself from version 13 on is left to it: text and
-ICC chunks that inflate, directories whose entries overlap. Must never decode a pixel.
+decoded: 0.3 GB in 290 KB of file, 0.8 GB at most. What others bound is left to them: Pillow, from version 13 on, text
+and ICC chunks that inflate and directories whose entries overlap; libtiff the scans of each JPEG in a TIFF, at 100.
+Must never decode a pixel.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def check(image: Image.Image, encoded: bytes, max_pixels: int) -> None:
     Its height and width must have been checked.
     """
     most = MOST_PASSES * max_pixels // (image.width * image.height)
-    if image.format in ("JPEG", "MPO", "TIFF") and _has_more(_SCAN, encoded, most):
+    if image.format in ("JPEG", "MPO") and _has_more(_SCAN, encoded, most):
         raise Bomb(f"over {most} scans of {image.width}x{image.height} pixels are {MOST_PASSES} times the limit")
     run_lengths = isinstance(image, BmpImagePlugin.BmpImageFile) and image.tile[0][0] == "bmp_rle"
     if run_lengths and image.width * image.height > MOST_RUN_LENGTH_PIXELS:
