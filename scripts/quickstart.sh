@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 venv_install serve
 
 out=out/quickstart
-endpoint=ipc://$out/client.sock # relative, because the path of a socket has at most 107 bytes
+folder=$(mktemp -d) # the path of a socket has at most 107 bytes, which a clone's may exceed
+endpoint=ipc://$folder/client.sock
 python=.venv/bin/python
 rm -rf "$out"
 mkdir -p "$out"
@@ -16,7 +17,7 @@ $python -m blendmaskd --devices cpu:0 cpu:1 --set model.config=configs/demo/demo
   --set model.weights=configs/demo/model_final.pth --set "endpoints.clients=[$endpoint]" \
   --set endpoints.metrics=null --set "warm_up=[[256, 320]]" 2>$out/daemon.log &
 daemon=$!
-trap 'kill $daemon 2>/dev/null || true; wait $daemon 2>/dev/null || true' EXIT
+trap 'kill $daemon 2>/dev/null || true; wait $daemon 2>/dev/null || true; rm -rf "$folder"' EXIT
 
 $python scripts/submit.py $endpoint configs/demo/images --out $out --score-threshold 0.5 --wait 120 --timeout 300 ||
   { tail -20 $out/daemon.log >&2; exit 1; }
@@ -28,6 +29,7 @@ workers=$(cat "/proc/$daemon/task/$daemon/children")
 kill -TERM $daemon
 wait $daemon
 trap - EXIT
+rm -rf "$folder"
 for pid in $workers; do
   if kill -0 "$pid" 2>/dev/null; then echo "worker $pid was left behind" >&2; exit 1; fi
 done
