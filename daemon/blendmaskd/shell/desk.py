@@ -28,6 +28,7 @@ from blendmaskd.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError, R
 from blendmaskd.settings import Settings
 from blendmaskd.shell.admission.access import Verdict
 from blendmaskd.shell.admission.admission import Admission
+from blendmaskd.shell.debts import BUSY_BYTES, MOST_BYTES, Debts
 from blendmaskd.shell.job_log import JobLog
 from blendmaskd.shell.processes import Actions, Child, Decisions, Processes
 from blendmaskd.shell.shared_memory import Ended, Offered
@@ -41,6 +42,9 @@ Message = (  # first what is frequent
     | Request
 )  # fmt: skip
 MESSAGES = get_args(Message)  # `isinstance` takes a tuple in a third of the time
+
+
+ASKING = (protocol.Submit, protocol.Fetch, protocol.GetStats)  # for something large
 
 
 class Desk:
@@ -58,6 +62,7 @@ class Desk:
         self._sockets = sockets
         self._stats = stats
         self._job_log = JobLog(settings.log.jobs)
+        self._debts = Debts()
         self._told_unreachable: set[bytes] = set()  # clients, in this second
         if settings.spool is not None:
             self._open_spool(settings.spool)
@@ -81,6 +86,7 @@ class Desk:
     def tick(self, now: float) -> Decisions:
         """What is due each second."""
         self._told_unreachable.clear()
+        self._debts.keep(self.admission.connected)
         self._sockets.shared_memory.expire(now)
         self._job_log.tick()
         yield from self._shut_out(self.admission.tick(now))
@@ -155,6 +161,10 @@ class Desk:
         return [*self._client_gone(client), refusal]
 
     def _on_client(self, client: bytes, message: protocol.FromClient, payload: Sequence[Any], now: float) -> Actions:
+        if isinstance(message, ASKING) and self._debts.of(client) >= BUSY_BYTES:
+            refusal = _unread(getattr(message, "job", ""))
+            counted = isinstance(message, protocol.Submit)
+            return [actions.Answered(client, refusal) if counted else durable.SendClient(client, refusal)]
         match message:
             case protocol.Submit(durable=True):
                 return self._submit_durable(client, message, payload, now)
@@ -175,6 +185,7 @@ class Desk:
 
     def _client_gone(self, client: bytes) -> list[actions.Action]:
         self.durable.client_gone(client)
+        self._debts.forget(client)
         return self.broker.client_gone(client, time.monotonic())
 
     # -- from workers -----------------------------------------------------------------------------------------------
@@ -232,7 +243,7 @@ class Desk:
             case actions.Answered():
                 return self._answer(action)
             case durable.SendClient():
-                return self._send(action.client, action.message, action.payload)
+                return self._give(action)
             case actions.Dropped():
                 self._stats.failures[action.code] += 1
             case actions.Losses():
@@ -254,10 +265,24 @@ class Desk:
             return self.durable.answered(answer, action.payload)
         return self._send(action.owner, answer, action.payload)
 
+    def _give(self, action: durable.SendClient) -> Actions:
+        """An answer of the spool's stays there while its client has too much to read."""
+        if action.payload and self._debts.of(action.client) >= BUSY_BYTES:
+            return self._send(action.client, _unread(getattr(action.message, "job", "")), ())
+        return self._send(action.client, action.message, action.payload)
+
     def _send(self, client: bytes, message: protocol.ToClient, payload: protocol.Frames) -> Actions:
-        error = send(self._sockets.clients, client, protocol.encode(message, payload))
-        if not error:
-            return ()
+        if self._debts.of(client) >= MOST_BYTES:
+            return self._cut_off(client, errno.EAGAIN)
+        error = send(self._sockets.clients, client, self._debts.add(client, protocol.encode(message, payload)))
+        if error:
+            return self._cut_off(client, error)
+        debtor = self._debts.longest()
+        return self._cut_off(debtor, errno.EAGAIN) if debtor is not None else ()
+
+    def _cut_off(self, client: bytes, error: int) -> Actions:
+        self.admission.cut_off(client)
+        self._debts.forget(client)
         why = "is gone" if error == errno.EHOSTUNREACH else "does not read its answers"
         if client not in self._told_unreachable:  # a flood that nobody reads must not become one of lines
             self._told_unreachable.add(client)
@@ -330,6 +355,11 @@ class Desk:
 
     def _waits(self, client: bytes) -> bool:
         return self.broker.has_jobs(client) or self.durable.waits(client)
+
+
+def _unread(job: str) -> protocol.Failed:
+    reason = f"more than {BUSY_BYTES} bytes of answers wait for this client to read them"
+    return actions.refused(job, Code.BUSY, reason, durable.RETRY_S)
 
 
 def _failed(client: bytes, job: str, code: Code, reason: str) -> actions.Answered:

@@ -234,7 +234,7 @@ def receive_last(router: zmq.Socket[bytes], peer: bytes) -> Iterator[list[zmq.Fr
 
 
 def send(router: zmq.Socket[bytes], to: bytes, frames: Sequence[Any]) -> int:
-    """Send a message without waiting; its payload is not copied.
+    """Send a message without waiting; its payload, and a frame of ZeroMQ's own, is not copied.
 
     Returns 0, EHOSTUNREACH for a peer that has left, or EAGAIN for one that does not read.
     """
@@ -242,7 +242,7 @@ def send(router: zmq.Socket[bytes], to: bytes, frames: Sequence[Any]) -> int:
     try:
         for frame in head[:-1]:
             router.send(frame, AND_MORE)
-        router.send(head[-1], AND_MORE if payload else zmq.NOBLOCK)
+        router.send(head[-1], AND_MORE if payload else zmq.NOBLOCK, copy=not isinstance(head[-1], zmq.Frame))
         for place, frame in enumerate(payload, start=1):
             router.send(frame, AND_MORE if place < len(payload) else zmq.NOBLOCK, copy=False)
     except zmq.ZMQError as error:
