@@ -403,7 +403,7 @@ def decode(frames: Sequence[Any], kinds: Kinds[M]) -> tuple[M, list[Any]]:
 
     Raises `ProtocolError` for anything else; its `job` names the job where that could be read.
     """
-    if len(frames) < 2 or bytes(memoryview(frames[0])) != MAGIC:
+    if len(frames) < 2 or len(frames[0]) != len(MAGIC) or bytes(memoryview(frames[0])) != MAGIC:
         raise ProtocolError(f"expected frames [{MAGIC.decode()}, header, payload...]")
     header = memoryview(frames[1])
     if kinds is FROM_CLIENT and len(header) > MAX_HEADER_BYTES:

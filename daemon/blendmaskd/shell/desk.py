@@ -131,8 +131,11 @@ class Desk:
 
     def read_clients(self) -> Decisions:
         """What has come since; a bounded number of messages."""
-        for frames in receive(self._sockets.clients):
+        for frames in self._sockets.from_clients.receive():
             client = frames[0].bytes
+            if _is_excessive(frames):
+                yield self._expel(client, frames)
+                continue
             verdict = self.admission.judge(client, frames[-1])
             if verdict is not Verdict.WELCOME:
                 yield self._turn_away(client, frames, verdict)
@@ -144,6 +147,13 @@ class Desk:
                 yield [_failed(client, error.job, Code.BAD_REQUEST, str(error))]
                 continue
             yield self._on_client(client, message, payload, time.monotonic())
+
+    def _expel(self, client: bytes, frames: Sequence[zmq.Frame]) -> Actions:
+        """Its message is none that a client makes by mistake."""
+        self.admission.close(frames[0])
+        text = "a client sent a message of too many frames, or too large ones: its connection is closed"
+        log.warning(text, extra=about(client=shown(client)))
+        return [actions.Dropped("", Code.BAD_REQUEST), *self._client_gone(client)]
 
     def _turn_away(self, client: bytes, frames: Sequence[zmq.Frame], verdict: Verdict) -> Actions:
         if verdict is Verdict.UNKNOWN:
@@ -355,6 +365,11 @@ class Desk:
 
     def _waits(self, client: bytes) -> bool:
         return self.broker.has_jobs(client) or self.durable.waits(client)
+
+
+def _is_excessive(frames: Sequence[zmq.Frame]) -> bool:
+    """Whether there are more than anybody needs, or what stands before the image has its size."""
+    return frames[-1].more or any(len(frame) > protocol.SURE_BYTES for frame in frames[1:3])
 
 
 def _unread(job: str) -> protocol.Failed:

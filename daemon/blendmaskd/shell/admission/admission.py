@@ -40,6 +40,10 @@ class Admission:
             self._gate.close(frame)  # the handshake of its next connection tells it why
         return verdict
 
+    def close(self, frame: zmq.Frame) -> None:
+        """Close the connection that this frame came by."""
+        self._gate.close(frame)
+
     def cut_off(self, client: bytes) -> None:
         """Close its connection."""
         self._gate.cut_off(client)
