@@ -366,7 +366,8 @@ def shown_job(name: str) -> str:
     return name if len(name) < LEAST_DURABLE_NAME else f"{name[:8]}..."
 
 
-FromClient = Submit | Cancel | Fetch | Forget | GetStats | GetLimits
+OfJobs = Submit | Cancel | Fetch | Forget
+FromClient = OfJobs | GetStats | GetLimits
 ToClient = Result | Failed | Accepted | Forgotten | Stats | Limits
 FromWorker = Ready | Started | Finished | FailedLease | Report | Preview
 ToWorker = Lease | Revoke | OpenRegion | CloseRegion | Stop

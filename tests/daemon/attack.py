@@ -1,4 +1,4 @@
-"""Peers that do what no library does, by ZeroMQ's protocol (rfc.zeromq.org/spec/23), and a polite client beside them."""
+"""Peers that do what no library does, by ZeroMQ's protocol (rfc.zeromq.org/spec/23), and a polite client beside."""
 from __future__ import annotations
 
 import os

@@ -2,19 +2,32 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
+import os
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import pytest
+import zmq
 from attack import IMAGE, Polite, connect, head, is_closed, message, send_all
+from rich.console import Console
 
+from blendmaskd import JobFailed
 from blendmaskd.core.spool_messages import Store, StoreAnswer, Stored
+from blendmaskd.logs import TextFormatter
+from blendmaskd.programs.tables import tables
+from blendmaskd.programs.watch import View
 from blendmaskd.protocol import MAGIC, Cancel, Fetch, GetStats, Image, Result, Submit, encode
+from blendmaskd.settings import SettingsError, from_tree
 from blendmaskd.shell.debts import BUSY_BYTES, MARK_BYTES, MOST_BYTES, MOST_OF_ALL_BYTES, Debts
+from blendmaskd.shell.job_log import CLIENTS_PER_S
 from blendmaskd.shell.sockets import FRAMES_READ_AWAY, MOST_FRAMES
 from blendmaskd.shell.spool import Spool
+from blendmaskd.wanted import HIDDEN, Actual, Wanted, differences, masked
 
 ANSWER_BYTES = 4 << 20
 FETCHES = 600  # 2.4 GB of answers
@@ -154,3 +167,96 @@ def test_a_million_frames_hold_the_loop_up_for_seconds_at_most(daemon: Any, wait
         assert running.get("/healthz")[0] == 200
         wait_until(lambda: is_closed(peer), 20)
     assert running.client.segment(IMAGE).width == 64
+
+
+def as_another_user(run: Any) -> Any:
+    """What `run` returns in a process of a user that is neither root nor the daemon's."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setgid(65534)
+        os.setuid(65534)
+        os.write(theirs, msgpack.packb(run()))
+        os._exit(0)
+    os.close(theirs)
+    with open(ours, "rb") as answer:
+        read = answer.read()
+    os.waitpid(child, 0)
+    return msgpack.unpackb(read, strict_map_key=False)
+
+
+def ask_for_stats(endpoint: str) -> dict[str, Any]:
+    """After a job of this client has failed."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.set(zmq.LINGER, 0)
+        dealer.set(zmq.RCVTIMEO, 10_000)
+        dealer.connect(endpoint)
+        dealer.send_multipart([*encode(Submit(job="mine", image=Image(kind="encoded"))), b"no image"])
+        dealer.recv_multipart()
+        dealer.send_multipart(encode(GetStats()))
+        stats: dict[str, Any] = msgpack.unpackb(dealer.recv_multipart()[1])["stats"]
+        return stats
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+def test_a_client_sees_its_own_jobs_and_the_operator_all_but_secrets(daemon: Any, wait_until: Any) -> None:
+    running = daemon(devices=["cpu:0"], worker_env={"TOKEN": "sesame"})
+    with pytest.raises(JobFailed):
+        running.client.segment(b"my secret image")
+    for path in (running.folder, Path(running.endpoint.removeprefix("ipc://"))):
+        path.chmod(0o777)
+    theirs = as_another_user(lambda: ask_for_stats(running.endpoint))
+    assert [failure["job"] for failure in theirs["recent_failures"]] == ["mine"]
+    assert theirs["devices"][0]["wanted"] == theirs["devices"][0]["actual"] == {}
+    assert theirs["devices"][0]["pid"] is None
+    wait_until(lambda: len(running.client.stats()["recent_failures"]) == 2)
+    operators = ask_for_stats(running.endpoint)
+    assert {failure["job"] for failure in operators["recent_failures"]} > {"mine"}
+    [device] = operators["devices"]
+    assert device["wanted"]["env"]["TOKEN"] == device["actual"]["env"]["TOKEN"] == HIDDEN
+    for text in (str(theirs), str(operators), running.get("/stats.json")[1], running.log):
+        assert "sesame" not in text
+    assert operators.keys() == theirs.keys()
+    assert operators["devices"][0].keys() == theirs["devices"][0].keys()
+
+
+def test_that_a_secret_is_another_is_told_without_it() -> None:
+    wanted = Wanted(cpus="0", threads=None, task_queue=None, preload=None, env={"TOKEN": "sesame", "PLAIN": "1"})
+    actual = Actual(cpus="0", threads=None, task_queue=None, preload=None, env={"TOKEN": "other"}, thread_cpus={})
+    found = differences(*(masked(each, {"TOKEN"}, wanted.env) for each in (wanted, actual)))
+    assert found == ["TOKEN: wanted '(hidden)', is '(hidden), another'", "PLAIN: wanted '1', is None"]
+    with pytest.raises(SettingsError) as told:
+        from_tree({"worker_env": {"TOKEN": 12345}})
+    assert "12345" not in str(told.value)
+
+
+def test_clients_that_come_and_go_cost_few_lines(daemon: Any, wait_until: Any) -> None:
+    running = daemon(devices=["cpu:0"], timed={"latency_ms": {1: 200}})
+    submit = message(*encode(Submit(job="x", image=Image(kind="encoded"))), b"x" * 100)
+    before, begun, clients = running.log.count("\n"), time.monotonic(), 6 * CLIENTS_PER_S
+    for _ in range(clients):
+        with connect(running.endpoint) as peer:
+            peer.sendall(submit * 20)
+    wait_until(lambda: "more lines about clients were left out" in running.log)
+    running.client.segment(IMAGE)
+    seconds = time.monotonic() - begun
+    assert running.log.count("\n") - before <= (CLIENTS_PER_S + 1) * (seconds + 2)
+
+
+def test_no_control_character_of_a_client_reaches_a_terminal(shared_daemon: Any, wait_until: Any) -> None:
+    dealer = shared_daemon.dealer()
+    evil = "j\x1b[2J\n\u202e\x9b31m"
+    dealer.send_multipart([MAGIC, msgpack.packb({"type": "submit", "job": evil, "image": {"kind": evil}})])
+    dealer.recv_multipart()
+    wait_until(lambda: any(each["job"] == evil for each in shared_daemon.client.stats()["recent_failures"]))
+    snapshot = shared_daemon.client.stats()
+    view = View()
+    view.update(snapshot)
+    for shown in (tables(snapshot), view):
+        written = io.StringIO()
+        Console(file=written, width=200).print(shown)
+        assert not set(evil) & set(written.getvalue()) - set("j[2J31m\n")
+    record = logging.LogRecord("x", logging.ERROR, "", 0, evil, (), (ValueError, ValueError(evil), None))
+    record.about = {"job": evil}
+    line = TextFormatter({}, journal=False).format(record)
+    assert not set("\x1b\u202e\x9b") & set(line)

@@ -18,7 +18,7 @@ from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_HOST_LACKS, Assignment,
 from blendmaskd.extras import lacking
 from blendmaskd.probe import Cause, Probe
 from blendmaskd.settings import Settings
-from blendmaskd.wanted import differences
+from blendmaskd.wanted import differences, masked
 from blendmaskd_workers import process
 
 
@@ -70,11 +70,13 @@ def _probe(assignment: Assignment) -> Probe:
         device = devices.open_device(assignment.local_device, assignment.settings.model.precision)
     except devices.DeviceError as error:
         return Probe(error=str(error), cause=error.cause)
+    wanted, secret = assignment.wanted, assignment.settings.worker_env
+    found = (wanted, process.observe(wanted, device))
     return Probe(
         name=device.name(),
         memory_bytes=device.memory().total,
         bf16=device.multiplies_bf16(),
-        differences=tuple(differences(assignment.wanted, process.observe(assignment.wanted, device))),
+        differences=tuple(differences(*(masked(each, secret, wanted.env) for each in found))),
     )
 
 

@@ -56,7 +56,8 @@ class Jobs:
         self.by_seq: dict[int, Job] = {}
         self.states: Counter[State] = Counter()
         self.storing_bytes = 0
-        self._lines: dict[int, OrderedDict[bytes, deque[Job]]] = {}  # priority: owners in turn; none is empty
+        # level (priority, at most 0): owners in turn: priority: jobs; none is empty
+        self._lines: dict[int, OrderedDict[bytes, dict[int, deque[Job]]]] = {}
         self._owned: dict[bytes, Owned] = {}  # by owner
         self._owed: Counter[bytes] = Counter()  # how many messages each client waits for
 
@@ -91,8 +92,8 @@ class Jobs:
         if not own.jobs:
             del self._owned[job.owner]
         if job.state is State.SPOOLED:
-            self._lines[job.priority][job.owner].remove(job)
-            self._tidy(job.priority, job.owner)
+            self._lines[min(job.priority, 0)][job.owner][job.priority].remove(job)
+            self._tidy(job)
 
     def move(self, job: Job, state: State) -> None:
         self._count(job, -1)
@@ -107,24 +108,28 @@ class Jobs:
 
     def line_up(self, job: Job, first: bool = False) -> None:
         self.move(job, State.SPOOLED)
-        line = self._lines.setdefault(job.priority, OrderedDict()).setdefault(job.owner, deque())
+        owners = self._lines.setdefault(min(job.priority, 0), OrderedDict())
+        line = owners.setdefault(job.owner, {}).setdefault(job.priority, deque())
         line.appendleft(job) if first else line.append(job)
 
     def next(self) -> Job:
-        """Out of the line: the highest priority's next owner's first."""
-        priority = max(self._lines)
-        owners = self._lines[priority]
-        owner = next(iter(owners))
-        job = owners[owner].popleft()
+        """Out of the line: the next owner's first of its highest priority. Below 0 it yields to all others."""
+        owners = self._lines[max(self._lines)]
+        owner, lines = next(iter(owners.items()))
+        job = lines[max(lines)].popleft()
         owners.move_to_end(owner)
-        self._tidy(priority, owner)
+        self._tidy(job)
         return job
 
-    def _tidy(self, priority: int, owner: bytes) -> None:
-        if not self._lines[priority][owner]:
-            del self._lines[priority][owner]
-        if not self._lines[priority]:
-            del self._lines[priority]
+    def _tidy(self, job: Job) -> None:
+        owners = self._lines[min(job.priority, 0)]
+        lines = owners[job.owner]
+        if not lines[job.priority]:
+            del lines[job.priority]
+        if not lines:
+            del owners[job.owner]
+        if not owners:
+            del self._lines[min(job.priority, 0)]
 
     def owe(self, owed: dict[bytes, None], client: bytes) -> None:
         if client not in owed:
@@ -152,11 +157,13 @@ class Jobs:
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
         assert {job.seq for job in self} == self.by_seq.keys(), "a job has one name of two"
-        lined = [job for owners in self._lines.values() for line in owners.values() for job in line]
+        lines = [line for owners in self._lines.values() for own in owners.values() for line in own.values()]
+        lined = [job for line in lines for job in line]
         assert len(lined) == len({job.seq for job in lined}), "a job is in a line twice"
         spooled = {job.seq for job in self if job.state is State.SPOOLED}
         assert {job.seq for job in lined} == spooled, "a job is lost, or in a line and elsewhere"
-        assert all(line for owners in self._lines.values() for line in owners.values()), "an empty line is kept"
+        kept = [*self._lines.values(), *(own for owners in self._lines.values() for own in owners.values()), *lines]
+        assert all(kept), "an empty line is kept"
         assert +self.states == Counter(job.state for job in self), "states are miscounted"
         storing = sum(job.size for job in self if job.state is State.STORING)
         assert self.storing_bytes == storing, "bytes are miscounted"

@@ -44,6 +44,7 @@ class Debts:
     def __init__(self) -> None:
         self.bytes = 0
         self._debts: dict[bytes, Debt] = {}
+        _marked(b"")  # what watches marks has its thread and descriptors from the start
 
     def of(self, client: bytes) -> int:
         """What this client has not read, in bytes: at most `MARK_BYTES` too many."""
@@ -65,7 +66,7 @@ class Debts:
         self.bytes += size
         if debt.unmarked < MARK_BYTES:
             return frames
-        marked = zmq.Frame(memoryview(frames[-1]), track=True, copy=False, copy_threshold=0)
+        marked = _marked(memoryview(frames[-1]))
         debt.marks.append(Mark(time.monotonic(), debt.unmarked, marked.tracker))
         debt.unmarked = 0
         return [*frames[:-1], marked]
@@ -88,3 +89,7 @@ class Debts:
         if self.bytes <= MOST_OF_ALL_BYTES or not owing:
             return None
         return min(owing, key=lambda client: self._debts[client].marks[0].sent)
+
+
+def _marked(frame: bytes | memoryview) -> zmq.Frame:
+    return zmq.Frame(frame, track=True, copy=False, copy_threshold=0)

@@ -23,7 +23,7 @@ from blendmaskd.core.broker import Broker
 from blendmaskd.core.refusals import Limits
 from blendmaskd.core.spool_messages import Request
 from blendmaskd.core.stats import Stats
-from blendmaskd.logs import about, shown
+from blendmaskd.logs import about
 from blendmaskd.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError, RegionError
 from blendmaskd.settings import Settings
 from blendmaskd.shell.admission.access import Verdict
@@ -42,9 +42,6 @@ Message = (  # first what is frequent
     | Request
 )  # fmt: skip
 MESSAGES = get_args(Message)  # `isinstance` takes a tuple in a third of the time
-
-
-ASKING = (protocol.Submit, protocol.Fetch, protocol.GetStats)  # for something large
 
 
 class Desk:
@@ -120,7 +117,7 @@ class Desk:
         """Who has left, and who may connect or not be here any more; to be called before clients are read."""
         for client in self.admission.left():
             if self.broker.has_jobs(client):
-                log.info("a client has left: its jobs are cancelled", extra=about(client=shown(client)))
+                self._job_log.tell_of(client, logging.INFO, "a client has left: its jobs are cancelled")
             yield self._client_gone(client)
         yield from self._shut_out(self.admission.shut_out())
 
@@ -146,13 +143,16 @@ class Desk:
             except ProtocolError as error:
                 yield [_failed(client, error.job, Code.BAD_REQUEST, str(error))]
                 continue
-            yield self._on_client(client, message, payload, time.monotonic())
+            if isinstance(message, protocol.GetStats):
+                yield self._tell_stats(client, self.admission.is_operator(frames[-1]))
+            else:
+                yield self._on_client(client, message, payload, time.monotonic())
 
     def _expel(self, client: bytes, frames: Sequence[zmq.Frame]) -> Actions:
         """Its message is none that a client makes by mistake."""
         self.admission.close(frames[0])
         text = "a client sent a message of too many frames, or too large ones: its connection is closed"
-        log.warning(text, extra=about(client=shown(client)))
+        self._job_log.tell_of(client, logging.WARNING, text)
         return [actions.Dropped("", Code.BAD_REQUEST), *self._client_gone(client)]
 
     def _turn_away(self, client: bytes, frames: Sequence[zmq.Frame], verdict: Verdict) -> Actions:
@@ -167,13 +167,14 @@ class Desk:
         refusal = _failed(client, job, Code.UNAUTHORISED, verdict.value)
         if verdict is not Verdict.TAKEN:
             return [refusal]
-        log.warning("another key took its identity: its jobs are cancelled", extra=about(client=shown(client)))
+        self._job_log.tell_of(client, logging.WARNING, "another key took its identity: its jobs are cancelled")
         return [*self._client_gone(client), refusal]
 
-    def _on_client(self, client: bytes, message: protocol.FromClient, payload: Sequence[Any], now: float) -> Actions:
-        if isinstance(message, ASKING) and self._debts.of(client) >= BUSY_BYTES:
-            refusal = _unread(getattr(message, "job", ""))
-            counted = isinstance(message, protocol.Submit)
+    def _on_client(
+        self, client: bytes, message: protocol.OfJobs | protocol.GetLimits, payload: Sequence[Any], now: float
+    ) -> Actions:
+        if isinstance(message, protocol.Submit | protocol.Fetch) and self._debts.of(client) >= BUSY_BYTES:
+            refusal, counted = _unread(message.job), isinstance(message, protocol.Submit)
             return [actions.Answered(client, refusal) if counted else durable.SendClient(client, refusal)]
         match message:
             case protocol.Submit(durable=True):
@@ -187,11 +188,15 @@ class Desk:
                 return self.durable.fetch(client, message)
             case protocol.Forget():
                 return self.durable.forget(client, message, now)
-            case protocol.GetStats():
-                return [durable.SendClient(client, protocol.Stats(stats=self._snapshot))]
             case protocol.GetLimits():
                 limits = protocol.Limits(max_image_bytes=self.broker.limits.max_image_bytes)
                 return [durable.SendClient(client, limits)]
+
+    def _tell_stats(self, client: bytes, to_operator: bool) -> Actions:
+        if self._debts.of(client) >= BUSY_BYTES:
+            return [durable.SendClient(client, _unread(""))]
+        snapshot = self._snapshot if to_operator else self._stats.for_client(self._snapshot, client)
+        return [durable.SendClient(client, protocol.Stats(stats=snapshot))]
 
     def _client_gone(self, client: bytes) -> list[actions.Action]:
         self.durable.client_gone(client)
@@ -270,7 +275,9 @@ class Desk:
         if isinstance(answer, protocol.Result):
             self._stats.answered(answer.timings)
         else:
-            self._stats.failed(time.time(), protocol.shown_job(answer.job), answer.code, answer.reason)
+            self._stats.failed(
+                time.time(), protocol.shown_job(answer.job), answer.code, answer.reason, action.owner
+            )
         if action.owner == actions.DURABLE:
             return self.durable.answered(answer, action.payload)
         return self._send(action.owner, answer, action.payload)
@@ -296,7 +303,7 @@ class Desk:
         why = "is gone" if error == errno.EHOSTUNREACH else "does not read its answers"
         if client not in self._told_unreachable:  # a flood that nobody reads must not become one of lines
             self._told_unreachable.add(client)
-            log.info("a client %s: its jobs are cancelled", why, extra=about(client=shown(client)))
+            self._job_log.tell_of(client, logging.INFO, "a client %s: its jobs are cancelled", why)
         return self._client_gone(client)
 
     # -- durable jobs, see blendmaskd.core.durable ---------------------------------------------------------------------

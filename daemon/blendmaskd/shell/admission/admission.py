@@ -44,6 +44,10 @@ class Admission:
         """Close the connection that this frame came by."""
         self._gate.close(frame)
 
+    def is_operator(self, frame: zmq.Frame) -> bool:
+        """Whether this came from who runs the daemon."""
+        return self._gate.is_operator(frame)
+
     def cut_off(self, client: bytes) -> None:
         """Close its connection."""
         self._gate.cut_off(client)

@@ -160,6 +160,14 @@ class Gate:
             return ""
         return LOCAL if address.startswith("localhost:") else str(frame.get("User-Id"))  # of ipc: then uid, gid, pid
 
+    def is_operator(self, frame: zmq.Frame) -> bool:
+        """Whether this came from a process of the daemon's own user, or of root, on this host."""
+        try:
+            where, *ids = str(frame.get("Peer-Address")).split(":")
+        except zmq.ZMQError:
+            return False
+        return where == "localhost" and bool(ids) and ids[0] in ("0", str(os.geteuid()))
+
     def close(self, frame: zmq.Frame) -> None:
         """Close the connection that this frame came over."""
         with contextlib.suppress(zmq.ZMQError):  # of ZMTP 1 and 2 nothing is known
