@@ -15,7 +15,7 @@ answered   on its way into the spool with its answer, which its waiters get when
 
 What is answered and in the spool is nowhere here: the spool finds it by its name. So nothing that a client was told is
 ever only in memory, and what the daemon does not live to do is done by the next one. Owners take turns; none may take
-more of the spool than it leaves, or of the way into it than `refusals.SHARE` times what it leaves.
+more of the spool, answers included, or of the way into it than `refusals.SHARE` times what it leaves.
 
 No socket, clock, process, thread, file or logger belongs in here.
 """
@@ -255,7 +255,7 @@ class Durable:
         unfit = self._broker.refusals.unfit(message.job, message.image, size)
         if unfit is not None:
             return unfit
-        reason = self._shortage(size) or self._greed(self._jobs.owned(client), size)
+        reason = self._shortage(size) or self._greed(client, self._jobs.owned(client), size)
         return _busy(message.job, reason) if reason else None
 
     def _shortage(self, size: int) -> str:
@@ -268,7 +268,7 @@ class Durable:
             return f"the spool holds {used} of {self.max_bytes} bytes (spool_bytes)"
         return ""
 
-    def _greed(self, own: Owned, size: int) -> str:
+    def _greed(self, client: bytes, own: Owned, size: int) -> str:
         """What of its owner's is too much for one; empty: nothing."""
         limits = self._broker.limits
         if own.jobs >= limits.max_jobs_per_client:
@@ -278,8 +278,10 @@ class Durable:
         if own.storing >= SHARE * (limits.max_jobs - self._jobs.states[State.STORING]):
             on_the_way = f"{own.storing} jobs being written to the spool"
             return f"this client has {on_the_way}: the last places are reserved for others"
-        if own.bytes and own.bytes + size > self.max_bytes - self.usage.bytes - self._jobs.storing_bytes:
-            return f"this client has {own.bytes} bytes in the spool: the last ones are reserved for others"
+        stored = self.usage.owners.get(client, 0) + own.storing_bytes
+        if stored and stored + size > SHARE * (self.max_bytes - self.usage.bytes - self._jobs.storing_bytes - size):
+            reserved = "the last ones are reserved for others; forget answers that you have"
+            return f"this client has {stored} of {self.max_bytes} bytes (spool_bytes), answers included: {reserved}"
         return ""
 
     def _accept(self, job: Job) -> list[Action]:

@@ -46,6 +46,7 @@ class Owned(msgspec.Struct):
     jobs: int = 0
     bytes: int = 0
     storing: int = 0  # of the jobs
+    storing_bytes: int = 0
 
 
 class Jobs:
@@ -105,6 +106,7 @@ class Jobs:
         if job.state is State.STORING:
             self.storing_bytes += by * job.size
             self._owned[job.owner].storing += by
+            self._owned[job.owner].storing_bytes += by * job.size
 
     def line_up(self, job: Job, first: bool = False) -> None:
         self.move(job, State.SPOOLED)
@@ -169,8 +171,8 @@ class Jobs:
         assert self.storing_bytes == storing, "bytes are miscounted"
         for owner in {job.owner for job in self} | self._owned.keys():
             jobs = [job for job in self if job.owner == owner]
-            on_the_way = sum(job.state is State.STORING for job in jobs)
-            counted = Owned(len(jobs), sum(job.size for job in jobs), on_the_way)
+            on_the_way = [job.size for job in jobs if job.state is State.STORING]
+            counted = Owned(len(jobs), sum(job.size for job in jobs), len(on_the_way), sum(on_the_way))
             assert self._owned[owner] == counted, "what an owner has is miscounted"
         owed = Counter(client for job in self for client in [*job.submitters, *job.waiters])
         assert owed == self._owed, "what is owed is miscounted"
