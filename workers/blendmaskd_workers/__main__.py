@@ -71,12 +71,12 @@ def _probe(assignment: Assignment) -> Probe:
     except devices.DeviceError as error:
         return Probe(error=str(error), cause=error.cause)
     wanted, secret = assignment.wanted, assignment.settings.worker_env
-    found = (wanted, process.observe(wanted, device))
+    actual = masked(process.observe(wanted, device), secret, wanted.env)
     return Probe(
         name=device.name(),
         memory_bytes=device.memory().total,
         bf16=device.multiplies_bf16(),
-        differences=tuple(differences(*(masked(each, secret, wanted.env) for each in found))),
+        differences=tuple(differences(masked(wanted, secret, wanted.env), actual)),
     )
 
 
