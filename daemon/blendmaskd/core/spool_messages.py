@@ -8,6 +8,7 @@ import msgspec
 from blendmaskd.protocol import Failed, Frames, Result, Submit
 
 Answer = Result | Failed
+Owners = Mapping[bytes, int]
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -144,7 +145,7 @@ class Usage(msgspec.Struct, frozen=True):
     answers: int
     bytes: int
     trouble: str = ""
-    owners: Mapping[bytes, int] = {}
+    owners: Owners = {}
 
 
 Reply = Kept | Known | NotKept | Loaded | NotLoaded | AnswerKept | Looked | Erased | Usage

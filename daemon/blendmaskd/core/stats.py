@@ -41,7 +41,7 @@ from blendmaskd.protocol import IDLE, STAGE_BOUNDS_S, STAGES, Report
 FRESH_S = 2.5  # a report older than this is no longer the present
 RESOLUTION = 1.04  # latencies are told apart when one is this many times the other
 FAILURES_OF_A_CODE, FAILURES = 5, 20  # that are remembered: a flood of `busy` must not wash the others away
-HIDDEN_OF_A_DEVICE = {"pid": None, "reason": "", "shapes": [], "wanted": {}, "actual": {}}
+HIDDEN_OF_A_DEVICE: Mapping[str, Any] = {"pid": None, "reason": "", "shapes": [], "wanted": {}, "actual": {}}
 SHOWN_OF_A_DEVICE = (
     "device", "slot", "generation", "state", "fps", "images", "busy_seconds", "busy_share", "idle_seconds", "restarts",
     "memory_bytes", "device_memory_bytes",
