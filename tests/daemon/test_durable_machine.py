@@ -434,6 +434,23 @@ def test_answers_are_dropped_by_the_spool_s_own_clock(tmp_path: Path) -> None:
     spool.die()
 
 
+def test_one_s_high_priorities_hold_up_no_other() -> None:
+    machine = DurableMachine()
+    machine.broker.refusals.limits = msgspec.structs.replace(LIMITS, max_jobs=60)  # of which many wait in the broker
+    for priority, client in [(9, b"a")] * 6 + [(0, b"b")] * 2:
+        machine.submit(client=client, priority=priority)
+        machine.disk_catches_up()
+    machine.ready(window=2)
+    machine.disk_catches_up()
+    begun: list[int] = []
+    for _ in range(4):
+        begun += [int(name) for leases in machine.held.values() for name in leases.values()]
+        machine.finish(0)
+        machine.disk_catches_up()
+    assert list(dict.fromkeys(begun)) == [1, 7, 2, 8, 3]
+    machine.teardown()
+
+
 def test_all_that_is_written_counts_until_it_is_dropped(tmp_path: Path) -> None:
     spool = with_an_answer(tmp_path / "spool.db", keep_s=1e6)
     row = spool._db.execute("SELECT length(submit) + length(answer) FROM jobs").fetchone()
