@@ -81,7 +81,9 @@ class TextFormatter(_Formatter):
         words += [record.levelname, in_a_line(record.getMessage())]
         words += [f"{name}={_quoted(value)}" for name, value in about.items()]
         line = " ".join(words)
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        if not record.exc_info:
+            return line
+        return "\n".join([line, *map(in_a_line, self.formatException(record.exc_info).split("\n"))])
 
 
 class JsonFormatter(_Formatter):

@@ -437,7 +437,8 @@ def shown_job(name: str) -> str:
     return name if len(name) < LEAST_DURABLE_NAME else f"{name[:8]}..."
 
 
-FromClient = Submit | Cancel | Fetch | Forget | GetStats | GetLimits
+OfJobs = Submit | Cancel | Fetch | Forget
+FromClient = OfJobs | GetStats | GetLimits
 ToClient = Result | Failed | Accepted | Forgotten | Stats | Limits
 FromWorker = Ready | Started | Finished | FailedLease | Report | Preview
 ToWorker = Lease | Revoke | OpenRegion | CloseRegion | Stop
@@ -475,7 +476,7 @@ def decode(frames: Sequence[Any], kinds: Kinds[M], nulls: bool = True) -> tuple[
 
     Raises `ProtocolError` for anything else; its `job` names the job where that could be read.
     """
-    if len(frames) < 2 or bytes(memoryview(frames[0])) != MAGIC:
+    if len(frames) < 2 or len(frames[0]) != len(MAGIC) or bytes(memoryview(frames[0])) != MAGIC:
         raise ProtocolError(f"expected frames [{MAGIC.decode()}, header, payload...]")
     header = memoryview(frames[1])
     if kinds is FROM_CLIENT and len(header) > MAX_HEADER_BYTES:

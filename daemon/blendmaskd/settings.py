@@ -21,6 +21,7 @@ from msgspec import Meta
 
 from blendmaskd.endpoints import ENDPOINT_SUFFIXES, ipc_path, parse_place
 from blendmaskd.topology import Cpus, parse_cpus
+from blendmaskd.wanted import HIDDEN
 
 ENVIRONMENT_PREFIX = "BLENDMASKD__"
 DEVICE = re.compile(r"^(npu|cuda|cpu):(0|[1-9][0-9]*)$")
@@ -205,7 +206,7 @@ class Settings(_Section, frozen=True):
     show_last_image: bool = False
     runtime: Runtime = Runtime()
     restarts: Restarts = Restarts()
-    # variables added to every worker's environment, overriding those the daemon sets; shown by stats
+    # variables added to every worker's environment, overriding those the daemon sets; no statistics show their values
     worker_env: dict[str, str] = {}
     timed: Timed = Timed()
 
@@ -331,6 +332,8 @@ def _explain(error: str, tree: Any) -> str:
     unknown = re.search(r"unknown field `(.+)`", reason)
     if unknown:
         return f"{key + '.' if key else ''}{unknown[1]}: unknown key{_instead(key, unknown[1])}"
+    if key.startswith("worker_env["):
+        value = dict.fromkeys(value, HIDDEN)
     return f"{key or 'settings'} = {value!r}: {reason}"
 
 

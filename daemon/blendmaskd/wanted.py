@@ -4,8 +4,8 @@ Both are in the statistics of each device, `Actual` also in the worker's `Ready`
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -31,6 +31,19 @@ class Actual(Wanted, frozen=True, kw_only=True, omit_defaults=True):
     dtype: str | None = None  # that the network computes in, such as bfloat16
     model: str | None = None  # a digest of the configuration, categories and weights that were loaded; None: none were
     dtype_reason: str | None = None  # why model.precision = auto chose it; None: it did not choose
+
+
+W = TypeVar("W", bound=Wanted)
+HIDDEN = "(hidden)"
+
+
+def masked(found: W, names: Container[str], wanted: Mapping[str, str]) -> W:
+    """Without the values of these variables, which may be secrets: only whether they are those of `wanted`."""
+    env = {
+        name: value if name not in names else HIDDEN if value == wanted.get(name) else f"{HIDDEN}, another"
+        for name, value in found.env.items()
+    }
+    return msgspec.structs.replace(found, env=env)
 
 
 def number(environment: Mapping[str, str], variable: str) -> int | None:

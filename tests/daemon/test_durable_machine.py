@@ -25,7 +25,7 @@ from blendmaskd.core.broker import Broker
 from blendmaskd.core.durable import UNPROVEN_LOSSES, Durable, SendClient
 from blendmaskd.core.durable_jobs import State
 from blendmaskd.core.refusals import Limits
-from blendmaskd.core.spool_messages import AnswerKept, Look, Reply, Request, Store, StoreAnswer, Stored
+from blendmaskd.core.spool_messages import AnswerKept, Erase, Look, Reply, Request, Store, StoreAnswer, Stored
 from blendmaskd.protocol import (
     Accepted,
     Cancel,
@@ -42,7 +42,7 @@ from blendmaskd.protocol import (
     Started,
     Submit,
 )
-from blendmaskd.shell.spool import Spool
+from blendmaskd.shell.spool import ROW_BYTES, Spool
 
 LIMITS = Limits(
     max_jobs=6, max_jobs_per_client=12, max_bytes=10_000, max_image_bytes=100, max_attempts=2, deadline_s=20.0,
@@ -361,10 +361,11 @@ def test_nobody_is_told_what_is_not_on_the_disk() -> None:
     machine.teardown()
 
 
-def test_owners_take_turns_and_leave_each_other_room() -> None:
+@pytest.mark.parametrize("pushing", [0, 9])
+def test_owners_take_turns_and_leave_each_other_room(pushing: int) -> None:
     machine = DurableMachine()
     for client in (b"a", b"a", b"a", b"b"):
-        machine.submit(client=client, priority=0)
+        machine.submit(client=client, priority=pushing if client == b"a" else 0)
     machine.disk_catches_up()
     machine.ready(window=1)
     machine.disk_catches_up()
@@ -374,7 +375,8 @@ def test_owners_take_turns_and_leave_each_other_room() -> None:
         machine.finish(0)
         machine.disk_catches_up()
     assert order == [1, 4, 2, 3]
-    machine.durable.max_bytes = machine.durable.usage.bytes + 100
+    answers = machine.durable.usage.owners[b"a"]
+    machine.durable.max_bytes = machine.durable.usage.bytes + 40 + (answers + 40 + 6) // 7
     owned = Submit(job="9" * 32, image=Image(kind="encoded"), durable=True)
     (stored,) = machine.durable.submit(b"a", owned, 40, lambda: [bytes(40)], 0.0)
     assert isinstance(stored, Store)
@@ -442,6 +444,39 @@ def test_answers_are_dropped_by_the_spool_s_own_clock(tmp_path: Path) -> None:
     spool._expire()
     assert (spool.usage.answers, spool.usage.bytes) == (0, 0)
     spool.die()
+
+
+def test_one_s_high_priorities_hold_up_no_other() -> None:
+    machine = DurableMachine()
+    machine.broker.refusals.limits = msgspec.structs.replace(LIMITS, max_jobs=60)  # of which many wait in the broker
+    for priority, client in [(9, b"a")] * 6 + [(0, b"b")] * 2:
+        machine.submit(client=client, priority=priority)
+        machine.disk_catches_up()
+    machine.ready(window=2)
+    machine.disk_catches_up()
+    begun: list[int] = []
+    for _ in range(4):
+        begun += [int(name) for leases in machine.held.values() for name in leases.values()]
+        machine.finish(0)
+        machine.disk_catches_up()
+    assert list(dict.fromkeys(begun)) == [1, 7, 2, 8, 3]
+    machine.teardown()
+
+
+def test_all_that_is_written_counts_until_it_is_dropped(tmp_path: Path) -> None:
+    spool = with_an_answer(tmp_path / "spool.db", keep_s=1e6)
+    row = spool._db.execute("SELECT length(submit) + length(answer) FROM jobs").fetchone()
+    assert row[0] > 0
+    assert spool.usage.bytes >= row[0] + ROW_BYTES
+    assert spool.usage.owners == {b"a": spool.usage.bytes}
+    spool.die()
+    again = StillSpool(tmp_path / "spool.db", keep_s=1e6)
+    again.begin()
+    assert again.usage == spool.usage
+    again._carry_out([Erase(b"a", again._db.execute("SELECT name FROM jobs").fetchone()[0])])
+    assert again.usage.bytes == 0
+    assert again.usage.owners == {}
+    again.die()
 
 
 def test_what_cannot_be_dropped_is_still_counted(tmp_path: Path) -> None:

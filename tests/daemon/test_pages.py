@@ -121,6 +121,20 @@ def test_a_name_that_dns_may_lie_about_is_refused_on_loopback(server: Pages, hos
         assert ask(server.port, path, Host=host)[0] == (404 if path == "/last.jpg" and status == 200 else status)
 
 
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /healthz HTTP/1.1", b"400"), (b"GET /healthz HTTP/1.0", b"200"),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: rebound.example", b"400"),
+        (b"POST / HTTP/1.1", b"400"), (b"GET /healthz HTTP/1.1\r\nHost: localhost", b"200"),
+    ],
+)  # fmt: skip
+def test_http_1_1_names_one_host(server: Pages, head: bytes, status: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), 10) as raw:
+        raw.sendall(head + b"\r\n\r\n")
+        assert raw.makefile("rb").readline().split()[1] == status
+
+
 def test_a_daemon_that_listens_for_others_is_called_by_any_name() -> None:
     server = Pages("0.0.0.0:0")
     try:

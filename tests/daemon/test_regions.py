@@ -1,6 +1,7 @@
 """The table of regions, and how a worker reads them."""
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -20,25 +21,45 @@ MB = 1 << 20
 OURS = Memory(descriptor=0, inode=1, bytes=4096, seals=SEALS, page_bytes=4096, pid=7)
 
 
-@given(st.lists(st.tuples(st.integers(1, 40 * MB), st.booleans()), max_size=60))
-def test_regions_never_exceed_their_bounds(steps: list[tuple[int, bool]]) -> None:
+@given(st.lists(st.tuples(st.integers(1, 40 * MB), st.booleans(), st.integers(1, 9), st.integers(0, 2)), max_size=60))
+def test_regions_never_exceed_their_bounds(steps: list[tuple[int, bool, int, int]]) -> None:
+    """A process has at most a quarter, and a user seven times what is left."""
     table = regions.Regions(64 * MB)
     kept: dict[str, int] = {}
-    for number, (size, remove) in enumerate(steps):
+    owners: dict[str, tuple[int, int]] = {}
+
+    def of(place: int, owner: int) -> int:
+        return sum(kept[name] for name in kept if owners[name][place] == owner)
+
+    for number, (size, remove, pid, user) in enumerate(steps):
         if remove and kept:
             name = next(iter(kept))
             table.remove(name)
             del kept[name]
             continue
-        left = min(16 * MB, 64 * MB - sum(kept.values()))
-        if size > left:
+        memory = replace(OURS, bytes=size, pid=pid, uid=user)
+        free = 64 * MB - sum(kept.values())
+        own = of(1, user)
+        if of(0, pid) + size > 16 * MB or own + size > 7 * (free - size):
             with pytest.raises(RegionError) as refused:
-                table.add(str(number), replace(OURS, bytes=size))
-            assert refused.value.left == left
+                table.add(str(number), memory)
+            left = refused.value.left
+            assert left < size
+            assert not left or (of(0, pid) + left <= 16 * MB and own + left <= 7 * (free - left))
         else:
-            table.add(str(number), replace(OURS, bytes=size))
-            kept[str(number)] = size
+            table.add(str(number), memory)
+            kept[str(number)], owners[str(number)] = size, (pid, user)
         assert {opening.region: opening.bytes for opening in table} == kept
+
+
+def test_one_user_cannot_take_the_last_of_the_memory() -> None:
+    table = regions.Regions(64 * MB)
+    for pid in range(1, 100):
+        with contextlib.suppress(RegionError):
+            table.add(f"greedy {pid}", replace(OURS, bytes=16 * MB, pid=pid, uid=1))
+        with contextlib.suppress(RegionError):
+            table.add(f"last {pid}", replace(OURS, bytes=MB, pid=pid, uid=1))
+    table.add("polite", replace(OURS, bytes=MB, pid=1000, uid=2))
 
 
 def test_there_is_an_end_to_the_number_of_regions() -> None:

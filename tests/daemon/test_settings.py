@@ -202,7 +202,9 @@ REFUSED = {
     "no latency for batch": (
         {"engine": "timed", "batch": 3}, "batch = 3: timed.latency_ms has no entry for it"
     ),
-    "environment of numbers": ({"worker_env": {"N": 4}}, "worker_env[...] = {'N': 4}: Expected `str`, got `int`"),
+    "environment of numbers": (
+        {"worker_env": {"N": 4}}, "worker_env[...] = {'N': '(hidden)'}: Expected `str`, got `int`"
+    ),
     "warm-up of one side": ({"warm_up": [[800]]}, "warm_up[0] = [800]: Expected `array` of length 2"),
 }  # fmt: skip
 

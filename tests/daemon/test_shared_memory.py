@@ -338,7 +338,7 @@ def _huge() -> int:
         (lambda: memory_file(MB, 0), "not sealed against shrinking"),
         (lambda: memory_file(MB, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL), "not sealed against shrinking"),
         (lambda: memory_file(0), "the memory has no bytes"),
-        (lambda: memory_file(256 * MB + 4096), f"{256 * MB + 4096} bytes: {256 * MB} are left for a region"),
+        (lambda: memory_file(256 * MB + 4096), f"{256 * MB + 4096} bytes: "),
         (_huge, "huge pages"),
     ],
     ids=["pipe", "folder", "file", "device", "path", "socket", "unsealed", "shrinking", "empty", "large", "huge"],
@@ -430,6 +430,9 @@ def test_descriptors_that_are_slow_to_close_do_not_stop_the_daemon(
 def test_while_too_much_waits_to_be_closed_nobody_is_taken_in(
     tmp_path: Path, own: Any, monkeypatch: pytest.MonkeyPatch, wait_until: Any
 ) -> None:
+    """As of files whose file system takes its time."""
+    go_on = threading.Event()
+    monkeypatch.setattr(shared_memory, "_close_at_once", lambda descriptor: go_on.wait() and os.close(descriptor))
     monkeypatch.setattr(shared_memory, "MOST_CLOSING", 2)
     there = SimpleNamespace(endpoint=f"ipc://{tmp_path}/p")
     memory = SharedMemory()
@@ -443,17 +446,30 @@ def test_while_too_much_waits_to_be_closed_nobody_is_taken_in(
         socket.send_fds(client.connect(), [MAGIC], [own(memory_file(4096))])
         for _ in range(2):
             assert list(memory.receive(0.0)) == []
+        go_on.set()
         assert wait_until(lambda: memory.expire(0.0) or list(memory.receive(0.0)))
 
 
+def test_sockets_that_linger_keep_no_other_client_out(server: Any, own: Any) -> None:
+    with contextlib.closing(Bare(server)) as client, lingering(600) as hand_over:
+        for _ in range(4):
+            server.process.send_signal(signal.SIGSTOP)  # else we might be the last who closes one, and linger
+            for _ in range(shared_memory.MOST_UNANSWERED // 2):
+                hand_over(client.connect())
+            server.process.send_signal(signal.SIGCONT)
+        start = time.monotonic()
+        own(client.open_region(MB)[1])
+        assert time.monotonic() - start < 1.0
+
+
 @contextlib.contextmanager
-def lingering() -> Iterator[Callable[..., None]]:
-    """Hands over sockets that take a second to close, because their peer does not read, behind other descriptors."""
+def lingering(seconds: int = 1) -> Iterator[Callable[..., None]]:
+    """Hands over sockets, behind other descriptors, that take so many seconds to close: their peer does not read."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def hand_over(connection: socket.socket, *others: int) -> None:
             with socket.create_connection(listener.getsockname()) as slow:
-                slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 1))
+                slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
                 slow.setblocking(False)
                 with contextlib.suppress(BlockingIOError):
                     while True:

@@ -29,6 +29,8 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
+
 from blendmaskd.core.actions import (
     DURABLE,
     Acquit,
@@ -131,6 +133,7 @@ class Broker:
         self, message: Submit, payload: Frames, accepted: float, now: float, attempts: int = 0, losses: int = 0
     ) -> list[Action]:
         """Take on a durable job. It was `accepted`, and what it may not exceed was checked, when it came."""
+        message = msgspec.structs.replace(message, priority=min(message.priority, 0))  # in its owner's turn as it comes
         job = self._job(DURABLE, message, payload, accepted, DURABLE_DEADLINE_S)
         job.attempts, job.losses = attempts, losses
         job.suspicion = self._blame.remembered.find(job.image, payload, now)

@@ -15,13 +15,14 @@ answered   on its way into the spool with its answer, which its waiters get when
 
 What is answered and in the spool is nowhere here: the spool finds it by its name. So nothing that a client was told is
 ever only in memory, and what the daemon does not live to do is done by the next one. Owners take turns; none may take
-more of the spool than it leaves, or of the way into it than `refusals.SHARE` times what it leaves.
+more of the spool, answers included, or of the way into it than `refusals.SHARE` times what it leaves.
 
 No socket, clock, process, thread, file or logger belongs in here.
 """
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -37,7 +38,8 @@ from blendmaskd.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, F
 RETRY_S = 1.0  # after which the spool may have room, or work again
 MOST_LOADS = 5  # of a job whose image cannot be read
 UNPROVEN_LOSSES = 3  # daemons that died with a job: then it is the reason, perhaps, rather than what they died of
-MOST_LOOKS = 1000  # questions to the spool at a time
+MOST_LOOKS = 1000  # questions to the spool that wait
+LOOKS_AT_ONCE = 8  # of them the spool has, so that few answers are in memory
 
 
 class SendClient(msgspec.Struct, frozen=True):
@@ -62,7 +64,8 @@ class Durable:
         self._broker = broker
         self._seq = itertools.count(next_seq)
         self._jobs = Jobs()
-        self._looks = 0
+        self._looks = 0  # that the spool has
+        self._to_look: OrderedDict[bytes, deque[str]] = OrderedDict()  # names, by client in turn; none is empty
         self._ended = False
         for each in stored:
             self._take_up(each, now)
@@ -142,6 +145,7 @@ class Durable:
 
     def client_gone(self, client: bytes) -> None:
         """Nobody waits there any more; its jobs stay."""
+        self._to_look.pop(client, None)
         for job in self._jobs if self._jobs.owed(client) else ():
             self._jobs.settle(job.waiters, client)
             self._jobs.settle(job.submitters, client)
@@ -231,6 +235,8 @@ class Durable:
         actions: list[Action] = []
         for job in self._jobs:
             actions += [SendClient(client, _ending(job.name)) for client in self._jobs.settle_job(job)]
+        actions += [SendClient(client, _ending(name)) for client, names in self._to_look.items() for name in names]
+        self._to_look.clear()
         return actions
 
     # -- inside -----------------------------------------------------------------------------------------------------
@@ -252,7 +258,7 @@ class Durable:
         unfit = self._broker.refusals.unfit(message.job, message.image, size)
         if unfit is not None:
             return unfit
-        reason = self._shortage(size) or self._greed(self._jobs.owned(client), size)
+        reason = self._shortage(size) or self._greed(client, self._jobs.owned(client), size)
         return _busy(message.job, reason) if reason else None
 
     def _shortage(self, size: int) -> str:
@@ -265,7 +271,7 @@ class Durable:
             return f"the spool holds {used} of {self.max_bytes} bytes (spool_bytes)"
         return ""
 
-    def _greed(self, own: Owned, size: int) -> str:
+    def _greed(self, client: bytes, own: Owned, size: int) -> str:
         """What of its owner's is too much for one; empty: nothing."""
         limits = self._broker.limits
         if own.jobs >= limits.max_jobs_per_client:
@@ -275,8 +281,10 @@ class Durable:
         if own.storing >= SHARE * (limits.max_jobs - self._jobs.states[State.STORING]):
             on_the_way = f"{own.storing} jobs being written to the spool"
             return f"this client has {on_the_way}: the last places are reserved for others"
-        if own.bytes and own.bytes + size > self.max_bytes - self.usage.bytes - self._jobs.storing_bytes:
-            return f"this client has {own.bytes} bytes in the spool: the last ones are reserved for others"
+        stored = self.usage.owners.get(client, 0) + own.storing_bytes
+        if stored and stored + size > SHARE * (self.max_bytes - self.usage.bytes - self._jobs.storing_bytes - size):
+            reserved = "the last ones are reserved for others; forget answers that you have"
+            return f"this client has {stored} of {self.max_bytes} bytes (spool_bytes), answers included: {reserved}"
         return ""
 
     def _accept(self, job: Job) -> list[Action]:
@@ -303,22 +311,38 @@ class Durable:
         return [Answered(DURABLE, refused(job.name, Code.UNAVAILABLE, text))]
 
     def _look(self, client: bytes, name: str) -> list[Action]:
-        if self._looks >= MOST_LOOKS:
-            return [SendClient(client, _busy(name, f"{self._looks} answers are being fetched"))]
-        self._looks += 1
-        return [spool.Look(client, name)]
+        own = self._to_look.get(client, ())
+        if len(own) >= SHARE * (MOST_LOOKS - sum(map(len, self._to_look.values()))):
+            return [SendClient(client, _busy(name, f"{len(own)} answers are being fetched"))]
+        self._to_look.setdefault(client, deque()).append(name)
+        return self._look_on()
+
+    def _look_on(self) -> list[Action]:
+        """Clients take turns."""
+        looks: list[Action] = []
+        while self._to_look and self._looks < LOOKS_AT_ONCE:
+            client, names = self._to_look.popitem(last=False)
+            looks.append(spool.Look(client, names.popleft()))
+            self._looks += 1
+            if names:
+                self._to_look[client] = names
+        return looks
 
     def _looked(self, looked: spool.Looked) -> list[Action]:
         self._looks -= 1
         if looked.reason:
             reason = f"the spool cannot be read: {looked.reason}"
-            return [SendClient(looked.client, refused(looked.name, Code.UNAVAILABLE, reason, RETRY_S))]
-        answer = looked.answer or refused(looked.name, Code.BAD_REQUEST, _UNKNOWN)
-        return [SendClient(looked.client, answer, looked.payload)]
+            told = SendClient(looked.client, refused(looked.name, Code.UNAVAILABLE, reason, RETRY_S))
+        else:
+            answer = looked.answer or refused(looked.name, Code.BAD_REQUEST, _UNKNOWN)
+            told = SendClient(looked.client, answer, looked.payload)
+        return [told, *self._look_on()]
 
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
         self._jobs.check()
+        assert all(self._to_look.values()), "an empty line is kept"
+        assert self._looks == LOOKS_AT_ONCE or not self._to_look, "an answer is not looked for"
 
 
 _UNKNOWN = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"

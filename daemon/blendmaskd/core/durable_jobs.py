@@ -46,6 +46,7 @@ class Owned(msgspec.Struct):
     jobs: int = 0
     bytes: int = 0
     storing: int = 0  # of the jobs
+    storing_bytes: int = 0
 
 
 class Jobs:
@@ -56,7 +57,8 @@ class Jobs:
         self.by_seq: dict[int, Job] = {}
         self.states: Counter[State] = Counter()
         self.storing_bytes = 0
-        self._lines: dict[int, OrderedDict[bytes, deque[Job]]] = {}  # priority: owners in turn; none is empty
+        # level (priority, at most 0): owners in turn: priority: jobs; none is empty
+        self._lines: dict[int, OrderedDict[bytes, dict[int, deque[Job]]]] = {}
         self._owned: dict[bytes, Owned] = {}  # by owner
         self._owed: Counter[bytes] = Counter()  # how many messages each client waits for
 
@@ -91,8 +93,8 @@ class Jobs:
         if not own.jobs:
             del self._owned[job.owner]
         if job.state is State.SPOOLED:
-            self._lines[job.priority][job.owner].remove(job)
-            self._tidy(job.priority, job.owner)
+            self._lines[min(job.priority, 0)][job.owner][job.priority].remove(job)
+            self._tidy(job)
 
     def move(self, job: Job, state: State) -> None:
         self._count(job, -1)
@@ -104,27 +106,32 @@ class Jobs:
         if job.state is State.STORING:
             self.storing_bytes += by * job.size
             self._owned[job.owner].storing += by
+            self._owned[job.owner].storing_bytes += by * job.size
 
     def line_up(self, job: Job, first: bool = False) -> None:
         self.move(job, State.SPOOLED)
-        line = self._lines.setdefault(job.priority, OrderedDict()).setdefault(job.owner, deque())
+        owners = self._lines.setdefault(min(job.priority, 0), OrderedDict())
+        line = owners.setdefault(job.owner, {}).setdefault(job.priority, deque())
         line.appendleft(job) if first else line.append(job)
 
     def next(self) -> Job:
-        """Out of the line: the highest priority's next owner's first."""
-        priority = max(self._lines)
-        owners = self._lines[priority]
-        owner = next(iter(owners))
-        job = owners[owner].popleft()
+        """Out of the line: the next owner's first of its highest priority. Below 0 it yields to all others."""
+        owners = self._lines[max(self._lines)]
+        owner, lines = next(iter(owners.items()))
+        job = lines[max(lines)].popleft()
         owners.move_to_end(owner)
-        self._tidy(priority, owner)
+        self._tidy(job)
         return job
 
-    def _tidy(self, priority: int, owner: bytes) -> None:
-        if not self._lines[priority][owner]:
-            del self._lines[priority][owner]
-        if not self._lines[priority]:
-            del self._lines[priority]
+    def _tidy(self, job: Job) -> None:
+        owners = self._lines[min(job.priority, 0)]
+        lines = owners[job.owner]
+        if not lines[job.priority]:
+            del lines[job.priority]
+        if not lines:
+            del owners[job.owner]
+        if not owners:
+            del self._lines[min(job.priority, 0)]
 
     def owe(self, owed: dict[bytes, None], client: bytes) -> None:
         if client not in owed:
@@ -152,18 +159,20 @@ class Jobs:
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
         assert {job.seq for job in self} == self.by_seq.keys(), "a job has one name of two"
-        lined = [job for owners in self._lines.values() for line in owners.values() for job in line]
+        lines = [line for owners in self._lines.values() for own in owners.values() for line in own.values()]
+        lined = [job for line in lines for job in line]
         assert len(lined) == len({job.seq for job in lined}), "a job is in a line twice"
         spooled = {job.seq for job in self if job.state is State.SPOOLED}
         assert {job.seq for job in lined} == spooled, "a job is lost, or in a line and elsewhere"
-        assert all(line for owners in self._lines.values() for line in owners.values()), "an empty line is kept"
+        kept = [*self._lines.values(), *(own for owners in self._lines.values() for own in owners.values()), *lines]
+        assert all(kept), "an empty line is kept"
         assert +self.states == Counter(job.state for job in self), "states are miscounted"
         storing = sum(job.size for job in self if job.state is State.STORING)
         assert self.storing_bytes == storing, "bytes are miscounted"
         for owner in {job.owner for job in self} | self._owned.keys():
             jobs = [job for job in self if job.owner == owner]
-            on_the_way = sum(job.state is State.STORING for job in jobs)
-            counted = Owned(len(jobs), sum(job.size for job in jobs), on_the_way)
+            on_the_way = [job.size for job in jobs if job.state is State.STORING]
+            counted = Owned(len(jobs), sum(job.size for job in jobs), len(on_the_way), sum(on_the_way))
             assert self._owned[owner] == counted, "what an owner has is miscounted"
         owed = Counter(client for job in self for client in [*job.submitters, *job.waiters])
         assert owed == self._owed, "what is owed is miscounted"

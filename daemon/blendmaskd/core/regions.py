@@ -2,18 +2,19 @@
 rest.
 
 A region counts in full, although its pages take memory only when its client writes to them: the bound holds whatever
-the clients do. No region and no process gets more than a share, so that one cannot take all.
+the clients do. No process gets more than a share, and no user more than seven times what is left for others.
 """
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from blendmaskd.protocol import OpenRegion, Place, RegionError
 
 MOST_REGIONS = 256  # each is two descriptors of the daemon's and a mapping in each worker
-SHARES = 4  # of all bytes a region, and of all regions a process, is at most one part in so many
+SHARES = 4  # of all bytes and all regions a process has at most one part in so many
+SHARE = 7  # of all bytes the processes of one user have at most so many times what is left
 PAGE = 4096
 
 
@@ -27,6 +28,11 @@ class Memory:
     seals: int
     page_bytes: int
     pid: int  # of its client; 0: of another namespace
+    uid: int = 0
+
+
+def _bytes(regions: Iterable[Memory]) -> int:
+    return sum(memory.bytes for memory in regions)
 
 
 class Regions:
@@ -47,7 +53,7 @@ class Regions:
     @property
     def bytes(self) -> int:
         """Of all that are open."""
-        return sum(memory.bytes for memory in self._regions.values())
+        return _bytes(self._regions.values())
 
     def opening(self, name: str) -> OpenRegion:
         memory = self._regions[name]
@@ -63,13 +69,18 @@ class Regions:
             raise RegionError("huge pages: reading where none is left would kill a worker")
         if memory.bytes < 1:
             raise RegionError("the memory has no bytes")
-        siblings = sum(other.pid == memory.pid for other in self._regions.values()) if memory.pid else 0
-        if len(self) >= MOST_REGIONS or siblings >= MOST_REGIONS // SHARES:
+        siblings = [other for other in self._regions.values() if memory.pid and other.pid == memory.pid]
+        if len(self) >= MOST_REGIONS or len(siblings) >= MOST_REGIONS // SHARES:
             raise RegionError(f"all {MOST_REGIONS} regions are in use, or this process has {MOST_REGIONS // SHARES}")
-        left = max(min(self.max_bytes - self.bytes, self.max_bytes // SHARES), 0)
+        left = max(min(self._left_for(memory.uid), self.max_bytes // SHARES - _bytes(siblings)), 0)
         if memory.bytes > left:
             raise RegionError(f"{memory.bytes} bytes: {left} are left for a region (shared_memory_bytes)", left)
         self._regions[name] = memory
+
+    def _left_for(self, user: int) -> int:
+        """Bytes, of which something stays for the others."""
+        own = _bytes(other for other in self._regions.values() if other.uid == user)
+        return (SHARE * (self.max_bytes - self.bytes) - own) // (SHARE + 1)
 
     def remove(self, name: str) -> None:
         del self._regions[name]

@@ -1,11 +1,14 @@
 """What `blendmaskd.core.durable` asks of the spool, and what that replies. Pure."""
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from blendmaskd.protocol import Failed, Frames, Result, Submit
 
 Answer = Result | Failed
+Owners = Mapping[bytes, int]
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -134,11 +137,15 @@ class Erased(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """How full the spool is. `trouble`: why something that must be written is not, or empty."""
+    """How full the spool is. `trouble`: why something that must be written is not, or empty.
+
+    `bytes` are those on the disk; `owners` are the same by who submitted what they are of.
+    """
 
     answers: int
     bytes: int
     trouble: str = ""
+    owners: Owners = {}
 
 
 Reply = Kept | Known | NotKept | Loaded | NotLoaded | AnswerKept | Looked | Erased | Usage

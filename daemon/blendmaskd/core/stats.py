@@ -21,6 +21,10 @@ systemd status line all show, so that they agree. Its form::
                   "busy_share", "idle_seconds": {reason: seconds}, "restarts", "memory_bytes", "device_memory_bytes",
                   "shapes": [[batch, height, width, median seconds or None]],
                   "wanted", "actual": the fields of `blendmaskd.wanted`; {} while there is no worker, or it is not up}]}
+
+That is the operator's view, of the daemon's own user and root on its host. Other clients see of "recent_failures" their
+own; "missing", "last_image", and of a device "pid", "reason", "shapes", "wanted" and "actual" are empty. Nobody sees
+the values of `worker_env`.
 """
 from __future__ import annotations
 
@@ -37,6 +41,15 @@ from blendmaskd.protocol import IDLE, STAGE_BOUNDS_S, STAGES, Report
 FRESH_S = 2.5  # a report older than this is no longer the present
 RESOLUTION = 1.04  # latencies are told apart when one is this many times the other
 FAILURES_OF_A_CODE, FAILURES = 5, 20  # that are remembered: a flood of `busy` must not wash the others away
+HIDDEN_OF_A_DEVICE: Mapping[str, Any] = {"pid": None, "reason": "", "shapes": [], "wanted": {}, "actual": {}}
+SHOWN_OF_A_DEVICE = (
+    "device", "slot", "generation", "state", "fps", "images", "busy_seconds", "busy_share", "idle_seconds", "restarts",
+    "memory_bytes", "device_memory_bytes",
+)  # fmt: skip
+SHOWN = (
+    "seq", "time", "started", "engine", "window_s", "combined_fps", "degraded", "draining", "serving", "queue",
+    "leased", "regions", "answered", "failures", "stages", "latency",
+)  # fmt: skip
 LONGEST_TEXT = 160  # of what is remembered of a failure: a snapshot is the header of one message
 
 
@@ -150,7 +163,7 @@ class Stats:
         self._latency = Latency()
         self._answered = 0
         self.failures: Counter[str] = Counter()  # by code, of accepted and refused jobs alike
-        self._recent: dict[str, deque[dict[str, Any]]] = {}
+        self._recent: dict[str, deque[tuple[bytes, dict[str, Any]]]] = {}  # by code, with the client
 
     def report(self, device: str, report: Report) -> None:
         self._devices.setdefault(device, DeviceStats()).add(report)
@@ -163,11 +176,11 @@ class Stats:
                 self._stages[stage].observe(seconds)
         self._latency.add(timings)
 
-    def failed(self, unix_time: float, job: str, code: str, reason: str) -> None:
+    def failed(self, unix_time: float, job: str, code: str, reason: str, owner: bytes = b"") -> None:
         """Count a failure, and remember it for people to look at."""
         self.failures[code] += 1
         shown = {"time": unix_time, "job": job[:LONGEST_TEXT], "code": str(code), "reason": reason[:LONGEST_TEXT]}
-        self._recent.setdefault(code, deque(maxlen=FAILURES_OF_A_CODE)).append(shown)
+        self._recent.setdefault(code, deque(maxlen=FAILURES_OF_A_CODE)).append((owner, shown))
 
     def exited(self, device: str) -> None:
         """A worker of the device has exited: what it did is no rate any more."""
@@ -192,13 +205,35 @@ class Stats:
             "latency": self._latency.take(now, self.window_s),
             "answered": self._answered,
             "failures": dict(self.failures),
-            "recent_failures": self._recent_failures(),
+            "recent_failures": self._recent_failures(None),
             "devices": devices,
             **totals,
         }
 
-    def _recent_failures(self) -> list[dict[str, Any]]:
-        kept = [failure for failures in self._recent.values() for failure in failures]
+    def for_client(self, snapshot: Mapping[str, Any], client: bytes) -> dict[str, Any]:
+        """What any client may see of a snapshot: no paths, no processes, nothing of another client's jobs."""
+        if not snapshot:
+            return {}
+        spool = snapshot["spool"]
+        trouble = "it cannot be written" if spool and spool["trouble"] else ""
+        return {
+            **{key: snapshot[key] for key in SHOWN},
+            "spool": spool and {**spool, "trouble": trouble},
+            "recent_failures": self._recent_failures(client),
+            "last_image": None,
+            "missing": [],
+            "devices": [{**{key: device[key] for key in SHOWN_OF_A_DEVICE}, **HIDDEN_OF_A_DEVICE}
+                        for device in snapshot["devices"]],
+        }  # fmt: skip
+
+    def _recent_failures(self, client: bytes | None) -> list[dict[str, Any]]:
+        """Of this client; None: of all."""
+        kept = [
+            failure
+            for failures in self._recent.values()
+            for owner, failure in failures
+            if client in (None, owner)
+        ]
         return sorted(kept, key=lambda failure: -failure["time"])[:FAILURES]
 
     def _device(self, device: str, now: float) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from blendmaskd.logs import in_a_line
 from blendmaskd.protocol import STAGE_BOUNDS_S
 from blendmaskd.wanted import differences_shown, models_shown
 
@@ -23,7 +24,7 @@ Snapshot = Mapping[str, Any]
 def tables(snapshot: Snapshot) -> RenderableType:
     """A snapshot for people."""
     parts: list[RenderableType] = [_headline(snapshot), _devices(snapshot["devices"]), _processes(snapshot["devices"])]
-    parts += [Text(f"removed or replaced by others: {path}", BAD) for path in snapshot.get("missing", ())]
+    parts += [Text(in_a_line(f"removed or replaced by others: {path}"), BAD) for path in snapshot.get("missing", ())]
     parts += [Text(note, BAD) for device in snapshot["devices"] for note in notes(device)]
     if len(models := models_shown(snapshot["devices"])) > 1:
         parts.append(Text(f"different models are served: {', '.join(models)}; reload, unless one is under way", BAD))
@@ -105,7 +106,7 @@ def _short(value: Any) -> str:
 def notes(device: Mapping[str, Any]) -> list[str]:
     """Why a device is not ready, and what of its plan did not take effect."""
     found = [f"{device['state']}: {device['reason']}"] if device["reason"] else []
-    return [f"{device['device']} {note}" for note in (*found, *differences_shown(device))]
+    return [in_a_line(f"{device['device']} {note}") for note in (*found, *differences_shown(device))]
 
 
 def _stages(stages: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -15,6 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from blendmaskd.logs import in_a_line
 from blendmaskd.programs.readings import Reading, Readings
 from blendmaskd.programs.tables import (
     BAD,
@@ -182,6 +183,6 @@ def _stages(means: Mapping[str, float]) -> Iterable[Text]:
 def _failures(failures: Sequence[Mapping[str, Any]]) -> Iterable[Text]:
     for failure in failures[:LATEST_FAILURES]:
         line = Text.assemble((clock(failure["time"]), "dim"), " ", (failure["code"], BAD), " ",
-                             failure["reason"], (f"  {failure['job']}", "dim"))  # fmt: skip
+                             in_a_line(failure["reason"]), (f"  {in_a_line(failure['job'])}", "dim"))  # fmt: skip
         line.no_wrap, line.overflow = True, "ellipsis"
         yield line

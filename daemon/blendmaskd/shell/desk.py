@@ -23,11 +23,12 @@ from blendmaskd.core.broker import Broker
 from blendmaskd.core.refusals import Limits
 from blendmaskd.core.spool_messages import Request
 from blendmaskd.core.stats import Stats
-from blendmaskd.logs import about, shown
+from blendmaskd.logs import about
 from blendmaskd.protocol import FROM_CLIENT, FROM_WORKER, Code, ProtocolError, RegionError
 from blendmaskd.settings import Settings
 from blendmaskd.shell.admission.access import Verdict
 from blendmaskd.shell.admission.admission import Admission
+from blendmaskd.shell.debts import BUSY_BYTES, MOST_BYTES, Debts
 from blendmaskd.shell.job_log import JobLog
 from blendmaskd.shell.processes import Actions, Child, Decisions, Processes
 from blendmaskd.shell.shared_memory import Ended, Offered
@@ -58,6 +59,7 @@ class Desk:
         self._sockets = sockets
         self._stats = stats
         self._job_log = JobLog(settings.log.jobs)
+        self._debts = Debts()
         self._told_unreachable: set[bytes] = set()  # clients, in this second
         if settings.spool is not None:
             self._open_spool(settings.spool)
@@ -81,6 +83,7 @@ class Desk:
     def tick(self, now: float) -> Decisions:
         """What is due each second."""
         self._told_unreachable.clear()
+        self._debts.keep(self.admission.connected)
         self._sockets.shared_memory.expire(now)
         self._job_log.tick()
         yield from self._shut_out(self.admission.tick(now))
@@ -113,7 +116,7 @@ class Desk:
         """Who has left, and who may connect or not be here any more; to be called before clients are read."""
         for client in self.admission.left():
             if self.broker.has_jobs(client):
-                log.info("a client has left: its jobs are cancelled", extra=about(client=shown(client)))
+                self._job_log.tell_of(client, logging.INFO, "a client has left: its jobs are cancelled")
             yield self._client_gone(client)
         yield from self._shut_out(self.admission.shut_out())
 
@@ -124,8 +127,11 @@ class Desk:
 
     def read_clients(self) -> Decisions:
         """What has come since; a bounded number of messages."""
-        for frames in receive(self._sockets.clients):
+        for frames in self._sockets.from_clients.receive():
             client = frames[0].bytes
+            if _is_excessive(frames):
+                yield self._expel(client, frames)
+                continue
             verdict = self.admission.judge(client, frames[-1])
             if verdict is not Verdict.WELCOME:
                 yield self._turn_away(client, frames, verdict)
@@ -136,7 +142,17 @@ class Desk:
             except ProtocolError as error:
                 yield [_failed(client, error.job, Code.BAD_REQUEST, str(error))]
                 continue
-            yield self._on_client(client, message, payload, time.monotonic())
+            if isinstance(message, protocol.GetStats):
+                yield self._tell_stats(client, self.admission.is_operator(frames[-1]))
+            else:
+                yield self._on_client(client, message, payload, time.monotonic())
+
+    def _expel(self, client: bytes, frames: Sequence[zmq.Frame]) -> Actions:
+        """Its message is none that a client makes by mistake."""
+        self.admission.close(frames[0])
+        text = "a client sent a message of too many frames, or too large ones: its connection is closed"
+        self._job_log.tell_of(client, logging.WARNING, text)
+        return [actions.Dropped("", Code.BAD_REQUEST), *self._client_gone(client)]
 
     def _turn_away(self, client: bytes, frames: Sequence[zmq.Frame], verdict: Verdict) -> Actions:
         if verdict is Verdict.UNKNOWN:
@@ -150,10 +166,15 @@ class Desk:
         refusal = _failed(client, job, Code.UNAUTHORISED, verdict.value)
         if verdict is not Verdict.TAKEN:
             return [refusal]
-        log.warning("another key took its identity: its jobs are cancelled", extra=about(client=shown(client)))
+        self._job_log.tell_of(client, logging.WARNING, "another key took its identity: its jobs are cancelled")
         return [*self._client_gone(client), refusal]
 
-    def _on_client(self, client: bytes, message: protocol.FromClient, payload: Sequence[Any], now: float) -> Actions:
+    def _on_client(
+        self, client: bytes, message: protocol.OfJobs | protocol.GetLimits, payload: Sequence[Any], now: float
+    ) -> Actions:
+        if isinstance(message, protocol.Submit | protocol.Fetch) and self._debts.of(client) >= BUSY_BYTES:
+            refusal, counted = _unread(message.job), isinstance(message, protocol.Submit)
+            return [actions.Answered(client, refusal) if counted else durable.SendClient(client, refusal)]
         match message:
             case protocol.Submit(durable=True):
                 return self._submit_durable(client, message, payload, now)
@@ -165,14 +186,19 @@ class Desk:
                 return self.durable.fetch(client, message)
             case protocol.Forget():
                 return self.durable.forget(client, message, now)
-            case protocol.GetStats():
-                return [durable.SendClient(client, protocol.Stats(stats=self._snapshot))]
             case protocol.GetLimits():
                 limits = protocol.Limits(max_image_bytes=self.broker.limits.max_image_bytes)
                 return [durable.SendClient(client, limits)]
 
+    def _tell_stats(self, client: bytes, to_operator: bool) -> Actions:
+        if self._debts.of(client) >= BUSY_BYTES:
+            return [durable.SendClient(client, _unread(""))]
+        snapshot = self._snapshot if to_operator else self._stats.for_client(self._snapshot, client)
+        return [durable.SendClient(client, protocol.Stats(stats=snapshot))]
+
     def _client_gone(self, client: bytes) -> list[actions.Action]:
         self.durable.client_gone(client)
+        self._debts.forget(client)
         return self.broker.client_gone(client, time.monotonic())
 
     # -- from workers -----------------------------------------------------------------------------------------------
@@ -230,7 +256,7 @@ class Desk:
             case actions.Answered():
                 return self._answer(action)
             case durable.SendClient():
-                return self._send(action.client, action.message, action.payload)
+                return self._give(action)
             case actions.Dropped():
                 self._stats.failures[action.code] += 1
             case actions.Losses():
@@ -247,19 +273,35 @@ class Desk:
         if isinstance(answer, protocol.Result):
             self._stats.answered(answer.timings)
         else:
-            self._stats.failed(time.time(), protocol.shown_job(answer.job), answer.code, answer.reason)
+            self._stats.failed(
+                time.time(), protocol.shown_job(answer.job), answer.code, answer.reason, action.owner
+            )
         if action.owner == actions.DURABLE:
             return self.durable.answered(answer, action.payload)
         return self._send(action.owner, answer, action.payload)
 
+    def _give(self, action: durable.SendClient) -> Actions:
+        """An answer of the spool's stays there while its client has too much to read."""
+        if action.payload and self._debts.of(action.client) >= BUSY_BYTES:
+            return self._send(action.client, _unread(getattr(action.message, "job", "")), ())
+        return self._send(action.client, action.message, action.payload)
+
     def _send(self, client: bytes, message: protocol.ToClient, payload: protocol.Frames) -> Actions:
-        error = send(self._sockets.clients, client, protocol.encode(message, payload))
-        if not error:
-            return ()
+        if self._debts.of(client) >= MOST_BYTES:
+            return self._cut_off(client, errno.EAGAIN)
+        error = send(self._sockets.clients, client, self._debts.add(client, protocol.encode(message, payload)))
+        if error:
+            return self._cut_off(client, error)
+        debtor = self._debts.longest()
+        return self._cut_off(debtor, errno.EAGAIN) if debtor is not None else ()
+
+    def _cut_off(self, client: bytes, error: int) -> Actions:
+        self.admission.cut_off(client)
+        self._debts.forget(client)
         why = "is gone" if error == errno.EHOSTUNREACH else "does not read its answers"
         if client not in self._told_unreachable:  # a flood that nobody reads must not become one of lines
             self._told_unreachable.add(client)
-            log.info("a client %s: its jobs are cancelled", why, extra=about(client=shown(client)))
+            self._job_log.tell_of(client, logging.INFO, "a client %s: its jobs are cancelled", why)
         return self._client_gone(client)
 
     # -- durable jobs, see blendmaskd.core.durable ---------------------------------------------------------------------
@@ -328,6 +370,16 @@ class Desk:
 
     def _waits(self, client: bytes) -> bool:
         return self.broker.has_jobs(client) or self.durable.waits(client)
+
+
+def _is_excessive(frames: Sequence[zmq.Frame]) -> bool:
+    """Whether there are more than anybody needs, or what stands before the image has its size."""
+    return frames[-1].more or any(len(frame) > protocol.SURE_BYTES for frame in frames[1:3])
+
+
+def _unread(job: str) -> protocol.Failed:
+    reason = f"more than {BUSY_BYTES} bytes of answers wait for this client to read them"
+    return actions.refused(job, Code.BUSY, reason, durable.RETRY_S)
 
 
 def _failed(client: bytes, job: str, code: Code, reason: str) -> actions.Answered:

@@ -20,6 +20,7 @@ CLIENTS_FAULT = frozenset(
     {Code.BAD_REQUEST, Code.BAD_IMAGE, Code.TOO_LARGE, Code.BUSY, Code.CANCELLED, Code.UNAUTHORISED}
 )
 FAILURES_PER_S = 10  # lines; of the others only the number is told
+CLIENTS_PER_S = 10  # lines about clients that come and go, or do what they may not
 
 
 class JobLog:
@@ -28,6 +29,7 @@ class JobLog:
     def __init__(self, tracing: bool) -> None:
         self.tracing = tracing
         self._failures = 0  # since the last tick
+        self._clients = 0  # lines
 
     def tell(self, steps: Iterable[Step], now: float) -> None:
         for step in steps:
@@ -36,7 +38,16 @@ class JobLog:
             if self.tracing or (failed and self._failures <= FAILURES_PER_S):
                 _line(logging.WARNING if failed else logging.INFO, step, now)
 
+    def tell_of(self, client: bytes, level: int, text: str, *values: object) -> None:
+        """A line about a client, if there were not too many in this second."""
+        self._clients += 1
+        if self._clients <= CLIENTS_PER_S:
+            log.log(level, text, *values, extra=about(client=shown(client)))
+
     def tick(self) -> None:
+        if self._clients > CLIENTS_PER_S:
+            log.warning("%d more lines about clients were left out within a second", self._clients - CLIENTS_PER_S)
+        self._clients = 0
         untold = 0 if self.tracing else self._failures - FAILURES_PER_S
         if untold > 0:
             log.warning("%d more jobs failed within a second", untold)

@@ -222,6 +222,15 @@ def _handler(pages: Pages) -> type[BaseHTTPRequestHandler]:
         server_version = "blendmaskd"
         sys_version = ""
 
+        def parse_request(self) -> bool:
+            """Also refuses what names no host, or two (RFC 9112, 3.2); HTTP/1.0 knows none."""
+            if not super().parse_request():
+                return False
+            if self.request_version == "HTTP/1.1" and len(self.headers.get_all("Host", ())) != 1:
+                self.send_error(HTTPStatus.BAD_REQUEST)
+                return False
+            return True
+
         def do_GET(self) -> None:
             self._answer(pages.page(self.path.partition("?")[0], self.headers.get("Host")))
 

@@ -28,7 +28,7 @@ from blendmaskd.logs import about
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch
 from blendmaskd.topology import HostError, format_cpus
-from blendmaskd.wanted import Actual, differences, models_shown
+from blendmaskd.wanted import Actual, differences, masked, models_shown
 
 log = logging.getLogger("blendmaskd")
 
@@ -48,7 +48,8 @@ class Child:
         self.name = plan.assignment.identity
         self.slot = plan.assignment.device
         self.generation = plan.assignment.generation
-        self.wanted = plan.assignment.wanted
+        self._wanted, self._secret = plan.assignment.wanted.env, plan.assignment.settings.worker_env
+        self.wanted = masked(plan.assignment.wanted, self._secret, self._wanted)
         self.warnings = plan.warnings
         self._stderr = stderr
         self.process = launch.launch(plan, stderr=stderr)
@@ -59,6 +60,11 @@ class Child:
             self.process.kill()
             self.process.wait()
             raise
+
+    def take_in(self, actual: Actual) -> list[str]:
+        """What its process is, as it says. Returns where that is not what was wanted."""
+        self.actual = masked(actual, self._secret, self._wanted)
+        return differences(self.wanted, self.actual)
 
     def reap(self) -> int:
         """Its exit code, negative for a signal, `UNKNOWN_END` if somebody else reaped it; waits for its end."""
@@ -131,8 +137,7 @@ class Processes:
             log.error("an unknown process reports ready (pid %d)", message.pid, extra=about(slot=child.name))
             return ()
         self.unsettled = True
-        child.actual = message.actual
-        for difference in differences(child.wanted, message.actual):
+        for difference in child.take_in(message.actual):
             log.warning("%s", difference, extra=about(slot=child.name))
         if not self.supervisor.ready(child.slot, child.generation, now):
             return ()

@@ -47,6 +47,7 @@ class Peer:
 
     socket: socket.socket
     pid: int
+    uid: int
     silent_until: float
     descriptors: list[int]
     region: str = ""
@@ -131,8 +132,8 @@ class SharedMemory:
                 unanswered = [peer for peer in self._peers.values() if not peer.region]
                 if len(unanswered) >= MOST_UNANSWERED:
                     self._drop(unanswered[0])
-                pid = struct.unpack("iII", accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-                self._peers[accepted.fileno()] = Peer(accepted, pid, now + ANSWER_BY_S, [])
+                pid, uid, _ = struct.unpack("iII", accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+                self._peers[accepted.fileno()] = Peer(accepted, pid, uid, now + ANSWER_BY_S, [])
                 self._events.register(accepted, select.EPOLLIN)
             self._events.modify(listener, LISTEN)  # there may be more: tell it again
 
@@ -181,9 +182,32 @@ class SharedMemory:
 def _close(closing: queue.SimpleQueue[socket.socket | int | None]) -> None:
     while (found := closing.get()) is not None:
         if isinstance(found, int):
-            os.close(found)
+            _close_at_once(found)
         else:
-            found.close()
+            _close_unread(found)
+
+
+def _close_unread(connection: socket.socket) -> None:
+    """With what its peer has sent besides, which the kernel would close in its own way."""
+    with connection, contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+        more = True
+        while more:
+            message, descriptors, _, _ = socket.recv_fds(connection, 16, MOST_SENT, socket.MSG_CMSG_CLOEXEC)
+            for descriptor in descriptors:
+                _close_at_once(descriptor)
+            more = bool(message or descriptors)
+
+
+def _close_at_once(descriptor: int) -> None:
+    """A socket may have been told to linger until its peer reads what was sent."""
+    try:
+        found = socket.socket(fileno=descriptor)
+    except OSError:  # it is none
+        os.close(descriptor)
+        return
+    with found, contextlib.suppress(OSError):
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
 
 
 def _examine(peer: Peer) -> Memory:
@@ -194,4 +218,4 @@ def _examine(peer: Peer) -> Memory:
         raise RegionError("the descriptor is not a memory file's (memfd_create)") from None
     found = os.fstat(descriptor)
     page = os.fstatvfs(descriptor).f_bsize
-    return Memory(descriptor, found.st_ino, found.st_size, seals, page, peer.pid)
+    return Memory(descriptor, found.st_ino, found.st_size, seals, page, peer.pid, peer.uid)

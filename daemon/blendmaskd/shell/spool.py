@@ -19,7 +19,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ APPLICATION = 0x424D4431  # BMD1, as SQLite's application_id
 RETRY_S = 1.0
 EXPIRE_S = 60.0
 CLOSE_S = 10.0
-ROW_BYTES = 1024  # that a job takes beside its image or answer, generously
+ROW_BYTES = 1024  # that a job takes beside what is written of it, generously
+_WRITTEN = f"size + length(submit) + coalesce(length(answer), 0) + {ROW_BYTES}"  # bytes of a row and its payload
 MOST_AT_ONCE = 256  # requests in a commit
 
 _ERRORS = (sqlite3.Error, msgspec.MsgspecError, ValueError, OverflowError, MemoryError)  # of a disk, or a damaged row
@@ -95,6 +96,7 @@ class Spool:
         self._unsaved: list[Request] = []  # must be written, and could not be
         self._trouble = ""
         self._answers = self._bytes = 0
+        self._owners: Counter[bytes] = Counter()  # bytes of jobs and answers, by who submitted them
 
     def open(self) -> list[Stored]:
         """What has no answer, in its order. Raises `SpoolError`."""
@@ -122,7 +124,7 @@ class Spool:
 
     @property
     def usage(self) -> Usage:
-        return Usage(answers=self._answers, bytes=self._bytes, trouble=self._trouble)
+        return Usage(answers=self._answers, bytes=self._bytes, trouble=self._trouble, owners=self._owners)
 
     def ask(self, request: Request) -> None:
         self._requests.put(request)
@@ -214,13 +216,14 @@ class Spool:
         if removed := self._removed():  # SQLite would go on writing into what is nowhere any more
             raise sqlite3.OperationalError(removed)
         self._db.execute(f"PRAGMA synchronous = {'FULL' if synchronous else 'NORMAL'}")
-        counted = self._answers, self._bytes
+        counted = self._answers, self._bytes, self._owners
+        self._owners = self._owners.copy()
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            self._answers, self._bytes = counted
+            self._answers, self._bytes, self._owners = counted
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
@@ -259,7 +262,7 @@ class Spool:
         )
         for frame in request.payload:
             self._db.execute("INSERT INTO payloads VALUES (?, ?)", (job.seq, _buffer(frame)))
-        self._bytes += job.size + ROW_BYTES
+        self._count("seq = ?", job.seq, 1)
         return Kept(job.seq)
 
     def _load(self, request: Load) -> Reply:
@@ -271,8 +274,7 @@ class Spool:
         return Loaded(request.seq, message, self._payload(request.seq))
 
     def _store_answer(self, request: StoreAnswer) -> None:
-        row = self._db.execute("SELECT size FROM jobs WHERE seq = ? AND answer IS NULL", (request.seq,)).fetchone()
-        if row is None:
+        if not self._count("seq = ? AND answer IS NULL", request.seq, -1):
             return  # forgotten
         size = sum(len(frame) for frame in request.payload)
         self._db.execute("DELETE FROM payloads WHERE seq = ?", (request.seq,))
@@ -282,7 +284,7 @@ class Spool:
             "UPDATE jobs SET answer = ?, answered = ?, size = ?, leased = 0 WHERE seq = ?",
             (msgspec.msgpack.encode(request.answer), self._clock(), size, request.seq),
         )
-        self._bytes += size - row[0]
+        self._count("seq = ?", request.seq, 1)
         self._answers += 1
 
     def _look(self, request: Look) -> Reply:
@@ -299,12 +301,22 @@ class Spool:
         return [row[0] for row in self._db.execute("SELECT frame FROM payloads WHERE seq = ?", (seq,))]
 
     def _drop(self, where: str, value: Any) -> None:
-        rows = self._db.execute(f"SELECT seq, size, answer IS NOT NULL FROM jobs WHERE {where}", (value,)).fetchall()
-        for seq, size, answered in rows:
+        self._count(where, value, -1)
+        rows = self._db.execute(f"SELECT seq, answer IS NOT NULL FROM jobs WHERE {where}", (value,)).fetchall()
+        for seq, answered in rows:
             self._db.execute("DELETE FROM payloads WHERE seq = ?", (seq,))
             self._db.execute("DELETE FROM jobs WHERE seq = ?", (seq,))
-            self._bytes -= size + ROW_BYTES
             self._answers -= answered
+
+    def _count(self, where: str, value: Any, by: int) -> int:
+        """What these rows take is used from now on, or not any more. Returns how many they are."""
+        rows = self._db.execute(f"SELECT owner, {_WRITTEN} FROM jobs WHERE {where}", (value,)).fetchall()
+        for owner, size in rows:
+            self._bytes += by * size
+            self._owners[owner] += by * size
+            if not self._owners[owner]:
+                del self._owners[owner]
+        return len(rows)
 
     def _expire(self) -> None:
         self._drop("answer IS NOT NULL AND answered < ?", self._clock() - self.keep_s)
@@ -318,13 +330,15 @@ class Spool:
 
     def _read(self) -> list[Stored]:
         (seconds,) = self._db.execute("SELECT seconds FROM clock").fetchone()
-        newest, last, total, answers, count = self._db.execute(
-            "SELECT coalesce(max(answered), 0), coalesce(max(seq), 0), coalesce(sum(size), 0), count(answer), count(*) "
-            "FROM jobs"
+        newest, last, answers = self._db.execute(
+            "SELECT coalesce(max(answered), 0), coalesce(max(seq), 0), count(answer) FROM jobs"
         ).fetchone()
         self._clock_before: float = max(seconds, newest)
         self.next_seq = last + 1
-        self._answers, self._bytes = answers, total + count * ROW_BYTES
+        self._answers = answers
+        owners = self._db.execute(f"SELECT owner, sum({_WRITTEN}) FROM jobs GROUP BY owner")
+        self._owners = Counter(dict(owners.fetchall()))
+        self._bytes = self._owners.total()
         rows = self._db.execute(
             "SELECT seq, name, owner, priority, size, attempts, losses, leased <> 0 FROM jobs WHERE answer IS NULL "
             "ORDER BY seq"

@@ -93,6 +93,7 @@ class Verdict(Enum):
     """What is done with a message. The value is the reason that its sender is given."""
 
     WELCOME = ""
+    OLD = "speak ZMTP 3, as libzmq does since version 4"
     UNKNOWN = "this key is not among those the daemon allows"
     SHORT = "set the socket's identity to 16 random bytes (ZMQ_ROUTING_ID): anyone who can guess it gets your answers"
     TAKEN = "this identity has unanswered jobs of another key: choose 16 random bytes of your own"

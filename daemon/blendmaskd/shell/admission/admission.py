@@ -31,13 +31,29 @@ class Admission:
 
     def judge(self, client: bytes, frame: zmq.Frame) -> Verdict:
         """Of a message: its sender's identity and last frame. The connection of an unknown key is closed."""
-        self._gate.heard(client, frame)
+        if not self._gate.heard(client, frame):
+            return Verdict.OLD
         if self._identities is None:
             return Verdict.WELCOME
         verdict = self._identities.judge(client, self._gate.user(frame))
         if verdict is Verdict.UNKNOWN:
             self._gate.close(frame)  # the handshake of its next connection tells it why
         return verdict
+
+    def close(self, frame: zmq.Frame) -> None:
+        """Close the connection that this frame came by."""
+        self._gate.close(frame)
+
+    def is_operator(self, frame: zmq.Frame) -> bool:
+        """Whether this came from who runs the daemon."""
+        return self._gate.is_operator(frame)
+
+    def cut_off(self, client: bytes) -> None:
+        """Close its connection."""
+        self._gate.cut_off(client)
+
+    def connected(self, client: bytes) -> bool:
+        return self._gate.departures.descriptor(client) is not None
 
     def left(self) -> list[bytes]:
         """Answer who wants to connect, and say which clients have left; to be called in each turn, before any client

@@ -44,6 +44,10 @@ class Departures:
         """Whether a client said something over this connection."""
         return descriptor in self._heard
 
+    def descriptor(self, client: bytes) -> int | None:
+        """Of the connection by which this client said something last; None: it has ended."""
+        return self._descriptors.get(client)
+
     def ended(self, descriptor: int, *, local: bool) -> None:
         """A connection has ended."""
         last = self._heard.pop(descriptor, None)

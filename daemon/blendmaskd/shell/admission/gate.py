@@ -137,15 +137,17 @@ class Gate:
                 break
             self._zap.send_multipart(self._answer(self._zap.recv_multipart()))
 
-    def heard(self, client: bytes, frame: zmq.Frame) -> None:
-        """A client said this: its connection counts as one of a client from here on."""
+    def heard(self, client: bytes, frame: zmq.Frame) -> bool:
+        """A client said this: its connection counts as one of a client from here on. False: it is not known by which
+        connection it came, so that nobody could close that."""
         try:
             descriptor = int(frame.get(zmq.SRCFD))
         except zmq.ZMQError:  # of a peer that speaks ZMTP 1 or 2 nothing is known
-            return
+            return False
         for crowd in self._crowds.values():
             crowd.silent.pop(descriptor, None)
         self.departures.heard(client, descriptor)
+        return True
 
     def user(self, frame: zmq.Frame) -> str:
         """Who sent this frame, where keys are needed: a key, as Z85 text, or `LOCAL`.
@@ -158,10 +160,24 @@ class Gate:
             return ""
         return LOCAL if address.startswith("localhost:") else str(frame.get("User-Id"))  # of ipc: then uid, gid, pid
 
+    def is_operator(self, frame: zmq.Frame) -> bool:
+        """Whether this came from a process of the daemon's own user, or of root, on this host."""
+        try:
+            where, *ids = str(frame.get("Peer-Address")).split(":")
+        except zmq.ZMQError:
+            return False
+        return where == "localhost" and bool(ids) and ids[0] in ("0", str(os.geteuid()))
+
     def close(self, frame: zmq.Frame) -> None:
         """Close the connection that this frame came over."""
         with contextlib.suppress(zmq.ZMQError):  # of ZMTP 1 and 2 nothing is known
             self._close(int(frame.get(zmq.SRCFD)))
+
+    def cut_off(self, client: bytes) -> None:
+        """Close this client's connection."""
+        descriptor = self.departures.descriptor(client)
+        if descriptor is not None:
+            self._close(descriptor)
 
     def refresh(self) -> None:
         """Look whether keys have come or gone."""
