@@ -19,10 +19,10 @@ $python -m blendmaskd --devices cpu:0 cpu:1 --set model.config=configs/demo/demo
 daemon=$!
 trap 'kill $daemon 2>/dev/null || true; wait $daemon 2>/dev/null || true; rm -rf "$folder"' EXIT
 
-$python scripts/submit.py $endpoint configs/demo/images --out $out --score-threshold 0.5 --wait 120 --timeout 300 ||
+$python scripts/submit.py "$endpoint" configs/demo/images --out $out --score-threshold 0.5 --wait 120 --timeout 300 ||
   { tail -20 $out/daemon.log >&2; exit 1; }
 sleep 2 # stats are taken once per second
-$python scripts/stats.py $endpoint
+$python scripts/stats.py "$endpoint"
 
 echo "Draining and stopping the daemon"
 workers=$(cat "/proc/$daemon/task/$daemon/children")
