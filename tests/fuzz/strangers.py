@@ -80,7 +80,8 @@ class Messages:
             return self._no_zeromq(random)
         self._connect(random)
         assert self._socket is not None
-        frames = self._frames(random) or [b""]  # pyzmq sends no message of no frames
+        # pyzmq sends no message of no frames; more than 15 cost the connection, see tests/daemon/test_costs.py
+        frames = self._frames(random)[:14] or [b""]
         self._expect(frames)
         self._socket.send_multipart(frames)
         self._sent += 1
