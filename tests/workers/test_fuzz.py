@@ -35,8 +35,8 @@ def fuzz(*arguments: object, python_path: Path | None = None) -> tuple[int, dict
 INPUTS = {"headers": 8000, "images": 4000, "daemon": 2000, "memory": 400, "pages": 400}
 
 
-# Open: since connections are closed that break the bounds on frames, a stranger's connection is closed now and then that
-# broke none, and what was owed on it never comes.
+# Open: since connections that break the bounds on frames are closed, one that broke none is now and then closed too,
+# and what was owed on it never comes.
 CUT = pytest.mark.xfail(strict=False, reason="connections that broke no bound are closed beside those that did")
 
 
