@@ -27,6 +27,7 @@ import zmq
 
 from blendmaskd import protocol
 from blendmaskd.protocol import MAGIC, MEMORY_SUFFIX, Code, Failed, Fetch, Forget, Image, Place, ProtocolError, Submit
+from blendmaskd.shell.sockets import MOST_FRAMES
 from fuzz import headers, pictures
 from fuzz.live import Target
 from fuzz.mutate import EDGES, mutate
@@ -80,14 +81,28 @@ class Messages:
             return self._no_zeromq(random)
         self._connect(random)
         assert self._socket is not None
-        # pyzmq sends no message of no frames; more than 15 cost the connection, see tests/daemon/test_costs.py
-        frames = self._frames(random)[:14] or [b""]
+        frames = self._frames(random) or [b""]  # pyzmq sends no message of no frames
+        if len(frames) >= MOST_FRAMES or any(len(frame) > protocol.SURE_BYTES for frame in frames[:2]):
+            return self._excessive(frames)
         self._expect(frames)
         self._socket.send_multipart(frames)
         self._sent += 1
         if self._sent >= MOST_OWED:
             self.settle()
         return ""
+
+    def _excessive(self, frames: list[bytes]) -> str:
+        """It costs its connection, so what is owed there comes before."""
+        self.settle()
+        assert self._socket is not None
+        monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket.send_multipart(frames)
+        if not monitor.poll(int(OWED_S * 1000)):
+            raise BrokenRuleError(f"a message of frames of {[len(frame) for frame in frames[:20]]} bytes was taken")
+        self._socket.disable_monitor()
+        self._socket.close(linger=0)
+        self._socket = None
+        return "excessive: cut off"
 
     def settle(self) -> None:
         """All that is owed has come."""

@@ -83,9 +83,9 @@ def test_a_device_is_busy_for_at_least_what_it_sleeps(shared_daemon: Any, tmp_pa
                          "--seconds", "2.2", "--json", str(file)]) == 0  # fmt: skip
     [row] = saved(file)["rows"]
     assert set(row) == ROW_KEYS | STATS_KEYS | BUSY_KEYS
-    assert row["busy_ms_per_image"] >= 5
+    assert round(row["busy_ms_per_image"], 6) >= 5
     assert {"queue", "decode", "wait", "device", "finish", "total"} <= set(row["stages_ms"])
-    assert row["stages_ms"]["device"] >= 5
+    assert round(row["stages_ms"]["device"], 6) >= 5  # a mean of differences of clocks
 
 
 def test_transports_of_a_running_daemon_are_compared(shared_daemon: Any, tmp_path: Path) -> None:

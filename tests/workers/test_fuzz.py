@@ -35,13 +35,8 @@ def fuzz(*arguments: object, python_path: Path | None = None) -> tuple[int, dict
 INPUTS = {"headers": 8000, "images": 4000, "daemon": 2000, "memory": 400, "pages": 400}
 
 
-# Open: since connections that break the bounds on frames are closed, one that broke none is now and then closed too,
-# and what was owed on it never comes.
-CUT = pytest.mark.xfail(strict=False, reason="connections that broke no bound are closed beside those that did")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", [pytest.param(each, marks=CUT) if each == "daemon" else each for each in INPUTS])
+@pytest.mark.parametrize("layer", INPUTS)
 def test_a_short_run_breaks_no_rule(layer: str) -> None:
     code, found = fuzz("--layer", layer, "--inputs", INPUTS[layer])
     assert "broken" not in found, found["broken"]
