@@ -1,4 +1,5 @@
-"""What a host says of its Ascend software and cards: health, who uses them, versions and which of them belong together.
+"""What a host says of its Ascend software and cards: health, who uses them, versions and which of them belong together;
+and what is known of its chips.
 
 Parsers of what npu-smi prints and of the files that CANN, driver and firmware leave, and Huawei's table of versions.
 Pure: texts in, values out; what is not understood is left out. Device numbers and CPU sets are `blendmaskd.topology`'s.
@@ -35,6 +36,15 @@ class Card:
 
     name: str  # 910B3
     health: str  # OK, Warning, Alarm, Critical
+
+
+# Names by torch.npu.get_device_name, which are CANN's. torch_npu draws the same line: those before Ascend910B1.
+WITHOUT_FLOAT32 = re.compile(r"Ascend(910(PremiumA|ProA|ProB|A|B)|310P\w*)(?!\w)")
+
+
+def multiplies_float32(chip: str) -> bool:
+    """Whether a chip's cube unit, which does convolutions and matrix products, takes float32; else float16 alone."""
+    return not WITHOUT_FLOAT32.match(chip)
 
 
 def parse_npu_cards(text: str) -> dict[Chip, Card]:

@@ -133,7 +133,7 @@ REFUSED = {
     "unknown precision": ({"model": {"precision": "fp8"}}, "model.precision = 'fp8': Invalid enum value 'fp8'"),
     "a precision that the engine has not": (
         {"engine": "adelaidet", "model": {"precision": "bf16"}},
-        "model.precision = 'bf16': the engine adelaidet computes in fp32 or hf32",
+        "model.precision = 'bf16': the engine adelaidet computes in fp32, hf32 or native",
     ),
     "graphs that the engine has not": (
         {"engine": "adelaidet", "model": {"graphs": True}},

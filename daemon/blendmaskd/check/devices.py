@@ -28,7 +28,7 @@ REMEDIES = {
     Cause.NO_TORCH_NPU: "pip install the torch_npu that matches your CANN and torch: docs/deployment.md",
     Cause.NO_CANN: "source CANN's set_env.sh in this shell; see versions and permissions in this report",
     Cause.NOT_VISIBLE: "see permissions in this report; is the driver loaded?",
-    Cause.PRECISION: "set model.precision to auto or fp32",
+    Cause.PRECISION: "set model.precision to auto",
 }  # of what a process complained of that tried to open a device
 
 
