@@ -202,6 +202,8 @@ class Settings(_Section, frozen=True):
     deadline_s: Positive = 60.0  # default deadline of a job
     drain_s: Positive = 30.0  # time allowed for accepted jobs to finish after SIGTERM
     window_s: Positive = 10.0  # window over which FPS are averaged
+    # how often npu-smi is asked for the health of NPUs; a slot whose card is in Alarm or Critical rests; 0: never
+    npu_health_s: NotNegative = 10.0
     log: Log = Log()
     # show the last image and its results on the status page, to anyone who can open it
     show_last_image: bool = False

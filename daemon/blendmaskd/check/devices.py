@@ -64,12 +64,11 @@ class Npus:
         self.answers = bool(text)
         self.cards = ascend.parse_npu_cards(text)
         self._users = ascend.parse_npu_processes(text)
-        self._chips = topology.parse_npu_map(discovery.ask_tool(["npu-smi", "info", "-m"], environment))
+        listed = topology.parse_npu_map(discovery.ask_tool(["npu-smi", "info", "-m"], environment))
+        self._chips = ascend.chips_by_logic_id(listed, self.cards)
 
     def chip(self, host_id: str) -> Chip | None:
-        """By logic id; cards in their order where npu-smi has no map."""
-        chips = self._chips or dict(enumerate(sorted(self.cards)))
-        return chips.get(int(host_id)) if host_id.isdigit() else None
+        return self._chips.get(host_id)
 
     def users(self, chip: Chip) -> tuple[tuple[int, str], ...]:
         """Processes on a card, without those of a daemon of ours."""
