@@ -29,6 +29,7 @@ CANN_OF_TORCH_NPU = {
     "2.3.1": "8.0.RC2", "2.2.0.post2": "8.0.RC2", "2.1.0.post6": "8.0.RC2",
     "2.2.0": "8.0.RC1", "2.1.0.post4": "8.0.RC1", "2.1.0": "7.0.0",
 }  # fmt: skip
+EXCHANGEABLE = "8.5.0", "9.1.0"  # by its release notes 7.3.0 to 26.1.0, torch_npu of each of these CANN works with all
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +145,20 @@ def parse_firmware_ranges(text: str) -> list[tuple[str, str]]:
     return re.findall(r"\[([^,\]]+),([^\]]+)\]", line[1]) if line else []
 
 
-def cann_for(torch_npu: str) -> str:
-    """The CANN that a release of torch_npu was made for; empty where the table does not have it."""
-    return CANN_OF_TORCH_NPU.get(torch_npu.partition("+")[0], "")
+def cann_for(torch_npu: str) -> tuple[str, str] | None:
+    """The oldest and the newest CANN that a release of torch_npu is known to work with; None: not in the table."""
+    made_for = CANN_OF_TORCH_NPU.get(torch_npu.partition("+")[0])
+    if made_for is None:
+        return None
+    return EXCHANGEABLE if within(made_for, [EXCHANGEABLE]) else (made_for, made_for)
+
+
+def kernels_of(chip: str) -> str:
+    """The folder of CANN's compiled operators for a chip, ascend910b of Ascend910B3; empty for an unknown chip."""
+    folders = {r"910B\d": "ascend910b", r"910_93": "ascend910_93", r"910(PremiumA|Pro[AB]|[AB])(?!\w)": "ascend910",
+               r"310P": "ascend310p", r"310B": "ascend310b"}  # fmt: skip
+    named = chip.removeprefix("Ascend")
+    return next((folder for pattern, folder in folders.items() if re.match(pattern, named)), "")
 
 
 def order(version: str) -> tuple[int, ...]:

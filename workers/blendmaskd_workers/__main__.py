@@ -38,7 +38,9 @@ def main(argv: list[str]) -> int:
         if "--check" in argv:
             return _check(assigned.settings)
         if "--probe" in argv:
-            print(probe.in_a_line(_probe(assigned)), end="", flush=True)
+            with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
+                os.dup2(2, 1)  # whatever libraries print, of other threads too, is not to get between
+                answer.write(probe.in_a_line(_probe(assigned)))
             return 0
         return _work(assigned)
     except ModuleNotFoundError as error:

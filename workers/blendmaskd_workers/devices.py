@@ -371,17 +371,26 @@ def _faster() -> tuple[torch.dtype, str]:
 def _load_npu() -> Any:
     """torch.npu, which torch_npu registers at import; workers start with torch's automatic import off."""
     if not hasattr(torch, "npu"):
-        work = os.environ.setdefault(WORK_PATH, str(Path.home() / ".cache/blendmaskd/work/programs"))
+        _make_work_path()
         try:
-            os.makedirs(work, exist_ok=True)
             importlib.import_module("torch_npu")
-        except (ImportError, OSError, RuntimeError) as error:  # mostly: CANN's libraries are not found
+        except Exception as error:  # torch_npu raises bare ones for CANN's paths
             if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
                 raise DeviceError("npu: torch_npu is not installed", Cause.NO_TORCH_NPU) from None
-            text = f"npu: torch_npu cannot be loaded; is CANN's set_env.sh sourced? {error}"
+            reason = (str(error).splitlines() or [type(error).__name__])[0]  # then come its codes, and advice
+            text = f"npu: torch_npu cannot be loaded; is CANN's set_env.sh sourced? {reason}"
             raise DeviceError(text, Cause.NO_CANN) from error
     extended: Any = torch
     return extended.npu
+
+
+def _make_work_path() -> None:
+    work = os.environ.setdefault(WORK_PATH, str(Path.home() / ".cache/blendmaskd/work/programs"))
+    try:
+        os.makedirs(work, exist_ok=True)
+    except OSError as error:
+        text = f"npu: {WORK_PATH}={work}: {error.strerror}: set it to a folder that this user may write to"
+        raise DeviceError(text) from error
 
 
 def _set_up_npu(api: Any, where: str, chip: str, precision: Precision) -> str | None:

@@ -44,6 +44,11 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
     probe: Probe | None = None  # None: not tried
     untried: str = ""  # why not
 
+    @property
+    def chip(self) -> str:
+        """By the device itself, or else by the tool; empty where neither tells."""
+        return (self.probe and self.probe.name) or (self.card.name if self.card else "")
+
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     """A device node of the Ascend driver."""
