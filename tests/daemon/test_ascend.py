@@ -126,8 +126,8 @@ def test_versions_have_an_order() -> None:
     assert ascend.order("not known") == ()
 
 
-def test_a_release_of_torch_npu_has_its_cann() -> None:
-    assert ascend.cann_for("2.9.0.post2") == "9.0.0"
-    assert ascend.cann_for("2.9.0") == "8.5.0"
-    assert ascend.cann_for("2.6.0+git1234") == "8.2.RC1"
-    assert ascend.cann_for("2.13.0") == ""
+def test_a_release_of_torch_npu_has_its_range_of_cann() -> None:
+    for release in ("2.9.0", "2.9.0.post2", "2.12.0+gitabc"):  # made for 8.5.0, 9.0.0 and 9.1.0
+        assert ascend.cann_for(release) == ("8.5.0", "9.1.0")
+    assert ascend.cann_for("2.8.0") == ("8.3.RC1", "8.3.RC1")
+    assert [ascend.cann_for(release) for release in ("2.13.0", "2.9.0.post9", "")] == [None] * 3
