@@ -20,7 +20,8 @@ systemd status line all show, so that they agree. Its form::
      "devices": [{"device", "slot", "generation", "pid", "state", "reason", "fps", "images", "busy_seconds",
                   "busy_share", "idle_seconds": {reason: seconds}, "restarts", "memory_bytes", "device_memory_bytes",
                   "shapes": [[batch, height, width, median seconds or None]],
-                  "card": the fields of `blendmaskd.core.health.Reading`; {} where npu-smi has not said anything,
+                  "card": {"time" (Unix), "health", "error", "temperature_c", "single_bit_errors", "double_bit_errors",
+                           "host_id"} (by npu-smi; None: not told; {}: it has not said anything),
                   "wanted", "actual": the fields of `blendmaskd.wanted`; {} while there is no worker, or it is not up}]}
 
 That is the operator's view, of the daemon's own user and root on its host. Other clients see of "recent_failures" their
