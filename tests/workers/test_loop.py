@@ -18,8 +18,9 @@ from blendmaskd import protocol, settings
 from blendmaskd.client.blocking import JobFailed, ServerPath
 from blendmaskd.protocol import TO_CLIENT, Cancel, Code, Image, Lease, Options, Submit
 from blendmaskd_workers.batching import Batching
-from blendmaskd_workers.loop import Busy, host_threads
+from blendmaskd_workers.loop import host_threads
 from blendmaskd_workers.ready import Item, ReadyQueue
+from blendmaskd_workers.reports import Busy
 
 
 def item(name: int, size: tuple[int, int] = (64, 64), ready_at: float = 0.0, **fields: bool) -> Item:
