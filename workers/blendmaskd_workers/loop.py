@@ -168,7 +168,7 @@ class Loop:
             images, self._images = self._images, 0
             preparing_s, self._preparing_s = self._preparing_s, 0.0
         self._most_held = self._most_held[1], len(self._held)
-        busy_s = self._busy.take(end)
+        busy_s, idle_s = self._busy.take(end)
         if images:
             self._ahead = ahead(preparing_s, busy_s, self._host_threads)
         self._channel.send(
@@ -177,7 +177,7 @@ class Loop:
                 end=end,
                 images=images,
                 busy_s=busy_s,
-                idle_s=self._busy.take_idle(),
+                idle_s=idle_s,
                 memory_bytes=psutil.Process().memory_info().rss,
                 device_memory_bytes=self._engine.device.held_bytes() if self._engine.device else 0,
                 shapes=self._batching.seen(),
@@ -197,10 +197,10 @@ class Loop:
             return False
         start = time.monotonic()
         try:
-            with self._overtime.counted(item.lease.lease):
-                photograph = self._photograph(item)
-                item.preview = self._previews.take(photograph) if self._previews else None
-                item.prepared = self._engine.prepare(photograph)
+            self._overtime.begin(item.lease.lease)
+            photograph = self._photograph(item)
+            item.preview = self._previews.take(photograph) if self._previews else None
+            item.prepared = self._engine.prepare(photograph)
         except ImageError as error:
             self._fail(item, error.code, error.reason)
         except RegionError as error:
@@ -215,6 +215,8 @@ class Loop:
             with self._lock:
                 self._preparing_s += item.ready_at - start
             return True
+        finally:
+            self._overtime.end(item.lease.lease)
         return False
 
     def _photograph(self, item: Item) -> images.Photograph:

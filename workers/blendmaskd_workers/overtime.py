@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class Overtime:
@@ -25,16 +23,15 @@ class Overtime:
         self._clocks: dict[int, int] = {}  # of the threads
         self._first: dict[int, float] = {}  # what they showed when they were looked at first
 
-    @contextmanager
-    def counted(self, lease: int) -> Iterator[None]:
-        """This thread is at this lease's image meanwhile, and only at it."""
+    def begin(self, lease: int) -> None:
+        """This thread is at this lease's image from now on, and only at it."""
         with self._lock:
             self._clocks[lease] = time.pthread_getcpuclockid(threading.get_ident())
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._clocks[lease]
+
+    def end(self, lease: int) -> None:
+        """It is not any more."""
+        with self._lock:
+            del self._clocks[lease]
 
     def over(self, most_s: float) -> list[int]:
         """The leases whose images have taken more of a CPU since this was asked first. One thread asks."""

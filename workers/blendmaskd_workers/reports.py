@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from blendmaskd.protocol import IDLE
@@ -18,7 +19,7 @@ class Busy:
         self._lock = threading.Lock()
         self._since: float | None = None
         self._seconds = 0.0
-        self._idle_s = dict.fromkeys(IDLE, 0.0)
+        self._told: deque[Times] = deque()
 
     def __enter__(self) -> None:
         with self._lock:
@@ -32,25 +33,18 @@ class Busy:
 
     def add(self, times: Times) -> None:
         """By the device's own clock."""
-        with self._lock:
-            self._seconds += times.busy_s
-            for reason, seconds in times.idle_s.items():
-                self._idle_s[reason] += seconds
+        self._told.append(times)
 
-    def take_idle(self) -> dict[str, float]:
-        """Seconds by reason since the last call."""
-        with self._lock:
-            idle_s, self._idle_s = self._idle_s, dict.fromkeys(IDLE, 0.0)
-            return {reason: max(seconds, 0.0) for reason, seconds in idle_s.items()}
-
-    def take(self, now: float) -> float:
-        """Seconds since the last call."""
+    def take(self, now: float) -> tuple[float, dict[str, float]]:
+        """Seconds busy, and idle by reason, since the last call."""
         with self._lock:
             if self._since is not None and now > self._since:
                 self._seconds += now - self._since
                 self._since = now
             seconds, self._seconds = self._seconds, 0.0
-            return seconds
+        told = [self._told.popleft() for _ in range(len(self._told))]
+        idle_s = {reason: max(sum(times.idle_s[reason] for times in told), 0.0) for reason in IDLE}
+        return seconds + sum(times.busy_s for times in told), idle_s
 
 
 class Reporter:
