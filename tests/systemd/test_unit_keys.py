@@ -1,4 +1,4 @@
-"""The unit's keys are known to systemd 249, which Ubuntu 22.04 has: by the versions in which they came, from its NEWS."""
+"""The unit's keys are known to systemd 249, which Ubuntu 22.04 has: by the versions in which they came."""
 from __future__ import annotations
 
 import re
