@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 
-from blendmaskd import discovery, settings, topology
+from blendmaskd import discovery, probe, settings, topology
 from blendmaskd.core import launch_plan
 from blendmaskd.core.launch_plan import Basis, LaunchPlan, Preload
 from blendmaskd.shell import launch
@@ -198,13 +198,14 @@ class Launcher:
         basis = Basis(tuned, {"npu:1": cpus}, launch.resolve_preload("auto"), cpus, math.inf)
         return launch_plan.plan("npu:1", basis, os.environ, arguments=arguments)
 
-    def plan_for(self, chip: str, program: str, *, task_queue: int, graphs: bool = False) -> LaunchPlan:
+    def plan_for(self, chip: str, *program: str, task_queue: int, graphs: bool = False, **extra: str) -> LaunchPlan:
         """Another program than PROBE, on this chip."""
-        tree = {"devices": ["npu:0"], "worker_env": self.worker_env | {"STUB_SOC": chip}, "model": {"graphs": graphs}}
+        variables = self.worker_env | {"STUB_SOC": chip} | extra
+        tree = {"devices": ["npu:0"], "worker_env": variables, "model": {"graphs": graphs}}
         tuned = settings.from_tree(tree | {"runtime": {"task_queue": task_queue}})
         cpus = discovery.available_cpus()
         basis = Basis(tuned, {"npu:0": cpus}, Preload(None, "off"), cpus, math.inf)
-        return launch_plan.plan("npu:0", basis, os.environ, arguments=("-c", program))
+        return launch_plan.plan("npu:0", basis, os.environ, arguments=program)
 
     def probe(self, plan: LaunchPlan) -> dict[str, Any]:
         process = launch.launch(plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -277,7 +278,7 @@ WITHOUT_FLOAT32, WITH_FLOAT32 = ("Ascend910A", "Ascend310P3"), ("Ascend910B3", "
 @pytest.fixture(scope="module")
 def asked(launcher: Launcher) -> Callable[[str], dict[str, Any]]:
     """By chip: what came of each precision there, in one process of the chip."""
-    return functools.cache(lambda chip: launcher.probe(launcher.plan_for(chip, COMPUTE, task_queue=0)))
+    return functools.cache(lambda chip: launcher.probe(launcher.plan_for(chip, "-c", COMPUTE, task_queue=0)))
 
 
 @pytest.mark.parametrize("chip", WITHOUT_FLOAT32)
@@ -319,11 +320,34 @@ def test_graphs_are_recorded_below_level_2_of_the_task_queue(
 ) -> None:
     """Level 1 is the plan's own with graphs."""
     graphs = level == 1
-    plan = launcher.plan_for("Ascend910B3", RECORD, task_queue=2, graphs=graphs)
+    plan = launcher.plan_for("Ascend910B3", "-c", RECORD, task_queue=2, graphs=graphs)
     assert plan.environment["TASK_QUEUE_ENABLE"] == str(level)
     raised = launcher.probe(plan)["raised"]
     assert complaint in raised
     assert bool(complaint) == ("TASK_QUEUE_ENABLE" in raised)
+
+
+@pytest.mark.parametrize(
+    ("chip", "variables", "name", "error"),
+    [
+        ("Ascend910B3", {}, "Ascend910B3", ""),
+        ("Ascend910A", {}, "", "npu:0: Ascend910A multiplies float16 alone"),
+        ("Ascend910B3", {"ASCEND_HOME_PATH": "/nowhere"}, "",
+         "is CANN's set_env.sh sourced? ASCEND_HOME_PATH : /nowhere does not exist. Please run"),
+    ],
+)  # fmt: skip
+def test_what_a_check_asks_of_it_is_answered_whatever_it_prints(
+    launcher: Launcher, chip: str, variables: dict[str, str], name: str, error: str
+) -> None:
+    """It prints a warning to stdout where ASCEND_HOME_PATH is not set, and raises a bare Exception for a wrong one."""
+    plan = launcher.plan_for(chip, "-m", "blendmaskd_workers", "--probe", task_queue=2, **variables)
+    process = launch.launch(plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    printed, complaint = process.communicate(timeout=120)
+    found = probe.among(printed)
+    assert found.name == name, complaint
+    assert error in found.error
+    assert "ERR00008" not in found.error
+    assert variables or "Warning: ASCEND_HOME_PATH environment variable is not set." in complaint
 
 
 def test_affinity_conf_is_completed_and_binds_within_the_slot(launcher: Launcher, two_cpus: tuple[int, int]) -> None:
