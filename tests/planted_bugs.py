@@ -32,7 +32,7 @@ BLAME, BROKER, HEALTH, JOBS, LEASES, REFUSALS, RELOAD, STATS, SUPERVISOR, SUSPEC
     f"{CORE}/{name}.py"
     for name in (
         "blame", "broker", "health", "jobs", "leases", "refusals", "reload", "stats", "supervisor", "suspects", "turns",
-    )  # fmt: skip
+    )
 )
 PROTOCOL = "daemon/blendmaskd/protocol.py"
 BATCHING = "workers/blendmaskd_workers/batching.py"
