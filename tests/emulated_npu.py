@@ -476,6 +476,7 @@ def _api() -> types.ModuleType:
         set_compile_mode=lambda jit_compile=False: options.update(jit_compile=jit_compile),
         set_option=options.update,
         get_task_queue_enable=lambda: options["TASK_QUEUE_ENABLE"],
+        set_task_queue_enable=lambda level: options.update(TASK_QUEUE_ENABLE=level),
         conv=types.SimpleNamespace(allow_hf32=True),
         matmul=types.SimpleNamespace(allow_hf32=False),
         config=types.SimpleNamespace(allow_internal_format=True),

@@ -357,12 +357,11 @@ def check_no_graph_is_recorded_at_the_highest_level_of_the_task_queue() -> None:
     from blendmaskd_workers import devices
 
     device, image = devices.open_device("npu:0"), torch.zeros(2, device=NPU[0])
-    torch.npu.set_option({"TASK_QUEUE_ENABLE": 2})
-    try:
-        with pytest.raises(RuntimeError, match="TASK_QUEUE_ENABLE = 2"):
-            device.graph(lambda x: x + 1, image)
-    finally:
-        torch.npu.set_option({"TASK_QUEUE_ENABLE": 1})
+    torch.npu.set_task_queue_enable(2)
+    with pytest.raises(RuntimeError, match="TASK_QUEUE_ENABLE = 2"), torch.npu.graph(torch.npu.NPUGraph()):
+        pass
+    assert device.graph(lambda x: x + 1, image)(image).tolist() == [1, 1]
+    assert device.task_queue() == 1
     torch.npu.config.allow_internal_format = True
     with pytest.raises(RuntimeError, match="allow_internal_format = False"):
         device.graph(lambda x: x + 1, image)

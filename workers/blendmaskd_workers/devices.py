@@ -220,6 +220,8 @@ class Accelerator(Device):
         if not ascend.multiplies_float32(self.name()):
             text = f"{self.torch_device}: {self.name()} compiles its convolutions, which no graph can record"
             raise UnsupportedError(text)
+        if self.task_queue() == 2:  # at which torch_npu records none; workers with graphs are started at 1
+            self.api.set_task_queue_enable(1)
         place = example.clone()
         beside = self.api.Stream(self.torch_device)
         beside.wait_stream(self.api.current_stream(self.torch_device))
