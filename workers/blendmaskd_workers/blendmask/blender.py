@@ -33,7 +33,7 @@ def roi_align(bases: Tensor, images: Tensor, boxes: Tensor, resolution: int) -> 
     base pixel off the box's coordinates. A sample more than one base pixel outside the map is 0; within that pixel
     the border is repeated. Boxes may overhang the image, be empty or not finite.
     """
-    count, (height, width) = len(boxes), bases.shape[2:]
+    count, (height, width) = boxes.shape[0], bases.shape[2:]
     table = bases.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 2)
     start, end = (boxes * BASES_SCALE - 0.5).view(count, 2, 2, 1).unbind(1)  # (D, 2, 1) each: x and y
     bins = (end - start) / resolution
