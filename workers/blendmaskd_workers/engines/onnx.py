@@ -56,12 +56,15 @@ class OnnxNetwork:
         self._places: int = kept.shape[0]
         self._maps = [each.name for each in maps]
 
+    def propose(self, images: Tensor) -> blendmask.Proposals:
+        packed, bases, *box_features = map(torch.from_numpy, self._propose.run(None, {"images": images.numpy()}))
+        return blendmask.Proposals(packed, bases, box_features)
+
     def begin(self, images: Tensor) -> Tensor:
         return images
 
     def complete(self, begun: Tensor) -> blendmask.Proposals:
-        packed, bases, *box_features = map(torch.from_numpy, self._propose.run(None, {"images": begun.numpy()}))
-        return blendmask.Proposals(packed, bases, box_features)
+        return self.propose(begun)
 
     def blend(self, proposals: blendmask.Proposals, kept: Tensor) -> Tensor:
         arrays = [each.numpy() for each in (proposals.bases, *proposals.box_features)]

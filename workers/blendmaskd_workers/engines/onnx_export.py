@@ -10,9 +10,12 @@ import io
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from blendmaskd_workers import blendmask
@@ -67,6 +70,7 @@ def export(
     }
     takes = "{},3,{},{}".format(batch or "N", *(size or "HW"))
     for part, model in traced.items():
+        _fold_sizes(model)
         onnx.helper.set_model_props(model, metadata(part, network.config, weights, takes))
         onnx.checker.check_model(model, full_check=True)
     return traced
@@ -94,13 +98,67 @@ def _trace(
 ) -> onnx.ModelProto:
     file = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
+        results = module(*example)
         warnings.simplefilter("ignore")  # that it is old; that our assertions are not in the graph
         torch.onnx.export(
             module, example, file,  # type: ignore[arg-type]
             input_names=inputs, output_names=outputs, opset_version=opset, dynamo=False,
             dynamic_axes={name: free[name] for name in (*inputs, *outputs) if free.get(name)},
         )  # fmt: skip
-    return onnx.load_from_string(file.getvalue())
+    model = onnx.load_from_string(file.getvalue())
+    for output, result in zip(model.graph.output, results if isinstance(results, tuple) else (results,), strict=True):
+        sides = [free.get(output.name, {}).get(axis, side) for axis, side in enumerate(result.shape)]
+        output.CopyFrom(onnx.helper.make_tensor_value_info(output.name, onnx.TensorProto.FLOAT, sides))
+    return model
+
+
+def _fold_sizes(model: onnx.ModelProto) -> None:
+    """Make constants of what follows from fixed sizes alone, which compilers of fixed shapes want to be told."""
+    graph, constants = model.graph, _constants(model)
+    folded = True
+    while folded:
+        known, folded = known_shapes(model), False
+        for node in graph.node:
+            if node.op_type == "Constant":
+                continue
+            if node.op_type == "Shape" and node.input[0] in known:
+                value = np.array(known[node.input[0]])
+            elif node.input and all(name in constants for name in node.input):
+                given = {name: constants[name] for name in node.input if name}
+                value = np.asarray(ReferenceEvaluator(node, opsets=_opsets(model)).run(None, given)[0])
+            else:
+                continue
+            folded = True
+            name = node.output[0]
+            constants[name] = value
+            node.CopyFrom(onnx.helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value)))
+    read = {name for node in graph.node for name in node.input} | {each.name for each in graph.output}
+    kept = [node for node in graph.node if read.intersection(node.output)]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _constants(model: onnx.ModelProto) -> dict[str, Any]:
+    """The values that sizes are made of, by name: whole numbers; the empty name stands for what is not given."""
+    given = [(node.output[0], node.attribute[0].t) for node in model.graph.node if node.op_type == "Constant"]
+    given += [(each.name, each) for each in model.graph.initializer]
+    values = ((name, onnx.numpy_helper.to_array(tensor)) for name, tensor in given)
+    return {"": None, **{name: value for name, value in values if value.dtype.kind in "ib"}}
+
+
+def _opsets(model: onnx.ModelProto) -> dict[str, int]:
+    return {each.domain: each.version for each in model.opset_import}
+
+
+def known_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """The shapes that are fixed, as ONNX infers them, by name."""
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    tensors = {each.name: each.type.tensor_type for each in (*graph.value_info, *graph.input, *graph.output)}
+    return {
+        name: [axis.dim_value for axis in tensor.shape.dim]
+        for name, tensor in tensors.items()
+        if tensor.HasField("shape") and all(axis.HasField("dim_value") for axis in tensor.shape.dim)
+    }
 
 
 def differences(network: blendmask.BlendMask, exported: OnnxNetwork, images: Tensor) -> dict[str, float]:
@@ -110,7 +168,7 @@ def differences(network: blendmask.BlendMask, exported: OnnxNetwork, images: Ten
     """
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        ours, theirs = network.propose(images), exported.complete(exported.begin(images))
+        ours, theirs = network.propose(images), exported.propose(images)
         kept = torch.rand(blendmask.places(network, len(images)), KEPT_FIELDS, generator=generator)
         kept[:, :9] *= sum(height * width for height, width in ours.level_sizes)
         kept[:, 9] *= len(images)
