@@ -114,25 +114,35 @@ def _trace(
 
 def _fold_sizes(model: onnx.ModelProto) -> None:
     """Make constants of what follows from fixed sizes alone, which compilers of fixed shapes want to be told."""
-    graph, constants = model.graph, _constants(model)
+    constants, opsets = _constants(model), {each.domain: each.version for each in model.opset_import}
     folded = True
     while folded:
         known, folded = known_shapes(model), False
-        for node in graph.node:
-            if node.op_type == "Constant":
-                continue
-            if node.op_type == "Shape" and node.input[0] in known:
-                value = np.array(known[node.input[0]])
-            elif node.input and all(name in constants for name in node.input):
-                given = {name: constants[name] for name in node.input if name}
-                value = np.asarray(ReferenceEvaluator(node, opsets=_opsets(model)).run(None, given)[0])
-            else:
-                continue
-            folded = True
-            name = node.output[0]
-            constants[name] = value
-            node.CopyFrom(onnx.helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value)))
-    read = {name for node in graph.node for name in node.input} | {each.name for each in graph.output}
+        for node in model.graph.node:
+            value = None if node.op_type == "Constant" else _value(node, known, constants, opsets)
+            if value is not None:
+                folded = True
+                constants[node.output[0]] = value
+                tensor = onnx.numpy_helper.from_array(value)
+                node.CopyFrom(onnx.helper.make_node("Constant", [], [node.output[0]], value=tensor))
+    _drop_unread(model.graph)
+
+
+def _value(
+    node: onnx.NodeProto, known: Mapping[str, list[int]], constants: Mapping[str, Any], opsets: dict[str, int]
+) -> Any:
+    """What a node always gives; None: that depends on images."""
+    if node.op_type == "Shape" and node.input[0] in known:
+        return np.array(known[node.input[0]])
+    if not node.input or any(each not in constants for each in node.input):
+        return None
+    given = {each: constants[each] for each in node.input if each}
+    [found] = ReferenceEvaluator(node, opsets=opsets).run(None, given)
+    return np.asarray(found)
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    read = {each for node in graph.node for each in node.input} | {each.name for each in graph.output}
     kept = [node for node in graph.node if read.intersection(node.output)]
     del graph.node[:]
     graph.node.extend(kept)
@@ -144,10 +154,6 @@ def _constants(model: onnx.ModelProto) -> dict[str, Any]:
     given += [(each.name, each) for each in model.graph.initializer]
     values = ((name, onnx.numpy_helper.to_array(tensor)) for name, tensor in given)
     return {"": None, **{name: value for name, value in values if value.dtype.kind in "ib"}}
-
-
-def _opsets(model: onnx.ModelProto) -> dict[str, int]:
-    return {each.domain: each.version for each in model.opset_import}
 
 
 def known_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
