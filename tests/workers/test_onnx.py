@@ -27,7 +27,7 @@ CONFIG, WEIGHTS = DEMO / "demo.yaml", DEMO / "model_final.pth"
 # operatorlist_00176
 CANN = frozenset({
     "Abs", "Add", "And", "Cast", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "Div", "Equal",
-    "Expand", "Flatten", "Floor", "Gather", "GatherElements", "Gemm", "Greater", "GreaterOrEqual", "Identity",
+    "Exp", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "Gemm", "Greater", "GreaterOrEqual", "Identity",
     "InstanceNormalization", "IsInf", "IsNaN", "Less", "MatMul", "MaxPool", "Min", "Mod", "Mul", "Not", "Pow", "Range",
     "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Resize", "Shape", "Sigmoid", "Slice", "Softmax",
     "Split", "Sqrt", "Squeeze", "Sub", "TopK", "Transpose", "Unsqueeze", "Where", "Xor",
@@ -73,7 +73,7 @@ def test_files_of_one_size_have_fixed_shapes_and_no_operator_that_a_compiler_may
 
 def test_the_second_visit_has_a_fixed_number_of_places_whatever_images_it_takes() -> None:
     small = network(CONFIG)
-    for batch, places in ((None, 100), (3, 300)):
+    for batch, places in ((None, 25), (3, 300)):
         graph = onnx_export.export(small, "", 13, batch, None)["blend"].graph
         sides = {
             each.name: [axis.dim_value or axis.dim_param for axis in each.type.tensor_type.shape.dim]
@@ -96,14 +96,13 @@ def test_a_file_says_what_it_was_made_of(opset: int) -> None:
 
 
 def test_more_are_kept_than_there_are_places() -> None:
-    """Those that tie with the last of an image."""
     small = network(CONFIG)
     models = onnx_export.export(small, "", 13, None, None)
     contents = [models[part].SerializeToString() for part in onnx_engine.PARTS]
     exported = onnx_engine.open_network(Path(), contents, small.config, ["CPUExecutionProvider"])
     images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
-    kept = torch.rand(250, 14, generator=torch.Generator().manual_seed(0)) * 60
-    kept[:, :9], kept[:, 9] = kept[:, :9].floor(), torch.arange(250) % 2
+    kept = torch.rand(60, 14, generator=torch.Generator().manual_seed(0)) * 60
+    kept[:, :9], kept[:, 9] = kept[:, :9].floor(), torch.arange(60) % 2
     with torch.inference_mode():
         masks = exported.blend(exported.propose(images), kept)
         expected = small.blend(small.propose(images), kept)

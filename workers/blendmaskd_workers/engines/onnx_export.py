@@ -23,6 +23,7 @@ from blendmaskd_workers.blendmask.model import KEPT_FIELDS
 from blendmaskd_workers.engines.onnx import PARTS, OnnxNetwork, file_of, metadata
 
 EXAMPLE_SIZE = (320, 384)  # to trace with, where any size is to be taken
+PLACES = 25  # empty ones cost as much as others, and each run reads all features
 SMALLEST = 1e-30  # what is divided by where all is zero
 
 
@@ -55,11 +56,11 @@ def export(
     """The files of `PARTS` for a network that is made for inference; `weights` is the digest to tell them by.
 
     `batch` images of `size` (height, width, multiples of 32); None: any. `blend` has a place for each box that can be
-    kept of `batch` images, or of one.
+    kept of `batch` images; of any number it has PLACES, and runs as often as there are boxes for.
     """
     levels = [f"box_features_p{3 + level}" for level in range(len(network.config.strides))]
     images = torch.zeros(batch or 2, 3, *(size or EXAMPLE_SIZE))
-    kept = torch.zeros(blendmask.places(network, batch or 1), KEPT_FIELDS)
+    kept = torch.zeros(blendmask.places(network, batch) if batch else PLACES, KEPT_FIELDS)
     propose, blend = Propose(network), Blend(network)
     with torch.no_grad():
         _, *maps = propose(images)
