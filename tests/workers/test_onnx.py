@@ -179,6 +179,17 @@ def of_other_weights(path: Path) -> None:
     onnx.save(model, path)
 
 
+def of_half_precision(path: Path) -> None:
+    """As converters leave it that keep the metadata."""
+    model = onnx.load(path)
+    [images] = model.graph.input
+    images.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    cast = onnx.helper.make_node("Cast", ["halves"], [images.name], to=onnx.TensorProto.FLOAT)
+    images.name = "halves"
+    model.graph.node.insert(0, cast)
+    onnx.save(model, path)
+
+
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "one is missing": (lambda files: (files / "blend.onnx").unlink(), r"blend\.onnx: cannot be read: No such file"),
     "cut short": (
@@ -189,6 +200,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "empty": (lambda files: (files / "blend.onnx").write_bytes(b""), r"blend\.onnx: .*(part|onnxruntime)"),
     "not ours": (lambda files: without_metadata(files / "propose.onnx"), "was not made by scripts/export_onnx.py"),
+    "in half precision": (
+        lambda files: of_half_precision(files / "propose.onnx"), r"takes halves as tensor\(float16\), expected float32"
+    ),
     "swapped": (
         lambda files: shutil.copy(files / "blend.onnx", files / "propose.onnx"),
         r"propose\.onnx: was exported with part = blend, its name says propose",

@@ -148,6 +148,9 @@ def open_session(path: Path, content: bytes, providers: Sequence[str]) -> Any:
         raise EngineError(f"{path}: onnxruntime does not run it: {reason}; it is made by {EXPORT}") from error
     if lacking := [each for each in providers if each not in session.get_providers()]:
         raise EngineError(f"model.providers: {lacking[0]} could not be loaded; onnxruntime would go on without it")
+    for each in session.get_inputs():
+        if each.type != "tensor(float)":
+            raise EngineError(f"{path}: takes {each.name} as {each.type}, expected float32: it is made by {EXPORT}")
     return session
 
 
