@@ -17,6 +17,7 @@ from blendmaskd_workers.programs import export_onnx
 from checkout import ROOT
 
 DEMO = ROOT / "configs" / "demo"
+SERVED = ("small_R18_chelsea", "small_R18_scale_rocket", "DLA_34_syncbn_4x_chelsea")
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -33,9 +34,7 @@ def seeded(path: Path, config: Path, seed: int) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", [BY_NAME[name] for name in ("small_R18_chelsea", "small_R18_scale_rocket", "DLA_34_syncbn_4x_chelsea")], ids=str
-)
+@pytest.mark.parametrize("case", [BY_NAME[name] for name in SERVED], ids=str)
 def test_answers_are_adelaidets(daemon, tmp_path: Path, case: Case) -> None:
     config = CONFIGS[case.network]
     model = exported(tmp_path / "files", config, seeded(tmp_path / "weights.pth", config, case.seed))
@@ -60,7 +59,7 @@ def test_answers_are_adelaidets(daemon, tmp_path: Path, case: Case) -> None:
 
 @pytest.mark.slow
 def test_a_reload_takes_other_files_and_refuses_those_that_cannot_serve(daemon, tmp_path: Path, wait_until) -> None:
-    """The digest in the statistics tells which are served; the engine native's answers are the same but for rounding."""
+    """The digest in the statistics tells which are served; native answers are the same but for rounding."""
     config, checkpoint = DEMO / "demo.yaml", DEMO / "model_final.pth"
     first = exported(tmp_path / "first", config, checkpoint)
     second = exported(tmp_path / "second", config, seeded(tmp_path / "second.pth", config, 1))

@@ -139,7 +139,8 @@ REFUSED = {
         {"engine": "onnx", "devices": ["cpu:0"], "model": {"providers": []}}, "model.providers = []: name at least one",
     ),
     "a provider twice": (
-        {"engine": "onnx", "devices": ["cpu:0"], "model": {"providers": ["CPUExecutionProvider"] * 2}}, "and none twice",
+        {"engine": "onnx", "devices": ["cpu:0"], "model": {"providers": ["CPUExecutionProvider"] * 2}},
+        "and none twice",
     ),
     "no name of a provider": (
         {"engine": "onnx", "devices": ["cpu:0"], "model": {"providers": ["cpu"]}},
@@ -147,7 +148,8 @@ REFUSED = {
     ),
     "onnx on an NPU": ({"engine": "onnx"}, "devices: 'npu:0': the engine onnx serves on cpu:N"),
     "onnx with graphs": (
-        {"engine": "onnx", "devices": ["cpu:0"], "model": {"graphs": True}}, "model.graphs = True: the engine onnx has none",
+        {"engine": "onnx", "devices": ["cpu:0"], "model": {"graphs": True}},
+        "model.graphs = True: the engine onnx has none",
     ),
     "onnx in half precision": (
         {"engine": "onnx", "devices": ["cpu:0"], "model": {"precision": "bf16"}},

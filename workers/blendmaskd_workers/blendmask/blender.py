@@ -23,7 +23,7 @@ def blend(bases: Tensor, attentions: Tensor, images: Tensor, boxes: Tensor, reso
 def combine(crops: Tensor, attentions: Tensor) -> Tensor:
     """Return mask logits (D, R, R): the bases' crops (D, K, R, R), weighted by the attentions (D, K, A, A)."""
     weights = F.interpolate(attentions, size=crops.shape[2:], mode="bilinear", align_corners=False)
-    if torch.jit.is_tracing():  # runtimes of ONNX take long for a softmax along any axis but the last
+    if isinstance(crops.shape[0], Tensor):  # traced for ONNX, whose runtimes are slow at a softmax of this axis
         weights = (weights - weights.amax(dim=1, keepdim=True)).exp()
         return (crops * weights).sum(dim=1) / weights.sum(dim=1)
     return (crops * weights.softmax(dim=1)).sum(dim=1)

@@ -63,7 +63,7 @@ def sample(maps: Tensor, y: Tensor, x: Tensor, weights: Tensor) -> Tensor:
     shares = row_shares[..., :, None] * column_shares[..., None, :] * weights[..., None, None]
     table = maps.permute(0, 2, 3, 1).reshape(-1, channels)  # (N * H * W, C)
     index, shares = index.view(-1, 4), shares.view(-1, 4).to(maps)
-    if torch.jit.is_tracing():  # ONNX would go through the bags one by one
+    if isinstance(images, Tensor):  # traced for ONNX, which would go through the bags one by one
         corners = zip(index.unbind(1), shares.unsqueeze(2).unbind(1))
         samples = functools.reduce(torch.add, [F.embedding(place, table) * share for place, share in corners])
     else:
