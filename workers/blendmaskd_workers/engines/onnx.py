@@ -20,7 +20,7 @@ from blendmaskd_workers.engines import EngineError
 from blendmaskd_workers.engines.native import NativeEngine
 
 PARTS = ("propose", "blend")
-ERRORS_ALONE = 3  # of onnxruntime's levels of log lines
+FATAL = 4  # of the levels of onnxruntime's own log; errors are raised too
 ANY = "N,3,H,W"
 OTHER = f"{PARTS[0]}.onnx beside it"
 EXPORT = "python scripts/export_onnx.py --config CONFIG --weights CHECKPOINT --output FOLDER"
@@ -106,10 +106,10 @@ def read(path: Path) -> bytes:
     """A file's bytes. Raises `EngineError`."""
     try:
         return path.read_bytes()
-    except NotADirectoryError as error:
+    except NotADirectoryError:
         raise EngineError(
             f"{path.parent}: is a file: the engine onnx takes the folder that this writes: {EXPORT}"
-        ) from error
+        ) from None  # a mistake, not a mount that may be back
     except OSError as error:
         raise EngineError(f"{path}: cannot be read: {error.strerror}; it is made by {EXPORT}") from error
 
@@ -132,7 +132,7 @@ def open_session(path: Path, content: bytes, providers: Sequence[str]) -> Any:
     """An onnxruntime session of a file's content, with as many threads as torch has. Raises `EngineError`."""
     import onnxruntime
 
-    onnxruntime.set_default_logger_severity(ERRORS_ALONE)
+    onnxruntime.set_default_logger_severity(FATAL)
     there = onnxruntime.get_available_providers()
     if lacking := [each for each in providers if each not in there]:
         raise EngineError(
@@ -140,7 +140,7 @@ def open_session(path: Path, content: bytes, providers: Sequence[str]) -> Any:
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = ERRORS_ALONE
+    options.log_severity_level = FATAL
     try:
         session = onnxruntime.InferenceSession(content, options, providers=list(providers))
     except Exception as error:  # a kind of its own for each fault
