@@ -36,8 +36,7 @@ class NpuSmi:
     def __init__(self, folder: Path) -> None:
         self.program = folder / "npu-smi"
         self.environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
-        self.program.write_text(TOOL)
-        self.program.chmod(0o755)
+        self.becomes(TOOL)
         self.write("map", (SAMPLES / "info_m_910B3_mcu.txt").read_text())
         errors = "HBM Single Bit Error Count               : "
         self.write("ecc", (SAMPLES / "ecc_910.txt").read_text().replace(f"{errors}0", f"{errors}12"))
@@ -49,6 +48,13 @@ class NpuSmi:
         new = self.program.with_suffix(".new")
         new.write_text(text)
         new.rename(f"{self.program}.{what}")
+
+    def becomes(self, script: str) -> None:
+        """Another file, as the one before may be running."""
+        new = self.program.with_suffix(".new")
+        new.write_text(script)
+        new.chmod(0o755)
+        new.rename(self.program)
 
     def says(self, **health: str) -> None:
         """``npu0="Alarm"``; of others OK."""
@@ -89,14 +95,14 @@ def test_nobody_waits_for_npu_smi(
 ) -> None:
     """It hangs, is killed after its time, and says later what it has to say."""
     caplog.set_level("INFO")
-    npu_smi.program.write_text("#!/bin/sh\nexec sleep 60\n")
+    npu_smi.becomes("#!/bin/sh\nexec sleep 60\n")
     health = NpuHealth(npu_smi.environment)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("blendmaskd.discovery.TOOL_TIMEOUT_S", 0.1)
         health.watch(["npu:0", "cpu:1"], 0.05)
         assert health.take() == {}
         wait_until(lambda: health.take() or "does not answer" in caplog.text)
-        npu_smi.program.write_text(TOOL)
+        npu_smi.becomes(TOOL)
         assert wait_until(health.take).keys() == {"npu:0"}
     health.watch([], 0)
 
