@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import secrets
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import msgpack
 import pytest
 import zmq
 from attack import IMAGE, Polite, connect, head, is_closed, message, send_all
+from curve import start
 from rich.console import Console
 
-from blendmaskd import JobFailed
+from blendmaskd import Client, JobFailed
 from blendmaskd.core.spool_messages import Store, StoreAnswer, Stored
 from blendmaskd.logs import TextFormatter
 from blendmaskd.programs.tables import tables
@@ -167,6 +169,24 @@ def test_a_million_frames_hold_the_loop_up_for_seconds_at_most(daemon: Any, wait
         assert running.get("/healthz")[0] == 200
         wait_until(lambda: is_closed(peer), 20)
     assert running.client.segment(IMAGE).width == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attacker", ["ipc", "tcp"])
+def test_what_clients_of_one_kind_send_holds_up_none_of_the_other(daemon: Any, attacker: str, wait_until: Any) -> None:
+    with tempfile.TemporaryDirectory(prefix="bmd-") as folder, contextlib.ExitStack() as stack:
+        guarded = start(daemon, Path(folder), devices=["cpu:0"])
+        ipc = stack.enter_context(Client(f"ipc://{folder}/client.sock"))
+        tcp = stack.enter_context(guarded.client())
+        many = [b""] * (1 << 20 if attacker == "ipc" else 1 << 18)
+        with Polite(guarded.daemon, tcp if attacker == "ipc" else ipc):
+            if attacker == "ipc":
+                peer = stack.enter_context(connect(f"ipc://{folder}/client.sock"))
+                peer.sendall(message(*many))
+                wait_until(lambda: is_closed(peer), 30)
+            else:
+                stack.enter_context(guarded.dealer("bob", os.urandom(16))).send_multipart(many)
+                wait_until(lambda: "too many frames" in guarded.daemon.log, 30)
 
 
 def as_another_user(run: Any) -> Any:

@@ -21,7 +21,7 @@ class Daemon:
         self.router = context.socket(zmq.ROUTER)
         self.router.linger = 0
         self.router.set(zmq.ROUTER_HANDOVER, 1)
-        self.gate = Gate(context, self.router, None, most=100, most_tcp=100)
+        self.gate = Gate(context, {endpoint[:3]: self.router}, None, most=100, most_tcp=100)
         self.departures = self.gate.departures
         self.router.bind(endpoint)
         self.endpoint = str(self.router.get_string(zmq.LAST_ENDPOINT))

@@ -32,7 +32,7 @@ from blendmaskd.shell.debts import BUSY_BYTES, MOST_BYTES, Debts
 from blendmaskd.shell.job_log import JobLog
 from blendmaskd.shell.processes import Actions, Child, Decisions, Processes
 from blendmaskd.shell.shared_memory import Ended, Offered
-from blendmaskd.shell.sockets import Sockets, receive, receive_last, send
+from blendmaskd.shell.sockets import Clients, Sockets, receive, receive_last, send, send_to_client
 from blendmaskd.shell.spool import Spool
 
 log = logging.getLogger("blendmaskd")
@@ -125,10 +125,10 @@ class Desk:
             self.durable.client_gone(client)
             yield self.broker.shut_out(client, Verdict.UNKNOWN.value, time.monotonic())
 
-    def read_clients(self) -> Decisions:
-        """What has come since; a bounded number of messages."""
-        for frames in self._sockets.from_clients.receive():
-            client = frames[0].bytes
+    def read_clients(self, clients: Clients) -> Decisions:
+        """What has come since from those of a kind; a bounded number of messages."""
+        for frames in clients.receive():
+            client = clients.name(frames[0])
             if _is_excessive(frames):
                 yield self._expel(client, frames)
                 continue
@@ -289,8 +289,8 @@ class Desk:
     def _send(self, client: bytes, message: protocol.ToClient, payload: protocol.Frames) -> Actions:
         if self._debts.of(client) >= MOST_BYTES:
             return self._cut_off(client, errno.EAGAIN)
-        error = send(self._sockets.clients, client, self._debts.add(client, protocol.encode(message, payload)))
-        if error:
+        frames = self._debts.add(client, protocol.encode(message, payload))
+        if error := send_to_client(self._sockets.clients, client, frames):
             return self._cut_off(client, error)
         debtor = self._debts.longest()
         return self._cut_off(debtor, errno.EAGAIN) if debtor is not None else ()

@@ -61,6 +61,10 @@ class Admission:
         self._gate.receive()
         return self._gate.departures.take()
 
+    def next_look(self, now: float) -> float:
+        """When `left` is to be asked, even if nothing is told."""
+        return self._gate.next_look(now)
+
     def tick(self, now: float) -> list[bytes]:
         """What is due each second. Returns what `shut_out` does."""
         self._gate.refresh()
