@@ -6,7 +6,9 @@ import io
 import logging
 import os
 import secrets
+import socket
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,17 @@ from typing import Any
 import msgpack
 import pytest
 import zmq
-from attack import IMAGE, Polite, connect, head, is_closed, message, send_all
+from attack import IMAGE, LONGEST_S, Polite, connect, head, is_closed, message, read_all, send_all
 from curve import start
 from rich.console import Console
 
 from blendmaskd import Client, JobFailed
 from blendmaskd.core.spool_messages import Store, StoreAnswer, Stored
 from blendmaskd.logs import TextFormatter
+from blendmaskd.programs.errors import EXIT_NO_DAEMON, NoDaemonError, guarded
 from blendmaskd.programs.tables import tables
 from blendmaskd.programs.watch import View
-from blendmaskd.protocol import MAGIC, Cancel, Fetch, GetStats, Image, Result, Submit, encode
+from blendmaskd.protocol import MAGIC, Cancel, Fetch, Forget, GetStats, Image, Result, Submit, encode
 from blendmaskd.settings import SettingsError, from_tree
 from blendmaskd.shell.debts import BUSY_BYTES, MARK_BYTES, MOST_BYTES, MOST_OF_ALL_BYTES, Debts
 from blendmaskd.shell.job_log import CLIENTS_PER_S
@@ -93,6 +96,24 @@ def test_who_has_too_much_to_read_is_given_no_more(daemon: Any, tmp_path: Path, 
         received = 0
         while received < ANSWER_BYTES:
             received += len(peer.recv(1 << 20))
+
+
+@pytest.mark.slow
+def test_a_flood_of_forget_holds_up_no_durable_job(daemon: Any, tmp_path: Path) -> None:
+    running = daemon(devices=["cpu:0"], spool=str(tmp_path / "spool"))
+    flood = b"".join(message(*encode(Forget(job=secrets.token_hex(4)))) for _ in range(2000))
+    with contextlib.ExitStack() as stack, Polite(running):
+        for _ in range(2):
+            peer = stack.enter_context(connect(running.endpoint))
+            for target, arguments in ((send_all, (peer, [flood] * 40)), (read_all, (peer,))):
+                thread = threading.Thread(target=target, args=arguments)
+                thread.start()
+                stack.callback(thread.join)
+            stack.callback(peer.shutdown, socket.SHUT_RDWR)
+        for _ in range(5):
+            begun = time.monotonic()
+            running.client.fetch(running.client.submit(IMAGE))
+            assert time.monotonic() - begun < LONGEST_S
 
 
 class Peer:
@@ -243,7 +264,9 @@ def test_a_client_sees_its_own_jobs_and_the_operator_all_but_secrets(daemon: Any
 def test_that_a_secret_is_another_is_told_without_it() -> None:
     wanted = Wanted(cpus="0", threads=None, task_queue=None, preload=None, env={"TOKEN": "sesame", "PLAIN": "1"})
     actual = Actual(cpus="0", threads=None, task_queue=None, preload=None, env={"TOKEN": "other"}, thread_cpus={})
-    found = differences(*(masked(each, {"TOKEN"}, wanted.env) for each in (wanted, actual)))
+    found = differences(wanted, actual, {"TOKEN"})
+    shown = masked(wanted, {"TOKEN"}, wanted.env), masked(actual, {"TOKEN"}, wanted.env)
+    assert found == differences(*shown, {"TOKEN"})
     assert found == ["TOKEN: wanted '(hidden)', is '(hidden), another'", "PLAIN: wanted '1', is None"]
     with pytest.raises(SettingsError) as told:
         from_tree({"worker_env": {"TOKEN": 12345}})
@@ -263,7 +286,11 @@ def test_clients_that_come_and_go_cost_few_lines(daemon: Any, wait_until: Any) -
     assert running.log.count("\n") - before <= (CLIENTS_PER_S + 1) * (seconds + 2)
 
 
-def test_no_control_character_of_a_client_reaches_a_terminal(shared_daemon: Any, wait_until: Any) -> None:
+def evil_error(text: str) -> int:
+    raise NoDaemonError(f"the server there says {text}")
+
+
+def test_no_control_character_of_another_reaches_a_terminal(shared_daemon: Any, wait_until: Any, capfd: Any) -> None:
     dealer = shared_daemon.dealer()
     evil = "j\x1b[2J\n\u202e\x9b31m"
     dealer.send_multipart([MAGIC, msgpack.packb({"type": "submit", "job": evil, "image": {"kind": evil}})])
@@ -276,6 +303,8 @@ def test_no_control_character_of_a_client_reaches_a_terminal(shared_daemon: Any,
         written = io.StringIO()
         Console(file=written, width=200).print(shown)
         assert not set(evil) & set(written.getvalue()) - set("j[2J31m\n")
+    assert guarded("submit", lambda: evil_error(evil)) == EXIT_NO_DAEMON
+    assert not set(evil) & set(capfd.readouterr().err) - set("j[2J31m\n")
     record = logging.LogRecord("x", logging.ERROR, "", 0, evil, (), (ValueError, ValueError(evil), None))
     record.about = {"job": evil}
     line = TextFormatter({}, journal=False).format(record)
