@@ -26,7 +26,7 @@ from blendmaskd.logs import TextFormatter
 from blendmaskd.programs.errors import EXIT_NO_DAEMON, NoDaemonError, guarded
 from blendmaskd.programs.tables import tables
 from blendmaskd.programs.watch import View
-from blendmaskd.protocol import MAGIC, Cancel, Fetch, Forget, GetStats, Image, Result, Submit, encode
+from blendmaskd.protocol import MAGIC, Cancel, Fetch, Forget, GetLimits, GetStats, Image, Result, Submit, encode
 from blendmaskd.settings import SettingsError, from_tree
 from blendmaskd.shell.debts import BUSY_BYTES, MARK_BYTES, MOST_BYTES, MOST_OF_ALL_BYTES, Debts
 from blendmaskd.shell.job_log import CLIENTS_PER_S
@@ -208,6 +208,21 @@ def test_what_clients_of_one_kind_send_holds_up_none_of_the_other(daemon: Any, a
             else:
                 stack.enter_context(guarded.dealer("bob", os.urandom(16))).send_multipart(many)
                 wait_until(lambda: "too many frames" in guarded.daemon.log, 30)
+
+
+@pytest.mark.slow
+def test_who_is_many_clients_holds_up_no_other(daemon: Any) -> None:
+    """More jobs than the queue takes, each by a client of its own that leaves."""
+    with tempfile.TemporaryDirectory(prefix="bmd-") as folder:
+        guarded = start(daemon, Path(folder), devices=["cpu:0"], timed={"latency_ms": {1: 50}})
+        submit = encode(Submit(job="x", image=Image(kind="raw", shape=IMAGE.shape)), [IMAGE.tobytes()])
+        with guarded.client("alice") as alice, Polite(guarded.daemon, alice):
+            for _ in range(300):
+                with guarded.dealer("bob", os.urandom(16)) as dealer:
+                    dealer.send_multipart(submit)
+                    dealer.send_multipart(encode(GetLimits()))
+                    dealer.recv_multipart()
+            assert guarded.daemon.client.stats()["queue"]["jobs"] > 100
 
 
 def as_another_user(run: Any) -> Any:

@@ -145,7 +145,7 @@ class Desk:
             if isinstance(message, protocol.GetStats):
                 yield self._tell_stats(client, self.admission.is_operator(frames[-1]))
             else:
-                yield self._on_client(client, message, payload, time.monotonic())
+                yield self._on_client(client, frames[-1], message, payload, time.monotonic())
 
     def _expel(self, client: bytes, frames: Sequence[zmq.Frame]) -> Actions:
         """Its message is none that a client makes by mistake."""
@@ -170,8 +170,9 @@ class Desk:
         return [*self._client_gone(client), refusal]
 
     def _on_client(
-        self, client: bytes, message: protocol.OfJobs | protocol.GetLimits, payload: Sequence[Any], now: float
-    ) -> Actions:
+        self, client: bytes, frame: zmq.Frame, message: protocol.OfJobs | protocol.GetLimits, payload: Sequence[Any],
+        now: float,
+    ) -> Actions:  # fmt: skip
         if isinstance(message, protocol.Submit | protocol.Fetch) and self._debts.of(client) >= BUSY_BYTES:
             refusal, counted = _unread(message.job), isinstance(message, protocol.Submit)
             return [actions.Answered(client, refusal) if counted else durable.SendClient(client, refusal)]
@@ -179,7 +180,7 @@ class Desk:
             case protocol.Submit(durable=True):
                 return self._submit_durable(client, message, payload, now)
             case protocol.Submit():
-                return self.broker.submit(client, message, payload, now)
+                return self.broker.submit(client, message, payload, now, self.admission.user(frame))
             case protocol.Cancel():
                 return [*self.durable.stop_waiting(client, message), *self.broker.cancel(client, message, now)]
             case protocol.Fetch():

@@ -165,7 +165,17 @@ class Gate:
         self.departures.heard(client, descriptor)
         return True
 
-    def user(self, frame: zmq.Frame) -> str:
+    def user(self, frame: zmq.Frame) -> bytes:
+        """Who runs the client that sent this: a user of this host, or whoever has a key, or is at an address."""
+        try:
+            address = str(frame.get("Peer-Address"))
+        except zmq.ZMQError:
+            return b""
+        if address.startswith("localhost:"):
+            return f"uid {address.split(':')[1]}".encode()
+        return (str(frame.get("User-Id")) if self._allowed is not None else address).encode()
+
+    def key(self, frame: zmq.Frame) -> str:
         """Who sent this frame, where keys are needed: a key, as Z85 text, or `LOCAL`.
 
         The peer's address is the kernel's word and comes first: a peer may claim any other property.
