@@ -116,6 +116,25 @@ def test_a_flood_of_forget_holds_up_no_durable_job(daemon: Any, tmp_path: Path) 
             assert time.monotonic() - begun < LONGEST_S
 
 
+@pytest.mark.slow
+def test_malformed_messages_hold_nobody_up(daemon: Any) -> None:
+    """What makes the most work of 64 KiB, by three clients as fast as they can."""
+    running = daemon(devices=["cpu:0"])
+    header = {"type": "submit", "job": "x", "image": 5, "unknown": [{}] * 60_000}
+    bad = message(MAGIC, msgpack.packb(header))
+    with contextlib.ExitStack() as stack, Polite(running) as polite:
+        for _ in range(3):
+            peer = stack.enter_context(connect(running.endpoint))
+            for target, arguments in ((send_all, (peer, [bad] * 2000)), (read_all, (peer,))):
+                thread = threading.Thread(target=target, args=arguments)
+                thread.start()
+                stack.callback(thread.join)
+            stack.callback(peer.shutdown, socket.SHUT_RDWR)
+        enough, deadline = polite.answers + 40, time.monotonic() + 20
+        while polite.answers < enough and time.monotonic() < deadline:
+            assert running.client.stats()["serving"] == 1
+
+
 class Peer:
     """A frame on its way, which `read` lets go of."""
 

@@ -65,6 +65,18 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert heading in headings(target), f"{page.name}: {link}#{heading}"
 
 
+def test_each_bound_of_the_security_page_names_tests_that_there_are() -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    tables = re.findall(r"^\|[^\n]*\| test \|\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
+    rows = "".join(tables).splitlines()
+    assert len(tables) == 2
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(\w+)`", row.split(" | ")[-1])
+        assert named, row
+        assert [test for file, test in named if f"\ndef {test}(" not in tests[file]] == [], row
+
+
 def headings(page: Path) -> set[str]:
     """The anchors of a page, as forges make them."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
