@@ -2,12 +2,13 @@
 
 Who: ZeroMQ asks over an inproc socket (ZAP, rfc.zeromq.org/spec/27) about each client that has proved to own its key;
 the serving loop answers from the folder of allowed keys. A client without CURVE, or with another server key, fails
-before that. How many: accepted connections are counted by the events that ZeroMQ tells of its socket. Over the bound
-the oldest connection of its kind, local or TCP, that has not said anything yet is closed, else the new one: so a crowd
-of strangers, who cannot say anything, never keeps a client out for longer than its handshake, or uses up the daemon's
-descriptors for longer than a turn of its loop. ZeroMQ has no such bound: at the limit of descriptors its thread turns
-in circles, and for a local connection it aborts the process. So its thread waits for us when too many events are
-unread: whatever the speed of a crowd, a bounded number of connections is not counted yet.
+before that; what it sends until then the kernel counts, as ZeroMQ would keep all of it. How many: accepted connections
+are counted by the events that ZeroMQ tells of its socket. Over the bound the oldest connection of its kind, local or
+TCP, that has not said anything yet is closed, else the new one: so a crowd of strangers, who cannot say anything, never
+keeps a client out for longer than its handshake, or uses up the daemon's descriptors for longer than a turn of its
+loop. ZeroMQ has no such bound: at the limit of descriptors its thread turns in circles, and for a local connection it
+aborts the process. So its thread waits for us when too many events are unread: whatever the speed of a crowd, a bounded
+number of connections is not counted yet.
 
 What is said after the handshake is judged in `blendmaskd.shell.admission.access`. Nothing here waits.
 """
