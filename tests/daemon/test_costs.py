@@ -230,7 +230,7 @@ def test_what_clients_of_one_kind_send_holds_up_none_of_the_other(daemon: Any, a
 
 
 @pytest.mark.slow
-def test_who_is_many_clients_holds_up_no_other(daemon: Any) -> None:
+def test_who_is_many_clients_holds_up_no_other(daemon: Any, wait_until: Any) -> None:
     """More jobs than the queue takes, each by a client of its own that leaves."""
     with tempfile.TemporaryDirectory(prefix="bmd-") as folder:
         guarded = start(daemon, Path(folder), devices=["cpu:0"], timed={"latency_ms": {1: 50}})
@@ -241,7 +241,7 @@ def test_who_is_many_clients_holds_up_no_other(daemon: Any) -> None:
                     dealer.send_multipart(submit)
                     dealer.send_multipart(encode(GetLimits()))
                     dealer.recv_multipart()
-            assert guarded.daemon.client.stats()["queue"]["jobs"] > 100
+            wait_until(lambda: guarded.daemon.client.stats()["queue"]["jobs"] > 100)
 
 
 def as_another_user(run: Any) -> Any:

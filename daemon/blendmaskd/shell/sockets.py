@@ -38,7 +38,6 @@ NOBLOCK = int(zmq.NOBLOCK)  # a flag that is no plain number costs as much as re
 AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 WORKERS_SOCKET = "workers.sock"
 BACKLOG = 100  # local connections that wait to be accepted
-IO_THREADS = 3  # workers, local and remote clients: what one of these sends keeps no thread of the others busy
 MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve the others
 MOST_FRAMES = 16  # of a client's message; no right one has more than four, with its sender's identity
 TURN_S = 0.02  # after which no more are read in a turn: some cost milliseconds each
@@ -63,7 +62,11 @@ class Sockets:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._folder = private_folder()
-        self._context = zmq.Context(io_threads=IO_THREADS)
+        self._kinds = ("ipc", "tcp") if any(map(_is_tcp, settings.endpoints.clients)) else ("ipc",)
+        # workers, local and remote clients: what one of these sends keeps no thread of the others busy. Without remote
+        # ones a second thread would only cost a tenth more CPU
+        self._threads = 3 if "tcp" in self._kinds else 1
+        self._context = zmq.Context(io_threads=self._threads)
         self._files: list[EndpointFiles] = []
         self.workers_endpoint = f"ipc://{self._folder.name}/{WORKERS_SOCKET}"
         self.pages: Pages | None = None
@@ -77,10 +80,11 @@ class Sockets:
             self.workers = self._router(-1)
             self.workers.set(zmq.SNDHWM, 0)  # at a mark a lease would be lost; what a worker may hold is bounded
             endpoints = self._settings.endpoints.clients
-            kinds = ("ipc", "tcp") if any(map(_is_tcp, endpoints)) else ("ipc",)
             most_bytes = self._settings.limits.max_image_bytes * 2 + SURE_BYTES
-            self.clients = [Clients(self._router(most_bytes, 1 + place), kind) for place, kind in enumerate(kinds)]
-            keys = self._keys() if any(map(_is_tcp, endpoints)) else None
+            self.clients = [
+                Clients(self._router(most_bytes, place), kind) for place, kind in enumerate(self._kinds, start=1)
+            ]
+            keys = self._keys() if "tcp" in self._kinds else None
             self.gate = self._gate = self._make_gate()
             self.gate.refresh()
             paths = [ipc_path(each) for each in endpoints if not _is_tcp(each)]
@@ -113,7 +117,7 @@ class Sockets:
 
     def _router(self, max_message_bytes: int, thread: int = 0) -> zmq.Socket[bytes]:
         router = self._context.socket(zmq.ROUTER)
-        router.set(zmq.AFFINITY, 1 << thread)
+        router.set(zmq.AFFINITY, 1 << thread % self._threads)
         router.set(zmq.ROUTER_MANDATORY, 1)
         router.set(zmq.ROUTER_HANDOVER, 1)  # a client that reconnects gets the answers to what it sent before
         router.set(zmq.MAXMSGSIZE, max_message_bytes)
