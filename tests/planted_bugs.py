@@ -187,7 +187,7 @@ BUGS = [
         "the same image of two clients is tried by two workers at once, and kills both"),
     Bug(JOBS, "Waiting.next", drop("move_to_end"), "a client that floods is served alone: the others starve"),
     Bug(JOBS, "Waiting.take", drop("payload_bytes"), "after some gigabytes every job is refused as busy"),
-    Bug(BROKER, "Broker._job", swap("placed.bytes if placed else 0", "0"),
+    Bug(JOBS, "job_of", swap("placed.bytes if placed else 0", "0"),
         "images in shared memory do not count against the queue's bytes"),
     Bug(SUPERVISOR, "Supervisor.ready", without("generation"),
         "a ready of an earlier life makes a worker that still loads ready"),
