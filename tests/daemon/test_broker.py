@@ -156,13 +156,14 @@ def serve_all(broker: Broker, actions: list[Action]) -> list[str]:
     return given
 
 
-def test_clients_take_turns_whatever_each_has_waiting() -> None:
+@pytest.mark.parametrize("user", [b"", b"of all"])
+def test_clients_take_turns_whatever_each_has_waiting(user: bytes) -> None:
     broker = Broker(msgspec.structs.replace(LIMITS, max_jobs=100))
     for number in range(6):
-        submit(broker, f"a{number}", client=b"a")
+        submit(broker, f"a{number}", client=b"a", user=user)
     for client in (b"b", b"c"):
         for number in range(2):
-            submit(broker, f"{client.decode()}{number}", client=client)
+            submit(broker, f"{client.decode()}{number}", client=client, user=user)
     given = serve_all(broker, broker.ready("npu:0.1", "npu:0", 1, 0.0))
     assert given == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "a3", "a4", "a5"]
 

@@ -169,6 +169,7 @@ def test_a_stranger_that_tries_again_and_again_is_still_a_stranger(guarded: Guar
         assert alice.segment(IMAGE).width == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [False, True], ids=["HELLO", "INITIATE"])
 def test_a_handshake_without_end_is_cut_off(guarded: Guarded, wait_until, known: bool) -> None:
     """ZeroMQ takes one of any size that a message may have, and keeps it until it is whole."""
