@@ -27,7 +27,7 @@ class Daemon:
         self.router.linger = 0
         self.router.set(zmq.ROUTER_HANDOVER, 1)
         self.router.set(zmq.ROUTER_MANDATORY, 1)
-        self.gate = Gate(context, self.router, None, most=100, most_tcp=100)
+        self.gate = Gate(context, {endpoint[:3]: self.router}, None, most=100, most_tcp=100)
         self.departures = self.gate.departures
         if endpoint.startswith("tcp:"):
             self.gate.bind(endpoint, None)
