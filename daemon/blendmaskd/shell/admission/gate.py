@@ -239,7 +239,7 @@ class Gate:
             if kind == "tcp" and self._allowed is not None:
                 self._strangers[value] = time.monotonic()
         elif event is Event.DISCONNECTED:
-            self._forget(value)
+            self._forget(value, kind)
             self.departures.ended(value, local=kind == "ipc")
         elif kind == "tcp":
             self.refused[_FAILURES[event]] += 1
@@ -262,14 +262,11 @@ class Gate:
             elif welcomed >= WELCOMED_BYTES or now - came > HANDSHAKE_MS / 1000:
                 del self._strangers[descriptor]
 
-    def _forget(self, descriptor: int) -> None:
-        self._strangers.pop(descriptor, None)
-        for crowd in self._crowds.values():
-            crowd.open.discard(descriptor)
-            crowd.silent.pop(descriptor, None)
-
-    def _is_open(self, descriptor: int) -> bool:
-        return any(descriptor in crowd.open for crowd in self._crowds.values())
+    def _forget(self, descriptor: int, kind: str) -> None:
+        if kind == "tcp":
+            self._strangers.pop(descriptor, None)
+        self._crowds[kind].open.discard(descriptor)
+        self._crowds[kind].silent.pop(descriptor, None)
 
     def _close(self, descriptor: int, peer: str = "") -> None:
         """End a connection of ZeroMQ's, which finds it at its end then; only one of this `Peer-Address`.
@@ -277,29 +274,26 @@ class Gate:
         Through a copy: ZeroMQ may have closed this one and given its number to something else, which its address shows,
         or to another connection. So none is closed twice, and none of another process in its place.
         """
-        if not self._is_open(descriptor):
+        kind = next((kind for kind, crowd in self._crowds.items() if descriptor in crowd.open), None)
+        if kind is None:
             return
         try:
             os.dup2(descriptor, self._spare, inheritable=False)
             connection = socket.socket(fileno=self._spare)
         except OSError:  # closed, or no socket any more
-            self._forget(descriptor)
+            self._forget(descriptor, kind)
         else:
             with contextlib.suppress(OSError):  # its peer has closed it
-                self._shut_down(descriptor, connection, peer)
+                if peer in ("", _peer_address(connection)):
+                    self._forget(descriptor, kind)
+                    self._shut_down(connection)
             connection.detach()
         os.dup2(self._nothing, self._spare, inheritable=False)
 
-    def _shut_down(self, descriptor: int, connection: socket.socket, peer: str) -> None:
-        if peer and peer != _peer_address(connection):
-            return
-        self._forget(descriptor)
-        if self._is_ours(connection):
-            connection.shutdown(socket.SHUT_RDWR)
-
-    def _is_ours(self, connection: socket.socket) -> bool:
+    def _shut_down(self, connection: socket.socket) -> None:
         name = connection.getsockname()
-        return (name if connection.family == socket.AF_UNIX else name[1]) in self._here
+        if (name if connection.family == socket.AF_UNIX else name[1]) in self._here:
+            connection.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, question: Sequence[bytes]) -> list[bytes]:
         """ZAP's reply: version, request, status, text, user, metadata. ZeroMQ asks in frames of the same version."""
