@@ -14,7 +14,7 @@ from PIL import Image
 
 from blendmaskd_workers import blendmask
 from blendmaskd_workers.evaluation import logs, precision, subjects
-from blendmaskd_workers.evaluation.subjects import Subject
+from blendmaskd_workers.evaluation.subjects import Depth, Subject
 from checkout import ROOT
 
 EMULATED = {"PYTHONPATH": str(ROOT / "tests" / "emulated")}
@@ -61,7 +61,7 @@ def pair(config: Path) -> tuple[Subject, Subject]:
 def evaluate(reference: Subject, device: Subject) -> Any:
     """The report on one scene, with the trace."""
     [scene, _] = subjects.scenes_of([], [], 0)
-    return subjects.evaluate(reference, device, [scene], reference.model.config, trace=True)
+    return subjects.evaluate(reference, device, [scene], reference.model.config, Depth(trace=True))
 
 
 @pytest.mark.slow

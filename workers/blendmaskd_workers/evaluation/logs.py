@@ -22,6 +22,7 @@ TENSOR = """\
   abs_diff mean/max: {abs_mean:.3e}/{abs_max:.3e}
   rel_diff mean/max (|{kind}|>1e-3): {rel_mean:.3e}/{rel_max:.3e}
   rel_diff p50/p90/p99: {p50:.3e}/{p90:.3e}/{p99:.3e}
+  cosine={cosine:.6f} rmse/std={rmse_over_std:.3e} scale_bias={scale_bias:+.3e}
   >1% rel error (masked): {over:d}/{of:d} ({percent:.2f}%)"""
 DETECTIONS = """\
 detections: {reference_kind}={reference:d} {device_kind}={device:d} matched={matched:d}
@@ -31,7 +32,13 @@ MODULE = """\
 [{name}] tensors={tensors:d}
   abs_diff mean/max: {abs_mean:.3e}/{abs_max:.3e}
   rel_diff mean/max (|{kind}|>1e-3): {rel_mean:.3e}/{rel_max:.3e}
+  cosine={cosine:.6f} rmse/std={rmse_over_std:.3e} scale_bias={scale_bias:+.3e}
   >1% rel error (masked): {over:d}/{of:d} ({percent:.2f}%)"""
+DOUBLE = "[{name}] rmse={rmse:.2f} mean_rel={rel_mean:.2f} max_rel={rel_max:.2f} small_values={small:.2f}"
+RUNG = """\
+[{name}] >1% rel error, p3 to the last: {shares}%
+  rmse/std={rmse_over_std:.3e} scale_bias={scale_bias:+.3e} losses max_rel_diff={max_rel_diff:.3e}"""
+CONVOLUTION = "[{name}] {nearest}: explains {explained_percent:.2f}% of the squared errors, factor {factor:.6f}"
 
 LATENCY = """\
 [{device}] {model}, CPUs {cpus}
@@ -70,13 +77,32 @@ def write_precision(report: Report) -> str:
         lines += _section(f"Features and head outputs: {scene['scene']}", rows(TENSOR, scene["tensors"]))
         found = DETECTIONS.format(**scene["detections"], **named)
         lines += _section(f"Boxes and masks: {scene['scene']}", [found])
+        if scene["double_benchmark"]:
+            title = f"Double benchmark, {kinds['device']}'s errors over {kinds['reference']}'s: {scene['scene']}"
+            lines += _section(title, map(_double, scene["double_benchmark"]))
+        if scene["ladder"]:
+            lines += _section(f"Ladder, what convolutions in other arithmetics differ by: {scene['scene']}",
+                              map(_rung, scene["ladder"]))  # fmt: skip
     if report["trace"]:
         trace = report["trace"]
         blame = [f"First module over the bar: {trace['first'] or NONE}", f"Worst module: {trace['worst'] or NONE}"]
         title = "Trace: each module of the device on the reference's input"
         lines += _section(title, [*rows(MODULE, trace["modules"]), *blame])
+    if report["ladder"]:
+        nearest = map(CONVOLUTION.format_map, report["ladder"]["convolutions"])
+        lines += _section("Ladder: the arithmetic nearest to each convolution's errors on the reference's input",
+                          [*nearest, f"Nearest: {report['ladder']['verdict']}"])  # fmt: skip
+    warnings = [f"WARNING: {warning}" for warning in report["warnings"]]
     failures = [f"FAILED: {failure}" for failure in report["failures"]]
-    return "\n".join([*lines, *_section("Result", failures or ["PASSED"])])
+    return "\n".join([*lines, *_section("Result", [*warnings, *(failures or ["PASSED"])])])
+
+
+def _double(row: Row) -> str:
+    return DOUBLE.format_map(row) + (f" | over: {', '.join(row['over'])}" if row["over"] else "")
+
+
+def _rung(row: Row) -> str:
+    return RUNG.format(**row, shares="/".join(f"{share:.2f}" for share in row["levels"]))
 
 
 def write_performance(report: Report) -> str:
