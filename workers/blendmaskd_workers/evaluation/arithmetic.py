@@ -1,7 +1,7 @@
 """Arithmetics below float32 that accelerators use in "float32" convolutions and matrix products, emulated on a CPU.
 
 An accelerator rounds the operands to fewer mantissa bits, multiplies them exactly and sums in float32; the 16-bit types
-round the result too. HF32 has 11 explicit mantissa bits
+round biases and results too. HF32 has 11 explicit mantissa bits
 (hiascend.com, ATC's --allow_hf32: "mantissa precision (11 bits) is close to FP16 (10 bits)") and rounds to the nearest,
 ties to even (Ascend C's SetHF32); bfloat16 has 7.
 """
@@ -48,10 +48,10 @@ def _same(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How operands and results of convolutions and matrix products are rounded."""
+    """How convolutions and matrix products round."""
 
     operand: Rounding
-    result: Rounding = _same
+    result: Rounding = _same  # and the bias
 
 
 # From the finest to the coarsest. "10 bits" are TF32's, and float16's where results stay in float32.
@@ -80,6 +80,7 @@ class Emulated(TorchFunctionMode):
     ) -> Any:
         if func not in (F.conv2d, F.linear):
             return func(*args, **(kwargs or {}))
-        operand = self.arithmetic.operand
-        inputs, weight, *others = args
-        return self.arithmetic.result(func(operand(inputs), operand(weight), *others, **(kwargs or {})))
+        operand, result = self.arithmetic.operand, self.arithmetic.result
+        inputs, weight, bias, *others = args
+        rounded_bias = None if bias is None else result(bias)
+        return result(func(operand(inputs), operand(weight), rounded_bias, *others, **(kwargs or {})))
