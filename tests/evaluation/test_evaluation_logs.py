@@ -118,6 +118,13 @@ PERFORMANCE: dict[str, Any] = {
     "best_batch": 2,
     "dtypes": [{"dtype": "fp32", "median_ms": 11.25, "fps": 88.89, "gain_percent": 0.0, "base": "fp32"},
                {"dtype": "fp16", "failed": _FAILED}],
+    "profile": {
+        "batches": [{"batch": 2, "ms": 40.0, "calls": 430.0}, {"batch": 4, "ms": 120.0, "calls": 431.0}],
+        "operators": [{"operator": "Conv2D", "core": "AI_CORE", "excess_ms": 36.0, "cells": [
+            {"batch": 2, "ms": 30.0, "calls": 71.0, "share_percent": 75.0},
+            {"batch": 4, "ms": 96.0, "calls": 71.0, "share_percent": 80.0}]}],
+        "excess_ms": 40.0,
+    },
     "together": {
         "devices": [{"device": "npu:1", "avg_ms": 11.5, "median_ms": 11.25, "fps": 88.89, "cpus": "4-7"}],
         "single": "npu:0", "single_fps": 88.89, "combined_fps": 175.0, "speedup": 1.97,
@@ -164,6 +171,14 @@ fp32: 11.25ms | FPS=88.89 | +0.00% against fp32
 fp16: failed: npu:0: out of memory
 
 ============================================================
+Operators, the longest first, and their excess
+============================================================
+Conv2D (AI_CORE): batch 2: 30.00 ms, 75.00%, 71.00 calls | batch 4: 96.00 ms, 80.00%, 71.00 calls | excess +36.00 ms
+batch 2: 40.00 ms in 430.00 calls of operators
+batch 4: 120.00 ms in 431.00 calls of operators
+Excess of all: +40.00 ms
+
+============================================================
 Devices together, batch 1 each
 ============================================================
 npu:1: avg=11.50ms, FPS=88.89, median=11.25ms, CPUs 4-7
@@ -194,7 +209,8 @@ def test_the_log_of_the_performance_program() -> None:
 
 
 def test_what_was_not_measured_has_no_section() -> None:
-    report = copy.deepcopy(PERFORMANCE) | {"batches": [], "dtypes": [], "together": None, "runtime_options": []}
+    report = copy.deepcopy(PERFORMANCE) | {
+        "batches": [], "dtypes": [], "profile": None, "together": None, "runtime_options": []}
     report["latency"][0]["stable"] = False
     log = logs.write_performance(report)
     assert log.endswith("NPU vs CPU speedup: 12.50x (npu:0)\n")

@@ -53,6 +53,8 @@ LATENCY = """\
 SPEEDUP = "{kind} vs CPU speedup: {speedup:.2f}x ({device})"
 BATCH = "batch={batch:2d}: {median_ms:.2f}ms | throughput={fps:.2f} imgs/s"
 DTYPE = "{dtype}: {median_ms:.2f}ms | FPS={fps:.2f} | {gain_percent:+.2f}% against {base}"
+CELL = "batch {batch}: {ms:.2f} ms, {share_percent:.2f}%, {calls:.2f} calls"
+OPERATORS = "batch {batch}: {ms:.2f} ms in {calls:.2f} calls of operators"
 TOGETHER = "{device}: avg={avg_ms:.2f}ms, FPS={fps:.2f}, median={median_ms:.2f}ms, CPUs {cpus}"
 TOTALS = """\
 Single FPS: {single_fps:.2f} ({single} alone)
@@ -114,6 +116,9 @@ def write_performance(report: Report) -> str:
         lines += _section("Batch sizes", [_batch(row, report["best_batch"]) for row in report["batches"]])
     if report["dtypes"]:
         lines += _section("Data types", [_tried(DTYPE, row, row["dtype"]) for row in report["dtypes"]])
+    if report["profile"]:
+        title = "Operators, the longest first" + (", and their excess" if len(report["profile"]["batches"]) > 1 else "")
+        lines += _section(title, _operators(report["profile"]))
     if report["together"]:
         together = report["together"]
         devices = map(TOGETHER.format_map, together["devices"])
@@ -139,6 +144,18 @@ def _tried(form: str, row: Row, name: str) -> str:
     if "failed" in row:
         return f"{name}: failed: {row['failed']}"
     return f"{name}: not measured: {row['skipped']}" if "skipped" in row else form.format_map(row)
+
+
+def _operators(profile: Report) -> list[str]:
+    """Two batch sizes have an excess: what the larger takes beyond the smaller one's time per image."""
+    two = len(profile["batches"]) > 1
+
+    def line(row: Row) -> str:
+        excess = [f"excess {row['excess_ms']:+.2f} ms"] if two else []
+        return f"{row['operator']} ({row['core']}): " + " | ".join([*map(CELL.format_map, row["cells"]), *excess])
+
+    total = [f"Excess of all: {profile['excess_ms']:+.2f} ms"] if two else []
+    return [*map(line, profile["operators"]), *map(OPERATORS.format_map, profile["batches"]), *total]
 
 
 def _section(title: str, body: Iterable[str]) -> list[str]:

@@ -160,10 +160,12 @@ def _short(name: str) -> str:
 # ---- performance ------------------------------------------------------------------------------------------------
 
 def performance(report: Report) -> dict[str, Figure]:
-    """``performance``, and ``large_batch`` and ``dual_device`` where these were measured."""
+    """``performance``, and ``large_batch``, ``operators`` and ``dual_device`` where these were measured."""
     figures = {"performance": _performance(report)}
     if any("fps" in row for row in report["batches"]):
         figures["large_batch"] = _large_batch(report)
+    if report["profile"]:
+        figures["operators"] = _operators(report)
     if report["together"]:
         figures["dual_device"] = _dual_device(report)
     return figures
@@ -259,6 +261,33 @@ def _large_batch(report: Report) -> Figure:
     waits.set_ylabel("median latency of a batch, ms", color=ORANGE)
     axes.set_title(f"Throughput (bars; factor against batch {rows[0]['batch']}) and latency of a batch (line)",
                    fontsize=10)  # fmt: skip
+    return figure
+
+
+def _operators(report: Report) -> Figure:
+    """What each operator takes of a batch, and what the larger batch takes beyond the smaller one's time per image."""
+    profile = report["profile"]
+    batches, rows = profile["batches"], profile["operators"]
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    figure.suptitle(_title("Operators", report, first=True), fontsize=13)
+    axes = figure.subplots()
+    places, height = np.arange(len(rows)), 0.8 / len(batches)
+    for number, (batch, colour) in enumerate(zip(batches, (GREY, BLUE) if len(batches) > 1 else (BLUE,))):
+        cells = [row["cells"][number] for row in rows]
+        bars = axes.barh(places + height * number, [cell["ms"] for cell in cells], height, color=colour,
+                         label=f"batch {batch['batch']}: {batch['ms']:.2f} ms of all operators")  # fmt: skip
+        labels = [f"{cell['ms']:.2f} ms, {cell['share_percent']:.1f}%" for cell in cells]
+        if number:
+            labels = [f"{label}, excess {row['excess_ms']:+.2f} ms" for label, row in zip(labels, rows)]
+        axes.bar_label(bars, labels, padding=4, fontsize=8)
+    axes.set_yticks(places + height * (len(batches) - 1) / 2, [f"{row['operator']} ({row['core']})" for row in rows],
+                    fontsize=8)  # fmt: skip
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set_xlabel("ms of a batch")
+    axes.set_title("The longest first; excess: beyond the smaller batch's time per image", fontsize=10)
+    axes.legend(fontsize=9, loc="lower right")
+    _grid(axes)
     return figure
 
 
