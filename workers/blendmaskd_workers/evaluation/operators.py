@@ -52,15 +52,16 @@ def summed(operators: Iterable[Operator]) -> list[Operator]:
 
 
 def table(by_batch: Mapping[int, Sequence[Operator]]) -> dict[str, Any]:
-    """``batches`` with their sums, and ``operators`` with what they take in each, the longest in the last batch first.
+    """``batches`` with their sums, and ``operators`` with what they take in each, the longest in any first.
 
     ``excess_ms`` is what the last batch takes of an operator beyond the first one's time per image: 0 where it grows
     with the batch, less where larger batches are worth it.
     """
     found = {batch: {(one.name, one.core): one for one in operators} for batch, operators in by_batch.items()}
-    last = found[max(found)]
-    keys = sorted({key for operators in found.values() for key in operators},
-                  key=lambda key: -last[key].ms if key in last else 0.0)  # fmt: skip
+    longest: dict[Key, float] = {}
+    for one in sorted((one for operators in by_batch.values() for one in operators), key=lambda one: one.ms):
+        longest[one.name, one.core] = one.ms
+    keys = sorted(longest, key=lambda key: -longest[key])
     totals = {batch: sum(one.ms for one in operators) for batch, operators in by_batch.items()}
     shown = [_row(name, core, [(name, core)], found, totals) for name, core in keys[:SHOWN]]
     others = [_row(OTHERS, f"{len(keys) - SHOWN} kinds", keys[SHOWN:], found, totals)] if len(keys) > SHOWN else []
