@@ -43,5 +43,11 @@ def test_what_is_no_number_is_over(wrong: float) -> None:
     assert compare(TRUTH, TRUTH * (1 + 1e-7), device)["over"] == ["rmse", "rel_mean", "rel_max"]
 
 
+def test_a_small_value_must_be_a_number_too() -> None:
+    device = TRUTH.clone()
+    device[5] = math.nan
+    assert compare(TRUTH, TRUTH, device)["over"] == ["small"]
+
+
 def test_the_limits_are_msprobes() -> None:
     assert double_benchmark.LIMITS == {"rmse": 2, "rel_mean": 2, "rel_max": 10, "small": 2}

@@ -182,6 +182,14 @@ def test_values_in_parts_are_as_good_as_whole_ones() -> None:
     assert whole.figures()["explained_percent"] == 100
 
 
+def test_a_part_without_errors_does_not_coarsen_the_rest() -> None:
+    right = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    likeness = Likeness()
+    for values in (right, torch.zeros(4)):
+        likeness.add(values, values * (1 + 2**-20), {name: one.operand(values) for name, one in LADDER.items()})
+    assert likeness.name() == "fp32"
+
+
 def test_overflow_does_not_hide_float16() -> None:
     right = torch.randn(100, generator=torch.Generator().manual_seed(0)) * 1e4
     right[:3] = 1e6

@@ -38,19 +38,19 @@ class Likeness:
 
     def add(self, reference: Tensor, device: Tensor, emulated: Mapping[str, Tensor]) -> None:
         """Take in a tensor of the reference, the device, and each arithmetic."""
-        found = device.detach().double().flatten().cpu()
+        found, right = device.detach().float().cpu(), reference.detach().cpu()
         finite = torch.isfinite(found)
-        found, right = found[finite], reference.detach().double().flatten().cpu()[finite]
+        found, right = torch.where(finite, found, 0.0), torch.where(finite, right, 0.0)
         error = found - right
         self.elements += finite.numel()
-        self.finite += found.numel()
-        self._errors += float(error @ error)
-        self._right_right += float(right @ right)
-        self._right_error += float(right @ error)
+        self.finite += int(finite.sum())
+        self._errors += _square(error)
+        self._right_right += _square(right)
+        self._right_error += float(right.double().flatten() @ error.double().flatten())
         for name, tensor in emulated.items():
-            values = tensor.detach().double().flatten().cpu()[finite].nan_to_num(HUGE, HUGE, -HUGE)
-            self._unexplained[name] += float((found - values).square().sum())
-            self._finest += float((values - right).square().sum()) if name == FINEST else 0.0
+            values = torch.where(finite, tensor.detach().cpu().nan_to_num(HUGE, HUGE, -HUGE), 0.0)
+            self._unexplained[name] += _square(found - values)
+            self._finest += _square(values - right) if name == FINEST else 0.0
 
     @property
     def factor(self) -> float:
@@ -78,6 +78,10 @@ class Likeness:
         """``nearest``, the percentage of the squared errors that it explains, and the factor."""
         name = self.name()
         return {"nearest": name, "explained_percent": 100 * self.explained().get(name, 0.0), "factor": self.factor}
+
+
+def _square(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 @contextlib.contextmanager
