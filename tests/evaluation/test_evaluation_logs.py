@@ -31,7 +31,8 @@ PRECISION: dict[str, Any] = {
                     "max_rel_diff": 2e-4}],
     }],
     "trace": {"modules": [_MODULE], "first": None, "worst": "mask_head"},
-    "ladder": {"convolutions": [{"name": "stem", "nearest": "fp16", "explained_percent": 99.5, "factor": 1.0}],
+    "ladder": {"convolutions": [{"name": "stem", "nearest": "fp16", "explained_percent": 99.5, "size": "bf16",
+                                  "factor": 1.0}],
                "verdict": "fp16 in all 1 convolutions"},
     "warnings": ["loss_mask is near ln 2"],
     "failures": ["shapes: loss_fcos_cls: 50% off"],
@@ -95,7 +96,7 @@ Worst module: mask_head
 ============================================================
 Ladder: the arithmetic nearest to each convolution's errors on the reference's input
 ============================================================
-[stem] fp16: explains 99.50% of the squared errors, factor 1.000000
+[stem] fp16: explains 99.50% of the squared errors, as large as bf16, factor 1.000000
 Nearest: fp16 in all 1 convolutions
 
 ============================================================

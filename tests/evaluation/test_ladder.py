@@ -99,8 +99,8 @@ PLANTED = {
     "hf32 truncated": cut_to(11),
     "10 bits truncated": cut_to(10),
     "bf16 truncated": cut_to(7),
+    "7 bits": lambda module, x: conv(module, x.bfloat16().float(), module.weight.bfloat16().float()),
     "scale 1.010": scaled,
-    "unlike any": noisy,
 }
 
 
@@ -114,6 +114,31 @@ def test_what_was_planted_in_all_convolutions_is_named(pair, name: str) -> None:
 def test_what_was_planted_in_one_convolution_is_named_there_alone(pair, name: str, place: str) -> None:
     with planted(pair[1], PLANTED[name], [place]):
         assert verdict(*pair) == f"{name} in 1 of {COUNT} convolutions, it is {place}; else fp32"
+
+
+def in_blocks(order: int) -> Convolve:
+    """In float16, with the sum so far rounded to it after each 16 channels, first to last (1) or last to first (-1)."""
+
+    def convolve(module: nn.Conv2d, x: Tensor) -> Tensor:
+        weight, total = module.weight.half().float(), None
+        for start in range(0, x.shape[1], 16)[::order]:
+            part = conv(module, x.half().float()[:, start : start + 16], weight[:, start : start + 16])
+            total = (part if total is None else part + total).half().float()
+        return total
+
+    return convolve
+
+
+def test_sums_in_float16_are_named_where_their_order_is_the_emulations_and_sized_where_it_is_not(pair) -> None:
+    with planted(pair[1], in_blocks(1), [ONE]):
+        assert verdict(*pair) == f"fp16 sums in 1 of {COUNT} convolutions, it is {ONE}; else fp32"
+    with planted(pair[1], in_blocks(-1), [ONE]):
+        assert verdict(*pair).startswith(f"unlike any, as large as fp16 sums in 1 of {COUNT} convolutions, it is {ONE}")
+
+
+def test_what_follows_from_no_arithmetic_is_called_so(pair) -> None:
+    with planted(pair[1], noisy, []):
+        assert all(part.startswith("unlike any, as large as ") for part in verdict(*pair).split("; "))
 
 
 def test_two_arithmetics_in_one_network_are_told_apart(pair) -> None:

@@ -1,7 +1,7 @@
 """Arithmetics below float32 that accelerators use in "float32" convolutions and matrix products, emulated on a CPU.
 
 An accelerator rounds the operands to fewer mantissa bits, multiplies them exactly and sums in float32; the 16-bit types
-round biases and results too. HF32 has 11 explicit mantissa bits
+round biases and results too, and some keep sums in 16 bits. HF32 has 11 explicit mantissa bits
 (hiascend.com, ATC's --allow_hf32: "mantissa precision (11 bits) is close to FP16 (10 bits)") and rounds to the nearest,
 ties to even (Ascend C's SetHF32); bfloat16 has 7.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 EXPLICIT_BITS = 23  # of float32's mantissa
+BLOCK = 16  # input channels between two roundings of a sum: a cube unit's
 
 Rounding = Callable[[Tensor], Tensor]  # float32 to float32
 
@@ -52,9 +53,10 @@ class Arithmetic:
 
     operand: Rounding
     result: Rounding = _same  # and the bias
+    sums: bool = False  # likewise, after each `BLOCK`
 
 
-# From the finest to the coarsest. "10 bits" are TF32's, and float16's where results stay in float32.
+# "10 bits" are TF32's, and float16's where results stay in float32; "7 bits" likewise bfloat16's.
 LADDER: Mapping[str, Arithmetic] = {
     "hf32": Arithmetic(lambda tensor: rounded(tensor, 11)),
     "hf32 truncated": Arithmetic(lambda tensor: truncated(tensor, 11)),
@@ -63,6 +65,8 @@ LADDER: Mapping[str, Arithmetic] = {
     "fp16": Arithmetic(_through(torch.float16), _through(torch.float16)),
     "9 bits": Arithmetic(lambda tensor: rounded(tensor, 9)),
     "9 bits truncated": Arithmetic(lambda tensor: truncated(tensor, 9)),
+    "fp16 sums": Arithmetic(_through(torch.float16), _through(torch.float16), sums=True),
+    "7 bits": Arithmetic(lambda tensor: rounded(tensor, 7)),
     "bf16": Arithmetic(_through(torch.bfloat16), _through(torch.bfloat16)),
     "bf16 truncated": Arithmetic(lambda tensor: truncated(tensor, 7)),
 }
@@ -82,5 +86,12 @@ class Emulated(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         operand, result = self.arithmetic.operand, self.arithmetic.result
         inputs, weight, bias, *others = args
-        rounded_bias = None if bias is None else result(bias)
-        return result(func(operand(inputs), operand(weight), rounded_bias, *others, **(kwargs or {})))
+        inputs, weight = operand(inputs), operand(weight)
+        if not self.arithmetic.sums:
+            return result(func(inputs, weight, None if bias is None else result(bias), *others, **(kwargs or {})))
+        channels = 1 if func is F.conv2d else -1
+        total: Any = 0.0
+        parts: Any = zip(torch.split(inputs, BLOCK, channels), torch.split(weight, BLOCK, 1), strict=True)
+        for part, kernel in parts:
+            total = result(total + func(part, kernel, None, *others, **(kwargs or {})))
+        return total if bias is None else result(total + result(bias).view(-1, *[1] * (2 * (func is F.conv2d))))

@@ -3,11 +3,13 @@
 The errors of an arithmetic are no noise: they follow from the operands. So each convolution of the device is given the
 reference's input, and its errors are compared, value by value, with those that the CPU makes in each arithmetic of
 `arithmetic.LADDER`. The right one explains nearly all of them, the others less or nothing. Errors much smaller than the
-finest arithmetic's are those of float32, summed in another order; what a factor explains is a scale.
+finest arithmetic's are those of float32, summed in another order; what a factor explains is a scale. Errors of rounded
+sums depend on their order, which the CPU does not know: of errors that nothing explains, at least the size is named.
 """
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +25,7 @@ from blendmaskd_workers.evaluation.comparison import Run, again, tensors, watche
 FP32, SCALE, UNLIKE, NOT_FINITE = "fp32", "scale", "unlike any", "not finite"
 FINEST = next(iter(LADDER))
 FINE = 1 / 16  # of the finest arithmetic's squared errors: below are float32's own
-ALIKE = 0.3  # of the squared errors an arithmetic must explain; bfloat16 with results in float32 gets 0.5
+ALIKE = 0.7  # of the squared errors an arithmetic must explain; of neighbours on the ladder one gets up to 0.67
 HUGE = 1e38  # for what an arithmetic makes infinite, and the device does not
 
 
@@ -34,7 +36,7 @@ class Likeness:
         self.elements = self.finite = 0
         self._errors = self._right_right = self._right_error = 0.0  # sums of squares and products
         self._unexplained = dict.fromkeys(LADDER, 0.0)
-        self._finest = 0.0
+        self._sizes = dict.fromkeys(LADDER, 0.0)  # of the arithmetics' own errors
 
     def add(self, reference: Tensor, device: Tensor, emulated: Mapping[str, Tensor]) -> None:
         """Take in a tensor of the reference, the device, and each arithmetic."""
@@ -50,7 +52,7 @@ class Likeness:
         for name, tensor in emulated.items():
             values = torch.where(finite, tensor.detach().cpu().nan_to_num(HUGE, HUGE, -HUGE), 0.0)
             self._unexplained[name] += _square(found - values)
-            self._finest += _square(values - right) if name == FINEST else 0.0
+            self._sizes[name] += _square(values - right)
 
     @property
     def factor(self) -> float:
@@ -68,16 +70,22 @@ class Likeness:
         """The nearest arithmetic, or what else the errors are."""
         if not self.finite and self.elements:
             return NOT_FINITE
-        if self._errors <= FINE * self._finest:
+        if self._errors <= FINE * self._sizes[FINEST]:
             return FP32
         explained = self.explained()
         nearest = max(explained, key=lambda name: explained[name])
         return nearest if explained[nearest] >= ALIKE else UNLIKE
 
+    def size(self) -> str | None:
+        """The arithmetic whose errors are as large; None where there are none."""
+        sizes = {name: size for name, size in self._sizes.items() if size and self._errors}
+        return min(sizes, key=lambda name: abs(math.log(sizes[name] / self._errors)), default=None)
+
     def figures(self) -> dict[str, Any]:
-        """``nearest``, the percentage of the squared errors that it explains, and the factor."""
-        name = self.name()
-        return {"nearest": name, "explained_percent": 100 * self.explained().get(name, 0.0), "factor": self.factor}
+        """``nearest``, the percentage of the squared errors that it explains, what is as large, and the factor."""
+        name, size = self.name(), self.size()
+        explained = 100 * self.explained().get(name, 0.0)
+        return {"nearest": name, "explained_percent": explained, "size": size or FP32, "factor": self.factor}
 
 
 def _square(tensor: Tensor) -> float:
@@ -131,4 +139,5 @@ def _part(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _titled(row: Mapping[str, Any]) -> str:
-    return f"{SCALE} {row['factor']:.3f}" if row["nearest"] == SCALE else str(row["nearest"])
+    more = {SCALE: f" {row['factor']:.3f}", UNLIKE: f", as large as {row['size']}"}
+    return str(row["nearest"]) + more.get(row["nearest"], "")

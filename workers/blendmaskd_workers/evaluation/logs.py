@@ -38,7 +38,8 @@ DOUBLE = "[{name}] rmse={rmse:.2f} mean_rel={rel_mean:.2f} max_rel={rel_max:.2f}
 RUNG = """\
 [{name}] >1% rel error, p3 to the last: {shares}%
   rmse/std={rmse_over_std:.3e} scale_bias={scale_bias:+.3e} losses max_rel_diff={max_rel_diff:.3e}"""
-CONVOLUTION = "[{name}] {nearest}: explains {explained_percent:.2f}% of the squared errors, factor {factor:.6f}"
+CONVOLUTION = ("[{name}] {nearest}: explains {explained_percent:.2f}% of the squared errors, as large as {size}, "
+               "factor {factor:.6f}")  # fmt: skip
 
 LATENCY = """\
 [{device}] {model}, CPUs {cpus}

@@ -20,8 +20,9 @@ where they originate and not where they have accumulated; modules over the thres
 --ladder names the arithmetic of each of the device's convolutions. It too gives each one the reference's input, and
 compares its errors, value by value, with those that the CPU makes with operands in HF32 (rounded, truncated), float16,
 bfloat16 and in between; the right one explains nearly all of them. "10 bits" is TF32, or float16 with results in
-float32; "scale" is a factor; "unlike any" is none of these. It also lists what the whole network would be off by in
-each of them, which takes about ten times as long as the rest.
+float32; "fp16 sums" keeps sums in float16 too, "scale" is a factor; "unlike any" is none of these, with what its errors
+are as large as: those of sums that are rounded in another order, say. It also lists what the whole network would be off
+by in each of them, which takes about fifteen times as long as the rest.
 
 --double-benchmark is Huawei's: a CPU in float64 is the truth, and the device's errors may be at most twice those of the
 reference in float32 (RMSE, mean relative error, share of small values that are off), ten times the largest one.
