@@ -277,6 +277,9 @@ def test_what_cannot_be_had_is_said(config, tmp_path, capsys, arguments, said) -
 @pytest.mark.parametrize("arguments", [
     ["--device", "gpu"],
     ["--device", "npu:1", "--reference", "npu:0", "--hf32", "on"],
+    ["--device", "npu:1", "--reference", "npu:0", "--ladder"],
+    ["--device", "cpu", "--reference", "cuda:0", "--double-benchmark"],
+    ["--device", "cpu", "--initial-weights", "0"],
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_refused(config, arguments) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -40,7 +40,7 @@ class Likeness:
 
     def add(self, reference: Tensor, device: Tensor, emulated: Mapping[str, Tensor]) -> None:
         """Take in a tensor of the reference, the device, and each arithmetic."""
-        found, right = device.detach().float().cpu(), reference.detach().cpu()
+        found, right = device.detach().float().cpu(), reference.detach()
         finite = torch.isfinite(found)
         found, right = torch.where(finite, found, 0.0), torch.where(finite, right, 0.0)
         error = found - right
@@ -50,7 +50,7 @@ class Likeness:
         self._right_right += _square(right)
         self._right_error += float(right.double().flatten() @ error.double().flatten())
         for name, tensor in emulated.items():
-            values = torch.where(finite, tensor.detach().cpu().nan_to_num(HUGE, HUGE, -HUGE), 0.0)
+            values = torch.where(finite, tensor.detach().nan_to_num(HUGE, HUGE, -HUGE), 0.0)
             self._unexplained[name] += _square(found - values)
             self._sizes[name] += _square(values - right)
 

@@ -125,4 +125,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     kinds = {name.partition(":")[0] for name in (arguments.reference, arguments.device)}
     if arguments.hf32 == "on" and kinds in ({"npu"}, {"cuda"}):
         parser.error("--hf32 on: is one switch for all devices of a process; the reference must be of another kind")
+    if (arguments.ladder or arguments.double_benchmark) and not arguments.reference.startswith("cpu"):
+        parser.error("--ladder and --double-benchmark: need a CPU as the reference, which emulates and has float64")
     return arguments

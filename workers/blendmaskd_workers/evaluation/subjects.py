@@ -9,7 +9,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -172,8 +172,7 @@ def _double_benchmark(
     reference: Subject, prepared: Prepared, right: Mapping[str, Tensor], found: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
     """A row for each tensor; the truth is what the CPU computes in float64."""
-    host = Subject("cpu", Device(torch.device("cpu")), copy.deepcopy(reference.model).cpu().double())
-    _, truth = observe(host, prepared)
+    _, truth = observe(replace(reference, model=copy.deepcopy(reference.model).double()), prepared)
     return [{"name": name, **double_benchmark.compare(truth[name], right[name], found[name])} for name in right]
 
 
