@@ -66,7 +66,7 @@ def _main(arguments: argparse.Namespace) -> int:
         photographs = [_read(path) for path in arguments.images]
         config = load_config(arguments.config)
         reference = subjects.load(config, weights, arguments.reference)
-        device = subjects.load(config, weights, arguments.device, arguments.hf32 == "on", arguments.dtype)
+        device = subjects.load(config, weights, arguments.device, subjects.HF32[arguments.hf32], arguments.dtype)
     except (ConfigError, SubjectError, OSError, ImageError) as error:
         raise UsageError(str(error)) from None
     scenes = subjects.scenes_of([path.name for path in arguments.images], photographs, arguments.seed)

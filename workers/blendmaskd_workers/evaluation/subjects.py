@@ -18,7 +18,7 @@ from torch import Tensor
 from blendmaskd.images.decoding import Pixels
 from blendmaskd_workers import blendmask, devices
 from blendmaskd_workers.blendmask import BlendMask, Config, Instances, Prepared
-from blendmaskd_workers.devices import Device, DeviceError
+from blendmaskd_workers.devices import Device, DeviceError, Precision
 from blendmaskd_workers.evaluation import comparison, double_benchmark, ladder, scenes
 from blendmaskd_workers.evaluation.arithmetic import LADDER, Emulated
 from blendmaskd_workers.evaluation.comparison import BAR, Difference
@@ -27,6 +27,7 @@ from blendmaskd_workers.evaluation.scenes import Scene
 from blendmaskd_workers.training.initial import initialise
 from blendmaskd_workers.training.losses import losses
 
+HF32: Mapping[str, Precision] = {"off": "fp32", "on": "hf32"}  # the program's switch, and what a device is opened for
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # that autocast computes in; fp32 needs none
 FIRST_LEVEL = 3  # p3
 PRIOR = 0.01  # of each class at each location before training: AdelaiDet's default of MODEL.FCOS.PRIOR_PROB
@@ -78,7 +79,7 @@ class Depth:
 
 
 def load(
-    config: Config, weights: Weights, name: str, hf32: bool = False, dtype: str = "fp32"
+    config: Config, weights: Weights, name: str, precision: Precision = "fp32", dtype: str = "fp32"
 ) -> Subject:
     """The network on the device `name`. Raises `SubjectError`."""
     if isinstance(weights, Initial):
@@ -91,7 +92,7 @@ def load(
             blendmask.load_into(model, blendmask.random_weights(model, weights))
         else:
             blendmask.load_weights(model, weights)
-        device = devices.open_device("cpu" if name.startswith("cpu") else name, "hf32" if hf32 else "fp32")
+        device = devices.open_device("cpu" if name.startswith("cpu") else name, precision)
     except (blendmask.WeightsError, DeviceError) as error:
         raise SubjectError(f"{name}: {error}") from error
     return Subject(name, device, model.to(device.torch_device), dtype)
