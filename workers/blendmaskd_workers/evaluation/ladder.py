@@ -76,16 +76,18 @@ class Likeness:
         nearest = max(explained, key=lambda name: explained[name])
         return nearest if explained[nearest] >= ALIKE else UNLIKE
 
-    def size(self) -> str | None:
-        """The arithmetic whose errors are as large; None where there are none."""
-        sizes = {name: size for name, size in self._sizes.items() if size and self._errors}
-        return min(sizes, key=lambda name: abs(math.log(sizes[name] / self._errors)), default=None)
+    def size(self) -> str:
+        """The arithmetic whose errors are as large."""
+        sizes = {name: size for name, size in self._sizes.items() if size}
+        if self.name() == FP32 or not self._errors or not sizes:
+            return FP32
+        return min(sizes, key=lambda name: abs(math.log(sizes[name] / self._errors)))
 
     def figures(self) -> dict[str, Any]:
         """``nearest``, the percentage of the squared errors that it explains, what is as large, and the factor."""
-        name, size = self.name(), self.size()
+        name = self.name()
         explained = 100 * self.explained().get(name, 0.0)
-        return {"nearest": name, "explained_percent": explained, "size": size or FP32, "factor": self.factor}
+        return {"nearest": name, "explained_percent": explained, "size": self.size(), "factor": self.factor}
 
 
 def _square(tensor: Tensor) -> float:
