@@ -10,7 +10,10 @@ import sys
 
 from blendmaskd import output
 
-EXTRAS = {"torch_npu": "npu", "matplotlib": "plots", "ray": "ray", "pyarrow": "ray", "starlette": "ray"}  # else serve
+EXTRAS = {
+    "torch_npu": "npu", "matplotlib": "plots", "onnx": "onnx", "onnxruntime": "onnx", "ray": "ray", "pyarrow": "ray",
+    "starlette": "ray",
+}  # fmt: skip  # else serve
 EXIT_LACKING = 2  # as for wrong arguments
 
 
