@@ -66,7 +66,7 @@ print(json.dumps({
     "arithmetic": device.arithmetic(),
     "actual": msgspec.to_builtins(actual),
     "threads": process.thread_masks(),
-    "differences": differences(told.wanted, actual),
+    "differences": differences(told.wanted, actual, ()),
 }))
 """
 
