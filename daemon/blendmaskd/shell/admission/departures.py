@@ -51,7 +51,7 @@ class Departures:
         return self._descriptors.get(client)
 
     def ended(self, descriptor: int, *, local: bool) -> None:
-        """A connection has ended. What ends local ones and what ends remote ones is told in no order between the two."""
+        """A connection has ended. Ends of local and of remote ones are told in no order among each other."""
         last = self._heard.get(descriptor)
         if last is None or last.client.startswith(FROM_AFAR) is local:  # taken anew, by a client of the other kind
             return
