@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Write docs/settings.md from the settings themselves: `python scripts/settings_reference.py`; a test compares them."""
 import ast
+import itertools
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,8 +59,14 @@ def _rows(classes, section, lines, defaults, prefix):
         if kind in classes:
             yield from _rows(classes, classes[kind], lines, defaults[name], f"{prefix}{name}.")
         else:
-            comment = lines[field.end_lineno - 1].partition("  # ")[2] or lines[field.lineno - 2].strip(" #")
+            comment = lines[field.end_lineno - 1].partition("  # ")[2] or _above(lines[: field.lineno - 1])
             yield f"| `{prefix}{name}` | `{_text(defaults[name])}` | {comment.replace('|', '/')} |"
+
+
+def _above(lines):
+    """The comment that these lines end with, all of it."""
+    comment = list(itertools.takewhile(lambda line: line.strip().startswith("#"), reversed(lines)))
+    return " ".join(line.strip(" #") for line in reversed(comment))
 
 
 def _text(value):

@@ -9,6 +9,7 @@
  */
 #define _GNU_SOURCE
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -68,6 +69,17 @@ int aclrtReserveMemAddress(void **memory, size_t size, size_t alignment, void *w
     return *memory == MAP_FAILED;
 }
 
+/* Operators that are compiled, and how: said on stderr. */
+char precision[64]; /* one for all of the libraries that are made of this file */
+int aclSetCompileopt(int option, const char *value) {
+    if (option == 0) snprintf(precision, sizeof precision, "%s", value); /* ACL_PRECISION_MODE */
+    return 0;
+}
+int aclopCompileAndExecute(const char *name) {
+    fprintf(stderr, "STUB aclop %s %s\n", name, precision);
+    return 0;
+}
+
 /* Succeed and do nothing. */
 NOTHING(MsprofGetHashId)
 NOTHING(MsprofRegisterCallback)
@@ -87,7 +99,6 @@ NOTHING(aclGetTensorDescFormat)
 NOTHING(aclGetTensorDescNumDims)
 NOTHING(aclGetTensorDescType)
 NOTHING(aclInit)
-NOTHING(aclSetCompileopt)
 NOTHING(aclSetTensorDescName)
 NOTHING(aclSetTensorFormat)
 NOTHING(aclSetTensorPlaceMent)
@@ -95,7 +106,6 @@ NOTHING(aclSetTensorShape)
 NOTHING(aclmdlFinalizeDump)
 NOTHING(aclmdlInitDump)
 NOTHING(aclmdlSetDump)
-NOTHING(aclopCompileAndExecute)
 NOTHING(aclopCreateAttr)
 NOTHING(aclopDestroyAttr)
 NOTHING(aclopSetAttrBool)

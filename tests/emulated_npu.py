@@ -11,8 +11,10 @@ depends on data. Non-blocking copies complete late: only when somebody waits for
 recorded after them. Till then what they write holds NaN, of bytes `UNARRIVED` (but for uploads in the default stream,
 which order the device's own work), and what they read must not change: that is looked at when they complete. An event
 says once that it has not passed before it does. A graph replays the operators that ran while it was recorded, into the
-same tensors. Not emulated: speed, memory (figures are 0), storage aliases between host and device, operators that
-change a tensor's own shape in place, streams otherwise. Once installed in a process it stays.
+same tensors; as in torch_npu, none is recorded at level 2 of the task queue, nor with internal formats. EMULATED_CHIP
+names the chip: one without float32 rounds the values of topk to float16, and refuses to divide int64, which the real
+one does on a CPU of its own. Not emulated: speed, memory (figures are 0), storage aliases between host and device,
+operators that change a tensor's own shape in place, streams otherwise. Once installed in a process it stays.
 """
 from __future__ import annotations
 
@@ -27,6 +29,8 @@ from typing import Any
 import torch
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from blendmaskd import ascend
 
 PHYSICAL_DEVICES = 2
 MEMORY_BYTES = 32 << 30
@@ -47,6 +51,7 @@ _FACTORIES = [
 _LOWER_PRECISION = ["conv2d", "convolution", "linear", "matmul", "bmm", "addmm", "mm"]
 _COPIES = {aten.copy_.default, aten._to_copy.default, aten._copy_from.default}
 _HOST_INDICES = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}  # indices may be on the host
+_DIVISIONS = {aten.div, aten.floor_divide, aten.remainder, aten.fmod}
 _DATA_DEPENDENT = {
     aten._local_scalar_dense.default,
     aten.nonzero.default,
@@ -154,12 +159,27 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     twin_args, twin_kwargs = tree_unflatten([_to_twin(item) for item in flat], spec)
     if func is aten.copy_.default and isinstance(flat[0], NpuTensor) != isinstance(flat[1], NpuTensor):
         return _copy_from(flat[1], flat[0], len(flat) > 2 and flat[2])
-    result = func(*twin_args, **twin_kwargs)
+    result = _compute(func, twin_args, twin_kwargs)
     index = _result_index(func, flat, kwargs, device)
     if recording := getattr(_current, "graph", None):
         recording.record(func, twin_args, twin_kwargs, result)
 
     return result if index is None else tree_map_only(torch.Tensor, lambda twin: _wrap(twin, index), result)
+
+
+def _compute(func: Any, args: Any, kwargs: Any) -> Any:
+    if ascend.multiplies_float32(_chip()):
+        return func(*args, **kwargs)
+    if func.overloadpacket in _DIVISIONS and args[0].dtype == torch.int64:
+        raise RuntimeError(f"{func.name()} of int64 runs on the AI CPU of this chip")
+    if func is aten.topk.default:
+        values, indices = func(args[0].half(), *args[1:], **kwargs)
+        return values.to(args[0].dtype), indices
+    return func(*args, **kwargs)
+
+
+def _chip() -> str:
+    return os.environ.get("EMULATED_CHIP", "Ascend910")
 
 
 def _common_device(func: Any, flat: list[Any]) -> torch.device | None:
@@ -382,7 +402,7 @@ class Graph:
 
     def replay(self) -> None:
         for func, args, kwargs, result in self.calls:
-            again = func(*args, **kwargs)
+            again = _compute(func, args, kwargs)
             for old, new in zip(tree_flatten(result)[0], tree_flatten(again)[0], strict=True):
                 old.copy_(new)
 
@@ -394,6 +414,10 @@ class Recording:
         self.graph = graph
 
     def __enter__(self) -> None:
+        if torch.npu.get_task_queue_enable() == 2:
+            raise RuntimeError("Do not support TASK_QUEUE_ENABLE = 2 during NPU graph capture")
+        if torch.npu.config.allow_internal_format:
+            raise RuntimeError("please try to set torch.npu.config.allow_internal_format = False")
         _current.graph = self.graph
 
     def __exit__(self, *_: Any) -> None:
@@ -421,7 +445,7 @@ def _api() -> types.ModuleType:
         _current.index = _index(device)
 
     def get_device_name(device: Any = None) -> str:
-        return f"Ascend910-emulated physical {physical_devices()[_index(device)]}"
+        return f"{_chip()}-emulated physical {physical_devices()[_index(device)]}"
 
     api = types.ModuleType("torch.npu")
     api.__dict__.update(
@@ -452,8 +476,10 @@ def _api() -> types.ModuleType:
         set_compile_mode=lambda jit_compile=False: options.update(jit_compile=jit_compile),
         set_option=options.update,
         get_task_queue_enable=lambda: options["TASK_QUEUE_ENABLE"],
+        set_task_queue_enable=lambda level: options.update(TASK_QUEUE_ENABLE=level),
         conv=types.SimpleNamespace(allow_hf32=True),
         matmul=types.SimpleNamespace(allow_hf32=False),
+        config=types.SimpleNamespace(allow_internal_format=True),
         get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16, torch.float32],
     )
     return api

@@ -28,9 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED_TO_ESCAPE = 1
 TIMEOUT_S = 300
 CORE = "daemon/blendmaskd/core"
-BLAME, BROKER, JOBS, LEASES, REFUSALS, RELOAD, STATS, SUPERVISOR, SUSPECTS, TURNS = (
+BLAME, BROKER, HEALTH, JOBS, LEASES, REFUSALS, RELOAD, STATS, SUPERVISOR, SUSPECTS, TURNS = (
     f"{CORE}/{name}.py"
-    for name in ("blame", "broker", "jobs", "leases", "refusals", "reload", "stats", "supervisor", "suspects", "turns")
+    for name in (
+        "blame", "broker", "health", "jobs", "leases", "refusals", "reload", "stats", "supervisor", "suspects", "turns",
+    )
 )
 PROTOCOL = "daemon/blendmaskd/protocol.py"
 BATCHING = "workers/blendmaskd_workers/batching.py"
@@ -42,6 +44,7 @@ CORE_TESTS = {
     SUSPECTS: ["test_suspects.py", *BROKER_TESTS],
     PROTOCOL: ["test_protocol.py", "test_daemon_machine.py"],
     SUPERVISOR: ["test_supervisor.py", "test_daemon_machine.py"],
+    HEALTH: ["test_supervisor.py"],
     RELOAD: ["test_reload.py", "test_daemon_machine.py"],
     STATS: ["test_stats.py"],
     BATCHING: ["../workers/test_batching.py"],
@@ -206,7 +209,7 @@ BUGS = [
     Bug(RELOAD, "MOVING", swap("(State.STARTING, State.STOPPING, State.BACKOFF)",
         "(State.STARTING, State.STOPPING, State.BACKOFF, State.FAILED)"),
         "a reload stops half-way when a worker dies meanwhile"),
-    Bug(SUPERVISOR, "Supervisor._stop", swap("signal.SIGABRT", "None"),
+    Bug(SUPERVISOR, "Supervisor._ask", swap("signal.SIGABRT", "None"),
         "the loop crashes on a worker that does not stop"),
     Bug(SUPERVISOR, "Supervisor._harder", swap("signal.SIGKILL", "signal.SIGABRT"),
         "a stopped worker is aborted for ever and never killed"),
@@ -257,6 +260,14 @@ BUGS = [
     Bug(FLIGHT, "Flight.collect", never("len"), "an image without an output never gets an answer"),
     Bug(LOOP, "Loop._finish", swap("(Exception, SystemExit)", "Exception"),
         "a library that wants to exit ends a host's thread, and a lease never ends"),
+    Bug(HEALTH, "Health.read", swap("reading.ill", "reading.health != 'OK'"), "a warning of a card ends its service"),
+    Bug(HEALTH, "Health.follow", swap("READINGS", "1"), "one wrong reading ends a card's service"),
+    Bug(HEALTH, "Health.follow", without("_others_serve"), "a wrong alarm of all cards ends the service"),
+    Bug(HEALTH, "Health.follow", swap("up.forlorn or not self._ill.get(slot.name, 0)",
+                                      "not self._ill.get(slot.name, 0)"),
+        "nothing serves although an ill card could"),
+    Bug(SUPERVISOR, "Supervisor.exited", never("resting"), "the worker of an ill card is started again"),
+    Bug(LOOP, "Loop._try_alone", never("_lost"), "images are answered for a fault of their device"),
     Bug(JOBS, "Waiting.next", drop("level.move_to_end"), "a user with many clients is served alone: the others starve"),
 ]  # fmt: skip
 

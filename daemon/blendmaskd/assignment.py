@@ -16,6 +16,7 @@ from blendmaskd.wanted import Wanted
 ASSIGNMENT = "BLENDMASKD_ASSIGNMENT"
 EXIT_CANNOT_BOOT = 78  # sysexits' EX_CONFIG: starting again cannot help
 EXIT_OVERTIME = 65  # sysexits' EX_DATAERR: an image took more of a CPU than `limits.max_decode_s`
+EXIT_DEVICE_BROKEN = 69  # sysexits' EX_UNAVAILABLE: a fault that no new process mends, by the runtime's error code
 EXIT_HOST_LACKS = 75  # sysexits' EX_TEMPFAIL: a file, a CPU, a process that the host may have again later
 
 

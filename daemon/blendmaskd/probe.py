@@ -2,6 +2,8 @@
 JSON in a line of its own, and `blendmaskd check` reads it among whatever libraries print, as CANN's may."""
 from __future__ import annotations
 
+import contextlib
+import json
 from enum import StrEnum
 
 import msgspec
@@ -39,7 +41,10 @@ def in_a_line(probe: Probe) -> str:
 
 def among(printed: str) -> Probe:
     """What was found, by all that such a process printed."""
-    lines = [line.removeprefix(MARK) for line in printed.splitlines() if line.startswith(MARK)]
-    if not lines:
-        return Probe(error=f"the process that tried it did not say what it found, but {printed.strip()[-200:]!r}")
-    return msgspec.json.decode(lines[-1], type=Probe)
+    for line in reversed(printed.splitlines()):
+        _, marked, text = line.rpartition(MARK)
+        with contextlib.suppress(ValueError):
+            if marked:
+                told, _ = json.JSONDecoder().raw_decode(text)  # something else may have been printed right behind it
+                return msgspec.convert(told, Probe)
+    return Probe(error=f"the process that tried it did not say what it found, but {printed.strip()[-200:]!r}")

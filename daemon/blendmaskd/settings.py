@@ -51,8 +51,9 @@ class Model(_Section, frozen=True):
     # an AdelaiDet checkpoint: {"model": state_dict}, or the state dict alone; for the engine onnx the folder that
     # `scripts/export_onnx.py` wrote
     weights: str | None = None
-    # hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs that measure faster in it, else fp32; fp16: not on CPUs
-    precision: Literal["fp32", "hf32", "bf16", "fp16", "auto"] = "fp32"
+    # hf32: HF32 on NPUs, TF32 on CUDA; native: what the device does by itself; auto: bf16 on CPUs that measure faster
+    # in it, native on NPUs without float32 (910A, 310P), which refuse fp32, hf32 and bf16; else fp32; fp16: not on CPUs
+    precision: Literal["fp32", "hf32", "bf16", "fp16", "native", "auto"] = "fp32"
     # true: AdelaiDet's order of operations, image by image; slower. false: the same except for rounding
     exact: bool = False
     # exact: Pillow's resizing, as detectron2's; fast: torch's, inexact: up to 0.4% of values are off by one
@@ -126,7 +127,7 @@ class Runtime(_Section, frozen=True):
 
     # CPUs per device, {"npu:0": "0-15"}; auto: those near the device, or else an even split
     cpus: Literal["auto"] | dict[str, str] = "auto"
-    task_queue: Literal[0, 1, 2] = 2  # torch_npu's TASK_QUEUE_ENABLE
+    task_queue: Literal[0, 1, 2] = 2  # torch_npu's TASK_QUEUE_ENABLE; at most 1 with `model.graphs`
     # torch_npu's CPU_AFFINITY_CONF; its ranges refer to slots (2,npu1:8-15); a mode alone uses the slot's CPUs
     cpu_affinity_conf: str | None = None
     preload: str = "auto"  # tcmalloc: auto (if installed), required, off, or the path of another allocator
@@ -208,6 +209,8 @@ class Settings(_Section, frozen=True):
     deadline_s: Positive = 60.0  # default deadline of a job
     drain_s: Positive = 30.0  # time allowed for accepted jobs to finish after SIGTERM
     window_s: Positive = 10.0  # window over which FPS are averaged
+    # how often npu-smi is asked for the health of NPUs; a slot whose card is in Alarm or Critical rests; 0: never
+    npu_health_s: NotNegative = 10.0
     log: Log = Log()
     # show the last image and its results on the status page, to anyone who can open it
     show_last_image: bool = False
@@ -380,8 +383,8 @@ def _check(settings: Settings) -> None:
 def _check_model(settings: Settings) -> None:
     """What an engine or a device would otherwise refuse only after a reload has begun."""
     precision, graphs = settings.model.precision, settings.model.graphs
-    if settings.engine == "adelaidet" and precision not in ("fp32", "hf32"):
-        raise SettingsError(f"model.precision = {precision!r}: the engine adelaidet computes in fp32 or hf32")
+    if settings.engine == "adelaidet" and precision not in ("fp32", "hf32", "native"):
+        raise SettingsError(f"model.precision = {precision!r}: the engine adelaidet computes in fp32, hf32 or native")
     if settings.engine == "adelaidet" and settings.model.resize == "fast":
         raise SettingsError("model.resize = 'fast': the engine adelaidet resizes as detectron2 does, which is exact")
     if settings.engine == "adelaidet" and graphs:

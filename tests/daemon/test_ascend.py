@@ -27,14 +27,15 @@ def sample(name: str) -> str:
 @pytest.mark.parametrize(
     ("name", "cards"),
     [
-        ("info_910B3_8npu", {(npu, 0): Card("910B3", "OK") for npu in range(8)}),
-        ("info_910A_8npu_procs", {(npu, 0): Card("xxx", "OK") for npu in range(8)}),
-        ("info_A3_Ascend910_dualdie_excerpt", {(0, chip): Card("Ascend910", "OK") for chip in (0, 1)}),
-        ("info_A3_Ascend910_dualdie_v25_excerpt", {(0, chip): Card("Ascend910", "OK") for chip in (0, 1)}),
+        ("info_910B3_8npu", {(n, 0): Card("910B3", "OK", t) for n, t in enumerate([43, 39, 40, 40, 45, 44, 45, 44])}),
+        ("info_910A_8npu_procs",
+         {(n, 0): Card("xxx", "OK", t) for n, t in enumerate([44, 39, 36, 44, 40, 36, 37, 42])}),
+        ("info_A3_Ascend910_dualdie_excerpt", {(0, chip): Card("Ascend910", "OK", 34) for chip in (0, 1)}),
+        ("info_A3_Ascend910_dualdie_v25_excerpt", {(0, chip): Card("Ascend910", "OK", 36) for chip in (0, 1)}),
         ("info_m_910A", {}),
     ],
 )
-def test_npu_smi_tells_name_and_health(name: str, cards: dict[ascend.Chip, Card]) -> None:
+def test_npu_smi_tells_name_health_and_temperature(name: str, cards: dict[ascend.Chip, Card]) -> None:
     assert ascend.parse_npu_cards(sample(name)) == cards
 
 
@@ -42,6 +43,46 @@ def test_a_sick_card_is_told_apart() -> None:
     row = "| 1     910B3               | "
     cards = ascend.parse_npu_cards(sample("info_910B3_8npu").replace(f"{row}OK ", f"{row}Alarm "))
     assert [chip for chip, card in cards.items() if card.health == "Alarm"] == [(1, 0)]
+
+
+def test_npu_smi_tells_errors_of_memory() -> None:
+    sound = sample("ecc_910")
+    assert ascend.parse_npu_memory_errors(sound, 1) == {(1, 0): (0, 0)}
+    counted = sound.replace("HBM Single Bit Error Count               : 0", "HBM Single Bit Error Count : 12")
+    counted = counted.replace("DDR Double Bit Error Count               : 0", "DDR Double Bit Error Count : 2")
+    assert ascend.parse_npu_memory_errors(counted, 1) == {(1, 0): (12, 2)}
+    two = counted + sound.replace("Chip ID                                  : 0", "Chip ID : 1")
+    assert ascend.parse_npu_memory_errors(two, 4) == {(4, 0): (12, 2), (4, 1): (0, 0)}
+    of_one = counted.partition("Chip ID")[0]  # as newer ones print it for a card with one chip
+    assert ascend.parse_npu_memory_errors(of_one, 1) == {(1, 0): (12, 2)}
+    for text in ("", "This device does not support querying ecc.\n", sample("health_ok_910A"), "\tChip ID : 0\n"):
+        assert ascend.parse_npu_memory_errors(text, 0) == {}
+
+
+def test_npu_smi_tells_what_is_not_well() -> None:
+    sound = sample("health_ok_910A")
+    assert ascend.parse_npu_error(sound) == ascend.parse_npu_error("") == ""
+    ill = sound.replace("Error Code                     : NA", "Error Code : 0x80E01801")
+    assert ascend.parse_npu_error(ill.replace(": NA", ": HBM multi-bit ECC")) == "0x80E01801, HBM multi-bit ECC"
+
+
+def test_chips_go_by_npu_smis_map_or_by_their_order() -> None:
+    cards = {(4, 0): None, (1, 0): None}
+    assert ascend.chips_by_logic_id({0: (4, 0)}, cards) == {"0": (4, 0)}
+    assert ascend.chips_by_logic_id({}, cards) == {"0": (1, 0), "1": (4, 0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("NPUStream.cpp:1 NPU function error: AclrtSynchronizeStreamWithTimeout, error code is 507014", 507014),
+        ("NPU function error: HBM MULTI BIT ECC ERROR.reason, error code is 507054[ERROR] 2026", 507054),
+        ("aclrtSetDevice failed, error code:507033", 507033),
+        ("error code is 207001", None), ("error code is 161002", None), ("took 507014 us", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_fault_of_the_device_is_told_from_other_errors(text: str, code: int | None) -> None:
+    assert ascend.fault_code(text) == code
 
 
 def test_npu_smi_tells_who_uses_a_card() -> None:
@@ -85,8 +126,8 @@ def test_versions_have_an_order() -> None:
     assert ascend.order("not known") == ()
 
 
-def test_a_release_of_torch_npu_has_its_cann() -> None:
-    assert ascend.cann_for("2.9.0.post2") == "9.0.0"
-    assert ascend.cann_for("2.9.0") == "8.5.0"
-    assert ascend.cann_for("2.6.0+git1234") == "8.2.RC1"
-    assert ascend.cann_for("2.13.0") == ""
+def test_a_release_of_torch_npu_has_its_range_of_cann() -> None:
+    for release in ("2.9.0", "2.9.0.post2", "2.12.0+gitabc"):  # made for 8.5.0, 9.0.0 and 9.1.0
+        assert ascend.cann_for(release) == ("8.5.0", "9.1.0")
+    assert ascend.cann_for("2.8.0") == ("8.3.RC1", "8.3.RC1")
+    assert [ascend.cann_for(release) for release in ("2.13.0", "2.9.0.post9", "")] == [None] * 3

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from blendmaskd.check import trials
 from checkout import ROOT, SOURCES
 
 SAMPLES = ROOT / "tests" / "data" / "npu-smi"
@@ -214,6 +215,64 @@ def test_an_npu_host_without_cann_and_card_says_what_is_missing(check: Check, np
     assert ("error", "npu:9: npu-smi lists 8 devices, not this one") in told(report, "device")
     assert any("missing: " in text and "/dev/davinci9" in text for _, text in told(report, "permissions"))
     assert any("ASCEND_HOME_PATH is not set" in text for _, text in told(report, "versions"))
+
+
+TRICKS = """
+import os, runpy, subprocess, threading
+from blendmaskd.probe import MARK
+
+def chatter():
+    while True:
+        os.write(1, b"[INFO] RUNTIME(1,python): no end of line")
+        os.write(2, b"[INFO] said on stderr\\n")
+
+os.write(1, b"Warning: ASCEND_HOME_PATH environment variable is not set.\\n")  # torch_npu's own words, on stdout
+os.write(1, b"\\xff\\xfe\\0\\x1b[31m" + b"x" * 3_000_000 + b"\\n")
+os.write(1, MARK.encode() + b'{"name": \\n' + MARK.encode() + b"[1]\\n" + MARK.encode())
+threading.Thread(target=chatter, daemon=True).start()
+subprocess.Popen(["sleep", "20"])  # as CANN's compiler leaves processes behind, with the same stdout
+runpy.run_path(os.environ["EMULATION"])
+"""
+
+
+@pytest.mark.slow
+def test_whatever_is_printed_the_device_s_answer_is_found(check: Check, npu_smi: Any, tmp_path: Path) -> None:
+    (tmp_path / "tricks").mkdir()
+    (tmp_path / "tricks" / "sitecustomize.py").write_text(TRICKS)
+    variables = {"PYTHONPATH": f"{tmp_path / 'tricks'}:{SOURCES}", "PYTHONUNBUFFERED": "1",
+                 "EMULATION": str(ROOT / "tests" / "emulated" / "sitecustomize.py")}  # fmt: skip
+    report = check(npu_smi({}), engine="native", model=DEMO, devices=["npu:0"], worker_env=variables)
+    assert any(level == "ok" or "npu-smi does not answer" in text for level, text in told(report, "device"))
+    assert not [line for line in told(report, "device") if line[0] == "error"]
+
+
+LOADING = """Traceback (most recent call last):
+  File "/p.py", line 1, in <module>
+    import torch, torch_npu
+  File "/torch_npu/_init/registry/registry_manager.py", line 23, in _cann_package_check
+    raise Exception(f"ASCEND_HOME_PATH : {ascend_home_path} does not exist. "
+Exception: ASCEND_HOME_PATH : /nowhere does not exist. Please run 'source set_env.sh'.
+[ERROR] 2026-11-29-02:30:23 (PID:9776, Device:-1, RankID:-1) ERR00008 PTA resource not found"""
+
+
+SAID = {
+    "Exception: ASCEND_HOME_PATH : /nowhere does not exist. Please run 'source set_env.sh'.": LOADING,
+    "model.weights is not set":
+        "/x.py:3: UserWarning: old\n  warnings.warn()\n[W1129 x.cpp:1] hm\nmodel.weights is not set\n",
+    "RuntimeError: a": "RuntimeError: a[ERROR] 2026-11-29 (PID:1) ERR00100 PTA call acl api failed\n[INFO] later\n",
+    "ValueError: the second": LOADING.replace("[ERROR]", "\nTraceback (most recent call last):\n  File\n"
+                                              "ValueError: the second\n[ERROR]"),
+    "Fatal Python error: Aborted": "Fatal Python error: Aborted\n\nCurrent thread 0x1\n  File a\n",
+    "[INFO] logs": "[INFO] only\n[INFO] logs\n",
+    "it printed nothing": "\n \n",
+    "bad [31m    end": "bad\x1b[31m\0 \udcff end\n",
+    "x" * 400: "x" * 9999,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "stderr"), SAID.items())
+def test_the_line_that_says_why_is_shown(said: str, stderr: str) -> None:
+    assert trials.what_it_said(stderr) == said
 
 
 def test_what_a_launch_plan_warns_of_is_told_once(check: Check, npu_smi: Any) -> None:

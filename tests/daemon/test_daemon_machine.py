@@ -34,6 +34,7 @@ from blendmaskd.core import reload as reload_module
 from blendmaskd.core import supervisor as supervisor_module
 from blendmaskd.core.actions import Acquit, Answered, Evict, SendWorker
 from blendmaskd.core.broker import Broker
+from blendmaskd.core.health import Health, Reading
 from blendmaskd.core.launch_plan import Basis, Preload
 from blendmaskd.core.refusals import Limits
 from blendmaskd.core.reload import Adopt, GiveUp, Ready, Reload, StopCheck
@@ -115,6 +116,7 @@ class DaemonMachine(RuleBasedStateMachine):
         self.died_with: Counter[bytes] = Counter()  # workers that died of whatever, by images that they held
         self.gone: set[str] = set()  # devices on which nothing can start
         self.reload = Reload(self.supervisor, basis(DEVICES, bootable=True))
+        self.health = Health(self.supervisor)
         self.reported = False  # as ready
         self.checking = False  # a process tries the reload's candidate
         self.served_before = False  # one of the wanted devices, when the last reload came
@@ -159,7 +161,8 @@ class DaemonMachine(RuleBasedStateMachine):
                     process = Process(device, generation, self.bootable)
                     self.processes[process.name] = process
                 case supervisor_module.Stop(device, generation):
-                    assert self.supervisor.slots[device].ending or not self.moving(device), "two are taken down at once"
+                    slot = self.supervisor.slots[device]
+                    assert slot.ending or slot.resting or not self.moving(device), "two are taken down at once"
                     self.broker_does(self.broker.retire(f"{device}.{generation}"))
                 case Kill(device, generation, number):
                     name = f"{device}.{generation}"
@@ -184,7 +187,7 @@ class DaemonMachine(RuleBasedStateMachine):
         return self.reload.basis.settings.model.weights is None
 
     def moving(self, but: str) -> list[str]:
-        gone = (State.READY, State.FAILED, State.ENDED)
+        gone = (State.READY, State.FAILED, State.RESTING, State.ENDED)
         return [slot.name for slot in self.supervisor.slots.values() if slot.state not in gone and slot.name != but]
 
     def end(self, process: Process, code: int) -> None:
@@ -198,6 +201,7 @@ class DaemonMachine(RuleBasedStateMachine):
 
     def follow(self) -> None:
         """As `Server._keep_house`."""
+        self.supervisor_does(self.health.follow(self.now))
         self.supervisor_does(self.reload.follow(self.now))
         hopeless = self.supervisor.hopeless and not self.supervisor.draining
         if hopeless == self.told_available:
@@ -416,6 +420,10 @@ class DaemonMachine(RuleBasedStateMachine):
     @rule(device=st.sampled_from(DEVICES), gone=st.booleans())
     def device_gone(self, device: str, gone: bool) -> None:
         (self.gone.add if gone else self.gone.discard)(device)
+
+    @rule(device=st.sampled_from(DEVICES), health=st.sampled_from(["OK", "Alarm", "Alarm"]))
+    def npu_smi_says(self, device: str, health: str) -> None:
+        self.health.read({device: Reading(time=self.now, health=health)})
 
     @rule(seconds=st.sampled_from([0.5, 2.0, 9.0]))
     def wait(self, seconds: float) -> None:

@@ -41,6 +41,10 @@ def nodes(opened: bool = False, user: str = "alice", **facts: Any) -> list[Findi
     return devices.judge_nodes([NodeFacts(**{**sound, **facts})], opened, user)
 
 
+def kernels(*folders: str, chip: str = "Ascend910B3", cann_home: str = "/cann") -> list[Finding]:
+    return software.judge_kernels(VersionFacts(python="3.11.7", cann_home=cann_home, kernels=list(folders)), [chip])
+
+
 def versions(**facts: Any) -> list[Finding]:
     sound = {"python": "3.11.7", "torch": "2.9.0", "torch_npu": "2.9.0", "machine": "aarch64", "cann": "8.5.0",
              "cann_home": "/usr/local/Ascend/cann", "driver": "25.3.rc1", "firmware": "7.8.0.2.212",
@@ -127,8 +131,13 @@ FAULTS: list[Case] = [
     ("CANN untold", lambda: versions(cann=""), "warning", "does not contain the version",
      "ascend_toolkit_install.info"),
     ("old CANN", lambda: versions(cann="8.3.RC1"), "warning",
-     "torch_npu 2.9.0 was made for CANN 8.5.0; 8.3.RC1 is older", "matching"),
-    ("new CANN", lambda: versions(cann="9.0.0"), "warning", "9.0.0 is newer", "matching"),
+     "torch_npu 2.9.0 is known to work with CANN 8.5.0 to 9.1.0; 8.3.RC1 is older", "matching"),
+    ("new CANN", lambda: versions(cann="9.2.0"), "warning", "9.2.0 is newer", "matching"),
+    ("new CANN for an old torch_npu", lambda: versions(torch="2.6.0", torch_npu="2.6.0"), "warning",
+     "is known to work with CANN 8.2.RC1; 8.5.0 is newer", "matching"),
+    ("toolkit alone", lambda: kernels(), "warning", "no operators for Ascend910B3, none in", "ops package"),
+    ("another chip's ops", lambda: kernels("ascend910", "ascend310p"), "warning",
+     "no operators for Ascend910B3, only those of ascend910, ascend310p in", "ops package"),
     ("firmware", lambda: versions(firmware="6.4.12"), "warning",
      "driver 25.3.rc1 works with firmware 7.0.0 to 8.9.9; this is 6.4.12", "firmware"),
     ("required tcmalloc", lambda: allocator("required", complaint="runtime.preload = required: missing", dnf=True),
@@ -201,7 +210,10 @@ SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
     ("versions", versions,
      "Python 3.11.7, torch 2.9.0, torch_npu 2.9.0, CANN 8.5.0, driver 25.3.rc1, firmware 7.8.0.2.212"),
     ("a pair not in the table", lambda: versions(torch="2.13.0", torch_npu="2.13.0", cann="9.2.0"),
-     "Python 3.11.7, torch 2.13.0, torch_npu 2.13.0, CANN 9.2.0, driver 25.3.rc1, firmware 7.8.0.2.212"),
+     ("Python 3.11.7, torch 2.13.0, torch_npu 2.13.0, CANN 9.2.0, driver 25.3.rc1, firmware 7.8.0.2.212, "
+      "whether torch_npu 2.13.0 works with this CANN is not known here")),
+    ("within the range", lambda: versions(cann="9.1.0"),
+     "Python 3.11.7, torch 2.9.0, torch_npu 2.9.0, CANN 9.1.0, driver 25.3.rc1, firmware 7.8.0.2.212"),
     ("off", lambda: allocator("off", reason="runtime.preload is off"), "runtime.preload is off"),
     ("jemalloc", lambda: allocator(reason="LD_PRELOAD already names libjemalloc.so"),
      "LD_PRELOAD already names libjemalloc.so"),
@@ -290,3 +302,14 @@ def test_the_report_counts() -> None:
         "area": "endpoint", "level": "error", "remedy": "choose a port above 1023",
         "text": "endpoints.metrics: 127.0.0.1:9464: a port below 1024 needs privileges",
     }  # fmt: skip
+
+
+def test_operators_that_are_there_or_whose_chip_is_not_known_are_no_finding() -> None:
+    for chip, folder in {"Ascend910A": "ascend910", "Ascend910ProB": "ascend910", "Ascend910B": "ascend910",
+                         "Ascend910B4-1": "ascend910b", "910B3": "ascend910b", "Ascend910_9391": "ascend910_93",
+                         "Ascend310P3": "ascend310p", "310P3": "ascend310p"}.items():  # fmt: skip
+        assert kernels(folder, chip=chip) == []
+        assert kernels("ascend031", chip=chip) != []
+    for unknown in ("Ascend910", "Ascend950", "xxx", "", "Ascend910-emulated physical 0"):
+        assert kernels(chip=unknown) == []
+    assert kernels(cann_home="") == []

@@ -53,6 +53,7 @@ def test_an_npu_slot_sees_one_card_and_its_settings() -> None:
         "ASCEND_RT_VISIBLE_DEVICES": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "TASK_QUEUE_ENABLE": "1",
+        "ACL_DEVICE_SYNC_TIMEOUT": "45",
         "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         "OMP_NUM_THREADS": "3",
@@ -147,9 +148,29 @@ def test_caches_and_logs_go_where_the_unit_may_write() -> None:
     environment = make_plan(base=base).environment
     assert environment["ACL_OP_COMPILER_CACHE_DIR"] == "/var/lib/blendmaskd/atc_data"
     assert environment["ASCEND_PROCESS_LOG_PATH"] == "/var/log/blendmaskd/ascend"
-    environment = make_plan(base={**base, "ASCEND_PROCESS_LOG_PATH": "/mine"}).environment
-    assert environment["ASCEND_PROCESS_LOG_PATH"] == "/mine"
+    assert environment["ASCEND_WORK_PATH"] == "/var/lib/blendmaskd/work/npu1"
+    assert make_plan("npu:0", base=base).environment["ASCEND_WORK_PATH"] == "/var/lib/blendmaskd/work/npu0"
+    given = {"ASCEND_PROCESS_LOG_PATH": "/mine", "ASCEND_WORK_PATH": "/mine too"}
+    assert given.items() <= make_plan(base=base | given).environment.items()
     assert "ACL_OP_COMPILER_CACHE_DIR" not in make_plan().environment
+    assert make_plan(base={"HOME": "/home/a"}).environment["ASCEND_WORK_PATH"] == "/home/a/.cache/blendmaskd/work/npu1"
+    assert "ASCEND_WORK_PATH" not in make_plan("cpu:0", base=base).environment
+
+
+@pytest.mark.parametrize(("stall_s", "patience"), [(60, "45"), (10, "7"), (1.5, "1"), (1, None)])
+def test_a_stream_is_waited_for_less_long_than_a_stalled_worker(stall_s: float, patience: str | None) -> None:
+    environment = make_plan(restarts={"stall_s": stall_s}).environment
+    assert environment.get("ACL_DEVICE_SYNC_TIMEOUT") == patience
+    assert make_plan(base={"ACL_DEVICE_SYNC_TIMEOUT": "3"}).environment["ACL_DEVICE_SYNC_TIMEOUT"] == "3"
+
+
+def test_graphs_are_recorded_at_a_level_of_the_task_queue_that_allows_it() -> None:
+    levels = [
+        make_plan(model={"graphs": graphs}, runtime={"task_queue": level}).environment["TASK_QUEUE_ENABLE"]
+        for graphs in (False, True)
+        for level in (0, 1, 2)
+    ]
+    assert levels == ["0", "1", "2", "0", "1", "1"]
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])

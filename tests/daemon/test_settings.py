@@ -161,7 +161,7 @@ REFUSED = {
     ),
     "a precision that the engine has not": (
         {"engine": "adelaidet", "model": {"precision": "bf16"}},
-        "model.precision = 'bf16': the engine adelaidet computes in fp32 or hf32",
+        "model.precision = 'bf16': the engine adelaidet computes in fp32, hf32 or native",
     ),
     "graphs that the engine has not": (
         {"engine": "adelaidet", "model": {"graphs": True}},

@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_HOST_LACKS
+from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_DEVICE_BROKEN, EXIT_HOST_LACKS
+from blendmaskd.core.health import Health, Reading
 from blendmaskd.core.supervisor import Action, InvalidTransition, Kill, Spawn, State, Stop, Supervisor
 from blendmaskd.settings import Restarts
 
@@ -17,7 +18,7 @@ RESTARTS = Restarts(
 )
 DRAIN_S = 30.0
 A, B = "npu:0", "npu:1"
-CODES = [0, 1, -9, EXIT_CANNOT_BOOT, EXIT_HOST_LACKS]
+CODES = [0, 1, -9, EXIT_CANNOT_BOOT, EXIT_DEVICE_BROKEN, EXIT_HOST_LACKS]
 
 
 @pytest.fixture
@@ -294,6 +295,85 @@ def test_an_event_that_cannot_be_is_our_fault(up: Supervisor) -> None:
         up.exited(A, 7, "exited", 0, False, 0.0)
 
 
+# -- health -----------------------------------------------------------------------------------------------------------
+
+
+def says(health: Health, now: float, *said: str) -> list[Action]:
+    """npu-smi says this of A, reading by reading; what follows from all of it."""
+    actions = []
+    for word in said:
+        health.read({A: Reading(time=now, health=word)} if word else {})
+        actions += health.follow(now)
+    return actions
+
+
+@pytest.mark.parametrize(
+    ("said", "rests"),
+    [
+        (["Alarm", "Alarm"], True), (["Alarm", "Critical"], True), (["Alarm", "", "Alarm"], True),
+        (["Alarm"], False), (["Alarm", "", "", ""], False), (["Alarm", "OK", "Alarm"], False),
+        (["Alarm", "Warning", "Critical"], False), (["Warning"] * 9, False), (["", "", ""], False),
+    ],
+)  # fmt: skip
+def test_a_card_that_is_ill_twice_rests_its_slot(up: Supervisor, said: list[str], rests: bool) -> None:
+    assert says(Health(up), 1.0, *said) == ([Stop(A, 1)] if rests else [])
+    assert up.slots[B].state is State.READY
+    if rests:
+        assert die(up, A, 2.0, code=0) == []
+        assert (up.slots[A].state, up.slots[A].failures) == (State.RESTING, 0)
+        assert up.slots[A].reason.startswith("health ")
+
+
+def test_a_slot_comes_back_when_its_card_is_well_and_not_because_npu_smi_is_silent(up: Supervisor) -> None:
+    health = Health(up)
+    says(health, 1.0, "Alarm", "Alarm")
+    assert says(health, 1.5, "OK") == [], "it still finishes what it holds"
+    says(health, 1.6, "Alarm")
+    die(up, A, 2.0, code=0)
+    assert says(health, 3.0, "", "Critical", "") == []
+    assert says(health, 4.0, "Warning") == [Spawn(A, 2)]
+    assert up.slots[A].restarts == 0
+    up.check()
+
+
+def test_the_last_slot_that_serves_goes_on_and_rests_when_another_can(up: Supervisor) -> None:
+    health = Health(up)
+    die(up, B, 0.5)
+    assert says(health, 1.0, "Critical", "Critical", "Critical") == []
+    [spawn] = up.expire(1.1)
+    up.ready(B, spawn.generation, 2.0)
+    assert health.follow(2.0) == [Stop(A, 1)]
+
+
+def test_a_slot_that_rests_is_better_than_none(up: Supervisor) -> None:
+    health = Health(up)
+    says(health, 1.0, "Alarm", "Alarm")
+    die(up, A, 2.0, code=0)
+    die(up, B, 3.0)
+    assert health.follow(3.0) == [], "the other may be back soon"
+    die(up, up.expire(4.0)[0].slot, 4.0, code=EXIT_DEVICE_BROKEN)
+    assert up.slots[B].state is State.FAILED
+    assert health.follow(4.0) == [Spawn(A, 2)]
+
+
+def test_what_is_not_up_rests_at_once_and_what_is_drained_ends(up: Supervisor) -> None:
+    health = Health(up)
+    die(up, A, 1.0)
+    assert says(health, 1.1, "Alarm", "Alarm") == []
+    assert up.slots[A].state is State.RESTING
+    assert up.expire(1e6) == []
+    assert renew(up, [A, B], 2.0) == []
+    assert up.drain(3.0) == [Stop(B, 1)]
+    assert up.slots[A].state is State.ENDED
+    up.check()
+
+
+def test_a_device_that_needs_a_reset_is_given_up_at_once(up: Supervisor) -> None:
+    die(up, A, 1.0, code=EXIT_DEVICE_BROKEN)
+    assert up.slots[A].state is State.FAILED
+    assert up.next_deadline() == 1.0 + RESTARTS.retry_failed_s
+
+
 class SupervisorMachine(RuleBasedStateMachine):
     """Plays processes and time; at most one process per slot, generations only grow."""
 
@@ -304,7 +384,38 @@ class SupervisorMachine(RuleBasedStateMachine):
         self.latest: dict[str, int] = {}
         self.asked: set[str] = set()
         self.supervisor = Supervisor(devices, RESTARTS, DRAIN_S)
+        self.health = Health(self.supervisor)
+        self.said: dict[str, list[str]] = {}
         self.carry_out(self.supervisor.start(self.now))
+
+    @rule(slot=st.sampled_from([A, B, "npu:2"]), health=st.sampled_from(["OK", "Warning", "Alarm", "Critical"]))
+    def npu_smi_says(self, slot: str, health: str) -> None:
+        self.said.setdefault(slot, []).append(health)
+        self.health.read({slot: Reading(time=self.now, health=health)})
+
+    @rule()
+    def npu_smi_does_not_answer(self) -> None:
+        self.health.read({})
+
+    @rule()
+    def follow_health(self) -> None:
+        before = set(self.serving())
+        actions = self.health.follow(self.now)
+        assert len(actions) <= 1
+        for action in actions:
+            match action:
+                case Stop(slot) | Kill(slot):
+                    assert set(self.said[slot][-2:]) <= {"Alarm", "Critical"}
+                    assert len(self.said[slot]) > 1
+                    assert before - {slot}, "the last one that serves"
+                case Spawn(slot):
+                    assert self.said[slot][-1] in ("OK", "Warning") or not self.up_or_coming()
+        self.carry_out(actions)
+
+    def up_or_coming(self) -> list[str]:
+        slots = self.supervisor.slots.values()
+        return [slot.name for slot in slots if slot.generation < self.latest.get(slot.name, 0) or (
+            slot.state in (State.READY, State.STOPPING, State.BACKOFF) and not slot.given_up)]  # fmt: skip
 
     def carry_out(self, actions: list[Action]) -> None:
         for action in actions:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from manifests import ROOT, Manifests, Object, made_by_hand
 
 from blendmaskd import keys
+from blendmaskd.core import launch_plan
+from blendmaskd.core.launch_plan import Basis, Preload
 
 OLDEST, NEWEST = "1.25", str(kubernetes_validate.latest_version())
 WRITABLE = ("/run/blendmaskd", "/var/lib/blendmaskd", "/var/log/blendmaskd", "/tmp")
@@ -133,6 +136,12 @@ def test_what_the_daemon_writes_to_can_be_written_to(manifests: Manifests) -> No
     variables = {variable["name"]: variable["value"] for variable in manifests.container["env"]}
     folders = [variables[name] for name in ("HOME", "RUNTIME_DIRECTORY", "STATE_DIRECTORY", "LOGS_DIRECTORY")]
     assert set(folders) <= writable
+    assert manifests.container["workingDir"] not in writable
+    for device in filter(lambda device: device.startswith("npu"), manifests.settings.devices):
+        basis = Basis(manifests.settings, {}, Preload(None, "off"), (0,), math.inf)
+        planned = launch_plan.plan(device, basis, variables).environment
+        for name in ("ASCEND_WORK_PATH", "ACL_OP_COMPILER_CACHE_DIR", "ASCEND_PROCESS_LOG_PATH"):
+            assert any(planned[name].startswith(f"{folder}/") for folder in writable), name
     assert [endpoint for endpoint in manifests.settings.endpoints.clients if endpoint.startswith("ipc://")] == [
         "ipc:///run/blendmaskd/client.sock"  # where programs look by default
     ]

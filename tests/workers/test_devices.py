@@ -152,6 +152,8 @@ def test_an_npu_without_torch_npu_is_refused() -> None:
     [
         ("raise ImportError('libhccl.so: cannot open shared object file')", "libhccl.so: cannot open"),
         ("import a_module_that_it_needs", "No module named 'a_module_that_it_needs'"),
+        ("raise Exception('ASCEND_HOME_PATH : /a does not exist.\\n[ERROR] 2026 ERR00008 PTA resource not found')",
+         "ASCEND_HOME_PATH : /a does not exist.\n"),
     ],
 )
 def test_an_npu_whose_torch_npu_cannot_load_is_explained(tmp_path: Path, program: str, reason: str) -> None:

@@ -317,6 +317,58 @@ def check_a_copy_is_late_and_the_host_leaves_it_alone() -> None:
         torch.npu.current_stream().synchronize()
 
 
+def check_the_network_equals_the_cpus_on_a_chip_that_rounds_scores() -> None:
+    """Whose topk gives values of float16, and which does not divide int64."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMULATED_CHIP", "Ascend910A")
+        score = torch.tensor([0.1001, 0.1])
+        assert score.to(NPU[0]).topk(1).values.item() == score[0].half().item() != score[0].item()
+        with pytest.raises(RuntimeError, match="int64 runs on the AI CPU"):
+            torch.arange(4).to(NPU[0]) // 3
+        check_the_network_equals_the_cpus()
+
+
+def check_each_chip_gets_the_arithmetic_that_it_has() -> None:
+    from blendmaskd_workers import devices
+
+    with pytest.MonkeyPatch.context() as patch:
+        for chip in ("Ascend910A", "Ascend910ProB", "Ascend910B", "Ascend310P3"):
+            patch.setenv("EMULATED_CHIP", chip)
+            for precision in ("fp32", "hf32", "bf16"):
+                refusal = f"npu:0: {chip}-.*no float32.*set model.precision to native.*, fp16 or auto"
+                with pytest.raises(devices.UnsupportedError, match=refusal) as refused:
+                    devices.open_device("npu:0", precision)
+                assert refused.value.cause == "precision"
+            chosen = devices.open_device("npu:0", "auto")
+            assert (chosen.dtype, chosen.why) == (torch.float32, f"native: {chosen.name()} multiplies float16 alone")
+            assert devices.open_device("npu:0", "native").why is None
+            assert devices.open_device("npu:0", "fp16").dtype == torch.float16
+            with pytest.raises(devices.UnsupportedError, match="no graph can record"):
+                chosen.graph(lambda x: x + 1, torch.zeros(1, device=NPU[0]))
+        for chip in ("Ascend910B1", "Ascend910B4-1", "Ascend910_9391", "Ascend310B1"):
+            patch.setenv("EMULATED_CHIP", chip)
+            for precision, hf32 in {"fp32": (False, False), "native": (True, False), "hf32": (True, True)}.items():
+                devices.open_device("npu:0", precision)
+                assert (torch.npu.conv.allow_hf32, torch.npu.matmul.allow_hf32) == hf32
+            assert (devices.open_device("npu:0", "auto").why, torch.npu.conv.allow_hf32) == (None, False)
+
+
+def check_no_graph_is_recorded_at_the_highest_level_of_the_task_queue() -> None:
+    from blendmaskd_workers import devices
+
+    device, image = devices.open_device("npu:0"), torch.zeros(2, device=NPU[0])
+    torch.npu.set_task_queue_enable(2)
+    with pytest.raises(RuntimeError, match="TASK_QUEUE_ENABLE = 2"), torch.npu.graph(torch.npu.NPUGraph()):
+        pass
+    assert device.graph(lambda x: x + 1, image)(image).tolist() == [1, 1]
+    assert device.task_queue() == 1
+    torch.npu.config.allow_internal_format = True
+    with pytest.raises(RuntimeError, match="allow_internal_format = False"):
+        device.graph(lambda x: x + 1, image)
+    opened = devices.open_device("npu:0")
+    assert opened.graph(lambda x: x + 1, image)(image).tolist() == [1, 1]
+
+
 def check_the_network_equals_the_cpus() -> None:
     import emulated_npu
     from blendmaskd_workers.blendmask import config, inference, model, preprocess

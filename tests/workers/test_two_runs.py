@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from blendmaskd import settings
-from blendmaskd.assignment import Assignment
+from blendmaskd.assignment import EXIT_DEVICE_BROKEN, EXIT_HOST_LACKS, Assignment
 from blendmaskd.images.decoding import ImageError
 from blendmaskd.protocol import Code, Failed, Image, Options
 from blendmaskd.wanted import Wanted
 from blendmaskd_workers import engines, loop
-from blendmaskd_workers.cluster.channel import Answer, LocalChannel
+from blendmaskd_workers.cluster.channel import Answer, LocalChannel, WorkerLost
 from blendmaskd_workers.engines.timed import TimedEngine, TimedRun
 from blendmaskd_workers.loop import EXIT_ENGINE_BROKEN, Loop
 from blendmaskd_workers.results import LateError
@@ -34,6 +34,7 @@ class Recorded(TimedEngine):
         super().__init__(settings.Timed(latency_ms={1: latency_ms}))
         self.steps: list[tuple[str, int]] = []
         self.fails: set[tuple[str, int]] = set()
+        self.words = ""  # of what it raises
         self.started = threading.Event()
         self.given: list[Any] | None = None  # instead of the outputs
 
@@ -53,7 +54,7 @@ class Recorded(TimedEngine):
     def note(self, step: str, number: int) -> None:
         self.steps.append((step, number))
         if (step, number) in self.fails:
-            raise RuntimeError(f"{step} of {number}")
+            raise RuntimeError(f"{step} of {number}{self.words}")
 
 
 class RecordedRun(TimedRun):
@@ -194,3 +195,31 @@ def test_an_engine_that_always_fails_is_given_up_with_every_lease_answered(worke
     assert outcomes(worker.together(3)) == [Code.ENGINE_FAILED] * 3
     worker.thread.join(10)
     assert worker.codes == [EXIT_ENGINE_BROKEN]
+
+
+FAULTS = {507014: EXIT_ENGINE_BROKEN, 507899: EXIT_HOST_LACKS, 507054: EXIT_DEVICE_BROKEN}
+
+
+@pytest.mark.parametrize("step", ["launch", *STEPS])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_device_ends_the_worker_and_is_no_images_answer(worker: Worker, fault: int, step: str) -> None:
+    """The images stay owed: whoever gave them hears that the worker has ended, and tries them elsewhere."""
+    worker.engine.fails = {(step, 2)}
+    worker.engine.words = f": NPU function error: stand-in, error code is {fault}[ERROR] 2026"
+    _, *others = worker.together(4)
+    worker.thread.join(20)
+    assert worker.codes == [FAULTS[fault]]
+    worker.channel.close("it has ended")
+    assert {type(other.exception(10)) for other in others} == {WorkerLost}
+
+
+def test_a_fault_while_an_image_is_prepared_is_not_the_images_either(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = raises(RuntimeError("copy_h2d: NPU function error: stand-in, error code is 507901"))
+    monkeypatch.setattr(worker.engine, "prepare", fault)
+    futures = [worker.submit() for _ in range(3)]
+    worker.thread.join(20)
+    assert worker.codes == [EXIT_HOST_LACKS]
+    worker.channel.close("it has ended")
+    assert {type(future.exception(10)) for future in futures} == {WorkerLost}

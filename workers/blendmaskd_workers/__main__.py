@@ -13,7 +13,7 @@ import sys
 
 import msgspec
 
-from blendmaskd import assignment, logs, probe
+from blendmaskd import ascend, assignment, logs, probe
 from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_HOST_LACKS, Assignment, AssignmentError
 from blendmaskd.extras import lacking
 from blendmaskd.probe import Cause, Probe
@@ -38,7 +38,9 @@ def main(argv: list[str]) -> int:
         if "--check" in argv:
             return _check(assigned.settings)
         if "--probe" in argv:
-            print(probe.in_a_line(_probe(assigned)), end="", flush=True)
+            with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
+                os.dup2(2, 1)  # whatever libraries print, of other threads too, is not to get between
+                answer.write(probe.in_a_line(_probe(assigned)))
             return 0
         return _work(assigned)
     except ModuleNotFoundError as error:
@@ -87,7 +89,7 @@ def _work(assignment: Assignment) -> int:
     from blendmaskd_workers import engines
     from blendmaskd_workers.channel import Channel
     from blendmaskd_workers.engines import EngineError
-    from blendmaskd_workers.loop import Loop
+    from blendmaskd_workers.loop import Loop, exit_code_of
 
     quiet()
     engine = engines.make(settings, assignment.local_device)
@@ -98,6 +100,11 @@ def _work(assignment: Assignment) -> int:
     except EngineError as error:
         log.error("%s", error)
         return EXIT_HOST_LACKS if _of_a_file(error) else error.exit_code
+    except RuntimeError as error:
+        if (fault := ascend.fault_code(str(error))) is None:
+            raise
+        log.error("the device has failed with %d: %s", fault, error)
+        return exit_code_of(fault)
     return Loop(assignment, engine, batching, Channel(assignment.identity, assignment.endpoint)).run()
 
 

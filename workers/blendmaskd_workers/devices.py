@@ -7,6 +7,7 @@ every thread that computes calls `Device.use` once. Network code stays free of d
 from __future__ import annotations
 
 import importlib
+import os
 import resource
 import sys
 import time
@@ -20,9 +21,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from blendmaskd import ascend
 from blendmaskd.probe import Cause
 
-Precision = Literal["fp32", "hf32", "bf16", "fp16", "auto"]
+Precision = Literal["fp32", "hf32", "bf16", "fp16", "native", "auto"]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CPUINFO = Path("/proc/cpuinfo")
 CPU_BF16 = frozenset({"avx512_bf16", "amx_bf16"})  # its flags of CPUs that multiply bfloat16
@@ -31,6 +33,7 @@ CONVOLUTIONS = ((64, 64, 3, 100), (1024, 256, 1, 50), (256, 256, 3, 25))  # R_50
 ROUNDS = 5
 NPU_OPTIONS = {"internal_formats": "ALLOW_INTERNAL_FORMAT", "precision_mode": "ACL_PRECISION_MODE"}
 GRAPHS = {"cuda": "CUDAGraph", "npu": "NPUGraph"}
+WORK_PATH = "ASCEND_WORK_PATH"  # where CANN's compiler writes; the working directory otherwise
 
 T = TypeVar("T")
 
@@ -220,6 +223,11 @@ class Accelerator(Device):
         return Moment(event)
 
     def graph(self, compute: Callable[[Tensor], T], example: Tensor) -> Callable[[Tensor], T]:
+        if not ascend.multiplies_float32(self.name()):
+            text = f"{self.torch_device}: {self.name()} compiles its convolutions, which no graph can record"
+            raise UnsupportedError(text)
+        if self.task_queue() == 2:  # at which torch_npu records none; workers with graphs are started at 1
+            self.api.set_task_queue_enable(1)
         place = example.clone()
         beside = self.api.Stream(self.torch_device)
         beside.wait_stream(self.api.current_stream(self.torch_device))
@@ -266,7 +274,7 @@ class Accelerator(Device):
         return bool(ask()) if ask else None
 
     def task_queue(self) -> int | None:
-        read = getattr(self.api, "get_task_queue_enable", None)  # torch_npu before 2.13 cannot tell
+        read = getattr(self.api, "get_task_queue_enable", None)  # torch_npu 2.9.0 and others cannot tell
         return int(read()) if read else None
 
 
@@ -300,10 +308,12 @@ def open_device(name: str, precision: Precision = "fp32") -> Device:
     """The device, ready to compute in the calling thread: set, without per-shape compilation, with its arithmetic.
 
     `name` is a kind with an index or without: ``npu:1``, ``cuda``, ``cpu``. ``fp32`` rounds nothing below float32;
-    ``hf32`` allows HF32 on an NPU and TF32 on CUDA; ``bf16`` and ``fp16`` ask for networks of that type; ``auto`` is
+    ``hf32`` allows HF32 on an NPU and TF32 on CUDA; ``bf16`` and ``fp16`` ask for networks of that type. ``native`` is
+    what the device's library does by itself with float32: on NPUs without it float16 inside of convolutions and matrix
+    products, elsewhere HF32 or TF32 in convolutions, and float32 on a CPU. ``auto`` is ``native`` on those NPUs,
     ``bf16`` on a CPU whose convolutions are clearly faster in it, else ``fp32``; where the CPU multiplies bfloat16 that
     is measured, in some 0.3 s. Raises `DeviceError` where there is no such device, and
-    `UnsupportedError` where a CPU has no arithmetic for a precision.
+    `UnsupportedError` where it has no arithmetic for a precision.
     """
     kind, _, index = name.partition(":")
     if kind == "cpu":
@@ -316,7 +326,7 @@ def open_device(name: str, precision: Precision = "fp32") -> Device:
     device = Accelerator(torch.device(kind, number), HALF.get(precision, torch.float32), api)
     device.use()
     if kind == "npu":
-        _set_up_npu(api, precision)
+        device.why = _set_up_npu(api, f"{name}: {device.name()}", device.name(), precision)
     else:
         _set_up_cuda(precision)
     return device
@@ -379,24 +389,45 @@ def _faster() -> tuple[torch.dtype, str]:
 def _load_npu() -> Any:
     """torch.npu, which torch_npu registers at import; workers start with torch's automatic import off."""
     if not hasattr(torch, "npu"):
+        _make_work_path()
         try:
             importlib.import_module("torch_npu")
-        except (ImportError, OSError, RuntimeError) as error:  # mostly: CANN's libraries are not found
+        except Exception as error:  # torch_npu raises bare ones for CANN's paths
             if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
                 raise DeviceError("npu: torch_npu is not installed", Cause.NO_TORCH_NPU) from None
-            text = f"npu: torch_npu cannot be loaded; is CANN's set_env.sh sourced? {error}"
+            reason = (str(error).splitlines() or [type(error).__name__])[0]  # then come its codes, and advice
+            text = f"npu: torch_npu cannot be loaded; is CANN's set_env.sh sourced? {reason}"
             raise DeviceError(text, Cause.NO_CANN) from error
     extended: Any = torch
     return extended.npu
 
 
-def _set_up_npu(api: Any, precision: Precision) -> None:
-    exact = precision != "hf32"
+def _make_work_path() -> None:
+    work = os.environ.setdefault(WORK_PATH, str(Path.home() / ".cache/blendmaskd/work/programs"))
+    try:
+        os.makedirs(work, exist_ok=True)
+    except OSError as error:
+        text = f"npu: {WORK_PATH}={work}: {error.strerror}: set it to a folder that this user may write to"
+        raise DeviceError(text) from error
+
+
+def _set_up_npu(api: Any, where: str, chip: str, precision: Precision) -> str | None:
+    """Returns why it is this arithmetic where that was not asked for."""
     api.set_compile_mode(jit_compile=False)  # an Ascend 910A would compile every operator for every image shape
-    api.conv.allow_hf32 = not exact  # torch_npu's own default is on
-    api.matmul.allow_hf32 = not exact
-    if exact:  # the default of 910B and later; on a 910A allow_hf32=False alone would select float16
-        api.set_option({"ACL_PRECISION_MODE": "must_keep_origin_dtype"})
+    if not ascend.multiplies_float32(chip):
+        if precision in ("fp32", "hf32", "bf16"):
+            raise UnsupportedError(
+                f"{where} multiplies float16 alone, no float32, HF32 or bfloat16: set model.precision to native "
+                "(float16 inside of convolutions and matrix products, float32 around them), fp16 or auto",
+                Cause.PRECISION,
+            )
+        api.set_option({"ACL_PRECISION_MODE": "allow_fp32_to_fp16"})
+        return f"native: {chip} multiplies float16 alone" if precision == "auto" else None
+    api.config.allow_internal_format = False  # torch_npu to 2.9.0 would compile convolutions for each shape
+    api.conv.allow_hf32 = precision in ("hf32", "native")  # on by torch_npu's own default
+    api.matmul.allow_hf32 = precision == "hf32"
+    api.set_option({"ACL_PRECISION_MODE": "must_keep_origin_dtype"})
+    return None
 
 
 def _switch(on: bool) -> str:
@@ -404,6 +435,5 @@ def _switch(on: bool) -> str:
 
 
 def _set_up_cuda(precision: Precision) -> None:
-    allow = precision == "hf32"
-    torch.backends.cuda.matmul.allow_tf32 = allow
-    torch.backends.cudnn.allow_tf32 = allow  # torch's own default is on
+    torch.backends.cuda.matmul.allow_tf32 = precision == "hf32"
+    torch.backends.cudnn.allow_tf32 = precision in ("hf32", "native")  # on by torch's own default

@@ -40,8 +40,8 @@ from typing import Any, TypeVar
 import msgpack
 import psutil
 
-from blendmaskd import protocol
-from blendmaskd.assignment import EXIT_OVERTIME, Assignment
+from blendmaskd import ascend, protocol
+from blendmaskd.assignment import EXIT_DEVICE_BROKEN, EXIT_HOST_LACKS, EXIT_OVERTIME, Assignment
 from blendmaskd.discovery import cpu_quota
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
@@ -206,6 +206,8 @@ class Loop:
         except RegionError as error:
             self._fail(item, Code.BAD_REQUEST, str(error))
         except (Exception, SystemExit) as error:  # a library that wants to exit would end its thread and nothing else
+            if self._lost(error):
+                return False
             log.exception("preparing its image failed", extra=about(lease=item.lease.lease))
             self._fail(item, Code.ENGINE_FAILED, f"preparing the image: {type(error).__name__}: {error}")
         else:
@@ -346,6 +348,8 @@ class Loop:
 
     def _try_alone(self, batch: list[Item], error: BaseException) -> bool:
         """What is left to do for a batch on which the engine raised; False when no image of it got an answer."""
+        if self._lost(error):
+            return False
         if len(batch) == 1:
             log.error("the engine failed", extra=about(lease=batch[0].lease.lease), exc_info=error)
             self._fail(batch[0], Code.ENGINE_FAILED, f"{type(error).__name__}: {error}")
@@ -356,7 +360,19 @@ class Loop:
             self._batching.refuse(batch[0].prepared.padded_size, len(batch))
         return any(alone)
 
+    def _lost(self, error: BaseException) -> bool:
+        """Whether the device itself has failed: this process ends without an answer, and others take its images."""
+        code = ascend.fault_code(str(error))
+        if code is None:
+            return False
+        if self._exit_code is None:
+            log.error("the device has failed with %d, ending", code, exc_info=error)
+            self._break(exit_code_of(code))
+        return True
+
     def _run_alone(self, item: Item) -> bool:
+        if self._exit_code is not None:
+            return False
         try:
             with self._watch:
                 flight = Flight([item], self._engine.launch([item.prepared]))
@@ -393,7 +409,8 @@ class Loop:
             self._break()
 
     def _break(self, exit_code: int = EXIT_ENGINE_BROKEN) -> None:
-        self._exit_code = exit_code
+        if self._exit_code is None:
+            self._exit_code = exit_code
         self._channel.wake()
 
     def _can_run(self, item: Item) -> bool:
@@ -420,6 +437,13 @@ class Loop:
             del self._held[message.lease]
             self._images += isinstance(message, protocol.Finished)
         self._channel.send(message, payload)
+
+
+def exit_code_of(fault: int) -> int:
+    """What follows a fault of the device: no new process before a reset, one when that lets it, or one at once."""
+    if fault in ascend.NEEDS_A_RESET:
+        return EXIT_DEVICE_BROKEN
+    return EXIT_HOST_LACKS if fault in ascend.OUTLASTS_THE_PROCESS else EXIT_ENGINE_BROKEN
 
 
 def host_threads(settings: Settings, cpus: int, quota: float) -> int:

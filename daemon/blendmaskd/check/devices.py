@@ -28,7 +28,7 @@ REMEDIES = {
     Cause.NO_TORCH_NPU: "pip install the torch_npu that matches your CANN and torch: docs/deployment.md",
     Cause.NO_CANN: "source CANN's set_env.sh in this shell; see versions and permissions in this report",
     Cause.NOT_VISIBLE: "see permissions in this report; is the driver loaded?",
-    Cause.PRECISION: "set model.precision to auto or fp32",
+    Cause.PRECISION: "set model.precision to auto",
 }  # of what a process complained of that tried to open a device
 
 
@@ -43,6 +43,11 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
     users: tuple[tuple[int, str], ...] = ()  # pid and name of processes on it, ours left out
     probe: Probe | None = None  # None: not tried
     untried: str = ""  # why not
+
+    @property
+    def chip(self) -> str:
+        """By the device itself, or else by the tool; empty where neither tells."""
+        return (self.probe and self.probe.name) or (self.card.name if self.card else "")
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,12 +69,11 @@ class Npus:
         self.answers = bool(text)
         self.cards = ascend.parse_npu_cards(text)
         self._users = ascend.parse_npu_processes(text)
-        self._chips = topology.parse_npu_map(discovery.ask_tool(["npu-smi", "info", "-m"], environment))
+        listed = topology.parse_npu_map(discovery.ask_tool(["npu-smi", "info", "-m"], environment))
+        self._chips = ascend.chips_by_logic_id(listed, self.cards)
 
     def chip(self, host_id: str) -> Chip | None:
-        """By logic id; cards in their order where npu-smi has no map."""
-        chips = self._chips or dict(enumerate(sorted(self.cards)))
-        return chips.get(int(host_id)) if host_id.isdigit() else None
+        return self._chips.get(host_id)
 
     def users(self, chip: Chip) -> tuple[tuple[int, str], ...]:
         """Processes on a card, without those of a daemon of ours."""

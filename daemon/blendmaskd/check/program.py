@@ -80,6 +80,7 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]
     if npus and not serving:
         found += devices.judge_nodes(devices.ask_nodes(npus, environment), opened, user)
     found += software.judge_versions(versions, bool(npus))
+    found += software.judge_kernels(versions, dict.fromkeys(each.chip for each in configured if each.tool == "npu-smi"))
     found += cpus.judge_complaint(cpus_complaint)
     found += cpus.judge(plan, near, settings.runtime.placed, cards is not None and cards.answers)
     found += cpus.judge_governors(cpus.slow_governors(cpu for own in plan.values() for cpu in own))

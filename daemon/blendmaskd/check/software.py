@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -17,6 +17,7 @@ from blendmaskd.shell import launch
 from blendmaskd.topology import HostError
 
 ASCEND = Path("/usr/local/Ascend")
+KERNELS = "opp/built-in/op_impl/ai_core/tbe/kernel"  # below ASCEND_HOME_PATH
 CANN_FOLDERS = ("ascend-toolkit", "cann", "nnae", "nnrt")  # below ASCEND, in the order of install_service.sh
 _PAIR = "see docs/deployment.md for matching versions; the newest are at github.com/Ascend/pytorch, COMPATIBILITY.md"
 
@@ -30,6 +31,7 @@ class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):
     machine: str = "x86_64"
     cann: str = ""
     cann_home: str = ""  # ASCEND_HOME_PATH
+    kernels: list[str] = []  # chips whose compiled operators CANN has, as its folders are named
     set_env: str = ""  # a set_env.sh that was found, for the remedy
     driver: str = ""
     firmware: str = ""
@@ -47,6 +49,7 @@ def ask_versions(environment: Mapping[str, str]) -> VersionFacts:
         machine=platform.machine(),
         cann=_cann_version(Path(home)) if home else "",
         cann_home=home,
+        kernels=sorted(folder.name for folder in (Path(home) / KERNELS).glob("ascend*")) if home else [],
         set_env=next((str(script) for script in scripts if script.exists()), ""),
         driver=ascend.parse_version(driver),
         firmware=ascend.parse_version(read(ASCEND / "firmware/version.info")),
@@ -86,6 +89,8 @@ def judge_versions(facts: VersionFacts, npu: bool) -> list[Finding]:
     findings = [*_torch_npu(facts), *_cann(facts), *_firmware(facts)]
     named = {"torch_npu": facts.torch_npu, "CANN": facts.cann, "driver": facts.driver, "firmware": facts.firmware}
     found += [f"{name} {version or 'unknown'}" for name, version in named.items()]
+    if ascend.cann_for(facts.torch_npu) is None:
+        found.append(f"whether torch_npu {facts.torch_npu} works with this CANN is not known here")
     return findings or [ok("versions", ", ".join(found))]
 
 
@@ -112,12 +117,27 @@ def _cann(facts: VersionFacts) -> list[Finding]:
     if not facts.cann:
         return [warning("versions", f"{facts.cann_home} does not contain the version of CANN",
                         "look for ascend_toolkit_install.info there")]  # fmt: skip
-    wanted = ascend.cann_for(facts.torch_npu)
-    if not facts.torch_npu or not wanted or ascend.order(wanted) == ascend.order(facts.cann):
+    known = ascend.cann_for(facts.torch_npu)
+    if known is None or ascend.within(facts.cann, [known]):
         return []
-    age = "older" if ascend.order(facts.cann) < ascend.order(wanted) else "newer"
-    return [warning("versions", f"torch_npu {facts.torch_npu} was made for CANN {wanted}; {facts.cann} is {age}",
-                    _PAIR)]  # fmt: skip
+    age = "older" if ascend.order(facts.cann) < ascend.order(known[0]) else "newer"
+    told = known[0] if known[0] == known[1] else f"{known[0]} to {known[1]}"
+    text = f"torch_npu {facts.torch_npu} is known to work with CANN {told}; {facts.cann} is {age}"
+    return [warning("versions", text, _PAIR)]
+
+
+def judge_kernels(facts: VersionFacts, chips: Iterable[str]) -> list[Finding]:
+    """Whether CANN's second package, the operators of each chip, is there; nothing of chips that are not known."""
+    if not facts.cann_home:
+        return []
+    wanted = {chip: ascend.kernels_of(chip) for chip in chips}
+    missing = [chip for chip, folder in wanted.items() if folder and folder not in facts.kernels]
+    if not missing:
+        return []
+    there = f"only those of {', '.join(facts.kernels)}" if facts.kernels else "none"
+    text = f"CANN has no operators for {', '.join(missing)}, {there} in {facts.cann_home}/{KERNELS}"
+    remedy = "install the chip's ops package (kernels) of the same version as the toolkit: docs/deployment.md"
+    return [warning("versions", text, remedy)]
 
 
 def _firmware(facts: VersionFacts) -> list[Finding]:

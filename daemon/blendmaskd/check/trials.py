@@ -5,9 +5,13 @@ torch is only ever loaded by these processes.
 from __future__ import annotations
 
 import functools
+import os
+import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from typing import IO
 
 from blendmaskd import discovery
 from blendmaskd.check.endpoints import Holder
@@ -19,6 +23,11 @@ from blendmaskd.shell import launch
 from blendmaskd.topology import Cpus, HostError
 
 WEIGHTS = "weights"
+MOST_READ = 1 << 20  # bytes of what a process printed, from its end
+LONGEST_LINE = 400
+ERROR_CODE = re.compile(r"\[ERROR\] .*\bERR\d{5}\b.*")  # torch_npu's
+NOISE = re.compile(r"\s|Traceback \(|\[(INFO|DEBUG|EVENT|WARNING|[IW]\d*)\b|\S*Warning\b|[^ ]+:\d+: \w*Warning\b|"
+                   r"\d{4}-\d\d-\d\d\S* (DEBUG|INFO|WARNING)\b|Exception ignored|Current thread")  # fmt: skip
 
 
 class Trial:
@@ -31,9 +40,11 @@ class Trial:
         self.printed = ""
         self.complaint: str | None = None
         self.plan: LaunchPlan | None = None
+        # Files: a pipe would last as long as any process of CANN's compiler that has it too.
+        self._stdout, self._stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         try:
             self.plan = start()
-            self._process = launch.launch(self.plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self._process = launch.launch(self.plan, stdout=self._stdout, stderr=self._stderr)
         except (HostError, OSError) as error:
             self.complaint = str(error)
 
@@ -42,19 +53,38 @@ class Trial:
         if self.complaint is not None:
             return self
         try:
-            printed, complaint = self._process.communicate(timeout=self._timeout_s)
+            code = self._process.wait(self._timeout_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.communicate()
+            self._process.wait()
             self.complaint = f"not finished after restarts.start_timeout_s = {self._timeout_s:g} s"
             return self
         self.took_s = time.monotonic() - self._began
-        self.printed = printed.decode(errors="replace")
-        code = self._process.returncode
+        self.printed = _end_of(self._stdout)
         if code != 0:
-            last = (complaint.decode(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
-            self.complaint = last if code > 0 else f"the process that tried it was killed by signal {-code}: {last}"
+            said = what_it_said(_end_of(self._stderr))
+            self.complaint = said if code > 0 else f"the process that tried it was killed by signal {-code}: {said}"
         return self
+
+
+def _end_of(file: IO[bytes]) -> str:
+    with file:
+        file.seek(max(file.seek(0, os.SEEK_END) - MOST_READ, 0))
+        return file.read().decode(errors="replace")
+
+
+def what_it_said(stderr: str) -> str:
+    """The line that says why a process failed: of an exception its first, else the first that is no log or warning.
+
+    torch_npu ends an exception's text with a code and the time, and CANN may say much behind it.
+    """
+    lines = ["".join(char if char.isprintable() else " " for char in line) for line in stderr.splitlines()]
+    begin = max((number for number, line in enumerate(lines) if line.startswith("Traceback (")), default=0)
+    for line in lines[begin:]:
+        said = ERROR_CODE.sub("", line).rstrip()
+        if said and not NOISE.match(said):
+            return said[:LONGEST_LINE]
+    return next((line.strip()[:LONGEST_LINE] for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def start(

@@ -28,6 +28,7 @@ NOT_INHERITED = {
     "CPU_AFFINITY_CONF", ASSIGNMENT,
 }  # fmt: skip
 AFFINITY_ITEM = re.compile(r"(mode:)?[012]|npu\d+:\d+(-\d+)?|(force|npu_affine|lazy_bind|bind_irq):[01]")
+SYNC_SHARE = 0.75  # of `restarts.stall_s`: how long a stream or device is waited for
 FINE_BINDING_CPUS = 5  # below, torch_npu lets all of its threads share the range
 
 
@@ -174,7 +175,8 @@ def _visible(device: str, base: Mapping[str, str]) -> dict[str, str]:
 def _npu_variables(
     device: str, settings: Settings, cpus: Cpus, base: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    own = {"TASK_QUEUE_ENABLE": str(settings.runtime.task_queue)}
+    most = 1 if settings.model.graphs else 2  # torch_npu records no graph at level 2
+    own = {"TASK_QUEUE_ENABLE": str(min(settings.runtime.task_queue, most))}
     warnings: list[str] = []
     if settings.runtime.cpu_affinity_conf:
         conf = settings.runtime.cpu_affinity_conf
@@ -186,13 +188,23 @@ def _npu_variables(
         warnings.append(f"{device}: ASCEND_LAUNCH_BLOCKING turns the task queue off")
     if "PYTORCH_NPU_ALLOC_CONF" not in given and "PYTORCH_ALLOC_CONF" not in given:  # both at once are an error
         own["PYTORCH_NPU_ALLOC_CONF"] = "expandable_segments:True"  # image shapes vary; else memory fragments
-    for variable, directory, name in (
-        ("ACL_OP_COMPILER_CACHE_DIR", "STATE_DIRECTORY", "atc_data"),
-        ("ASCEND_PROCESS_LOG_PATH", "LOGS_DIRECTORY", "ascend"),
-    ):
-        if variable not in base and base.get(directory):  # the default, below $HOME, is read-only in the unit
-            own[variable] = f"{base[directory].split(':')[0]}/{name}"
-    return own, warnings
+    defaults = _npu_defaults(device, settings, base)
+    return own | {name: value for name, value in defaults.items() if name not in base}, warnings
+
+
+def _npu_defaults(device: str, settings: Settings, base: Mapping[str, str]) -> dict[str, str]:
+    """Variables of torch_npu and CANN that the daemon's own environment may have otherwise."""
+    found = {}
+    if (patience := int(settings.restarts.stall_s * SYNC_SHARE)) > 0:
+        found["ACL_DEVICE_SYNC_TIMEOUT"] = str(patience)  # seconds; then an error says what hangs
+    if state := base.get("STATE_DIRECTORY", "").split(":")[0]:  # in the unit all else is read-only
+        found["ACL_OP_COMPILER_CACHE_DIR"] = f"{state}/atc_data"
+        found["ASCEND_WORK_PATH"] = f"{state}/work/{device.replace(':', '')}"
+    elif home := base.get("HOME"):
+        found["ASCEND_WORK_PATH"] = f"{home}/.cache/blendmaskd/work/{device.replace(':', '')}"
+    if logs := base.get("LOGS_DIRECTORY", "").split(":")[0]:
+        found["ASCEND_PROCESS_LOG_PATH"] = f"{logs}/ascend"
+    return found
 
 
 def _with_preload(

@@ -6,7 +6,7 @@ Every figure is the snapshot's; nothing is counted here. Health says `ok`, `degr
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -29,6 +29,24 @@ BY_DEVICE = (  # kind of metric, name, help, key of a device in the snapshot
     (CounterMetricFamily, "device_busy_seconds", "Seconds in which the device was busy", "busy_seconds"),
     (CounterMetricFamily, "worker_restarts", "Restarts after a worker's death", "restarts"),
 )
+
+HEALTH = {"OK": 0, "Warning": 1, "Alarm": 2, "Critical": 3}
+BY_CARD: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], float | None]], ...] = (  # name, help, label, value
+    ("blendmaskd_npu_health", "0 OK, 1 Warning, 2 Alarm, 3 Critical", "device",
+     lambda card: HEALTH.get(card["health"])),
+    ("blendmaskd_npu_health_time_seconds", "When npu-smi said so, Unix time", "device", lambda card: card["time"]),
+    ("blendmaskd_npu_temperature_celsius", "Temperature of the chip", "device", lambda card: card["temperature_c"]),
+    ("blendmaskd_npu_memory_errors_single_bit", "Errors of the chip's memory that ECC corrected", "device",
+     lambda card: card["single_bit_errors"]),
+    ("blendmaskd_npu_memory_errors_double_bit", "Errors of the chip's memory that ECC found", "device",
+     lambda card: card["double_bit_errors"]),
+    ("npu_chip_info_health_status", "1: healthy, 0: not", "id", lambda card: card["health"] == "OK"),
+    ("npu_chip_info_temperature", "Temperature in degrees Celsius", "id", lambda card: card["temperature_c"]),
+    ("npu_chip_info_hbm_ecc_single_bit_error_cnt", "HBM Single Bit Error Count", "id",
+     lambda card: card["single_bit_errors"]),
+    ("npu_chip_info_hbm_ecc_double_bit_error_cnt", "HBM Double Bit Error Count", "id",
+     lambda card: card["double_bit_errors"]),
+)  # fmt: skip
 
 Snapshot = Mapping[str, Any]
 
@@ -72,6 +90,7 @@ class SnapshotCollector(Collector):
                 family.add_metric([device["device"]], device[key])
             yield family
         yield self._idle()
+        yield from self._cards()
         up = GaugeMetricFamily("blendmaskd_worker_up", "1 while the device can serve", labels=["device"])
         for device in s["devices"]:
             up.add_metric([device["device"]], float(device["state"] == "ready"))
@@ -97,6 +116,17 @@ class SnapshotCollector(Collector):
             for reason, seconds in device["idle_seconds"].items():
                 family.add_metric([device["device"], reason], seconds)
         return family
+
+    def _cards(self) -> Iterator[Metric]:
+        """What npu-smi says, by our names, and by those of Huawei's npu-exporter, for dashboards that know them."""
+        for name, text, label, value in BY_CARD:
+            family = GaugeMetricFamily(name, text, labels=[label])
+            for device in self.snapshot["devices"]:
+                card = device.get("card") or {}
+                if card and (found := value(card)) is not None:
+                    family.add_metric([card["host_id"] if label == "id" else device["device"]], float(found))
+            if family.samples:
+                yield family
 
     def _stages(self) -> HistogramMetricFamily:
         text = "Seconds that an image spent in each stage"

@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from blendmaskd.core.health import ILL
 from blendmaskd.protocol import IDLE, STAGE_BOUNDS_S, STAGES, Report
 
 FRESH_S = 2.5  # a report older than this is no longer the present
 RESOLUTION = 1.04  # latencies are told apart when one is this many times the other
 FAILURES_OF_A_CODE, FAILURES = 5, 20  # that are remembered: a flood of `busy` must not wash the others away
-HIDDEN_OF_A_DEVICE: Mapping[str, Any] = {"pid": None, "reason": "", "shapes": [], "wanted": {}, "actual": {}}
+HIDDEN_OF_A_DEVICE: Mapping[str, Any] = {"pid": None, "reason": "", "shapes": [], "card": {}, "wanted": {},
+                                             "actual": {}}  # fmt: skip
 SHOWN_OF_A_DEVICE = (
     "device", "slot", "generation", "state", "fps", "images", "busy_seconds", "busy_share", "idle_seconds", "restarts",
     "memory_bytes", "device_memory_bytes",
@@ -181,7 +183,7 @@ class Stats:
             "time": unix_time,
             "window_s": self.window_s,
             "combined_fps": round(sum(device["fps"] for device in devices), 2),
-            "degraded": serving < len(devices),
+            "degraded": serving < len(devices) or any(map(is_ill, devices)),
             "serving": serving,
             "stages": {stage: histogram.as_dict() for stage, histogram in self._stages.items()},
             "latency": self._latency.take(now, self.window_s),
@@ -234,12 +236,18 @@ class Stats:
         }
 
 
+def is_ill(device: Mapping[str, Any]) -> bool:
+    """Whether a device of a snapshot serves with a card that is ill."""
+    return device["state"] == "ready" and device.get("card", {}).get("health") in ILL
+
+
 def status_line(snapshot: Mapping[str, Any]) -> str:
     """One line for people: `98.17 FPS = npu:0 49.10 + npu:1 49.07, 3 waiting, seq 17`."""
     devices = snapshot["devices"]
     parts = " + ".join(f"{device['device']} {device['fps']:.2f}" for device in devices)
     line = f"{snapshot['combined_fps']:.2f} FPS = {parts}, {snapshot['queue']['jobs']} waiting, seq {snapshot['seq']}"
     down = [f"{device['device']} {device['state']}" for device in devices if device["state"] != "ready"]
+    down += [f"{device['device']} health {device['card']['health']}" for device in devices if is_ill(device)]
     if down:
         line += f"; {'degraded' if snapshot['serving'] else 'not serving'}: {', '.join(down)}"
     return line

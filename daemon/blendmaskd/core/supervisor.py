@@ -8,6 +8,7 @@ state     meaning                                     leaves by
 STARTING  spawned, loading and warming up             `ready`; `exited`; its start deadline: killed
 READY     serving                                     `exited`; `evict`: killed; `replace`, `drain`: STOPPING
 STOPPING  told to stop, or being killed               `exited`; its deadline: the next, harder signal
+RESTING   has no worker, as its card is ill           `wake`: STARTING
 BACKOFF   dead; waits until its delay is over         its delay: STARTING
 FAILED    died too often, or cannot boot at all       its longer delay, `renew`: STARTING
 ENDED     stopped for good: drained, or taken out     nothing
@@ -31,7 +32,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_HOST_LACKS
+from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_DEVICE_BROKEN, EXIT_HOST_LACKS
 from blendmaskd.settings import Restarts
 
 MOST_DOUBLINGS = 60  # far beyond any longest delay, and no overflow
@@ -45,6 +46,7 @@ class State(Enum):
     STOPPING = "stopping"
     BACKOFF = "backoff"
     FAILED = "failed"
+    RESTING = "resting"
     ENDED = "ended"
 
 
@@ -95,6 +97,7 @@ class Slot:
     given_up: bool = False  # FAILED, or a try to get out of that
     restarts: int = 0  # spawns after the first, replacements by reload not counted
     ending: bool = False  # its worker is the last
+    resting: bool = False  # until it is woken there is to be no worker
     wanted_down: bool = False  # it stops because we asked
     reason: str = ""  # why it is where it is, for people
 
@@ -142,6 +145,12 @@ class Supervisor:
     def ended(self) -> bool:
         return all(slot.state is State.ENDED for slot in self.slots.values())
 
+    @property
+    def forlorn(self) -> bool:
+        """Whether nothing serves, or soon will, but for what may come of slots that rest."""
+        waiting = (State.RESTING, State.FAILED, State.ENDED)
+        return all(slot.state in waiting or slot.given_up for slot in self.slots.values())
+
     # -- events -----------------------------------------------------------------------------------------------------
 
     def start(self, now: float) -> list[Action]:
@@ -176,6 +185,8 @@ class Supervisor:
         slot.next_signal = slot.deadline = slot.ready_since = None
         if slot.ending:
             slot.state = State.ENDED
+        elif slot.resting:
+            slot.state = State.RESTING
         elif asked:
             return [self._spawn(slot, now)]
         elif code == EXIT_HOST_LACKS and self.proven and not slot.given_up:
@@ -183,6 +194,8 @@ class Supervisor:
             self._back_off(slot, how, now)
         elif code in (EXIT_CANNOT_BOOT, EXIT_HOST_LACKS):
             self._give_up(slot, f"cannot boot: {how}", now)
+        elif code == EXIT_DEVICE_BROKEN:
+            self._give_up(slot, how, now)
         else:
             slot.failures += not blameless
             if slot.given_up or slot.failures >= self.restarts.give_up_after:
@@ -199,7 +212,7 @@ class Supervisor:
 
     def renew(self, devices: Iterable[str], restarts: Restarts, drain_s: float, now: float) -> list[Action]:
         """Go by these from now on, also in adding and taking out slots. Workers that serve are left; what is on its way
-        begins anew, what failed tries again.
+        begins anew, what failed tries again. What rests rests on.
         """
         self.restarts, self.drain_s, self.proven = restarts, drain_s, False
         wanted = list(devices)
@@ -222,6 +235,25 @@ class Supervisor:
             if slot.name not in wanted:
                 actions += self._end(slot, now)
         return actions
+
+    def rest(self, name: str, why: str, now: float) -> list[Action]:
+        """Its worker, if it has one, finishes what it holds, and none follows until `wake`."""
+        slot = self.slots[name]
+        slot.resting, slot.reason = True, why
+        if slot.state is State.READY:
+            return self._ask(slot, now)
+        if slot.state is State.STARTING:
+            return self._kill_starting(slot, now)
+        if slot.state in (State.BACKOFF, State.FAILED):
+            slot.state, slot.deadline = State.RESTING, None
+        return []
+
+    def wake(self, name: str, now: float) -> list[Action]:
+        """A slot that rests is to serve again."""
+        slot = self.slots[name]
+        assert slot.state is State.RESTING, slot
+        slot.resting, slot.failures, slot.lacks, slot.given_up = False, 0, 0, False
+        return [self._spawn(slot, now)]
 
     def replace(self, name: str, now: float) -> list[Action]:
         """Ask a worker that serves to make room for the next."""
@@ -272,7 +304,11 @@ class Supervisor:
         return Spawn(slot.name, slot.generation)
 
     def _stop(self, slot: Slot, now: float) -> list[Action]:
-        slot.state, slot.wanted_down = State.STOPPING, True
+        slot.wanted_down = True
+        return self._ask(slot, now)
+
+    def _ask(self, slot: Slot, now: float) -> list[Action]:
+        slot.state = State.STOPPING
         slot.deadline, slot.next_signal = now + self.drain_s, signal.SIGABRT
         return [Stop(slot.name, slot.generation)]
 
@@ -289,6 +325,9 @@ class Supervisor:
     def _restart_starting(self, slot: Slot, now: float) -> list[Action]:
         """It loads what is no longer wanted; nobody would miss it."""
         slot.wanted_down = True
+        return self._kill_starting(slot, now)
+
+    def _kill_starting(self, slot: Slot, now: float) -> list[Action]:
         slot.state, slot.next_signal = State.STOPPING, signal.SIGKILL
         return self._harder(slot, now)
 
@@ -298,7 +337,7 @@ class Supervisor:
             return self._stop(slot, now)
         if slot.state is State.STARTING:
             return self._restart_starting(slot, now)
-        if slot.state in (State.BACKOFF, State.FAILED):
+        if slot.state in (State.BACKOFF, State.FAILED, State.RESTING):
             slot.state, slot.deadline = State.ENDED, None
         return []
 
@@ -315,12 +354,14 @@ class Supervisor:
     def check(self) -> None:
         """Raise AssertionError when an invariant does not hold."""
         for slot in self.slots.values():
-            timed = slot.state not in (State.READY, State.ENDED)
+            timed = slot.state not in (State.READY, State.RESTING, State.ENDED)
             assert (slot.deadline is not None) == timed, slot
             assert (slot.ready_since is not None) <= (slot.state in (State.READY, State.STOPPING)), slot
             assert slot.next_signal is None or slot.state is State.STOPPING, slot
             assert slot.state is not State.STOPPING or slot.next_signal is not None, slot
             assert slot.failures < self.restarts.give_up_after, slot
             assert slot.state is not State.FAILED or slot.given_up, slot
+            assert slot.resting or slot.state is not State.RESTING, slot
+            assert not slot.resting or slot.state in (State.STOPPING, State.RESTING, State.ENDED), slot
             assert not slot.given_up or slot.state is not State.READY, slot
             assert not (self.draining and slot.state in (State.READY, State.STARTING, State.BACKOFF)), slot

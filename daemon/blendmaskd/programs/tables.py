@@ -16,7 +16,8 @@ from blendmaskd.protocol import STAGE_BOUNDS_S
 from blendmaskd.wanted import differences_shown, models_shown
 
 GOOD, WARN, BAD = "green", "yellow", "bold red"
-STATE_STYLES = {"ready": GOOD, "starting": WARN, "stopping": WARN, "backoff": BAD, "failed": BAD, "silent": BAD}
+STATE_STYLES = {"ready": GOOD, "starting": WARN, "stopping": WARN, "backoff": BAD, "failed": BAD, "resting": BAD,
+                "silent": BAD}  # fmt: skip
 
 Snapshot = Mapping[str, Any]
 
@@ -106,6 +107,9 @@ def _short(value: Any) -> str:
 def notes(device: Mapping[str, Any]) -> list[str]:
     """Why a device is not ready, and what of its plan did not take effect."""
     found = [f"{device['state']}: {device['reason']}"] if device["reason"] else []
+    card = device.get("card") or {"health": "OK"}
+    if card["health"] != "OK":
+        found.append(f"health {card['health']}" + (f": {card['error']}" if card["error"] else ""))
     return [in_a_line(f"{device['device']} {note}") for note in (*found, *differences_shown(device))]
 
 

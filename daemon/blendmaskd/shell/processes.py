@@ -17,7 +17,8 @@ from typing import IO, Any
 import msgspec
 
 from blendmaskd import protocol
-from blendmaskd.assignment import EXIT_HOST_LACKS, EXIT_OVERTIME, identity
+from blendmaskd.ascend import RESET
+from blendmaskd.assignment import EXIT_DEVICE_BROKEN, EXIT_HOST_LACKS, EXIT_OVERTIME, identity
 from blendmaskd.core import broker, durable, launch_plan, reload, supervisor
 from blendmaskd.core.actions import Acquit, Evict
 from blendmaskd.core.launch_plan import Basis, LaunchPlan
@@ -199,7 +200,7 @@ class Processes:
                 continue
             self._reported[slot.name] = (slot.generation, slot.state)
             changed = True
-            level = logging.ERROR if slot.state in (State.BACKOFF, State.FAILED) else logging.INFO
+            level = logging.ERROR if slot.state in (State.BACKOFF, State.FAILED, State.RESTING) else logging.INFO
             reason = f": {slot.reason}" if slot.reason else ""
             log.log(level, "%s%s", slot.state.value, reason, extra=about(slot=identity(slot.name, slot.generation)))
         return changed
@@ -264,4 +265,6 @@ def how_it_ended(code: int) -> str:
         return "ended, and nobody knows how"
     if code == EXIT_OVERTIME:
         return "ended: an image took too much of a CPU (limits.max_decode_s)"
+    if code == EXIT_DEVICE_BROKEN:
+        return f"ended: the device has a fault that no new process mends: {RESET}"
     return f"exited with code {code}"

@@ -22,11 +22,13 @@ import zmq
 
 from blendmaskd import logs
 from blendmaskd.core import reload
+from blendmaskd.core.health import Health
 from blendmaskd.core.stats import Stats, status_line
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch, systemd
 from blendmaskd.shell.addresses import is_loopback
 from blendmaskd.shell.desk import MESSAGES, Desk
+from blendmaskd.shell.npu_health import NpuHealth
 from blendmaskd.shell.processes import Action, Actions, Child, Decisions, Processes
 from blendmaskd.shell.signals import Signals
 from blendmaskd.shell.sockets import Sockets, StartError
@@ -96,6 +98,8 @@ class Server:
         owned.callback(desk.close)
         self._processes = Processes(self._basis, desk.broker, self._stats, sockets.workers_endpoint, self._watch_child)
         self._supervisor, self._reload = self._processes.supervisor, self._processes.reload
+        self._health, self._npu_health = Health(self._supervisor), NpuHealth(os.environ)
+        self._npu_health.watch(self.settings.devices, self.settings.npu_health_s)
         self._entrance = {*(each.router for each in sockets.clients), *desk.admission.sockets}
         for socket in (*self._entrance, sockets.workers):
             self._poller.register(socket, zmq.POLLIN)
@@ -149,6 +153,7 @@ class Server:
         if now >= self._next_tick:
             yield from self._desk.tick(now)
             self._processes.reap_orphans()
+            self._health.read(self._npu_health.take())
             self._trim(now)
             self._tick(now)
         yield self._desk.durable.feed()
@@ -158,6 +163,7 @@ class Server:
             self._reload_asked = False
             self._notifier.reloading()
             yield self._processes.try_out(self._load_settings)
+        yield self._health.follow(now)
         yield self._reload.follow(now)
         yield self._desk.broker.set_available(self._supervisor.draining or not self._supervisor.hopeless)
         if self._drain_deadline is not None:
@@ -189,7 +195,7 @@ class Server:
         snapshot = self._stats.snapshot(
             now,
             time.time(),
-            self._processes.describe(now),
+            [{**slot, "card": self._health.describe(slot["device"])} for slot in self._processes.describe(now)],
             started=self._started,
             engine=self.settings.engine,
             draining=self._drain_deadline is not None,
@@ -251,6 +257,7 @@ class Server:
             log.info("reload: accepted, replacing the workers one at a time")
         self.settings = settings
         self._stats.window_s = settings.window_s
+        self._npu_health.watch(settings.devices, settings.npu_health_s)
         logs.configure(settings.log)
         return self._desk.adopt(settings)
 

@@ -130,7 +130,7 @@ class Fcos(nn.Module):
         marked = confidence.masked_fill(~(thresholded > self.score_threshold), NOT_A_CANDIDATE)  # NaN is none either
         best, label, cell, place = best_pairs(marked, cells, self.topk)
         distances = distances.gather(2, place[:, None].expand(-1, 4, -1))  # (N, 4, sum of M)
-        fields = [best[:, None], torch.stack([label, cell], dim=1).float(), distances]
+        fields = [best[:, None], label[:, None].float(), cell[:, None].float(), distances]
         return torch.cat(fields, dim=1).transpose(1, 2)  # (N, sum of M, FIELDS)
 
     def _maps(self, outputs: Sequence[LevelOutput]) -> Tensor:
@@ -157,9 +157,10 @@ def best_pairs(values: Tensor, cells: Sequence[int], topk: int) -> tuple[Tensor,
     counts = [candidates_of_level(count, classes, topk) for count in cells]
     found = [level.topk(count, dim=1) for level, count in zip(of_levels, counts)]
     index = _joined([level.indices for level in found], [count * classes for count in kept])
-    row = torch.div(index, classes, rounding_mode="floor")
-    best = torch.cat([level.values for level in found], dim=1)
-    return best, index % classes, torch.cat(cell_of, dim=1).gather(1, row), place_of.gather(1, row)
+    best = pairs.gather(1, index)  # an Ascend 910A's topk gives values rounded to float16
+    narrow = index.int()  # it divides int64 on a CPU of its own
+    row = torch.div(narrow, classes, rounding_mode="floor").long()
+    return best, narrow % classes, torch.cat(cell_of, dim=1).gather(1, row), place_of.gather(1, row)
 
 
 def _joined(indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

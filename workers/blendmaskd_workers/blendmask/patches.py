@@ -27,6 +27,7 @@ def patches_at(features: Tensor, images: Tensor, cells: Tensor) -> Tensor:
     """
     height, width = features.shape[2:]
     step = torch.arange(-1, 2, device=cells.device)
+    cells = cells.int()  # some NPUs divide int64 on a CPU of their own
     y = torch.div(cells, width, rounding_mode="floor")[:, None] + step  # (D, 3)
     x = (cells % width)[:, None] + step
     outside_y, outside_x = (y < 0) | (y >= height), (x < 0) | (x >= width)

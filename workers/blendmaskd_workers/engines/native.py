@@ -16,7 +16,7 @@ from blendmaskd.images.decoding import Photograph
 from blendmaskd.protocol import IDLE, Options
 from blendmaskd.settings import Settings
 from blendmaskd_workers import blendmask, results
-from blendmaskd_workers.devices import Device, Part, Staged, Timeline
+from blendmaskd_workers.devices import Device, Part, Staged, Timeline, UnsupportedError
 from blendmaskd_workers.engines import EngineError, Times
 from blendmaskd_workers.engines.on_device import OnDevice, digest
 from blendmaskd_workers.engines.timed import TimedEngine
@@ -128,11 +128,16 @@ class NativeEngine(OnDevice):
                 image = self.prepare(np.full((height, width, 3), 127, np.uint8)).staged.take()
                 for size in sorted({1, batch}):
                     images = blendmask.collate([image] * size, self._config)
-                    copies = [blendmask.capture(self._network, self.device.graph, images) for _ in range(COPIES)]
-                    self._graphs[tuple(images.shape)] = list[Graphs](copies)
+                    self._graphs[tuple(images.shape)] = [self._capture(images) for _ in range(COPIES)]
             megabytes = self._held_mb() - before
             log.info("graphs of %d shapes, each twice: %.0f MB on the device", len(self._graphs), megabytes)
         super().warm_up(image_sizes, batch)
+
+    def _capture(self, images: Any) -> Graphs:
+        try:
+            return blendmask.capture(self._network, self.device.graph, images)
+        except UnsupportedError as error:
+            raise EngineError(f"model.graphs = True: {error}") from error
 
     def prepare(self, photograph: Photograph) -> Sent:
         prepared = blendmask.prepare(photograph, self._config, self._settings.resize == "fast")

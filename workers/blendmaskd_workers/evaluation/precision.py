@@ -113,8 +113,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", type=Path, nargs="+", default=[], metavar="FILE",
         help="photographs, annotated with seeded shapes as instances (default: painted scenes)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the scenes (default: 0)")
-    add("--hf32", choices=("on", "off"), default="off",
-        help="on: let an NPU use HF32 and CUDA TF32; off: float32 throughout, also on an Ascend 910A (default)")
+    add("--hf32", choices=("on", "off", "native"), default="off",
+        help="on: let an NPU use HF32 and CUDA TF32; off: float32 throughout (default); native: the device's own rule, "
+        "which is all that an Ascend 910A or 310P takes")
     add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
         help="data type of the device's convolutions and matrix products, with autocast (default: fp32)")
     add("--trace", action="store_true", help="compare module by module, each on the reference's input")

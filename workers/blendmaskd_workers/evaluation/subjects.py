@@ -27,7 +27,8 @@ from blendmaskd_workers.evaluation.scenes import Scene
 from blendmaskd_workers.training.initial import initialise
 from blendmaskd_workers.training.losses import losses
 
-HF32: Mapping[str, Precision] = {"off": "fp32", "on": "hf32"}  # the program's switch, and what a device is opened for
+# the program's switch, and what a device is opened for
+HF32: Mapping[str, Precision] = {"off": "fp32", "on": "hf32", "native": "native"}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # that autocast computes in; fp32 needs none
 FIRST_LEVEL = 3  # p3
 PRIOR = 0.01  # of each class at each location before training: AdelaiDet's default of MODEL.FCOS.PRIOR_PROB

@@ -265,9 +265,10 @@ def _parser() -> argparse.ArgumentParser:
         help="keep instances with at least this score (default: 0.3; 0: everything the network returns)")
     add("--categories", metavar="FILE", help="names of the classes, a COCO categories list (default: categories.json "
         "beside the weights, else COCO's names for 80 classes)")
-    add("--precision", choices=("fp32", "hf32", "bf16", "fp16", "auto"), default="fp32",
-        help="hf32 lets an NPU use HF32 and CUDA TF32; bf16 and fp16 are half precision; auto is bf16 on a CPU that "
-        "measures clearly faster in it, else fp32 (default: fp32)")
+    add("--precision", choices=("fp32", "hf32", "bf16", "fp16", "native", "auto"), default="fp32",
+        help="hf32 lets an NPU use HF32 and CUDA TF32; bf16 and fp16 are half precision; native is what the device "
+        "does by itself; auto is bf16 on a CPU that measures clearly faster in it, native on an NPU without float32 "
+        "(910A, 310P), else fp32 (default: fp32)")
     add("--exact", action="store_true", help="the network as it was trained, and masks as AdelaiDet pastes them: its "
         "answers on the same host to the last bit, slower; without it fp32 may differ in a pixel of a mask's edge")
     return parser

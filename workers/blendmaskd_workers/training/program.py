@@ -117,7 +117,7 @@ def prepare(arguments: argparse.Namespace, console: Console) -> tuple[Trainer, B
         initialise(model, config.prior)
         if arguments.weights and not arguments.resume:
             _start_from(model, arguments.weights, console)
-        device = devices.open_device(arguments.device)
+        device = devices.open_device(arguments.device, "auto" if arguments.device.startswith("npu") else "fp32")
         trainer = Trainer(model.to(device.torch_device), config)
         if arguments.resume:
             _restore(trainer, checkpoint)

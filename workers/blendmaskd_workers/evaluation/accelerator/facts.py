@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     process.end_with_parent()
     with telling() as tell:
         try:
-            device = open_device(argv[0])
+            device = open_device(argv[0], "native")  # which no device refuses
             torch.ones(8, device=device.torch_device).sum().item()  # a driver that lets itself be opened may not work
         except (DeviceError, RuntimeError) as error:
             print(error, file=sys.stderr)
