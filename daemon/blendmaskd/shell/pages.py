@@ -22,13 +22,10 @@ are `MOST_CONNECTIONS`, the oldest gives way. Each page is made once per snapsho
 """
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
-import hashlib
 import ipaddress
 import json
-import re
 import socket
 import threading
 import time
@@ -36,14 +33,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import resources
 from typing import Any
 
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from blendmaskd.core.metrics import Snapshot, health, render
 from blendmaskd.endpoints import parse_place
-from blendmaskd.shell.addresses import address
+from blendmaskd.shell import csp
+from blendmaskd.shell.addresses import address, is_own_name
 
 LIFE_S = 10.0
 MOST_CONNECTIONS = 32
@@ -95,7 +92,7 @@ class Pages:
     def page(self, path: str, host: str | None) -> Page:
         """The answer to a request for `path` that names `host`."""
         latest = self._latest
-        if self._local_only and not _is_own_name(host):
+        if self._local_only and not is_own_name(host):
             text = f"{host}: this daemon listens on a loopback address and answers only to an IP address or localhost\n"
             return Page(HTTPStatus.MISDIRECTED_REQUEST, TEXT, text.encode())
         match path:
@@ -140,32 +137,8 @@ def _without_environment(effect: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _status_page() -> Page:
-    text = resources.files("blendmaskd.shell").joinpath("status.html").read_text(encoding="utf-8")
-    policy = (
-        f"default-src 'none'; script-src {_hash(text, 'script')}; style-src {_hash(text, 'style')};"
-        " connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return Page(HTTPStatus.OK, "text/html; charset=utf-8", text.encode(), {"Content-Security-Policy": policy})
-
-
-def _hash(page: str, element: str) -> str:
-    """What CSP knows the page's one such element by."""
-    (inside,) = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
-
-
-def _is_own_name(host: str | None) -> bool:
-    """Whether a Host header names this machine so that no DNS can lie about it. HTTP/1.0 may leave it out."""
-    if host is None:
-        return True
-    name = re.sub(r":\d*$", "", host.strip()).strip("[]").lower()
-    if name == "localhost":
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+    text, policy = csp.page("blendmaskd.shell", "status.html")
+    return Page(HTTPStatus.OK, "text/html; charset=utf-8", text, {"Content-Security-Policy": policy})
 
 
 class _Http(ThreadingHTTPServer):

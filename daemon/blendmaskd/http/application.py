@@ -1,0 +1,295 @@
+"""The routes of the front, and what is done for each."""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+import yaml
+from msgspec import UNSET, Meta, UnsetType
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from blendmaskd.client.exchange import JobFailed
+from blendmaskd.client.exchange import Segmentation as Answer
+from blendmaskd.coco import categories
+from blendmaskd.coco.categories import Category
+from blendmaskd.core.metrics import health
+from blendmaskd.core.stats import SHOWN, SHOWN_OF_A_DEVICE
+from blendmaskd.http import bodies, rest
+from blendmaskd.http.guard import Budget, Guard, Held
+from blendmaskd.http.metrics import Metrics
+from blendmaskd.http.rest import Failure, Problem, Query, Segmentation
+from blendmaskd.http.tokens import Tokens
+from blendmaskd.http.upstream import Gone, Upstream
+from blendmaskd.protocol import LEAST_DURABLE_NAME, Code
+from blendmaskd.settings import Settings
+
+REFRESH_S = 1.0
+LONGEST_WAIT_S = 60.0
+Priority = Annotated[int, Meta(ge=-9, le=9)]
+JobName = Annotated[str, Meta(min_length=LEAST_DURABLE_NAME, max_length=128, pattern="^[A-Za-z0-9._~-]+$")]
+T = TypeVar("T")
+
+
+class SegmentQuery(Query, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What may be asked for of the front."""
+
+    priority: Priority = 0
+
+
+class JobQuery(SegmentQuery, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The same for a durable job. Whoever names it may repeat the request."""
+
+    job: JobName | None = None
+
+
+class WaitQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long the answer of a job is waited for, in seconds."""
+
+    wait: Annotated[float, Meta(ge=0, le=LONGEST_WAIT_S)] = 0.0
+
+
+class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A query without parameters."""
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A durable job. Its name is a secret: whoever knows it can fetch and delete the job."""
+
+    job: str
+    state: Literal["waiting", "done", "failed"]
+    result: Segmentation | UnsetType = UNSET
+    error: Problem | UnsetType = UNSET
+
+
+class Front:
+    """What the handlers need. `application` makes the whole."""
+
+    def __init__(self, settings: Settings, endpoint: str, tokens: Tokens | None, metrics: Metrics) -> None:
+        """`endpoint` is the broker's."""
+        self._settings = settings
+        self._tokens = tokens
+        self._metrics = metrics
+        self._budget = Budget(settings.http.max_bytes)
+        self._upstream = Upstream(endpoint, settings.http.daemon_wait_s)
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/segment", self.segment, methods=["POST"]),
+            Route("/v1/jobs", self.submit, methods=["POST"]),
+            Route("/v1/jobs/{job}", self.fetch, methods=["GET"]),
+            Route("/v1/jobs/{job}", self.forget, methods=["DELETE"]),
+            Route("/v1/categories", self.categories),
+            Route("/v1/stats", self.stats),
+            Route("/healthz", self.healthz),
+            Route("/readyz", self.readyz),
+            Route("/metrics", self.metrics),
+        ]
+
+    @contextlib.asynccontextmanager
+    async def life(self, _: Starlette) -> AsyncIterator[None]:
+        refreshing = asyncio.create_task(self._refresh())
+        yield
+        refreshing.cancel()
+        await self._upstream.close()
+
+    async def _refresh(self) -> None:
+        while self._tokens is not None:
+            await asyncio.sleep(REFRESH_S)
+            self._tokens.refresh()
+            await self._upstream.keep_only(self._tokens.names)
+
+    # -- images ---------------------------------------------------------------------------------------------------
+
+    async def segment(self, request: Request) -> Response:
+        async with Held(self._budget, self._settings.http.receive_s) as held:
+            wanted = await self._wanted(held, request, SegmentQuery)
+            found = await self._for(request, lambda gone: self._upstream.segment(_name(request), wanted, gone))
+            return as_json(segmentation(found))
+
+    async def submit(self, request: Request) -> Response:
+        async with Held(self._budget, self._settings.http.receive_s) as held:
+            wanted = await self._wanted(held, request, JobQuery)
+            job = wanted.query.job or secrets.token_hex(16)
+            await self._for(request, lambda gone: self._upstream.submit(_name(request), wanted, job, gone))
+            answer = as_json(Job(job=job, state="waiting"), HTTPStatus.ACCEPTED)
+            answer.headers["location"] = f"/v1/jobs/{job}"
+            return answer
+
+    async def fetch(self, request: Request) -> Response:
+        job, wait = _job(request), query(request, WaitQuery).wait
+        try:
+            found = await self._for(request, lambda gone: self._upstream.fetch(_name(request), job, wait, gone))
+        except JobFailed as error:
+            failure = Failure(error.code, error.reason, error.retry_after_s)
+            return as_json(Job(job=job, state="failed", error=failure.problem))
+        if found is None:
+            return as_json(Job(job=job, state="waiting"))
+        return as_json(Job(job=job, state="done", result=segmentation(found)))
+
+    async def forget(self, request: Request) -> Response:
+        job, _ = _job(request), query(request, Nothing)
+        await self._for(request, lambda gone: self._upstream.forget(_name(request), job, gone))
+        return Response(status_code=HTTPStatus.NO_CONTENT)
+
+    async def _wanted(self, held: Held, request: Request, kind: type[rest.Q]) -> rest.Request[rest.Q]:
+        """What a request wants, with its body."""
+        content_type = request.headers.get("content-type", "")
+        most = bodies.largest(content_type, self._settings.limits.max_image_bytes)
+        body = await held.read(request, most)
+        return rest.read(_parameters(request), content_type, body, self._settings.deadline_s, kind)
+
+    async def _for(self, request: Request, ask: Callable[[asyncio.Future[Any]], Awaitable[T]]) -> T:
+        """Ask the broker for as long as whoever asks is there."""
+        gone = asyncio.ensure_future(_left(request))
+        try:
+            return await ask(gone)
+        finally:
+            gone.cancel()
+
+    # -- what is known --------------------------------------------------------------------------------------------
+
+    async def categories(self, request: Request) -> Response:
+        query(request, Nothing)
+        return as_json(await asyncio.to_thread(known_categories, self._settings))
+
+    async def stats(self, request: Request) -> Response:
+        """What any client may see, whoever the front is to the broker."""
+        query(request, Nothing)
+        snapshot = await self._upstream.snapshot()
+        if not snapshot:
+            raise Failure(Code.UNAVAILABLE, "the daemon is starting")
+        devices = [{key: device[key] for key in SHOWN_OF_A_DEVICE} for device in snapshot["devices"]]
+        return as_json({**{key: snapshot[key] for key in SHOWN}, "devices": devices})
+
+    async def healthz(self, request: Request) -> Response:
+        """The front answers: whatever the daemon does, starting the front anew would not help."""
+        return Response("ok\n", media_type="text/plain")
+
+    async def readyz(self, request: Request) -> Response:
+        try:
+            snapshot = await self._upstream.snapshot()
+        except Failure as failure:
+            return Response(f"{failure}\n", HTTPStatus.SERVICE_UNAVAILABLE, media_type="text/plain")
+        _, status, text = health(snapshot, max(0.0, time.time() - snapshot.get("time", 0.0)))
+        return Response(text, status, media_type="text/plain")
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+
+
+def application(
+    settings: Settings, endpoint: str, tokens: Tokens | None, local: bool, metrics: Metrics
+) -> ASGIApp:
+    """The ASGI application. `local`: it is listened to on a loopback address only."""
+    front = Front(settings, endpoint, tokens, metrics)
+    routes = front.routes()
+    app = Starlette(
+        routes=routes, lifespan=front.life,
+        exception_handlers={Failure: on_failure, HTTPException: on_no_route, Exception: on_fault,
+                            Gone: on_gone, ClientDisconnect: on_gone},
+    )  # fmt: skip
+    app.router.redirect_slashes = False
+    names = {route.endpoint: route.path for route in routes}
+    return Guard(app, settings.http, tokens, local, metrics, names, frozenset())
+
+
+def segmentation(answer: Answer) -> Segmentation:
+    return Segmentation(width=answer.width, height=answer.height, device=answer.device, timings=answer.timings,
+                        detections=answer.detections)  # fmt: skip
+
+
+def as_json(tree: Any, status: HTTPStatus = HTTPStatus.OK) -> Response:
+    return Response(msgspec.json.encode(tree), status, media_type="application/json")
+
+
+def query(request: Request, kind: type[T]) -> T:
+    """Raises `Failure`."""
+    try:
+        return msgspec.convert(_parameters(request), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise Failure(Code.BAD_REQUEST, str(error).replace("Object contains", "the query has")) from None
+
+
+def known_categories(settings: Settings) -> Sequence[Category]:
+    """Those of the network that the settings name, as far as they can be read here. Raises `Failure`."""
+    model = settings.model
+    try:
+        return categories.resolve(_classes(Path(model.config)), model.weights, model.categories)
+    except (categories.CategoriesError, OSError, yaml.YAMLError) as error:
+        raise Failure(Code.UNAVAILABLE, f"the categories cannot be read: {error}") from None
+
+
+@functools.cache
+def _classes(config: Path) -> int:
+    """The number of classes that a network's configuration names, or the one that it builds on."""
+    tree = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    number = tree.get("MODEL", {}).get("FCOS", {}).get("NUM_CLASSES")
+    if number is None and "_BASE_" in tree:
+        return _classes(config.parent / tree["_BASE_"])
+    return len(categories.COCO) if number is None else int(number)
+
+
+def _parameters(request: Request) -> dict[str, str]:
+    """Raises `Failure` for one that is given twice."""
+    pairs = request.query_params.multi_items()
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Failure(Code.BAD_REQUEST, "a parameter of the query is given twice")
+    return found
+
+
+def _name(request: Request) -> str:
+    name: str = request.scope["client_name"]
+    return name
+
+
+def _job(request: Request) -> str:
+    try:
+        return msgspec.convert(request.path_params["job"], JobName)
+    except msgspec.ValidationError as error:
+        raise Failure(Code.BAD_REQUEST, f"the job's name: {error}", status=HTTPStatus.NOT_FOUND) from None
+
+
+async def _left(request: Request) -> None:
+    """Returns when whoever asks has left; its body is read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def on_failure(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Failure)
+    return Response(error.body, error.status, error.headers)
+
+
+def on_no_route(request: Request, error: Exception) -> Response:
+    """404 and 405."""
+    assert isinstance(error, HTTPException)
+    reason = f"{error.detail}: there are POST /v1/segment, /v1/jobs, GET /v1/categories, /v1/stats; see /docs"
+    response = on_failure(request, Failure(Code.BAD_REQUEST, reason, status=HTTPStatus(error.status_code)))
+    response.headers.update(error.headers or {})
+    return response
+
+
+def on_fault(request: Request, error: Exception) -> Response:
+    """Our own: it is logged with its traceback."""
+    reason = "the front has failed; its log says why"
+    return on_failure(request, Failure(Code.UNAVAILABLE, reason, status=HTTPStatus.INTERNAL_SERVER_ERROR))
+
+
+def on_gone(request: Request, error: Exception) -> Response:
+    """That nobody reads."""
+    return on_failure(request, Failure(Code.CANCELLED, "the client has left"))
