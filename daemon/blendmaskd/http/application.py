@@ -131,13 +131,13 @@ class Front:
 
     async def fetch(self, request: Request) -> Response:
         job, wait = _job(request), query(request, WaitQuery).wait
-        try:
-            found = await self._for(request, lambda gone: self._upstream.fetch(_name(request), job, wait, gone))
-        except JobFailed as error:
-            failure = Failure(error.code, error.reason, error.retry_after_s)
-            return as_json(Job(job=job, state="failed", error=failure.problem))
-        if found is None:
-            return as_json(Job(job=job, state="waiting"))
+        found = await self._for(request, lambda gone: self._upstream.fetch(_name(request), job, wait, gone))
+        match found:
+            case None:
+                return as_json(Job(job=job, state="waiting"))
+            case JobFailed():
+                error = Failure(found.code, found.reason, found.retry_after_s).problem
+                return as_json(Job(job=job, state="failed", error=error))
         return as_json(Job(job=job, state="done", result=segmentation(found)))
 
     async def forget(self, request: Request) -> Response:

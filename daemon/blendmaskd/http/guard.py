@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blendmaskd.http.connections import late
+from blendmaskd.http.connections import MAX_HEADER_BYTES, late
 from blendmaskd.http.metrics import Metrics
 from blendmaskd.http.rest import Failure
 from blendmaskd.http.tokens import Tokens
@@ -88,6 +88,7 @@ class Guard:
     def _admit(self, scope: Scope) -> str:
         """The name of whoever asks; empty without tokens. Raises `Failure`."""
         headers = scope["headers"]
+        _check_form(headers)
         hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
         host = hosts[0] if hosts else None
         if self._strict and not is_own_name(host) and host_name(host or "") not in self._hosts:
@@ -107,8 +108,21 @@ class Guard:
         return found
 
 
+def _check_form(headers: list[tuple[bytes, bytes]]) -> None:
+    """What h11 lets pass. Raises `Failure`."""
+    if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+        raise Failure(Code.TOO_LARGE, f"a header has at most {MAX_HEADER_BYTES} bytes",
+                      status=HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)  # fmt: skip
+    names = {name for name, _ in headers}
+    if {b"content-length", b"transfer-encoding"} <= names:  # a proxy before us may have gone by the other one
+        raise Failure(Code.BAD_REQUEST, "Content-Length and Transfer-Encoding exclude each other")
+
+
 async def answer(failure: Failure, send: Send) -> None:
+    """Of all that is refused here, only an image without a token is worth reading to its end."""
     headers = {**failure.headers, "content-length": str(len(failure.body))}
+    if failure.status != HTTPStatus.UNAUTHORIZED:
+        headers["connection"] = "close"
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": failure.status.value, "headers": raw})
     await send({"type": "http.response.body", "body": failure.body})

@@ -59,14 +59,13 @@ class Upstream:
         options = _options(request.query) | {"deadline_s": request.query.deadline_s}
         await self._answer(member, _known(member.submit(job, _image(request), **options)), gone, 60.0)
 
-    async def fetch(self, name: str, job: str, wait_s: float, gone: asyncio.Future[Any]) -> Answer | None:
-        """The answer of a durable job, None if there is none within `wait_s`.
+    async def fetch(self, name: str, job: str, wait_s: float, gone: asyncio.Future[Any]) -> Answer | JobFailed | None:
+        """The answer of a durable job, or how it failed; None if there is neither within `wait_s`.
 
-        Raises `Failure`, with 404 for a job that is not known, and `JobFailed` for one that has failed.
+        Raises `Failure`, with 404 for a job that is not known, or `Gone`.
         """
         member = await self._member(name)
-        call = member.fetch(job, wait_s)
-        return await self._answer(member, _known(call), gone, wait_s + 60.0)
+        return await self._answer(member, _ended(_known(member.fetch(job, wait_s))), gone, wait_s + 60.0)
 
     async def forget(self, name: str, job: str, gone: asyncio.Future[Any]) -> None:
         """Raises `Failure` or `Gone`."""
@@ -185,6 +184,16 @@ class _Wait:
 
     task: asyncio.Task[Answer | None]
     callers: int = 0
+
+
+async def _ended(call: Awaitable[T]) -> T | JobFailed:
+    """How the job failed, if it is not the asking."""
+    try:
+        return await call
+    except JobFailed as error:
+        if error.code in (Code.BUSY, Code.DRAINING, Code.UNAVAILABLE):
+            raise
+        return error
 
 
 async def _known(call: Awaitable[T]) -> T:
