@@ -3,8 +3,9 @@
 ==============  ==================================================================================================
 ``rest``        the REST interface: what a request asks for, how it is answered; pure, and Ray's application has it too
 ``bodies``      the image in a body: bytes, a multipart form, JSON; pure
+``kserve``      the Open Inference Protocol: tensors in, tensors out; pure
 ``application``  the routes, and what is done for each
-``broker``      requests to the broker: a client for each token, deadlines, a broker that is away, durable jobs
+``upstream``    requests to the broker: a client for each token, deadlines, a broker that is away, durable jobs
 ``guard``       around all routes: who may ask (Host, Origin, token), what is counted, answers to what went wrong
 ``tokens``      the file of tokens
 ``connections``  connections in bounds of number and time

@@ -28,7 +28,7 @@ from blendmaskd.coco import categories
 from blendmaskd.coco.categories import Category
 from blendmaskd.core.metrics import health
 from blendmaskd.core.stats import SHOWN, SHOWN_OF_A_DEVICE
-from blendmaskd.http import bodies, rest
+from blendmaskd.http import bodies, kserve, rest
 from blendmaskd.http.guard import Budget, Guard, Held
 from blendmaskd.http.metrics import Metrics
 from blendmaskd.http.rest import Failure, Problem, Query, Segmentation
@@ -85,6 +85,7 @@ class Front:
         self._metrics = metrics
         self._budget = Budget(settings.http.max_bytes)
         self._upstream = Upstream(endpoint, settings.http.daemon_wait_s)
+        self._statistics = {name: kserve.Statistics() for name in kserve.INPUTS}
 
     def routes(self) -> list[Route]:
         return [
@@ -94,6 +95,16 @@ class Front:
             Route("/v1/jobs/{job}", self.forget, methods=["DELETE"]),
             Route("/v1/categories", self.categories),
             Route("/v1/stats", self.stats),
+            Route("/v2", self.product),
+            Route("/v2/health/live", self.live),
+            Route("/v2/health/ready", self.ready),
+            Route("/v2/repository/index", self.index, methods=["POST"]),
+            Route("/v2/models/stats", self.all_statistics),
+            *(Route(f"/v2/models/{{model}}{version}{end}", handler, methods=[method])
+              for version in ("", "/versions/{version}")
+              for end, handler, method in (("", self.model, "GET"), ("/ready", self.model_ready, "GET"),
+                                           ("/config", self.config, "GET"), ("/stats", self.statistics, "GET"),
+                                           ("/infer", self.infer, "POST"))),
             Route("/healthz", self.healthz),
             Route("/readyz", self.readyz),
             Route("/metrics", self.metrics),
@@ -160,6 +171,62 @@ class Front:
         finally:
             gone.cancel()
 
+    # -- KServe v2 ------------------------------------------------------------------------------------------------
+
+    async def product(self, request: Request) -> Response:
+        return as_json(kserve.PRODUCT)
+
+    async def live(self, request: Request) -> Response:
+        return as_json({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        status, _ = await self._readiness()
+        return as_json({"ready": status == HTTPStatus.OK}, status)
+
+    async def model_ready(self, request: Request) -> Response:
+        name, (status, _) = _model(request), await self._readiness()
+        return as_json({"name": name, "ready": status == HTTPStatus.OK}, status)
+
+    async def index(self, request: Request) -> Response:
+        states = [{"name": name, "version": kserve.VERSION, "state": "READY", "reason": ""} for name in kserve.INPUTS]
+        return as_json(states)
+
+    async def model(self, request: Request) -> Response:
+        return as_json(kserve.metadata(_model(request)))
+
+    async def config(self, request: Request) -> Response:
+        return as_json(kserve.config(_model(request)))
+
+    async def statistics(self, request: Request) -> Response:
+        name = _model(request)
+        return as_json({"model_stats": [self._statistics[name].as_tree(name)]})
+
+    async def all_statistics(self, request: Request) -> Response:
+        return as_json({"model_stats": [each.as_tree(name) for name, each in self._statistics.items()]})
+
+    async def infer(self, request: Request) -> Response:
+        model, begun = _model(request), time.monotonic()
+        statistics = self._statistics[model]
+        try:
+            asked, found = await self._infer(request, model)
+        except Failure:
+            statistics.add("fail", time.monotonic() - begun, {})
+            raise
+        statistics.add("success", time.monotonic() - begun, found.timings)
+        headers, body = kserve.write(model, asked, found.width, found.height, found.detections)
+        return Response(body, headers=headers)
+
+    async def _infer(self, request: Request, model: str) -> tuple[kserve.Inference, Answer]:
+        async with Held(self._budget, self._settings.http.receive_s) as held:
+            body = await held.read(request, bodies.largest("application/json", self._settings.limits.max_image_bytes))
+            cut = request.headers.get(kserve.HEADER_LENGTH)
+            if cut is not None and not (cut.isdecimal() and cut.isascii() and len(cut) < 12):
+                raise Failure(Code.BAD_REQUEST, "Inference-Header-Content-Length is no number of bytes")
+            asked, wanted = kserve.read(
+                model, body, None if cut is None else int(cut), self._settings.deadline_s, SegmentQuery
+            )
+            return asked, await self._for(request, lambda gone: self._upstream.segment(_name(request), wanted, gone))
+
     # -- what is known --------------------------------------------------------------------------------------------
 
     async def categories(self, request: Request) -> Response:
@@ -180,12 +247,16 @@ class Front:
         return Response("ok\n", media_type="text/plain")
 
     async def readyz(self, request: Request) -> Response:
+        status, text = await self._readiness()
+        return Response(text, status, media_type="text/plain")
+
+    async def _readiness(self) -> tuple[HTTPStatus, str]:
         try:
             snapshot = await self._upstream.snapshot()
         except Failure as failure:
-            return Response(f"{failure}\n", HTTPStatus.SERVICE_UNAVAILABLE, media_type="text/plain")
+            return HTTPStatus.SERVICE_UNAVAILABLE, f"{failure}\n"
         _, status, text = health(snapshot, max(0.0, time.time() - snapshot.get("time", 0.0)))
-        return Response(text, status, media_type="text/plain")
+        return status, text
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
@@ -257,6 +328,15 @@ def _name(request: Request) -> str:
     return name
 
 
+def _model(request: Request) -> str:
+    """Raises `Failure`."""
+    name: str = request.path_params["model"]
+    if name not in kserve.INPUTS or request.path_params.get("version", kserve.VERSION) != kserve.VERSION:
+        reason = f"there are {' and '.join(kserve.INPUTS)}, of version {kserve.VERSION}"
+        raise Failure(Code.BAD_REQUEST, reason, status=HTTPStatus.NOT_FOUND)
+    return name
+
+
 def _job(request: Request) -> str:
     try:
         return msgspec.convert(request.path_params["job"], JobName)
@@ -271,8 +351,12 @@ async def _left(request: Request) -> None:
 
 
 def on_failure(request: Request, error: Exception) -> Response:
+    """KServe's clients read ``error``."""
     assert isinstance(error, Failure)
-    return Response(error.body, error.status, error.headers)
+    if not request.url.path.startswith("/v2"):
+        return Response(error.body, error.status, error.headers)
+    tree = {"error": str(error), **msgspec.to_builtins(error.problem)}
+    return Response(msgspec.json.encode(tree), error.status, {**error.headers, "content-type": "application/json"})
 
 
 def on_no_route(request: Request, error: Exception) -> Response:

@@ -141,20 +141,27 @@ def read(
     """The request that a query and a body make. Raises `Failure`."""
     try:
         found = bodies.read(content_type, body)
-        query = msgspec.convert(_fields(parameters, found.fields), kind, strict=False)
+        fields = _fields(parameters, found.fields)
     except bodies.Malformed as error:
         raise Failure(Code.BAD_REQUEST, str(error)) from None
+    return describe(fields, found.image, deadline_s, kind)
+
+
+def describe(fields: Mapping[str, Any], payload: bytes, deadline_s: float, kind: type[Q]) -> Request[Q]:
+    """The request that an image and what is said of it make. Raises `Failure`."""
+    try:
+        query = msgspec.convert(fields, kind, strict=False)
     except msgspec.ValidationError as error:
         reason = str(error).replace("`$.", "`").replace("Object contains", "the request has")
         raise Failure(Code.BAD_REQUEST, reason) from None
     shape = msgspec.convert(query.shape.split(","), tuple[int, int, int], strict=False) if query.shape else None
-    if complaint := _complaint(query, found.image):
+    if complaint := _complaint(query, payload):
         raise Failure(Code.BAD_REQUEST, complaint)
-    if query.kind != "path" and not found.image:
+    if query.kind != "path" and not payload:
         reason = "the image is empty: it is the body, `image` of a form, or in base64 `image` of a JSON object"
         raise Failure(Code.BAD_IMAGE, reason)
     image = Image(kind=query.kind, shape=shape, dtype=query.dtype, order=query.order, path=query.path)
-    return Request(image=image, payload=found.image, query=query, deadline_s=query.deadline_s or deadline_s)
+    return Request(image=image, payload=payload, query=query, deadline_s=query.deadline_s or deadline_s)
 
 
 def _fields(parameters: Mapping[str, str], fields: Mapping[str, Any]) -> dict[str, Any]:
