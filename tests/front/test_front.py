@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import http.client
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,16 @@ def test_an_image_is_segmented_however_it_is_sent(shared_front: Front, photo: by
         assert {"queue", "device", "total"} <= set(reply.tree["timings"])
     bare = shared_front.ask("POST", "/v1/segment?mask_format=none&max_detections=1", photo).tree
     assert "segmentation" not in bare["detections"][0]
+
+
+def test_answers_leave_at_once(shared_front: Front) -> None:
+    """Without TCP_NODELAY each would wait 40 ms for its header to be acknowledged."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", shared_front.port, timeout=20)) as line:
+        begun = time.monotonic()
+        for _ in range(50):
+            line.request("GET", "/v2")
+            line.getresponse().read()
+        assert time.monotonic() - begun < 50 * 0.035
 
 
 def test_pixels_and_their_order_arrive_as_they_were_sent(shared_front: Front, shared_daemon: Any) -> None:

@@ -9,11 +9,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import yaml
-from msgspec import UNSET, Meta, UnsetType
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,51 +27,19 @@ from blendmaskd.coco import categories
 from blendmaskd.coco.categories import Category
 from blendmaskd.core.metrics import health
 from blendmaskd.core.stats import SHOWN, SHOWN_OF_A_DEVICE
-from blendmaskd.http import bodies, kserve, rest
+from blendmaskd.http import bodies, kserve, openapi, rest
 from blendmaskd.http.guard import Budget, Guard, Held
 from blendmaskd.http.metrics import Metrics
-from blendmaskd.http.rest import Failure, Problem, Query, Segmentation
+from blendmaskd.http.rest import Failure, Job, JobName, JobQuery, Nothing, Segmentation, SegmentQuery, WaitQuery
 from blendmaskd.http.tokens import Tokens
 from blendmaskd.http.upstream import Gone, Upstream
-from blendmaskd.protocol import LEAST_DURABLE_NAME, Code
+from blendmaskd.protocol import Code
 from blendmaskd.settings import Settings
+from blendmaskd.shell import csp
 
 REFRESH_S = 1.0
-LONGEST_WAIT_S = 60.0
-Priority = Annotated[int, Meta(ge=-9, le=9)]
-JobName = Annotated[str, Meta(min_length=LEAST_DURABLE_NAME, max_length=128, pattern="^[A-Za-z0-9._~-]+$")]
+PAGES = frozenset({"/docs", "/openapi.json"})  # hold nothing secret
 T = TypeVar("T")
-
-
-class SegmentQuery(Query, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What may be asked for of the front."""
-
-    priority: Priority = 0
-
-
-class JobQuery(SegmentQuery, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The same for a durable job. Whoever names it may repeat the request."""
-
-    job: JobName | None = None
-
-
-class WaitQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How long the answer of a job is waited for, in seconds."""
-
-    wait: Annotated[float, Meta(ge=0, le=LONGEST_WAIT_S)] = 0.0
-
-
-class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A query without parameters."""
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A durable job. Its name is a secret: whoever knows it can fetch and delete the job."""
-
-    job: str
-    state: Literal["waiting", "done", "failed"]
-    result: Segmentation | UnsetType = UNSET
-    error: Problem | UnsetType = UNSET
 
 
 class Front:
@@ -105,6 +72,8 @@ class Front:
               for end, handler, method in (("", self.model, "GET"), ("/ready", self.model_ready, "GET"),
                                            ("/config", self.config, "GET"), ("/stats", self.statistics, "GET"),
                                            ("/infer", self.infer, "POST"))),
+            Route("/openapi.json", self.document),
+            Route("/docs", self.documentation),
             Route("/healthz", self.healthz),
             Route("/readyz", self.readyz),
             Route("/metrics", self.metrics),
@@ -242,6 +211,12 @@ class Front:
         devices = [{key: device[key] for key in SHOWN_OF_A_DEVICE} for device in snapshot["devices"]]
         return as_json({**{key: snapshot[key] for key in SHOWN}, "devices": devices})
 
+    async def document(self, request: Request) -> Response:
+        return Response(openapi.TEXT, media_type="application/json")
+
+    async def documentation(self, request: Request) -> Response:
+        return page(openapi.PAGE)
+
     async def healthz(self, request: Request) -> Response:
         """The front answers: whatever the daemon does, starting the front anew would not help."""
         return Response("ok\n", media_type="text/plain")
@@ -274,8 +249,13 @@ def application(
                             Gone: on_gone, ClientDisconnect: on_gone},
     )  # fmt: skip
     app.router.redirect_slashes = False
-    names = {route.endpoint: route.path for route in routes}
-    return Guard(app, settings.http, tokens, local, metrics, names, frozenset())
+    names = {route.endpoint: route.path for route in reversed(routes)}  # of two paths, the shorter
+    return Guard(app, settings.http, tokens, local, metrics, names, PAGES)
+
+
+def page(text: bytes) -> Response:
+    """A page of one file."""
+    return Response(text, media_type="text/html", headers={"content-security-policy": csp.policy(text.decode())})
 
 
 def segmentation(answer: Answer) -> Segmentation:

@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         output.complain(f"{NAME}: {error}")
         return EXIT_CANNOT_BOOT
     logs.configure(settings.log)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are of what strangers send
     if settings.http.processes > 1 and arguments.descriptor is None:
         return asyncio.run(several(settings, listening, sys.argv[1:] if argv is None else argv))
     metrics = Metrics()
@@ -102,7 +103,8 @@ def listen(http: Http, descriptor: int | None) -> socket.socket:
     host, port = parse_place(http.endpoint)
     try:
         found = address(host)
-        listening = socket.socket(socket.AF_INET6 if ":" in found else socket.AF_INET)
+        family = socket.AF_INET6 if ":" in found else socket.AF_INET
+        listening = socket.socket(family, proto=socket.IPPROTO_TCP)  # named: else asyncio sets no TCP_NODELAY
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((found, port))
         listening.listen(1024)

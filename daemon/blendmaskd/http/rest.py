@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from blendmaskd.http import bodies
-from blendmaskd.protocol import Code, Image, Options
+from blendmaskd.protocol import LEAST_DURABLE_NAME, Code, Image, Options
 
 STATUS = {
     Code.BAD_REQUEST: HTTPStatus.BAD_REQUEST,
@@ -31,6 +31,9 @@ STATUS = {
 }
 RETRY_AFTER_S = 1.0
 PROBLEM_TYPE = "application/problem+json"
+LONGEST_WAIT_S = 60.0
+Priority = Annotated[int, Meta(ge=-9, le=9)]
+JobName = Annotated[str, Meta(min_length=LEAST_DURABLE_NAME, max_length=128, pattern="^[A-Za-z0-9._~-]+$")]
 
 
 class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -51,6 +54,28 @@ class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return Options(
             score_threshold=self.score_threshold, max_detections=self.max_detections, mask_format=self.mask_format
         )
+
+
+class SegmentQuery(Query, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What may be asked for of the front."""
+
+    priority: Priority = 0
+
+
+class JobQuery(SegmentQuery, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The same for a durable job. Whoever names it may repeat the request."""
+
+    job: JobName | None = None
+
+
+class WaitQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long the answer of a job is waited for, in seconds."""
+
+    wait: Annotated[float, Meta(ge=0, le=LONGEST_WAIT_S)] = 0.0
+
+
+class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A query without parameters."""
 
 
 class Rle(msgspec.Struct, frozen=True):
@@ -91,6 +116,15 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     detail: str
     code: Code
     retry_after_s: float | None = None  # where trying again can help
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A durable job. Its name is a secret: whoever knows it can fetch and delete the job."""
+
+    job: str
+    state: Literal["waiting", "done", "failed"]
+    result: Segmentation | UnsetType = UNSET
+    error: Problem | UnsetType = UNSET
 
 
 class Failure(Exception):

@@ -21,6 +21,9 @@ def policy(text: str) -> str:
 
 
 def _hash(page: str, element: str) -> str:
-    """What CSP knows the page's one such element by."""
-    (inside,) = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
+    """What CSP knows the page's one such element by, or that it has none."""
+    found = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
+    if not found:
+        return "'none'"
+    (inside,) = found
     return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
