@@ -173,7 +173,8 @@ def _request(random: Random) -> bytes:
 
 
 def _one(random: Random) -> bytes:
-    host = b"localhost" if random.random() < 0.8 else random.choice((b"127.0.0.1:80", b"evil.example", b"[::1", b"\xff"))
+    other = random.choice((b"127.0.0.1:80", b"evil.example", b"[::1", b"\xff"))
+    host = b"localhost" if random.random() < 0.8 else other
     extra = random.choice(EXTRA)
     if random.random() < 0.4:
         method = random.choice((b"GET", b"GET", b"HEAD", b"DELETE", b"PUT", b"OPTIONS", b"TRACE", b"CONNECT"))
