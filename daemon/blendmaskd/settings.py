@@ -97,6 +97,11 @@ class Http(_Section, frozen=True):
     # how long a request waits for a daemon that is not there, as when it restarts; then it is answered `unavailable`
     daemon_wait_s: NotNegative = 10.0
 
+    @property
+    def url(self) -> str:
+        """Where the front listens."""
+        return f"{'https' if self.certificate else 'http'}://{self.endpoint}"
+
 
 class Queue(_Section, frozen=True):
     """Bounds on jobs; a job beyond any of them is answered `busy` at once.

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from random import Random
 from typing import Self
 
@@ -30,6 +30,7 @@ ANSWER_S = 20.0
 POLITE_S = 10.0  # in which a polite client is answered
 LEAK_MB = 64.0
 WARM = 500  # inputs after which the front is taken to be warm
+PATIENCE_S, MOST_STAYING = 0.1, 40
 NAME = b"0123456789abcdef0123456789abcdef"
 
 
@@ -42,6 +43,7 @@ class Front:
         self._number = 0
         self._warm: tuple[float, int] | None = None  # MB, descriptors
         self._stop = threading.Event()
+        self._staying: deque[socket.socket] = deque()
         self._slowest_s, self._impolite = 0.0, ""
 
     def __enter__(self) -> Self:
@@ -72,13 +74,33 @@ class Front:
             self._warm = self._held()
         if self._number % 200 == 0:
             self._check()
+        if random.random() < 0.6:
+            return self._patient(random)
         with socket.create_connection(("127.0.0.1", self._port), ANSWER_S) as stranger, contextlib.suppress(OSError):
             stranger.sendall(_request(random))
             stranger.shutdown(socket.SHUT_WR)
             return _status(stranger)
         return "reset"
 
+    def _patient(self, random: Random) -> str:
+        """One that waits for its answer, and stays when there is none at once."""
+        stranger = socket.create_connection(("127.0.0.1", self._port), PATIENCE_S)
+        try:
+            stranger.sendall(_request(random))
+            said = stranger.recv(65536)
+        except TimeoutError:
+            self._staying.append(stranger)
+            if len(self._staying) > MOST_STAYING:
+                self._staying.popleft().close()
+            return "stays"
+        except OSError:
+            said = b""
+        stranger.close()
+        return _code(said)
+
     def settle(self) -> None:
+        while self._staying:
+            self._staying.popleft().close()
         self._check()
         if self._warm is None:
             return
@@ -196,6 +218,10 @@ def _status(stranger: socket.socket) -> str:
             said = said or part
     except TimeoutError:
         raise BrokenRuleError("a request was neither answered nor closed") from None
+    return _code(said)
+
+
+def _code(said: bytes) -> str:
     if not said:
         return "closed"
     if not said.startswith(b"HTTP/1.1 "):

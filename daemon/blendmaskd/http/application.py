@@ -38,7 +38,9 @@ from blendmaskd.settings import Settings
 from blendmaskd.shell import csp
 
 REFRESH_S = 1.0
-PAGES = frozenset({"/docs", "/openapi.json"})  # hold nothing secret
+TRY = csp.page("blendmaskd.http", "try.html")
+DOCS = openapi.PAGE, csp.policy(openapi.PAGE.decode())
+PAGES = frozenset({"/", "/docs", "/openapi.json"})  # hold nothing secret
 T = TypeVar("T")
 
 
@@ -72,6 +74,7 @@ class Front:
               for end, handler, method in (("", self.model, "GET"), ("/ready", self.model_ready, "GET"),
                                            ("/config", self.config, "GET"), ("/stats", self.statistics, "GET"),
                                            ("/infer", self.infer, "POST"))),
+            Route("/", self.page),
             Route("/openapi.json", self.document),
             Route("/docs", self.documentation),
             Route("/healthz", self.healthz),
@@ -211,11 +214,15 @@ class Front:
         devices = [{key: device[key] for key in SHOWN_OF_A_DEVICE} for device in snapshot["devices"]]
         return as_json({**{key: snapshot[key] for key in SHOWN}, "devices": devices})
 
+    async def page(self, request: Request) -> Response:
+        """To try an image."""
+        return page(*TRY)
+
     async def document(self, request: Request) -> Response:
         return Response(openapi.TEXT, media_type="application/json")
 
     async def documentation(self, request: Request) -> Response:
-        return page(openapi.PAGE)
+        return page(*DOCS)
 
     async def healthz(self, request: Request) -> Response:
         """The front answers: whatever the daemon does, starting the front anew would not help."""
@@ -253,9 +260,9 @@ def application(
     return Guard(app, settings.http, tokens, local, metrics, names, PAGES)
 
 
-def page(text: bytes) -> Response:
+def page(text: bytes, policy: str) -> Response:
     """A page of one file."""
-    return Response(text, media_type="text/html", headers={"content-security-policy": csp.policy(text.decode())})
+    return Response(text, media_type="text/html", headers={"content-security-policy": policy})
 
 
 def segmentation(answer: Answer) -> Segmentation:

@@ -120,7 +120,8 @@ class Connection(H11Protocol):
         line = f"HTTP/1.1 {failure.status.value} {failure.status.phrase}\r\n"
         self.transport.write(f"{line}{head}\r\n".encode() + failure.body)
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            with contextlib.suppress(OSError):  # it has left meanwhile
+                self.transport.write_eof()
         self.connections.discard(self)
         self.leaving.add(self)
         self.loop.call_later(LEAVING_S, self.transport.abort)

@@ -24,8 +24,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import html
 import ipaddress
 import json
+import re
 import socket
 import threading
 import time
@@ -67,11 +69,13 @@ class Page:
 class Pages:
     """Serves the pages above. The serving loop calls `publish` and `show_image`; they only store."""
 
-    def __init__(self, endpoint: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, endpoint: str, clock: Callable[[], float] = time.monotonic, front: str = "") -> None:
+        """`front`: http://HOST:PORT of the HTTP front, to which the status page links while somebody listens there."""
         self._clock = clock
+        self._front = front
         self._latest = _Published({}, clock())
         self._image: bytes | None = None
-        self._status_page = _status_page()
+        self._text, self._policy = csp.page("blendmaskd.shell", "status.html")
         host, port = parse_place(endpoint)
         self._http = _Http((address(host), port), _handler(self))
         self.port: int = self._http.server_address[1]
@@ -97,7 +101,7 @@ class Pages:
             return Page(HTTPStatus.MISDIRECTED_REQUEST, TEXT, text.encode())
         match path:
             case "/":
-                return self._status_page
+                return self._status_page(host)
             case "/stats.json":
                 return Page(HTTPStatus.OK, "application/json", latest.json)
             case "/last.jpg" if (image := self._image) is not None:
@@ -110,6 +114,16 @@ class Pages:
                 healthz, readyz, text = health(latest.snapshot, self._clock() - latest.taken)
                 return Page(healthz if path == "/healthz" else readyz, TEXT, text.encode())
         return Page(HTTPStatus.NOT_FOUND, TEXT, b"/, /stats.json, /metrics, /healthz, /readyz\n")
+
+
+    def _status_page(self, host: str | None) -> Page:
+        text = self._text
+        scheme, _, endpoint = self._front.partition("://")
+        if endpoint and _listens(endpoint):
+            name, port = re.sub(r":\d*$", "", host or "localhost"), endpoint.rpartition(":")[2]
+            link = f'<a href="{scheme}://{html.escape(name)}:{port}/">Try an image</a>'
+            text = text.replace(b"<!--try-->", link.encode())
+        return Page(HTTPStatus.OK, "text/html; charset=utf-8", text, {"Content-Security-Policy": self._policy})
 
 
 @dataclass
@@ -136,9 +150,16 @@ def _without_environment(effect: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in effect.items() if name != "env"}
 
 
-def _status_page() -> Page:
-    text, policy = csp.page("blendmaskd.shell", "status.html")
-    return Page(HTTPStatus.OK, "text/html; charset=utf-8", text, {"Content-Security-Policy": policy})
+def _listens(endpoint: str) -> bool:
+    """Whether somebody does, of this host."""
+    host, port = parse_place(endpoint)
+    found = address(host)
+    family = socket.AF_INET6 if ":" in found else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family) as trial:
+        trial.settimeout(0.2)
+        trial.connect((found, port))
+        return True
+    return False
 
 
 class _Http(ThreadingHTTPServer):

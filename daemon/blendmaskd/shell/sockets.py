@@ -91,7 +91,7 @@ class Sockets:
             for endpoint in filter(_is_tcp, endpoints):  # last: it changes the socket's options
                 _listen(endpoint, functools.partial(self.gate.bind, keys=keys))
             if self._settings.endpoints.metrics:
-                self.pages = _pages(self._settings.endpoints.metrics)
+                self.pages = _pages(self._settings.endpoints.metrics, self._settings.http.url)
         except BaseException:
             self.__exit__()
             raise
@@ -289,8 +289,8 @@ def send(router: zmq.Socket[bytes], to: bytes, frames: Sequence[Any]) -> int:
     return 0
 
 
-def _pages(endpoint: str) -> Pages:
+def _pages(endpoint: str, front: str) -> Pages:
     try:
-        return Pages(endpoint)
+        return Pages(endpoint, front=front)
     except OSError as error:
         raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {error.strerror or error}") from None
