@@ -30,7 +30,7 @@ ANSWER_S = 20.0
 POLITE_S = 10.0  # in which a polite client is answered
 LEAK_MB = 64.0
 WARM = 500  # inputs after which the front is taken to be warm
-PATIENCE_S, MOST_STAYING = 0.1, 40
+PATIENCE_S, MOST_STAYING = 0.01, 40
 NAME = b"0123456789abcdef0123456789abcdef"
 
 

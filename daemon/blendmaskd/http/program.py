@@ -9,6 +9,7 @@ who may ask. docs/http.md shows the requests. SIGTERM and SIGINT drain and stop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -121,7 +122,7 @@ async def serve(
     if not alone:
         _end_with_parent(server)
     notifier = systemd.from_environment()
-    watching = asyncio.create_task(_watch(server, http, tls, metrics))
+    watching = asyncio.create_task(_watch(server, http, tls, metrics, notifier))
     serving = asyncio.create_task(server.serve([listening]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
@@ -133,11 +134,14 @@ async def serve(
     return 0
 
 
-async def _watch(server: Server, http: Http, tls: ssl.SSLContext | None, metrics: Metrics) -> None:
-    """Each second: how many connections there are, and whether there is another certificate."""
+async def _watch(
+    server: Server, http: Http, tls: ssl.SSLContext | None, metrics: Metrics, notifier: systemd.Notifier
+) -> None:
+    """Each second: the loop lives, how many connections there are, and whether there is another certificate."""
     seen = _written(http)
     while True:
         await asyncio.sleep(RENEW_S)
+        notifier.send(WATCHDOG="1")
         metrics.connections.set(len(server.server_state.connections))
         if tls is None or (written := _written(http)) == seen:
             continue
@@ -167,7 +171,12 @@ async def several(settings: Settings, listening: socket.socket, argv: list[str])
     with tempfile.TemporaryDirectory(prefix="blendmaskd-http-") as folder:
         keeping = [asyncio.create_task(_keep(argv, listening.fileno(), folder, stopping))
                    for _ in range(settings.http.processes)]  # fmt: skip
-        systemd.from_environment().send(READY="1", STATUS=f"{settings.http.processes} processes")
+        notifier = systemd.from_environment()
+        notifier.send(READY="1", STATUS=f"{settings.http.processes} processes")
+        while not stopping.is_set():
+            notifier.send(WATCHDOG="1")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), 1.0)
         await asyncio.gather(*keeping)
     return 0
 
