@@ -471,6 +471,8 @@ def _check_http(settings: Settings) -> None:
         parse_place(http.endpoint)
     except ValueError as error:
         raise SettingsError(f"http.endpoint = {http.endpoint!r}: {error}") from None
+    if http.endpoint == settings.endpoints.metrics and not http.endpoint.endswith(":0"):
+        raise SettingsError(f"http.endpoint = {http.endpoint!r}: endpoints.metrics is the same: choose another port")
     if bool(http.certificate) != bool(http.key):
         given, missing = ("certificate", "key") if http.certificate else ("key", "certificate")
         raise SettingsError(f"http.{given} is set, http.{missing} is not: HTTPS needs both")
