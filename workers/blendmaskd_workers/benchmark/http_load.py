@@ -33,12 +33,16 @@ class Line:
     answer: bytes = b""
 
 
-def measure(url: str, image: bytes, clients: int, warm_up_s: float, seconds: float) -> dict[str, Any]:
-    """`load.figures`, and ``cpu_s`` per 1000 answers of the server's processes, where they can be seen.
+def measure(
+    url: str, image: bytes, field: str | None, clients: int, warm_up_s: float, seconds: float
+) -> dict[str, Any]:
+    """`field`: of a multipart form that has the image; None: it is the body.
+
+    Returns `load.figures`, and ``cpu_s`` per 1000 answers of the server's processes, where they can be seen.
 
     Raises `UsageError` for no http URL, `NoDaemonError` when nobody listens there.
     """
-    host, port, request = _request(url, image)
+    host, port, request = _request(url, image, field)
     server = _processes(port)
     start = time.monotonic() + warm_up_s
     samples, cpu_s = _loop(_connect(host, port, clients), request, start, start + seconds, server)
@@ -51,14 +55,19 @@ def medians(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {key: statistics.median(row[key] for row in rows) for key in ("fps", "p50_ms", "p99_ms", "cpu_s_per_1000")}
 
 
-def _request(url: str, image: bytes) -> tuple[str, int, bytes]:
+def _request(url: str, image: bytes, field: str | None) -> tuple[str, int, bytes]:
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname or not parts.path:
         raise UsageError(f"--http {url}: expected http://HOST:PORT/PATH")
     path = f"{parts.path}?{parts.query}" if parts.query else parts.path
-    headers = ("Content-Type: image/jpeg", f"Content-Length: {len(image)}", "", "")
+    kind, body = "image/jpeg", image
+    if field is not None:
+        kind = "multipart/form-data; boundary=blendmaskd"
+        part = f'--blendmaskd\r\nContent-Disposition: form-data; name="{field}"; filename="image.jpg"\r\n'
+        body = f"{part}Content-Type: image/jpeg\r\n\r\n".encode() + image + b"\r\n--blendmaskd--\r\n"
+    headers = (f"Content-Type: {kind}", f"Content-Length: {len(body)}", "", "")
     head = "\r\n".join([f"POST {path} HTTP/1.1", f"Host: {parts.netloc}", *headers])
-    return parts.hostname, parts.port or 80, head.encode() + image
+    return parts.hostname, parts.port or 80, head.encode() + body
 
 
 def _connect(host: str, port: int, clients: int) -> list[Line]:

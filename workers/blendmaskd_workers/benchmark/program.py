@@ -213,7 +213,8 @@ def _http(arguments: argparse.Namespace, console: Console) -> int:
     rows = []
     for number in range(1, arguments.rounds + 1):
         for url, clients in points:
-            found = http_load.measure(url, sent.payload, clients, arguments.warm_up, arguments.seconds)
+            load = clients, arguments.warm_up, arguments.seconds
+            found = http_load.measure(url, sent.payload, arguments.http_form, *load)
             rows.append({"round": number, "image_bytes": len(sent.payload), **found})
             console.print(escape(f"{number}  {_http_line(url, clients, found)}  {found['failures'] or ''}"))
     console.print(f"median of {arguments.rounds} rounds, images of {len(sent.payload)} bytes:")
