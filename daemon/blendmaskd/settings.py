@@ -96,6 +96,8 @@ class Http(_Section, frozen=True):
     idle_s: Positive = 75.0  # how long a connection may be idle
     # how long a request waits for a daemon that is not there, as when it restarts; then it is answered `unavailable`
     daemon_wait_s: NotNegative = 10.0
+    # where spans go by OTLP, such as http://127.0.0.1:4318/v1/traces (extra otel); null: none
+    traces: str | None = None
 
     @property
     def url(self) -> str:
@@ -478,6 +480,8 @@ def _check_http(settings: Settings) -> None:
         raise SettingsError(f"http.{given} is set, http.{missing} is not: HTTPS needs both")
     if http.tokens and http.insecure:
         raise SettingsError("http.insecure = True: http.tokens say who may ask; remove one of the two")
+    if http.traces is not None and not re.match("https?://[^/]", http.traces):
+        raise SettingsError(f"http.traces = {http.traces!r}: expected http://HOST:PORT/v1/traces")
     for name in http.hosts:
         if not HOST_NAME.fullmatch(name):
             raise SettingsError(f"http.hosts: {name!r}: expected a name without port, such as gpu1.example.org")

@@ -124,6 +124,7 @@ def test_a_daemon_that_is_away_is_a_503_in_time(daemon: Any, front: MakeFront, p
     assert here.ask("GET", "/readyz").status == 200
 
 
+@pytest.mark.slow
 def test_a_front_that_starts_first_waits_for_the_daemon(
     daemon: Any, front: MakeFront, photo: bytes
 ) -> None:
@@ -163,6 +164,7 @@ def test_a_durable_job_is_kept_until_it_is_deleted(durable: Any, front: MakeFron
     assert here.ask("GET", f"/v1/jobs/{job}?wait=61").status == 400
 
 
+@pytest.mark.slow
 def test_many_may_wait_for_one_job(durable: Any, front: MakeFront, photo: bytes, wait_until: Any) -> None:
     here = front(durable)
     name = secrets.token_hex(16)
@@ -182,6 +184,7 @@ def test_many_may_wait_for_one_job(durable: Any, front: MakeFront, photo: bytes,
     assert here.ask("GET", f"/v1/jobs/{name}").tree["state"] == "done"
 
 
+@pytest.mark.slow
 def test_a_wait_that_ends_or_is_deleted_leaves_nothing(durable: Any, front: MakeFront, photo: bytes) -> None:
     here = front(durable)
     jobs = [here.ask("POST", "/v1/jobs", photo).tree["job"] for _ in range(6)]

@@ -69,6 +69,7 @@ def test_a_header_that_drips_is_cut_off(strict: Front) -> None:
         assert time.monotonic() < until
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_not_read_is_cut_off(daemon: Any, front: MakeFront, wait_until: Any) -> None:
     here = front(daemon(), send_s=0.5)
     with socket.socket() as deaf:
@@ -119,6 +120,7 @@ def test_bodies_are_held_within_a_budget(strict: Front, photo: bytes) -> None:
         assert any(answer.status == 503 and answer.tree["code"] == "busy" for answer in answers)
 
 
+@pytest.mark.slow
 def test_memory_comes_back(strict: Front, photo: bytes) -> None:
     def flood(count: int) -> None:
         for _ in range(count):

@@ -10,6 +10,7 @@
 ``tokens``      the file of tokens
 ``connections``  connections in bounds of number and time
 ``metrics``     what the front counts
+``tracing``     spans by OpenTelemetry, where they are wanted
 ``program``     the process, or several on one socket
 ==============  ==================================================================================================
 """

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import yaml
@@ -37,6 +37,9 @@ from blendmaskd.protocol import Code
 from blendmaskd.settings import Settings
 from blendmaskd.shell import csp
 
+if TYPE_CHECKING:
+    from blendmaskd.http.tracing import Tracing
+
 REFRESH_S = 1.0
 TRY = csp.page("blendmaskd.http", "try.html")
 DOCS = openapi.PAGE, csp.policy(openapi.PAGE.decode())
@@ -47,13 +50,16 @@ T = TypeVar("T")
 class Front:
     """What the handlers need. `application` makes the whole."""
 
-    def __init__(self, settings: Settings, endpoint: str, tokens: Tokens | None, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, endpoint: str, tokens: Tokens | None, metrics: Metrics, tracing: Tracing | None
+    ) -> None:
         """`endpoint` is the broker's."""
         self._settings = settings
         self._tokens = tokens
         self._metrics = metrics
         self._budget = Budget(settings.http.max_bytes)
         self._upstream = Upstream(endpoint, settings.http.daemon_wait_s)
+        self._tracing = tracing
         self._statistics = {name: kserve.Statistics() for name in kserve.INPUTS}
 
     def routes(self) -> list[Route]:
@@ -88,6 +94,8 @@ class Front:
         yield
         refreshing.cancel()
         await self._upstream.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def _refresh(self) -> None:
         while self._tokens is not None:
@@ -100,8 +108,7 @@ class Front:
     async def segment(self, request: Request) -> Response:
         async with Held(self._budget, self._settings.http.receive_s) as held:
             wanted = await self._wanted(held, request, SegmentQuery)
-            found = await self._for(request, lambda gone: self._upstream.segment(_name(request), wanted, gone))
-            return as_json(segmentation(found))
+            return as_json(segmentation(await self._segmented(request, wanted)))
 
     async def submit(self, request: Request) -> Response:
         async with Held(self._budget, self._settings.http.receive_s) as held:
@@ -134,6 +141,11 @@ class Front:
         most = bodies.largest(content_type, self._settings.limits.max_image_bytes)
         body = await held.read(request, most)
         return rest.read(_parameters(request), content_type, body, self._settings.deadline_s, kind)
+
+    async def _segmented(self, request: Request, wanted: rest.Request[SegmentQuery]) -> Answer:
+        found = await self._for(request, lambda gone: self._upstream.segment(_name(request), wanted, gone))
+        request.scope["answer"] = found  # for traces
+        return found
 
     async def _for(self, request: Request, ask: Callable[[asyncio.Future[Any]], Awaitable[T]]) -> T:
         """Ask the broker for as long as whoever asks is there."""
@@ -197,7 +209,7 @@ class Front:
             asked, wanted = kserve.read(
                 model, body, None if cut is None else int(cut), self._settings.deadline_s, SegmentQuery
             )
-            return asked, await self._for(request, lambda gone: self._upstream.segment(_name(request), wanted, gone))
+            return asked, await self._segmented(request, wanted)
 
     # -- what is known --------------------------------------------------------------------------------------------
 
@@ -245,10 +257,10 @@ class Front:
 
 
 def application(
-    settings: Settings, endpoint: str, tokens: Tokens | None, local: bool, metrics: Metrics
+    settings: Settings, endpoint: str, tokens: Tokens | None, local: bool, metrics: Metrics, tracing: Tracing | None
 ) -> ASGIApp:
     """The ASGI application. `local`: it is listened to on a loopback address only."""
-    front = Front(settings, endpoint, tokens, metrics)
+    front = Front(settings, endpoint, tokens, metrics, tracing)
     routes = front.routes()
     app = Starlette(
         routes=routes, lifespan=front.life,
@@ -257,7 +269,7 @@ def application(
     )  # fmt: skip
     app.router.redirect_slashes = False
     names = {route.endpoint: route.path for route in reversed(routes)}  # of two paths, the shorter
-    return Guard(app, settings.http, tokens, local, metrics, names, PAGES)
+    return Guard(app, settings.http, tokens, local, metrics, names, PAGES, tracing)
 
 
 def page(text: bytes, policy: str) -> Response:

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
@@ -23,6 +23,9 @@ from blendmaskd.http.tokens import Tokens
 from blendmaskd.protocol import Code
 from blendmaskd.settings import Http
 from blendmaskd.shell.addresses import host_name, is_own_name
+
+if TYPE_CHECKING:
+    from blendmaskd.http.tracing import Tracing
 
 OPEN = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})  # probes have no token
 HEADERS = {
@@ -40,7 +43,7 @@ class Guard:
 
     def __init__(
         self, app: ASGIApp, http: Http, tokens: Tokens | None, local: bool, metrics: Metrics,
-        routes: Mapping[Any, str], pages: frozenset[str],
+        routes: Mapping[Any, str], pages: frozenset[str], tracing: Tracing | None,
     ) -> None:  # fmt: skip
         self._app = app
         self._hosts = frozenset(http.hosts)
@@ -49,6 +52,7 @@ class Guard:
         self._metrics = metrics
         self._routes = routes
         self._open = OPEN | pages
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -83,7 +87,12 @@ class Guard:
             self._metrics.in_flight.dec()
             route = self._routes.get(scope.get("endpoint"), "other")
             method = scope["method"] if scope["method"] in METHODS else "other"
-            self._metrics.answered(route, method, status, time.monotonic() - begun, received, sent)
+            seconds = time.monotonic() - begun
+            self._metrics.answered(route, method, status, seconds, received, sent)
+            if self._tracing is not None and (route.startswith("/v1/") or route.endswith("/infer")):
+                found = scope.get("answer")
+                timings, device = (found.timings, found.device) if found else ({}, "")
+                self._tracing.record(scope["headers"], method, route, status, seconds, timings, device)
 
     def _admit(self, scope: Scope) -> str:
         """The name of whoever asks; empty without tokens. Raises `Failure`."""

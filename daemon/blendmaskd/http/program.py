@@ -18,6 +18,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+from typing import TYPE_CHECKING
 
 from prometheus_client import multiprocess
 
@@ -32,6 +33,9 @@ from blendmaskd.logs import about
 from blendmaskd.settings import Http, Settings, SettingsError
 from blendmaskd.shell import systemd
 from blendmaskd.shell.addresses import address, is_loopback
+
+if TYPE_CHECKING:
+    from blendmaskd.http.tracing import Tracing
 
 log = logging.getLogger("blendmaskd.http")
 
@@ -58,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are of what strangers send
     if settings.http.processes > 1 and arguments.descriptor is None:
         return asyncio.run(several(settings, listening, sys.argv[1:] if argv is None else argv))
-    metrics = Metrics()
-    app = application(settings, endpoint, tokens, is_loopback(settings.http.endpoint), metrics)
+    metrics, tracing = Metrics(), traced(settings.http)
+    app = application(settings, endpoint, tokens, is_loopback(settings.http.endpoint), metrics, tracing)
     server = Server(app, settings.http, settings.drain_s, tls)
     return asyncio.run(serve(server, settings.http, tls, listening, metrics, alone=arguments.descriptor is None))
 
@@ -95,6 +99,15 @@ def encryption(http: Http) -> ssl.SSLContext | None:
     except OSError as error:
         raise SettingsError(f"http.certificate = {http.certificate!r}, http.key = {http.key!r}: {error}") from None
     return context
+
+
+def traced(http: Http) -> Tracing | None:
+    """Where spans go, if anywhere. Raises ModuleNotFoundError without the extra otel."""
+    if http.traces is None:
+        return None
+    from blendmaskd.http.tracing import Tracing
+
+    return Tracing(http.traces)
 
 
 def listen(http: Http, descriptor: int | None) -> socket.socket:
