@@ -35,6 +35,7 @@ BLAME, BROKER, JOBS, LEASES, REFUSALS, RELOAD, STATS, SUPERVISOR, SUSPECTS, TURN
 PROTOCOL = "daemon/blendmaskd/protocol.py"
 BATCHING = "workers/blendmaskd_workers/batching.py"
 LOOP = "workers/blendmaskd_workers/loop.py"
+FLIGHT = "workers/blendmaskd_workers/flight.py"
 BROKER_TESTS = ["test_broker.py", "test_broker_machine.py", "test_daemon_machine.py"]
 CORE_TESTS = {
     **dict.fromkeys((BLAME, BROKER, JOBS, LEASES, REFUSALS, TURNS), BROKER_TESTS),
@@ -45,6 +46,7 @@ CORE_TESTS = {
     STATS: ["test_stats.py"],
     BATCHING: ["../workers/test_batching.py"],
     LOOP: ["../workers/test_two_runs.py"],
+    FLIGHT: ["../workers/test_two_runs.py"],
 }
 
 Places = Iterator[tuple[ast.AST, ast.AST]]  # what is there, and what comes instead
@@ -185,7 +187,7 @@ BUGS = [
         "the same image of two clients is tried by two workers at once, and kills both"),
     Bug(JOBS, "Waiting.next", drop("move_to_end"), "a client that floods is served alone: the others starve"),
     Bug(JOBS, "Waiting.take", drop("payload_bytes"), "after some gigabytes every job is refused as busy"),
-    Bug(BROKER, "Broker._job", swap("placed.bytes if placed else 0", "0"),
+    Bug(JOBS, "job_of", swap("placed.bytes if placed else 0", "0"),
         "images in shared memory do not count against the queue's bytes"),
     Bug(SUPERVISOR, "Supervisor.ready", without("generation"),
         "a ready of an earlier life makes a worker that still loads ready"),
@@ -252,7 +254,7 @@ BUGS = [
     Bug(LOOP, "Loop._can_run", swap("not self._overdue(item)", "True"), "images that nobody waits for are begun ahead"),
     Bug(LOOP, "Loop._guarded", swap("(Exception, SystemExit)", "ZeroDivisionError"),
         "a run that fails takes the one that has begun with it"),
-    Bug(LOOP, "Flight.collect", never("len"), "an image without an output never gets an answer"),
+    Bug(FLIGHT, "Flight.collect", never("len"), "an image without an output never gets an answer"),
     Bug(LOOP, "Loop._finish", swap("(Exception, SystemExit)", "Exception"),
         "a library that wants to exit ends a host's thread, and a lease never ends"),
 ]  # fmt: skip

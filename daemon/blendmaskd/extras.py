@@ -11,9 +11,9 @@ import sys
 from blendmaskd import output
 
 EXTRAS = {
-    "torch_npu": "npu", "matplotlib": "plots", "ray": "ray", "pyarrow": "ray", "starlette": "http", "uvicorn": "http",
-    "opentelemetry": "otel",
-}  # else the program's own  # fmt: skip
+    "torch_npu": "npu", "matplotlib": "plots", "onnx": "onnx", "onnxruntime": "onnx", "ray": "ray", "pyarrow": "ray",
+    "starlette": "http", "uvicorn": "http", "opentelemetry": "otel",
+}  # fmt: skip  # else the program's own
 EXIT_LACKING = 2  # as for wrong arguments
 
 

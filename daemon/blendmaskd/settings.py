@@ -25,6 +25,7 @@ from blendmaskd.wanted import HIDDEN
 
 ENVIRONMENT_PREFIX = "BLENDMASKD__"
 HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+PROVIDER = re.compile(r"^[A-Za-z0-9]+ExecutionProvider$")
 DEVICE = re.compile(r"^(npu|cuda|cpu):(0|[1-9][0-9]*)$")
 
 LARGEST = 1e9  # of seconds and milliseconds: keeps infinity out
@@ -48,7 +49,9 @@ class Model(_Section, frozen=True):
     """The network, its weights and its arithmetic."""
 
     config: str = "configs/BlendMask/R_50_1x.yaml"  # the network's configuration: a YAML file with AdelaiDet's keys
-    weights: str | None = None  # an AdelaiDet checkpoint: {"model": state_dict}, or the state dict alone
+    # an AdelaiDet checkpoint: {"model": state_dict}, or the state dict alone; for the engine onnx the folder that
+    # `scripts/export_onnx.py` wrote
+    weights: str | None = None
     # hf32: HF32 on NPUs, TF32 on CUDA; auto: bf16 on CPUs that measure faster in it, else fp32; fp16: not on CPUs
     precision: Literal["fp32", "hf32", "bf16", "fp16", "auto"] = "fp32"
     # true: AdelaiDet's order of operations, image by image; slower. false: the same except for rounding
@@ -59,6 +62,8 @@ class Model(_Section, frozen=True):
     graphs: bool = False
     # file with a COCO `categories` list; default: the one beside the weights, COCO's 80, or class_N
     categories: str | None = None
+    # onnxruntime's execution providers for the engine onnx, the preferred one first; each must be there
+    providers: list[str] = msgspec.field(default_factory=lambda: ["CPUExecutionProvider"])
 
 
 class Endpoints(_Section, frozen=True):
@@ -199,8 +204,9 @@ class Settings(_Section, frozen=True):
 
     # npu:N, cuda:N or cpu:N, one worker process each; N counts the devices visible to the daemon
     devices: list[str] = msgspec.field(default_factory=lambda: ["npu:0", "npu:1"])
-    # native: the built-in network; adelaidet: an installed AdelaiDet; timed: a latency table, for load tests
-    engine: Literal["native", "adelaidet", "timed"] = "native"
+    # native: the built-in network; onnx: the same, exported, on CPUs by onnxruntime (docs/onnx.md); adelaidet: an
+    # installed AdelaiDet; timed: a latency table, for load tests
+    engine: Literal["native", "onnx", "adelaidet", "timed"] = "native"
     model: Model = Model()
     endpoints: Endpoints = Endpoints()
     curve: Curve = Curve()
@@ -414,8 +420,28 @@ def _check_model(settings: Settings) -> None:
     cpus = [device for device in settings.devices if device.startswith("cpu:")]
     if settings.engine == "native" and graphs and cpus:
         raise SettingsError(f"model.graphs = True: {cpus[0]} is a CPU, which does not support graphs")
+    if settings.engine == "onnx":
+        _check_onnx(settings)
+    elif settings.model.providers != Model().providers:
+        raise SettingsError(f"model.providers = {settings.model.providers}: only the engine onnx has any")
     if settings.model.exact:
         _check_exact(settings)
+
+
+def _check_onnx(settings: Settings) -> None:
+    model, providers = settings.model, settings.model.providers
+    if model.precision != "fp32":
+        raise SettingsError(f"model.precision = {model.precision!r}: the engine onnx computes in fp32, as was exported")
+    if model.graphs:
+        raise SettingsError("model.graphs = True: the engine onnx has none to record")
+    for device in settings.devices:
+        if not device.startswith("cpu:"):
+            raise SettingsError(f"devices: {device!r}: the engine onnx serves on cpu:N; the engine native on this one")
+    for name in providers:
+        if not PROVIDER.match(name):
+            raise SettingsError(f"model.providers: {name!r}: expected a name such as CPUExecutionProvider")
+    if not providers or len(set(providers)) != len(providers):
+        raise SettingsError(f"model.providers = {providers}: name at least one, and none twice")
 
 
 def _check_exact(settings: Settings) -> None:
@@ -426,6 +452,8 @@ def _check_exact(settings: Settings) -> None:
         against = "the engine adelaidet is AdelaiDet itself"
     elif settings.engine == "timed":
         against = "the engine timed has no network"
+    elif settings.engine == "onnx":
+        against = "the engine onnx runs the network that is made for inference"
     elif model.precision != "fp32":
         against = f"model.precision = {model.precision!r} may round below float32"
     elif model.resize == "fast":

@@ -113,6 +113,18 @@ def test_weights_that_do_not_fit_are_told(check: Check, model: dict[str, str], c
 
 
 @pytest.mark.slow
+def test_an_extra_that_the_engine_lacks_is_told(check: Check, tmp_path: Path) -> None:
+    for name in ("propose.onnx", "blend.onnx"):
+        (tmp_path / name).write_bytes(b"of another host")
+    model = {**DEMO, "weights": str(tmp_path)}
+    environment = {"PYTHONPATH": f"{ROOT / 'tests' / 'masked'}:{SOURCES}", "MASKED": "onnxruntime"}
+    report = check(environment, engine="onnx", model=model, devices=["cpu:0"])
+    [(level, text)] = told(report, "weights")
+    assert (report["rc"], level) == (1, "error")
+    assert "onnxruntime is not installed; it comes with the extra: pip install 'blendmaskd[onnx]'" in text
+
+
+@pytest.mark.slow
 def test_a_precision_that_the_device_lacks_is_told(check: Check) -> None:
     report = check(engine="native", model={**DEMO, "precision": "fp16"}, devices=["cpu:0"])
     assert any(level == "error" and "float16" in text for level, text in told(report, "device"))

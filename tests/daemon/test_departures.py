@@ -1,6 +1,11 @@
 """Departures, on real sockets: who has left is told, and nobody who has not."""
 from __future__ import annotations
 
+import os
+import select
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +26,16 @@ class Daemon:
         self.router = context.socket(zmq.ROUTER)
         self.router.linger = 0
         self.router.set(zmq.ROUTER_HANDOVER, 1)
+        self.router.set(zmq.ROUTER_MANDATORY, 1)
         self.gate = Gate(context, self.router, None, most=100, most_tcp=100)
         self.departures = self.gate.departures
-        self.router.bind(endpoint)
+        if endpoint.startswith("tcp:"):
+            self.gate.bind(endpoint, None)
+        else:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
+                listener.bind(endpoint.removeprefix("ipc://"))
+                listener.listen()
+                self.gate.bind_local(listener)
         self.endpoint = str(self.router.get_string(zmq.LAST_ENDPOINT))
 
     def turn(self, wait_ms: int = 0) -> tuple[list[bytes], list[bytes]]:
@@ -62,19 +74,20 @@ def connect(context, here) -> Iterator[Connect]:
     sockets = []
 
     def connect(name: bytes) -> zmq.Socket[bytes]:
-        socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-        sockets.append(socket)
-        socket.set(zmq.IDENTITY, name)
-        socket.connect(here.endpoint)
-        return socket
+        dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        sockets.append(dealer)
+        dealer.set(zmq.IDENTITY, name)
+        dealer.set(zmq.RECONNECT_IVL, -1)
+        dealer.connect(here.endpoint)
+        return dealer
 
     yield connect
-    for socket in sockets:
-        socket.close(linger=0)
+    for each in sockets:
+        each.close(linger=0)
 
 
-def says(here: Daemon, socket: zmq.Socket[bytes], name: bytes) -> None:
-    socket.send_multipart([b"magic", b"header"])
+def says(here: Daemon, dealer: zmq.Socket[bytes], name: bytes) -> None:
+    dealer.send_multipart([b"magic", b"header"])
     assert here.turn(10_000) == ([], [name])
 
 
@@ -123,11 +136,79 @@ def test_who_has_come_back_has_not_left(here, connect, wait_until) -> None:
 def test_nothing_is_kept_of_who_has_left(here, connect, wait_until) -> None:
     for number in range(50):
         name = b"%d" % number
-        socket = connect(name)
-        says(here, socket, name)
+        dealer = connect(name)
+        says(here, dealer, name)
         if number % 2:
             here.turn()
-        socket.close(linger=0)
+        dealer.close(linger=0)
         assert wait_until(lambda: here.turn() and here.gate.connections == 0)
     assert here.departures._heard == {}
     assert here.departures._descriptors == {}
+
+
+ANOTHER = """
+import sys, zmq
+dealer = zmq.Context().socket(zmq.DEALER)
+sys.stdin.readline()
+dealer.connect(sys.argv[1])
+dealer.send_multipart([b"magic", b"header"])
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def others(here) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Two clients in processes of their own, with all the descriptors that they take here."""
+    argv = [sys.executable, "-c", ANOTHER, here.endpoint]
+    processes = [subprocess.Popen(argv, stdin=subprocess.PIPE) for _ in range(2)]
+    yield processes
+    for each in processes:
+        each.communicate(b"\n")
+
+
+def _told_to_speak(here: Daemon, process: subprocess.Popen[bytes]) -> list[zmq.Frame]:
+    assert process.stdin is not None
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+    assert here.router.poll(10_000)
+    return here.router.recv_multipart(copy=False)
+
+
+def _free_for_the_next(descriptor: int) -> list[int]:
+    """Take all that are lower, so that it is given to who comes next. Returns those."""
+    taken = [os.dup(0)]
+    while taken[-1] < descriptor:
+        taken.append(os.dup(0))
+    os.close(taken.pop())
+    return taken
+
+
+def _has_ended(descriptor: int) -> bool:
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as connection:
+            return bool(select.select([connection], [], [], 0)[0])
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("transport", ["ipc"])
+@pytest.mark.parametrize("heard", [False, True])
+def test_a_connection_is_not_closed_for_one_that_had_its_number(here, others, wait_until, heard: bool) -> None:
+    first = _told_to_speak(here, others[0])
+    here.turn()
+    number = int(first[-1].get(zmq.SRCFD))
+    here.gate.heard(first[0].bytes, first[-1])
+    here.gate.close(first[-1])
+    assert wait_until(lambda: not os.path.exists(f"/proc/self/fd/{number}"))
+    taken = _free_for_the_next(number)
+    second = _told_to_speak(here, others[1])
+    assert second[-1].get(zmq.SRCFD) == number
+    if heard:
+        here.gate.heard(second[0].bytes, second[-1])
+    here.gate.cut_off(first[0].bytes)
+    here.gate.close(first[-1])  # another message of the first one's, read late
+    assert not _has_ended(number)
+    here.gate.close(second[-1])
+    assert wait_until(lambda: _has_ended(number))
+    for each in taken:
+        os.close(each)

@@ -187,6 +187,8 @@ FAULTS: list[Case] = [
     ("open metrics", lambda: tcp(open_to_all=True), "warning", "open to anyone who can reach the port", "127.0.0.1"),
     ("weights", lambda: resources.judge_weights("native", "a.pth", "a.pth: no key backbone", 0), "error", "no key",
      "network"),
+    ("no exported files", lambda: resources.judge_weights("onnx", "a", "a/blend.onnx: cannot be read", 0), "error",
+     "cannot be read", "docs/onnx.md"),
     ("no weights", lambda: resources.judge_weights("native", None, "model.weights is not set", 0), "error", "not set",
      "--set"),
     ("few files", lambda: limits(files=256), "warning", "256 open files: 96 clients, 24 with shared memory",

@@ -131,6 +131,34 @@ REFUSED = {
     "batch of a word": ({"batch": "best"}, "batch = 'best': Invalid enum value 'best'"),
     "unknown engine": ({"engine": "tensorrt"}, "engine = 'tensorrt': Invalid enum value 'tensorrt'"),
     "unknown precision": ({"model": {"precision": "fp8"}}, "model.precision = 'fp8': Invalid enum value 'fp8'"),
+    "providers that no engine reads": (
+        {"model": {"providers": ["OpenVINOExecutionProvider"]}},
+        "model.providers = ['OpenVINOExecutionProvider']: only the engine onnx has any",
+    ),
+    "no providers": (
+        {"engine": "onnx", "devices": ["cpu:0"], "model": {"providers": []}}, "model.providers = []: name at least one",
+    ),
+    "a provider twice": (
+        {"engine": "onnx", "devices": ["cpu:0"], "model": {"providers": ["CPUExecutionProvider"] * 2}},
+        "and none twice",
+    ),
+    "no name of a provider": (
+        {"engine": "onnx", "devices": ["cpu:0"], "model": {"providers": ["cpu"]}},
+        "model.providers: 'cpu': expected a name such as CPUExecutionProvider",
+    ),
+    "onnx on an NPU": ({"engine": "onnx"}, "devices: 'npu:0': the engine onnx serves on cpu:N"),
+    "onnx with graphs": (
+        {"engine": "onnx", "devices": ["cpu:0"], "model": {"graphs": True}},
+        "model.graphs = True: the engine onnx has none",
+    ),
+    "onnx in half precision": (
+        {"engine": "onnx", "devices": ["cpu:0"], "model": {"precision": "bf16"}},
+        "model.precision = 'bf16': the engine onnx computes in fp32",
+    ),
+    "exact, onnx": (
+        {"engine": "onnx", "devices": ["cpu:0"], "model": {"exact": True}},
+        "model.exact = True: the engine onnx runs the network that is made for inference; remove one",
+    ),
     "a precision that the engine has not": (
         {"engine": "adelaidet", "model": {"precision": "bf16"}},
         "model.precision = 'bf16': the engine adelaidet computes in fp32 or hf32",

@@ -16,10 +16,12 @@ from PIL import Image as PillowImage
 
 from blendmaskd import protocol, settings
 from blendmaskd.client.blocking import JobFailed, ServerPath
-from blendmaskd.protocol import TO_CLIENT, Cancel, Code, Image, Lease, Options, Submit
+from blendmaskd.protocol import IDLE, TO_CLIENT, Cancel, Code, Image, Lease, Options, Submit
 from blendmaskd_workers.batching import Batching
-from blendmaskd_workers.loop import Busy, host_threads
+from blendmaskd_workers.engines import Times
+from blendmaskd_workers.loop import host_threads
 from blendmaskd_workers.ready import Item, ReadyQueue
+from blendmaskd_workers.reports import Busy
 
 
 def item(name: int, size: tuple[int, int] = (64, 64), ready_at: float = 0.0, **fields: bool) -> Item:
@@ -93,12 +95,20 @@ def test_busy_counts_the_run_that_is_under_way_and_nothing_twice() -> None:
     start = time.monotonic()
     with busy:
         middle = time.monotonic()
-        first = busy.take(middle)
+        first, _ = busy.take(middle)
     end = time.monotonic()
-    second = busy.take(end)
+    second, _ = busy.take(end)
     assert 0 <= first <= middle - start
     assert first + second <= end - start
-    assert busy.take(time.monotonic()) == 0.0
+    assert busy.take(time.monotonic()) == (0.0, dict.fromkeys(IDLE, 0.0))
+
+
+def test_busy_takes_a_devices_own_word() -> None:
+    busy = Busy()
+    for _ in range(2):
+        busy.add(Times(0.125, 0.25, {"input": 0.5, "launches": -0.125, "selection": 0.0}))
+    assert busy.take(time.monotonic()) == (0.5, {"input": 1.0, "launches": 0.0, "selection": 0.0})
+    assert busy.take(time.monotonic())[0] == 0.0
 
 
 @pytest.fixture

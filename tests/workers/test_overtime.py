@@ -22,21 +22,23 @@ def test_what_counts_is_the_time_of_the_images_own_thread() -> None:
     begun, end = threading.Event(), threading.Event()
 
     def idle() -> None:
-        with overtime.counted(1):
-            begun.set()
-            end.wait(10)
+        overtime.begin(1)
+        begun.set()
+        end.wait(10)
+        overtime.end(1)
 
     thread = threading.Thread(target=idle)
     thread.start()
     begun.wait(10)
-    with overtime.counted(2):
-        while not overtime.over(0.05):
-            pass
-        assert overtime.over(0.05) == [2]
-    assert overtime.over(0.0) == [1]
+    overtime.begin(2)
+    while not overtime.over(0.05):
+        pass
+    assert overtime.over(0.05) == [2]
+    overtime.end(2)
+    assert overtime.over(-1.0) == [1], "all that are at an image"
     end.set()
     thread.join()
-    assert overtime.over(0.0) == []
+    assert overtime.over(-1.0) == []
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ class Batching:
         """A batch of `count` images took the device so long, and `first_s` of it in the first visit."""
         runs = self._of(size, count)
         counted = (*runs.seconds, seconds)[-RUNS_REMEMBERED:] if runs.compiled else ()
-        self._learn(size, count, replace(runs, seconds=counted, first_s=first_s, compiled=True))
+        self._learn(size, count, Runs(counted, first_s, compiled=True, refused=runs.refused))
 
     def refuse(self, size: Size, count: int) -> None:
         """The engine failed on a batch of `count` whose images it can do alone: memory, mostly."""

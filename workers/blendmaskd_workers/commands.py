@@ -6,6 +6,7 @@ from functools import partial
 from blendmaskd.extras import run
 
 accelerator_check = partial(run, "accelerator_check", "blendmaskd_workers.evaluation.accelerator.program")
+export_onnx = partial(run, "export_onnx", "blendmaskd_workers.programs.export_onnx")
 inference = partial(run, "blendmaskd-inference", "blendmaskd_workers.programs.inference")
 train = partial(run, "blendmaskd-train", "blendmaskd_workers.training.program")
 benchmark = partial(run, "blendmaskd-benchmark", "blendmaskd_workers.benchmark.program")

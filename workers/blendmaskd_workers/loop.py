@@ -35,7 +35,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgpack
@@ -47,21 +46,22 @@ from blendmaskd.discovery import cpu_quota
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
 from blendmaskd.logs import about
-from blendmaskd.protocol import IDLE, Code, RegionError
+from blendmaskd.protocol import Code, RegionError
 from blendmaskd.settings import MOST_HOST_THREADS, Settings
 from blendmaskd_workers import process
 from blendmaskd_workers.batching import Batching, ahead
 from blendmaskd_workers.channel import Connection
-from blendmaskd_workers.engines import Engine, Run, Times
+from blendmaskd_workers.engines import Engine
+from blendmaskd_workers.flight import Flight
 from blendmaskd_workers.overtime import Overtime
 from blendmaskd_workers.preview import Previews
 from blendmaskd_workers.ready import Item, ReadyQueue
 from blendmaskd_workers.regions import Regions
+from blendmaskd_workers.reports import Busy, Reporter
 from blendmaskd_workers.results import LateError
 
 log = logging.getLogger("blendmaskd.worker")
 
-REPORT_S = 1.0
 EARLY = 0.8  # of a first visit: so long its end need not be looked for
 QUICK_S = 0.002  # so long the main thread may be kept from receiving
 SWITCH_S = 0.0005  # how long a thread that needs the interpreter lock waits until it asks for it; Python's own is 5 ms
@@ -72,41 +72,6 @@ LAST_S = 1.0  # for the main thread to end the process, if it is not what takes 
 EXIT_ENGINE_BROKEN = 70  # sysexits' EX_SOFTWARE
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Flight:
-    """A batch that the device was asked for."""
-
-    batch: list[Item]
-    run: Run
-    completed: float = 0.0  # when all of the first visit was asked for
-
-    @property
-    def kind(self) -> tuple[tuple[int, int], int]:
-        """What its time depends on: the images' padded size, and how many there are."""
-        return self.batch[0].prepared.padded_size, len(self.batch)
-
-    def complete(self) -> Flight:
-        self.run.complete()
-        self.completed = time.monotonic()
-        return self
-
-    def choose(self) -> Flight:
-        self.run.choose()
-        return self
-
-    def through(self) -> list[Any]:
-        """What is left of a run whose beginning is asked for, with no other beside it."""
-        self.run.complete()
-        self.run.choose()
-        return self.collect()
-
-    def collect(self) -> list[Any]:
-        outputs = self.run.collect()
-        if len(outputs) != len(self.batch):
-            raise RuntimeError(f"the engine gave {len(outputs)} outputs for {len(self.batch)} images")
-        return outputs
 
 
 class Loop:
@@ -203,7 +168,7 @@ class Loop:
             images, self._images = self._images, 0
             preparing_s, self._preparing_s = self._preparing_s, 0.0
         self._most_held = self._most_held[1], len(self._held)
-        busy_s = self._busy.take(end)
+        busy_s, idle_s = self._busy.take(end)
         if images:
             self._ahead = ahead(preparing_s, busy_s, self._host_threads)
         self._channel.send(
@@ -212,7 +177,7 @@ class Loop:
                 end=end,
                 images=images,
                 busy_s=busy_s,
-                idle_s=self._busy.take_idle(),
+                idle_s=idle_s,
                 memory_bytes=psutil.Process().memory_info().rss,
                 device_memory_bytes=self._engine.device.held_bytes() if self._engine.device else 0,
                 shapes=self._batching.seen(),
@@ -232,10 +197,10 @@ class Loop:
             return False
         start = time.monotonic()
         try:
-            with self._overtime.counted(item.lease.lease):
-                photograph = self._photograph(item)
-                item.preview = self._previews.take(photograph) if self._previews else None
-                item.prepared = self._engine.prepare(photograph)
+            self._overtime.begin(item.lease.lease)
+            photograph = self._photograph(item)
+            item.preview = self._previews.take(photograph) if self._previews else None
+            item.prepared = self._engine.prepare(photograph)
         except ImageError as error:
             self._fail(item, error.code, error.reason)
         except RegionError as error:
@@ -250,6 +215,8 @@ class Loop:
             with self._lock:
                 self._preparing_s += item.ready_at - start
             return True
+        finally:
+            self._overtime.end(item.lease.lease)
         return False
 
     def _photograph(self, item: Item) -> images.Photograph:
@@ -461,62 +428,3 @@ def host_threads(settings: Settings, cpus: int, quota: float) -> int:
         return settings.runtime.host_threads
     share = int(min(cpus, quota / len(settings.devices)))
     return min(max(share, 2), MOST_HOST_THREADS)  # one to decode the next image, one to finish the last
-
-
-class Busy:
-    """How long the device was busy: entered while it is waited for, or told; read by the main thread at any time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._since: float | None = None
-        self._seconds = 0.0
-        self._idle_s = dict.fromkeys(IDLE, 0.0)
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._since = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            assert self._since is not None
-            self._seconds += time.monotonic() - self._since
-            self._since = None
-
-    def add(self, times: Times) -> None:
-        """By the device's own clock."""
-        with self._lock:
-            self._seconds += times.busy_s
-            for reason, seconds in times.idle_s.items():
-                self._idle_s[reason] += seconds
-
-    def take_idle(self) -> dict[str, float]:
-        """Seconds by reason since the last call."""
-        with self._lock:
-            idle_s, self._idle_s = self._idle_s, dict.fromkeys(IDLE, 0.0)
-            return {reason: max(seconds, 0.0) for reason, seconds in idle_s.items()}
-
-    def take(self, now: float) -> float:
-        """Seconds since the last call."""
-        with self._lock:
-            if self._since is not None and now > self._since:
-                self._seconds += now - self._since
-                self._since = now
-            seconds, self._seconds = self._seconds, 0.0
-            return seconds
-
-
-class Reporter:
-    """Calls `report(start, end)` once per second, with adjoining bounds."""
-
-    def __init__(self, report: Callable[[float, float], None]) -> None:
-        self._report = report
-        self._start = time.monotonic()
-
-    def due_ms(self) -> int:
-        return max(0, int((self._start + REPORT_S - time.monotonic()) * 1000) + 1)
-
-    def report_if_due(self) -> None:
-        now = time.monotonic()
-        if now - self._start >= REPORT_S:
-            self._report(self._start, now)
-            self._start = now

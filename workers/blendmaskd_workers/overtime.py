@@ -9,31 +9,33 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class Overtime:
-    """What threads have spent on images that they are at, each known by its lease. For any thread."""
+    """The images that threads are at, each known by its lease. For any thread.
+
+    A thread's clock costs a system call, so it is read for who is looked at, and not for each image: what an image took
+    before it was looked at first does not count.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._begun: dict[int, tuple[int, float]] = {}  # the clock of its thread, and what that showed
+        self._clocks: dict[int, int] = {}  # of the threads
+        self._first: dict[int, float] = {}  # what they showed when they were looked at first
 
-    @contextmanager
-    def counted(self, lease: int) -> Iterator[None]:
-        """This thread is at this lease's image meanwhile, and only at it."""
-        clock = time.pthread_getcpuclockid(threading.get_ident())
+    def begin(self, lease: int) -> None:
+        """This thread is at this lease's image from now on, and only at it."""
         with self._lock:
-            self._begun[lease] = clock, time.clock_gettime(clock)
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._begun[lease]
+            self._clocks[lease] = time.pthread_getcpuclockid(threading.get_ident())
+
+    def end(self, lease: int) -> None:
+        """It is not any more."""
+        with self._lock:
+            del self._clocks[lease]
 
     def over(self, most_s: float) -> list[int]:
-        """The leases whose images have taken more of a CPU."""
+        """The leases whose images have taken more of a CPU since this was asked first. One thread asks."""
         with self._lock:
-            spent = {lease: time.clock_gettime(clock) - start for lease, (clock, start) in self._begun.items()}
-        return [lease for lease, seconds in spent.items() if seconds > most_s]
+            now = {lease: time.clock_gettime(clock) for lease, clock in self._clocks.items()}
+        self._first = {lease: self._first.get(lease, seconds) for lease, seconds in now.items()}
+        return [lease for lease, seconds in now.items() if seconds - self._first[lease] > most_s]

@@ -129,6 +129,8 @@ def judge_weights(engine: str, named: str | None, complaint: str | None, took_s:
     if complaint is None:
         return [ok("weights", f"{named}: matches the config, loaded in {took_s:.1f} s")]
     remedy = "--set model.weights=FILE" if named is None else "use a checkpoint of the network in model.config"
+    if engine == "onnx":
+        remedy = "docs/onnx.md"
     return [error("weights", complaint, remedy)]
 
 

@@ -44,7 +44,7 @@ from blendmaskd.core.actions import (
     refused,
 )
 from blendmaskd.core.blame import Blame
-from blendmaskd.core.jobs import Job, Jobs, Step, What
+from blendmaskd.core.jobs import Job, Jobs, Step, What, job_of
 from blendmaskd.core.leases import HeldLease, Worker, held
 from blendmaskd.core.refusals import NO_DEVICE, Limits, Refusals
 from blendmaskd.core.regions import Memory, Regions
@@ -120,7 +120,7 @@ class Broker:
         """Accept a job, or answer at once why not."""
         if message.job in self._jobs.account(client).jobs:
             return []  # its one answer is still to come
-        job = self._job(client, message, payload, now, self.limits.deadline_s)
+        job = job_of(next(self._seq), client, message, payload, now, self.limits.deadline_s)
         refusal = self.refusals.refusal(job, now)
         if refusal is not None:
             if self.tracing:
@@ -134,7 +134,7 @@ class Broker:
     ) -> list[Action]:
         """Take on a durable job. It was `accepted`, and what it may not exceed was checked, when it came."""
         message = msgspec.structs.replace(message, priority=min(message.priority, 0))  # in its owner's turn as it comes
-        job = self._job(DURABLE, message, payload, accepted, DURABLE_DEADLINE_S)
+        job = job_of(next(self._seq), DURABLE, message, payload, accepted, DURABLE_DEADLINE_S)
         job.attempts, job.losses = attempts, losses
         job.suspicion = self._blame.remembered.find(job.image, payload, now)
         if losses:
@@ -339,21 +339,6 @@ class Broker:
         return self._give_up(Code.UNAVAILABLE, NO_DEVICE)
 
     # -- inside -----------------------------------------------------------------------------------------------------
-
-    def _job(self, client: bytes, message: Submit, payload: Frames, accepted: float, deadline_s: float) -> Job:
-        placed = message.image.place
-        return Job(
-            seq=next(self._seq),
-            client=client,
-            name=message.job,
-            image=message.image,
-            options=message.options,
-            payload=payload,
-            payload_bytes=sum(map(len, payload)) + (placed.bytes if placed else 0),
-            priority=message.priority,
-            accepted=accepted,
-            deadline=accepted + (message.deadline_s or deadline_s),
-        )
 
     def _add(self, job: Job) -> None:
         self._jobs.add(job)

@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from blendmaskd.core.suspects import Suspicion
-from blendmaskd.protocol import Frames, Image, Options
+from blendmaskd.protocol import Frames, Image, Options, Submit
 
 What = Literal["accepted", "refused", "leased", "started", "suspected", "answered", "failed", "dropped"]
 
@@ -38,6 +38,23 @@ class Job(msgspec.Struct, eq=False):
     @property
     def suspect(self) -> bool:
         return self.suspicion is not None
+
+
+def job_of(seq: int, client: bytes, message: Submit, payload: Frames, accepted: float, deadline_s: float) -> Job:
+    """What is accepted by this message, with its own deadline or this one."""
+    placed = message.image.place
+    return Job(
+        seq=seq,
+        client=client,
+        name=message.job,
+        image=message.image,
+        options=message.options,
+        payload=payload,
+        payload_bytes=sum(map(len, payload)) + (placed.bytes if placed else 0),
+        priority=message.priority,
+        accepted=accepted,
+        deadline=accepted + (message.deadline_s or deadline_s),
+    )
 
 
 class Step(msgspec.Struct, frozen=True):

@@ -4,7 +4,7 @@
 `blendmaskd.shell.launch` does it. The worker reads its `Assignment` back, and compares what it finds with what was
 wanted (`blendmaskd.wanted`).
 
-Device number are those of `blendmaskd.topology`. The worker sees one device, as index 0 (`Assignment.local_device`).
+Device numbers are those of `blendmaskd.topology`. The worker sees one device, as index 0 (`Assignment.local_device`).
 """
 from __future__ import annotations
 

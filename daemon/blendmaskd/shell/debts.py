@@ -60,7 +60,9 @@ class Debts:
     def add(self, client: bytes, frames: Sequence[Any]) -> Sequence[Any]:
         """These frames are about to be sent to this client. Returns them, perhaps with a mark."""
         size = sum(map(len, frames)) + MESSAGE_BYTES
-        debt = self._debts.setdefault(client, Debt())
+        debt = self._debts.get(client)
+        if debt is None:
+            debt = self._debts[client] = Debt()
         debt.bytes += size
         debt.unmarked += size
         self.bytes += size

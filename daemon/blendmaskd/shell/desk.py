@@ -296,7 +296,8 @@ class Desk:
         return self._cut_off(debtor, errno.EAGAIN) if debtor is not None else ()
 
     def _cut_off(self, client: bytes, error: int) -> Actions:
-        self.admission.cut_off(client)
+        if error == errno.EAGAIN:
+            self.admission.cut_off(client)
         self._debts.forget(client)
         why = "is gone" if error == errno.EHOSTUNREACH else "does not read its answers"
         if client not in self._told_unreachable:  # a flood that nobody reads must not become one of lines

@@ -96,7 +96,8 @@ class Server:
         owned.callback(desk.close)
         self._processes = Processes(self._basis, desk.broker, self._stats, sockets.workers_endpoint, self._watch_child)
         self._supervisor, self._reload = self._processes.supervisor, self._processes.reload
-        for socket in (sockets.clients, sockets.workers, *desk.admission.sockets):
+        self._entrance = {sockets.clients, *desk.admission.sockets}
+        for socket in (*self._entrance, sockets.workers):
             self._poller.register(socket, zmq.POLLIN)
         self._watch(self._signals.fileno(), self._on_signals)
         self._watch(sockets.shared_memory.fileno(), desk.on_shared_memory)
@@ -118,7 +119,8 @@ class Server:
         events = dict(self._poller.poll(max(0, int((due - time.monotonic()) * 1000) + 1)))
         if self._sockets.workers in events:
             yield from self._desk.read_workers(self._processes)
-        yield from self._desk.admit()
+        if not self._entrance.isdisjoint(events):
+            yield from self._desk.admit()
         if self._sockets.clients in events:
             yield from self._desk.read_clients()
         others = [fd for fd in events if fd in self._fds]

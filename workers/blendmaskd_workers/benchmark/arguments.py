@@ -19,7 +19,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     daemon = parser.add_argument_group("the daemon")
     daemon.add_argument("--endpoint", metavar="E", help="a running daemon; default: start one")
     daemon.add_argument("--devices", nargs="+", default=["cpu:0", "cpu:1"], metavar="DEVICE")
-    daemon.add_argument("--engine", default="timed", choices=["native", "adelaidet", "timed"])
+    daemon.add_argument("--engine", default="timed", choices=["native", "onnx", "adelaidet", "timed"])
     daemon.add_argument("--batch", default="1", help="the setting batch: auto or a number; default 1")
     daemon.add_argument("--replay", metavar="IMAGE", type=Path, help="engine timed does the native engine's work on "
                         "the host: prepares images, and finishes what a network with seeded weights says of this one")

@@ -23,6 +23,9 @@ def blend(bases: Tensor, attentions: Tensor, images: Tensor, boxes: Tensor, reso
 def combine(crops: Tensor, attentions: Tensor) -> Tensor:
     """Return mask logits (D, R, R): the bases' crops (D, K, R, R), weighted by the attentions (D, K, A, A)."""
     weights = F.interpolate(attentions, size=crops.shape[2:], mode="bilinear", align_corners=False)
+    if isinstance(crops.shape[0], Tensor):  # traced for ONNX, whose runtimes are slow at a softmax of this axis
+        weights = (weights - weights.amax(dim=1, keepdim=True)).exp()
+        return (crops * weights).sum(dim=1) / weights.sum(dim=1)
     return (crops * weights.softmax(dim=1)).sum(dim=1)
 
 
@@ -33,7 +36,7 @@ def roi_align(bases: Tensor, images: Tensor, boxes: Tensor, resolution: int) -> 
     base pixel off the box's coordinates. A sample more than one base pixel outside the map is 0; within that pixel
     the border is repeated. Boxes may overhang the image, be empty or not finite.
     """
-    count, (height, width) = len(boxes), bases.shape[2:]
+    count, (height, width) = boxes.shape[0], bases.shape[2:]
     table = bases.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 2)
     start, end = (boxes * BASES_SCALE - 0.5).view(count, 2, 2, 1).unbind(1)  # (D, 2, 1) each: x and y
     bins = (end - start) / resolution

@@ -4,6 +4,7 @@ Axes: N images, C channels in, H x W the input map, T taps of the kernel (row by
 Plain tensor operations with fixed shapes, so that it runs on every device; the reference has a kernel for CUDA only.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -61,7 +62,12 @@ def sample(maps: Tensor, y: Tensor, x: Tensor, weights: Tensor) -> Tensor:
     index = (image * height + rows[..., :, None]) * width + columns[..., None, :]  # (N, L, T, 2, 2)
     shares = row_shares[..., :, None] * column_shares[..., None, :] * weights[..., None, None]
     table = maps.permute(0, 2, 3, 1).reshape(-1, channels)  # (N * H * W, C)
-    samples = F.embedding_bag(index.view(-1, 4), table, mode="sum", per_sample_weights=shares.view(-1, 4).to(maps))
+    index, shares = index.view(-1, 4), shares.view(-1, 4).to(maps)
+    if isinstance(images, Tensor):  # traced for ONNX, which would go through the bags one by one
+        corners = zip(index.unbind(1), shares.unsqueeze(2).unbind(1))
+        samples = functools.reduce(torch.add, [F.embedding(place, table) * share for place, share in corners])
+    else:
+        samples = F.embedding_bag(index, table, mode="sum", per_sample_weights=shares)
     return samples.view(*y.shape, channels)
 
 

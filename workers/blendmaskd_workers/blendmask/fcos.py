@@ -148,7 +148,7 @@ def best_pairs(values: Tensor, cells: Sequence[int], topk: int) -> tuple[Tensor,
     of cell and class lie in its `topk` cells of the best classes, so those are sought first: K times fewer values.
     """
     classes = values.shape[1]
-    kept = [min(topk, count) for count in cells]
+    kept = [at_most(topk, count) for count in cells]
     bests = values.amax(dim=1).split_with_sizes(list(cells), dim=1)
     cell_of = [best.topk(count, dim=1).indices for best, count in zip(bests, kept)]
     place_of = _joined(cell_of, cells)  # (N, sum of kept)
@@ -164,10 +164,15 @@ def best_pairs(values: Tensor, cells: Sequence[int], topk: int) -> tuple[Tensor,
 
 def _joined(indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """Return indices into parts of these sizes as indices into the whole."""
-    starts = itertools.accumulate(sizes, initial=0)
-    return torch.cat([index + start if start else index for index, start in zip(indices, starts)], dim=1)
+    moved = [index + start for index, start in zip(indices[1:], itertools.accumulate(sizes))]
+    return torch.cat([indices[0], *moved], dim=1)
 
 
 def candidates_of_level(cells: int, classes: int, topk: int) -> int:
     """Return M, the number of candidates that a level of so many cells gives, whatever the image shows."""
-    return min(topk, cells * classes)
+    return at_most(topk, cells * classes)
+
+
+def at_most(limit: int, count: int) -> int:
+    """Return the smaller one. While the network is traced, sizes are tensors, which `min` would make constants of."""
+    return count.clamp(max=limit) if isinstance(count, Tensor) else min(limit, count)

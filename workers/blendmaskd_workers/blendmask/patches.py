@@ -41,7 +41,7 @@ def table_of_levels(maps: Sequence[Tensor]) -> Tensor:
     All levels can then be read at once; `rows_of_patches` says where.
     """
     rows = [level.permute(0, 2, 3, 1).flatten(1, 2) for level in maps]
-    return torch.cat([*rows, rows[0].new_zeros(len(rows[0]), 1, rows[0].shape[2])], dim=1)
+    return torch.cat([*rows, rows[0].new_zeros(rows[0].shape[0], 1, rows[0].shape[2])], dim=1)
 
 
 def rows_of_patches(levels: Integers, cells: Integers, level_sizes: Sequence[tuple[int, int]]) -> Integers:

@@ -2,6 +2,7 @@
 
 ==========  =========================================================================================
 native      `blendmaskd_workers.blendmask`: our own network, torch only
+onnx        the same network from exported files, by onnxruntime
 adelaidet   the original, where detectron2 and adelaidet are installed
 timed       sleeps a latency table and answers with a checksum of the image, or with given outputs: for load tests
 ==========  =========================================================================================
@@ -133,6 +134,10 @@ def make(settings: Settings, device: str) -> Engine:
             from blendmaskd_workers.engines.native import NativeEngine
 
             return NativeEngine(settings, device)
+        case "onnx":
+            from blendmaskd_workers.engines.onnx import OnnxEngine
+
+            return OnnxEngine(settings, device)
         case "adelaidet":
             from blendmaskd_workers.engines.adelaidet import AdelaidetEngine
 

@@ -110,8 +110,12 @@ class NativeEngine(OnDevice):
         self._categories = self._resolve_categories(self._config.num_classes)
         self.model = digest(trained, self._config, self._categories)
         self._open()
-        self._network = network_for(trained, self.device, self._settings.exact)
-        self.exact = bool(self._network.attends_everywhere)
+        self._serve(network_for(trained, self.device, self._settings.exact))
+
+    def _serve(self, network: Any) -> None:
+        """From now on with this network, on the device that is open."""
+        self._network = network
+        self.exact = bool(network.attends_everywhere)
         self.overlaps = self.device.overlaps
         self._timeline = Timeline(self.device)
         self._eager: Graphs = (self._network.begin, self._network.complete, None)

@@ -39,6 +39,7 @@ class TimedRun:
         self._engine, self._batch = engine, batch
         self._idle_s: list[float] = []  # before each part
         self._starved_s = 0.0  # by launches that were slower than the device
+        self._end = 0.0  # of what was asked for last
         self._ask(0)
 
     def complete(self) -> None:
@@ -62,9 +63,13 @@ class TimedRun:
         return Times(*self._engine.seconds(len(self._batch)), idle_s)
 
     def _ask(self, part: int) -> None:
-        idle_s, starved_s, self._end = self._engine.ask(part, len(self._batch))
-        self._idle_s.append(idle_s)
-        self._starved_s += starved_s
+        engine, now = self._engine, time.monotonic()
+        free = engine.free or now
+        done = max(now, free) + engine.parts[part][len(self._batch)]
+        engine.launch_operators(part)
+        self._end = engine.free = max(done, time.monotonic())
+        self._idle_s.append(max(now - free, 0.0))
+        self._starved_s += self._end - done
 
     def _wait(self) -> None:
         if (left := self._end - time.monotonic()) > 0:  # sleeping for no time takes 0.08 ms
@@ -85,9 +90,9 @@ class TimedEngine:
         whole = by_batch(timed.latency_ms)
         second = np.minimum(by_batch(timed.blend_ms), whole)
         beginning = BEGINNING * (whole - second)
-        self._parts = [each.tolist() for each in (beginning, whole - beginning - second, second)]
+        self.parts: list[list[float]] = [each.tolist() for each in (beginning, whole - beginning - second, second)]
         self._seconds = list(zip((whole - second).tolist(), whole.tolist()))
-        self._free: float | None = None  # when all that was asked for is done
+        self.free: float | None = None  # when all that was asked for is done
 
     def load(self) -> None:
         pass
@@ -106,19 +111,6 @@ class TimedEngine:
     def seconds(self, images: int) -> tuple[float, float]:
         """What the device works for a batch of so many images: in the first visit, and in both."""
         return self._seconds[images]
-
-    def ask(self, part: int, images: int) -> tuple[float, float, float]:
-        """Ask for the beginning (0) or rest (1) of a batch's first visit, or for its second (2).
-
-        For how long the device stands still before it, and waits for launches meanwhile; when it ends (time.monotonic).
-        """
-        now = time.monotonic()
-        before = now if self._free is None else self._free
-        begin = max(now, before)
-        done = begin + self._parts[part][images]
-        self.launch_operators(part)
-        end = self._free = max(done, time.monotonic())
-        return begin - before, end - done, end
 
     def launch_operators(self, part: int) -> None:
         """What launching costs the host in this part."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from blendmaskd.shell.admission.departures import Departures
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 ZAP_DOMAIN = b"blendmaskd"
+LOCAL_HOST = "localhost"  # where ZeroMQ sees a peer by ipc, before its uid, gid and pid
 MONITOR_ENDPOINT = "inproc://clients.monitor"
 HANDSHAKE_MS = 5000  # then a connection that has not proved who it is is closed
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 15_000, 30_000  # a client whose host is gone is known to be
@@ -127,11 +129,7 @@ class Gate:
 
     def receive(self) -> None:
         """Take in who came and went, and answer who may stay."""
-        for _ in range(AT_ONCE):
-            if not int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
-                break
-            event = parse_monitor_message(self._monitor.recv_multipart())
-            self._on_event(Event(event["event"]), event["value"], event["endpoint"][:3].decode())
+        self._take_events()
         for _ in range(AT_ONCE if self._allowed is not None else 0):
             if not int(self._zap.get(zmq.EVENTS)) & zmq.POLLIN:
                 break
@@ -158,7 +156,7 @@ class Gate:
             address = str(frame.get("Peer-Address"))
         except zmq.ZMQError:  # of a peer that speaks ZMTP 1 or 2 nothing is known: it has no key
             return ""
-        return LOCAL if address.startswith("localhost:") else str(frame.get("User-Id"))  # of ipc: then uid, gid, pid
+        return LOCAL if address.startswith(f"{LOCAL_HOST}:") else str(frame.get("User-Id"))
 
     def is_operator(self, frame: zmq.Frame) -> bool:
         """Whether this came from a process of the daemon's own user, or of root, on this host."""
@@ -166,15 +164,17 @@ class Gate:
             where, *ids = str(frame.get("Peer-Address")).split(":")
         except zmq.ZMQError:
             return False
-        return where == "localhost" and bool(ids) and ids[0] in ("0", str(os.geteuid()))
+        return where == LOCAL_HOST and bool(ids) and ids[0] in ("0", str(os.geteuid()))
 
     def close(self, frame: zmq.Frame) -> None:
-        """Close the connection that this frame came over."""
+        """Close the connection that this frame came over, unless it has ended."""
+        self._take_events()  # its number may be another's by now
         with contextlib.suppress(zmq.ZMQError):  # of ZMTP 1 and 2 nothing is known
-            self._close(int(frame.get(zmq.SRCFD)))
+            self._close(int(frame.get(zmq.SRCFD)), str(frame.get("Peer-Address")))
 
     def cut_off(self, client: bytes) -> None:
-        """Close this client's connection."""
+        """Close this client's connection, unless it has ended."""
+        self._take_events()
         descriptor = self.departures.descriptor(client)
         if descriptor is not None:
             self._close(descriptor)
@@ -200,6 +200,13 @@ class Gate:
         self.refused.clear()
         return line
 
+    def _take_events(self) -> None:
+        for _ in range(AT_ONCE):
+            if not int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+                return
+            event = parse_monitor_message(self._monitor.recv_multipart())
+            self._on_event(Event(event["event"]), event["value"], event["endpoint"][:3].decode())
+
     def _on_event(self, event: Event, value: int, kind: str) -> None:
         if event is Event.ACCEPTED:
             self._accepted(value, self._crowds[kind])
@@ -222,25 +229,38 @@ class Gate:
             crowd.open.discard(descriptor)
             crowd.silent.pop(descriptor, None)
 
-    def _close(self, descriptor: int) -> None:
-        """End a connection of ZeroMQ's, which finds it at its end then.
+    def _is_open(self, descriptor: int) -> bool:
+        return any(descriptor in crowd.open for crowd in self._crowds.values())
 
-        Through a copy: ZeroMQ may have closed this one and given its number to something else, which its address shows;
-        another connection to this one may well be closed, its client comes again.
+    def _close(self, descriptor: int, peer: str = "") -> None:
+        """End a connection of ZeroMQ's, which finds it at its end then; only one of this `Peer-Address`.
+
+        Through a copy: ZeroMQ may have closed this one and given its number to something else, which its address shows,
+        or to another connection. So none is closed twice, and none of another process in its place.
         """
-        self._forget(descriptor)
+        if not self._is_open(descriptor):
+            return
         try:
             os.dup2(descriptor, self._spare, inheritable=False)
             connection = socket.socket(fileno=self._spare)
         except OSError:  # closed, or no socket any more
-            pass
+            self._forget(descriptor)
         else:
             with contextlib.suppress(OSError):  # its peer has closed it
-                name = connection.getsockname()
-                if (name if connection.family == socket.AF_UNIX else name[1]) in self._here:
-                    connection.shutdown(socket.SHUT_RDWR)
+                self._shut_down(descriptor, connection, peer)
             connection.detach()
         os.dup2(self._nothing, self._spare, inheritable=False)
+
+    def _shut_down(self, descriptor: int, connection: socket.socket, peer: str) -> None:
+        if peer and peer != _peer_address(connection):
+            return
+        self._forget(descriptor)
+        if self._is_ours(connection):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    def _is_ours(self, connection: socket.socket) -> bool:
+        name = connection.getsockname()
+        return (name if connection.family == socket.AF_UNIX else name[1]) in self._here
 
     def _answer(self, question: Sequence[bytes]) -> list[bytes]:
         """ZAP's reply: version, request, status, text, user, metadata. ZeroMQ asks in frames of the same version."""
@@ -252,3 +272,11 @@ class Gate:
         if user in self._allowed.names:
             return [b"1.0", request, b"200", b"OK", user.encode(), b""]
         return [b"1.0", request, b"400", b"key not allowed", b"", b""]
+
+
+def _peer_address(connection: socket.socket) -> str:
+    """As ZeroMQ writes it. Raises OSError."""
+    if connection.family != socket.AF_UNIX:
+        return str(connection.getpeername()[0])
+    pid, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return f"{LOCAL_HOST}:{uid}:{gid}:{pid}"
