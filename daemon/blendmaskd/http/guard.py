@@ -173,21 +173,20 @@ class Held:
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise Failure(Code.BAD_REQUEST, "bodies are taken as they are, without Content-Encoding",
                           status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE)  # fmt: skip
-        self._take(int(request.headers.get("content-length", 0)), most)
-        parts, received = [], 0
+        self._check(int(request.headers.get("content-length", 0)), most)
+        parts = []
         try:
             async with asyncio.timeout(self._receive_s):
                 async for part in request.stream():
-                    received += len(part)
-                    self._take(max(0, received - self._count), most)
+                    self._check(self._count + len(part), most)
+                    self._budget.take(len(part))
+                    self._count += len(part)
                     parts.append(part)
         except TimeoutError:
             raise late(self._receive_s) from None
         return b"".join(parts)
 
-    def _take(self, count: int, most: int) -> None:
-        if self._count + count > most:
-            reason = f"{self._count + count} bytes: a request has at most {most} (limits.max_image_bytes)"
+    def _check(self, count: int, most: int) -> None:
+        if count > most:
+            reason = f"{count} bytes: a request has at most {most} (limits.max_image_bytes)"
             raise Failure(Code.TOO_LARGE, reason)
-        self._budget.take(count)
-        self._count += count

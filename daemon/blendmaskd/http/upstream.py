@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Upstream:
         self._endpoint = endpoint
         self._wait_s = wait_s
         self._members: dict[str, _Member] = {}
-        self._snapshot: tuple[float, dict[str, Any]] = (0.0, {})
+        self._snapshot: tuple[float, dict[str, Any] | Failure] = (-math.inf, {})  # when it was taken
         self._asking = asyncio.Lock()
 
     async def segment(self, name: str, request: Request[Any], gone: asyncio.Future[Any]) -> Answer:
@@ -75,13 +76,22 @@ class Upstream:
     async def snapshot(self) -> dict[str, Any]:
         """The broker's latest snapshot, at most a second old. Raises `Failure`."""
         async with self._asking:
-            taken, snapshot = self._snapshot
-            if time.monotonic() - taken > FRESH_S:
-                member = await self._member("")
-                gone: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-                snapshot = await self._answer(member, member.client.stats(), gone, STATS_S)
-                self._snapshot = time.monotonic(), snapshot
-            return snapshot
+            if time.monotonic() - self._snapshot[0] > FRESH_S:
+                found = await self._ask_snapshot()
+                self._snapshot = time.monotonic(), found
+        found = self._snapshot[1]
+        if isinstance(found, Failure):
+            raise found
+        return found
+
+    async def _ask_snapshot(self) -> dict[str, Any] | Failure:
+        """A failure is kept as well: those who ask together must not wait one after the other."""
+        member = await self._member("")
+        gone: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        try:
+            return await self._answer(member, member.client.stats(), gone, STATS_S)
+        except Failure as failure:
+            return failure
 
     async def keep_only(self, names: frozenset[str]) -> None:
         """Close the clients of tokens that are no more."""
