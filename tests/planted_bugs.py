@@ -166,7 +166,7 @@ BUGS = [
     Bug(BROKER, "Broker._remove", drop("Revoke"), "cancelled and overdue jobs still run on the device"),
     Bug(BROKER, "Broker._remove", drop("identity", "del self._workers[job.worker].leases[job.lease]"),
         "a revoked lease no longer fills its window: its worker gets too many"),
-    Bug(JOBS, "Jobs.remove", never("not account.jobs"), "memory grows with every client that ever came"),
+    Bug(JOBS, "Jobs.remove", never("not account.count"), "memory grows with every client that ever came"),
     Bug(BROKER, "Broker._remove", drop("payload"), "answered images stay in memory until their deadline"),
     Bug(REFUSALS, "Refusals.refusal", swap("self._jobs.waiting_bytes + size", "self._jobs.waiting_bytes"),
         "one image too many waits: the bound in bytes does not hold"),
@@ -185,7 +185,7 @@ BUGS = [
         "a restarted worker cannot read images in shared memory"),
     Bug(TURNS, "Turns._untried", without("tried"),
         "the same image of two clients is tried by two workers at once, and kills both"),
-    Bug(JOBS, "Waiting.next", drop("move_to_end"), "a client that floods is served alone: the others starve"),
+    Bug(JOBS, "Waiting.next", drop("clients.move_to_end"), "a client that floods is served alone: the others starve"),
     Bug(JOBS, "Waiting.take", drop("payload_bytes"), "after some gigabytes every job is refused as busy"),
     Bug(JOBS, "job_of", swap("placed.bytes if placed else 0", "0"),
         "images in shared memory do not count against the queue's bytes"),
@@ -221,7 +221,7 @@ BUGS = [
         "the counter of images goes backwards"),
     Bug(BATCHING, "Batching.observe", always("compiled"),
         "the first, compiling run of a size makes its batch look slow for good"),
-    Bug(REFUSALS, "Refusals._greed", swap("len(account.jobs) >= ...", "len(account.jobs) > limits.max_jobs_per_client"),
+    Bug(REFUSALS, "Refusals._greed", swap("account.count >= ...", "account.count > limits.max_jobs_per_client"),
         "a client has one job more than one client may"),
     Bug(REFUSALS, "Refusals._greed", swap("account.bytes + job.payload_bytes", "account.bytes"),
         "a client has more bytes than one client may"),
@@ -257,6 +257,7 @@ BUGS = [
     Bug(FLIGHT, "Flight.collect", never("len"), "an image without an output never gets an answer"),
     Bug(LOOP, "Loop._finish", swap("(Exception, SystemExit)", "Exception"),
         "a library that wants to exit ends a host's thread, and a lease never ends"),
+    Bug(JOBS, "Waiting.next", drop("level.move_to_end"), "a user with many clients is served alone: the others starve"),
 ]  # fmt: skip
 
 

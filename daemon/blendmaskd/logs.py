@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blendmaskd import stderr
+from blendmaskd.output import in_a_line
 from blendmaskd.settings import Log
 
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}  # syslog's
@@ -106,8 +107,3 @@ def _time(seconds: float) -> str:
 def _quoted(value: Any) -> str:
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
     return text if PLAIN.fullmatch(text) else json.dumps(text)
-
-
-def in_a_line(text: str) -> str:
-    """Without line ends and control characters, which a client or a file's name may have."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -30,11 +30,16 @@ def lost(name: str, error: OSError) -> int:
 
 
 def complain(text: str) -> None:
-    """Say it on stderr, if anybody can read that."""
+    """Say it on stderr, if anybody can read that. What it quotes of others has no power over a terminal."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print("\n".join(map(in_a_line, text.split("\n"))), file=sys.stderr, flush=True)
     except OSError:
         _discard(sys.stderr)
+
+
+def in_a_line(text: str) -> str:
+    """Without line ends and control characters, which a client or a file's name may have."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _discard(stream: IO[str]) -> None:

@@ -113,7 +113,8 @@ class Http(_Section, frozen=True):
 class Queue(_Section, frozen=True):
     """Bounds on jobs; a job beyond any of them is answered `busy` at once.
 
-    A single client can fill at most seven eighths of the queue; the rest is reserved for others.
+    A single client can fill at most seven eighths of the queue, all clients of a user or key 63 of 64 parts; the rest
+    is reserved for others.
     """
 
     max_jobs: Count = 256  # maximum number of jobs waiting for a device

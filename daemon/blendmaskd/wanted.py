@@ -51,8 +51,9 @@ def number(environment: Mapping[str, str], variable: str) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def differences(wanted: Wanted, actual: Actual) -> list[str]:
-    """Where a worker's process is not what its plan wanted, a sentence each."""
+def differences(wanted: Wanted, actual: Actual, secret: Container[str]) -> list[str]:
+    """Where a worker's process is not what its plan wanted, a sentence each, without values of `secret` variables."""
+    actual, wanted = masked(actual, secret, wanted.env), masked(wanted, secret, wanted.env)
     texts = [
         f"{name}: wanted {value}, is {getattr(actual, name)}"
         for name in ("threads", "task_queue", "preload")
@@ -90,4 +91,4 @@ def differences_shown(device: Mapping[str, Any]) -> list[str]:
     """The same of a device in a snapshot; none until its worker is up."""
     if not device["actual"]:
         return []
-    return differences(msgspec.convert(device["wanted"], Wanted), msgspec.convert(device["actual"], Actual))
+    return differences(msgspec.convert(device["wanted"], Wanted), msgspec.convert(device["actual"], Actual), ())

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from blendmaskd.shell import launch
+from blendmaskd.wanted import HIDDEN
 from blendmaskd_workers.engines import timed
 from checkout import ROOT, SOURCES
 
@@ -44,7 +45,7 @@ def test_what_the_daemon_applies_at_spawn_reaches_a_replica_and_is_verified_ther
     actual = device["actual"]
     assert (actual["cpus"], actual["thread_cpus"], actual["task_queue"], actual["threads"]) == ("0", {}, 1, 1)
     assert "tcmalloc" in actual["preload"]
-    assert actual["env"]["OF_THE_TEST"] == "here"
+    assert actual["env"]["OF_THE_TEST"] == HIDDEN, "it is there, and shown to nobody"
     assert actual["env"]["ASCEND_RT_VISIBLE_DEVICES"] == "0"
 
 

@@ -1,6 +1,7 @@
 """Peers that do what no library does, by ZeroMQ's protocol (rfc.zeromq.org/spec/23), and a polite client beside."""
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -88,6 +89,13 @@ def send_all(peer: socket.socket, parts: Iterable[bytes]) -> None:
             peer.sendall(part)
     except (BrokenPipeError, ConnectionResetError):
         pass
+
+
+def read_all(peer: socket.socket) -> None:
+    """Until either side closes it."""
+    with contextlib.suppress(OSError):
+        while peer.recv(1 << 16):
+            pass
 
 
 class Polite:

@@ -35,10 +35,10 @@ ANSWER = [b"detections"]
 
 
 def submit(
-    broker: Broker, job: str, now: float = 0.0, client: bytes = b"c", size: int = 10, **fields: Any
+    broker: Broker, job: str, now: float = 0.0, client: bytes = b"c", size: int = 10, user: bytes = b"", **fields: Any
 ) -> list[Action]:
     message = Submit(job=job, image=Image(kind="encoded"), **fields)
-    actions = broker.submit(client, message, [job.encode().ljust(size, b"x")], now)  # an image of its own
+    actions = broker.submit(client, message, [job.encode().ljust(size, b"x")], now, user)  # an image of its own
     broker.check()
     return actions
 
@@ -156,13 +156,14 @@ def serve_all(broker: Broker, actions: list[Action]) -> list[str]:
     return given
 
 
-def test_clients_take_turns_whatever_each_has_waiting() -> None:
+@pytest.mark.parametrize("user", [b"", b"of all"])
+def test_clients_take_turns_whatever_each_has_waiting(user: bytes) -> None:
     broker = Broker(msgspec.structs.replace(LIMITS, max_jobs=100))
     for number in range(6):
-        submit(broker, f"a{number}", client=b"a")
+        submit(broker, f"a{number}", client=b"a", user=user)
     for client in (b"b", b"c"):
         for number in range(2):
-            submit(broker, f"{client.decode()}{number}", client=client)
+            submit(broker, f"{client.decode()}{number}", client=client, user=user)
     given = serve_all(broker, broker.ready("npu:0.1", "npu:0", 1, 0.0))
     assert given == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "a3", "a4", "a5"]
 
@@ -229,6 +230,26 @@ def test_a_client_with_nothing_on_a_device_goes_ahead_of_one_with_several() -> N
     assert leased_ahead(submit(broker, "d0", client=b"d")) == [True]  # the other worker's place beyond the window
     assert leased_ahead(submit(broker, "e0", client=b"e")) == []  # there is no third
     assert broker.leased == 6
+
+
+def test_nobody_gets_more_by_being_many_clients() -> None:
+    broker = Broker(msgspec.structs.replace(LIMITS, max_jobs=1000, max_bytes=100_000))
+    taken = [submit(broker, "m", client=b"%d" % number, user=b"many") for number in range(1000)]
+    refused = [next(iter(answers(actions).values())) for actions in taken if answers(actions)]
+    assert 900 < len(taken) - len(refused) < 1000, "the last places are others'"
+    assert isinstance(refused[0], Failed)
+    assert refused[0].reason.startswith("all clients of this user have")
+    for number in range(2):
+        assert answers(submit(broker, f"one{number}", client=b"x", user=b"one")) == {}
+    assert serve_all(broker, broker.ready("npu:0.1", "npu:0", 1, 0.0))[:5] == ["m", "one0", "m", "one1", "m"]
+
+
+def test_a_user_with_nothing_on_a_device_goes_ahead_of_one_with_several() -> None:
+    broker = with_workers(Broker(msgspec.structs.replace(LIMITS, max_jobs=100)), "npu:0.1")
+    for number in range(10):
+        assert True not in leased_ahead(submit(broker, "m", client=b"%d" % number, user=b"many"))
+    assert leased_ahead(submit(broker, "m", client=b"new", user=b"many")) == []
+    assert leased_ahead(submit(broker, "one", client=b"x", user=b"one")) == [True]
 
 
 def test_clients_with_one_job_each_are_all_alike(broker: Broker) -> None:

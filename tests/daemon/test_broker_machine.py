@@ -33,6 +33,7 @@ LIMITS = Limits(
     shared_memory_bytes=64 * PAGE,
 )  # fmt: skip
 CLIENTS = st.sampled_from([b"a", b"b"])
+USERS = st.sampled_from([b"", b"u"])
 REFUSALS = {Code.BUSY, Code.TOO_LARGE, Code.DRAINING, Code.UNAVAILABLE}
 index = st.integers(0, 1000)
 
@@ -83,12 +84,14 @@ class BrokerMachine(RuleBasedStateMachine):
 
     # -- clients
 
-    @rule(client=CLIENTS, size=st.integers(5, 35), priority=st.integers(-1, 1), deadline_s=st.floats(1, 40))
-    def submit(self, client: bytes, size: int, priority: int, deadline_s: float) -> None:
+    @rule(
+        client=CLIENTS, size=st.integers(5, 35), priority=st.integers(-1, 1), deadline_s=st.floats(1, 40), user=USERS
+    )
+    def submit(self, client: bytes, size: int, priority: int, deadline_s: float, user: bytes = b"") -> None:
         self.jobs += 1
         name = f"j{self.jobs}"
         message = Submit(job=name, image=Image(kind="encoded"), priority=priority, deadline_s=deadline_s)
-        actions = self.broker.submit(client, message, [name.ljust(size).encode()], self.now)
+        actions = self.broker.submit(client, message, [name.ljust(size).encode()], self.now, user)
         refused = [
             a for a in actions if isinstance(a, Answered) and isinstance(a.answer, Failed) and a.answer.job == name
         ]

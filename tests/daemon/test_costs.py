@@ -6,6 +6,9 @@ import io
 import logging
 import os
 import secrets
+import socket
+import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,17 @@ from typing import Any
 import msgpack
 import pytest
 import zmq
-from attack import IMAGE, Polite, connect, head, is_closed, message, send_all
+from attack import IMAGE, LONGEST_S, Polite, connect, head, is_closed, message, read_all, send_all
+from curve import start
 from rich.console import Console
 
-from blendmaskd import JobFailed
+from blendmaskd import Client, JobFailed
 from blendmaskd.core.spool_messages import Store, StoreAnswer, Stored
 from blendmaskd.logs import TextFormatter
+from blendmaskd.programs.errors import EXIT_NO_DAEMON, NoDaemonError, guarded
 from blendmaskd.programs.tables import tables
 from blendmaskd.programs.watch import View
-from blendmaskd.protocol import MAGIC, Cancel, Fetch, GetStats, Image, Result, Submit, encode
+from blendmaskd.protocol import MAGIC, Cancel, Fetch, Forget, GetLimits, GetStats, Image, Result, Submit, encode
 from blendmaskd.settings import SettingsError, from_tree
 from blendmaskd.shell.debts import BUSY_BYTES, MARK_BYTES, MOST_BYTES, MOST_OF_ALL_BYTES, Debts
 from blendmaskd.shell.job_log import CLIENTS_PER_S
@@ -91,6 +96,43 @@ def test_who_has_too_much_to_read_is_given_no_more(daemon: Any, tmp_path: Path, 
         received = 0
         while received < ANSWER_BYTES:
             received += len(peer.recv(1 << 20))
+
+
+@pytest.mark.slow
+def test_a_flood_of_forget_holds_up_no_durable_job(daemon: Any, tmp_path: Path) -> None:
+    running = daemon(devices=["cpu:0"], spool=str(tmp_path / "spool"))
+    flood = b"".join(message(*encode(Forget(job=secrets.token_hex(4)))) for _ in range(2000))
+    with contextlib.ExitStack() as stack, Polite(running):
+        for _ in range(2):
+            peer = stack.enter_context(connect(running.endpoint))
+            for target, arguments in ((send_all, (peer, [flood] * 40)), (read_all, (peer,))):
+                thread = threading.Thread(target=target, args=arguments)
+                thread.start()
+                stack.callback(thread.join)
+            stack.callback(peer.shutdown, socket.SHUT_RDWR)
+        for _ in range(5):
+            begun = time.monotonic()
+            running.client.fetch(running.client.submit(IMAGE))
+            assert time.monotonic() - begun < LONGEST_S
+
+
+@pytest.mark.slow
+def test_malformed_messages_hold_nobody_up(daemon: Any) -> None:
+    """What makes the most work of 64 KiB, by three clients as fast as they can."""
+    running = daemon(devices=["cpu:0"])
+    header = {"type": "submit", "job": "x", "image": 5, "unknown": [{}] * 60_000}
+    bad = message(MAGIC, msgpack.packb(header))
+    with contextlib.ExitStack() as stack, Polite(running) as polite:
+        for _ in range(3):
+            peer = stack.enter_context(connect(running.endpoint))
+            for target, arguments in ((send_all, (peer, [bad] * 2000)), (read_all, (peer,))):
+                thread = threading.Thread(target=target, args=arguments)
+                thread.start()
+                stack.callback(thread.join)
+            stack.callback(peer.shutdown, socket.SHUT_RDWR)
+        enough, deadline = polite.answers + 40, time.monotonic() + 20
+        while polite.answers < enough and time.monotonic() < deadline:
+            assert running.client.stats()["serving"] == 1
 
 
 class Peer:
@@ -169,6 +211,39 @@ def test_a_million_frames_hold_the_loop_up_for_seconds_at_most(daemon: Any, wait
     assert running.client.segment(IMAGE).width == 64
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("attacker", ["ipc", "tcp"])
+def test_what_clients_of_one_kind_send_holds_up_none_of_the_other(daemon: Any, attacker: str, wait_until: Any) -> None:
+    with tempfile.TemporaryDirectory(prefix="bmd-") as folder, contextlib.ExitStack() as stack:
+        guarded = start(daemon, Path(folder), devices=["cpu:0"])
+        ipc = stack.enter_context(Client(f"ipc://{folder}/client.sock"))
+        tcp = stack.enter_context(guarded.client())
+        many = [b""] * (1 << 20 if attacker == "ipc" else 1 << 18)
+        with Polite(guarded.daemon, tcp if attacker == "ipc" else ipc):
+            if attacker == "ipc":
+                peer = stack.enter_context(connect(f"ipc://{folder}/client.sock"))
+                peer.sendall(message(*many))
+                wait_until(lambda: is_closed(peer), 30)
+            else:
+                stack.enter_context(guarded.dealer("bob", os.urandom(16))).send_multipart(many)
+                wait_until(lambda: "too many frames" in guarded.daemon.log, 30)
+
+
+@pytest.mark.slow
+def test_who_is_many_clients_holds_up_no_other(daemon: Any, wait_until: Any) -> None:
+    """More jobs than the queue takes, each by a client of its own that leaves."""
+    with tempfile.TemporaryDirectory(prefix="bmd-") as folder:
+        guarded = start(daemon, Path(folder), devices=["cpu:0"], timed={"latency_ms": {1: 50}})
+        submit = encode(Submit(job="x", image=Image(kind="raw", shape=IMAGE.shape)), [IMAGE.tobytes()])
+        with guarded.client("alice") as alice, Polite(guarded.daemon, alice):
+            for _ in range(300):
+                with guarded.dealer("bob", os.urandom(16)) as dealer:
+                    dealer.send_multipart(submit)
+                    dealer.send_multipart(encode(GetLimits()))
+                    dealer.recv_multipart()
+            wait_until(lambda: guarded.daemon.client.stats()["queue"]["jobs"] > 100)
+
+
 def as_another_user(run: Any) -> Any:
     """What `run` returns in a process of a user that is neither root nor the daemon's."""
     ours, theirs = os.pipe()
@@ -223,7 +298,9 @@ def test_a_client_sees_its_own_jobs_and_the_operator_all_but_secrets(daemon: Any
 def test_that_a_secret_is_another_is_told_without_it() -> None:
     wanted = Wanted(cpus="0", threads=None, task_queue=None, preload=None, env={"TOKEN": "sesame", "PLAIN": "1"})
     actual = Actual(cpus="0", threads=None, task_queue=None, preload=None, env={"TOKEN": "other"}, thread_cpus={})
-    found = differences(*(masked(each, {"TOKEN"}, wanted.env) for each in (wanted, actual)))
+    found = differences(wanted, actual, {"TOKEN"})
+    shown = masked(wanted, {"TOKEN"}, wanted.env), masked(actual, {"TOKEN"}, wanted.env)
+    assert found == differences(*shown, {"TOKEN"})
     assert found == ["TOKEN: wanted '(hidden)', is '(hidden), another'", "PLAIN: wanted '1', is None"]
     with pytest.raises(SettingsError) as told:
         from_tree({"worker_env": {"TOKEN": 12345}})
@@ -243,7 +320,11 @@ def test_clients_that_come_and_go_cost_few_lines(daemon: Any, wait_until: Any) -
     assert running.log.count("\n") - before <= (CLIENTS_PER_S + 1) * (seconds + 2)
 
 
-def test_no_control_character_of_a_client_reaches_a_terminal(shared_daemon: Any, wait_until: Any) -> None:
+def evil_error(text: str) -> int:
+    raise NoDaemonError(f"the server there says {text}")
+
+
+def test_no_control_character_of_another_reaches_a_terminal(shared_daemon: Any, wait_until: Any, capfd: Any) -> None:
     dealer = shared_daemon.dealer()
     evil = "j\x1b[2J\n\u202e\x9b31m"
     dealer.send_multipart([MAGIC, msgpack.packb({"type": "submit", "job": evil, "image": {"kind": evil}})])
@@ -256,6 +337,8 @@ def test_no_control_character_of_a_client_reaches_a_terminal(shared_daemon: Any,
         written = io.StringIO()
         Console(file=written, width=200).print(shown)
         assert not set(evil) & set(written.getvalue()) - set("j[2J31m\n")
+    assert guarded("submit", lambda: evil_error(evil)) == EXIT_NO_DAEMON
+    assert not set(evil) & set(capfd.readouterr().err) - set("j[2J31m\n")
     record = logging.LogRecord("x", logging.ERROR, "", 0, evil, (), (ValueError, ValueError(evil), None))
     record.about = {"job": evil}
     line = TextFormatter({}, journal=False).format(record)

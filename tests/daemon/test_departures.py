@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import zmq
 
+from blendmaskd.shell.admission.access import FROM_AFAR
+from blendmaskd.shell.admission.departures import Departures
 from blendmaskd.shell.admission.gate import Gate
 
 Connect = Callable[[bytes], zmq.Socket[bytes]]
@@ -27,8 +29,9 @@ class Daemon:
         self.router.linger = 0
         self.router.set(zmq.ROUTER_HANDOVER, 1)
         self.router.set(zmq.ROUTER_MANDATORY, 1)
-        self.gate = Gate(context, self.router, None, most=100, most_tcp=100)
+        self.gate = Gate(context, {endpoint[:3]: self.router}, None, most=100, most_tcp=100)
         self.departures = self.gate.departures
+        self.prefix = FROM_AFAR if endpoint.startswith("tcp:") else b""
         if endpoint.startswith("tcp:"):
             self.gate.bind(endpoint, None)
         else:
@@ -46,7 +49,7 @@ class Daemon:
         if self.router.poll(wait_ms):
             while self.router.poll(0):
                 client, *frames = self.router.recv_multipart(copy=False)
-                self.gate.heard(client.bytes, frames[-1])
+                self.gate.heard(self.prefix + client.bytes, frames[-1])
                 heard.append(client.bytes)
         return left, heard
 
@@ -144,6 +147,19 @@ def test_nothing_is_kept_of_who_has_left(here, connect, wait_until) -> None:
         assert wait_until(lambda: here.turn() and here.gate.connections == 0)
     assert here.departures._heard == {}
     assert here.departures._descriptors == {}
+
+
+def test_the_end_of_a_local_connection_may_be_told_when_a_remote_one_has_its_number() -> None:
+    departures, remote = Departures(), FROM_AFAR + b"b"
+    departures.heard(b"a", 30)
+    departures.heard(remote, 30)
+    assert departures.take() == []
+    departures.ended(30, local=True)
+    assert departures.take() == []
+    assert departures.descriptor(remote) == 30
+    departures.ended(30, local=False)
+    assert departures.take() == [], "it may come back"
+    assert departures.descriptor(remote) is None
 
 
 ANOTHER = """

@@ -21,13 +21,12 @@ from checkout import ROOT, SOURCES
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("name", ["settings", "wire"])
-def test_a_page_that_is_written_from_the_code_is_what_the_code_says(name: str) -> None:
-    spec = importlib.util.spec_from_file_location(f"{name}_reference", ROOT / "scripts" / f"{name}_reference.py")
+def test_the_page_of_settings_is_what_their_code_says() -> None:
+    spec = importlib.util.spec_from_file_location("settings_reference", ROOT / "scripts" / "settings_reference.py")
     reference = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reference)
-    written = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    assert reference.page() == written, f"python scripts/{name}_reference.py > docs/{name}.md"
+    written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert reference.page() == written, "python scripts/settings_reference.py > docs/settings.md"
 
 
 def test_the_readmes_raw_client_runs_as_it_stands(shared_daemon, tmp_path) -> None:
@@ -64,6 +63,18 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.exists(), f"{page.name}: {link}"
         if heading and target.suffix == ".md":
             assert heading in headings(target), f"{page.name}: {link}#{heading}"
+
+
+def test_each_bound_of_the_security_page_names_tests_that_there_are() -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    tables = re.findall(r"^\|[^\n]*\| test \|\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
+    rows = "".join(tables).splitlines()
+    assert len(tables) == 2
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(\w+)`", row.split(" | ")[-1])
+        assert named, row
+        assert [test for file, test in named if f"\ndef {test}(" not in tests[file]] == [], row
 
 
 def headings(page: Path) -> set[str]:

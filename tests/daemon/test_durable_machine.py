@@ -25,7 +25,18 @@ from blendmaskd.core.broker import Broker
 from blendmaskd.core.durable import UNPROVEN_LOSSES, Durable, SendClient
 from blendmaskd.core.durable_jobs import State
 from blendmaskd.core.refusals import Limits
-from blendmaskd.core.spool_messages import AnswerKept, Erase, Look, Reply, Request, Store, StoreAnswer, Stored
+from blendmaskd.core.spool_messages import (
+    AnswerKept,
+    Erase,
+    Erased,
+    Look,
+    Looked,
+    Reply,
+    Request,
+    Store,
+    StoreAnswer,
+    Stored,
+)
 from blendmaskd.protocol import (
     Accepted,
     Cancel,
@@ -308,6 +319,7 @@ class DurableMachine(RuleBasedStateMachine):
         queued = {job.name for job in self.durable._jobs if job.state is State.QUEUED}
         assert queued == self.broker._jobs.account(DURABLE).jobs.keys(), "the broker has other jobs"
         assert self.durable._looks == sum(isinstance(asked, Look) for asked in self.spool.asked)
+        assert self.durable._erasures == Counter(each.client for each in self.spool.asked if isinstance(each, Erase))
         assert self.available or not self.broker.unanswered, "a job waits for no device"
 
     def teardown(self) -> None:
@@ -415,6 +427,26 @@ def test_one_owner_has_no_more_than_one_may(limits: dict[str, int], taken: int, 
         jobs.forget(b"a", Forget(job=action.job.name), 0.0)
         jobs.check()
         assert isinstance(submit(b"a", 300 + number), Store)
+
+
+@pytest.mark.parametrize("ask", ["fetch", "forget"])
+def test_what_is_asked_of_the_spool_is_bounded_and_no_client_takes_it_all(ask: str) -> None:
+    jobs = Durable(Broker(LIMITS), 1_000_000)
+
+    def asked(client: bytes, number: int) -> list[durable.Action]:
+        name = f"{number:032}"
+        return jobs.fetch(client, Fetch(job=name)) if ask == "fetch" else jobs.forget(client, Forget(job=name), 0.0)
+
+    def refused(actions: list[durable.Action]) -> bool:
+        return any(isinstance(each, SendClient) and each.message.code is Code.BUSY for each in actions)
+
+    taken = [number for number in range(2000) if not refused(asked(b"a", number))]
+    assert 800 < len(taken) < 900
+    assert not refused(asked(b"b", 2001)), "another one may"
+    replies = [Looked(b"a", "x", None, ()), Erased(b"a", "x")]
+    for _ in range(10):
+        jobs.replied(replies[ask == "forget"], 0.0)
+    assert not refused(asked(b"a", 2002))
 
 
 def with_an_answer(path: Path, keep_s: float) -> StillSpool:

@@ -22,7 +22,7 @@ from blendmaskd_workers import process
 OBSERVER = (
     "import os, msgspec; from blendmaskd import assignment; from blendmaskd.wanted import differences;"
     "from blendmaskd_workers.process import observe; wanted = assignment.read(os.environ).wanted;"
-    "actual = observe(wanted, None); print(msgspec.json.encode([actual, differences(wanted, actual)]).decode())"
+    "actual = observe(wanted, None); print(msgspec.json.encode([actual, differences(wanted, actual, ())]).decode())"
 )
 
 # ---------------------------------------------------------------------------------------------------- preload
@@ -142,11 +142,11 @@ def test_a_library_that_was_not_preloaded_is_reported(one_cpu: int, library: str
 def test_narrower_is_as_wanted_only_with_affinity_conf() -> None:
     wanted = Wanted(cpus="0-3", threads=4, task_queue=None, preload=None, env={})
     actual = Actual(**{**msgspec.to_builtins(wanted), "cpus": "0-1"}, thread_cpus={"acl_thread/7": "2"})
-    assert differences(wanted, actual) == ["CPUs 2-3 of 0-3 are not used"]
+    assert differences(wanted, actual, ()) == ["CPUs 2-3 of 0-3 are not used"]
     wanted, actual = (msgspec.structs.replace(one, env={"CPU_AFFINITY_CONF": "1"}) for one in (wanted, actual))
-    assert differences(wanted, actual) == []
+    assert differences(wanted, actual, ()) == []
     actual = msgspec.structs.replace(actual, thread_cpus={"acl_thread/7": "3-4"})
-    assert differences(wanted, actual) == ["thread acl_thread/7 runs on CPUs 3-4, outside 0-3"]
+    assert differences(wanted, actual, ()) == ["thread acl_thread/7 runs on CPUs 3-4, outside 0-3"]
 
 
 def test_launching_from_a_thread_leaves_the_others_alone(one_cpu: int) -> None:

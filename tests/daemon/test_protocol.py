@@ -377,10 +377,3 @@ def test_no_value_of_a_field_raises_anything_but_protocol_error(message: tuple[A
     changed[key] = data.draw(plain)
     payload = data.draw(st.lists(st.binary(max_size=4), max_size=2))
     check([MAGIC, msgpack.packb(fields), *payload], message[1])
-
-
-def test_the_specification_names_every_message() -> None:
-    text = protocol.__doc__ or ""
-    for table in (FROM_CLIENT, TO_CLIENT, FROM_WORKER, TO_WORKER):
-        for name in table:
-            assert f"``{name}``" in text, name

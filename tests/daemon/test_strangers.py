@@ -5,6 +5,7 @@ The figures are printed: ``pytest -s tests/daemon/test_strangers.py``.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import socket
@@ -18,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import zmq
+from attack import Polite, greeting, head, is_closed
 from curve import Guarded, start
 
 from blendmaskd.client.blocking import Client, HandshakeError
@@ -165,3 +167,38 @@ def test_a_stranger_that_tries_again_and_again_is_still_a_stranger(guarded: Guar
                 ursula.stats()
     with guarded.client("alice") as alice:
         assert alice.segment(IMAGE).width == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("known", [False, True], ids=["HELLO", "INITIATE"])
+def test_a_handshake_without_end_is_cut_off(guarded: Guarded, wait_until, known: bool) -> None:
+    """ZeroMQ takes one of any size that a message may have, and keeps it until it is whole."""
+    begun = greeting(b"CURVE") + (_hello(guarded) if known else b"")
+    handshake = [begun, head(128 << 20, command=True), *[bytes(1 << 20)] * 120]
+    with guarded.client("alice") as alice, contextlib.ExitStack() as stack, Polite(guarded.daemon, alice) as polite:
+        peers = [stack.enter_context(_connect(guarded.port)) for _ in range(12)]
+        sending = [threading.Thread(target=_send, args=(peer, handshake)) for peer in peers]
+        for thread in sending:
+            thread.start()
+        for thread in sending:
+            thread.join()
+        for peer in peers:
+            wait_until(lambda peer=peer: is_closed(peer))
+    assert polite.most_bytes - polite.idle_bytes < 256 << 20
+
+
+def _hello(guarded: Guarded) -> bytes:
+    """A good one, of a client that believes to have found the daemon."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        there = dataclasses.replace(guarded, tcp=f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+        with there.dealer("ursula"), listener.accept()[0] as accepted:
+            accepted.sendall(greeting(b"CURVE"))
+            return accepted.recv(64 + 202, socket.MSG_WAITALL)[64:]
+
+
+def _send(peer: socket.socket, parts: list[bytes]) -> None:
+    """As far as the other side takes it."""
+    peer.settimeout(1.0)
+    with contextlib.suppress(OSError):
+        for part in parts:
+            peer.sendall(part)

@@ -187,11 +187,11 @@ def test_actual_is_what_the_libraries_say(monkeypatch: pytest.MonkeyPatch) -> No
         torch.set_num_threads(1)
         actual = process.observe(wanted, devices.open_device("cpu"))
         assert actual.device_name == "cpu"
-        assert differences(wanted, actual) == []
+        assert differences(wanted, actual, ()) == []
         assert msgspec.json.decode(msgspec.json.encode(actual), type=Actual) == actual
         torch.set_num_threads(2)
         actual = process.observe(wanted, devices.open_device("cpu"))
-        assert differences(wanted, actual) == ["threads: wanted 1, is 2"]
+        assert differences(wanted, actual, ()) == ["threads: wanted 1, is 2"]
     finally:
         torch.set_num_threads(threads)
 
@@ -210,7 +210,7 @@ def test_a_cpu_workers_process_has_what_its_plan_wants() -> None:
     running = launch.launch(plan, stdout=subprocess.PIPE, cwd=ROOT)
     output, _ = running.communicate(timeout=60)
     actual = msgspec.json.decode(output, type=Actual)
-    assert differences(plan.assignment.wanted, actual) == []
+    assert differences(plan.assignment.wanted, actual, ()) == []
     assert (actual.cpus, actual.threads) == (str(cpu), 1)
 
 

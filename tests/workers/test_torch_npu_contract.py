@@ -62,7 +62,7 @@ print(json.dumps({
     "memory": dataclasses.asdict(device.memory()),
     "actual": msgspec.to_builtins(actual),
     "threads": process.thread_masks(),
-    "differences": differences(told.wanted, actual),
+    "differences": differences(told.wanted, actual, ()),
 }))
 """
 

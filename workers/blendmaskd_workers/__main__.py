@@ -18,7 +18,7 @@ from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_HOST_LACKS, Assignment,
 from blendmaskd.extras import lacking
 from blendmaskd.probe import Cause, Probe
 from blendmaskd.settings import Settings
-from blendmaskd.wanted import differences, masked
+from blendmaskd.wanted import differences
 from blendmaskd_workers import process
 
 
@@ -71,13 +71,12 @@ def _probe(assignment: Assignment) -> Probe:
     except devices.DeviceError as error:
         return Probe(error=str(error), cause=error.cause)
     wanted, secret = assignment.wanted, assignment.settings.worker_env
-    actual = masked(process.observe(wanted, device), secret, wanted.env)
     return Probe(
         name=device.name(),
         memory_bytes=device.memory().total,
         bf16=device.multiplies_bf16(),
         chosen=f"{device.effects()['dtype']}: {device.why}" if device.why else "",
-        differences=tuple(differences(masked(wanted, secret, wanted.env), actual)),
+        differences=tuple(differences(wanted, process.observe(wanted, device), secret)),
     )
 
 

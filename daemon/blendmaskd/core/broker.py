@@ -116,11 +116,12 @@ class Broker:
 
     # -- clients ----------------------------------------------------------------------------------------------------
 
-    def submit(self, client: bytes, message: Submit, payload: Frames, now: float) -> list[Action]:
-        """Accept a job, or answer at once why not."""
+    def submit(self, client: bytes, message: Submit, payload: Frames, now: float, user: bytes = b"") -> list[Action]:
+        """Accept a job, or answer at once why not. `user` runs the client; empty: nobody but it."""
         if message.job in self._jobs.account(client).jobs:
             return []  # its one answer is still to come
         job = job_of(next(self._seq), client, message, payload, now, self.limits.deadline_s)
+        job.user = user or client
         refusal = self.refusals.refusal(job, now)
         if refusal is not None:
             if self.tracing:
@@ -290,7 +291,7 @@ class Broker:
             if self.tracing:
                 self._tell("suspected", job, reason=reason)
             job.worker, job.lease = None, 0
-            self._jobs.account(job.client).end_lease(job)
+            self._jobs.end_lease(job)
             if job.client == DURABLE:
                 actions.append(Losses(job.name, job.attempts, job.losses))
             self._jobs.suspects.appendleft(job)
@@ -415,7 +416,7 @@ class Broker:
         number = next(self._seq)
         assert len(worker.leases) <= worker.window, "a window is overfull"
         ahead = self._turns.goes_ahead(job, worker)
-        self._jobs.account(job.client).lease(job)
+        self._jobs.lease(job)
         if not worker.leases:
             worker.progress = now
         worker.leases[number] = HeldLease(job, alone=job.suspect)

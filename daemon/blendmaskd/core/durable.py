@@ -22,7 +22,7 @@ No socket, clock, process, thread, file or logger belongs in here.
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -40,6 +40,7 @@ MOST_LOADS = 5  # of a job whose image cannot be read
 UNPROVEN_LOSSES = 3  # daemons that died with a job: then it is the reason, perhaps, rather than what they died of
 MOST_LOOKS = 1000  # questions to the spool that wait
 LOOKS_AT_ONCE = 8  # of them the spool has, so that few answers are in memory
+MOST_ERASURES = 1000  # that the spool is asked for and has not done: some commits
 
 
 class SendClient(msgspec.Struct, frozen=True):
@@ -65,6 +66,7 @@ class Durable:
         self._seq = itertools.count(next_seq)
         self._jobs = Jobs()
         self._looks = 0  # that the spool has
+        self._erasures: Counter[bytes] = Counter()  # that the spool has, by client
         self._to_look: OrderedDict[bytes, deque[str]] = OrderedDict()  # names, by client in turn; none is empty
         self._ended = False
         for each in stored:
@@ -126,6 +128,10 @@ class Durable:
         """Drop a job and its answer, wherever they are."""
         if not self.max_bytes:
             return [SendClient(client, _off(message.job))]
+        erasures = self._erasures.total()
+        if self._erasures[client] >= SHARE * (MOST_ERASURES - erasures):
+            return [SendClient(client, _busy(message.job, f"{erasures} jobs are being forgotten"))]
+        self._erasures[client] += 1
         actions: list[Action] = []
         job = self._jobs.by_name.get(message.job)
         if job is not None:
@@ -205,6 +211,9 @@ class Durable:
             case spool.Looked():
                 return self._looked(reply)
             case spool.Erased():
+                self._erasures[reply.client] -= 1
+                if not self._erasures[reply.client]:
+                    del self._erasures[reply.client]
                 return [SendClient(reply.client, _erased(reply))]
         job = self._jobs.by_seq.get(reply.seq)
         if job is None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -19,6 +19,7 @@ class Job(msgspec.Struct, eq=False):
 
     seq: int
     client: bytes
+    user: bytes  # who runs the client
     name: str
     image: Image
     options: Options
@@ -46,6 +47,7 @@ def job_of(seq: int, client: bytes, message: Submit, payload: Frames, accepted: 
     return Job(
         seq=seq,
         client=client,
+        user=client,
         name=message.job,
         image=message.image,
         options=message.options,
@@ -70,28 +72,28 @@ class Step(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
-class Account(msgspec.Struct, eq=False):
-    """A client's unanswered jobs: those that wait, suspects among them, and those that are leased."""
+class Tally(msgspec.Struct, eq=False):
+    """How many unanswered jobs somebody has: those that wait, suspects among them, and those that are leased."""
 
-    jobs: dict[str, Job] = {}
+    count: int = 0
     bytes: int = 0
     leases: int = 0
     leased_bytes: int = 0
 
     @property
     def waiting(self) -> int:
-        return len(self.jobs) - self.leases
+        return self.count - self.leases
 
     @property
     def waiting_bytes(self) -> int:
         return self.bytes - self.leased_bytes
 
     def add(self, job: Job) -> None:
-        self.jobs[job.name] = job
+        self.count += 1
         self.bytes += job.payload_bytes
 
     def remove(self, job: Job) -> None:
-        del self.jobs[job.name]
+        self.count -= 1
         self.bytes -= job.payload_bytes
 
     def lease(self, job: Job) -> None:
@@ -102,25 +104,40 @@ class Account(msgspec.Struct, eq=False):
         self.leases -= 1
         self.leased_bytes -= job.payload_bytes
 
-    def check(self) -> None:
-        leased = [job for job in self.jobs.values() if job.worker is not None]
-        assert self.leases == len(leased), "leases are miscounted"
-        assert self.bytes == sum(job.payload_bytes for job in self.jobs.values()), "bytes are miscounted"
+    def check(self, jobs: Sequence[Job]) -> None:
+        leased = [job for job in jobs if job.worker is not None]
+        assert (self.count, self.leases) == (len(jobs), len(leased)), "jobs are miscounted"
+        assert self.bytes == sum(job.payload_bytes for job in jobs), "bytes are miscounted"
         assert self.leased_bytes == sum(job.payload_bytes for job in leased), "leased bytes are miscounted"
+
+
+class Account(Tally, eq=False):
+    """A client's unanswered jobs."""
+
+    jobs: dict[str, Job] = {}
+
+    def add(self, job: Job) -> None:
+        self.jobs[job.name] = job
+        Tally.add(self, job)
+
+    def remove(self, job: Job) -> None:
+        del self.jobs[job.name]
+        Tally.remove(self, job)
 
 
 _Line = dict[int, OrderedDict[int, Job]]  # of one client. Priority: seq: job; no queue is empty
 
 
 class Waiting:
-    """Jobs that wait for any worker: clients take turns, whatever each has waiting.
+    """Jobs that wait for any worker: users take turns, and the clients of each, whatever these have waiting.
 
     A client's own jobs go by priority and then by arrival. Only those below 0 know of others: they yield to every job
     of a higher priority, so a client can step back but not push in.
     """
 
     def __init__(self) -> None:
-        self._levels: dict[int, OrderedDict[bytes, _Line]] = {}  # priority, at most 0: clients in turn; none is empty
+        # priority, at most 0: users in turn: clients in turn; none is empty
+        self._levels: dict[int, OrderedDict[bytes, OrderedDict[bytes, _Line]]] = {}
         self._jobs = 0
         self.payload_bytes = 0
 
@@ -129,39 +146,48 @@ class Waiting:
 
     def __iter__(self) -> Iterator[Job]:
         for level in self._levels.values():
-            for line in level.values():
-                for queue in line.values():
-                    yield from queue.values()
+            for clients in level.values():
+                for line in clients.values():
+                    for queue in line.values():
+                        yield from queue.values()
 
     def put(self, job: Job, first: bool = False) -> None:
-        """Last of its client and priority; or first, and its client too: it was there before."""
+        """Last of its client and priority; or first, and its client and user too: it was there before."""
         level = self._levels.setdefault(min(job.priority, 0), OrderedDict())
-        queue = level.setdefault(job.client, {}).setdefault(job.priority, OrderedDict())
+        clients = level.setdefault(job.user, OrderedDict())
+        queue = clients.setdefault(job.client, {}).setdefault(job.priority, OrderedDict())
         queue[job.seq] = job
         if first:
             queue.move_to_end(job.seq, last=False)
-            level.move_to_end(job.client, last=False)
+            clients.move_to_end(job.client, last=False)
+            level.move_to_end(job.user, last=False)
         self._jobs += 1
         self.payload_bytes += job.payload_bytes
 
     def next(self) -> Job:
-        """Take out the job whose turn it is; its client's next turn comes after all others'."""
+        """Take out the job whose turn it is; its user's next turn comes after all others', and so does its client's."""
         level = self._levels[max(self._levels)]
-        client, line = next(iter(level.items()))
+        user, clients = next(iter(level.items()))
+        client, line = next(iter(clients.items()))
         job = self.take(next(iter(line[max(line)].values())))
-        if client in level:
-            level.move_to_end(client)
+        if client in clients:
+            clients.move_to_end(client)
+        if user in level:
+            level.move_to_end(user)
         return job
 
     def take(self, job: Job) -> Job:
         """Out of here, from wherever it stands."""
         level = self._levels[min(job.priority, 0)]
-        line = level[job.client]
+        clients = level[job.user]
+        line = clients[job.client]
         del line[job.priority][job.seq]
         if not line[job.priority]:
             del line[job.priority]
         if not line:
-            del level[job.client]
+            del clients[job.client]
+        if not clients:
+            del level[job.user]
         if not level:
             del self._levels[min(job.priority, 0)]
         self._jobs -= 1
@@ -172,8 +198,10 @@ class Waiting:
         jobs = list(self)
         assert self._jobs == len(jobs), "jobs are miscounted"
         assert self.payload_bytes == sum(job.payload_bytes for job in jobs), "bytes are miscounted"
-        lines = [line for level in self._levels.values() for line in level.values()]
+        users = [clients for level in self._levels.values() for clients in level.values()]
+        lines = [line for clients in users for line in clients.values()]
         assert all(self._levels.values()), "an empty level is kept"
+        assert all(users), "a user without a client is kept"
         assert all(line and all(line.values()) for line in lines), "an empty queue is kept"
 
 
@@ -184,6 +212,7 @@ class Jobs:
         self.waiting = Waiting()
         self.suspects: deque[Job] = deque()
         self._accounts: dict[bytes, Account] = {}
+        self._users: dict[bytes, Tally] = {}
         self._deadlines: list[tuple[float, int, Job]] = []
 
     def __iter__(self) -> Iterator[Job]:
@@ -209,8 +238,22 @@ class Jobs:
         """What this client has here; an empty one is nowhere."""
         return self._accounts.get(client) or Account()
 
+    def of_user(self, user: bytes) -> Tally:
+        """What all clients of this user have here."""
+        return self._users.get(user) or Tally()
+
+    def lease(self, job: Job) -> None:
+        """It is counted as leased from now on."""
+        self._accounts[job.client].lease(job)
+        self._users[job.user].lease(job)
+
+    def end_lease(self, job: Job) -> None:
+        self._accounts[job.client].end_lease(job)
+        self._users[job.user].end_lease(job)
+
     def add(self, job: Job) -> None:
         self._accounts.setdefault(job.client, Account()).add(job)
+        self._users.setdefault(job.user, Tally()).add(job)
         heapq.heappush(self._deadlines, (job.deadline, job.seq, job))
         if len(self._deadlines) > 2 * len(self) + 64:  # answered jobs must not pile up behind a far deadline
             self._deadlines = [entry for entry in self._deadlines if not entry[2].answered]
@@ -222,14 +265,19 @@ class Jobs:
 
     def remove(self, job: Job) -> None:
         """It has its answer."""
-        account = self._accounts[job.client]
+        account, user = self._accounts[job.client], self._users[job.user]
+        if job.worker is not None:
+            self.end_lease(job)
         account.remove(job)
-        if not account.jobs:
+        user.remove(job)
+        if not account.count:
             del self._accounts[job.client]
+        if not user.count:
+            del self._users[job.user]
         job.answered = True
         if job.worker is not None:
-            account.end_lease(job)
-        elif job in self.suspects:
+            return
+        if job in self.suspects:
             self.suspects.remove(job)
         else:
             self.waiting.take(job)
@@ -254,7 +302,10 @@ class Jobs:
         assert not any(job.answered for job in everywhere), "an answered job is still held"
         for account in self._accounts.values():
             assert account.jobs, "an empty account is kept"
-            account.check()
+            account.check(list(account.jobs.values()))
+        assert self._users.keys() == {job.user for job in self}, "a user without jobs is kept"
+        for user, tally in self._users.items():
+            tally.check([job for job in self if job.user == user])
         assert not any(job.suspect or job.worker for job in self.waiting), "a suspect waits among the others"
         assert all(job.suspect for job in self.suspects), "an innocent job is suspected"
         live = {entry[2] for entry in self._deadlines if not entry[2].answered}

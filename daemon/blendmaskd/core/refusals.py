@@ -19,6 +19,7 @@ LONGEST_RETRY_S = 30.0
 UNKNOWN_RETRY_S = 1.0  # while nothing is known of how fast jobs are served
 LATEST = 1 / 16  # what the last lease counts for in the mean of them
 SHARE = 7  # of the queue one client alone can fill 7 of 8 parts, two 7 of 15 each
+USERS_SHARE = 63  # all clients of a user together: what is left for one that comes next is for other users' too
 NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, fix the cause, then reload"
 
 
@@ -89,21 +90,23 @@ class Refusals:
         if self._jobs.waiting_bytes + size > self.limits.max_bytes:
             return refuse(Code.BUSY, f"{self._jobs.waiting_bytes} bytes are waiting", self.retry_after_s())
         greed = self._greed(job)
-        return refuse(Code.BUSY, f"this client has {greed}", self.retry_after_s()) if greed else None
+        return refuse(Code.BUSY, greed, self.retry_after_s()) if greed else None
 
     def _greed(self, job: Job) -> str:
-        """What of its client's is too much for one client; empty: nothing."""
-        account, limits = self._jobs.account(job.client), self.limits
-        if not account.jobs:
-            return ""
-        if account.waiting >= SHARE * (limits.max_jobs - self._jobs.waiting_jobs):
-            return f"{account.waiting} jobs waiting: the last places are reserved for others"
-        if account.waiting and account.waiting_bytes >= SHARE * (limits.max_bytes - self._jobs.waiting_bytes):
-            return f"{account.waiting_bytes} bytes waiting: the last ones are reserved for others"
-        if len(account.jobs) >= limits.max_jobs_per_client:
-            return f"{len(account.jobs)} unanswered jobs, the maximum for one client"
-        if account.bytes + job.payload_bytes > limits.max_bytes_per_client:
-            return f"{account.bytes} unanswered bytes, the maximum for one client is {limits.max_bytes_per_client}"
+        """What of its client's, or of its user's clients', is too much for one; empty: nothing."""
+        limits, free_bytes = self.limits, self.limits.max_bytes - self._jobs.waiting_bytes
+        account, user = self._jobs.account(job.client), self._jobs.of_user(job.user)
+        all_of = "all clients of this user have"
+        for whose, share, tally in (("this client has", SHARE, account), (all_of, USERS_SHARE, user)):
+            if tally.waiting and tally.waiting >= share * (limits.max_jobs - self._jobs.waiting_jobs):
+                return f"{whose} {tally.waiting} jobs waiting: the last places are reserved for others"
+            if tally.waiting and tally.waiting_bytes >= share * free_bytes:
+                return f"{whose} {tally.waiting_bytes} bytes waiting: the last ones are reserved for others"
+        if account.count >= limits.max_jobs_per_client:
+            return f"this client has {account.count} unanswered jobs, the maximum for one client"
+        if account.count and account.bytes + job.payload_bytes > limits.max_bytes_per_client:
+            most = limits.max_bytes_per_client
+            return f"this client has {account.bytes} unanswered bytes, the maximum for one client is {most}"
         return ""
 
     def served(self, lease_s: float) -> None:

@@ -6,25 +6,7 @@ now if they have stopped: an idle device has 0, a silent one falls to 0. **combi
 exactly: each is rounded to 0.01 first.
 
 The shell takes one snapshot per second. It has a sequence number, and is what `stats` clients, Prometheus and the
-systemd status line all show, so that they agree. Its form::
-
-    {"seq", "time", "started" (both Unix), "engine", "window_s", "combined_fps", "degraded", "draining",
-     "serving" (devices that can serve), "queue": {"jobs", "bytes", "max_jobs", "max_bytes"}, "leased",
-     "regions": {"count", "bytes"} (shared memory), "answered", "failures": {code: n},
-     "spool": {"jobs", "answers", "bytes", "max_bytes", "trouble" (why it cannot be written, or empty)} or None,
-     "recent_failures": [{"time" (Unix), "job", "code", "reason"}] (newest first),
-     "stages": {stage: {"buckets": [cumulative counts at STAGE_BOUNDS_S], "count", "sum"}},
-     "latency": {"count", "p50", "p99" (seconds; None: no answer), "stages": {stage: mean seconds}} (of the window),
-     "last_image": {"device", "time"} or None,
-     "missing": [paths of sockets and locks that others have removed while the daemon runs],
-     "devices": [{"device", "slot", "generation", "pid", "state", "reason", "fps", "images", "busy_seconds",
-                  "busy_share", "idle_seconds": {reason: seconds}, "restarts", "memory_bytes", "device_memory_bytes",
-                  "shapes": [[batch, height, width, median seconds or None]],
-                  "wanted", "actual": the fields of `blendmaskd.wanted`; {} while there is no worker, or it is not up}]}
-
-That is the operator's view, of the daemon's own user and root on its host. Other clients see of "recent_failures" their
-own; "missing", "last_image", and of a device "pid", "reason", "shapes", "wanted" and "actual" are empty. Nobody sees
-the values of `worker_env`.
+systemd status line all show, so that they agree. docs/wire.md has its form, and what of it clients may see.
 """
 from __future__ import annotations
 

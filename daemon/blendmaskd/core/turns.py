@@ -1,15 +1,17 @@
 """Which waiting job goes to which worker. Pure; the broker leases them.
 
-Clients share. They take turns (`jobs.Waiting`). None may have more than
-`refusals.SHARE` times as many waiting as places are
-free, so whoever comes next finds room. A job whose client has nothing on a device goes ahead of those whose client has
-several there: it may take one place beyond a worker's window, and its worker runs it next. So a client with one job at
-a time is served at nearly the pace of an idle daemon, however many jobs the others have.
+Clients share. They take turns (`jobs.Waiting`). None may have more than `refusals.SHARE` times as many waiting as
+places are free, so whoever comes next finds room. A job whose client has nothing on a device goes ahead of those whose
+client has several there: it may take one place beyond a worker's window, and its worker runs it next. So a client with
+one job at a time is served at nearly the pace of an idle daemon, however many jobs the others have.
+
+The same holds among users, who run clients, so that nobody gets more by being many clients: they take turns before
+their clients do, and one that has nothing on a device goes ahead of one that has several jobs there.
 """
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 
 from blendmaskd.core.blame import Blame
@@ -52,11 +54,13 @@ class Turns:
             yield self._jobs.waiting.take(job), min(room, key=_load)
 
     def goes_ahead(self, job: Job, worker: Worker) -> bool:
-        """Whether its client has nothing on a device, while another has several jobs on this one."""
+        """Whether its client, or its user, has nothing on a device, while another has several jobs on this one."""
         if self._jobs.account(job.client).leases or job.priority < 0:
             return False
-        clients = Counter(lease.job.client for lease in worker.leases.values() if lease.job)
-        return max(clients.values(), default=0) > 1
+        jobs = [lease.job for lease in worker.leases.values() if lease.job]
+        if _several(other.client for other in jobs):
+            return True
+        return not self._jobs.of_user(job.user).leases and _several(other.user for other in jobs)
 
     def _open(self) -> list[Worker]:
         return [worker for worker in self._workers.values() if not worker.retiring and not worker.alone]
@@ -82,6 +86,10 @@ class Turns:
 
 
 _load = attrgetter("load")
+
+
+def _several(whose: Iterable[object]) -> bool:
+    return max(Counter(whose).values(), default=0) > 1
 
 
 def _elsewhere(suspects: Sequence[Job], workers: Sequence[Worker]) -> tuple[Job, Worker]:

@@ -36,6 +36,7 @@ from rich.table import Table
 
 from blendmaskd import files
 from blendmaskd.client.blocking import Client, JobFailed, Segmentation
+from blendmaskd.output import in_a_line
 from blendmaskd.programs.arguments import percentage, positive
 from blendmaskd.programs.connecting import add_connection, connect
 from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
@@ -231,7 +232,7 @@ def _tell(answers: Answers, box: Scores, mask: Scores | None, strange: Sequence[
     console = Console(highlight=False, soft_wrap=True)
     console.print(_table(measured))
     if strange:
-        console.print(f"[yellow]categories of a different data set: {escape('; '.join(strange))}")
+        console.print(f"[yellow]categories of a different data set: {escape(in_a_line('; '.join(strange)))}")
     tell_failures(console, answers.failures)
     mask_ap = _shown(mask.metrics["AP"]) if mask else "not measured"
     console.print(
@@ -247,7 +248,7 @@ def _table(measured: dict[str, Scores]) -> Table:
         table.add_column(f"{what} AP50", justify="right")
     for name in measured["box"].classes:
         values = [scores.classes[name][metric] for scores in measured.values() for metric in ("AP", "AP50")]
-        table.add_row(escape(name), *map(_shown, values))
+        table.add_row(escape(in_a_line(name)), *map(_shown, values))
     return table
 
 

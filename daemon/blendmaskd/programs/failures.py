@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from blendmaskd import files
-from blendmaskd.logs import in_a_line
+from blendmaskd.output import in_a_line
 
 
 @dataclass(frozen=True, slots=True)

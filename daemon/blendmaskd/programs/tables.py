@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from blendmaskd.logs import in_a_line
+from blendmaskd.output import in_a_line
 from blendmaskd.protocol import STAGE_BOUNDS_S
 from blendmaskd.wanted import differences_shown, models_shown
 

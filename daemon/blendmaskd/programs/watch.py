@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from blendmaskd.logs import in_a_line
+from blendmaskd.output import in_a_line
 from blendmaskd.programs.readings import Reading, Readings
 from blendmaskd.programs.tables import (
     BAD,

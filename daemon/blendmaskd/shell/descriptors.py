@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 
 OURS = 64  # for what the daemon itself has open: sockets, pages, workers, the spool
-UNHEARD = 1100  # connections of which the loop has not heard yet, at most; see `blendmaskd.shell.admission.gate`
+UNHEARD = 2200  # connections, local and remote, of which the loop has not heard yet, at most; see `admission.gate`
 MOST_REGIONS = 256
 
 

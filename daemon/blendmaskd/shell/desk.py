@@ -32,7 +32,7 @@ from blendmaskd.shell.debts import BUSY_BYTES, MOST_BYTES, Debts
 from blendmaskd.shell.job_log import JobLog
 from blendmaskd.shell.processes import Actions, Child, Decisions, Processes
 from blendmaskd.shell.shared_memory import Ended, Offered
-from blendmaskd.shell.sockets import Sockets, receive, receive_last, send
+from blendmaskd.shell.sockets import Clients, Sockets, receive, receive_last, send, send_to_client
 from blendmaskd.shell.spool import Spool
 
 log = logging.getLogger("blendmaskd")
@@ -125,10 +125,10 @@ class Desk:
             self.durable.client_gone(client)
             yield self.broker.shut_out(client, Verdict.UNKNOWN.value, time.monotonic())
 
-    def read_clients(self) -> Decisions:
-        """What has come since; a bounded number of messages."""
-        for frames in self._sockets.from_clients.receive():
-            client = frames[0].bytes
+    def read_clients(self, clients: Clients) -> Decisions:
+        """What has come since from those of a kind; a bounded number of messages."""
+        for frames in clients.receive():
+            client = clients.name(frames[0])
             if _is_excessive(frames):
                 yield self._expel(client, frames)
                 continue
@@ -145,7 +145,7 @@ class Desk:
             if isinstance(message, protocol.GetStats):
                 yield self._tell_stats(client, self.admission.is_operator(frames[-1]))
             else:
-                yield self._on_client(client, message, payload, time.monotonic())
+                yield self._on_client(client, frames[-1], message, payload, time.monotonic())
 
     def _expel(self, client: bytes, frames: Sequence[zmq.Frame]) -> Actions:
         """Its message is none that a client makes by mistake."""
@@ -170,8 +170,9 @@ class Desk:
         return [*self._client_gone(client), refusal]
 
     def _on_client(
-        self, client: bytes, message: protocol.OfJobs | protocol.GetLimits, payload: Sequence[Any], now: float
-    ) -> Actions:
+        self, client: bytes, frame: zmq.Frame, message: protocol.OfJobs | protocol.GetLimits, payload: Sequence[Any],
+        now: float,
+    ) -> Actions:  # fmt: skip
         if isinstance(message, protocol.Submit | protocol.Fetch) and self._debts.of(client) >= BUSY_BYTES:
             refusal, counted = _unread(message.job), isinstance(message, protocol.Submit)
             return [actions.Answered(client, refusal) if counted else durable.SendClient(client, refusal)]
@@ -179,7 +180,7 @@ class Desk:
             case protocol.Submit(durable=True):
                 return self._submit_durable(client, message, payload, now)
             case protocol.Submit():
-                return self.broker.submit(client, message, payload, now)
+                return self.broker.submit(client, message, payload, now, self.admission.user(frame))
             case protocol.Cancel():
                 return [*self.durable.stop_waiting(client, message), *self.broker.cancel(client, message, now)]
             case protocol.Fetch():
@@ -289,8 +290,8 @@ class Desk:
     def _send(self, client: bytes, message: protocol.ToClient, payload: protocol.Frames) -> Actions:
         if self._debts.of(client) >= MOST_BYTES:
             return self._cut_off(client, errno.EAGAIN)
-        error = send(self._sockets.clients, client, self._debts.add(client, protocol.encode(message, payload)))
-        if error:
+        frames = self._debts.add(client, protocol.encode(message, payload))
+        if error := send_to_client(self._sockets.clients, client, frames):
             return self._cut_off(client, error)
         debtor = self._debts.longest()
         return self._cut_off(debtor, errno.EAGAIN) if debtor is not None else ()

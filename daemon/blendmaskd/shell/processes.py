@@ -64,7 +64,7 @@ class Child:
     def take_in(self, actual: Actual) -> list[str]:
         """What its process is, as it says. Returns where that is not what was wanted."""
         self.actual = masked(actual, self._secret, self._wanted)
-        return differences(self.wanted, self.actual)
+        return differences(self.wanted, self.actual, self._secret)
 
     def reap(self) -> int:
         """Its exit code, negative for a signal, `UNKNOWN_END` if somebody else reaped it; waits for its end."""

@@ -96,7 +96,7 @@ class Server:
         owned.callback(desk.close)
         self._processes = Processes(self._basis, desk.broker, self._stats, sockets.workers_endpoint, self._watch_child)
         self._supervisor, self._reload = self._processes.supervisor, self._processes.reload
-        self._entrance = {sockets.clients, *desk.admission.sockets}
+        self._entrance = {*(each.router for each in sockets.clients), *desk.admission.sockets}
         for socket in (*self._entrance, sockets.workers):
             self._poller.register(socket, zmq.POLLIN)
         self._watch(self._signals.fileno(), self._on_signals)
@@ -115,14 +115,16 @@ class Server:
 
     def _turn(self) -> Decisions:
         """What follows from what has happened, or is due."""
-        due = self._due()
-        events = dict(self._poller.poll(max(0, int((due - time.monotonic()) * 1000) + 1)))
+        due, now = self._due(), time.monotonic()
+        look = self._desk.admission.next_look(now)
+        events = dict(self._poller.poll(max(0, int((min(due, look) - now) * 1000) + 1)))
         if self._sockets.workers in events:
             yield from self._desk.read_workers(self._processes)
-        if not self._entrance.isdisjoint(events):
+        if look < math.inf or not self._entrance.isdisjoint(events):
             yield from self._desk.admit()
-        if self._sockets.clients in events:
-            yield from self._desk.read_clients()
+        for clients in self._sockets.clients:
+            if clients.router in events:
+                yield from self._desk.read_clients(clients)
         others = [fd for fd in events if fd in self._fds]
         for fd in others:
             yield from self._fds[fd]()

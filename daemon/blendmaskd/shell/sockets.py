@@ -26,7 +26,7 @@ from blendmaskd.keys import KeyFileError, Pair, read_pair
 from blendmaskd.protocol import MEMORY_SUFFIX, SURE_BYTES
 from blendmaskd.settings import Settings
 from blendmaskd.shell import descriptors
-from blendmaskd.shell.admission.access import AllowedKeys
+from blendmaskd.shell.admission.access import FROM_AFAR, AllowedKeys
 from blendmaskd.shell.admission.gate import Gate
 from blendmaskd.shell.endpoint_files import EndpointFiles, EndpointTaken, obstacle
 from blendmaskd.shell.pages import Pages
@@ -40,6 +40,7 @@ WORKERS_SOCKET = "workers.sock"
 BACKLOG = 100  # local connections that wait to be accepted
 MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve the others
 MOST_FRAMES = 16  # of a client's message; no right one has more than four, with its sender's identity
+TURN_S = 0.02  # after which no more are read in a turn: some cost milliseconds each
 FRAMES_READ_AWAY = 16384  # in a turn, some 20 ms, of a message that has more
 _more = operator.attrgetter("more")
 LAST_S = 0.1  # for the last messages of the dead, which are there within a millisecond; the loop waits
@@ -50,7 +51,7 @@ class StartError(RuntimeError):
 
 
 class Sockets:
-    """`clients` and `workers` are ROUTERs.
+    """`workers` is a ROUTER, `clients` are those of local ones and, where they may connect, of remote ones.
 
     `gate` watches over the clients' connections; `allowed` are the keys that may connect by tcp, None where no keys
     are needed.
@@ -61,7 +62,11 @@ class Sockets:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._folder = private_folder()
-        self._context = zmq.Context()
+        self._kinds = ("ipc", "tcp") if any(map(_is_tcp, settings.endpoints.clients)) else ("ipc",)
+        # workers, local and remote clients: what one of these sends keeps no thread of the others busy. Without remote
+        # ones a second thread would only cost a tenth more CPU
+        self._threads = 3 if "tcp" in self._kinds else 1
+        self._context = zmq.Context(io_threads=self._threads)
         self._files: list[EndpointFiles] = []
         self.workers_endpoint = f"ipc://{self._folder.name}/{WORKERS_SOCKET}"
         self.pages: Pages | None = None
@@ -72,12 +77,14 @@ class Sockets:
 
     def __enter__(self) -> Sockets:
         try:
-            self.clients = self._router(self._settings.limits.max_image_bytes * 2 + SURE_BYTES)
-            self.from_clients = FromClients(self.clients)
             self.workers = self._router(-1)
             self.workers.set(zmq.SNDHWM, 0)  # at a mark a lease would be lost; what a worker may hold is bounded
             endpoints = self._settings.endpoints.clients
-            keys = self._keys() if any(map(_is_tcp, endpoints)) else None
+            most_bytes = self._settings.limits.max_image_bytes * 2 + SURE_BYTES
+            self.clients = [
+                Clients(self._router(most_bytes, place), kind) for place, kind in enumerate(self._kinds, start=1)
+            ]
+            keys = self._keys() if "tcp" in self._kinds else None
             self.gate = self._gate = self._make_gate()
             self.gate.refresh()
             paths = [ipc_path(each) for each in endpoints if not _is_tcp(each)]
@@ -88,7 +95,7 @@ class Sockets:
                 for path in paths:
                     self._bind(path)
                 _listen(self.workers_endpoint, self.workers.bind)
-            for endpoint in filter(_is_tcp, endpoints):  # last: it changes the socket's options
+            for endpoint in filter(_is_tcp, endpoints):
                 _listen(endpoint, functools.partial(self.gate.bind, keys=keys))
             if self._settings.endpoints.metrics:
                 self.pages = _pages(self._settings.endpoints.metrics, self._settings.http.url)
@@ -108,8 +115,9 @@ class Sockets:
             files.close()
         self._folder.cleanup()
 
-    def _router(self, max_message_bytes: int) -> zmq.Socket[bytes]:
+    def _router(self, max_message_bytes: int, thread: int = 0) -> zmq.Socket[bytes]:
         router = self._context.socket(zmq.ROUTER)
+        router.set(zmq.AFFINITY, 1 << thread % self._threads)
         router.set(zmq.ROUTER_MANDATORY, 1)
         router.set(zmq.ROUTER_HANDOVER, 1)  # a client that reconnects gets the answers to what it sent before
         router.set(zmq.MAXMSGSIZE, max_message_bytes)
@@ -120,7 +128,8 @@ class Sockets:
         most = descriptors.most_connections(files)
         descriptors.make_room(files)
         self.shared_memory.most_regions = descriptors.most_regions(files)
-        return Gate(self._context, self.clients, self.allowed, most, min(self._settings.limits.max_connections, most))
+        routers = {clients.kind: clients.router for clients in self.clients}
+        return Gate(self._context, routers, self.allowed, most, min(self._settings.limits.max_connections, most))
 
     def _bind(self, path: str) -> None:
         try:
@@ -215,33 +224,43 @@ def _listen(endpoint: str, bind: Callable[[str], object]) -> None:
         raise StartError(f"cannot listen on {endpoint}: {error.strerror or error}") from None
 
 
-class FromClients:
-    """The clients' messages: none makes more than `MOST_FRAMES` objects here, whatever it has.
+class Clients:
+    """The socket of all clients of a kind, `ipc` or `tcp`: what those of one kind send does not hold up the other.
 
-    ZeroMQ has no bound on the frames of a message, and no way to drop one but to read it. So what is left of a longer
-    one is read away, a part in each turn, and nothing else of this socket comes meanwhile.
+    No message makes more than `MOST_FRAMES` objects here, whatever it has. ZeroMQ has no bound on the frames of a
+    message, and no way to drop one but to read it. So what is left of a longer one is read away, a part in each turn,
+    and nothing else of this socket comes meanwhile.
     """
 
-    def __init__(self, router: zmq.Socket[bytes]) -> None:
-        self._router = router
+    def __init__(self, router: zmq.Socket[bytes], kind: str) -> None:
+        self.router = router
+        self.kind = kind
+        self._prefix = FROM_AFAR if kind == "tcp" else b""
         self._unfinished = False
+
+    def name(self, frame: zmq.Frame) -> bytes:
+        """The client with this identity, as the rest of the daemon knows it."""
+        return self._prefix + frame.bytes
 
     def receive(self) -> Iterator[list[zmq.Frame]]:
         """Those that are here, a bounded number. The last frame of one that is too long says that there are `more`."""
+        until = time.monotonic() + TURN_S
         for _ in range(MESSAGES_PER_TURN):
+            if time.monotonic() >= until:
+                return
             if self._unfinished:
                 self._read_away()
-            if self._unfinished or not int(self._router.get(zmq.EVENTS)) & zmq.POLLIN:
+            if self._unfinished or not int(self.router.get(zmq.EVENTS)) & zmq.POLLIN:
                 return
-            frames = [self._router.recv(NOBLOCK, copy=False)]
+            frames = [self.router.recv(NOBLOCK, copy=False)]
             while frames[-1].more and len(frames) < MOST_FRAMES:
-                frames.append(self._router.recv(NOBLOCK, copy=False))
+                frames.append(self.router.recv(NOBLOCK, copy=False))
             self._unfinished = frames[-1].more
             yield frames
 
     def _read_away(self) -> None:
         """Without a line of Python for each frame, which would take three times as long."""
-        frames = map(self._router.recv, itertools.repeat(NOBLOCK, FRAMES_READ_AWAY), itertools.repeat(False))
+        frames = map(self.router.recv, itertools.repeat(NOBLOCK, FRAMES_READ_AWAY), itertools.repeat(False))
         self._unfinished = all(map(_more, frames))
 
 
@@ -287,6 +306,13 @@ def send(router: zmq.Socket[bytes], to: bytes, frames: Sequence[Any]) -> int:
             raise
         return error.errno
     return 0
+
+
+def send_to_client(sockets: Sequence[Clients], client: bytes, frames: Sequence[Any]) -> int:
+    """As `send`, by the socket of its kind."""
+    if client.startswith(FROM_AFAR):
+        return send(sockets[-1].router, client.removeprefix(FROM_AFAR), frames)
+    return send(sockets[0].router, client, frames)
 
 
 def _pages(endpoint: str, front: str) -> Pages:

@@ -20,7 +20,7 @@ from blendmaskd.core.stats import Stats
 from blendmaskd.logs import about
 from blendmaskd.protocol import Failed
 from blendmaskd.settings import Settings
-from blendmaskd.wanted import differences
+from blendmaskd.wanted import differences, masked
 from blendmaskd_workers import engines
 from blendmaskd_workers.batching import LARGEST
 from blendmaskd_workers.cluster import placement
@@ -47,21 +47,22 @@ class Segmenter:
         self._failures: Counter[str] = Counter()
         self._channel = LocalChannel(self.node, self.device, self._report, self._count)
         self.submit = self._channel.submit
-        self._wanted = place.assignment.wanted
+        wanted, secret = place.assignment.wanted, settings.worker_env
+        self._wanted = masked(wanted, secret, wanted.env)
         engine = engines.make(settings, place.assignment.local_device)
         batching = engines.batching(settings)
         engine.load()
         engine.warm_up(settings.warm_up, batching.target())
         loop = Loop(place.assignment, engine, batching, self._channel)
         threading.Thread(target=self._run, args=[loop], name="loop", daemon=True).start()
-        self._actual = self._channel.ready.result().actual
+        self._actual = masked(self._channel.ready.result().actual, secret, wanted.env)
         for difference in self.differences():
             log.warning("%s", difference)
         log.info("ready", extra=about(slot=f"{self.node}/{self.device}"))
 
     def differences(self) -> list[str]:
         """Where the process is not what its plan wanted."""
-        return differences(self._wanted, self._actual)
+        return differences(self._wanted, self._actual, self._settings.worker_env)
 
     def trouble(self) -> str | None:
         """Why this worker should be replaced; None while it is well."""

@@ -82,7 +82,8 @@ class Stopwatch:
 
     def warnings(self) -> list[str]:
         """Where the process is not as it was planned, a sentence each; once it is ready."""
-        found = differences(self.plan.assignment.wanted, self.actual)
+        assignment = self.plan.assignment
+        found = differences(assignment.wanted, self.actual, assignment.settings.worker_env)
         return [*self.plan.warnings, *(f"{self.device}: {text}" for text in found)]
 
     @property

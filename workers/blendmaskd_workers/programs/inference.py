@@ -26,7 +26,7 @@ from blendmaskd.images import decoding as images
 from blendmaskd.images import overlay
 from blendmaskd.images.decoding import ImageError
 from blendmaskd.images.quiet import quiet
-from blendmaskd.logs import in_a_line
+from blendmaskd.output import in_a_line
 from blendmaskd.programs import input_images
 from blendmaskd.programs.arguments import device, share
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError, guarded

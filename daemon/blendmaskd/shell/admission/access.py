@@ -27,6 +27,7 @@ from typing import NamedTuple
 from blendmaskd.keys import PUBLIC, KeyFileError, read_public
 
 LEAST_IDENTITY_BYTES = 16
+FROM_AFAR = b"\0tcp:"  # before the identity of a remote client: no local one begins so, chosen or made up by ZeroMQ
 _SHORT_OF_SOMETHING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 LOCAL = "local"  # the owner of what an ipc client submits
 
@@ -112,7 +113,7 @@ class Identities:
         if user != LOCAL:
             if user not in self._allowed.names:
                 return Verdict.UNKNOWN
-            if len(identity) < LEAST_IDENTITY_BYTES:
+            if len(identity.removeprefix(FROM_AFAR)) < LEAST_IDENTITY_BYTES:
                 return Verdict.SHORT
         if self._owners.get(identity, user) != user and self._has_jobs(identity):
             return Verdict.TAKEN

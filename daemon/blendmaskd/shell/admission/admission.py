@@ -35,7 +35,7 @@ class Admission:
             return Verdict.OLD
         if self._identities is None:
             return Verdict.WELCOME
-        verdict = self._identities.judge(client, self._gate.user(frame))
+        verdict = self._identities.judge(client, self._gate.key(frame))
         if verdict is Verdict.UNKNOWN:
             self._gate.close(frame)  # the handshake of its next connection tells it why
         return verdict
@@ -47,6 +47,10 @@ class Admission:
     def is_operator(self, frame: zmq.Frame) -> bool:
         """Whether this came from who runs the daemon."""
         return self._gate.is_operator(frame)
+
+    def user(self, frame: zmq.Frame) -> bytes:
+        """Who runs the client that this came from."""
+        return self._gate.user(frame)
 
     def cut_off(self, client: bytes) -> None:
         """Close its connection."""
@@ -60,6 +64,10 @@ class Admission:
         is heard."""
         self._gate.receive()
         return self._gate.departures.take()
+
+    def next_look(self, now: float) -> float:
+        """When `left` is to be asked, even if nothing is told."""
+        return self._gate.next_look(now)
 
     def tick(self, now: float) -> list[bytes]:
         """What is due each second. Returns what `shut_out` does."""

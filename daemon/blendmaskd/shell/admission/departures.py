@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from blendmaskd.shell.admission.access import FROM_AFAR
+
 
 @dataclass(slots=True)
 class Heard:
@@ -49,9 +51,12 @@ class Departures:
         return self._descriptors.get(client)
 
     def ended(self, descriptor: int, *, local: bool) -> None:
-        """A connection has ended."""
-        last = self._heard.pop(descriptor, None)
-        if last is None or self._descriptors.get(last.client) != descriptor:
+        """A connection has ended. Ends of local and of remote ones are told in no order among each other."""
+        last = self._heard.get(descriptor)
+        if last is None or last.client.startswith(FROM_AFAR) is local:  # taken anew, by a client of the other kind
+            return
+        del self._heard[descriptor]
+        if self._descriptors.get(last.client) != descriptor:
             return
         del self._descriptors[last.client]
         if last.turn < self._turn and local:

@@ -2,23 +2,26 @@
 
 Who: ZeroMQ asks over an inproc socket (ZAP, rfc.zeromq.org/spec/27) about each client that has proved to own its key;
 the serving loop answers from the folder of allowed keys. A client without CURVE, or with another server key, fails
-before that. How many: accepted connections are counted by the events that ZeroMQ tells of its socket. Over the bound
-the oldest connection of its kind, local or TCP, that has not said anything yet is closed, else the new one: so a crowd
-of strangers, who cannot say anything, never keeps a client out for longer than its handshake, or uses up the daemon's
-descriptors for longer than a turn of its loop. ZeroMQ has no such bound: at the limit of descriptors its thread turns
-in circles, and for a local connection it aborts the process. So its thread waits for us when too many events are
-unread: whatever the speed of a crowd, a bounded number of connections is not counted yet.
+before that; what it sends until then the kernel counts, as ZeroMQ would keep all of it. How many: accepted connections
+are counted by the events that ZeroMQ tells of its socket. Over the bound the oldest connection of its kind, local or
+TCP, that has not said anything yet is closed, else the new one: so a crowd of strangers, who cannot say anything, never
+keeps a client out for longer than its handshake, or uses up the daemon's descriptors for longer than a turn of its
+loop. ZeroMQ has no such bound: at the limit of descriptors its thread turns in circles, and for a local connection it
+aborts the process. So its thread waits for us when too many events are unread: whatever the speed of a crowd, a bounded
+number of connections is not counted yet.
 
 What is said after the handshake is judged in `blendmaskd.shell.admission.access`. Nothing here waits.
 """
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import struct
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,11 +38,14 @@ from blendmaskd.shell.admission.departures import Departures
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 ZAP_DOMAIN = b"blendmaskd"
 LOCAL_HOST = "localhost"  # where ZeroMQ sees a peer by ipc, before its uid, gid and pid
-MONITOR_ENDPOINT = "inproc://clients.monitor"
 HANDSHAKE_MS = 5000  # then a connection that has not proved who it is is closed
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 15_000, 30_000  # a client whose host is gone is known to be
 WAITING_MESSAGES = 32  # of one connection, that ZeroMQ takes in before the loop does; then TCP slows the client down
 BACKLOG = 512
+LOOK_S = 0.02  # between two looks at what those have sent who have not proved their key
+STRANGER_BYTES = 64 << 10  # that they may send; a handshake has less than one
+WELCOMED_BYTES = 256  # of ours that they have: greeting and WELCOME are fewer; READY, for a proved key, is beyond
+_TCP_INFO = struct.Struct("=120xQQ")  # of linux/tcp.h: tcpi_bytes_acked, tcpi_bytes_received
 AT_ONCE = 256  # events and questions per turn
 
 Event = zmq.Event
@@ -71,25 +77,26 @@ class Gate:
     """
 
     def __init__(
-        self, context: zmq.Context[Any], router: zmq.Socket[bytes], allowed: AllowedKeys | None, most: int,
-        most_tcp: int,
+        self, context: zmq.Context[Any], routers: Mapping[str, zmq.Socket[bytes]], allowed: AllowedKeys | None,
+        most: int, most_tcp: int,
     ) -> None:  # fmt: skip
-        """`allowed`: None for endpoints without CURVE. `most`: connections in all, `most_tcp`: by TCP."""
+        """`routers`: by kind of endpoint, `ipc` and perhaps `tcp`. `allowed`: None for endpoints without CURVE.
+
+        `most`: connections in all, `most_tcp`: by TCP.
+        """
         self.most = most
         self.departures = Departures()
         self.refused: Counter[str] = Counter()  # by reason, since `take_refused`
         self._nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._spare = os.dup(self._nothing)  # to close connections with when there are no descriptors left
         self._changes: list[Change] = []
+        self._strangers: dict[int, float] = {}  # descriptors that came lately, and may not have proved their key
         self._allowed = allowed
-        self._router = router
+        self._routers = routers
         self._here: set[int | str] = set()  # ports and paths that are listened to
         self._crowds = {"ipc": Crowd(most), "tcp": Crowd(most_tcp)}
-        router.monitor(MONITOR_ENDPOINT, _EVENTS)
-        self._monitor = context.socket(zmq.PAIR)
-        self._monitor.set(zmq.RCVHWM, 1)  # with ZeroMQ's own thousand; at the mark its thread accepts nobody any more
-        self._monitor.connect(MONITOR_ENDPOINT)
-        self.sockets = [self._monitor]
+        self._monitors = {kind: _monitor(context, router, kind) for kind, router in routers.items()}
+        self.sockets = list(self._monitors.values())
         if allowed is not None:
             self._zap = context.socket(zmq.REP)
             self._zap.bind(ZAP_ENDPOINT)  # before the endpoints are: without it ZeroMQ lets everybody in
@@ -98,15 +105,17 @@ class Gate:
     def bind_local(self, listener: socket.socket) -> None:
         """Take over a socket that listens at a path. Raises ZMQError."""
         path = str(listener.getsockname())
-        self._router.set(zmq.USE_FD, listener.fileno())  # binding by itself, ZeroMQ would remove what is there
-        self._router.bind(f"ipc://{path}")
-        self._router.set(zmq.USE_FD, -1)
+        router = self._routers["ipc"]
+        router.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        router.set(zmq.USE_FD, listener.fileno())  # binding by itself, ZeroMQ would remove what is there
+        router.bind(f"ipc://{path}")
+        router.set(zmq.USE_FD, -1)
         listener.detach()
         self._here.add(path)
 
     def bind(self, endpoint: str, keys: Pair | None) -> None:
-        """Listen. Options are those of the endpoints that are bound from here on. Raises ZMQError and OSError."""
-        router = self._router
+        """Listen. Raises ZMQError and OSError."""
+        router = self._routers["tcp"]
         host, port = parse_place(endpoint.removeprefix("tcp://"))
         host = address(host)  # ZeroMQ asks no resolver for where it listens
         router.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
@@ -134,6 +143,11 @@ class Gate:
             if not int(self._zap.get(zmq.EVENTS)) & zmq.POLLIN:
                 break
             self._zap.send_multipart(self._answer(self._zap.recv_multipart()))
+        self._look_at_strangers(time.monotonic())
+
+    def next_look(self, now: float) -> float:
+        """When `receive` is to be called, even if nothing is told."""
+        return now + LOOK_S if self._strangers else math.inf
 
     def heard(self, client: bytes, frame: zmq.Frame) -> bool:
         """A client said this: its connection counts as one of a client from here on. False: it is not known by which
@@ -142,12 +156,23 @@ class Gate:
             descriptor = int(frame.get(zmq.SRCFD))
         except zmq.ZMQError:  # of a peer that speaks ZMTP 1 or 2 nothing is known
             return False
+        self._strangers.pop(descriptor, None)
         for crowd in self._crowds.values():
             crowd.silent.pop(descriptor, None)
         self.departures.heard(client, descriptor)
         return True
 
-    def user(self, frame: zmq.Frame) -> str:
+    def user(self, frame: zmq.Frame) -> bytes:
+        """Who runs the client that sent this: a user of this host, or whoever has a key, or is at an address."""
+        try:
+            address = str(frame.get("Peer-Address"))
+        except zmq.ZMQError:
+            return b""
+        if address.startswith(f"{LOCAL_HOST}:"):
+            return f"uid {address.split(':')[1]}".encode()
+        return (str(frame.get("User-Id")) if self._allowed is not None else address).encode()
+
+    def key(self, frame: zmq.Frame) -> str:
         """Who sent this frame, where keys are needed: a key, as Z85 text, or `LOCAL`.
 
         The peer's address is the kernel's word and comes first: a peer may claim any other property.
@@ -201,17 +226,20 @@ class Gate:
         return line
 
     def _take_events(self) -> None:
-        for _ in range(AT_ONCE):
-            if not int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
-                return
-            event = parse_monitor_message(self._monitor.recv_multipart())
-            self._on_event(Event(event["event"]), event["value"], event["endpoint"][:3].decode())
+        for kind, monitor in self._monitors.items():
+            for _ in range(AT_ONCE):
+                if not int(monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+                    break
+                event = parse_monitor_message(monitor.recv_multipart())
+                self._on_event(Event(event["event"]), event["value"], kind)
 
     def _on_event(self, event: Event, value: int, kind: str) -> None:
         if event is Event.ACCEPTED:
             self._accepted(value, self._crowds[kind])
+            if kind == "tcp" and self._allowed is not None:
+                self._strangers[value] = time.monotonic()
         elif event is Event.DISCONNECTED:
-            self._forget(value)
+            self._forget(value, kind)
             self.departures.ended(value, local=kind == "ipc")
         elif kind == "tcp":
             self.refused[_FAILURES[event]] += 1
@@ -224,13 +252,21 @@ class Gate:
             self.refused["were too many at once"] += 1
             self._close(next(iter(crowd.silent), descriptor))
 
-    def _forget(self, descriptor: int) -> None:
-        for crowd in self._crowds.values():
-            crowd.open.discard(descriptor)
-            crowd.silent.pop(descriptor, None)
+    def _look_at_strangers(self, now: float) -> None:
+        """ZeroMQ takes a handshake of any size that a message may have."""
+        for descriptor, came in list(self._strangers.items()):
+            welcomed, sent = _exchanged(descriptor)
+            if sent > STRANGER_BYTES and welcomed < WELCOMED_BYTES:
+                self.refused["sent too much without a key"] += 1
+                self._close(descriptor)
+            elif welcomed >= WELCOMED_BYTES or now - came > HANDSHAKE_MS / 1000:
+                del self._strangers[descriptor]
 
-    def _is_open(self, descriptor: int) -> bool:
-        return any(descriptor in crowd.open for crowd in self._crowds.values())
+    def _forget(self, descriptor: int, kind: str) -> None:
+        if kind == "tcp":
+            self._strangers.pop(descriptor, None)
+        self._crowds[kind].open.discard(descriptor)
+        self._crowds[kind].silent.pop(descriptor, None)
 
     def _close(self, descriptor: int, peer: str = "") -> None:
         """End a connection of ZeroMQ's, which finds it at its end then; only one of this `Peer-Address`.
@@ -238,29 +274,26 @@ class Gate:
         Through a copy: ZeroMQ may have closed this one and given its number to something else, which its address shows,
         or to another connection. So none is closed twice, and none of another process in its place.
         """
-        if not self._is_open(descriptor):
+        kind = next((kind for kind, crowd in self._crowds.items() if descriptor in crowd.open), None)
+        if kind is None:
             return
         try:
             os.dup2(descriptor, self._spare, inheritable=False)
             connection = socket.socket(fileno=self._spare)
         except OSError:  # closed, or no socket any more
-            self._forget(descriptor)
+            self._forget(descriptor, kind)
         else:
             with contextlib.suppress(OSError):  # its peer has closed it
-                self._shut_down(descriptor, connection, peer)
+                if peer in ("", _peer_address(connection)):
+                    self._forget(descriptor, kind)
+                    self._shut_down(connection)
             connection.detach()
         os.dup2(self._nothing, self._spare, inheritable=False)
 
-    def _shut_down(self, descriptor: int, connection: socket.socket, peer: str) -> None:
-        if peer and peer != _peer_address(connection):
-            return
-        self._forget(descriptor)
-        if self._is_ours(connection):
-            connection.shutdown(socket.SHUT_RDWR)
-
-    def _is_ours(self, connection: socket.socket) -> bool:
+    def _shut_down(self, connection: socket.socket) -> None:
         name = connection.getsockname()
-        return (name if connection.family == socket.AF_UNIX else name[1]) in self._here
+        if (name if connection.family == socket.AF_UNIX else name[1]) in self._here:
+            connection.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, question: Sequence[bytes]) -> list[bytes]:
         """ZAP's reply: version, request, status, text, user, metadata. ZeroMQ asks in frames of the same version."""
@@ -280,3 +313,28 @@ def _peer_address(connection: socket.socket) -> str:
         return str(connection.getpeername()[0])
     pid, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return f"{LOCAL_HOST}:{uid}:{gid}:{pid}"
+
+
+def _monitor(context: zmq.Context[Any], router: zmq.Socket[bytes], kind: str) -> zmq.Socket[bytes]:
+    """A socket that tells of a router's connections."""
+    endpoint = f"inproc://{kind}.monitor"
+    router.monitor(endpoint, _EVENTS)
+    monitor: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    monitor.set(zmq.RCVHWM, 1)  # with ZeroMQ's own thousand; at the mark its thread accepts nobody any more
+    monitor.connect(endpoint)
+    return monitor
+
+
+def _exchanged(descriptor: int) -> tuple[int, int]:
+    """Bytes that a TCP connection's peer has of ours, and has sent; of what is none (any more), nothing."""
+    try:
+        connection = socket.socket(fileno=descriptor)
+    except OSError:
+        return 0, 0
+    try:
+        welcomed, sent = _TCP_INFO.unpack(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+    except (OSError, struct.error):
+        return 0, 0
+    finally:
+        connection.detach()
+    return welcomed, sent
