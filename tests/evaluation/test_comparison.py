@@ -43,6 +43,29 @@ def test_percentiles_are_those_of_the_relative_error() -> None:
     assert [found[name] for name in ("p50", "p90", "p99")] == pytest.approx([0.05, 0.09, 0.099], rel=1e-4)
 
 
+def test_a_scale_has_a_bias_and_no_angle() -> None:
+    reference = torch.tensor([1.0, -2.0, 3.0, -4.0])
+    found = compare(reference, reference * 1.01)
+    assert found["cosine"] == pytest.approx(1)
+    assert found["scale_bias"] == pytest.approx(0.01, rel=1e-4)
+    assert found["rmse_over_std"] == pytest.approx(0.01 * 30**0.5 / (4 * 7.25) ** 0.5, rel=1e-4)
+
+
+def test_noise_has_an_angle_and_no_bias() -> None:
+    found = compare(torch.tensor([3.0, 0.0, 0.0]), torch.tensor([3.0, 4.0, 0.0]))
+    assert (found["cosine"], found["scale_bias"]) == (pytest.approx(0.6), 0)
+
+
+@pytest.mark.parametrize(("reference", "device", "cosine", "rmse_over_std"), [
+    ([0.0, 0.0], [0.0, 0.0], 1, 0),
+    ([0.0, 0.0], [0.0, 1.0], 0, float("inf")),
+    ([2.0, 2.0], [2.0, 2.0], 1, 0),
+])  # fmt: skip
+def test_what_does_not_vary_has_figures_too(reference, device, cosine, rmse_over_std) -> None:
+    found = compare(torch.tensor(reference), torch.tensor(device))
+    assert (found["cosine"], found["rmse_over_std"]) == (pytest.approx(cosine), rmse_over_std)
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_no_number_is_over_and_seen_in_the_maximum(wrong: float) -> None:
     found = compare(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([1.0, wrong, 1.0]))

@@ -8,11 +8,12 @@ from blendmaskd_workers.evaluation import logs
 
 _TENSOR = {
     "name": "p3", "shape": [1, 256, 8, 12], "abs_mean": 1e-6, "abs_max": 2e-5, "rel_mean": 3e-6, "rel_max": 4e-3,
-    "p50": 1e-7, "p90": 2e-7, "p99": 3e-7, "over": 1, "of": 8,
+    "p50": 1e-7, "p90": 2e-7, "p99": 3e-7, "cosine": 0.75, "rmse_over_std": 0.5, "scale_bias": -0.25,
+    "over": 1, "of": 8,
 }  # fmt: skip
 _MODULE = {
     "name": "backbone.bottom_up", "tensors": 3, "abs_mean": 1e-6, "abs_max": 2e-5, "rel_mean": 3e-6, "rel_max": 4e-3,
-    "over": 0, "of": 0,
+    "cosine": 1.0, "rmse_over_std": 0.0, "scale_bias": 0.0, "over": 0, "of": 0,
 }  # fmt: skip
 PRECISION: dict[str, Any] = {
     "run": {"config": "R_50.yaml", "reference": "cpu", "device": "npu:0", "seed": 0},
@@ -24,8 +25,16 @@ PRECISION: dict[str, Any] = {
         "tensors": [_TENSOR],
         "detections": {"reference": 3, "device": 2, "matched": 1, "box_diff_px": 0.5, "score_diff": 1e-3,
                        "iou_mean": 0.875, "iou_min": 0.75},
+        "double_benchmark": [{"name": "p3", "rmse": 2.5, "rel_mean": 1.25, "rel_max": 8.0, "small": 1.0,
+                              "over": ["rmse"]}],
+        "ladder": [{"name": "fp16", "levels": [7.5, 8.25], "rmse_over_std": 1e-3, "scale_bias": -1e-5,
+                    "max_rel_diff": 2e-4}],
     }],
     "trace": {"modules": [_MODULE], "first": None, "worst": "mask_head"},
+    "ladder": {"convolutions": [{"name": "stem", "nearest": "fp16", "explained_percent": 99.5, "size": "bf16",
+                                  "factor": 1.0}],
+               "verdict": "fp16 in all 1 convolutions"},
+    "warnings": ["loss_mask is near ln 2"],
     "failures": ["shapes: loss_fcos_cls: 50% off"],
 }  # fmt: skip
 PRECISION_LOG = """\
@@ -52,6 +61,7 @@ Features and head outputs: shapes
   abs_diff mean/max: 1.000e-06/2.000e-05
   rel_diff mean/max (|cpu|>1e-3): 3.000e-06/4.000e-03
   rel_diff p50/p90/p99: 1.000e-07/2.000e-07/3.000e-07
+  cosine=0.750000 rmse/std=5.000e-01 scale_bias=-2.500e-01
   >1% rel error (masked): 1/8 (12.50%)
 
 ============================================================
@@ -62,18 +72,37 @@ detections: CPU=3 NPU=2 matched=1
   mask IoU of matched mean/min: 0.875000/0.750000
 
 ============================================================
+Double benchmark, NPU's errors over CPU's: shapes
+============================================================
+[p3] rmse=2.50 mean_rel=1.25 max_rel=8.00 small_values=1.00 | over: rmse
+
+============================================================
+Ladder, what convolutions in other arithmetics differ by: shapes
+============================================================
+[fp16] >1% rel error, p3 to the last: 7.50/8.25%
+  rmse/std=1.000e-03 scale_bias=-1.000e-05 losses max_rel_diff=2.000e-04
+
+============================================================
 Trace: each module of the device on the reference's input
 ============================================================
 [backbone.bottom_up] tensors=3
   abs_diff mean/max: 1.000e-06/2.000e-05
   rel_diff mean/max (|cpu|>1e-3): 3.000e-06/4.000e-03
+  cosine=1.000000 rmse/std=0.000e+00 scale_bias=+0.000e+00
   >1% rel error (masked): 0/0 (0.00%)
 First module over the bar: none
 Worst module: mask_head
 
 ============================================================
+Ladder: the arithmetic nearest to each convolution's errors on the reference's input
+============================================================
+[stem] fp16: explains 99.50% of the squared errors, as large as bf16, factor 1.000000
+Nearest: fp16 in all 1 convolutions
+
+============================================================
 Result
 ============================================================
+WARNING: loss_mask is near ln 2
 FAILED: shapes: loss_fcos_cls: 50% off
 """
 
@@ -90,6 +119,13 @@ PERFORMANCE: dict[str, Any] = {
     "best_batch": 2,
     "dtypes": [{"dtype": "fp32", "median_ms": 11.25, "fps": 88.89, "gain_percent": 0.0, "base": "fp32"},
                {"dtype": "fp16", "failed": _FAILED}],
+    "profile": {
+        "batches": [{"batch": 2, "ms": 40.0, "calls": 430.0}, {"batch": 4, "ms": 120.0, "calls": 431.0}],
+        "operators": [{"operator": "Conv2D", "core": "AI_CORE", "excess_ms": 36.0, "cells": [
+            {"batch": 2, "ms": 30.0, "calls": 71.0, "share_percent": 75.0},
+            {"batch": 4, "ms": 96.0, "calls": 71.0, "share_percent": 80.0}]}],
+        "excess_ms": 40.0,
+    },
     "together": {
         "devices": [{"device": "npu:1", "avg_ms": 11.5, "median_ms": 11.25, "fps": 88.89, "cpus": "4-7"}],
         "single": "npu:0", "single_fps": 88.89, "combined_fps": 175.0, "speedup": 1.97,
@@ -136,6 +172,14 @@ fp32: 11.25ms | FPS=88.89 | +0.00% against fp32
 fp16: failed: npu:0: out of memory
 
 ============================================================
+Operators, the longest first, and their excess
+============================================================
+Conv2D (AI_CORE): batch 2: 30.00 ms, 75.00%, 71.00 calls | batch 4: 96.00 ms, 80.00%, 71.00 calls | excess +36.00 ms
+batch 2: 40.00 ms in 430.00 calls of operators
+batch 4: 120.00 ms in 431.00 calls of operators
+Excess of all: +40.00 ms
+
+============================================================
 Devices together, batch 1 each
 ============================================================
 npu:1: avg=11.50ms, FPS=88.89, median=11.25ms, CPUs 4-7
@@ -156,7 +200,7 @@ def test_the_log_of_the_precision_program() -> None:
 
 
 def test_a_device_that_agrees_has_passed() -> None:
-    log = logs.write_precision({**PRECISION, "failures": [], "trace": None})
+    log = logs.write_precision({**PRECISION, "failures": [], "warnings": [], "trace": None})
     assert log.endswith(f"{'=' * 60}\nResult\n{'=' * 60}\nPASSED\n")
     assert "Trace" not in log
 
@@ -166,7 +210,8 @@ def test_the_log_of_the_performance_program() -> None:
 
 
 def test_what_was_not_measured_has_no_section() -> None:
-    report = copy.deepcopy(PERFORMANCE) | {"batches": [], "dtypes": [], "together": None, "runtime_options": []}
+    report = copy.deepcopy(PERFORMANCE) | {
+        "batches": [], "dtypes": [], "profile": None, "together": None, "runtime_options": []}
     report["latency"][0]["stable"] = False
     log = logs.write_performance(report)
     assert log.endswith("NPU vs CPU speedup: 12.50x (npu:0)\n")

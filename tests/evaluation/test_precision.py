@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from PIL import Image
 
 from blendmaskd_workers import blendmask
 from blendmaskd_workers.evaluation import logs, precision, subjects
-from blendmaskd_workers.evaluation.subjects import Subject
+from blendmaskd_workers.evaluation.arithmetic import LADDER
+from blendmaskd_workers.evaluation.subjects import Depth, Initial, Subject
 from checkout import ROOT
 
 EMULATED = {"PYTHONPATH": str(ROOT / "tests" / "emulated")}
@@ -58,10 +61,13 @@ def pair(config: Path) -> tuple[Subject, Subject]:
     return subjects.load(network, 0, "cpu"), subjects.load(network, 0, "cpu")
 
 
-def evaluate(reference: Subject, device: Subject) -> Any:
-    """The report on one scene, with the trace."""
+TRACED = Depth(trace=True)
+
+
+def evaluate(reference: Subject, device: Subject, depth: Depth = TRACED) -> Any:
+    """The report on one scene."""
     [scene, _] = subjects.scenes_of([], [], 0)
-    return subjects.evaluate(reference, device, [scene], reference.model.config, trace=True)
+    return subjects.evaluate(reference, device, [scene], reference.model.config, depth)
 
 
 @pytest.mark.slow
@@ -150,6 +156,86 @@ def test_the_losses_are_those_of_training_and_leave_the_network_as_it_was(pair) 
         assert torch.equal(buffer, before[name]), name
 
 
+def test_the_double_benchmark_passes_float32_and_fails_bfloat16(pair) -> None:
+    depth = Depth(double_benchmark=True)
+    assert evaluate(*pair, depth)["failures"] == []
+    report = evaluate(pair[0], dataclasses.replace(pair[1], dtype="bf16"), depth)
+    rows = report["scenes"][0]["double_benchmark"]
+    assert [row["name"] for row in rows] == [row["name"] for row in report["scenes"][0]["tensors"]]
+    assert all({"rmse", "rel_mean"} <= set(row["over"]) for row in rows)
+    assert any("rmse against float64 is" in failure for failure in report["failures"])
+
+
+def test_float32_in_another_order_passes_the_double_benchmark(pair) -> None:
+    device = dataclasses.replace(pair[1], model=copy.deepcopy(pair[1].model).to(memory_format=torch.channels_last))
+    report = evaluate(pair[0], device, Depth(double_benchmark=True))
+    rows = [row for row in report["scenes"][0]["double_benchmark"] if not row["name"].endswith("p7")]  # one cell here
+    assert [row["name"] for row in rows if row["over"]] == []
+    assert any(row["rmse"] != 1 for row in rows)
+
+
+def test_the_ladder_grows_with_the_coarseness_of_the_arithmetic(run) -> None:
+    code, report = run("--device", "cpu", "--ladder")
+    assert code == 0
+    assert report["ladder"]["verdict"] == "fp32 in all 42 convolutions"
+    for scene in report["scenes"]:
+        rungs = {row["name"]: row for row in scene["ladder"]}
+        assert list(rungs) == list(LADDER)
+        errors = [rungs[name]["rmse_over_std"] for name in ("hf32", "10 bits", "9 bits", "bf16")]
+        assert errors == sorted(errors)
+        assert all(row["scale_bias"] < -10 * abs(rungs["hf32"]["scale_bias"])
+                   for name, row in rungs.items() if name.endswith("truncated"))  # fmt: skip
+        assert all(len(row["levels"]) == 5 for row in rungs.values())
+
+
+@pytest.mark.slow
+def test_initial_weights_give_the_losses_of_a_network_that_has_learnt_nothing(tmp_path) -> None:
+    config = tmp_path / "R_50.yaml"
+    config.write_text(f"_BASE_: {ROOT / 'configs' / 'BlendMask' / 'R_50_1x.yaml'}\nINPUT:\n  MIN_SIZE_TEST: 320\n")
+    code = precision.main(["--config", str(config), "--initial-weights", "0", "--device", "cpu",
+                           "--output-dir", str(tmp_path)])  # fmt: skip
+    assert code == 0
+    report = json.loads((tmp_path / "precision_eval.json").read_text())
+    assert report["run"]["weights"] == "initial, seed 0"
+    for scene in report["scenes"]:
+        losses = {row["name"]: row["reference"] for row in scene["losses"]}
+        assert 1.0 < losses["loss_fcos_cls"] < 1.3
+        assert 0.95 < losses["loss_fcos_loc"] < 1.0
+        assert 0.64 < losses["loss_fcos_ctr"] < 0.75
+        assert 0.62 < losses["loss_mask"] < 0.75
+    assert any("loss_fcos_ctr" in warning and "prove nothing" in warning for warning in report["warnings"])
+    assert any("loss_mask" in warning for warning in report["warnings"])
+    assert f"WARNING: {report['warnings'][0]}" in (tmp_path / "precision_eval.log").read_text().splitlines()
+
+
+def test_frozen_norms_are_the_identity_before_training_and_seeds_differ(config) -> None:
+    network = blendmask.load_config(config)
+    first, again, other = (subjects.load(network, Initial(seed), "cpu").model.state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["basis_module.tower.3.weight"], other["basis_module.tower.3.weight"])
+    norms = [values for name, values in first.items() if ".bottom_up." in name and ".norm." in name]
+    assert norms
+    assert all(bool((values == values[0]).all()) for values in norms)
+
+
+def test_a_network_that_has_learnt_is_not_warned_of() -> None:
+    network = blendmask.load_config(ROOT / "configs" / "demo" / "demo.yaml")
+    subject = subjects.load(network, str(ROOT / "configs" / "demo" / "model_final.pth"), "cpu")
+    assert evaluate(subject, subject, Depth())["warnings"] == []
+
+
+@pytest.mark.parametrize(("chip", "switches", "found"), [
+    ("Ascend910B3", {"conv_hf32": "off", "internal_formats": "disable"}, {"cube_math_type": "0 (KEEP_DTYPE)"}),
+    ("Ascend910_9382", {"conv_hf32": "on", "internal_formats": "disable"}, {"cube_math_type": "3 (USE_HF32)"}),
+    ("Ascend910B3", {"conv_hf32": "off", "internal_formats": "not set"}, {}),
+    ("Ascend910A", {"conv_hf32": "off", "internal_formats": "disable"}, {}),
+    ("Ascend310P3", {"conv_hf32": "off", "internal_formats": "disable"}, {}),
+    ("cpu", {}, {}),
+])  # fmt: skip
+def test_the_arithmetic_of_a_chip_is_told_only_where_it_is_known(chip, switches, found) -> None:
+    assert subjects.cube_math_type(chip, switches) == found
+
+
 @pytest.mark.slow
 def test_a_photograph_can_be_the_scene(run) -> None:
     code, report = run("--device", "cpu", "--images", str(ROOT / "tests" / "golden" / "images" / "chelsea.png"))
@@ -168,6 +254,7 @@ def test_an_emulated_npu_agrees(config, script, read_report, tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     report = read_report(tmp_path, "precision", logs.write_precision)
     assert report["run"]["model"] == "Ascend910-emulated physical 1"
+    assert (report["run"]["conv_hf32"], report["run"]["matmul_hf32"]) == ("off", "off")
     assert {row["abs_max"] for scene in report["scenes"] for row in scene["tensors"]} == {0}
     assert {row["abs_max"] for row in report["trace"]["modules"]} == {0}
     lines = done.stdout.splitlines()
@@ -190,6 +277,9 @@ def test_what_cannot_be_had_is_said(config, tmp_path, capsys, arguments, said) -
 @pytest.mark.parametrize("arguments", [
     ["--device", "gpu"],
     ["--device", "npu:1", "--reference", "npu:0", "--hf32", "on"],
+    ["--device", "npu:1", "--reference", "npu:0", "--ladder"],
+    ["--device", "cpu", "--reference", "cuda:0", "--double-benchmark"],
+    ["--device", "cpu", "--initial-weights", "0"],
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_refused(config, arguments) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -28,11 +29,13 @@ from blendmaskd.core import launch_plan
 from blendmaskd.core.launch_plan import Basis, LaunchPlan, Preload
 from blendmaskd.shell import launch
 from blendmaskd_workers.devices import GRAPHS
+from blendmaskd_workers.evaluation import operators
 from checkout import ROOT, SOURCES
 
 pytestmark = pytest.mark.slow
 
 VERSION = "2.13.0"
+SOURCES_OF_EVALUATION = ROOT / "workers" / "blendmaskd_workers" / "evaluation"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blendmaskd-tests"
 
 PROBE = """
@@ -60,6 +63,7 @@ print(json.dumps({
     "precision_mode": options("ACL_PRECISION_MODE").decode(),
     "jit_compile": options("jitCompile").decode(),
     "memory": dataclasses.asdict(device.memory()),
+    "arithmetic": device.arithmetic(),
     "actual": msgspec.to_builtins(actual),
     "threads": process.thread_masks(),
     "differences": differences(told.wanted, actual, ()),
@@ -178,6 +182,9 @@ def test_set_up_runs_to_its_end_and_threads_inherit_the_slots_cpus(
     assert found["hf32"] == [False, False]
     assert found["precision_mode"] == "must_keep_origin_dtype"
     assert found["jit_compile"] == "disable"
+    assert set(found["arithmetic"]) == {"conv_hf32", "matmul_hf32", "internal_formats", "precision_mode"}
+    assert found["arithmetic"]["conv_hf32"] == found["arithmetic"]["matmul_hf32"] == "off"
+    assert found["arithmetic"]["precision_mode"] == "must_keep_origin_dtype"
     assert found["memory"]["total"] == 32 << 30
     assert 0 < found["memory"]["used"] <= found["memory"]["peak"]
     assert found["actual"]["task_queue"] == 2
@@ -194,6 +201,7 @@ def test_hf32_and_a_blocked_task_queue(launcher: Launcher, two_cpus: tuple[int, 
     found = launcher.probe(plan)
 
     assert found["hf32"] == [True, True]
+    assert found["arithmetic"]["conv_hf32"] == "on"
     assert "turns the task queue off" in plan.warnings[0]
     assert found["differences"] == ["task_queue: wanted 2, is 0"]
 
@@ -249,6 +257,18 @@ def test_a_forced_affinity_conf_leaves_the_slots_cpus_and_is_reported(
     assert f"CPUs {second}, outside the slot's {first}" in plan.warnings[0]
     assert _own_threads(found) == {"acl_thread": str(second), "release_thread": str(second)}
     assert any("acl_thread" in difference for difference in found["differences"])
+
+
+def test_torch_npus_profiler_has_the_names_and_columns_that_operators_are_recorded_by(torch_npu: Path) -> None:
+    profiler = torch_npu / "torch_npu" / "profiler"
+    exported = (profiler / "__init__.py").read_text()
+    recording = (SOURCES_OF_EVALUATION / "recording.py").read_text()
+    used = set(re.findall(r"profiler\.(\w+)\b", recording.partition("def _torch_npu")[2]))
+    assert used == {"profile", "ProfilerActivity", "tensorboard_trace_handler", "_ExperimentalConfig", "ProfilerLevel"}
+    assert all(name in exported for name in used)
+    headers = (profiler / "analysis" / "prof_common_func" / "_csv_headers.py").read_text()
+    for column in (operators.NAME, operators.TYPE, operators.CORE, operators.DURATION):
+        assert f'"{column}"' in headers
 
 
 def test_torch_npu_reads_every_variable_that_the_plan_sets(torch_npu: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ CPU_BF16 = frozenset({"avx512_bf16", "amx_bf16"})  # its flags of CPUs that mult
 BF16_SHARE = 0.8  # of float32's time that bfloat16 may take to be chosen: it costs accuracy
 CONVOLUTIONS = ((64, 64, 3, 100), (1024, 256, 1, 50), (256, 256, 3, 25))  # R_50's: channels in, out, kernel, side
 ROUNDS = 5
+NPU_OPTIONS = {"internal_formats": "ALLOW_INTERNAL_FORMAT", "precision_mode": "ACL_PRECISION_MODE"}
 GRAPHS = {"cuda": "CUDAGraph", "npu": "NPUGraph"}
 
 T = TypeVar("T")
@@ -172,6 +174,10 @@ class Device:
         """The device's model, such as ``Ascend910B3``."""
         return "cpu"
 
+    def arithmetic(self) -> dict[str, str]:
+        """The switches that decide how float32 is multiplied, as the libraries have them, by name."""
+        return {}
+
     def multiplies_bf16(self) -> bool | None:
         """Whether it computes in bfloat16 by itself; None where it does not tell."""
         return cpu_multiplies_bf16()
@@ -244,6 +250,16 @@ class Accelerator(Device):
 
     def name(self) -> str:
         return str(self.api.get_device_name(self.torch_device))
+
+    def arithmetic(self) -> dict[str, str]:
+        if self.torch_device.type == "cuda":
+            return {"tf32": _switch(torch.backends.cudnn.allow_tf32)}
+        told = {"conv_hf32": _switch(self.api.conv.allow_hf32), "matmul_hf32": _switch(self.api.matmul.allow_hf32)}
+        backend = getattr(sys.modules.get("torch_npu"), "_C", None)  # has no public reader
+        if backend is None:
+            return told
+        options = {name: backend._npu_getOption(option) for name, option in NPU_OPTIONS.items()}
+        return told | {name: value.decode() if value else "not set" for name, value in options.items()}
 
     def multiplies_bf16(self) -> bool | None:
         ask = getattr(self.api, "is_bf16_supported", None)
@@ -381,6 +397,10 @@ def _set_up_npu(api: Any, precision: Precision) -> None:
     api.matmul.allow_hf32 = not exact
     if exact:  # the default of 910B and later; on a 910A allow_hf32=False alone would select float16
         api.set_option({"ACL_PRECISION_MODE": "must_keep_origin_dtype"})
+
+
+def _switch(on: bool) -> str:
+    return "on" if on else "off"
 
 
 def _set_up_cuda(precision: Precision) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blendmaskd_workers import blendmask
 from blendmaskd_workers.blendmask import BlendMask, Instances, Prepared
@@ -36,6 +37,7 @@ class Difference:
         self.over = 0  # of these, those whose relative error is over the bar
         self._abs_sum = self._rel_sum = 0.0
         self.abs_max = self.rel_max = 0.0
+        self._sum = self._right_right = self._found_found = self._right_found = self._squares = 0.0
 
     def add(self, reference: Tensor, device: Tensor) -> Floats:
         """Take in a tensor of each; returns the relative errors."""
@@ -53,6 +55,11 @@ class Difference:
         self._rel_sum += float(relative.sum())
         self.abs_max = max(self.abs_max, float(absolute.max(initial=0)), key=_nan_last)
         self.rel_max = max(self.rel_max, float(relative.max(initial=0)), key=_nan_last)
+        self._sum += float(right.sum())
+        self._right_right += float(right @ right)
+        self._found_found += float(found @ found)
+        self._right_found += float(right @ found)
+        self._squares += float(absolute @ absolute)
         return relative
 
     @property
@@ -68,9 +75,32 @@ class Difference:
         """Of the elements that count, from 0 to 1."""
         return self.over / max(self.of, 1)
 
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between the two, taken as vectors: 1 where they are one another's multiple."""
+        lengths = math.sqrt(self._right_right) * math.sqrt(self._found_found)
+        return self._right_found / lengths if lengths else float(self._right_right == self._found_found)
+
+    @property
+    def rmse_over_std(self) -> float:
+        """Root of the mean squared error, in terms of the reference's standard deviation."""
+        count = max(self.elements, 1)
+        variance = self._right_right / count - (self._sum / count) ** 2
+        if self._squares == 0:
+            return 0.0
+        return math.sqrt(self._squares / count / variance) if variance > 0 else math.inf
+
+    @property
+    def scale_bias(self) -> float:
+        """By how much the device's values are too large as a whole: 0.01 is 1%.
+
+        Rounding leaves it near 0; truncation makes values smaller.
+        """
+        return self._right_found / self._right_right - 1 if self._right_right else 0.0
+
     def figures(self) -> dict[str, Any]:
         """All of it by name."""
-        names = ("abs_mean", "abs_max", "rel_mean", "rel_max", "over", "of")
+        names = ("abs_mean", "abs_max", "rel_mean", "rel_max", "cosine", "rmse_over_std", "scale_bias", "over", "of")
         return {name: getattr(self, name) for name in names}
 
 
@@ -149,31 +179,48 @@ def traced(
     Adds to `differences` by the modules' names, in the order in which they first finish; inner modules finish before
     the outer ones, and `blend`, which is no module, comes last. Errors of earlier modules do not reach later ones.
     """
-    place = next(device.parameters()).device
-
     def compare_call(name: str, own: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> None:
-        found = on_device(lambda: own(*_moved(args, place), **_moved(kwargs, place)))
-        for right, wrong in zip(_tensors(output), _tensors(found), strict=True):
+        for right, wrong in zip(tensors(output), again(own, args, kwargs, device, on_device), strict=True):
             differences.setdefault(name, Difference()).add(right, wrong)
 
-    def hook(name: str) -> Callable[..., None]:
-        own = device.get_submodule(name)
-        return lambda _module, args, kwargs, output: compare_call(name, own, args, kwargs, output)
+    def watch(name: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        compare_call(name, device.get_submodule(name), args, kwargs, output)
 
     def blend(*args: Any) -> Tensor:
         output = BlendMask.blend(reference, *args)
         compare_call("blend", device.blend, args, {}, output)
         return output
 
-    named = [(name, module) for name, module in reference.named_modules() if name]
-    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in named]
     reference.__dict__["blend"] = blend  # before the class's own, which no hook can reach
+    try:
+        with watched([(name, module) for name, module in reference.named_modules() if name], watch):
+            yield
+    finally:
+        del reference.__dict__["blend"]
+
+
+Watch = Callable[[str, nn.Module, Any, Any, Any], None]  # name, module, positional and keyword arguments, output
+
+
+@contextlib.contextmanager
+def watched(modules: Iterable[tuple[str, nn.Module]], watch: Watch) -> Iterator[None]:
+    """While the context lasts, call `watch` after each call of a module."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda *call: watch(name, *call)
+
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in modules]
     try:
         yield
     finally:
-        del reference.__dict__["blend"]
         for handle in handles:
             handle.remove()
+
+
+def again(own: Callable[..., Any], args: Any, kwargs: Any, device: BlendMask, on_device: Run) -> list[Tensor]:
+    """The tensors that the device's network makes of the reference's input."""
+    place = next(device.parameters()).device
+    return tensors(on_device(lambda: own(*_moved(args, place), **_moved(kwargs, place))))
 
 
 def blamed(differences: dict[str, Difference]) -> list[str]:
@@ -208,12 +255,12 @@ def _moved(value: Any, place: torch.device) -> Any:
     return value
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
     """The tensors of a structure, in its order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
+        return [tensor for item in value for tensor in tensors(item)]
     if dataclasses.is_dataclass(value):
-        return [tensor for field in dataclasses.fields(value) for tensor in _tensors(getattr(value, field.name))]
+        return [tensor for field in dataclasses.fields(value) for tensor in tensors(getattr(value, field.name))]
     return []

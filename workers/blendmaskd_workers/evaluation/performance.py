@@ -3,12 +3,17 @@
     python scripts/eval_performance.py --config configs/BlendMask/R_50_1x.yaml --weights R_50_1x.pth \\
         --devices npu:0 npu:1 --batch-sizes 1 2 4 8 --dtypes fp32 fp16 bf16 --runtime-options --cpu-baseline
     python scripts/eval_performance.py --config … --random-weights 0 --devices cpu:0 cpu:1 --iterations 5 --warm-up 1
+    python scripts/eval_performance.py … --devices npu:0 --profile 2 4        # which operators grow beyond the batch?
     python scripts/eval_performance.py --engine timed --devices npu:0 npu:1   # the program itself
 
 It times the network alone: from the prepared image on the host to boxes and mask probabilities on the host, without
 decoding, mask pasting or transport, which the daemon overlaps with the device (scripts/benchmark.py shows how well).
 Each device is timed in its own process, started as the daemon starts workers: pinned, with its task queue and
 allocator. The figures are the median latency, and FPS, throughput and speed-up derived from it.
+
+--profile lists the operators that take the most time on the first device, by torch_npu's profiler on an NPU and by
+torch's elsewhere, with their share. With two batch sizes it says what each takes in the larger one beyond its time per
+image in the smaller one: there throughput gets lost. AI_CPU behind a name means that the chip has no kernel for it.
 
 Writes performance_eval.log, performance_eval.json and plots to --output-dir. Exit code: 0 measured, 2 not measured.
 """
@@ -34,12 +39,13 @@ from blendmaskd.programs.errors import UsageError, guarded
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch
 from blendmaskd.topology import HostError
-from blendmaskd_workers.evaluation import logs, outputs
+from blendmaskd_workers.evaluation import logs, operators, outputs, timing
 from blendmaskd_workers.evaluation.timing import CannotTime, Request, Stopwatch, figures, time_together
 from blendmaskd_workers.programs import random_weights
 
 STABLE_PERCENT = 5.0  # bar for the coefficient of variation of latency
 BASELINE_ITERATIONS = 10  # at most: what takes milliseconds on a device takes seconds on the host's CPUs
+PROFILED = 5  # iterations at most: a profiler keeps every launch
 TURNS = 5  # of each choice of runtime options
 TASK_QUEUE_DEFAULT = 1  # torch_npu's own
 TIMED = "engine timed sleeps a latency table: the figures show this program, not a device"
@@ -75,6 +81,7 @@ def measure(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]
         alone = [_latency(one, request) for one in stopwatches]
         batches = _batches(stopwatches[0], request, arguments.batch_sizes)
         dtypes = _dtypes(stopwatches[0], request, arguments.dtypes)
+        profiled = _profile(stopwatches[0], request, arguments.profile) if arguments.profile else None
         together = _together(stopwatches, request, alone[0]) if len(stopwatches) > 1 else None
         run = _describe(arguments, stopwatches[0])
     baseline = _baseline(basis, arguments.size, request) if arguments.cpu_baseline else []
@@ -86,6 +93,7 @@ def measure(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]
         "batches": batches,
         "best_batch": _best(batches),
         "dtypes": dtypes,
+        "profile": profiled,
         "together": together,
         "runtime_options": options,
     }
@@ -158,6 +166,16 @@ def _with_gain(rows: Sequence[Row], name: str) -> list[Row]:
         return {**row, "gain_percent": percent, "base": first[name]}
 
     return [gain(row) if "fps" in row else row for row in rows]
+
+
+def _profile(one: Stopwatch, request: Request, batches: Sequence[int]) -> Row:
+    """What the operators take, in one batch size or in two."""
+    few = dataclasses.replace(request, iterations=min(request.iterations, PROFILED))
+    found = {}
+    for batch in batches:
+        _progress(f"{one.device}: operators of batch {batch}")
+        found[batch] = timing.profile(one, dataclasses.replace(few, batch=batch))
+    return operators.table(found)
 
 
 def _together(stopwatches: Sequence[Stopwatch], request: Request, single: Row) -> Row:
@@ -318,6 +336,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-sizes", type=positive, nargs="+", default=[], metavar="N", help="such as 1 2 4 8")
     add("--dtypes", nargs="+", default=[], choices=["fp32", "fp16", "bf16"],
         help="data types of convolutions and matrix products, with autocast")
+    add("--profile", type=positive, nargs="*", metavar="N",
+        help="what the operators take in batches of one size, or of two and how they grow (default: 1)")
     add("--runtime-options", action="store_true",
         help="time CPU affinity, task queue and tcmalloc: none, each alone, all")
     add("--cpu-baseline", action="store_true", help="compare with all CPUs of the host")
@@ -329,14 +349,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the daemon, such as runtime.cpus")
     add("--output-dir", type=Path, default=Path("out/performance"), metavar="FOLDER", help="default: out/performance")
     arguments = parser.parse_args(argv)
+    arguments.profile = sorted(set(arguments.profile or [1])) if arguments.profile is not None else []
     arguments.size = "{}x{}".format(*arguments.size)
     _check(parser, arguments)
     return arguments
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if len(arguments.profile) > 2:
+        parser.error("--profile: takes one batch size, or two to compare")
     if arguments.engine == "timed":
-        if arguments.dtypes or arguments.cpu_baseline or arguments.runtime_options:
-            parser.error("engine timed sleeps: it has no data types, CPU baseline or runtime options")
+        if arguments.dtypes or arguments.cpu_baseline or arguments.runtime_options or arguments.profile:
+            parser.error("engine timed sleeps: it has no data types, operators, CPU baseline or runtime options")
     elif arguments.config is None or (arguments.weights is None and arguments.random_weights is None):
         parser.error("--config and --weights (or --random-weights) are needed")

@@ -5,6 +5,7 @@ is held against, and says in its title what was compared with what.
 """
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 
 BLUE, GREY, GREEN, RED, ORANGE = "#2b6cb0", "#8a8f98", "#2f855a", "#c53030", "#dd8a1c"
 SMALLEST_ERROR = 1e-9  # what is drawn of an error of zero
+SMALLEST_SHARE = 0.01  # likewise, in percent
 BAR = 0.01
 LONGEST_TICK = 22  # characters of a module's name
 STABLE_PERCENT = 5.0
@@ -21,10 +23,10 @@ Report = Mapping[str, Any]
 
 
 def precision(report: Report) -> dict[str, Figure]:
-    """``precision_eval``: losses, relative errors, shares over the bar, and the trace where there is one."""
-    run, trace = report["run"], report["trace"]
-    figure = Figure(figsize=(15, 13 if trace else 9), layout="constrained")
-    grid = figure.add_gridspec(3 if trace else 2, 2, width_ratios=(1, 2.4))
+    """``precision_eval``: losses, relative errors, shares over the bar, and ladder and trace where there are such."""
+    run, below = report["run"], [panel for panel in (_ladder, _trace) if report[panel.__name__[1:]]]
+    figure = Figure(figsize=(15, 9 + 4 * len(below)), layout="constrained")
+    grid = figure.add_gridspec(2 + len(below), 2, width_ratios=(1, 2.4))
     verdict = "over the bar" if report["failures"] else "within the bar"
     figure.suptitle(f"{run['device']} ({run['model']}) against {run['reference']}: {verdict}\n"
                     f"dtype {run['dtype']}, HF32 {run['hf32']}, weights {run['weights']}, "
@@ -33,8 +35,8 @@ def precision(report: Report) -> dict[str, Figure]:
     _errors(figure.add_subplot(grid[0, 1]), report)
     _detections(figure.add_subplot(grid[1, 0]), report)
     _shares(figure.add_subplot(grid[1, 1]), report)
-    if trace:
-        _trace(figure.add_subplot(grid[2, :]), trace)
+    for row, panel in enumerate(below, start=2):
+        panel(figure.add_subplot(grid[row, :]), report)
     return {"precision_eval": figure}
 
 
@@ -50,6 +52,8 @@ def _losses(axes: Axes, report: Report) -> None:
     axes.set_xlim(SMALLEST_ERROR / 2, 10)
     axes.invert_yaxis()
     _bar(axes.axvline, BAR)
+    if report["warnings"]:
+        axes.set_xlabel("some are near ln 2, where equal losses prove nothing", color=RED)
     axes.set_title("Training losses: relative difference (largest of the scenes)", fontsize=10)
     _grid(axes)
 
@@ -111,8 +115,28 @@ def _detections(axes: Axes, report: Report) -> None:
     axes.set_title("Final boxes and masks", fontsize=10)
 
 
-def _trace(axes: Axes, trace: Report) -> None:
+def _ladder(axes: Axes, report: Report) -> None:
+    """Share over the bar of each level in each arithmetic, and the device's, the first scene's."""
+    scene = report["scenes"][0]
+    levels = [row for row in scene["tensors"] if row["name"].startswith("p")]
+    names = [row["name"] for row in levels]
+    for rung, style in zip(scene["ladder"], itertools.cycle(("o-", "s-", "^-", "d-"))):
+        axes.plot(names, [max(share, SMALLEST_SHARE) for share in rung["levels"]], style, ms=5, lw=1,
+                  label=f"{rung['name']} (scale {100 * rung['scale_bias']:+.2f}%)")  # fmt: skip
+    shares = [max(100 * row["over"] / max(row["of"], 1), SMALLEST_SHARE) for row in levels]
+    axes.plot(names, shares, "*-", color="black", ms=13, lw=2.5, label=f"the device, {report['run']['device']}")
+    axes.set_yscale("log")
+    axes.set_ylim(SMALLEST_SHARE / 2, 200)
+    axes.set_ylabel("% of elements")
+    axes.set_title(f"Ladder: elements over 1% with convolutions in each arithmetic ({scene['scene']})\n"
+                   f"Nearest, convolution by convolution: {report['ladder']['verdict']}", fontsize=10)  # fmt: skip
+    _grid(axes)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _trace(axes: Axes, report: Report) -> None:
     """Mean and largest own error of each module, in the order of the computation."""
+    trace = report["trace"]
     modules = trace["modules"]
     places = np.arange(len(modules))
     shares = [row["over"] / max(row["of"], 1) for row in modules]
@@ -160,10 +184,12 @@ def _short(name: str) -> str:
 # ---- performance ------------------------------------------------------------------------------------------------
 
 def performance(report: Report) -> dict[str, Figure]:
-    """``performance``, and ``large_batch`` and ``dual_device`` where these were measured."""
+    """``performance``, and ``large_batch``, ``operators`` and ``dual_device`` where these were measured."""
     figures = {"performance": _performance(report)}
     if any("fps" in row for row in report["batches"]):
         figures["large_batch"] = _large_batch(report)
+    if report["profile"]:
+        figures["operators"] = _operators(report)
     if report["together"]:
         figures["dual_device"] = _dual_device(report)
     return figures
@@ -259,6 +285,33 @@ def _large_batch(report: Report) -> Figure:
     waits.set_ylabel("median latency of a batch, ms", color=ORANGE)
     axes.set_title(f"Throughput (bars; factor against batch {rows[0]['batch']}) and latency of a batch (line)",
                    fontsize=10)  # fmt: skip
+    return figure
+
+
+def _operators(report: Report) -> Figure:
+    """What each operator takes of a batch, and what the larger batch takes beyond the smaller one's time per image."""
+    profile = report["profile"]
+    batches, rows = profile["batches"], profile["operators"]
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    figure.suptitle(_title("Operators", report, first=True), fontsize=13)
+    axes = figure.subplots()
+    places, height = np.arange(len(rows)), 0.8 / len(batches)
+    for number, (batch, colour) in enumerate(zip(batches, (GREY, BLUE) if len(batches) > 1 else (BLUE,))):
+        cells = [row["cells"][number] for row in rows]
+        bars = axes.barh(places + height * number, [cell["ms"] for cell in cells], height, color=colour,
+                         label=f"batch {batch['batch']}: {batch['ms']:.2f} ms of all operators")  # fmt: skip
+        labels = [f"{cell['ms']:.2f} ms, {cell['share_percent']:.1f}%" for cell in cells]
+        if number:
+            labels = [f"{label}, excess {row['excess_ms']:+.2f} ms" for label, row in zip(labels, rows)]
+        axes.bar_label(bars, labels, padding=4, fontsize=8)
+    axes.set_yticks(places + height * (len(batches) - 1) / 2, [f"{row['operator']} ({row['core']})" for row in rows],
+                    fontsize=8)  # fmt: skip
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set_xlabel("ms of a batch")
+    axes.set_title("The longest first; excess: beyond the smaller batch's time per image", fontsize=10)
+    axes.legend(fontsize=9, loc="lower right")
+    _grid(axes)
     return figure
 
 

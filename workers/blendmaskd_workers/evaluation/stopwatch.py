@@ -8,11 +8,13 @@ the same time and none is timed while another has finished:
     request {}                                                               answer {"latencies_ms": […]}
     request {}: until it comes, the device is kept busy                      answer {}
 
-A request that fails is answered {"failed": reason} instead and is over. The end of its input ends the process.
+A request with "profile": true has one step, which is answered with the operators of a batch, {"operators": […]}. A
+request that fails is answered {"failed": reason} instead and is over. The end of its input ends the process.
 """
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
         while line := requests.readline():
             try:
                 _answer(json.loads(line), engine, prepared, requests, answers)
-            except (RuntimeError, NotImplementedError) as error:  # out of memory; no kernel for a data type
+            except (RuntimeError, NotImplementedError, ValueError) as error:  # out of memory; no kernel for a data type
                 _say(answers, failed=(str(error).splitlines() or [type(error).__name__])[0])
     return 0
 
@@ -63,6 +65,11 @@ def _answer(request: dict[str, Any], engine: Engine, prepared: Any, requests: IO
     with _autocast(engine, request["dtype"]):
         for _ in range(request["warm_up"]):
             segment(engine, batch)
+        if request["profile"]:
+            recording = importlib.import_module("blendmaskd_workers.evaluation.recording")
+            operators = recording.record(engine.device, lambda: segment(engine, batch), request["iterations"])
+            _say(answers, operators=list(map(dataclasses.asdict, operators)))
+            return
         _say(answers)
         if not requests.readline():
             return

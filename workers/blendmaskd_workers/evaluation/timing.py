@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import statistics
@@ -20,6 +21,7 @@ from blendmaskd.core import launch_plan
 from blendmaskd.core.launch_plan import Basis
 from blendmaskd.shell import launch
 from blendmaskd.wanted import Actual, differences
+from blendmaskd_workers.evaluation.operators import Operator
 
 END_S = 30.0  # for a process to end by itself
 
@@ -36,6 +38,7 @@ class Request:
     warm_up: int
     batch: int = 1
     dtype: str = "fp32"
+    profile: bool = False  # the operators' times instead of the latencies
 
 
 class Stopwatch:
@@ -109,11 +112,16 @@ class Stopwatch:
         return answer
 
 
+def profile(one: Stopwatch, request: Request) -> list[Operator]:
+    """The operators of a batch on a device, the longest first. Raises `CannotTime`."""
+    one.ask(**dataclasses.asdict(dataclasses.replace(request, profile=True)))
+    return [Operator(**operator) for operator in one.answer()["operators"]]
+
+
 def time_together(stopwatches: Sequence[Stopwatch], request: Request) -> list[list[float]]:
     """The latencies of each device, all of which are busy until the last has finished. Raises `CannotTime`."""
-    fields = {name: getattr(request, name) for name in Request.__slots__}
     for one in stopwatches:
-        one.ask(**fields)
+        one.ask(**dataclasses.asdict(request))
     for one in stopwatches:
         one.answer()  # warm
     for one in stopwatches:
