@@ -9,6 +9,7 @@ ASCEND_ENV=/etc/blendmaskd/ascend.env
 MEMORY=$PREFIX/install.env # how it was installed, for an upgrade
 UNITS=/etc/systemd/system
 USER_NAME=blendmaskd
+HTTP_USER=blendmaskd-http
 SOURCE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
@@ -24,13 +25,14 @@ takes what was named before; --constraints constraints.txt goes back to the defa
   $SETTINGS   the settings; written once, yours from then on
   $UNITS/blendmaskd.service and blendmaskd.service.d/ for drop-ins
   the system user and group $USER_NAME; members of the group may submit jobs
+  $UNITS/blendmaskd-http.service and its user $HTTP_USER, where the environment has the extra http
 
 Options:
   --devices LIST          devices of new settings, such as cpu:0,cpu:1 (default: those of configs/daemon.yaml)
   --weights FILE          copy this checkpoint (and a categories.json beside it), and name it in new settings
   --settings FILE         begin with a copy of this file instead of configs/daemon.yaml
   --constraints FILE      other pins than constraints.txt, such as the torch and torch_npu that your CANN needs
-  --extras LIST           optional parts to install: npu (torch_npu)
+  --extras LIST           optional parts to install: npu (torch_npu), http (the HTTP front, blendmaskd-http.service)
   --system-site-packages  use what PYTHON has (torch, torch_npu, numpy), add only what is missing, and pin nothing;
                           PYTHON is that interpreter itself, not one of a virtual environment
   --environment DIR       run from this virtual or conda environment, which has blendmaskd and all that it needs;
@@ -255,7 +257,21 @@ install_units() {
         *cuda:*) install -m 0644 "$SOURCE/configs/blendmaskd-cuda.conf" $drop_ins/cuda.conf ;;
         *) rm -f $drop_ins/cuda.conf ;;
     esac
+    install_http
     systemctl daemon-reload
+}
+
+# The HTTP front, where the environment has what it needs.
+install_http() {
+    if ! $PREFIX/venv/bin/python -P -c 'import blendmaskd.http.program' 2>/dev/null; then
+        rm -f $UNITS/blendmaskd-http.service
+        return 0
+    fi
+    if ! getent passwd $HTTP_USER >/dev/null; then
+        useradd --system --gid $USER_NAME --home-dir / --no-create-home \
+            --shell "$(command -v nologin || echo /bin/false)" --comment 'BlendMask over HTTP' $HTTP_USER
+    fi
+    install -m 0644 "$SOURCE/configs/blendmaskd-http.service" $UNITS/
 }
 
 finish() {
@@ -264,12 +280,14 @@ finish() {
         say "starting; this lasts until the workers are warm"
         systemctl enable blendmaskd
         systemctl restart blendmaskd
+        systemctl try-restart blendmaskd-http 2>/dev/null || true # if it runs
         say "running; to watch it: systemctl status blendmaskd"
     elif systemctl is-active --quiet blendmaskd; then
         say "the old version still runs; next: systemctl restart blendmaskd"
     else
         say "next: systemctl enable --now blendmaskd"
     fi
+    [ ! -e $UNITS/blendmaskd-http.service ] || say "for HTTP on loopback: systemctl enable --now blendmaskd-http"
     say "to let someone submit jobs: usermod --append --groups $USER_NAME NAME"
 }
 

@@ -106,7 +106,7 @@ def _clients(number: int, image: bytes) -> Iterator[list[None]]:
 
     def run() -> None:
         while not over.is_set():
-            request = urllib.request.Request(f"http://127.0.0.1:{PORT}/segment", data=image)
+            request = urllib.request.Request(f"http://127.0.0.1:{PORT}/v1/segment", data=image)
             with urllib.request.urlopen(request, timeout=60) as response:
                 response.read()
             answered.append(None)

@@ -16,19 +16,22 @@ ENTRIES = {"blendmaskd", *(f"{package}.{name}" for package in SOURCES for name i
 
 LANGUAGE, WORKER = "blendmaskd", "blendmaskd_workers"  # the modules right there; coco and images belong to the language
 NETWORK, ENGINES, TRAINING = (f"{WORKER}.{name}" for name in ("blendmask", "engines", "training"))
-CORE, SHELL, CLIENT, PROGRAMS, CHECK = (
-    f"{LANGUAGE}.{name}" for name in ("core", "shell", "client", "programs", "check")
+CORE, SHELL, CLIENT, PROGRAMS, CHECK, HTTP = (
+    f"{LANGUAGE}.{name}" for name in ("core", "shell", "client", "programs", "check", "http")
 )
 TOOLS = {f"{WORKER}.{name}" for name in ("benchmark", "cluster", "evaluation", "programs")}
 LAUNCHING = f"{SHELL}.launch"  # of the shell, what starts a worker as the daemon does
+REST = {f"{HTTP}.rest", f"{HTTP}.bodies"}  # of the HTTP front, what Ray's application has too
+LENT = {f"{SHELL}.{name}" for name in ("addresses", "csp", "systemd")}  # of the shell, what the HTTP front has too
 
 MAY = {
     LANGUAGE: {LANGUAGE},
     CORE: {LANGUAGE, CORE},
     SHELL: {LANGUAGE, CORE, SHELL},
-    CHECK: {LANGUAGE, CORE, SHELL, CHECK},
+    CHECK: {LANGUAGE, CORE, SHELL, CHECK, HTTP},
     CLIENT: {LANGUAGE, CLIENT},
     PROGRAMS: {LANGUAGE, CLIENT, PROGRAMS},
+    HTTP: {LANGUAGE, CORE, CLIENT, HTTP, *LENT},
     NETWORK: {NETWORK},
     ENGINES: {LANGUAGE, WORKER, NETWORK, ENGINES},
     WORKER: {LANGUAGE, WORKER, NETWORK, ENGINES},
@@ -36,6 +39,7 @@ MAY = {
     **{tool: {LANGUAGE, CORE, LAUNCHING, CLIENT, PROGRAMS, WORKER, NETWORK, ENGINES, TRAINING} for tool in TOOLS},
 }
 ALSO = {  # networks with random weights; the load of the accelerator check
+    f"{WORKER}.cluster": REST,
     f"{WORKER}.evaluation": {f"{WORKER}.programs", f"{WORKER}.benchmark"},
 }
 
@@ -90,7 +94,7 @@ def test_a_module_imports_what_its_room_may(name: str) -> None:
     here = room(name)
     may = (MAY[SHELL] if here == LAUNCHING else MAY[here]) | ALSO.get(here, set()) | {here}
     may |= {LAUNCHING} if SHELL in may else set()
-    assert {other: room(other) for other in of(name) if room(other) not in may} == {}
+    assert {other: room(other) for other in of(name) if not {other, room(other)} & may} == {}
 
 
 def test_entries_are_imported_by_entries_only() -> None:

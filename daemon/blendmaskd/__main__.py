@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from blendmaskd import commands, logs, settings
+from blendmaskd import commands, flags, logs, settings
 from blendmaskd.assignment import EXIT_CANNOT_BOOT
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.log_level:
         arguments.set.append(f"log.level={arguments.log_level}")
     with signals.Signals() as caught:
-        return _serve(_loader(arguments), arguments.check_settings, caught)
+        return _serve(flags.loader(arguments), arguments.check_settings, caught)
 
 
 def _serve(load: Callable[[], settings.Settings], only_check: bool, signals: Signals) -> int:
@@ -66,33 +64,17 @@ def _check(argv: list[str]) -> int:
     from blendmaskd.check import program as check
     from blendmaskd.programs.errors import guarded
 
-    parser = _parser("blendmaskd check", check.__doc__)
+    parser = flags.parser("blendmaskd check", check.__doc__)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     arguments = parser.parse_args(argv)
-    return guarded("blendmaskd check", lambda: check.main(_loader(arguments), arguments.json))
+    return guarded("blendmaskd check", lambda: check.main(flags.loader(arguments), arguments.json))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _parser("blendmaskd", __doc__)
+    parser = flags.parser("blendmaskd", __doc__)
     parser.add_argument("--check-settings", action="store_true", help="only check them; exit code 78 if invalid")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="override log.level")
     return parser.parse_args(argv)
-
-
-def _parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    """With the flags that say what the settings are."""
-    parser = argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--settings", metavar="FILE", help="YAML file; without it the defaults apply")
-    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="override devices, such as npu:0 cuda:0 cpu:0")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting, such as batch=2")
-    return parser
-
-
-def _loader(arguments: argparse.Namespace) -> Callable[[], settings.Settings]:
-    """Reads the settings that the flags mean, anew at each call."""
-    return functools.partial(settings.load, arguments.settings, os.environ, arguments.set, devices=arguments.devices)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The console commands of the base installation; all but two of them need no more than that."""
+"""The console commands of the base installation; all but three of them need no more than that."""
 from __future__ import annotations
 
 from functools import partial
@@ -11,3 +11,4 @@ stats = partial(run, "blendmaskd-stats", "blendmaskd.programs.stats")
 keys = partial(run, "blendmaskd-keys", "blendmaskd.keys")
 evaluate_coco = partial(run, "blendmaskd-evaluate-coco", "blendmaskd.programs.evaluate_coco")  # pycocotools
 serve = partial(run, "blendmaskd", "blendmaskd.__main__", EXIT_CANNOT_BOOT)  # the extra serve
+http = partial(run, "blendmaskd-http", "blendmaskd.http.program", EXIT_CANNOT_BOOT, "http")

@@ -12,29 +12,29 @@ from blendmaskd import output
 
 EXTRAS = {
     "torch_npu": "npu", "matplotlib": "plots", "onnx": "onnx", "onnxruntime": "onnx", "ray": "ray", "pyarrow": "ray",
-    "starlette": "ray",
-}  # fmt: skip  # else serve
+    "starlette": "http", "uvicorn": "http", "opentelemetry": "otel",
+}  # fmt: skip  # else the program's own
 EXIT_LACKING = 2  # as for wrong arguments
 
 
-def run(name: str, module: str, code: int = EXIT_LACKING) -> int:
-    """Run the `main` of a module; `code` is the exit code where the installation lacks what it needs."""
+def run(name: str, module: str, code: int = EXIT_LACKING, extra: str = "serve") -> int:
+    """Run the `main` of a module; `code` is the exit code where the installation lacks what it needs of `extra`."""
     try:
         ended: int = importlib.import_module(module).main()
     except ModuleNotFoundError as error:
-        output.complain(f"{name}: {lacking(error)}")
+        output.complain(f"{name}: {lacking(error, extra)}")
         return code
     except SystemExit as end:  # --help, or wrong arguments
         raise SystemExit(output.complete(name, end.code) if isinstance(end.code, int) else end.code) from None
     return output.complete(name, ended)
 
 
-def lacking(error: ModuleNotFoundError) -> str:
+def lacking(error: ModuleNotFoundError, extra: str = "serve") -> str:
     """What to install, or that this platform will not do. Raises the error again if the module is one of ours."""
     missing = (error.name or "").partition(".")[0]
     if missing in ("", "blendmaskd", "blendmaskd_workers"):
         raise error
     if missing in sys.stdlib_module_names:
         return f"needs Linux: Python has no module {missing} on {sys.platform}"
-    extra = EXTRAS.get(missing, "serve")
+    extra = EXTRAS.get(missing, extra)
     return f"{missing} is not installed; it comes with the extra: pip install 'blendmaskd[{extra}]'"

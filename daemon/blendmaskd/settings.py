@@ -24,6 +24,7 @@ from blendmaskd.topology import Cpus, parse_cpus
 from blendmaskd.wanted import HIDDEN
 
 ENVIRONMENT_PREFIX = "BLENDMASKD__"
+HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 PROVIDER = re.compile(r"^[A-Za-z0-9]+ExecutionProvider$")
 DEVICE = re.compile(r"^(npu|cuda|cpu):(0|[1-9][0-9]*)$")
 
@@ -79,6 +80,35 @@ class Curve(_Section, frozen=True):
 
     server_key: str | None = None  # path of the daemon's server.key_secret, mode 0600; required for tcp://
     client_keys: str | None = None  # folder with the public keys of allowed clients; changes take effect at once
+
+
+class Http(_Section, frozen=True):
+    """The HTTP front, `blendmaskd-http`, a process of its own; the daemon itself reads none of these keys."""
+
+    endpoint: str = "127.0.0.1:9466"  # HOST:PORT where blendmaskd-http listens; another address than loopback: tokens
+    # path of the file with a line `NAME TOKEN` for each client, mode 0600; changes take effect at once; null: no tokens
+    tokens: str | None = None
+    insecure: bool = False  # allow another endpoint than loopback without tokens: anyone who reaches it can submit
+    # names by which clients call the front (Host header), beside its addresses and localhost
+    hosts: list[str] = []
+    certificate: str | None = None  # path of a PEM file with the certificate chain: HTTPS; read anew when it changes
+    key: str | None = None  # path of the PEM file with the certificate's private key
+    # number of processes that share the endpoint; one takes several hundred photographs per second from clients
+    processes: Annotated[int, Meta(ge=1, le=64)] = 1
+    max_connections: Count = 256  # of one process; the longest idle one makes room, and where none is, answers are 503
+    max_bytes: Count = 1 << 30  # maximum total size of the requests that one process holds, in bytes
+    receive_s: Positive = 60.0  # time in which a request has to arrive
+    send_s: Positive = 60.0  # time in which a client has to read what waits for it, answer by answer
+    idle_s: Positive = 75.0  # how long a connection may be idle
+    # how long a request waits for a daemon that is not there, as when it restarts; then it is answered `unavailable`
+    daemon_wait_s: NotNegative = 10.0
+    # where spans go by OTLP, such as http://127.0.0.1:4318/v1/traces (extra otel); null: none
+    traces: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the front listens."""
+        return f"{'https' if self.certificate else 'http'}://{self.endpoint}"
 
 
 class Queue(_Section, frozen=True):
@@ -182,6 +212,7 @@ class Settings(_Section, frozen=True):
     model: Model = Model()
     endpoints: Endpoints = Endpoints()
     curve: Curve = Curve()
+    http: Http = Http()
     # allow tcp:// without keys: anyone who reaches the port can submit jobs and read the traffic
     insecure_tcp: bool = False
     # images per run on the device; auto: the batch with the highest throughput, learned per padded size; 1 with exact
@@ -359,6 +390,7 @@ def _check(settings: Settings) -> None:
     _check_devices(settings.devices)
     _check_endpoints(settings.endpoints)
     _check_keys(settings)
+    _check_http(settings)
     runtime = settings.runtime
     for device, cpus in runtime.placed.items():
         if device not in settings.devices:
@@ -464,6 +496,27 @@ def _check_endpoints(endpoints: Endpoints) -> None:
         parse_place(endpoints.metrics or "*:*")
     except ValueError as error:
         raise SettingsError(f"endpoints.metrics = {endpoints.metrics!r}: {error}") from None
+
+
+def _check_http(settings: Settings) -> None:
+    """Whether the address is public, only the host knows: the front asks when it starts."""
+    http = settings.http
+    try:
+        parse_place(http.endpoint)
+    except ValueError as error:
+        raise SettingsError(f"http.endpoint = {http.endpoint!r}: {error}") from None
+    if http.endpoint == settings.endpoints.metrics and not http.endpoint.endswith(":0"):
+        raise SettingsError(f"http.endpoint = {http.endpoint!r}: endpoints.metrics is the same: choose another port")
+    if bool(http.certificate) != bool(http.key):
+        given, missing = ("certificate", "key") if http.certificate else ("key", "certificate")
+        raise SettingsError(f"http.{given} is set, http.{missing} is not: HTTPS needs both")
+    if http.tokens and http.insecure:
+        raise SettingsError("http.insecure = True: http.tokens say who may ask; remove one of the two")
+    if http.traces is not None and not re.match("https?://[^/]", http.traces):
+        raise SettingsError(f"http.traces = {http.traces!r}: expected http://HOST:PORT/v1/traces")
+    for name in http.hosts:
+        if not HOST_NAME.fullmatch(name):
+            raise SettingsError(f"http.hosts: {name!r}: expected a name without port, such as gpu1.example.org")
 
 
 def _check_files(settings: Settings) -> None:

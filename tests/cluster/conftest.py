@@ -49,7 +49,7 @@ class Application:
                 return Reply(error.code, dict(error.headers), error.read())
 
     def segment(self, image: bytes, query: str = "") -> Reply:
-        return self.request(f"/segment?{query}", image)
+        return self.request(f"/v1/segment?{query}", image)
 
     def answered(self, image: bytes, query: str = "") -> dict[str, Any]:
         """As a client that tries again what can be tried again: what has no code of ours is Ray's own failure."""
@@ -66,7 +66,7 @@ class Application:
             time.sleep(0.2)
 
     def stats(self) -> dict[str, Any]:
-        return self.request("/stats").tree
+        return self.request("/v1/stats").tree
 
 
 def _retryable(reply: Reply) -> bool:

@@ -50,7 +50,7 @@ def test_what_cannot_be_segmented_has_a_code_and_a_status(
     body = photograph if body == "photograph" else body
     reply = shared_app.segment(body if body is not None else b"", query)
     assert (reply.status, reply.tree["code"]) == (status, code), reply
-    assert words in reply.tree["reason"]
+    assert words in reply.tree["detail"]
     assert ("retry_after_s" in reply.tree) == (code == "timeout")
 
 

@@ -114,7 +114,7 @@ def test_an_image_that_ends_workers_is_given_up_and_costs_no_more_of_them(deploy
     for _ in range(5):
         reply = app.segment(buffer.getvalue(), "score_threshold=0.5")
         assert (reply.status, reply.tree["code"]) == (502, "worker-lost")
-        assert "was given up: lost 2 workers" in reply.tree["reason"]
+        assert "was given up: lost 2 workers" in reply.tree["detail"]
     assert app.answered(_png(1))["detections"]
     assert pids() == after
 

@@ -146,7 +146,8 @@ def test_every_command_helps_or_names_the_extra_in_one_line(name: str, python: A
     if done.returncode == 0 or name in ("blendmaskd", "blendmaskd-submit", "blendmaskd-stats", "blendmaskd-keys"):
         assert done.stdout.startswith("usage: ")
     else:
-        assert re.fullmatch(rf"{name}: \w+ is not installed; .*: pip install 'blendmaskd\[serve\]'\n", done.stderr)
+        extra = "http" if name == "blendmaskd-http" else "serve"
+        assert re.fullmatch(rf"{name}: \w+ is not installed; .*: pip install 'blendmaskd\[{extra}\]'\n", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,8 @@ def test_a_daemon_without_torch_says_what_is_missing(python: Any, tmp_path: Path
 
 def test_what_a_client_s_host_runs_can_be_imported_there(python: Any) -> None:
     names = [module.name for module in pkgutil.walk_packages(blendmaskd.__path__, "blendmaskd.")]
-    serving = ("blendmaskd.check", "blendmaskd.core", "blendmaskd.shell")  # of the core, what programs load as well
+    serving = tuple(f"blendmaskd.{name}" for name in ("check", "core", "http", "shell"))
+    # Of the core, what programs load as well.
     names = [name for name in names if not name.startswith(serving) and name != "blendmaskd.coco.average_precision"]
     assert {"blendmaskd.client.places", "blendmaskd.keys", "blendmaskd.programs.submit"} <= set(names)
     done = python("-c", "\n".join(f"import {name}" for name in names), foreign=True)

@@ -15,7 +15,7 @@ import pytest
 
 from blendmaskd import check
 from blendmaskd.ascend import Card
-from blendmaskd.check import cpus, devices, endpoints, resources, software
+from blendmaskd.check import cpus, devices, endpoints, front, resources, software
 from blendmaskd.check.devices import DeviceFacts, NodeFacts
 from blendmaskd.check.endpoints import EndpointFacts, Holder, TcpFacts
 from blendmaskd.check.finding import Finding, as_tree
@@ -60,6 +60,11 @@ def allocator(choice: str = "auto", path: str | None = None, complaint: str = ""
 
 def ipc(path: str = "/run/user/1/bmd.sock", **facts: Any) -> list[Finding]:
     return endpoints.judge(EndpointFacts(setting="endpoints.clients", endpoint=f"ipc://{path}", **facts))
+
+
+def http(**facts: Any) -> list[Finding]:
+    place = EndpointFacts(setting="http.endpoint", endpoint="0.0.0.0:9466")
+    return front.judge_front(front.FrontFacts(**{"endpoint": place, "local": True, **facts}))[1:]
 
 
 def tcp(**facts: Any) -> list[Finding]:
@@ -172,6 +177,15 @@ FAULTS: list[Case] = [
     ("shut spool", lambda: spool(writable=False), "error", "this user cannot write /var/s.db", "chown"),
     ("spool on a network", lambda: spool(network="nfs4"), "warning", "/var/s.db is on nfs4", "local disk"),
     ("little disk", lambda: spool(free_bytes=1 << 30), "warning", "may take 4.0 GiB, 1.0 GiB are free", "spool_bytes"),
+    ("unusable tokens", lambda: http(tokens_problem="/t: mode 0644"), "error", "/t: mode 0644", "http.md"),
+    ("no tokens in the file", lambda: http(tokens=0), "warning", "nobody may ask", "http.md"),
+    ("a public front without tokens", lambda: http(local=False, encrypted=True), "error", "without tokens",
+     "http.tokens"),
+    ("a public front for all", lambda: http(local=False, encrypted=True, insecure=True), "warning", "http.insecure",
+     "http.tokens"),
+    ("a certificate that cannot be used", lambda: http(certificate_problem="c.pem: no"), "error", "c.pem: no", "PEM"),
+    ("a public front without TLS", lambda: http(local=False, insecure=True)[1:], "warning", "unencrypted",
+     "http.certificate"),
     ("no private folder", lambda: endpoints.judge_private_folder("TMPDIR=/x: too long"), "error", "too long",
      "troubleshooting"),
     ("insecure tcp", lambda: keys(insecure=True), "warning", "insecure_tcp", "blendmaskd-keys"),
@@ -228,6 +242,9 @@ SOUND: list[tuple[str, Callable[[], list[Finding]], str]] = [
      "endpoints.clients: ipc:///run/user/1/bmd.sock: served by a running blendmaskd (pid 9)"),
     ("by systemd", lambda: ipc("/run/blendmaskd/client.sock", folder_usable=False, by_systemd=True),
      "endpoints.clients: ipc:///run/blendmaskd/client.sock: systemd creates the folder when the service starts"),
+    ("tokens", lambda: http(tokens=2), "http.tokens: 2 clients may ask"),
+    ("hidden tokens", lambda: http(hidden=True, local=False, encrypted=True),
+     "http.tokens: those in a file that is the front's alone may ask"),
     ("free", tcp, "endpoints.metrics: 127.0.0.1:9464: free"),
     ("folder", folder, "paths.roots: /data"),
     ("spool", spool, "spool: /var/s.db"),

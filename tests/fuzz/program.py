@@ -8,10 +8,11 @@ Examples:
 
 Layers, and the share of the inputs that each gets:
     headers  40 %  frames and headers for each side of the wire, in a process of its own: a message or `ProtocolError`
-    images   45 %  damaged images, raw arrays and paths, in processes of their own: pixels within limits or `ImageError`
+    images   43 %  damaged images, raw arrays and paths, in processes of their own: pixels within limits or `ImageError`
     daemon   10 %  messages at a running daemon, with damaged images in them: each answered or dropped by the rule
     memory    3 %  descriptors and places at its socket for shared memory
     pages     2 %  requests at its metrics port
+    http      2 %  requests at a `blendmaskd-http` before it, beside a polite client of that
     bombs          small files that demand much, at the default limits: memory is bounded by pixels and bytes
 
 While a daemon gets such inputs, a well-behaved client uses it, and must get its own results throughout. In the end no
@@ -46,7 +47,7 @@ from fuzz.live import Target, target
 from fuzz.rules import BrokenRuleError
 from fuzz.strangers import STRANGERS, Stranger
 
-SHARES = {"headers": 0.40, "images": 0.45, "daemon": 0.10, "memory": 0.03, "pages": 0.02}
+SHARES = {"headers": 0.40, "images": 0.43, "daemon": 0.10, "memory": 0.03, "pages": 0.02, "http": 0.02}
 LAYERS = (*SHARES, "bombs")
 CHUNK = 50_000  # inputs to a process
 STUCK_S = 120.0  # without a word from a process: an input hangs

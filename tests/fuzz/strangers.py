@@ -29,6 +29,7 @@ from blendmaskd import protocol
 from blendmaskd.protocol import MAGIC, MEMORY_SUFFIX, Code, Failed, Fetch, Forget, Image, Place, ProtocolError, Submit
 from blendmaskd.shell.sockets import MOST_FRAMES
 from fuzz import headers, pictures
+from fuzz.front import Front
 from fuzz.live import Target
 from fuzz.mutate import EDGES, mutate
 from fuzz.rules import LIMITS, BrokenRuleError
@@ -379,10 +380,11 @@ class Requests:
                 raise BrokenRuleError(f"/healthz: {status}")
 
 
-STRANGERS: dict[str, type[Messages] | type[Descriptors] | type[Requests]] = {
+STRANGERS: dict[str, type[Messages] | type[Descriptors] | type[Requests] | type[Front]] = {
     "daemon": Messages,
     "memory": Descriptors,
     "pages": Requests,
+    "http": Front,
 }
 
 

@@ -32,7 +32,7 @@ def fuzz(*arguments: object, python_path: Path | None = None) -> tuple[int, dict
     return done.returncode, layer
 
 
-INPUTS = {"headers": 8000, "images": 4000, "daemon": 2000, "memory": 400, "pages": 400}
+INPUTS = {"headers": 8000, "images": 4000, "daemon": 2000, "memory": 400, "pages": 400, "http": 1500}
 
 
 @pytest.mark.slow

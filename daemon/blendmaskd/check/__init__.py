@@ -7,6 +7,7 @@
 ``software``   versions of torch, CANN, driver and firmware; the allocator
 ``cpus``       the CPU sets of devices, and the clock
 ``endpoints``  where the daemon is to listen, who has it, which keys there are
+``front``      where the HTTP front is to listen, and who may ask it
 ``resources``  folders, the spool's disk, weights, descriptors, memory
 ``trials``     processes that do what a worker would: open a device, load the weights
 ``host``       what several of these ask for: a file's text, whose a process is

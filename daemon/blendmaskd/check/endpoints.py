@@ -101,6 +101,11 @@ def _locker(path: Path) -> int | None:
     return None
 
 
+def ask_http(settings: Settings) -> EndpointFacts:
+    """Where the HTTP front is to listen."""
+    return _tcp("http.endpoint", settings.http.endpoint, settings.http.endpoint, [])
+
+
 def _tcp(setting: str, endpoint: str, place: str, bound: list[tuple[str, int]]) -> EndpointFacts:
     host, port = parse_place(place)
     number, found = _bind_errno(host, port)

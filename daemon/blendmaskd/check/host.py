@@ -29,7 +29,7 @@ def own_user() -> tuple[str, set[int]]:
 
 
 def is_ours(pid: int) -> bool:
-    """Whether a process is a daemon of ours or a worker of one."""
+    """Whether a process is a daemon of ours, a worker of one, or an HTTP front."""
     try:
         process = psutil.Process(pid)
         return any(_is_daemon(each.cmdline()) for each in (process, *process.parents()))
@@ -39,4 +39,5 @@ def is_ours(pid: int) -> bool:
 
 def _is_daemon(argv: Sequence[str]) -> bool:
     modules = [argument for option, argument in itertools.pairwise(argv) if option == "-m"]
-    return "blendmaskd" in modules or any(Path(argument).name == "blendmaskd" for argument in argv[:2])
+    named = any(Path(argument).name in ("blendmaskd", "blendmaskd-http") for argument in argv[:2])
+    return named or not {"blendmaskd", "blendmaskd.http.program"}.isdisjoint(modules)

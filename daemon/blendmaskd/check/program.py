@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from blendmaskd.check import cpus, devices, endpoints, resources, software, trials
+from blendmaskd.check import cpus, devices, endpoints, front, resources, software, trials
 from blendmaskd.check.finding import Finding, as_tree
 from blendmaskd.check.host import own_user
 from blendmaskd.check.trials import WEIGHTS, Trial
@@ -89,6 +89,8 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]
         apt=shutil.which("apt-get") is not None, dnf=shutil.which("dnf") is not None,
     )  # fmt: skip
     found += [line for each in wanted for line in endpoints.judge(each)]
+    http = front.ask(settings)
+    found += front.judge_front(http) if http else []
     found += endpoints.judge_private_folder(endpoints.ask_private_folder())
     found += [line for each in endpoints.ask_keys(settings) for line in endpoints.judge_keys(each)]
     found += [line for each in resources.ask_folders(settings) for line in resources.judge_folder(each)]

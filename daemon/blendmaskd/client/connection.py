@@ -63,6 +63,7 @@ class Connection:
         self._refused = ""  # why the connection was refused for good; ZeroMQ does not try again then
         self._failed_handshakes = 0
         self._disconnects = 0  # in a row
+        self._away_since: float | None = time.monotonic()
         self._places = _places(endpoint, transport)
         self._exchange = Exchange(operator.index(retries), _seconds(timeout_s), self._places)
 
@@ -74,6 +75,11 @@ class Connection:
     @timeout_s.setter
     def timeout_s(self, seconds: float) -> None:
         self._exchange.timeout_s = _seconds(seconds)
+
+    @property
+    def away_s(self) -> float:
+        """For how long there has been no connection to the daemon, in seconds; 0 while there is one."""
+        return 0.0 if self._away_since is None else time.monotonic() - self._away_since
 
     def _check_usable(self) -> None:
         """Raises RuntimeError for a client that is another process's, or closed."""
@@ -112,10 +118,11 @@ class Connection:
         """Take in what happened to the connection. Whether it stands now; `_refused` says why it never will."""
         match event:
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._failed_handshakes = 0
+                self._failed_handshakes, self._away_since = 0, None
                 return True
             case zmq.EVENT_DISCONNECTED:
                 self._disconnects += 1
+                self._away_since = self._away_since or time.monotonic()
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._failed_handshakes += 1
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:

@@ -69,6 +69,14 @@ class ServerPath:
 
 
 @dataclass(frozen=True, slots=True)
+class Described:
+    """An image as it is to travel: for fronts, which have it from elsewhere."""
+
+    description: protocol.Image
+    payload: list[Any]  # frames of bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Segmentation:
     """The answer to a job. `detections` are COCO results in descending score, see `blendmaskd.protocol`."""
 
@@ -336,6 +344,8 @@ _ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
 def describe(image: Image) -> tuple[protocol.Image, list[Any]]:
     """How an image travels, and its payload frames: bytes, or views of memory without gaps."""
     match image:
+        case Described():
+            return image.description, image.payload
         case ServerPath():
             return protocol.Image(kind="path", path=os.fspath(image.path)), []
         case str() | Path():

@@ -343,7 +343,7 @@ class Durable:
             reason = f"the spool cannot be read: {looked.reason}"
             told = SendClient(looked.client, refused(looked.name, Code.UNAVAILABLE, reason, RETRY_S))
         else:
-            answer = looked.answer or refused(looked.name, Code.BAD_REQUEST, _UNKNOWN)
+            answer = looked.answer or refused(looked.name, Code.BAD_REQUEST, UNKNOWN)
             told = SendClient(looked.client, answer, looked.payload)
         return [told, *self._look_on()]
 
@@ -354,7 +354,8 @@ class Durable:
         assert self._looks == LOOKS_AT_ONCE or not self._to_look, "an answer is not looked for"
 
 
-_UNKNOWN = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"
+DISABLED = "durable jobs are disabled: set spool in the daemon's settings (spool: PATH)"
+UNKNOWN = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"
 
 
 def _stored(job: Job) -> spool.Stored:
@@ -366,8 +367,7 @@ def _mark(job: Job) -> spool.Mark:
 
 
 def _off(name: str) -> Failed:
-    reason = "durable jobs are disabled: set spool in the daemon's settings (spool: PATH)"
-    return refused(name, Code.BAD_REQUEST, reason)
+    return refused(name, Code.BAD_REQUEST, DISABLED)
 
 
 def _busy(name: str, reason: str) -> Failed:

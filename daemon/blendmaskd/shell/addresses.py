@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 
 import psutil
@@ -37,3 +38,22 @@ def overlap(one: tuple[str, int], other: tuple[str, int]) -> bool:
     """Whether two addresses with ports exclude each other."""
     (first, port), (second, again) = one, other
     return port == again != 0 and (first == second or "0.0.0.0" in (first, second) or "::" in (first, second))
+
+
+def is_own_name(host: str | None) -> bool:
+    """Whether a Host header names this machine so that no DNS can lie about it. HTTP/1.0 may leave it out."""
+    if host is None:
+        return True
+    name = host_name(host)
+    if name == "localhost":
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def host_name(host: str) -> str:
+    """A Host header without its port, in small letters."""
+    return re.sub(r":\d*$", "", host.strip()).strip("[]").lower()

@@ -22,10 +22,9 @@ are `MOST_CONNECTIONS`, the oldest gives way. Each page is made once per snapsho
 """
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
-import hashlib
+import html
 import ipaddress
 import json
 import re
@@ -36,14 +35,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import resources
 from typing import Any
 
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from blendmaskd.core.metrics import Snapshot, health, render
 from blendmaskd.endpoints import parse_place
-from blendmaskd.shell.addresses import address
+from blendmaskd.shell import csp
+from blendmaskd.shell.addresses import address, is_own_name
 
 LIFE_S = 10.0
 MOST_CONNECTIONS = 32
@@ -70,11 +69,13 @@ class Page:
 class Pages:
     """Serves the pages above. The serving loop calls `publish` and `show_image`; they only store."""
 
-    def __init__(self, endpoint: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, endpoint: str, clock: Callable[[], float] = time.monotonic, front: str = "") -> None:
+        """`front`: http://HOST:PORT of the HTTP front, to which the status page links while somebody listens there."""
         self._clock = clock
+        self._front = front
         self._latest = _Published({}, clock())
         self._image: bytes | None = None
-        self._status_page = _status_page()
+        self._text, self._policy = csp.page("blendmaskd.shell", "status.html")
         host, port = parse_place(endpoint)
         self._http = _Http((address(host), port), _handler(self))
         self.port: int = self._http.server_address[1]
@@ -95,12 +96,12 @@ class Pages:
     def page(self, path: str, host: str | None) -> Page:
         """The answer to a request for `path` that names `host`."""
         latest = self._latest
-        if self._local_only and not _is_own_name(host):
+        if self._local_only and not is_own_name(host):
             text = f"{host}: this daemon listens on a loopback address and answers only to an IP address or localhost\n"
             return Page(HTTPStatus.MISDIRECTED_REQUEST, TEXT, text.encode())
         match path:
             case "/":
-                return self._status_page
+                return self._status_page(host)
             case "/stats.json":
                 return Page(HTTPStatus.OK, "application/json", latest.json)
             case "/last.jpg" if (image := self._image) is not None:
@@ -113,6 +114,16 @@ class Pages:
                 healthz, readyz, text = health(latest.snapshot, self._clock() - latest.taken)
                 return Page(healthz if path == "/healthz" else readyz, TEXT, text.encode())
         return Page(HTTPStatus.NOT_FOUND, TEXT, b"/, /stats.json, /metrics, /healthz, /readyz\n")
+
+
+    def _status_page(self, host: str | None) -> Page:
+        text = self._text
+        scheme, _, endpoint = self._front.partition("://")
+        if endpoint and _listens(endpoint):
+            name, port = re.sub(r":\d*$", "", host or "localhost"), endpoint.rpartition(":")[2]
+            link = f'<a href="{scheme}://{html.escape(name)}:{port}/">Try an image</a>'
+            text = text.replace(b"<!--try-->", link.encode())
+        return Page(HTTPStatus.OK, "text/html; charset=utf-8", text, {"Content-Security-Policy": self._policy})
 
 
 @dataclass
@@ -139,33 +150,16 @@ def _without_environment(effect: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in effect.items() if name != "env"}
 
 
-def _status_page() -> Page:
-    text = resources.files("blendmaskd.shell").joinpath("status.html").read_text(encoding="utf-8")
-    policy = (
-        f"default-src 'none'; script-src {_hash(text, 'script')}; style-src {_hash(text, 'style')};"
-        " connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return Page(HTTPStatus.OK, "text/html; charset=utf-8", text.encode(), {"Content-Security-Policy": policy})
-
-
-def _hash(page: str, element: str) -> str:
-    """What CSP knows the page's one such element by."""
-    (inside,) = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
-
-
-def _is_own_name(host: str | None) -> bool:
-    """Whether a Host header names this machine so that no DNS can lie about it. HTTP/1.0 may leave it out."""
-    if host is None:
+def _listens(endpoint: str) -> bool:
+    """Whether somebody does, of this host."""
+    host, port = parse_place(endpoint)
+    found = address(host)
+    family = socket.AF_INET6 if ":" in found else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family) as trial:
+        trial.settimeout(0.2)
+        trial.connect((found, port))
         return True
-    name = re.sub(r":\d*$", "", host.strip()).strip("[]").lower()
-    if name == "localhost":
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+    return False
 
 
 class _Http(ThreadingHTTPServer):

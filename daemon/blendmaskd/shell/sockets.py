@@ -98,7 +98,7 @@ class Sockets:
             for endpoint in filter(_is_tcp, endpoints):
                 _listen(endpoint, functools.partial(self.gate.bind, keys=keys))
             if self._settings.endpoints.metrics:
-                self.pages = _pages(self._settings.endpoints.metrics)
+                self.pages = _pages(self._settings.endpoints.metrics, self._settings.http.url)
         except BaseException:
             self.__exit__()
             raise
@@ -315,8 +315,8 @@ def send_to_client(sockets: Sequence[Clients], client: bytes, frames: Sequence[A
     return send(sockets[0].router, client, frames)
 
 
-def _pages(endpoint: str) -> Pages:
+def _pages(endpoint: str, front: str) -> Pages:
     try:
-        return Pages(endpoint)
+        return Pages(endpoint, front=front)
     except OSError as error:
         raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {error.strerror or error}") from None

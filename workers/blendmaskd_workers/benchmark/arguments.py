@@ -41,6 +41,9 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     run.add_argument("--bare", nargs="?", choices=("proxy", "poller"), const="proxy", metavar="KIND",
                      help="also the plain ZeroMQ path to workers that only sleep: its proxy (default), or a poller "
                           "loop in Python")  # fmt: skip
+    run.add_argument("--http", nargs="+", metavar="URL", help="instead, load these HTTP endpoints in turns, of any "
+                     "server that takes an image as the body of a POST")  # fmt: skip
+    run.add_argument("--http-form", metavar="FIELD", help="of a multipart form instead, as this field")
     run.add_argument("--kill", action="store_true", help="instead, kill -9 a worker under load")
     run.add_argument("--flood", action="store_true", help="latency of a client with one job at a time, alone and "
                      "beside one with 1000 in flight, instead")

@@ -11,6 +11,7 @@ daemon, transport, decoding and masks. Ratios can be compared between machines, 
   python scripts/benchmark.py --kill                                # kill -9 a worker under load
   python scripts/benchmark.py --flood --size 224x224                # a polite client beside one that floods
   python scripts/benchmark.py --encoding jpeg --replay photo.jpg    # real decoding, resizing and mask encoding
+  python scripts/benchmark.py --encoding jpeg --http http://127.0.0.1:9466/v1/segment   # what serves there, by HTTP
 
 two settings against each other, and against the plain ZeroMQ path, in turns in one run:
 
@@ -53,7 +54,7 @@ from blendmaskd.programs.errors import UsageError, guarded
 from blendmaskd.protocol import Options
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.topology import HostError
-from blendmaskd_workers.benchmark import device, flood, kill, pictures, replay, report, servers
+from blendmaskd_workers.benchmark import device, flood, http_load, kill, pictures, replay, report, servers
 from blendmaskd_workers.benchmark.arguments import LOAD_OPTIONS, load_parser, parse
 from blendmaskd_workers.benchmark.device import LimitError
 from blendmaskd_workers.benchmark.generator import Generator
@@ -94,6 +95,8 @@ def _main(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     try:
         with tempfile.TemporaryDirectory(prefix="blendmaskd-benchmark-") as folder:
+            if arguments.http:
+                return _http(arguments, console)
             variants = plan(_replayed(arguments, Path(folder) / "outputs.npz"))
             if arguments.kill:
                 return _kill(variants[0], console)
@@ -199,6 +202,33 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
     for file in filter(None, (arguments.json, arguments.plot)):
         if not file.absolute().parent.is_dir():
             raise UsageError(f"{file}: the folder {file.absolute().parent} does not exist")
+
+
+def _http(arguments: argparse.Namespace, console: Console) -> int:
+    _refuse_contradictions(arguments)
+    sent = _pictures(arguments)[0]
+    if sent.image.kind != "encoded" or sent.payload is None:
+        raise UsageError("--http sends encoded images: --encoding jpeg or png")
+    points = [(url, clients) for clients in arguments.clients for url in arguments.http]
+    rows = []
+    for number in range(1, arguments.rounds + 1):
+        for url, clients in points:
+            load = clients, arguments.warm_up, arguments.seconds
+            found = http_load.measure(url, sent.payload, arguments.http_form, *load)
+            rows.append({"round": number, "image_bytes": len(sent.payload), **found})
+            console.print(escape(f"{number}  {_http_line(url, clients, found)}  {found['failures'] or ''}"))
+    console.print(f"median of {arguments.rounds} rounds, images of {len(sent.payload)} bytes:")
+    for url, clients in points:
+        middle = http_load.medians([row for row in rows if (row["url"], row["clients"]) == (url, clients)])
+        console.print(escape(f"   {_http_line(url, clients, middle)}"))
+    if arguments.json:
+        files.write_json(arguments.json, rows)
+    return 0
+
+
+def _http_line(url: str, clients: int, found: dict[str, Any]) -> str:
+    return (f"{url}, {clients} clients: {found['fps']:.1f} images/s, p50 {found['p50_ms']:.1f} ms, "
+            f"p99 {found['p99_ms']:.1f} ms, {found['cpu_s_per_1000']:.2f} s of CPU per 1000")  # fmt: skip
 
 
 # ---- rounds -----------------------------------------------------------------------------------------------------

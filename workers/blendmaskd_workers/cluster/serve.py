@@ -3,7 +3,7 @@
 Two deployments. A **worker** for each accelerator is a `Segmenter` that Ray places, restarts, scales and drains. A
 **front** on each node takes HTTP, and is what the broker is on one host: it refuses what is too large or too much,
 holds the deadline, gives an image to another worker when its own is lost and gives it up after `max_attempts`, counts
-outcomes, and tells the cluster's statistics on /metrics, /stats, /healthz and /readyz.
+outcomes, and tells the cluster's statistics on /metrics, /v1/stats, /healthz and /readyz.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -29,10 +30,12 @@ from blendmaskd import logs, settings
 from blendmaskd.core import metrics
 from blendmaskd.core.stats import Stats
 from blendmaskd.core.suspects import Suspects, Suspicion
+from blendmaskd.http import bodies, rest
+from blendmaskd.http.rest import Failure
 from blendmaskd.logs import about
-from blendmaskd.protocol import Code, Failed
+from blendmaskd.protocol import Code, Failed, Image, Options
 from blendmaskd.settings import Settings, SettingsError
-from blendmaskd_workers.cluster import http, placement, statistics
+from blendmaskd_workers.cluster import placement, statistics
 from blendmaskd_workers.cluster.channel import Answer, WorkerLost
 from blendmaskd_workers.cluster.segmenter import Segmenter, leases_at_once
 
@@ -41,6 +44,7 @@ log = logging.getLogger("blendmaskd.front")
 SNAPSHOT_S = 3.0  # for all replicas to tell what they did
 AT_A_FRONT = 1024  # requests at once; those that wait for a worker are bounded by queue.max_jobs
 QUIET = {"enable_access_log": False}  # a line for each image costs more than the image
+Wanted = rest.Request[rest.Query]
 LOST = (RayActorError, ReplicaUnavailableError, WorkerLost)
 
 
@@ -115,12 +119,12 @@ class Worker:
     def __init__(self, tree: dict[str, Any]) -> None:
         self._segmenter = Segmenter(settings.from_tree(tree))
 
-    async def segment(self, request: http.Request, payload: bytes, left_s: float, alone: bool) -> Answer | Failed:
+    async def segment(
+        self, image: Image, options: Options, payload: bytes, left_s: float, alone: bool
+    ) -> Answer | Failed:
         """Raises `WorkerLost`. When the caller cancels, the image is not run."""
-        body = None if request.image.kind == "path" else payload
-        return await asyncio.wrap_future(
-            self._segmenter.submit(request.image, body, request.options, left_s, alone=alone)
-        )
+        body = None if image.kind == "path" else payload
+        return await asyncio.wrap_future(self._segmenter.submit(image, body, options, left_s, alone=alone))
 
     def snapshot(self) -> dict[str, Any]:
         return self._segmenter.snapshot()
@@ -155,18 +159,18 @@ class Front:
     async def __call__(self, request: Request) -> Response:
         path = request.url.path.removeprefix(request.scope.get("root_path", "")).rstrip("/")
         match request.method, path:
-            case "POST", "/segment":
+            case "POST", "/v1/segment":
                 return await self._segment(request)
             case "GET", "/metrics":
                 return Response(await self._metrics(), media_type=statistics.CONTENT_TYPE)
-            case "GET", "/stats":
+            case "GET", "/v1/stats":
                 return Response(msgspec.json.encode(await self._snapshot()), media_type="application/json")
             case "GET", "/healthz" | "/readyz":
                 healthz, readyz, text = metrics.health(statistics.named(await self._snapshot()), 0.0)
                 status = healthz if path == "/healthz" else readyz
                 return Response(text, status, media_type="text/plain")
-        return _response(Failed(job="", code=Code.BAD_REQUEST, reason=f"{request.method} {path}: there are POST "
-                                "/segment and GET /metrics, /stats, /healthz, /readyz"), {})  # fmt: skip
+        reason = f"{request.method} {path}: there are POST /v1/segment and GET /v1/stats, /metrics, /healthz, /readyz"
+        return _failure(Failure(Code.BAD_REQUEST, reason, status=HTTPStatus.NOT_FOUND))
 
     # -- images -------------------------------------------------------------------------------------------------------
 
@@ -185,26 +189,21 @@ class Front:
         return _response(outcome, timings)
 
     async def _outcome(self, http_request: Request, arrived: float) -> Answer | Failed:
-        too_large = self._too_large(int(http_request.headers.get("content-length") or 0))
-        if too_large:
-            return too_large
-        payload = await http_request.body()
+        content_type = http_request.headers.get("content-type", "")
+        most = bodies.largest(content_type, self._settings.limits.max_image_bytes)
         try:
-            request = http.read(http_request.query_params, len(payload), self._settings.deadline_s)
-        except http.RequestError as error:
-            return Failed(job="", code=Code.BAD_REQUEST, reason=str(error))
-        return self._too_large(len(payload)) or await self._ask(request, payload, arrived + request.deadline_s)
+            _check_size(int(http_request.headers.get("content-length") or 0), most)
+            body = await http_request.body()
+            _check_size(len(body), most)
+            request = rest.read(http_request.query_params, content_type, body, self._settings.deadline_s, rest.Query)
+            _check_size(len(request.payload), self._settings.limits.max_image_bytes)
+        except Failure as failure:
+            return Failed(job="", code=failure.problem.code, reason=failure.problem.detail)
+        return await self._ask(request, arrived + request.deadline_s)
 
-    def _too_large(self, found: int) -> Failed | None:
-        limit = self._settings.limits.max_image_bytes
-        if found <= limit:
-            return None
-        reason = f"{found} bytes: at most {limit} (limits.max_image_bytes)"
-        return Failed(job="", code=Code.TOO_LARGE, reason=reason)
-
-    async def _ask(self, request: http.Request, payload: bytes, deadline: float) -> Answer | Failed:
+    async def _ask(self, request: Wanted, deadline: float) -> Answer | Failed:
         """One worker, and another if that is lost: alone then, in case the image is what it died of."""
-        lost = ""
+        lost, payload = "", request.payload
         for attempt in range(self._settings.max_attempts):
             known = self._given_up.find(request.image, [payload], time.monotonic())
             if known is not None:  # since it came, perhaps: others may submit it too
@@ -213,7 +212,7 @@ class Front:
             try:
                 async with asyncio.timeout(left_s):
                     outcome: Answer | Failed = await self._worker.segment.remote(
-                        request, payload, left_s, attempt > 0
+                        request.image, request.options, payload, left_s, attempt > 0
                     )
                     return outcome
             except TimeoutError:
@@ -226,11 +225,11 @@ class Front:
             except LOST as error:
                 lost = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
                 log.warning("a worker was lost with an image: %s", lost, extra=about(attempt=attempt + 1))
-        return self._give_up(request, payload, f"lost {self._settings.max_attempts} workers: {lost}")
+        return self._give_up(request, f"lost {self._settings.max_attempts} workers: {lost}")
 
-    def _give_up(self, request: http.Request, payload: bytes, reason: str) -> Failed:
+    def _give_up(self, request: Wanted, reason: str) -> Failed:
         """And remember it: whoever submits it again would lose more workers."""
-        suspicion = Suspicion(self._given_up.identify(request.image, [payload]), given_up=reason)
+        suspicion = Suspicion(self._given_up.identify(request.image, [request.payload]), given_up=reason)
         self._given_up.keep(suspicion, time.monotonic())
         return Failed(job="", code=Code.WORKER_LOST, reason=reason)
 
@@ -286,8 +285,22 @@ def _all_timings(answer: Answer, total_s: float) -> dict[str, float]:
 
 
 def _response(outcome: Answer | Failed, timings: Mapping[str, float]) -> Response:
-    status, headers, body = http.write(outcome, timings)
-    return Response(body, status, headers)
+    if isinstance(outcome, Failed):
+        return _failure(Failure(outcome.code, outcome.reason, outcome.retry_after_s))
+    detections = msgspec.msgpack.decode(outcome.detections)
+    found = rest.Segmentation(width=outcome.width, height=outcome.height, device=outcome.device, node=outcome.node,
+                              timings=dict(timings), detections=detections)  # fmt: skip
+    return Response(msgspec.json.encode(found), media_type="application/json")
+
+
+def _failure(failure: Failure) -> Response:
+    return Response(failure.body, failure.status, failure.headers)
+
+
+def _check_size(found: int, most: int) -> None:
+    """Raises `Failure`."""
+    if found > most:
+        raise Failure(Code.TOO_LARGE, f"{found} bytes: at most {most} (limits.max_image_bytes)")
 
 
 def _own_node() -> str:

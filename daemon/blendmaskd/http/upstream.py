@@ -1,0 +1,227 @@
+"""The broker as the front sees it: a client for each token, so that turns stay fair between them.
+
+Nothing here waits for ever: an answer is waited for until its deadline, a broker that is away for `wait_s`, and nobody
+waits for whoever has left.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from blendmaskd.client.asynchronous import AsyncClient
+from blendmaskd.client.exchange import Described, JobFailed
+from blendmaskd.client.exchange import Segmentation as Answer
+from blendmaskd.core import durable
+from blendmaskd.http.rest import Failure, Query, Request
+from blendmaskd.protocol import Code
+
+log = logging.getLogger("blendmaskd.http")
+
+LATE_S = 2.0  # that an answer may come after its deadline: the broker's own `timeout` comes first
+STATS_S = 3.0
+FRESH_S = 1.0  # the broker takes a snapshot each second
+LONGEST_S = 2 * 86400.0  # no deadline of ours is later
+
+T = TypeVar("T")
+
+
+class Gone(Exception):
+    """Whoever asked has left."""
+
+
+class Upstream:
+    """`gone` is done when whoever asked has left; the job is then cancelled."""
+
+    def __init__(self, endpoint: str, wait_s: float) -> None:
+        self._endpoint = endpoint
+        self._wait_s = wait_s
+        self._members: dict[str, _Member] = {}
+        self._snapshot: tuple[float, dict[str, Any] | Failure] = (-math.inf, {})  # when it was taken
+        self._asking = asyncio.Lock()
+
+    async def segment(self, name: str, request: Request[Any], gone: asyncio.Future[Any]) -> Answer:
+        """The answer to an image. Raises `Failure` or `Gone`."""
+        member = await self._member(name)
+        call = member.client.segment(_image(request), deadline_s=request.deadline_s, **_options(request.query))
+        return await self._answer(member, call, gone, request.deadline_s)
+
+    async def submit(self, name: str, request: Request[Any], job: str, gone: asyncio.Future[Any]) -> None:
+        """Accept a durable job. Raises `Failure` or `Gone`."""
+        member = await self._member(name)
+        options = _options(request.query) | {"deadline_s": request.query.deadline_s}
+        await self._answer(member, _known(member.submit(job, _image(request), **options)), gone, 60.0)
+
+    async def fetch(self, name: str, job: str, wait_s: float, gone: asyncio.Future[Any]) -> Answer | JobFailed | None:
+        """The answer of a durable job, or how it failed; None if there is neither within `wait_s`.
+
+        Raises `Failure`, with 404 for a job that is not known, or `Gone`.
+        """
+        member = await self._member(name)
+        return await self._answer(member, _ended(_known(member.fetch(job, wait_s))), gone, wait_s + 60.0)
+
+    async def forget(self, name: str, job: str, gone: asyncio.Future[Any]) -> None:
+        """Raises `Failure` or `Gone`."""
+        member = await self._member(name)
+        await self._answer(member, _known(member.forget(job)), gone, 60.0)
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The broker's latest snapshot, at most a second old. Raises `Failure`."""
+        async with self._asking:
+            if time.monotonic() - self._snapshot[0] > FRESH_S:
+                found = await self._ask_snapshot()
+                self._snapshot = time.monotonic(), found
+        found = self._snapshot[1]
+        if isinstance(found, Failure):
+            raise found
+        return found
+
+    async def _ask_snapshot(self) -> dict[str, Any] | Failure:
+        """A failure is kept as well: those who ask together must not wait one after the other."""
+        member = await self._member("")
+        gone: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        try:
+            return await self._answer(member, member.client.stats(), gone, STATS_S)
+        except Failure as failure:
+            return failure
+
+    async def keep_only(self, names: frozenset[str]) -> None:
+        """Close the clients of tokens that are no more."""
+        for name in self._members.keys() - names - {""}:
+            await self._drop(name)
+
+    async def close(self) -> None:
+        for name in list(self._members):
+            await self._drop(name)
+
+    async def _member(self, name: str) -> _Member:
+        if name not in self._members:
+            client = AsyncClient(self._endpoint, timeout_s=LONGEST_S, retries=0)
+            self._members[name] = _Member(client)
+        await self._members[name].enter()
+        return self._members[name]
+
+    async def _drop(self, name: str) -> None:
+        await self._members.pop(name).client.__aexit__(None, None, None)
+
+    async def _answer(self, member: _Member, call: Awaitable[T], gone: asyncio.Future[Any], limit_s: float) -> T:
+        task = asyncio.ensure_future(call)
+        give_up = time.monotonic() + limit_s + LATE_S
+        try:
+            while not task.done():
+                if gone.done():
+                    raise Gone
+                away_s, left_s = member.client.away_s, give_up - time.monotonic()
+                if away_s > self._wait_s:
+                    raise Failure(Code.UNAVAILABLE, f"no daemon has been there for {away_s:.0f} s", self._wait_s)
+                if left_s <= 0:
+                    raise Failure(Code.TIMEOUT, "the daemon has not answered within the deadline")
+                patience = max(self._wait_s - away_s, 0.0) + 0.01
+                await asyncio.wait({task, gone}, timeout=min(left_s, patience, 1.0),
+                                   return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+            return task.result()
+        except JobFailed as error:
+            raise Failure(error.code, error.reason, error.retry_after_s) from None
+        except RuntimeError as error:  # the client has failed: whoever comes next gets a new one
+            log.exception("a client of the broker has failed")
+            self._members = {name: other for name, other in self._members.items() if other is not member}
+            raise Failure(Code.UNAVAILABLE, str(error)) from None
+        finally:
+            task.cancel()
+
+
+class _Member:
+    """One client of the broker. Requests about one durable job go one at a time, as answers do not tell them apart."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self.client = client
+        self._entering: asyncio.Task[Any] | None = None
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._waiting: dict[str, _Wait] = {}
+
+    async def enter(self) -> None:
+        if self._entering is None:
+            self._entering = asyncio.create_task(self.client.__aenter__())
+        await asyncio.shield(self._entering)
+
+    async def submit(self, job: str, image: Any, **options: Any) -> None:
+        if job not in self._waiting:  # else it was accepted before
+            await self._alone(job, lambda: self.client.submit(image, job=job, **options))
+
+    async def fetch(self, job: str, wait_s: float) -> Answer | None:
+        if not wait_s and job not in self._waiting:
+            return await self._alone(job, lambda: self.client.fetch(job, wait=False))
+        wait = self._waiting.get(job)
+        if wait is None:
+            wait = self._waiting[job] = _Wait(asyncio.create_task(self._alone(job, lambda: self.client.fetch(job))))
+        wait.callers += 1
+        try:
+            await asyncio.wait({wait.task}, timeout=wait_s)
+            if wait.task.cancelled():
+                raise JobFailed(Code.CANCELLED, "the job was deleted", job=job)
+            return wait.task.result() if wait.task.done() else None
+        finally:
+            wait.callers -= 1
+            if not wait.callers:
+                self._end(job, wait)
+
+    async def forget(self, job: str) -> None:
+        if wait := self._waiting.get(job):
+            self._end(job, wait)
+        await self._alone(job, lambda: self.client.forget(job))
+
+    def _end(self, job: str, wait: _Wait) -> None:
+        wait.task.cancel()
+        if self._waiting.get(job) is wait:
+            del self._waiting[job]
+
+    async def _alone(self, job: str, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        async with self._turns.setdefault(job, asyncio.Lock()):
+            return await call()
+
+
+@dataclass(slots=True)
+class _Wait:
+    """A fetch that waits, for all who ask for the same job."""
+
+    task: asyncio.Task[Answer | None]
+    callers: int = 0
+
+
+async def _ended(call: Awaitable[T]) -> T | JobFailed:
+    """How the job failed, if it is not the asking."""
+    try:
+        return await call
+    except JobFailed as error:
+        if error.code in (Code.BUSY, Code.DRAINING, Code.UNAVAILABLE):
+            raise
+        return error
+
+
+async def _known(call: Awaitable[T]) -> T:
+    """A job that there is not is 404, as is a broker that keeps none."""
+    try:
+        return await call
+    except JobFailed as error:
+        if error.reason not in (durable.UNKNOWN, durable.DISABLED):
+            raise
+        raise Failure(error.code, error.reason, status=HTTPStatus.NOT_FOUND) from None
+
+
+def _image(request: Request[Any]) -> Described:
+    return Described(request.image, [] if request.image.kind == "path" else [request.payload])
+
+
+def _options(query: Query) -> dict[str, Any]:
+    options: dict[str, Any] = msgspec.structs.asdict(query.options)
+    if query.options.max_detections is None:
+        del options["max_detections"]
+    return options | {"priority": getattr(query, "priority", 0)}
