@@ -41,10 +41,9 @@ def in_a_line(probe: Probe) -> str:
 
 def among(printed: str) -> Probe:
     """What was found, by all that such a process printed."""
-    for line in reversed(printed.splitlines()):
-        _, marked, text = line.rpartition(MARK)
+    marked = [line.rpartition(MARK) for line in reversed(printed.splitlines()) if MARK in line]
+    for _, _, text in sorted(marked, key=lambda parts: bool(parts[0])):  # first what begins a line
         with contextlib.suppress(ValueError):
-            if marked:
-                told, _ = json.JSONDecoder().raw_decode(text)  # something else may have been printed right behind it
-                return msgspec.convert(told, Probe)
+            told, _ = json.JSONDecoder().raw_decode(text)  # something else may have been printed right behind it
+            return msgspec.convert(told, Probe)
     return Probe(error=f"the process that tried it did not say what it found, but {printed.strip()[-200:]!r}")

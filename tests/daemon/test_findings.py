@@ -203,7 +203,7 @@ FAULTS: list[Case] = [
     ("few files", lambda: limits(files=256), "warning", "256 open files: 96 clients, 24 with shared memory",
      "ulimit -n 65536"),
     ("few files for a flood", lambda: limits(hard_files=1024), "warning",
-     "connects very often can end the daemon", "a hard limit of 1884 or more"),
+     "connects very often can end the daemon", "a hard limit of 2984 or more"),
     ("little memory", lambda: limits(available_bytes=1 << 30), "warning", "may take 2.0 GiB, 1.0 GiB are", "max_bytes"),
     ("root", lambda: devices.judge_identity("root", is_root=True, has_service=True), "warning", "runs as root",
      "runuser"),

@@ -376,7 +376,7 @@ def test_a_wall_clock_that_jumps_changes_nothing(scene, wait_until, tmp_path) ->
 
 
 def test_no_decision_reads_the_wall_clock() -> None:
-    """Of what daemon and workers load, only snapshots with the failures they list, and logs, tell the time of day."""
+    """Of what daemon and workers load, only snapshots, with failures and readings of npu-smi, and logs tell the time."""
     code = ("import sys, blendmaskd.shell.server, blendmaskd_workers.loop, blendmaskd_workers.engines;"
             "print(*(getattr(module, '__file__', '') for name, module in sys.modules.items() if 'blendmaskd' in name))")
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -390,7 +390,7 @@ def test_no_decision_reads_the_wall_clock() -> None:
                 readers.add(path.name)
             if isinstance(node, ast.ImportFrom) and node.module == "time":
                 assert not wall & {name.name for name in node.names}, f"{path} imports it by name"
-    assert readers == {"logs.py", "server.py", "desk.py"}
+    assert readers == {"logs.py", "server.py", "desk.py", "npu_health.py"}
 
 
 def test_sigterm_under_load_answers_what_was_accepted(daemon, loaded, wait_until) -> None:
