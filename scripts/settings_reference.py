@@ -6,11 +6,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 from blendmaskd import settings  # noqa: E402
+from blendmaskd.settings import schema  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 HEAD = """# Settings
 
-*Written by `scripts/settings_reference.py` from `daemon/blendmaskd/settings.py`; edit it there.*
+*Written by `scripts/settings_reference.py` from `daemon/blendmaskd/settings/schema.py`; edit it there.*
 
 Settings are one YAML file in which every key is optional. Later sources override earlier ones, key by key: file,
 environment, flags.
@@ -45,7 +46,7 @@ stay as they are written.
 
 def page() -> str:
     """The whole text of docs/settings.md."""
-    source = Path(settings.__file__).read_text(encoding="utf-8")
+    source = Path(schema.__file__).read_text(encoding="utf-8")
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     defaults = settings.to_tree(settings.Settings())
     return HEAD + "\n".join(_rows(classes, classes["Settings"], source.splitlines(), defaults, "")) + "\n"

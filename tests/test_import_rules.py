@@ -14,7 +14,7 @@ SOURCES = {"blendmaskd": ROOT / "daemon", "blendmaskd_workers": ROOT / "workers"
 MOST_MODULES = 18  # in a folder, beside its __init__
 ENTRIES = {"blendmaskd", *(f"{package}.{name}" for package in SOURCES for name in ("__main__", "commands"))}
 
-LANGUAGE, WORKER = "blendmaskd", "blendmaskd_workers"  # the modules right there; coco and images belong to the language
+LANGUAGE, WORKER = "blendmaskd", "blendmaskd_workers"  # the modules right there; coco, images and settings belong to it
 NETWORK, ENGINES, TRAINING = (f"{WORKER}.{name}" for name in ("blendmask", "engines", "training"))
 CORE, SHELL, CLIENT, PROGRAMS, CHECK, HTTP = (
     f"{LANGUAGE}.{name}" for name in ("core", "shell", "client", "programs", "check", "http")
@@ -62,7 +62,7 @@ def room(name: str) -> str:
         return LAUNCHING
     package, *below = name.split(".")
     folder = f"{package}.{below[0]}" if below and (SOURCES[package] / package / below[0]).is_dir() else package
-    return LANGUAGE if folder in (f"{LANGUAGE}.coco", f"{LANGUAGE}.images") else folder
+    return LANGUAGE if folder in {f"{LANGUAGE}.{name}" for name in ("coco", "images", "settings")} else folder
 
 
 def imported(tree: ast.AST, *, at_once: bool = False) -> Iterator[str]:

@@ -376,7 +376,7 @@ def test_a_wall_clock_that_jumps_changes_nothing(scene, wait_until, tmp_path) ->
 
 
 def test_no_decision_reads_the_wall_clock() -> None:
-    """Of all that daemon and workers load, only snapshots, with failures and readings in them, and logs tell the time."""
+    """Of what daemon and workers load, only snapshots, with failures and readings in them, and logs tell the time."""
     code = ("import sys, blendmaskd.shell.server, blendmaskd_workers.loop, blendmaskd_workers.engines;"
             "print(*(getattr(module, '__file__', '') for name, module in sys.modules.items() if 'blendmaskd' in name))")
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,150 @@
+"""Where settings come from: a YAML file, the environment, flags. What cannot be one is told by its name."""
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from blendmaskd.settings.checks import check
+from blendmaskd.settings.schema import Section, Settings, SettingsError
+from blendmaskd.wanted import HIDDEN
+
+ENVIRONMENT_PREFIX = "BLENDMASKD__"
+
+
+def load(
+    path: str | Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    overrides: Sequence[str] = (),
+    devices: Sequence[str] | None = None,
+) -> Settings:
+    """Settings from a YAML file, an environment and ``key.sub=value`` overrides, checked.
+
+    Raises `SettingsError` for an unreadable file, an unknown key or a bad value.
+    """
+    tree = _read(path) if path else {}
+    for name, text in sorted((environment or {}).items()):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            _put(tree, _keys(name.removeprefix(ENVIRONMENT_PREFIX), "__"), _yaml(text, name), name)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {override}: expected KEY=VALUE")
+        _put(tree, _keys(key, "."), _yaml(text, key), key)
+    if devices:
+        tree["devices"] = list(devices)
+    return from_tree(tree)
+
+
+def from_tree(tree: Mapping[str, Any]) -> Settings:
+    """Settings from nested plain values; raises `SettingsError`."""
+    runtime = tree.get("runtime")
+    if isinstance(runtime, dict) and runtime.get("preload") is False:  # YAML reads a bare `off` as false
+        tree = {**tree, "runtime": {**runtime, "preload": "off"}}
+    try:
+        settings = msgspec.convert(tree, Settings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(_explain(str(error), tree)) from None
+    check(settings)
+    return settings
+
+
+def to_tree(settings: Settings) -> dict[str, Any]:
+    """The inverse of `from_tree`: plain values, every key present."""
+    tree: dict[str, Any] = msgspec.to_builtins(settings)
+    return tree
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    import yaml  # of the extra serve, as in `_yaml`: clients have this module too
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
+        _refuse_doubles(yaml.compose(text, yaml.SafeLoader), str(path))
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    return tree
+
+
+def _yaml(text: str, name: str) -> Any:
+    import yaml
+
+    if " #" in text and not text.startswith(('"', "'", "[", "{")):
+        raise SettingsError(f"{name}={text}: YAML takes what follows ' #' for a comment: put the value into quotes")
+    try:
+        value = yaml.safe_load(text)
+        _refuse_doubles(yaml.compose(text, yaml.SafeLoader), name)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{name}={text}: not a YAML value: {error}") from None
+    return value
+
+
+def _refuse_doubles(node: Any, source: str, section: str = "", done: tuple[Any, ...] = ()) -> None:
+    """Of a key that is given twice, YAML would silently take the last. `done`: the sections around this one."""
+    seen: dict[str, int] = {}
+    for key, value in node.value if node is not None and node.id == "mapping" and node not in done else ():
+        name, line = f"{section}{key.value}", key.start_mark.line + 1
+        if name in seen:
+            raise SettingsError(f"{source}: {name} is given twice, in lines {seen[name]} and {line}")
+        seen[name] = line
+        _refuse_doubles(value, source, f"{name}.", (*done, node))
+
+
+def _keys(name: str, separator: str) -> list[Any]:
+    """The way to a value in the tree. Names of settings may be in capitals; below a free map, such as `worker_env`, a
+    key stays as it is, and a number is one.
+    """
+    keys: list[Any] = []
+    section, rest = Settings, name
+    while rest:
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            return [*keys, int(rest) if rest.isdecimal() else rest]
+        key, _, rest = rest.partition(separator)
+        keys.append(key.lower() if separator == "__" else key)
+        section = next((each.type for each in msgspec.structs.fields(section) if each.name == keys[-1]), Settings)
+    return keys or [name]
+
+
+def _put(tree: dict[str, Any], keys: list[Any], value: Any, name: str) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise SettingsError(f"{name}: {key} is not a section")
+    tree[keys[-1]] = value
+
+
+def _explain(error: str, tree: Any) -> str:
+    """msgspec's ``reason - at `$.queue.max_jobs` `` as ``queue.max_jobs = -1: reason``."""
+    reason, _, where = error.partition(" - at `$")
+    key = where.rstrip("`").lstrip(".")
+    value = tree
+    for part in re.findall(r"[^.\[\]]+", key):
+        if isinstance(value, list) and part.isdigit():
+            value = value[int(part)]
+        elif isinstance(value, dict):
+            value = value.get(part, value)
+    unknown = re.search(r"unknown field `(.+)`", reason)
+    if unknown:
+        return f"{key + '.' if key else ''}{unknown[1]}: unknown key{_instead(key, unknown[1])}"
+    if key.startswith("worker_env["):
+        value = dict.fromkeys(value, HIDDEN)
+    return f"{key or 'settings'} = {value!r}: {reason}"
+
+
+def _instead(section: str, unknown: str) -> str:
+    known = msgspec.to_builtins(Settings())
+    for part in section.split(".") if section else ():
+        known = known[part]
+    close = difflib.get_close_matches(unknown, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
