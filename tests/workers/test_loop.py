@@ -19,7 +19,7 @@ from blendmaskd.client.blocking import JobFailed, ServerPath
 from blendmaskd.protocol import IDLE, TO_CLIENT, Cancel, Code, Image, Lease, Options, Submit
 from blendmaskd_workers.batching import Batching
 from blendmaskd_workers.engines import Times
-from blendmaskd_workers.loop import host_threads
+from blendmaskd_workers.process import host_threads
 from blendmaskd_workers.ready import Item, ReadyQueue
 from blendmaskd_workers.reports import Busy
 

@@ -47,7 +47,7 @@ from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
 from blendmaskd.logs import about
 from blendmaskd.protocol import Code, RegionError
-from blendmaskd.settings import MOST_HOST_THREADS, Settings
+from blendmaskd.settings import Settings
 from blendmaskd_workers import process
 from blendmaskd_workers.batching import Batching, ahead
 from blendmaskd_workers.channel import Connection
@@ -99,7 +99,7 @@ class Loop:
         # a device that works while we do something else has a clock of its own
         self._watch = contextlib.nullcontext() if engine.overlaps else self._busy
         self._exit_code: int | None = None
-        self._host_threads = host_threads(self._settings, len(os.sched_getaffinity(0)), cpu_quota())
+        self._host_threads = process.host_threads(self._settings, len(os.sched_getaffinity(0)), cpu_quota())
         self._host = ThreadPoolExecutor(self._host_threads, thread_name_prefix="host")
         self._teller = ThreadPoolExecutor(1, thread_name_prefix="teller")
 
@@ -444,11 +444,3 @@ def exit_code_of(fault: int) -> int:
     if fault in ascend.NEEDS_A_RESET:
         return EXIT_DEVICE_BROKEN
     return EXIT_HOST_LACKS if fault in ascend.OUTLASTS_THE_PROCESS else EXIT_ENGINE_BROKEN
-
-
-def host_threads(settings: Settings, cpus: int, quota: float) -> int:
-    """What `runtime.host_threads` comes to with so many CPUs, and so many CPUs' time for all workers together."""
-    if settings.runtime.host_threads != "auto":
-        return settings.runtime.host_threads
-    share = int(min(cpus, quota / len(settings.devices)))
-    return min(max(share, 2), MOST_HOST_THREADS)  # one to decode the next image, one to finish the last

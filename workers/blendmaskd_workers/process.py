@@ -1,4 +1,4 @@
-"""This process: whose death ends it, and what took effect of the plan that it was started by."""
+"""This process: whose death ends it, what took effect of the plan that it was started by, how many threads it has."""
 from __future__ import annotations
 
 import ctypes
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from blendmaskd.settings import MOST_HOST_THREADS, Settings
 from blendmaskd.topology import format_cpus
 from blendmaskd.wanted import Actual, Wanted, number
 
@@ -57,3 +58,11 @@ def _mapped(library: str) -> bool:
     """Whether a library is in this process's memory; the kernel names the file behind links."""
     real = os.path.realpath(library)
     return any(line.rstrip("\n").endswith(real) for line in Path("/proc/self/maps").open())
+
+
+def host_threads(settings: Settings, cpus: int, quota: float) -> int:
+    """What `runtime.host_threads` comes to with so many CPUs, and so many CPUs' time for all workers together."""
+    if settings.runtime.host_threads != "auto":
+        return settings.runtime.host_threads
+    share = int(min(cpus, quota / len(settings.devices)))
+    return min(max(share, 2), MOST_HOST_THREADS)  # one to decode the next image, one to finish the last
