@@ -110,13 +110,46 @@ def test_who_has_left_by_ipc_is_told_once(here, connect, transport, wait_until) 
 
 
 @pytest.mark.parametrize("transport", ["ipc"])
-def test_what_was_said_in_the_turn_before_may_be_anothers(here, connect, wait_until) -> None:
+def test_who_speaks_and_leaves_at_once_has_left(here, connect, wait_until) -> None:
     a = connect(b"a")
     says(here, a, b"a")
     a.close(linger=0)
     assert wait_until(lambda: here.gate.sockets[0].poll(0))
-    assert here.turn() == ([], []), "it might have been said by a new connection of the same number"
+    assert here.turn() == ([b"a"], [])
     assert here.turn() == ([], [])
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_of_a_number_that_is_taken_anew_it_is_known_who_has_left(comes_back: bool) -> None:
+    departures, in_use = Departures(), {30}
+    departures.heard(b"a", 30)
+    departures.ended(30, local=True)  # that of `a`, or of whoever had the number before
+    departures.settle(in_use.__contains__)
+    assert departures.take() == []
+    assert departures.descriptor(b"a") == 30
+    if comes_back:
+        departures.heard(b"a", 30)
+        assert departures.take() == []
+    else:
+        departures.heard(b"b", 30)
+        assert departures.take() == [b"a"]
+    departures.settle(in_use.__contains__)
+    departures.ended(30, local=True)
+    assert departures.take() == [b"a" if comes_back else b"b"]
+
+
+def test_before_all_is_known_nobody_has_left() -> None:
+    departures = Departures()
+    departures.settle({30}.__contains__)
+    departures.heard(b"a", 30)  # by the second connection of this number, whose predecessor's end is still to be told
+    assert departures.take() == []
+    departures.ended(30, local=True)
+    assert departures.take() == []
+    departures.settle({30}.__contains__)
+    assert departures.take() == []
+    departures.settle({30}.__contains__)
+    departures.ended(30, local=True)
+    assert departures.take() == [b"a"]
 
 
 @pytest.mark.parametrize("transport", ["ipc"])
@@ -153,7 +186,7 @@ def test_the_end_of_a_local_connection_may_be_told_when_a_remote_one_has_its_num
     departures, remote = Departures(), FROM_AFAR + b"b"
     departures.heard(b"a", 30)
     departures.heard(remote, 30)
-    assert departures.take() == []
+    assert departures.take() == [b"a"]
     departures.ended(30, local=True)
     assert departures.take() == []
     assert departures.descriptor(remote) == 30

@@ -4,11 +4,13 @@ A ROUTER does not tell that a peer has disconnected; a message to it fails, but 
 monitor tells of a connection that ended by its descriptor, and each message of the descriptor that it came by. A
 connection by ipc never ends but with its client; one by tcp may come back, and is left alone.
 
-A descriptor's number may be taken anew at once: what a client said in the turn before its number was told to have ended
-may have come by the new one. Such a client is left alone too: the first answer that cannot reach it tells the same.
+A descriptor's number may be taken anew at once: what a client said just before its number is told to have ended may
+have come by the new one. So it is looked whether the number is in use, once all is known that ZeroMQ had told until
+then; and who speaks over a number that another client had tells that the other has left.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from blendmaskd.shell.admission.access import FROM_AFAR
@@ -16,7 +18,7 @@ from blendmaskd.shell.admission.access import FROM_AFAR
 
 @dataclass(slots=True)
 class Heard:
-    """Of a connection: who said something there last, and in which turn."""
+    """Of a connection: who said something there last, and how often all was known before."""
 
     client: bytes
     turn: int
@@ -29,6 +31,7 @@ class Departures:
         self._heard: dict[int, Heard] = {}  # by descriptor
         self._descriptors: dict[bytes, int] = {}  # by client, the last one
         self._left: list[bytes] = []
+        self._unsure: dict[int, bytes] = {}  # ended numbers, and who spoke there just before
         self._turn = 0
 
     def heard(self, client: bytes, descriptor: int) -> None:
@@ -38,7 +41,7 @@ class Departures:
             last.turn = self._turn
             return
         if last is not None and self._descriptors.get(last.client) == descriptor:
-            del self._descriptors[last.client]  # it said this after its end was told
+            self._gone(last.client)  # it said this after its end was told, or before that is
         self._heard[descriptor] = Heard(client, self._turn)
         self._descriptors[client] = descriptor
 
@@ -58,12 +61,31 @@ class Departures:
         del self._heard[descriptor]
         if self._descriptors.get(last.client) != descriptor:
             return
-        del self._descriptors[last.client]
-        if last.turn < self._turn and local:
-            self._left.append(last.client)
+        if last.turn < self._turn:
+            self._gone(last.client)
+        else:
+            del self._descriptors[last.client]
+            self._unsure[descriptor] = last.client
+
+    def settle(self, is_open: Callable[[int], bool]) -> None:
+        """All is known that was told before any client was heard: `is_open` says which numbers are in use."""
+        for descriptor, client in self._unsure.items():
+            if client in self._descriptors:
+                continue
+            self._descriptors[client] = descriptor
+            if is_open(descriptor) and descriptor not in self._heard:
+                self._heard[descriptor] = Heard(client, self._turn)
+            else:
+                self._gone(client)
+        self._unsure.clear()
+        self._turn += 1
+
+    def _gone(self, client: bytes) -> None:
+        del self._descriptors[client]
+        if not client.startswith(FROM_AFAR):
+            self._left.append(client)
 
     def take(self) -> list[bytes]:
-        """Who has left since the last call; to be called in each turn, before any client is heard."""
+        """Who has left since the last call."""
         left, self._left = self._left, []
-        self._turn += 1
         return left

@@ -138,7 +138,8 @@ class Gate:
 
     def receive(self) -> None:
         """Take in who came and went, and answer who may stay."""
-        self._take_events()
+        if self._take_events():
+            self.departures.settle(self._is_open)
         for _ in range(AT_ONCE if self._allowed is not None else 0):
             if not int(self._zap.get(zmq.EVENTS)) & zmq.POLLIN:
                 break
@@ -225,13 +226,18 @@ class Gate:
         self.refused.clear()
         return line
 
-    def _take_events(self) -> None:
-        for kind, monitor in self._monitors.items():
-            for _ in range(AT_ONCE):
-                if not int(monitor.get(zmq.EVENTS)) & zmq.POLLIN:
-                    break
-                event = parse_monitor_message(monitor.recv_multipart())
-                self._on_event(Event(event["event"]), event["value"], kind)
+    def _take_events(self) -> bool:
+        """Returns whether these are all."""
+        return sum(self._take_events_of(kind) for kind in self._monitors) == len(self._monitors)
+
+    def _take_events_of(self, kind: str) -> bool:
+        monitor = self._monitors[kind]
+        for _ in range(AT_ONCE):
+            if not int(monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+                return True
+            event = parse_monitor_message(monitor.recv_multipart())
+            self._on_event(Event(event["event"]), event["value"], kind)
+        return False
 
     def _on_event(self, event: Event, value: int, kind: str) -> None:
         if event is Event.ACCEPTED:
@@ -267,6 +273,9 @@ class Gate:
             self._strangers.pop(descriptor, None)
         self._crowds[kind].open.discard(descriptor)
         self._crowds[kind].silent.pop(descriptor, None)
+
+    def _is_open(self, descriptor: int) -> bool:
+        return any(descriptor in crowd.open for crowd in self._crowds.values())
 
     def _close(self, descriptor: int, peer: str = "") -> None:
         """End a connection of ZeroMQ's, which finds it at its end then; only one of this `Peer-Address`.
