@@ -98,18 +98,23 @@ def test_who_has_too_much_to_read_is_given_no_more(daemon: Any, tmp_path: Path, 
             received += len(peer.recv(1 << 20))
 
 
+def _pour(stack: contextlib.ExitStack, running: Any, parts: list[bytes]) -> None:
+    """A client of its own sends these, and reads what it is told, until the stack ends."""
+    peer = stack.enter_context(connect(running.endpoint))
+    for target, arguments in ((send_all, (peer, parts)), (read_all, (peer,))):
+        thread = threading.Thread(target=target, args=arguments)
+        thread.start()
+        stack.callback(thread.join)
+    stack.callback(peer.shutdown, socket.SHUT_RDWR)
+
+
 @pytest.mark.slow
 def test_a_flood_of_forget_holds_up_no_durable_job(daemon: Any, tmp_path: Path) -> None:
     running = daemon(devices=["cpu:0"], spool=str(tmp_path / "spool"))
     flood = b"".join(message(*encode(Forget(job=secrets.token_hex(4)))) for _ in range(2000))
     with contextlib.ExitStack() as stack, Polite(running):
         for _ in range(2):
-            peer = stack.enter_context(connect(running.endpoint))
-            for target, arguments in ((send_all, (peer, [flood] * 40)), (read_all, (peer,))):
-                thread = threading.Thread(target=target, args=arguments)
-                thread.start()
-                stack.callback(thread.join)
-            stack.callback(peer.shutdown, socket.SHUT_RDWR)
+            _pour(stack, running, [flood] * 40)
         for _ in range(5):
             begun = time.monotonic()
             running.client.fetch(running.client.submit(IMAGE))
@@ -124,12 +129,7 @@ def test_malformed_messages_hold_nobody_up(daemon: Any) -> None:
     bad = message(MAGIC, msgpack.packb(header))
     with contextlib.ExitStack() as stack, Polite(running) as polite:
         for _ in range(3):
-            peer = stack.enter_context(connect(running.endpoint))
-            for target, arguments in ((send_all, (peer, [bad] * 2000)), (read_all, (peer,))):
-                thread = threading.Thread(target=target, args=arguments)
-                thread.start()
-                stack.callback(thread.join)
-            stack.callback(peer.shutdown, socket.SHUT_RDWR)
+            _pour(stack, running, [bad] * 2000)
         enough, deadline = polite.answers + 40, time.monotonic() + 20
         while polite.answers < enough and time.monotonic() < deadline:
             assert running.client.stats()["serving"] == 1

@@ -148,12 +148,13 @@ def test_caches_and_logs_go_where_the_unit_may_write() -> None:
     environment = make_plan(base=base).environment
     assert environment["ACL_OP_COMPILER_CACHE_DIR"] == "/var/lib/blendmaskd/atc_data"
     assert environment["ASCEND_PROCESS_LOG_PATH"] == "/var/log/blendmaskd/ascend"
-    assert environment["ASCEND_WORK_PATH"] == "/var/lib/blendmaskd/work/npu1"
-    assert make_plan("npu:0", base=base).environment["ASCEND_WORK_PATH"] == "/var/lib/blendmaskd/work/npu0"
+    assert environment["ASCEND_WORK_PATH"] == "/var/lib/blendmaskd/ascend_work/npu1"
+    assert make_plan("npu:0", base=base).environment["ASCEND_WORK_PATH"] == "/var/lib/blendmaskd/ascend_work/npu0"
     given = {"ASCEND_PROCESS_LOG_PATH": "/mine", "ASCEND_WORK_PATH": "/mine too"}
     assert given.items() <= make_plan(base=base | given).environment.items()
     assert "ACL_OP_COMPILER_CACHE_DIR" not in make_plan().environment
-    assert make_plan(base={"HOME": "/home/a"}).environment["ASCEND_WORK_PATH"] == "/home/a/.cache/blendmaskd/work/npu1"
+    of_a = make_plan(base={"HOME": "/home/a"}).environment
+    assert of_a["ASCEND_WORK_PATH"] == "/home/a/.cache/blendmaskd/ascend_work/npu1"
     assert "ASCEND_WORK_PATH" not in make_plan("cpu:0", base=base).environment
 
 

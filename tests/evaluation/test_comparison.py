@@ -16,14 +16,7 @@ from blendmaskd_workers.evaluation import comparison, scenes, subjects
 from blendmaskd_workers.evaluation.comparison import Difference, compare, compare_detections, compare_losses
 from blendmaskd_workers.evaluation.subjects import Subject
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Both sides of a comparison must sum in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------

@@ -19,17 +19,11 @@ from blendmaskd_workers.evaluation.arithmetic import LADDER, Emulated, rounded, 
 from blendmaskd_workers.evaluation.ladder import Likeness
 from blendmaskd_workers.evaluation.subjects import Subject
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ONE = "backbone.bottom_up.res3.0.conv2"
 SHARED = "proposal_generator.fcos_head.bbox_tower.0"  # runs on all levels
 COUNT = 42  # convolutions that inference runs
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

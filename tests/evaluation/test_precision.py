@@ -20,17 +20,11 @@ from blendmaskd_workers.evaluation.arithmetic import LADDER
 from blendmaskd_workers.evaluation.subjects import Depth, Initial, Subject
 from checkout import ROOT
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EMULATED = {"PYTHONPATH": str(ROOT / "tests" / "emulated")}
 LOSSES = {"loss_basis_sem", "loss_mask", "loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
 LEVELS = ["p3", "p4", "p5", "p6", "p7"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

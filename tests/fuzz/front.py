@@ -21,7 +21,7 @@ from typing import Self
 import psutil
 from PIL import Image
 
-from fuzz.live import Target
+from fuzz.live import Target, first_said
 from fuzz.mutate import mutate
 from fuzz.rules import BrokenRuleError
 
@@ -79,7 +79,7 @@ class Front:
         with socket.create_connection(("127.0.0.1", self._port), ANSWER_S) as stranger, contextlib.suppress(OSError):
             stranger.sendall(_request(random))
             stranger.shutdown(socket.SHUT_WR)
-            return _status(stranger)
+            return _code(first_said(stranger))
         return "reset"
 
     def _patient(self, random: Random) -> str:
@@ -208,17 +208,6 @@ def _one(random: Random) -> bytes:
     if b"chunked" in extra:
         return head + b"\r\n%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n"
     return head + b"Content-Length: %d\r\n\r\n" % max(size, 0) + body
-
-
-def _status(stranger: socket.socket) -> str:
-    """The number in the first status line, or that there was none."""
-    said = b""
-    try:
-        while part := stranger.recv(65536):
-            said = said or part
-    except TimeoutError:
-        raise BrokenRuleError("a request was neither answered nor closed") from None
-    return _code(said)
 
 
 def _code(said: bytes) -> str:

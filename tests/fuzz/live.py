@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import tempfile
 import threading
 import time
@@ -75,6 +76,17 @@ class Target:
 
     def _workers(self) -> dict[str, int]:
         return {name: held[0] for name, held in self.host.held().items()}
+
+
+def first_said(stranger: socket.socket) -> bytes:
+    """What came first of an answer that is read to its end; nothing where there was none."""
+    said = b""
+    try:
+        while part := stranger.recv(65536):
+            said = said or part
+    except TimeoutError:
+        raise BrokenRuleError("a request was neither answered nor closed") from None
+    return said
 
 
 class GoodClient(threading.Thread):

@@ -30,7 +30,7 @@ from blendmaskd.protocol import MAGIC, MEMORY_SUFFIX, Code, Failed, Fetch, Forge
 from blendmaskd.shell.sockets import MOST_FRAMES
 from fuzz import headers, pictures
 from fuzz.front import Front
-from fuzz.live import Target
+from fuzz.live import Target, first_said
 from fuzz.mutate import EDGES, mutate
 from fuzz.rules import LIMITS, BrokenRuleError
 
@@ -443,12 +443,7 @@ def _request(random: Random) -> bytes:
 
 def _status(stranger: socket.socket) -> str:
     """The number in the status line, or that there was none."""
-    said = b""
-    try:
-        while part := stranger.recv(65536):
-            said = said or part
-    except TimeoutError:
-        raise BrokenRuleError("a request was neither answered nor closed") from None
+    said = first_said(stranger)
     if not said:
         return "closed"
     return said.split()[1].decode(errors="replace") if said.startswith(b"HTTP/") else "a page of HTTP/0.9"

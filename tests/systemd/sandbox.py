@@ -8,11 +8,14 @@ scripts/install_service.sh does the rest.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+
+import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("sandbox.sh")
@@ -106,3 +109,12 @@ def wait_for(condition: Callable[[], T], deadline_s: float = 15.0) -> T:
         assert time.monotonic() < end, f"not within {deadline_s} s: {condition}"
         time.sleep(0.02)
     return value
+
+
+def exposure_is_low(unit: Path) -> None:
+    """By `systemd-analyze security`, at most 2.0."""
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("needs systemd-analyze")
+    argv = ["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=20", str(unit)]
+    rated = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert rated.returncode == 0, rated.stdout  # above the threshold, in tenths

@@ -403,7 +403,7 @@ def _load_npu() -> Any:
 
 
 def _make_work_path() -> None:
-    work = os.environ.setdefault(WORK_PATH, str(Path.home() / ".cache/blendmaskd/work/programs"))
+    work = os.environ.setdefault(WORK_PATH, str(Path.home() / ".cache/blendmaskd/ascend_work/programs"))
     try:
         os.makedirs(work, exist_ok=True)
     except OSError as error:

@@ -199,9 +199,9 @@ def _npu_defaults(device: str, settings: Settings, base: Mapping[str, str]) -> d
         found["ACL_DEVICE_SYNC_TIMEOUT"] = str(patience)  # seconds; then an error says what hangs
     if state := base.get("STATE_DIRECTORY", "").split(":")[0]:  # in the unit all else is read-only
         found["ACL_OP_COMPILER_CACHE_DIR"] = f"{state}/atc_data"
-        found["ASCEND_WORK_PATH"] = f"{state}/work/{device.replace(':', '')}"
+        found["ASCEND_WORK_PATH"] = f"{state}/ascend_work/{device.replace(':', '')}"
     elif home := base.get("HOME"):
-        found["ASCEND_WORK_PATH"] = f"{home}/.cache/blendmaskd/work/{device.replace(':', '')}"
+        found["ASCEND_WORK_PATH"] = f"{home}/.cache/blendmaskd/ascend_work/{device.replace(':', '')}"
     if logs := base.get("LOGS_DIRECTORY", "").split(":")[0]:
         found["ASCEND_PROCESS_LOG_PATH"] = f"{logs}/ascend"
     return found
