@@ -141,7 +141,7 @@ def test_of_a_number_that_is_taken_anew_it_is_known_who_has_left(comes_back: boo
         assert departures.take() == []
     else:
         departures.heard(b"b", 30)
-        assert departures.take() == [b"a"]
+        assert departures.take() == [], "which of the two has left is not known: messages are read in no order"
     departures.settle(in_use.__contains__)
     departures.ended(30, local=True)
     assert departures.take() == [b"a" if comes_back else b"b"]
@@ -195,7 +195,7 @@ def test_the_end_of_a_local_connection_may_be_told_when_a_remote_one_has_its_num
     departures, remote = Departures(), FROM_AFAR + b"b"
     departures.heard(b"a", 30)
     departures.heard(remote, 30)
-    assert departures.take() == [b"a"]
+    assert departures.take() == []
     departures.ended(30, local=True)
     assert departures.take() == []
     assert departures.descriptor(remote) == 30

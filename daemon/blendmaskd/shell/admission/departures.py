@@ -6,7 +6,7 @@ connection by ipc never ends but with its client; one by tcp may come back, and 
 
 A descriptor's number may be taken anew at once: what a client said just before its number is told to have ended may
 have come by the new one. So it is looked whether the number is in use, once all is known that ZeroMQ had told until
-then; and who speaks over a number that another client had tells that the other has left.
+then. Who spoke over a number that another has is left alone: the first answer that cannot reach it tells the same.
 """
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Departures:
             last.turn = self._turn
             return
         if last is not None and self._descriptors.get(last.client) == descriptor:
-            self._gone(last.client)  # it said this after its end was told, or before that is
+            del self._descriptors[last.client]  # one of the two spoke before its end, and is read after the other
         self._heard[descriptor] = Heard(client, self._turn)
         self._descriptors[client] = descriptor
 
@@ -73,8 +73,8 @@ class Departures:
             if client in self._descriptors:
                 continue
             self._descriptors[client] = descriptor
-            if is_open(descriptor) and descriptor not in self._heard:
-                self._heard[descriptor] = Heard(client, self._turn)
+            if is_open(descriptor):
+                self._heard.setdefault(descriptor, Heard(client, self._turn))
             else:
                 self._gone(client)
         self._unsure.clear()
