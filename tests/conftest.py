@@ -45,8 +45,9 @@ def pytest_configure() -> None:
     _give_children_default_signals()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: fixtures end, and with them their processes
     any_speed = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-    hypothesis.settings.register_profile("any speed", any_speed)  # a busy machine is no reason to fail
-    hypothesis.settings.load_profile("any speed")
+    hypothesis.settings.register_profile("new", any_speed)  # a busy machine is no reason to fail
+    hypothesis.settings.register_profile("same", any_speed, derandomize=True)  # what failed once fails again
+    hypothesis.settings.load_profile("same")
 
 
 def _give_children_default_signals() -> None:

@@ -97,14 +97,15 @@ def test_a_deadline_ends_what_waits(daemon: Any, front: MakeFront, photo: bytes)
 
 @pytest.mark.slow
 def test_a_full_queue_is_said_at_once(daemon: Any, front: MakeFront, photo: bytes, wait_until: Any) -> None:
-    server = daemon(timed={"latency_ms": {1: 1000}}, devices=["cpu:0"], queue={"max_jobs_per_client": 1})
+    server = daemon(timed={"latency_ms": {1: 60_000}}, devices=["cpu:0"], queue={"max_jobs_per_client": 1})
     here = front(server)
-    held = here.connect()
-    held.sendall(segment_request(photo))
-    reply = wait_until(lambda: (got := here.ask("POST", "/v1/segment", photo)).status == 503 and got, 20)
-    assert reply.tree["code"] == "busy"
+    with here.connect() as held:
+        held.sendall(segment_request(photo))
+        wait_until(lambda: server.client.stats()["leased"] == 1)
+        reply = here.ask("POST", "/v1/segment", photo)
+    assert (reply.status, reply.tree["code"]) == (503, "busy")
     assert int(reply.headers["retry-after"]) >= 1
-    held.close()
+    server.process.kill()
 
 
 @pytest.mark.slow

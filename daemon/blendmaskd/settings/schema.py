@@ -37,7 +37,7 @@ class Model(Section, frozen=True):
     precision: Literal["fp32", "hf32", "bf16", "fp16", "native", "auto"] = "fp32"
     # true: AdelaiDet's order of operations, image by image; slower. false: the same except for rounding
     exact: bool = False
-    # exact: Pillow's resizing, as detectron2's; fast: torch's, inexact: up to 0.4% of values are off by one
+    # exact: Pillow's resizing, as detectron2's; fast: torch's, which has up to 0.4% of a photograph's values off by one
     resize: Literal["exact", "fast"] = "exact"
     # record a graph for each size in warm_up; npu and cuda only. Never run on hardware by this project
     graphs: bool = False
