@@ -14,7 +14,7 @@ from blendmaskd_workers.blendmask.blender import combine, roi_align
 from blendmaskd_workers.blendmask.fcos import LevelOutput
 from blendmaskd_workers.blendmask.model import BlendMask
 from blendmaskd_workers.blendmask.patches import convolve, patches_at
-from blendmaskd_workers.training.loss_config import LossConfig
+from blendmaskd_workers.training.config import LossConfig
 from blendmaskd_workers.training.targets import GroundTruth, Targets, assign
 
 SMALLEST_NORMALISER = 1e-6  # of losses weighted by centre-ness
