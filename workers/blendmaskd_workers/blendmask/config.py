@@ -79,15 +79,12 @@ def flag(name: str, default: bool) -> Any:
     return of_key(Key(name, default, is_bool, "True or False"))
 
 
-def many(name: str, default: tuple[Any, ...], item: Callable[[Any], bool], supported: str, count: int = 0) -> Any:
+def many(name: str, default: tuple[Any, ...], supported: str, item: Callable[[Any], bool] = lambda value: True,
+         count: int = 0) -> Any:
     """A list of `count` items, or of any number."""
     def accepts(value: Any) -> bool:
         return isinstance(value, tuple) and count in (0, len(value)) and all(map(item, value))
     return of_key(Key(name, default, accepts, supported))
-
-
-def _names(name: str, default: tuple[str, ...]) -> Any:
-    return many(name, default, lambda v: True, "a list of names")
 
 
 def is_bool(value: Any) -> bool:
@@ -115,9 +112,9 @@ class Config:
     max_size: int = whole("INPUT.MAX_SIZE_TEST", 1333)  # longer side at most
     channel_order: str = one_of("INPUT.FORMAT", "BGR", ("BGR", "RGB"))  # what the network was trained on
     # in channel_order, 0..255
-    pixel_mean: tuple[float, ...] = many("MODEL.PIXEL_MEAN", (103.53, 116.28, 123.675), is_number, "three numbers", 3)
-    pixel_std: tuple[float, ...] = many("MODEL.PIXEL_STD", (1.0, 1.0, 1.0), lambda v: is_number(v) and v > 0,
-                                        "three positive numbers", 3)
+    pixel_mean: tuple[float, ...] = many("MODEL.PIXEL_MEAN", (103.53, 116.28, 123.675), "three numbers", is_number, 3)
+    pixel_std: tuple[float, ...] = many("MODEL.PIXEL_STD", (1.0, 1.0, 1.0), "three positive numbers",
+                                        lambda value: is_number(value) and value > 0, 3)
     # backbone
     backbone: str = one_of("MODEL.BACKBONE.NAME", "build_resnet_backbone", (_RESNET, _DLA))  # here "resnet" or "dla"
     backbone_norm: str = one_of("MODEL.RESNETS.NORM", "FrozenBN", _NORMS)  # BN and SyncBN: a training changes them
@@ -127,8 +124,8 @@ class Config:
     res2_width: int = whole("MODEL.RESNETS.WIDTH_PER_GROUP", 64)  # of the 3x3 of res2's bottlenecks, doubling too
     stride_in_1x1: bool = flag("MODEL.RESNETS.STRIDE_IN_1X1", True)  # of bottlenecks: in the first, not in the 3x3
     # which of res2..res5 have deformable convolutions, and in which blocks: the first and every so manieth after it
-    deformable: tuple[bool, ...] = many("MODEL.RESNETS.DEFORM_ON_PER_STAGE", (False,) * 4, is_bool,
-                                        "four times True or False", 4)
+    deformable: tuple[bool, ...] = many("MODEL.RESNETS.DEFORM_ON_PER_STAGE", (False,) * 4,
+                                        "four times True or False", is_bool, 4)
     deformable_interval: int = whole("MODEL.RESNETS.DEFORM_INTERVAL", 1)
     fpn_channels: int = of_key(Key("MODEL.FPN.OUT_CHANNELS", 256, lambda v: is_int(v, 32) and v % 32 == 0,
                                    "a multiple of 32 (the groups of GroupNorm)"))
@@ -140,7 +137,7 @@ class Config:
     head_norm: str = one_of("MODEL.FCOS.NORM", "GN", ("GN", "NaiveGN", "BN", "SyncBN"))  # BN: one for each level
     use_scale: bool = flag("MODEL.FCOS.USE_SCALE", True)  # a factor for each level on its distances
     # of p3 to p5, p6 or p7
-    strides: tuple[int, ...] = many("MODEL.FCOS.FPN_STRIDES", (8, 16, 32, 64, 128), lambda v: True, "a list of numbers")
+    strides: tuple[int, ...] = many("MODEL.FCOS.FPN_STRIDES", (8, 16, 32, 64, 128), "a list of numbers")
     # selection of boxes; the threshold is of class score times centre-ness, or of the class score alone
     threshold_with_centreness: bool = flag("MODEL.FCOS.THRESH_WITH_CTR", False)
     score_threshold: float = share("MODEL.FCOS.INFERENCE_TH_TEST", 0.05)
@@ -161,12 +158,12 @@ class _Beside:
     """What is read beside the numbers, because it decides on some of them or has to agree with them."""
 
     dla_norm: str = one_of("MODEL.DLA.NORM", "FrozenBN", _NORMS)
-    resnet_stages: tuple[str, ...] = _names("MODEL.RESNETS.OUT_FEATURES", ("res4",))
-    pyramid_stages: tuple[str, ...] = _names("MODEL.FPN.IN_FEATURES", ())
+    resnet_stages: tuple[str, ...] = many("MODEL.RESNETS.OUT_FEATURES", ("res4",), "a list of names")
+    pyramid_stages: tuple[str, ...] = many("MODEL.FPN.IN_FEATURES", (), "a list of names")
     deform_modulated: bool = flag("MODEL.RESNETS.DEFORM_MODULATED", False)
     deform_groups: int = whole("MODEL.RESNETS.DEFORM_NUM_GROUPS", 1)
     top_levels: int = one_of("MODEL.FCOS.TOP_LEVELS", 2, (0, 1, 2))
-    level_names: tuple[str, ...] = _names("MODEL.FCOS.IN_FEATURES", ("p3", "p4", "p5", "p6", "p7"))
+    level_names: tuple[str, ...] = many("MODEL.FCOS.IN_FEATURES", ("p3", "p4", "p5", "p6", "p7"), "a list of names")
     loss_on: bool = flag("MODEL.BASIS_MODULE.LOSS_ON", False)
 
 
@@ -199,33 +196,27 @@ _FIXED = (
 )
 
 # Keys of training, of data sets and of other architectures: BlendMask inference reads none of them.
-# A name ending in a dot stands for everything below it.
 _WITHOUT_EFFECT = (
-    "SOLVER.", "DATASETS.", "DATALOADER.", "GLOBAL.", "OUTPUT_DIR", "SEED", "CUDNN_BENCHMARK", "VIS_PERIOD",
-    "TEST.EVAL_PERIOD", "TEST.EXPECTED_RESULTS", "TEST.KEYPOINT_OKS_SIGMAS", "TEST.DETECTIONS_PER_IMAGE", "TEST.AUG.",
-    "TEST.PRECISE_BN.", "INPUT.CROP.", "INPUT.HFLIP_TRAIN", "INPUT.IS_ROTATE", "INPUT.MASK_FORMAT",
-    "INPUT.MAX_SIZE_TRAIN", "INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "INPUT.RANDOM_FLIP",
-    "MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS", "MODEL.FCPOSE_ON",
-    "MODEL.BACKBONE.FREEZE_AT",
-    "MODEL.PROPOSAL_GENERATOR.MIN_SIZE",
-    "MODEL.FCOS.CENTER_SAMPLE", "MODEL.FCOS.INFERENCE_TH_TRAIN", "MODEL.FCOS.LOC_LOSS_TYPE", "MODEL.FCOS.LOSS_ALPHA",
-    "MODEL.FCOS.LOSS_GAMMA", "MODEL.FCOS.LOSS_NORMALIZER_CLS", "MODEL.FCOS.LOSS_WEIGHT_CLS", "MODEL.FCOS.POS_RADIUS",
+    "OUTPUT_DIR", "SEED", "CUDNN_BENCHMARK", "VIS_PERIOD", "TEST.EVAL_PERIOD", "TEST.EXPECTED_RESULTS",
+    "TEST.KEYPOINT_OKS_SIGMAS", "TEST.DETECTIONS_PER_IMAGE", "INPUT.HFLIP_TRAIN", "INPUT.IS_ROTATE",
+    "INPUT.MASK_FORMAT", "INPUT.MAX_SIZE_TRAIN", "INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TRAIN_SAMPLING",
+    "INPUT.RANDOM_FLIP", "MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS",
+    "MODEL.FCPOSE_ON", "MODEL.BACKBONE.FREEZE_AT", "MODEL.PROPOSAL_GENERATOR.MIN_SIZE", "MODEL.FCOS.CENTER_SAMPLE",
+    "MODEL.FCOS.INFERENCE_TH_TRAIN", "MODEL.FCOS.LOC_LOSS_TYPE", "MODEL.FCOS.LOSS_ALPHA", "MODEL.FCOS.LOSS_GAMMA",
+    "MODEL.FCOS.LOSS_NORMALIZER_CLS", "MODEL.FCOS.LOSS_WEIGHT_CLS", "MODEL.FCOS.POS_RADIUS",
     "MODEL.FCOS.POST_NMS_TOPK_TRAIN", "MODEL.FCOS.PRE_NMS_TOPK_TRAIN", "MODEL.FCOS.PRIOR_PROB",
-    "MODEL.FCOS.SIZES_OF_INTEREST", "MODEL.FCOS.USE_RELU",
-    "MODEL.BASIS_MODULE.ANN_SET", "MODEL.BASIS_MODULE.COMMON_STRIDE", "MODEL.BASIS_MODULE.LOSS_WEIGHT",
-    "MODEL.BLENDMASK.INSTANCE_LOSS_WEIGHT",
+    "MODEL.FCOS.SIZES_OF_INTEREST", "MODEL.FCOS.USE_RELU", "MODEL.BASIS_MODULE.ANN_SET",
+    "MODEL.BASIS_MODULE.COMMON_STRIDE", "MODEL.BASIS_MODULE.LOSS_WEIGHT", "MODEL.BLENDMASK.INSTANCE_LOSS_WEIGHT",
     "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH", "MODEL.PANOPTIC_FPN.COMBINE.OVERLAP_THRESH",
-    "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT", "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT",
-    "MODEL.ANCHOR_GENERATOR.", "MODEL.BATEXT.", "MODEL.BOXINST.", "MODEL.BiFPN.", "MODEL.CONDINST.",
-    "MODEL.DLA.OUT_FEATURES",
-    "MODEL.FCPOSE.", "MODEL.MEInst.", "MODEL.RETINANET.", "MODEL.ROI_BOX_CASCADE_HEAD.", "MODEL.ROI_BOX_HEAD.",
-    "MODEL.ROI_HEADS.", "MODEL.ROI_KEYPOINT_HEAD.", "MODEL.ROI_MASK_HEAD.", "MODEL.RPN.", "MODEL.SEM_SEG_HEAD.",
-    "MODEL.SOLOV2.", "MODEL.TOP_MODULE.", "MODEL.VOVNET.",
+    "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT", "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT", "MODEL.DLA.OUT_FEATURES",
 )
-
-
-def _cannot_change_inference(key: str) -> bool:
-    return any(key.startswith(name) if name.endswith(".") else key == name for name in _WITHOUT_EFFECT)
+_SECTIONS_WITHOUT_EFFECT = (
+    "SOLVER.", "DATASETS.", "DATALOADER.", "GLOBAL.", "TEST.AUG.", "TEST.PRECISE_BN.", "INPUT.CROP.",
+    "MODEL.ANCHOR_GENERATOR.", "MODEL.BATEXT.", "MODEL.BOXINST.", "MODEL.BiFPN.", "MODEL.CONDINST.", "MODEL.FCPOSE.",
+    "MODEL.MEInst.", "MODEL.RETINANET.", "MODEL.ROI_BOX_CASCADE_HEAD.", "MODEL.ROI_BOX_HEAD.", "MODEL.ROI_HEADS.",
+    "MODEL.ROI_KEYPOINT_HEAD.", "MODEL.ROI_MASK_HEAD.", "MODEL.RPN.", "MODEL.SEM_SEG_HEAD.", "MODEL.SOLOV2.",
+    "MODEL.TOP_MODULE.", "MODEL.VOVNET.",
+)
 
 
 # ---- from a file ------------------------------------------------------------------------------------------------
@@ -236,9 +227,9 @@ def load_config(path: str | Path) -> Config:
     Raises ConfigError naming the key, its value and what is supported.
     """
     given = given_keys(path)
-    read_keys = {key.name for key in (*_FIXED, *keys_of(Config).values(), *keys_of(_Beside).values())}
+    known = {key.name for key in (*_FIXED, *keys_of(Config).values(), *keys_of(_Beside).values())}
     for key in given:
-        if key not in read_keys and not _cannot_change_inference(key):
+        if key not in known and key not in _WITHOUT_EFFECT and not key.startswith(_SECTIONS_WITHOUT_EFFECT):
             raise ConfigError(f"{path}: unknown key {key} = {given[key]!r}: BlendMask inference does not know it")
     # Nothing reads the keys of the backbone that is not built.
     other = "MODEL.RESNETS." if given.get("MODEL.BACKBONE.NAME") == _DLA else "MODEL.DLA."
