@@ -125,8 +125,7 @@ class Batching:
         return {**expected, **seen}
 
     def _best(self, latencies: Mapping[int, float]) -> int:
-        allowed = {n: s for n, s in latencies.items() if n == 1 or s <= self._longest_s}
-        rates = {n: n / max(seconds, 1e-9) for n, seconds in allowed.items()}
+        rates = {n: n / max(s, 1e-9) for n, s in latencies.items() if n == 1 or s <= self._longest_s}
         most = max(rates.values(), default=0.0)
         return min((n for n, rate in rates.items() if rate * WORTH >= most), default=1)
 

@@ -106,12 +106,10 @@ class FcosHead(nn.Module):
 class Fcos(nn.Module):
     """The head and the choice of candidates from its output."""
 
-    def __init__(self, head: FcosHead, score_threshold: float, threshold_with_centreness: bool, topk: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.fcos_head = head
-        self.score_threshold = score_threshold
-        self.threshold_with_centreness = threshold_with_centreness
-        self.topk = topk
+        self.config = config
+        self.fcos_head = FcosHead(config)
         self.squashes_levels_apart = True  # as the reference: on a CPU a sigmoid's rounding depends on its place
 
     def forward(self, features: Sequence[Tensor]) -> list[LevelOutput]:
@@ -127,9 +125,10 @@ class Fcos(nn.Module):
         if not self.squashes_levels_apart:
             probability, centreness = probability.sigmoid(), centreness.sigmoid()
         confidence = probability * centreness  # (N, K, S)
-        thresholded = confidence if self.threshold_with_centreness else probability
-        marked = confidence.masked_fill(~(thresholded > self.score_threshold), NOT_A_CANDIDATE)  # NaN is none either
-        best, label, cell, place = best_pairs(marked, cells, self.topk)
+        thresholded = confidence if self.config.threshold_with_centreness else probability
+        passes = thresholded > self.config.score_threshold  # NaN does not either
+        marked = confidence.masked_fill(~passes, NOT_A_CANDIDATE)
+        best, label, cell, place = best_pairs(marked, cells, self.config.pre_nms_topk)
         distances = distances.gather(2, place[:, None].expand(-1, 4, -1))  # (N, 4, sum of M)
         fields = [best[:, None], label[:, None].float(), cell[:, None].float(), distances]
         return torch.cat(fields, dim=1).transpose(1, 2)  # (N, sum of M, FIELDS)

@@ -16,7 +16,7 @@ from blendmaskd_workers.blendmask.basis import BasisModule
 from blendmaskd_workers.blendmask.blender import blend
 from blendmaskd_workers.blendmask.config import SIZE_DIVISOR, Config
 from blendmaskd_workers.blendmask.dla import Dla34
-from blendmaskd_workers.blendmask.fcos import Fcos, FcosHead
+from blendmaskd_workers.blendmask.fcos import Fcos
 from blendmaskd_workers.blendmask.fpn import Fpn
 from blendmaskd_workers.blendmask.norms import BACKBONE_NORMS
 from blendmaskd_workers.blendmask.patches import convolve, rows_of_patches, table_of_levels, values_of_levels
@@ -57,10 +57,9 @@ class BlendMask(nn.Module):
         self.config = config
         norm = BACKBONE_NORMS[config.backbone_norm]
         bottom_up = Dla34(norm) if config.backbone == "dla" else ResNet(config, norm)
-        head = FcosHead(config)  # before the rest of the backbone: seeds give the initial weights in this order
+        fcos = Fcos(config)  # before the rest of the backbone: seeds give the initial weights in this order
         self.backbone = Fpn(config, bottom_up)
-        self.proposal_generator = Fcos(head, config.score_threshold, config.threshold_with_centreness,
-                                       config.pre_nms_topk)
+        self.proposal_generator = fcos
         self.basis_module = BasisModule(config)
         self.top_layer = nn.Conv2d(config.fpn_channels, config.num_bases * config.attention_size**2, 3, padding=1)
         self.attends_everywhere = True  # the top layer in all cells, as the reference, not only in those that are read
