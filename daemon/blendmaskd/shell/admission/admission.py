@@ -57,7 +57,8 @@ class Admission:
         self._gate.cut_off(client)
 
     def connected(self, client: bytes) -> bool:
-        return self._gate.departures.descriptor(client) is not None
+        """Whether it has said something, and is not known to have left."""
+        return self._gate.departures.knows(client)
 
     def left(self) -> list[bytes]:
         """Answer who wants to connect, and say which clients have left; to be called in each turn, before any client

@@ -139,7 +139,7 @@ class Gate:
     def receive(self) -> None:
         """Take in who came and went, and answer who may stay."""
         if self._take_events():
-            self.departures.settle(self._is_open)
+            self.departures.settle()
         for _ in range(AT_ONCE if self._allowed is not None else 0):
             if not int(self._zap.get(zmq.EVENTS)) & zmq.POLLIN:
                 break
@@ -199,11 +199,11 @@ class Gate:
             self._close(int(frame.get(zmq.SRCFD)), str(frame.get("Peer-Address")))
 
     def cut_off(self, client: bytes) -> None:
-        """Close this client's connection, unless it has ended."""
+        """Close the connection of a client that was there just now, unless it has ended."""
+        connection = self.departures.connection(client)
         self._take_events()
-        descriptor = self.departures.descriptor(client)
-        if descriptor is not None:
-            self._close(descriptor)
+        if connection is not None and connection == self.departures.connection(client):
+            self._close(connection[0])
 
     def refresh(self) -> None:
         """Look whether keys have come or gone."""
@@ -241,7 +241,7 @@ class Gate:
 
     def _on_event(self, event: Event, value: int, kind: str) -> None:
         if event is Event.ACCEPTED:
-            self._accepted(value, self._crowds[kind])
+            self._accepted(value, kind)
             if kind == "tcp" and self._allowed is not None:
                 self._strangers[value] = time.monotonic()
         elif event is Event.DISCONNECTED:
@@ -250,9 +250,11 @@ class Gate:
         elif kind == "tcp":
             self.refused[_FAILURES[event]] += 1
 
-    def _accepted(self, descriptor: int, crowd: Crowd) -> None:
+    def _accepted(self, descriptor: int, kind: str) -> None:
+        crowd, local = self._crowds[kind], kind == "ipc"
         crowd.open.add(descriptor)
-        if not self.departures.knows(descriptor):
+        self.departures.came(descriptor, local=local)
+        if not self.departures.spoke(descriptor, local=local):
             crowd.silent[descriptor] = None
         if len(crowd.open) > crowd.most or self.connections > self.most:
             self.refused["were too many at once"] += 1
@@ -273,9 +275,6 @@ class Gate:
             self._strangers.pop(descriptor, None)
         self._crowds[kind].open.discard(descriptor)
         self._crowds[kind].silent.pop(descriptor, None)
-
-    def _is_open(self, descriptor: int) -> bool:
-        return any(descriptor in crowd.open for crowd in self._crowds.values())
 
     def _close(self, descriptor: int, peer: str = "") -> None:
         """End a connection of ZeroMQ's, which finds it at its end then; only one of this `Peer-Address`.
