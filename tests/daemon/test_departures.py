@@ -46,7 +46,7 @@ class Daemon:
 
     def turn(self, wait_ms: int = 0) -> tuple[list[bytes], list[bytes]]:
         """Who left, and who said something."""
-        self.gate.receive()
+        self.gate.receive(self.gate.sockets)
         left = self.departures.take()
         heard = []
         if self.router.poll(wait_ms):
