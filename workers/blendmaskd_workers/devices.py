@@ -333,8 +333,7 @@ def open_device(name: str, precision: Precision = "fp32") -> Device:
 
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has AVX512-BF16 or AMX; others take longer in bfloat16, and so do some of these."""
-    flags = set(CPUINFO.read_text(encoding="utf-8", errors="replace").split())
-    return bool(flags & CPU_BF16)
+    return not CPU_BF16.isdisjoint(CPUINFO.read_text(encoding="utf-8", errors="replace").split())
 
 
 @torch.inference_mode()
