@@ -14,15 +14,15 @@ def marked(fcos: Fcos, output: LevelOutput) -> Tensor:
     images, classes = output.logits.shape[:2]
     probability = output.logits.permute(0, 2, 3, 1).reshape(images, -1, classes).float().sigmoid()
     confidence = probability * output.centreness.flatten(1).float().sigmoid()[:, :, None]
-    thresholded = confidence if fcos.threshold_with_centreness else probability
-    return confidence.masked_fill(~(thresholded > fcos.score_threshold), NOT_A_CANDIDATE)
+    thresholded = confidence if fcos.config.threshold_with_centreness else probability
+    return confidence.masked_fill(~(thresholded > fcos.config.score_threshold), NOT_A_CANDIDATE)
 
 
 def candidates(fcos: Fcos, output: LevelOutput) -> Tensor:
     """A level's best pairs, (N, M, FIELDS)."""
     classes = output.logits.shape[1]
     pairs = marked(fcos, output).flatten(1)
-    best, index = pairs.topk(candidates_of_level(pairs.shape[1] // classes, classes, fcos.topk), dim=1)
+    best, index = pairs.topk(candidates_of_level(pairs.shape[1] // classes, classes, fcos.config.pre_nms_topk), dim=1)
     cell = torch.div(index, classes, rounding_mode="floor")
     distances = output.distances.flatten(2).gather(2, cell[:, None].expand(-1, 4, -1)).float()
     fields = [best[:, None], (index - cell * classes)[:, None].float(), cell[:, None].float(), distances]

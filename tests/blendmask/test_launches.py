@@ -14,11 +14,17 @@ from zoo import CONFIGS, GOLDEN
 from blendmaskd_workers.blendmask import build, collate, for_inference, load_config, load_into, prepare, random_weights
 from blendmaskd_workers.blendmask.blender import roi_align
 from blendmaskd_workers.blendmask.fcos import NOT_A_CANDIDATE, Fcos, LevelOutput
-from blendmaskd_workers.blendmask.inference import blend, choose, instances, places, stay
+from blendmaskd_workers.blendmask.inference import blend, choose, instances, places
 from blendmaskd_workers.blendmask.model import KEPT_FIELDS, Proposals, pack
 
 SIZES = [(9, 13), (5, 7), (3, 4), (2, 2), (1, 1)]
+SMALL = replace(load_config(GOLDEN / "small_R18.yaml"), fpn_channels=32)
 TOPK = 20  # fewer than the cells of two levels, and than the pairs of three
+
+
+def stay(tensor):
+    """How a network that lives on the host gets its input."""
+    return tensor
 
 
 class Counting(TorchDispatchMode):
@@ -112,7 +118,8 @@ def outputs(draw):
 @settings(max_examples=200)
 @given(outputs(), st.booleans(), st.booleans(), st.sampled_from([0.05, 0.5]))
 def test_candidates_are_the_best_of_each_level(outputs, with_centreness, as_trained, threshold):
-    fcos = Fcos(torch.nn.Identity(), threshold, with_centreness, TOPK)
+    fcos = Fcos(replace(
+        SMALL, score_threshold=threshold, threshold_with_centreness=with_centreness, pre_nms_topk=TOPK))
     fcos.squashes_levels_apart = as_trained
     rounding = 0 if as_trained else 1e-6  # of the sigmoid, which on a CPU depends on an element's place
     packed = fcos.candidates(outputs)
@@ -139,7 +146,7 @@ def same(found, expected, rounding):
 
 @pytest.fixture(scope="module")
 def small():
-    network = build(replace(load_config(GOLDEN / "small_R18.yaml"), fpn_channels=32))
+    network = build(SMALL)
     load_into(network, random_weights(network))
     return network
 

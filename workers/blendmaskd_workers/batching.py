@@ -14,6 +14,7 @@ state of it. Of the padded sizes, those that ran last are remembered: whoever se
 """
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -55,11 +56,11 @@ class Batching:
     """See the module. `batch` is the setting, `table` seconds by batch size, `longest_s` what one run may take."""
 
     def __init__(
-        self, batch: Literal["auto"] | int, table: Mapping[int, float] | None = None, longest_s: float | None = None
+        self, batch: Literal["auto"] | int, table: Mapping[int, float] | None = None, longest_s: float = math.inf
     ) -> None:
         self._fixed = None if batch == "auto" else batch
         self._table = dict(table or {})
-        self._longest_s = longest_s or float("inf")
+        self._longest_s = longest_s
         self._runs: Mapping[Size, Mapping[int, Runs]] = {}  # in the order of their last
 
     def target(self, size: Size | None = None) -> int:
@@ -124,8 +125,7 @@ class Batching:
         return {**expected, **seen}
 
     def _best(self, latencies: Mapping[int, float]) -> int:
-        allowed = {n: s for n, s in latencies.items() if n == 1 or s <= self._longest_s}
-        rates = {n: n / max(seconds, 1e-9) for n, seconds in allowed.items()}
+        rates = {n: n / max(s, 1e-9) for n, s in latencies.items() if n == 1 or s <= self._longest_s}
         most = max(rates.values(), default=0.0)
         return min((n for n, rate in rates.items() if rate * WORTH >= most), default=1)
 

@@ -249,9 +249,8 @@ class Accelerator(Device):
         self.api.synchronize(self.torch_device)
 
     def memory(self) -> Memory:
-        device = self.torch_device
-        free, total = self.api.mem_get_info(device)
-        return Memory(self.api.memory_allocated(device), self.api.max_memory_allocated(device), total, total - free)
+        free, total = self.api.mem_get_info(self.torch_device)
+        return Memory(self.held_bytes(), self.api.max_memory_allocated(self.torch_device), total, total - free)
 
     def held_bytes(self) -> int:
         return int(self.api.memory_allocated(self.torch_device))
@@ -334,8 +333,7 @@ def open_device(name: str, precision: Precision = "fp32") -> Device:
 
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has AVX512-BF16 or AMX; others take longer in bfloat16, and so do some of these."""
-    flags = set(CPUINFO.read_text(encoding="utf-8", errors="replace").split())
-    return bool(flags & CPU_BF16)
+    return not CPU_BF16.isdisjoint(CPUINFO.read_text(encoding="utf-8", errors="replace").split())
 
 
 @torch.inference_mode()
@@ -372,15 +370,15 @@ def _cpu_dtype(precision: Precision) -> tuple[torch.dtype, str | None]:
                                Cause.PRECISION)  # fmt: skip
     if precision not in ("bf16", "auto"):
         return torch.float32, None
-    if precision == "bf16" and not cpu_multiplies_bf16():
-        raise UnsupportedError("cpu: has neither AVX512-BF16 nor AMX, and would be slower in bfloat16 than in float32; "
-                               "fp32, or auto, are for such CPUs", Cause.PRECISION)  # fmt: skip
-    return (torch.bfloat16, None) if precision == "bf16" else _faster()
+    if cpu_multiplies_bf16():
+        return (torch.bfloat16, None) if precision == "bf16" else _faster()
+    if precision == "auto":
+        return torch.float32, "neither AVX512-BF16 nor AMX"
+    raise UnsupportedError("cpu: has neither AVX512-BF16 nor AMX, and would be slower in bfloat16 than in float32; "
+                           "fp32, or auto, are for such CPUs", Cause.PRECISION)  # fmt: skip
 
 
 def _faster() -> tuple[torch.dtype, str]:
-    if not cpu_multiplies_bf16():
-        return torch.float32, "neither AVX512-BF16 nor AMX"
     share = bf16_share()
     reason = f"convolutions in bfloat16 take {share:.2f} of the time in float32, {BF16_SHARE:g} is the most for it"
     return (torch.bfloat16 if share <= BF16_SHARE else torch.float32), reason
@@ -416,11 +414,9 @@ def _set_up_npu(api: Any, where: str, chip: str, precision: Precision) -> str | 
     api.set_compile_mode(jit_compile=False)  # an Ascend 910A would compile every operator for every image shape
     if not ascend.multiplies_float32(chip):
         if precision in ("fp32", "hf32", "bf16"):
-            raise UnsupportedError(
-                f"{where} multiplies float16 alone, no float32, HF32 or bfloat16: set model.precision to native "
-                "(float16 inside of convolutions and matrix products, float32 around them), fp16 or auto",
-                Cause.PRECISION,
-            )
+            raise UnsupportedError(f"{where} multiplies float16 alone, no float32, HF32 or bfloat16: set "
+                                   "model.precision to native (float16 inside of convolutions and matrix products, "
+                                   "float32 around them), fp16 or auto", Cause.PRECISION)  # fmt: skip
         api.set_option({"ACL_PRECISION_MODE": "allow_fp32_to_fp16"})
         return f"native: {chip} multiplies float16 alone" if precision == "auto" else None
     api.config.allow_internal_format = False  # torch_npu to 2.9.0 would compile convolutions for each shape

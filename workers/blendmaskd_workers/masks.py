@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 THRESHOLD = np.float32(0.5)
@@ -47,9 +48,7 @@ def edges(probability: Floats, box: Floats, image_size: tuple[int, int]) -> tupl
     return places // (height + 1), places % (height + 1)
 
 
-def _edges(
-    probabilities: Floats, boxes: npt.NDArray[np.float64], height: int, width: int
-) -> tuple[Integers, Integers, Integers]:
+def _edges(probabilities: Floats, boxes: Doubles, height: int, width: int) -> tuple[Integers, Integers, Integers]:
     """Where a mask changes down a column: masks, columns x, rows y (up to `height`), ascending in this order."""
     side = probabilities.shape[1]
     nodes = np.pad(probabilities, ((0, 0), (1, 1), (1, 1))).transpose(0, 2, 1)  # (n, S, S): mask, x, y
@@ -87,9 +86,7 @@ def _crossings(nodes: Floats, first: Integers, share: Floats, offset: int) -> tu
     return column + offset, place - column * values.shape[1], (THRESHOLD - above) / (below - above)
 
 
-def _first_row(
-    owner: Integers, node: Integers, crossing: Floats, boxes: npt.NDArray[np.float64], scale: Any, height: int
-) -> Integers:
+def _first_row(owner: Integers, node: Integers, crossing: Floats, boxes: Doubles, scale: Any, height: int) -> Integers:
     """The first pixel row behind each crossing."""
     place = (node + crossing - 0.5) / scale[owner] + boxes[owner, 1] - 0.5  # in pixel centres
     rows: Integers = np.clip(np.ceil(place), 0, height).astype(np.int64)

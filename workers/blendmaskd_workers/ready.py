@@ -32,6 +32,11 @@ class Item:
     preview: Image.Image | None = None  # to be drawn once its results are known
     timings: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> tuple[tuple[int, int], bool] | None:
+        """What those that run in one batch agree in; None: it runs alone."""
+        return None if self.lease.alone or self.prepared is None else (self.prepared.padded_size, self.lease.ahead)
+
 
 class ReadyQueue:
     """Images that are ready for the device, in the order of their arrival here; a lone one may be unprepared.
@@ -64,9 +69,7 @@ class ReadyQueue:
                     return self._remove(batch)
                 self._changed.wait(left)
 
-    def take_ahead(
-        self, at_work_until: float, is_free: Callable[[], bool], others: Callable[[], bool]
-    ) -> list[Item]:
+    def take_ahead(self, at_work_until: float, is_free: Callable[[], bool], others: Callable[[], bool]) -> list[Item]:
         """The next batch to launch while the device is at work: one that is full, or what is there when it is free.
 
         The device is at work till then, by time.monotonic, and perhaps longer. From then on, nothing is waited for
@@ -101,17 +104,10 @@ class ReadyQueue:
 
     def _matching(self) -> tuple[list[Item], bool]:
         """What may run now, and whether it would pay to have more."""
-        oldest = self._items[0]
-        if oldest.lease.alone or oldest.prepared is None:
-            return [oldest], False
-        size, ahead = oldest.prepared.padded_size, oldest.lease.ahead
-        alike = [
-            item
-            for item in self._items
-            if item.prepared is not None
-            and (item.prepared.padded_size, item.lease.ahead) == (size, ahead)
-            and not item.lease.alone
-        ]
-        if ahead:
-            return alike[: self._batching.choose(size, len(alike))], False
-        return alike[: self._batching.choose(size, len(alike))], len(alike) < self._batching.target(size)
+        kind = self._items[0].kind
+        if kind is None:
+            return [self._items[0]], False
+        size, ahead = kind
+        alike = [item for item in self._items if item.kind == kind]
+        more_pay = not ahead and len(alike) < self._batching.target(size)
+        return alike[: self._batching.choose(size, len(alike))], more_pay

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blendmaskd_workers.blendmask.config import Config
 from blendmaskd_workers.blendmask.deformable import DeformableConv
 from blendmaskd_workers.blendmask.norms import Norm
 
@@ -79,66 +80,49 @@ class BasicBlock(Block):
 
 
 class BottleneckBlock(Block):
-    """1x1, 3x3, 1x1 convolutions (ResNet-50 and deeper); `stride_in_1x1` puts the stride into the first."""
+    """1x1, 3x3, 1x1 convolutions (ResNet-50 and deeper); `stride_in_1x1` puts the stride into the first.
+
+    Where the 3x3 convolution is deformable, `conv2_offset` says where it samples.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, norm: Norm, stride: int, width: int,
-                 stride_in_1x1: bool) -> None:
-        super().__init__(channels_in, channels_out, norm, stride)
-        self.conv1 = NormedConv(channels_in, width, 1, norm, stride if stride_in_1x1 else 1)
-        self.conv2 = NormedConv(width, width, 3, norm, 1 if stride_in_1x1 else stride)
-        self.conv3 = NormedConv(width, channels_out, 1, norm)
-
-    def residual(self, x: Tensor) -> Tensor:
-        return self.conv3(F.relu_(self.conv2(F.relu_(self.conv1(x)))))
-
-
-class DeformableBottleneckBlock(Block):
-    """A bottleneck block whose 3x3 convolution is deformable; `conv2_offset` says where it samples."""
-
-    def __init__(self, channels_in: int, channels_out: int, norm: Norm, stride: int, width: int,
-                 stride_in_1x1: bool) -> None:
+                 stride_in_1x1: bool, deform: bool) -> None:
         super().__init__(channels_in, channels_out, norm, stride)
         stride1, stride2 = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = NormedConv(channels_in, width, 1, norm, stride1)
-        self.conv2_offset = nn.Conv2d(width, 3 * 3 * 3, 3, stride=stride2, padding=1)
-        self.conv2 = NormedDeformableConv(width, width, 3, norm, stride2)
+        self.conv2_offset = nn.Conv2d(width, 3 * 3 * 3, 3, stride=stride2, padding=1) if deform else None
+        self.conv2 = (NormedDeformableConv if deform else NormedConv)(width, width, 3, norm, stride2)
         self.conv3 = NormedConv(width, channels_out, 1, norm)
 
     def residual(self, x: Tensor) -> Tensor:
         x = F.relu_(self.conv1(x))
-        return self.conv3(F.relu_(self.conv2(x, self.conv2_offset(x))))
+        x = self.conv2(x) if self.conv2_offset is None else self.conv2(x, self.conv2_offset(x))
+        return self.conv3(F.relu_(x))
 
 
 class ResNet(nn.Module):
-    """`forward` returns res3, res4, res5 at strides 8, 16, 32, with the channels listed in `channels`; `begin` and
-    `complete` are its two parts.
+    """`forward`, which is `begin` and `complete`, returns res3, res4, res5 at strides 8, 16, 32, of `channels` each."""
 
-    `res2_channels` come out of res2, twice as many out of each next stage; `res2_width` is that of the bottlenecks
-    of res2, doubling likewise, and means nothing below depth 50. In the stages of `deformable` (res2..res5) the first
-    block and every `interval`-th after it is deformable.
-    """
-
-    def __init__(self, depth: int, norm: Norm, stem_channels: int, res2_channels: int, res2_width: int,
-                 stride_in_1x1: bool, deformable: Sequence[bool], interval: int) -> None:
+    def __init__(self, config: Config, norm: Norm) -> None:
         super().__init__()
-        res3, res4, res5 = (res2_channels * factor for factor in (2, 4, 8))
+        res2, res3, res4, res5 = (config.res2_channels * factor for factor in (1, 2, 4, 8))
         self.channels = (res3, res4, res5)
-        self.stem = Stem(stem_channels, norm)
+        self.stem = Stem(config.stem_channels, norm)
 
         def block(channels_in: int, channels: int, stride: int, deform: bool) -> Block:
-            if depth < 50:
+            if config.depth < 50:
                 return BasicBlock(channels_in, channels, norm, stride)
-            width = res2_width * channels // res2_channels
-            kind = DeformableBottleneckBlock if deform else BottleneckBlock
-            return kind(channels_in, channels, norm, stride, width, stride_in_1x1)
+            width = config.res2_width * channels // res2
+            return BottleneckBlock(channels_in, channels, norm, stride, width, config.stride_in_1x1, deform)
 
         def stage(index: int, channels_in: int, channels: int, stride: int) -> nn.Sequential:
-            deforms = [deformable[index] and i % interval == 0 for i in range(BLOCKS[depth][index])]
+            blocks = range(BLOCKS[config.depth][index])
+            deforms = [config.deformable[index] and i % config.deformable_interval == 0 for i in blocks]
             first = block(channels_in, channels, stride, deforms[0])
             return nn.Sequential(first, *(block(channels, channels, 1, deform) for deform in deforms[1:]))
 
-        self.res2 = stage(0, stem_channels, res2_channels, stride=1)
-        self.res3 = stage(1, res2_channels, res3, stride=2)
+        self.res2 = stage(0, config.stem_channels, res2, stride=1)
+        self.res3 = stage(1, res2, res3, stride=2)
         self.res4 = stage(2, res3, res4, stride=2)
         self.res5 = stage(3, res4, res5, stride=2)
 

@@ -8,15 +8,13 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blendmaskd_workers.blendmask.config import Config
+
 
 def conv_block(channels_in: int, channels_out: int) -> nn.Sequential:
     """3x3 convolution, batch norm, ReLU. In inference the paper's SyncBN is plain batch norm."""
-    return nn.Sequential(*_conv_norm_relu(channels_in, channels_out))
-
-
-def _conv_norm_relu(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
-    return conv, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
 
 
 class BasisModule(nn.Module):
@@ -25,19 +23,20 @@ class BasisModule(nn.Module):
     `seg_head` exists only in networks trained with the auxiliary semantic loss; inference never runs it.
     """
 
-    def __init__(self, channels_in: int, channels: int, convs: int, bases: int, semantic_classes: int | None) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
+        channels_in, channels = config.fpn_channels, config.basis_channels
         self.refine = nn.ModuleList(conv_block(channels_in, channels) for _ in ("p3", "p4", "p5"))
         self.tower = nn.Sequential(
-            *(conv_block(channels, channels) for _ in range(convs)),
+            *(conv_block(channels, channels) for _ in range(config.basis_convs)),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
             conv_block(channels, channels),
-            nn.Conv2d(channels, bases, 1),
+            nn.Conv2d(channels, config.num_bases, 1),
         )
-        if semantic_classes is not None:
+        if config.semantic_classes is not None:
             self.seg_head = nn.Sequential(
-                *_conv_norm_relu(channels_in, channels), *_conv_norm_relu(channels, channels),
-                nn.Conv2d(channels, semantic_classes + 1, 1),
+                *conv_block(channels_in, channels), *conv_block(channels, channels),
+                nn.Conv2d(channels, config.semantic_classes + 1, 1),
             )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:

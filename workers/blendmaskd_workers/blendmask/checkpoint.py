@@ -14,7 +14,7 @@ import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,10 +41,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
     What lies beside them is ignored, and so are prefixes that all names share, such as "module.". Raises WeightsError
     as `read_checkpoint` does, and for a file without weights.
     """
-    try:
-        return _without_prefix({key: _tensor(key, value) for key, value in _state_dict(read_checkpoint(path)).items()})
-    except _Unusable as unusable:
-        raise WeightsError(f"{path}: {unusable}") from None
+    content = read_checkpoint(path)
+    with naming(path):
+        return _without_prefix({key: _tensor(key, value) for key, value in _state_dict(content).items()})
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -53,16 +52,19 @@ def read_checkpoint(path: str | Path) -> Any:
     Raises WeightsError if the file cannot be read, is no checkpoint, is damaged, or would need code to be unpickled.
     """
     try:
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file:
             return _content(file)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except _Unusable as unusable:
-        raise WeightsError(f"{path}: {unusable}") from None
 
 
-class _Unusable(Exception):
-    """A complaint that lacks the file's name."""
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Put the file's name before a complaint."""
+    try:
+        yield
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
 
 
 # ---- where the weights are --------------------------------------------------------------------------------------
@@ -79,18 +81,18 @@ def _state_dict(content: Any) -> Mapping[str, Any]:
         found = f"a mapping of {', '.join(map(repr, list(content)[:5]))}" if content else "an empty mapping"
     else:
         found = f"a {type(content).__name__}"
-    raise _Unusable('expected {"model": state dict} as AdelaiDet saves it, or a state dict alone: found no "model" of '
-                    f"named tensors, but {found}; {WEIGHTS_ALONE}")
+    raise WeightsError('expected {"model": state dict} as AdelaiDet saves it, or a state dict alone: found no "model" '
+                       f"of named tensors, but {found}; {WEIGHTS_ALONE}")
 
 
 def _tensor(key: str, value: Any) -> Tensor:
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "fiub":
         return torch.tensor(np.asarray(value, value.dtype.newbyteorder("=")))  # a copy: theirs may be read-only
     if not isinstance(value, Tensor):
-        raise _Unusable(f"{key} is a {type(value).__name__}, not a tensor")
+        raise WeightsError(f"{key} is a {type(value).__name__}, not a tensor")
     if value.is_quantized or value.is_meta or value.layout != torch.strided:
         kind = "quantized" if value.is_quantized else "without data" if value.is_meta else f"of layout {value.layout}"
-        raise _Unusable(f"{key} is a tensor ({kind}) that is not of plain numbers; {WEIGHTS_ALONE}")
+        raise WeightsError(f"{key} is a tensor ({kind}) that is not of plain numbers; {WEIGHTS_ALONE}")
     return value
 
 
@@ -110,9 +112,9 @@ def _content(file: IO[bytes]) -> Any:
     if beginning.startswith(b"PK"):
         _check_archive(file)
     elif not pickled:
-        raise _Unusable(f"is not a PyTorch checkpoint: it {_seems(beginning)}")
+        raise WeightsError(f"is not a PyTorch checkpoint: it {_seems(beginning)}")
     elif tarfile.is_tarfile(file):  # PyTorch before 2.6 runs code of those
-        raise _Unusable("is not a PyTorch checkpoint: it is a tar archive; unpack it first")
+        raise WeightsError("is not a PyTorch checkpoint: it is a tar archive; unpack it first")
     file.seek(0)
     try:
         if pickled and LEGACY not in beginning[:24]:
@@ -123,7 +125,7 @@ def _content(file: IO[bytes]) -> Any:
     except OSError:
         raise
     except Exception as error:  # a damaged file makes torch.load raise a dozen kinds, AssertionError among them
-        raise _Unusable(f"is not a PyTorch checkpoint of plain tensors: {_reason(error)}") from error
+        raise WeightsError(f"is not a PyTorch checkpoint of plain tensors: {_reason(error)}") from error
 
 
 def _check_archive(file: IO[bytes]) -> None:
@@ -132,16 +134,16 @@ def _check_archive(file: IO[bytes]) -> None:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             if any(name.endswith("/constants.pkl") for name in names):
-                raise _Unusable(f"is not a PyTorch checkpoint: it is a TorchScript program; {WEIGHTS_ALONE}")
+                raise WeightsError(f"is not a PyTorch checkpoint: it is a TorchScript program; {WEIGHTS_ALONE}")
             if not any(name.endswith("/data.pkl") for name in names):
-                raise _Unusable("is not a PyTorch checkpoint: it is a zip archive of something else "
-                                f"({', '.join(names[:3])}); if the checkpoint is within, unpack it first")
+                raise WeightsError("is not a PyTorch checkpoint: it is a zip archive of something else "
+                                   f"({', '.join(names[:3])}); if the checkpoint is within, unpack it first")
             for record in archive.infolist():
                 if record.CRC:  # 0 where PyTorch was told to compute none
                     archive.read(record)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
-        raise _Unusable(f"is a zip archive, as PyTorch's checkpoints are, but truncated or damaged "
-                        f"({file.seek(0, 2)} bytes; {error}): {AGAIN}") from error
+        raise WeightsError(f"is a zip archive, as PyTorch's checkpoints are, but truncated or damaged "
+                           f"({file.seek(0, 2)} bytes; {error}): {AGAIN}") from error
 
 
 def _reason(error: Exception) -> str:

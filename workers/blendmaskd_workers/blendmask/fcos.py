@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blendmaskd_workers.blendmask.config import Config
 from blendmaskd_workers.blendmask.norms import NaiveGroupNorm
 
 GROUPS = 32  # of GroupNorm in the towers
@@ -75,18 +76,18 @@ class Scale(nn.Module):
 
 
 class FcosHead(nn.Module):
-    """One head for all levels: towers that share their beginning, then four outputs. Centre-ness hangs on the box
-    tower. With `scaled`, each level multiplies its distances by a factor of its own."""
+    """One head for all levels: towers with one beginning, then four outputs. Centre-ness hangs on the box tower."""
 
-    def __init__(self, channels: int, classes: int, share_convs: int, cls_convs: int, box_convs: int, norm: str,
-                 levels: int, scaled: bool) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
+        channels, levels = config.fpn_channels, len(config.strides)
         self.share_tower, self.cls_tower, self.bbox_tower = (
-            Tower(channels, convs, norm, levels) for convs in (share_convs, cls_convs, box_convs))
-        self.cls_logits = nn.Conv2d(channels, classes, 3, padding=1)
+            Tower(channels, convs, config.head_norm, levels)
+            for convs in (config.num_share_convs, config.num_cls_convs, config.num_box_convs))
+        self.cls_logits = nn.Conv2d(channels, config.num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(channels, 4, 3, padding=1)
         self.ctrness = nn.Conv2d(channels, 1, 3, padding=1)
-        self.scales = nn.ModuleList(Scale() if scaled else nn.Identity() for _ in range(levels))
+        self.scales = nn.ModuleList(Scale() if config.use_scale else nn.Identity() for _ in range(levels))
 
     def forward(self, features: Sequence[Tensor]) -> list[LevelOutput]:
         return [self._level(level, feature) for level, feature in enumerate(features)]
@@ -105,12 +106,10 @@ class FcosHead(nn.Module):
 class Fcos(nn.Module):
     """The head and the choice of candidates from its output."""
 
-    def __init__(self, head: FcosHead, score_threshold: float, threshold_with_centreness: bool, topk: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.fcos_head = head
-        self.score_threshold = score_threshold
-        self.threshold_with_centreness = threshold_with_centreness
-        self.topk = topk
+        self.config = config
+        self.fcos_head = FcosHead(config)
         self.squashes_levels_apart = True  # as the reference: on a CPU a sigmoid's rounding depends on its place
 
     def forward(self, features: Sequence[Tensor]) -> list[LevelOutput]:
@@ -126,9 +125,10 @@ class Fcos(nn.Module):
         if not self.squashes_levels_apart:
             probability, centreness = probability.sigmoid(), centreness.sigmoid()
         confidence = probability * centreness  # (N, K, S)
-        thresholded = confidence if self.threshold_with_centreness else probability
-        marked = confidence.masked_fill(~(thresholded > self.score_threshold), NOT_A_CANDIDATE)  # NaN is none either
-        best, label, cell, place = best_pairs(marked, cells, self.topk)
+        thresholded = confidence if self.config.threshold_with_centreness else probability
+        passes = thresholded > self.config.score_threshold  # NaN does not either
+        marked = confidence.masked_fill(~passes, NOT_A_CANDIDATE)
+        best, label, cell, place = best_pairs(marked, cells, self.config.pre_nms_topk)
         distances = distances.gather(2, place[:, None].expand(-1, 4, -1))  # (N, 4, sum of M)
         fields = [best[:, None], label[:, None].float(), cell[:, None].float(), distances]
         return torch.cat(fields, dim=1).transpose(1, 2)  # (N, sum of M, FIELDS)

@@ -3,12 +3,11 @@
 Axes: N images, C channels, H x W the padded image (multiples of 32). Level k has stride 2^k; p6 and p7 round up.
 """
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blendmaskd_workers.blendmask.backbone import ResNet
+from blendmaskd_workers.blendmask.config import Config
 from blendmaskd_workers.blendmask.dla import Dla34
 
 
@@ -33,15 +32,15 @@ class Fpn(nn.Module):
     `forward` does what `begin` and `complete` do one after the other.
     """
 
-    def __init__(
-        self, bottom_up: Dla34 | ResNet, channels_in: Sequence[int], channels: int, coarse_levels: int
-    ) -> None:
+    def __init__(self, config: Config, bottom_up: Dla34 | ResNet) -> None:
         super().__init__()
+        channels = config.fpn_channels
         self.bottom_up = bottom_up
-        self.fpn_lateral3, self.fpn_lateral4, self.fpn_lateral5 = (nn.Conv2d(c, channels, 1) for c in channels_in)
+        self.fpn_lateral3, self.fpn_lateral4, self.fpn_lateral5 = (
+            nn.Conv2d(channels_in, channels, 1) for channels_in in bottom_up.channels)
         self.fpn_output3, self.fpn_output4, self.fpn_output5 = (
-            nn.Conv2d(channels, channels, 3, padding=1) for _ in channels_in)
-        self.top_block = CoarseLevels(channels, coarse_levels)
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in bottom_up.channels)
+        self.top_block = CoarseLevels(channels, len(config.strides) - 3)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self._pyramid(*self.bottom_up(images))

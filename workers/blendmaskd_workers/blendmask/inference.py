@@ -21,16 +21,12 @@ Upload = Callable[[Tensor], Tensor]  # from the host to where the network lives
 Begin = Callable[[Tensor], Tensor]
 Complete = Callable[[Tensor], Proposals]
 Blend = Callable[[Tensor], Tensor]
+Graphs = tuple[Begin, Complete, Blend | None]  # None: as `BlendMask.blend`
 Graph = Callable[[Callable[[Tensor], Any], Tensor], Callable[[Tensor], Any]]  # the same for inputs like an example
 
 
-def stay(tensor: Tensor) -> Tensor:
-    """Return the tensor itself: the `Upload` of a network that lives on the host."""
-    return tensor
-
-
 @torch.inference_mode()
-def segment(model: BlendMask, batch: Sequence[Prepared], upload: Upload = stay) -> list[Instances]:
+def segment(model: BlendMask, batch: Sequence[Prepared], upload: Upload = lambda tensor: tensor) -> list[Instances]:
     """Run the network on a batch; returns each image's instances, on the host.
 
     For one thread per device. Batch images of equal `padded_size` only, see `collate`.

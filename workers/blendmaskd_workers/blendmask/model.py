@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 
 from blendmaskd_workers.blendmask.backbone import ResNet
@@ -17,38 +16,18 @@ from blendmaskd_workers.blendmask.basis import BasisModule
 from blendmaskd_workers.blendmask.blender import blend
 from blendmaskd_workers.blendmask.config import SIZE_DIVISOR, Config
 from blendmaskd_workers.blendmask.dla import Dla34
-from blendmaskd_workers.blendmask.fcos import Fcos, FcosHead
+from blendmaskd_workers.blendmask.fcos import Fcos
 from blendmaskd_workers.blendmask.fpn import Fpn
 from blendmaskd_workers.blendmask.norms import BACKBONE_NORMS
 from blendmaskd_workers.blendmask.patches import convolve, rows_of_patches, table_of_levels, values_of_levels
-
-Floats = npt.NDArray[np.float32]
-Integers = npt.NDArray[np.int64]
+from blendmaskd_workers.blendmask.selection import Floats, Integers
 
 KEPT_FIELDS = 14  # of a packed detection: the rows of its 3x3 cells, see `patches`, its image, its box
 
 
 def build(config: Config) -> "BlendMask":
     """Build the network that `config` describes, in evaluation mode, on the CPU, with PyTorch's initial weights."""
-    bottom_up, channels = build_bottom_up(config), config.fpn_channels
-    head = FcosHead(channels, config.num_classes, config.num_share_convs, config.num_cls_convs, config.num_box_convs,
-                    config.head_norm, len(config.strides), config.use_scale)
-    return BlendMask(
-        config,
-        backbone=Fpn(bottom_up, bottom_up.channels, channels, coarse_levels=len(config.strides) - 3),
-        proposal_generator=Fcos(head, config.score_threshold, config.threshold_with_centreness, config.pre_nms_topk),
-        basis_module=BasisModule(channels, config.basis_channels, config.basis_convs, config.num_bases,
-                                 config.semantic_classes),
-        top_layer=nn.Conv2d(channels, config.num_bases * config.attention_size**2, 3, padding=1),
-    ).eval()
-
-
-def build_bottom_up(config: Config) -> Dla34 | ResNet:
-    norm = BACKBONE_NORMS[config.backbone_norm]
-    if config.backbone == "dla":
-        return Dla34(norm)
-    return ResNet(config.depth, norm, config.stem_channels, config.res2_channels, config.res2_width,
-                  config.stride_in_1x1, config.deformable, config.deformable_interval)
+    return BlendMask(config).eval()
 
 
 @dataclass(frozen=True)
@@ -73,14 +52,16 @@ class BlendMask(nn.Module):
     the reference's operations in the reference's order; `for_inference` makes one that does not.
     """
 
-    def __init__(self, config: Config, backbone: Fpn, proposal_generator: Fcos, basis_module: BasisModule,
-                 top_layer: nn.Conv2d) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.backbone = backbone
-        self.proposal_generator = proposal_generator
-        self.basis_module = basis_module
-        self.top_layer = top_layer
+        norm = BACKBONE_NORMS[config.backbone_norm]
+        bottom_up = Dla34(norm) if config.backbone == "dla" else ResNet(config, norm)
+        fcos = Fcos(config)  # before the rest of the backbone: seeds give the initial weights in this order
+        self.backbone = Fpn(config, bottom_up)
+        self.proposal_generator = fcos
+        self.basis_module = BasisModule(config)
+        self.top_layer = nn.Conv2d(config.fpn_channels, config.num_bases * config.attention_size**2, 3, padding=1)
         self.attends_everywhere = True  # the top layer in all cells, as the reference, not only in those that are read
 
     def propose(self, images: Tensor) -> Proposals:

@@ -25,10 +25,8 @@ class FrozenBatchNorm(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.ones(channels))
-        self.register_buffer("bias", torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
+        for name, value in {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.items():
+            self.register_buffer(name, torch.full((channels,), value))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:  # as the reference: F.batch_norm would keep x for gradients of its constants
@@ -49,8 +47,4 @@ class NaiveGroupNorm(nn.GroupNorm):
         return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
-BACKBONE_NORMS: Mapping[str, Norm] = {
-    "FrozenBN": FrozenBatchNorm,
-    "BN": nn.BatchNorm2d,
-    "SyncBN": nn.BatchNorm2d,
-}
+BACKBONE_NORMS: Mapping[str, Norm] = {"FrozenBN": FrozenBatchNorm, "BN": nn.BatchNorm2d, "SyncBN": nn.BatchNorm2d}

@@ -7,12 +7,11 @@ on D only.
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Integers = npt.NDArray[np.int64]
+from blendmaskd_workers.blendmask.selection import Integers
 
 
 def convolve(conv: nn.Conv2d, patches: Tensor) -> Tensor:

@@ -40,13 +40,12 @@ class Detections:
     boxes: Floats  # (n, 4) xyxy, clipped to the photograph
     scores: Floats  # (n,) descending
     classes: Integers  # (n,) contiguous, from 0
-    probabilities: Floats  # (n, R, R): masks over these clipped boxes, for `paste`
+    probabilities: Floats  # (n, R, R): masks over these clipped boxes, for `paste_one`
     image_size: tuple[int, int]  # H, W
 
     def masks(self) -> Iterator[Mask]:
-        """Yield the masks (H, W) one by one."""
-        for probability, box in zip(self.probabilities, self.boxes):
-            yield paste_one(probability, box, self.image_size)
+        """Return the masks (H, W), each pasted when its turn comes."""
+        return (paste_one(*pair, self.image_size) for pair in zip(self.probabilities, self.boxes))
 
 
 def finish(instances: Instances, prepared: Prepared) -> Detections:
@@ -62,18 +61,12 @@ def finish(instances: Instances, prepared: Prepared) -> Detections:
                       (height, width))
 
 
-def paste(probabilities: Floats, boxes: Floats, image_size: tuple[int, int]) -> Mask:
-    """Return all masks (n, H, W) at once; `Detections.masks` needs less memory."""
-    masks = np.zeros((len(boxes), *image_size), bool)
-    for mask, probability, box in zip(masks, probabilities, boxes):
-        window, (top, left) = paste_window(probability, box, image_size)
-        mask[top: top + window.shape[0], left: left + window.shape[1]] = window
-    return masks
-
-
 def paste_one(probability: Floats, box: Floats, image_size: tuple[int, int]) -> Mask:
     """Return one mask (H, W): where `probability` (R, R), stretched over `box`, reaches one half."""
-    return paste(probability[None], box[None], image_size)[0]
+    mask = np.zeros(image_size, bool)
+    window, (top, left) = paste_window(probability, box, image_size)
+    mask[top: top + window.shape[0], left: left + window.shape[1]] = window
+    return mask
 
 
 @torch.inference_mode()

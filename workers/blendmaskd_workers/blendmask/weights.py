@@ -5,17 +5,16 @@ number of classes, and is told which layers start anew; random weights exist onl
 seed.
 """
 
-import contextlib
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from blendmaskd_workers.blendmask.checkpoint import WeightsError, load_checkpoint
+from blendmaskd_workers.blendmask.checkpoint import WeightsError, load_checkpoint, naming
 
 NAMED_AT_MOST = 5  # mismatches of one kind spelt out in an error; the others are counted
 CLASSES = "proposal_generator.fcos_head.cls_logits.bias"  # has one value for each class
@@ -24,7 +23,7 @@ CLASSES = "proposal_generator.fcos_head.cls_logits.bias"  # has one value for ea
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load the checkpoint at `path` into `model`; raises WeightsError, changing nothing, unless all of it fits."""
     weights = load_checkpoint(path)
-    with _naming(path):
+    with naming(path):
         load_into(model, weights)
 
 
@@ -35,17 +34,9 @@ def load_to_fine_tune(model: nn.Module, path: str | Path) -> list[str]:
     """
     weights, own = load_checkpoint(path), model.state_dict()
     anew = {key: own[key] for key, value in weights.items() if key in own and _differs_in_classes(key, value, own[key])}
-    with _naming(path):
+    with naming(path):
         load_into(model, {**weights, **anew})
     return [f"{key} {tuple(weights[key].shape)}" for key in anew]
-
-
-@contextlib.contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
 
 
 def _differs_in_classes(key: str, found: Tensor, own: Tensor) -> bool:
@@ -71,14 +62,12 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             if key in wanted and wanted[key].is_floating_point() and not value.is_floating_point()
         ]),
     ]
-    found = [complaint for complaint in complaints if complaint]
-    if found:
+    if found := list(filter(None, complaints)):
         raise WeightsError(f"the weights do not fit the network: {'; '.join(found)}{_hint(wanted, weights)}")
     model.load_state_dict(weights, strict=True)
 
 
 def _hint(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    """What the mismatch comes from, where that is plain."""
     if weights and not weights.keys() & wanted.keys():
         return "; no name is the network's: these are weights of another program, or of a backbone alone"
     own, found = wanted.get(CLASSES), weights.get(CLASSES)
@@ -101,17 +90,17 @@ def _complaint(kind: str, names: Sequence[str]) -> str:
 
 # ---- pseudo-random weights --------------------------------------------------------------------------------------
 
-def random_weights(model: nn.Module, seed: int = 0, class_bias: float | None = None) -> dict[str, Tensor]:
+def random_weights(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     """Return reproducible weights for every key of `model`: the network then finds many boxes, all of them nonsense.
 
     Each tensor depends on its key, its shape and `seed` only, and is drawn in float64 so that every machine gets the
     same float32 values. The spreads are chosen so that activations keep their size through the network and scores
-    cross the threshold. `class_bias` replaces the mean of the class scores' bias.
+    cross the threshold.
     """
-    return {key: _draw(key, value, seed, class_bias) for key, value in model.state_dict().items()}
+    return {key: _draw(key, value, seed) for key, value in model.state_dict().items()}
 
 
-def _draw(key: str, like: Tensor, seed: int, class_bias: float | None) -> Tensor:
+def _draw(key: str, like: Tensor, seed: int) -> Tensor:
     if not like.is_floating_point():
         return torch.zeros(like.shape, dtype=like.dtype)
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) ^ seed)
@@ -119,8 +108,6 @@ def _draw(key: str, like: Tensor, seed: int, class_bias: float | None) -> Tensor
     if key.endswith("running_var"):
         return ((1 + 0.2 * normal.abs()) * _shared_tower_variance(key)).to(torch.float32)
     mean, spread = _spread(key, like.shape)
-    if class_bias is not None and key.endswith("cls_logits.bias"):
-        mean = class_bias
     value = mean + spread * normal
     if re.fullmatch(_LAST_BASIS_CONV + "weight", key):
         value = value - value.mean(dim=1, keepdim=True)  # so that masks get both signs

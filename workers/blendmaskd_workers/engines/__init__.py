@@ -39,18 +39,6 @@ class EngineError(RuntimeError):
         self.exit_code = exit_code
 
 
-class Prepared(Protocol):
-    """An image on its way to the device."""
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the photograph."""
-
-    @property
-    def padded_size(self) -> tuple[int, int]:
-        """Height and width that the network sees; only images in which these agree are batched together."""
-
-
 @dataclass(frozen=True, slots=True)
 class Times:
     """Seconds that a device was busy with a run, and idle before its parts, by the reasons of `protocol.IDLE`."""
@@ -105,14 +93,16 @@ class Engine(Protocol):
         """Run once for each image size (height, width), alone and in a full batch, so that no job pays for it."""
 
     def prepare(self, photograph: Photograph) -> Any:
-        """The network's input, a `Prepared`."""
+        """The network's input.
+
+        Its `image_size` is the photograph's (height, width), its `padded_size` what the network sees: only images in
+        which these agree are batched together.
+        """
 
     def launch(self, batch: Sequence[Any]) -> Run:
         """Ask for the beginning of a batch's first visit."""
 
-    def finish(
-        self, output: Any, prepared: Any, options: Options, deadline: float = math.inf
-    ) -> list[dict[str, Any]]:
+    def finish(self, output: Any, prepared: Any, options: Options, deadline: float = math.inf) -> list[dict[str, Any]]:
         """One image's output as COCO results; raises what `blendmaskd_workers.results` does.
 
         What takes long looks at `deadline` (time.monotonic).
@@ -154,15 +144,9 @@ def make(settings: Settings, device: str) -> Engine:
 
 def batching(settings: Settings) -> Batching:
     """What decides how many images are run at once, with what the settings know of the device's latency."""
-    table = settings.batch_latency_ms
-    if not table and settings.engine == "timed":
-        table = settings.timed.latency_ms
-    longest_ms = settings.latency_target_ms
-    return Batching(
-        batch_size(settings),
-        {size: latency / 1000 for size, latency in table.items()},
-        None if longest_ms is None else longest_ms / 1000,
-    )
+    table_ms = settings.batch_latency_ms or (settings.timed.latency_ms if settings.engine == "timed" else {})
+    table = {size: latency / 1000 for size, latency in table_ms.items()}
+    return Batching(batch_size(settings), table, (settings.latency_target_ms or math.inf) / 1000)
 
 
 def batch_size(settings: Settings) -> Literal["auto"] | int:

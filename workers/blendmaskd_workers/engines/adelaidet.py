@@ -33,10 +33,9 @@ class AdelaidetEngine(OnDevice):
             adet_config = importlib.import_module("adet.config")
             engine = importlib.import_module("detectron2.engine")
         except ImportError as error:
-            raise EngineError(
-                f"engine adelaidet: {error}. It needs detectron2 and AdelaiDet (adet), built from their sources for "
-                "this torch; engine native needs neither, and with model.exact computes what they do"
-            ) from error
+            raise EngineError(f"engine adelaidet: {error}. It needs detectron2 and AdelaiDet (adet), built from their "
+                              "sources for this torch; engine native needs neither, and with model.exact computes what "
+                              "they do") from error
         weights = self._weights()
         self._open()
         config = adet_config.get_cfg()
@@ -61,21 +60,13 @@ class AdelaidetEngine(OnDevice):
 
     def _segment(self, batch: Sequence[AdelaidetInput]) -> list[Any]:
         self.device.use()
-        inputs = [
-            {"image": item.image, "height": item.image_size[0], "width": item.image_size[1]} for item in batch
-        ]
+        inputs = [{"image": item.image, "height": item.image_size[0], "width": item.image_size[1]} for item in batch]
         with torch.inference_mode():
             return [output["instances"].to("cpu") for output in self._predictor.model(inputs)]
 
-    def finish(
-        self, output: Any, prepared: AdelaidetInput, options: Options, deadline: float = math.inf
-    ) -> list[dict[str, Any]]:
+    def finish(self, output: Any, prepared: AdelaidetInput, options: Options,
+               deadline: float = math.inf) -> list[dict[str, Any]]:
         masks = output.pred_masks.numpy()
-        return results.to_coco(
-            output.pred_boxes.tensor.numpy(),
-            output.scores.numpy(),
-            output.pred_classes.numpy(),
-            results.Pasted(lambda index: (masks[index], (0, 0)), prepared.image_size, deadline),
-            self._categories,
-            options,
-        )
+        pasted = results.Pasted(lambda index: (masks[index], (0, 0)), prepared.image_size, deadline)
+        boxes, scores, classes = output.pred_boxes.tensor.numpy(), output.scores.numpy(), output.pred_classes.numpy()
+        return results.to_coco(boxes, scores, classes, pasted, self._categories, options)

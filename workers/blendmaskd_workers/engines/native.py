@@ -16,6 +16,7 @@ from blendmaskd.images.decoding import Photograph
 from blendmaskd.protocol import IDLE, Options
 from blendmaskd.settings import Settings
 from blendmaskd_workers import blendmask, results
+from blendmaskd_workers.blendmask.inference import Graphs
 from blendmaskd_workers.devices import Device, Part, Staged, Timeline, UnsupportedError
 from blendmaskd_workers.engines import EngineError, Times
 from blendmaskd_workers.engines.on_device import OnDevice, digest
@@ -23,7 +24,6 @@ from blendmaskd_workers.engines.timed import TimedEngine
 
 log = logging.getLogger("blendmaskd.worker")
 
-Graphs = tuple[blendmask.Begin, blendmask.Complete, blendmask.Blend | None]
 COPIES = 2  # of the graphs of each shape: what they return lives until their next call, and two runs are in flight
 
 
@@ -43,9 +43,8 @@ class NativeRun:
     `release` is called when the last that reads what the graphs return has been asked for, or is not going to be.
     """
 
-    def __init__(
-        self, network: Any, timeline: Timeline, images: Sequence[Any], graphs: Graphs, release: Callable[[], None]
-    ) -> None:
+    def __init__(self, network: Any, timeline: Timeline, images: Sequence[Any], graphs: Graphs,
+                 release: Callable[[], None]) -> None:
         self._network, self._timeline, self._device, self._release = network, timeline, timeline.device, release
         self._parts: list[Part] = []
         begin, self._complete, self._blend = graphs
@@ -123,13 +122,13 @@ class NativeEngine(OnDevice):
 
     def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         if self._settings.graphs:
-            before = self._held_mb()
+            before = self.device.held_bytes()
             for height, width in image_sizes:
                 image = self.prepare(np.full((height, width, 3), 127, np.uint8)).staged.take()
                 for size in sorted({1, batch}):
                     images = blendmask.collate([image] * size, self._config)
                     self._graphs[tuple(images.shape)] = [self._capture(images) for _ in range(COPIES)]
-            megabytes = self._held_mb() - before
+            megabytes = (self.device.held_bytes() - before) / 1e6
             log.info("graphs of %d shapes, each twice: %.0f MB on the device", len(self._graphs), megabytes)
         super().warm_up(image_sizes, batch)
 
@@ -143,9 +142,6 @@ class NativeEngine(OnDevice):
         prepared = blendmask.prepare(photograph, self._config, self._settings.resize == "fast")
         return Sent(self.device.stage(prepared.tensor), prepared.image_size, prepared.net_size, prepared.padded_size)
 
-    def _held_mb(self) -> float:
-        return self.device.held_bytes() / 1e6
-
     def launch(self, batch: Sequence[Sent]) -> NativeRun:
         self.device.use()
         images = [item.staged.take() for item in batch]
@@ -155,9 +151,7 @@ class NativeEngine(OnDevice):
         graphs = spare.pop()
         return NativeRun(self._network, self._timeline, images, graphs, lambda: spare.append(graphs))
 
-    def finish(
-        self, output: Any, prepared: Any, options: Options, deadline: float = math.inf
-    ) -> list[dict[str, Any]]:
+    def finish(self, output: Any, prepared: Any, options: Options, deadline: float = math.inf) -> list[dict[str, Any]]:
         return to_coco(output, prepared, self._categories, options, self._settings.exact, deadline)
 
 
@@ -167,14 +161,8 @@ def network_for(trained: Any, device: Device, exact: bool) -> Any:
     return network.to(device.torch_device)
 
 
-def to_coco(
-    output: Any,
-    prepared: Any,
-    names: Sequence[categories.Category],
-    options: Options,
-    exact: bool,
-    deadline: float = math.inf,
-) -> list[dict[str, Any]]:
+def to_coco(output: Any, prepared: Any, names: Sequence[categories.Category], options: Options, exact: bool,
+            deadline: float = math.inf) -> list[dict[str, Any]]:
     """The COCO results of what our network said about an image; `exact` and `deadline` see `masks_of`."""
     found = blendmask.finish(output, prepared)
     return results.to_coco(found.boxes, found.scores, found.classes, masks_of(found, exact, deadline), names, options)
@@ -185,11 +173,7 @@ def masks_of(found: Any, exact: bool, deadline: float = math.inf) -> results.Mas
     probabilities, boxes, size = found.probabilities, found.boxes, found.image_size
     if not exact:
         return results.Stretched(probabilities, boxes, size)
-
-    def paste(index: int) -> results.Window:
-        return blendmask.paste_window(probabilities[index], boxes[index], size)
-
-    return results.Pasted(paste, size, deadline)
+    return results.Pasted(lambda n: blendmask.paste_window(probabilities[n], boxes[n], size), size, deadline)
 
 
 class ReplayEngine(TimedEngine):
@@ -234,9 +218,7 @@ class ReplayEngine(TimedEngine):
         for _ in range(1 if self._settings.model.graphs else int(self._recorded.launches[part])):
             one.mean()  # some 4 microseconds, which is what dispatching an operator takes
 
-    def finish(
-        self, output: Any, prepared: Any, options: Options, deadline: float = math.inf
-    ) -> list[dict[str, Any]]:
+    def finish(self, output: Any, prepared: Any, options: Options, deadline: float = math.inf) -> list[dict[str, Any]]:
         return to_coco(output, prepared, self._categories, options, exact=False)
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,16 +10,12 @@ import numpy as np
 
 from blendmaskd.coco import categories
 from blendmaskd.coco.categories import CategoriesError
-from blendmaskd.images.decoding import Photograph
-from blendmaskd.protocol import Options
 from blendmaskd.settings import Settings
 from blendmaskd_workers import devices
-from blendmaskd_workers.engines import EngineError, Run, Times, segment
+from blendmaskd_workers.engines import Engine, EngineError, Times, segment
 
 
 class OnDevice:
-    """What the engines that compute share: a device, opened when the network is loaded."""
-
     device: devices.Device
     exact: bool | None = None
     overlaps = False
@@ -30,21 +25,7 @@ class OnDevice:
         self._settings = settings.model
         self._device_name = device
 
-    def prepare(self, photograph: Photograph) -> Any:
-        raise NotImplementedError
-
-    def launch(self, batch: Sequence[Any]) -> Run:
-        raise NotImplementedError
-
-    def finish(
-        self, output: Any, prepared: Any, options: Options, deadline: float = math.inf
-    ) -> list[dict[str, Any]]:
-        raise NotImplementedError
-
-    def load(self) -> None:
-        raise NotImplementedError
-
-    def warm_up(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
+    def warm_up(self: Engine, image_sizes: Sequence[tuple[int, int]], batch: int) -> None:
         for height, width in image_sizes:
             prepared = self.prepare(np.full((height, width, 3), 127, np.uint8))
             for size in sorted({1, batch}):
@@ -60,10 +41,9 @@ class OnDevice:
 
     def _weights(self) -> str:
         if self._settings.weights is None:
-            raise EngineError(
-                "model.weights is not set: name a checkpoint of AdelaiDet's BlendMask, or make one of seeded random "
-                "weights for a trial: python scripts/random_weights.py --config CONFIG --output random.pth"
-            )
+            raise EngineError("model.weights is not set: name a checkpoint of AdelaiDet's BlendMask, or make one of "
+                              "seeded random weights for a trial: python scripts/random_weights.py --config CONFIG "
+                              "--output random.pth")
         return self._settings.weights
 
     def _resolve_categories(self, classes: int) -> Sequence[categories.Category]:

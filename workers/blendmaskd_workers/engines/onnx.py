@@ -49,7 +49,7 @@ class OnnxNetwork:
 
     attends_everywhere = False  # as in what is made for inference
 
-    def __init__(self, config: blendmask.Config, propose: Any, blend: Any, images: str) -> None:
+    def __init__(self, config: blendmask.Config, images: str, propose: Any, blend: Any) -> None:
         self.config, self.images = config, images
         self._propose, self._blend = propose, blend
         kept, *maps = blend.get_inputs()
@@ -60,11 +60,10 @@ class OnnxNetwork:
         packed, bases, *box_features = map(torch.from_numpy, self._propose.run(None, {"images": images.numpy()}))
         return blendmask.Proposals(packed, bases, box_features)
 
+    complete = propose
+
     def begin(self, images: Tensor) -> Tensor:
         return images
-
-    def complete(self, begun: Tensor) -> blendmask.Proposals:
-        return self.propose(begun)
 
     def blend(self, proposals: blendmask.Proposals, kept: Tensor) -> Tensor:
         arrays = [each.numpy() for each in (proposals.bases, *proposals.box_features)]
@@ -93,10 +92,8 @@ class OnnxEngine(NativeEngine):
         self._open()
         network = open_network(folder, contents, self._config, self._settings.providers)
         if network.images != ANY:
-            raise EngineError(
-                f"{folder}: takes {network.images} images only, as compilers want it: export it without --batch and "
-                "--size to serve images as they come"
-            )
+            raise EngineError(f"{folder}: takes {network.images} images only, as compilers want it: export it without "
+                              "--batch and --size to serve images as they come")
         loaded = [*contents, repr((self._config, self._categories)).encode()]
         self.model = hashlib.sha256(b"".join(loaded)).hexdigest()[:16]
         self._serve(network)
@@ -106,26 +103,22 @@ def read(path: Path) -> bytes:
     """A file's bytes. Raises `EngineError`."""
     try:
         return path.read_bytes()
-    except NotADirectoryError:
-        raise EngineError(
-            f"{path.parent}: is a file: the engine onnx takes the folder that this writes: {EXPORT}"
-        ) from None  # a mistake, not a mount that may be back
+    except NotADirectoryError:  # a mistake, not a mount that may be back
+        text = f"{path.parent}: is a file: the engine onnx takes the folder that this writes: {EXPORT}"
+        raise EngineError(text) from None
     except OSError as error:
         raise EngineError(f"{path}: cannot be read: {error.strerror}; it is made by {EXPORT}") from error
 
 
-def open_network(
-    folder: Path, contents: Sequence[bytes], config: blendmask.Config, providers: Sequence[str]
-) -> OnnxNetwork:
+def open_network(folder: Path, contents: Sequence[bytes], config: blendmask.Config,
+                 providers: Sequence[str]) -> OnnxNetwork:
     """The network in the files of `PARTS`, whose `contents` were read from `folder`. Raises `EngineError`."""
-    propose, blend = (
-        open_session(folder / file_of(part), content, providers) for part, content in zip(PARTS, contents, strict=True)
-    )
-    said = [session.get_modelmeta().custom_metadata_map for session in (propose, blend)]
+    sessions = [open_session(folder / file_of(part), content, providers) for part, content in zip(PARTS, contents)]
+    said = [session.get_modelmeta().custom_metadata_map for session in sessions]
     weights, images = (said[0].get(key, "") for key in ("weights", "images"))
     for part, found in zip(PARTS, said):
         check_metadata(folder / file_of(part), found, metadata(part, config, weights, images))
-    return OnnxNetwork(config, propose, blend, images)
+    return OnnxNetwork(config, images, *sessions)
 
 
 def open_session(path: Path, content: bytes, providers: Sequence[str]) -> Any:
@@ -135,9 +128,8 @@ def open_session(path: Path, content: bytes, providers: Sequence[str]) -> Any:
     onnxruntime.set_default_logger_severity(FATAL)
     there = onnxruntime.get_available_providers()
     if lacking := [each for each in providers if each not in there]:
-        raise EngineError(
-            f"model.providers: {lacking[0]} is not in the onnxruntime that is installed, which has {', '.join(there)}"
-        )
+        raise EngineError(f"model.providers: {lacking[0]} is not in the onnxruntime that is installed, which has "
+                          f"{', '.join(there)}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = FATAL
@@ -159,10 +151,7 @@ def check_metadata(path: Path, said: Mapping[str, str], wanted: Mapping[str, str
     if "part" not in said:
         raise EngineError(f"{path}: was not made by scripts/export_onnx.py: it does not say of what; {EXPORT}")
     for key, value in wanted.items():
-        if said.get(key) == value:
-            continue
-        where = {"part": "its name", "weights": OTHER, "images": OTHER}.get(key, "model.config")
-        raise EngineError(
-            f"{path}: was exported with {key} = {said.get(key)}, {where} says {value}: export both files anew, or set "
-            "model.config to what they were exported with"
-        )
+        if said.get(key) != value:
+            where = {"part": "its name", "weights": OTHER, "images": OTHER}.get(key, "model.config")
+            raise EngineError(f"{path}: was exported with {key} = {said.get(key)}, {where} says {value}: export both "
+                              "files anew, or set model.config to what they were exported with")

@@ -27,32 +27,27 @@ PLACES = 25  # empty ones cost as much as others, and each run reads all feature
 SMALLEST = 1e-30  # what is divided by where all is zero
 
 
-class Propose(nn.Module):
-    """`BlendMask.propose` of tensors alone."""
+class Part(nn.Module):
+    """A method of `BlendMask`, of tensors alone."""
 
     def __init__(self, network: blendmask.BlendMask) -> None:
         super().__init__()
         self.network = network
 
+
+class Propose(Part):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         proposals = self.network.propose(images)
         return proposals.packed, proposals.bases, *proposals.box_features
 
 
-class Blend(nn.Module):
-    """`BlendMask.blend` of tensors alone."""
-
-    def __init__(self, network: blendmask.BlendMask) -> None:
-        super().__init__()
-        self.network = network
-
+class Blend(Part):
     def forward(self, kept: Tensor, bases: Tensor, *box_features: Tensor) -> Tensor:
         return self.network.blend(blendmask.Proposals(kept, bases, list(box_features)), kept)
 
 
-def export(
-    network: blendmask.BlendMask, weights: str, opset: int, batch: int | None, size: tuple[int, int] | None
-) -> dict[str, onnx.ModelProto]:
+def export(network: blendmask.BlendMask, weights: str, opset: int, batch: int | None,
+           size: tuple[int, int] | None) -> dict[str, onnx.ModelProto]:
     """The files of `PARTS` for a network that is made for inference; `weights` is the digest to tell them by.
 
     `batch` images of `size` (height, width, multiples of 32); None: any. `blend` has a place for each box that can be
@@ -77,9 +72,7 @@ def export(
     return traced
 
 
-def _free_axes(
-    levels: Sequence[str], batch: int | None, size: tuple[int, int] | None
-) -> dict[str, dict[int, str]]:
+def _free_axes(levels: Sequence[str], batch: int | None, size: tuple[int, int] | None) -> dict[str, dict[int, str]]:
     """The axes that may have any length, of each input and output, by name."""
     free: dict[str, dict[int, str]] = {}
     for name in ("images", "candidates", "bases", *levels):
@@ -89,14 +82,8 @@ def _free_axes(
     return free
 
 
-def _trace(
-    module: nn.Module,
-    example: tuple[Tensor, ...],
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    free: Mapping[str, dict[int, str]],
-    opset: int,
-) -> onnx.ModelProto:
+def _trace(module: nn.Module, example: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str],
+           free: Mapping[str, dict[int, str]], opset: int) -> onnx.ModelProto:
     file = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         results = module(*example)
@@ -129,9 +116,8 @@ def _fold_sizes(model: onnx.ModelProto) -> None:
     _drop_unread(model.graph)
 
 
-def _value(
-    node: onnx.NodeProto, known: Mapping[str, list[int]], constants: Mapping[str, Any], opsets: dict[str, int]
-) -> Any:
+def _value(node: onnx.NodeProto, known: Mapping[str, list[int]], constants: Mapping[str, Any],
+           opsets: dict[str, int]) -> Any:
     """What a node always gives; None: that depends on images."""
     if node.op_type == "Shape" and node.input[0] in known:
         return np.array(known[node.input[0]])

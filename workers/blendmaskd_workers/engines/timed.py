@@ -60,7 +60,7 @@ class TimedRun:
     def times(self) -> Times:
         before_first, before_rest, before_second = self._idle_s
         idle_s = {"input": before_first, "launches": before_rest + self._starved_s, "selection": before_second}
-        return Times(*self._engine.seconds(len(self._batch)), idle_s)
+        return Times(*self._engine.seconds[len(self._batch)], idle_s)
 
     def _ask(self, part: int) -> None:
         engine, now = self._engine, time.monotonic()
@@ -91,7 +91,7 @@ class TimedEngine:
         second = np.minimum(by_batch(timed.blend_ms), whole)
         beginning = BEGINNING * (whole - second)
         self.parts: list[list[float]] = [each.tolist() for each in (beginning, whole - beginning - second, second)]
-        self._seconds = list(zip((whole - second).tolist(), whole.tolist()))
+        self.seconds = list(zip((whole - second).tolist(), whole.tolist()))  # in the first visit, and in both
         self.free: float | None = None  # when all that was asked for is done
 
     def load(self) -> None:
@@ -108,10 +108,6 @@ class TimedEngine:
     def launch(self, batch: Sequence[Any]) -> TimedRun:
         return TimedRun(self, batch)
 
-    def seconds(self, images: int) -> tuple[float, float]:
-        """What the device works for a batch of so many images: in the first visit, and in both."""
-        return self._seconds[images]
-
     def launch_operators(self, part: int) -> None:
         """What launching costs the host in this part."""
 
@@ -119,9 +115,7 @@ class TimedEngine:
         """What the device and the host's choice make of an image."""
         return prepared.checksum
 
-    def finish(
-        self, output: Any, prepared: Any, options: Options, deadline: float = math.inf
-    ) -> list[dict[str, Any]]:
+    def finish(self, output: Any, prepared: Any, options: Options, deadline: float = math.inf) -> list[dict[str, Any]]:
         """One detection, the whole image, with the key `checksum` beside the usual ones."""
         return [{**detection, "checksum": output} for detection in _whole_image(prepared.image_size, options)]
 
@@ -147,11 +141,6 @@ def checksum(image: Pixels) -> int:
 @functools.lru_cache(maxsize=64)
 def _whole_image(image_size: tuple[int, int], options: Options) -> list[dict[str, Any]]:
     height, width = image_size
-    return results.to_coco(
-        np.array([[0, 0, width, height]], np.float32),
-        np.ones(1, np.float32),
-        np.zeros(1, np.int64),
-        results.Pasted(lambda _: (np.ones(image_size, np.bool_), (0, 0)), image_size),
-        [categories.Category(1, "image")],
-        options,
-    )
+    box, score, class_ = np.array([[0, 0, width, height]], np.float32), np.ones(1, np.float32), np.zeros(1, np.int64)
+    mask = results.Pasted(lambda _: (np.ones(image_size, np.bool_), (0, 0)), image_size)
+    return results.to_coco(box, score, class_, mask, [categories.Category(1, "image")], options)

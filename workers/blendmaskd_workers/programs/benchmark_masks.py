@@ -11,24 +11,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.table import Table
 
-from blendmaskd.images import decoding as images
-from blendmaskd.images.decoding import ImageError
-from blendmaskd.programs.errors import UsageError, guarded
+from blendmaskd.programs.errors import guarded
 from blendmaskd_workers import blendmask, masks
 from blendmaskd_workers.masks import Floats
+from blendmaskd_workers.programs.benchmark_network import ROOT, Rles, encode, photograph, timed
 
-ROOT = Path(__file__).resolve().parents[3]
 SIZE = (800, 1200)
 
 
@@ -59,11 +53,7 @@ def instances(config_path: str, image_path: str) -> tuple[Floats, Floats]:
     config = blendmask.load_config(config_path)
     network = blendmask.build(config)
     blendmask.load_into(network, blendmask.random_weights(network))
-    try:
-        image = images.read(image_path)
-    except ImageError as error:
-        raise UsageError(f"{image_path}: {error}") from None
-    prepared = blendmask.prepare(image.resize(SIZE[::-1]), config)
+    prepared = blendmask.prepare(photograph(image_path, *SIZE), config)
     [found] = blendmask.segment(network, [prepared])
     detections = blendmask.finish(found, prepared)
     return detections.boxes, detections.probabilities
@@ -83,28 +73,14 @@ def sized(boxes: Floats) -> dict[str, Floats]:
 def compare(boxes: Floats, probabilities: Floats, rounds: int) -> list[str]:
     """One row of the table."""
 
-    def paste() -> list[bytes]:
-        pasted = (blendmask.paste_one(*pair, SIZE) for pair in zip(probabilities, boxes))
-        return [coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))["counts"] for mask in pasted]
+    def paste() -> Rles:
+        return [encode(blendmask.paste_one(*pair, SIZE)) for pair in zip(probabilities, boxes)]
 
-    def edges() -> list[bytes]:
-        return [rle["counts"].encode() for rle in masks.encode(probabilities, boxes, SIZE)]
-
-    slow, fast = [], []
+    slow: list[float] = []
+    fast: list[float] = []
     for _ in range(rounds):
-        slow.append(timed(paste))
-        fast.append(timed(edges))
-    differ = sum(int((bitmap(ours) != bitmap(theirs)).sum()) for ours, theirs in zip(edges(), paste()))
+        pasted = timed(slow, paste)
+        found = timed(fast, masks.encode, probabilities, boxes, SIZE)
+    differ = sum(int((coco_mask.decode(ours) != coco_mask.decode(theirs)).sum()) for ours, theirs in zip(found, pasted))
     before, after = (1000 * statistics.median(times) / len(boxes) for times in (slow, fast))
     return [str(len(boxes)), f"{before:.3f}", f"{after:.3f}", f"{before / after:.1f}x", str(differ)]
-
-
-def bitmap(counts: bytes) -> npt.NDArray[np.uint8]:
-    decoded: npt.NDArray[np.uint8] = coco_mask.decode({"size": list(SIZE), "counts": counts})
-    return decoded
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

@@ -33,7 +33,7 @@ from torch import nn
 
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, Pixels
-from blendmaskd.programs.errors import UsageError, guarded
+from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
 from blendmaskd_workers import blendmask, devices, masks
 from blendmaskd_workers.blendmask import BlendMask, Config, Detections, Instances
 from blendmaskd_workers.blendmask.deformable import DeformableConv
@@ -46,7 +46,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = 1e-4  # of scores; of boxes in terms of the image's longer side; of mask probabilities
 HALF_ROUNDING = 1e-6  # what pasting makes of 0.5 everywhere, where a box overhangs the image
 BEST_CONVOLUTION = (256, 100, 100)  # channels in and out, height, width: the head's, on p3 of an 800x800 image
-EXIT_FAILED = 1
 
 Rles = list[dict[str, Any]]
 P = ParamSpec("P")
@@ -120,19 +119,19 @@ def _main(arguments: argparse.Namespace) -> int:
     return EXIT_FAILED if slow else 0
 
 
-def photograph(path: str, side: int) -> Pixels:
-    """The image as BGR pixels (side, side, 3). Raises `UsageError`, and OSError."""
+def photograph(path: str, height: int, width: int | None = None) -> Pixels:
+    """The image as BGR pixels (height, width, 3), square by default. Raises `UsageError`, and OSError."""
     try:
         image = images.read(path)
     except ImageError as error:
         raise UsageError(f"{path}: {error}") from None
-    return images.bgr(image.resize((side, side)))
+    return images.bgr(image.resize((width or height, height)))
 
 
 # ---- the two sides ----------------------------------------------------------------------------------------------
 
 def plain(network: BlendMask, pixels: Pixels) -> tuple[Instances, Detections]:
-    """What the network says of an image as it was trained, which is how AdelaiDet computes it."""
+    """What the network says of an image: as it was trained, that is what AdelaiDet computes."""
     prepared = blendmask.prepare(pixels, network.config)
     [found] = blendmask.segment(network, [prepared])
     return found, blendmask.finish(found, prepared)
@@ -142,7 +141,7 @@ def plain(network: BlendMask, pixels: Pixels) -> tuple[Instances, Detections]:
 def pasted_everywhere(found: Detections) -> Rles:
     """Encode masks that are pasted over the whole image, one at a time."""
     return [
-        _encode((stretched(probability, box, found.image_size) >= MASK_THRESHOLD).numpy())
+        encode((stretched(probability, box, found.image_size) >= MASK_THRESHOLD).numpy())
         for probability, box in zip(found.probabilities, found.boxes)
     ]
 
@@ -164,13 +163,11 @@ def pasted_into_windows(found: Detections) -> Rles:
 
 def served(network: BlendMask, pixels: Pixels) -> tuple[Instances, Rles]:
     """What the native engine does with a network for inference."""
-    prepared = blendmask.prepare(pixels, network.config)
-    [instances] = blendmask.segment(network, [prepared])
-    found = blendmask.finish(instances, prepared)
+    instances, found = plain(network, pixels)
     return instances, masks.encode(found.probabilities, found.boxes, found.image_size)
 
 
-def _encode(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
+def encode(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
     rle = coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))
     return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
@@ -184,10 +181,10 @@ def compare(network: BlendMask, pixels: Pixels, precision: str, rounds: int, lef
     seconds: dict[str, list[float]] = {name: [] for name in ("network", "everywhere", "windows", "served", "limit")}
     served(fast, pixels)
     for _ in range(rounds):
-        right, detections = _timed(seconds["network"], plain, network, pixels)
-        _timed(seconds["everywhere"], pasted_everywhere, detections)
-        _timed(seconds["windows"], pasted_into_windows, detections)
-        found, rles = _timed(seconds["served"], served, fast, pixels)
+        right, detections = timed(seconds["network"], plain, network, pixels)
+        timed(seconds["everywhere"], pasted_everywhere, detections)
+        timed(seconds["windows"], pasted_into_windows, detections)
+        found, rles = timed(seconds["served"], served, fast, pixels)
         seconds["limit"].append(left / best_rate(dtype))
     return Line(
         precision,
@@ -228,8 +225,7 @@ def check_equal(right: Instances, detections: Detections, found: Instances, rles
 
 def _keys(found: Instances) -> list[tuple[Any, ...]]:
     """What an instance is known by: the cell that predicted it, and its class."""
-    return [(level, *location, label) for level, location, label in
-            zip(found.levels.tolist(), found.locations.tolist(), found.classes.tolist())]  # fmt: skip
+    return list(zip(found.levels.tolist(), map(tuple, found.locations.tolist()), found.classes.tolist()))
 
 
 def multiplications(config: Config, padded_size: tuple[int, int]) -> tuple[int, int]:
@@ -260,11 +256,11 @@ def best_rate(dtype: torch.dtype) -> float:
     maps = torch.randn(1, channels, height, width, dtype=dtype).to(memory_format=torch.channels_last)
     seconds: list[float] = []
     for _ in range(8):
-        _timed(seconds, conv, maps)
+        timed(seconds, conv, maps)
     return float(conv.weight[0].numel() * maps.numel() / min(seconds))
 
 
-def _timed(seconds: list[float], work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+def timed(seconds: list[float], work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     start = time.perf_counter()
     result = work(*arguments, **named)
     seconds.append(time.perf_counter() - start)

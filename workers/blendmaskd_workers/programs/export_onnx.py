@@ -72,7 +72,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _shapes(batch: int | None, size: tuple[int, int] | None) -> list[tuple[int, int, int]]:
-    """The numbers and sizes of images to compare with."""
     return list(dict.fromkeys((batch or some, *(size or (height, width))) for some, height, width in COMPARED))
 
 

@@ -108,7 +108,6 @@ class Network:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: the process's); returns its exit code."""
     return guarded("inference", lambda: _main(_parser().parse_args(argv)))
 
 
@@ -151,11 +150,10 @@ def plan(inputs: Sequence[str], output: str | None) -> list[Photograph]:
     names = input_images.names(paths)
     outputs = _outputs(output, names)
     taken = {path.resolve() for path in paths}
-    for place in outputs:
-        if place is not None and place.resolve() in taken:
+    for place in filter(None, outputs):
+        if place.resolve() in taken:
             raise UsageError(f"--output {output}: {place} is an input, or the overlay of another input")
-        if place is not None:
-            taken.add(place.resolve())
+        taken.add(place.resolve())
     return [
         Photograph(number, path, name, place)
         for number, (path, name, place) in enumerate(zip(paths, names, outputs), start=1)
@@ -209,13 +207,8 @@ def _check_outputs(arguments: argparse.Namespace, photographs: Sequence[Photogra
             raise UsageError(f"{folder}: cannot be written to")
 
 
-def _run(
-    photographs: Sequence[Photograph],
-    network: Network,
-    options: Options,
-    found: list[dict[str, Any]],
-    console: Console,
-) -> int:
+def _run(photographs: Sequence[Photograph], network: Network, options: Options, found: list[dict[str, Any]],
+         console: Console) -> int:
     """Segment all, add their results to `found`, and return how many failed."""
     failures = 0
     columns = TextColumn("segmenting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -238,8 +231,7 @@ def _segment(photograph: Photograph, network: Network, options: Options) -> list
     image = images.read(photograph.path)
     instances = network.segment(image, options)
     if photograph.output:
-        drawn = overlay.draw(image, instances)
-        drawn.save(photograph.output, **LOSSY)
+        overlay.draw(image, instances).save(photograph.output, **LOSSY)
     return [{"file_name": photograph.name, "image_id": photograph.image_id} | instance for instance in instances]
 
 

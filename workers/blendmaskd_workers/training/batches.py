@@ -35,7 +35,6 @@ class Batch:
     truths: list[GroundTruth]
 
     def to(self, device: torch.device) -> Batch:
-        """A copy on `device`."""
         return Batch(self.images.to(device), [truth.to(device) for truth in self.truths])
 
 

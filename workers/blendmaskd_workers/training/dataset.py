@@ -27,9 +27,10 @@ from blendmaskd.coco.values import LONGEST_OUTLINE, Box, Polygon, Rle
 from blendmaskd.images import decoding as images
 from blendmaskd.settings import Limits
 from blendmaskd_workers.blendmask import Config, Prepared, prepare
+from blendmaskd_workers.blendmask.selection import Booleans, Floats
 from blendmaskd_workers.training import targets
 from blendmaskd_workers.training.config import TrainingConfig
-from blendmaskd_workers.training.targets import GroundTruth, bitmap_mask, polygon_mask
+from blendmaskd_workers.training.targets import Doubles, GroundTruth, bitmap_mask, polygon_mask
 
 SMALLEST_SIDE = 1e-5  # network pixels: instances with a narrower box are dropped
 MAX_IMAGE_PIXELS = 500_000_000
@@ -181,7 +182,7 @@ def _photograph(entry: Entry, limits: Limits) -> Image.Image:
     return image
 
 
-def _is_wide_enough(box: npt.NDArray[np.float32]) -> bool:
+def _is_wide_enough(box: Floats) -> bool:
     return bool((box[2:] - box[:2]).min() > SMALLEST_SIDE)
 
 
@@ -194,17 +195,16 @@ class _Scene:
         self.flip = flip
         self.scale = np.array([self.width / entry.width, self.height / entry.height])  # x, y
 
-    def box(self, item: Annotation) -> npt.NDArray[np.float32]:
+    def box(self, item: Annotation) -> Floats:
         """xyxy, clipped to the image."""
         x, y, width, height = item.box
         corners = np.array([[x, y], [x + width, y + height]]) * self.scale
         if self.flip:
             corners[:, 0] = self.width - corners[::-1, 0]
-        box: npt.NDArray[np.float32] = corners.clip(0, (self.width, self.height)).ravel().astype(np.float32)
+        box: Floats = corners.clip(0, (self.width, self.height)).ravel().astype(np.float32)
         return box
 
-    def mask(self, item: Annotation, box: npt.NDArray[np.float32], side: int,
-             mask_format: str) -> npt.NDArray[np.float32] | None:
+    def mask(self, item: Annotation, box: Floats, side: int, mask_format: str) -> Floats | None:
         """The instance's mask within its box, (side, side); None where the resized mask is empty.
 
         And where a box of no width beside a large polygon would enlarge that beyond what can be drawn.
@@ -229,25 +229,24 @@ class _Scene:
             painted[self._original(item)] = item.class_index + 1
         return self._resize(painted)
 
-    def _points(self, polygon: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        points: npt.NDArray[np.float64] = polygon.reshape(-1, 2) * self.scale
+    def _points(self, polygon: Doubles) -> Doubles:
+        points: Doubles = polygon.reshape(-1, 2) * self.scale
         if self.flip:
             points[:, 0] = self.width - points[:, 0]
         return points
 
-    def _original(self, item: Annotation) -> npt.NDArray[np.bool_]:
+    def _original(self, item: Annotation) -> Booleans:
         """The instance's mask in pixels of the photograph."""
-        if not isinstance(item.segmentation, dict):
-            return _draw(item.segmentation, self.entry.height, self.entry.width)
-        mask: npt.NDArray[np.bool_] = coco_mask.decode(item.segmentation).astype(np.bool_)
-        return mask
+        return _draw(item.segmentation, self.entry.height, self.entry.width)
 
     def _resize(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         resized = np.asarray(Image.fromarray(values).resize((self.width, self.height), Image.Resampling.NEAREST))
         return np.ascontiguousarray(resized[:, ::-1]) if self.flip else resized.copy()
 
 
-def _draw(polygons: Sequence[npt.NDArray[np.float64]], height: int, width: int) -> npt.NDArray[np.bool_]:
-    parts = coco_mask.frPyObjects([polygon.tolist() for polygon in polygons], height, width)
-    drawn: npt.NDArray[np.bool_] = coco_mask.decode(coco_mask.merge(parts)).astype(np.bool_)
+def _draw(segmentation: Sequence[Doubles] | dict[str, Any], height: int, width: int) -> Booleans:
+    if not isinstance(segmentation, dict):
+        parts = coco_mask.frPyObjects([polygon.tolist() for polygon in segmentation], height, width)
+        segmentation = coco_mask.merge(parts)
+    drawn: Booleans = coco_mask.decode(segmentation).astype(np.bool_)
     return drawn

@@ -4,7 +4,7 @@ import math
 
 from torch import nn
 
-from blendmaskd_workers.blendmask.backbone import DeformableBottleneckBlock
+from blendmaskd_workers.blendmask.backbone import BottleneckBlock
 from blendmaskd_workers.blendmask.deformable import DeformableConv
 from blendmaskd_workers.blendmask.model import BlendMask
 
@@ -25,7 +25,7 @@ def initialise(model: BlendMask, prior: float) -> None:
         if isinstance(part, nn.Conv2d | DeformableConv):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
     for part in model.backbone.bottom_up.modules():
-        if isinstance(part, DeformableBottleneckBlock):  # samples where an ordinary convolution does, at first
+        if isinstance(part, BottleneckBlock) and part.conv2_offset:  # samples where an ordinary one does, at first
             nn.init.zeros_(part.conv2_offset.weight)
     for conv in [*_convolutions(model.proposal_generator), model.top_layer]:
         nn.init.normal_(conv.weight, std=HEAD_SPREAD)

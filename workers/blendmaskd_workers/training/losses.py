@@ -14,7 +14,7 @@ from blendmaskd_workers.blendmask.blender import combine, roi_align
 from blendmaskd_workers.blendmask.fcos import LevelOutput
 from blendmaskd_workers.blendmask.model import BlendMask
 from blendmaskd_workers.blendmask.patches import convolve, patches_at
-from blendmaskd_workers.training.loss_config import LossConfig
+from blendmaskd_workers.training.config import LossConfig
 from blendmaskd_workers.training.targets import GroundTruth, Targets, assign
 
 SMALLEST_NORMALISER = 1e-6  # of losses weighted by centre-ness
@@ -58,11 +58,7 @@ def fcos_losses(outputs: Sequence[LevelOutput], targets: Targets, config: LossCo
     class_loss = focal_loss(logits, wanted, config.focal_alpha, config.focal_gamma).sum() / count
     box_loss = (giou_loss(distances, targets.distances) * targets.centreness).sum() / _normaliser(targets)
     centre_loss = F.binary_cross_entropy_with_logits(centreness, targets.centreness, reduction="sum") / count
-    return {
-        "loss_fcos_cls": config.class_weight * class_loss,
-        "loss_fcos_loc": box_loss,
-        "loss_fcos_ctr": centre_loss,
-    }
+    return {"loss_fcos_cls": config.class_weight * class_loss, "loss_fcos_loc": box_loss, "loss_fcos_ctr": centre_loss}
 
 
 def focal_loss(logits: Tensor, wanted: Tensor, alpha: float, gamma: float) -> Tensor:

@@ -50,7 +50,6 @@ class CannotSave(RuntimeError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: the process's); returns its exit code."""
     return guarded("train", lambda: _main(_parser().parse_args(argv)))
 
 
@@ -94,7 +93,7 @@ def prepare(arguments: argparse.Namespace, console: Console) -> tuple[Trainer, B
     from blendmaskd_workers.training.config import load_training_config
     from blendmaskd_workers.training.dataset import LIMITS, DataError, read_dataset
     from blendmaskd_workers.training.initial import initialise
-    from blendmaskd_workers.training.trainer import Trainer
+    from blendmaskd_workers.training.trainer import Trainer, TrainingError
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -120,35 +119,25 @@ def prepare(arguments: argparse.Namespace, console: Console) -> tuple[Trainer, B
         device = devices.open_device(arguments.device, "auto" if arguments.device.startswith("npu") else "fp32")
         trainer = Trainer(model.to(device.torch_device), config)
         if arguments.resume:
-            _restore(trainer, checkpoint)
+            trainer.restore(blendmask.read_checkpoint(checkpoint))
         output.mkdir(parents=True, exist_ok=True)
         _write_categories(output, dataset.categories)
         _rewind_log(output, trainer.iteration)
     except (blendmask.ConfigError, blendmask.WeightsError, DataError, devices.DeviceError, OSError) as error:
         raise UsageError(str(error)) from error
+    except TrainingError as error:
+        raise UsageError(f"{checkpoint}: {error}") from error
     limits = Limits(max_image_bytes=LIMITS.max_image_bytes, max_image_pixels=arguments.max_image_pixels)
     return trainer, Batches(dataset, network, config, arguments.seed, limits)
 
 
 def _start_from(model: BlendMask, weights: str, console: Console) -> None:
-    """Raises `WeightsError`."""
     from blendmaskd_workers import blendmask
 
     anew = blendmask.load_to_fine_tune(model, weights)
     if anew:
         console.print(f"train: {weights}: of another number of classes; these layers start anew, all others are taken: "
                       f"{', '.join(anew)}")
-
-
-def _restore(trainer: Trainer, checkpoint: Path) -> None:
-    """Go on where the checkpoint was saved. Raises `UsageError`, `WeightsError`."""
-    from blendmaskd_workers import blendmask
-    from blendmaskd_workers.training.trainer import TrainingError
-
-    try:
-        trainer.restore(blendmask.read_checkpoint(checkpoint))
-    except TrainingError as error:
-        raise UsageError(f"{checkpoint}: {error}") from error
 
 
 def run(trainer: Trainer, batches: Batches, checkpoint: Checkpoint, console: Console, stopped: Sequence[int]) -> bool:
@@ -160,7 +149,7 @@ def run(trainer: Trainer, batches: Batches, checkpoint: Checkpoint, console: Con
     device = next(trainer.model.parameters()).device
     max_iter = trainer.config.max_iter
     report = Report(output, console, max_iter)
-    with report, contextlib.closing(batches.ahead(range(trainer.iteration, max_iter))) as loader:
+    with report.progress, contextlib.closing(batches.ahead(range(trainer.iteration, max_iter))) as loader:
         for batch in loader:
             losses = trainer.step(batch.to(device))
             report.add(trainer, losses, len(batch.truths))
@@ -192,17 +181,15 @@ class Checkpoint:
         """Save what was learnt before `error` ended the training; returns what is there now, in words."""
         from blendmaskd_workers.training.trainer import Diverged
 
+        also = ""
         try:
             if not isinstance(error, Diverged | CannotSave):
                 self.save(trainer)
-        except CannotSave as also:
-            return f"{also}; {self._kept()}"
-        return self._kept()
-
-    def _kept(self) -> str:
+        except CannotSave as unsaved:
+            also = f"{unsaved}; "
         if self.iteration:
-            return f"{self.iteration} iterations are kept in {self.path}, from which --resume goes on"
-        return "there is no checkpoint yet"
+            return f"{also}{self.iteration} iterations are kept in {self.path}, from which --resume goes on"
+        return f"{also}there is no checkpoint yet"
 
 
 class Report:
@@ -219,13 +206,6 @@ class Report:
         self.losses: list[dict[str, float]] = []  # since the last line
         self.images = 0
         self.since = time.monotonic()
-
-    def __enter__(self) -> Report:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
 
     def add(self, trainer: Trainer, losses: dict[str, float], images: int) -> None:
         """Count an iteration; write a line where one is due."""
@@ -296,7 +276,6 @@ def _save(path: Path, content: dict[str, Any]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """An error on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

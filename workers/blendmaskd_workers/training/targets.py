@@ -16,6 +16,10 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from blendmaskd_workers.blendmask.selection import Booleans, Floats
+
+Doubles = npt.NDArray[np.float64]
+
 SMALLEST_SIDE = 0.1  # pixels: narrower boxes are treated as this wide when polygons are scaled to them
 FARTHEST = 1e8  # pixels: upper bound of the coarsest level
 ROUNDING = 1e-9  # of sums that are exactly one half on paper
@@ -31,7 +35,6 @@ class GroundTruth:
     semantic: Tensor | None  # (h, w) integers: class + 1 of the pixel's instance, 0 where there is none
 
     def to(self, device: torch.device | str) -> "GroundTruth":
-        """Return a copy on `device`."""
         semantic = None if self.semantic is None else self.semantic.to(device)
         return GroundTruth(self.boxes.to(device), self.classes.to(device), self.masks.to(device), semantic)
 
@@ -126,8 +129,7 @@ def _level_slowest(per_image: Tensor, counts: Sequence[int]) -> Tensor:
 
 # ---- masks within boxes -----------------------------------------------------------------------------------------
 
-def polygon_mask(polygons: Sequence[npt.NDArray[np.float64]], box: npt.NDArray[np.float32],
-                 resolution: int) -> npt.NDArray[np.float32]:
+def polygon_mask(polygons: Sequence[Doubles], box: Floats, resolution: int) -> Floats:
     """Return the union of polygons (x, y, x, y, … in network pixels) within an xyxy box as (R, R) float32, 0 or 1."""
     x1, y1, x2, y2 = (float(side) for side in box)
     scale = np.array([resolution / max(x2 - x1, SMALLEST_SIDE), resolution / max(y2 - y1, SMALLEST_SIDE)])
@@ -136,8 +138,7 @@ def polygon_mask(polygons: Sequence[npt.NDArray[np.float64]], box: npt.NDArray[n
     return coco_mask.decode(union).astype(np.float32)
 
 
-def bitmap_mask(bitmap: npt.NDArray[np.bool_], box: npt.NDArray[np.float32],
-                resolution: int) -> npt.NDArray[np.float32]:
+def bitmap_mask(bitmap: Booleans, box: Floats, resolution: int) -> Floats:
     """Return what of a bitmap (h, w) in network pixels lies within an xyxy box as (R, R) float32, 0 or 1.
 
     The box lies inside the image. Detectron2's ROIAlignV2 at sampling ratio 0, where it is at least one half: each of
@@ -149,8 +150,7 @@ def bitmap_mask(bitmap: npt.NDArray[np.bool_], box: npt.NDArray[np.float32],
     return (columns.T >= 0.5 - ROUNDING).astype(np.float32)
 
 
-def _mean_samples(lines: npt.NDArray[np.float64], start: float, end: float,
-                  resolution: int) -> npt.NDArray[np.float64]:
+def _mean_samples(lines: Doubles, start: float, end: float, resolution: int) -> Doubles:
     """Return the mean of bilinear samples of lines (size, c) along the first axis, in each bin, (R, c).
 
     Bins lie between `start` and `end`; line i has its centre at i + 0.5, and the outermost lines go on for ever: boxes
@@ -162,5 +162,5 @@ def _mean_samples(lines: npt.NDArray[np.float64], start: float, end: float,
     before = position.astype(np.int64)
     share = (position - before)[:, None]
     values = lines[before] * (1 - share) + lines[np.minimum(before + 1, len(lines) - 1)] * share
-    mean: npt.NDArray[np.float64] = values.reshape(resolution, samples, -1).mean(axis=1)
+    mean: Doubles = values.reshape(resolution, samples, -1).mean(axis=1)
     return mean

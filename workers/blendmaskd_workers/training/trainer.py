@@ -66,7 +66,6 @@ class Trainer:
         return values
 
     def _clip(self) -> None:
-        """Bound each parameter's gradient by itself."""
         for parameter in self.model.parameters():
             if parameter.grad is None:
                 continue
@@ -77,8 +76,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs; the network's weights are under "model", as in every checkpoint."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "iteration": self.iteration}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "iteration": self.iteration}
 
     def restore(self, state: Any) -> None:
         """Go on where `state` was taken. Raises `TrainingError` when it is not of this training."""
@@ -123,7 +121,6 @@ def _frozen_parts(model: BlendMask, freeze_at: int) -> list[nn.Module]:
 
 
 def _parameter_groups(model: BlendMask, config: TrainingConfig) -> Iterator[dict[str, Any]]:
-    """Each parameter that learns, with its weight decay."""
     bias_decay = config.weight_decay if config.weight_decay_bias is None else config.weight_decay_bias
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
