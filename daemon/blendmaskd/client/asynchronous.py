@@ -8,28 +8,15 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from types import TracebackType
 from typing import Any, Self
 
 import zmq
 import zmq.asyncio
-from zmq.utils.monitor import parse_monitor_message
 
 from blendmaskd import protocol
-from blendmaskd.client.connection import (
-    DEFAULT_ENDPOINT,
-    EVENTS,
-    LINGER_MS,
-    RETRIES,
-    Connection,
-    HandshakeError,
-    KeyFile,
-    Transport,
-    check_window,
-    wants_ipv6,
-)
+from blendmaskd.client.connection import EVENTS, LINGER_MS, Connection, HandshakeError, check_window, wants_ipv6
 from blendmaskd.client.exchange import Call, Image, JobFailed, Segmentation
-from blendmaskd.protocol import Code, GetStats
+from blendmaskd.protocol import Code, GetStats, Options
 
 
 class AsyncClient(Connection):
@@ -38,21 +25,16 @@ class AsyncClient(Connection):
     A call outside of that, or in another loop, raises RuntimeError.
     """
 
-    def __init__(
-        self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES,
-        transport: Transport = "auto", server_key: KeyFile = None, key: KeyFile = None,
-    ) -> None:  # fmt: skip
-        super().__init__(endpoint, timeout_s, retries, transport, server_key, key)
-        self._futures: dict[str, asyncio.Future[None]] = {}
-        self._stats_futures: list[asyncio.Future[dict[str, Any]]] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._broken: Exception | None = None  # what has ended a task of ours
+    _loop: asyncio.AbstractEventLoop | None = None
+    _broken: Exception | None = None  # what has ended a task of ours
 
     async def __aenter__(self) -> Self:
         if self._loop is not None and not self._closed:
             raise RuntimeError("this client is in use already: make another one")
         ipv6 = await asyncio.to_thread(wants_ipv6, self.endpoint)
         self._loop, self._closed, self._broken = asyncio.get_running_loop(), False, None
+        self._futures: dict[str, asyncio.Future[None]] = {}
+        self._stats_futures: list[asyncio.Future[dict[str, Any]]] = []
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._monitor = self._socket.get_monitor_socket(EVENTS)
@@ -67,9 +49,7 @@ class AsyncClient(Connection):
         self._tasks = [asyncio.create_task(self._keep(task)) for task in (self._read, self._write, self._watch)]
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._closed or self._is_foreign:
             return
         self._closed = True
@@ -94,7 +74,7 @@ class AsyncClient(Connection):
     ) -> Segmentation:
         """As `Client.segment`. Cancelling the task cancels the job."""
         self._check_usable()
-        job = self._add(image, deadline_s, priority, options)
+        job = self._exchange.add(image, deadline_s, priority, Options(**options), time.monotonic())
         await self._wait_for(job)
         return job.result()
 
@@ -104,7 +84,7 @@ class AsyncClient(Connection):
     ) -> str:  # fmt: skip
         """As `Client.submit`."""
         self._check_usable()
-        added = self._add_durable(image, job, deadline_s, priority, options)
+        added = self._exchange.add_durable(image, job, deadline_s, priority, Options(**options), time.monotonic())
         await self._wait_for(added)
         added.check()
         return added.name
@@ -112,14 +92,14 @@ class AsyncClient(Connection):
     async def fetch(self, job: str, *, wait: bool = True) -> Segmentation | None:
         """As `Client.fetch`. Raises ValueError while another task of this client asks for the same job."""
         self._check_usable()
-        asked = self._ask(protocol.Fetch(job=job, wait=wait))
+        asked = self._exchange.ask(protocol.Fetch(job=job, wait=wait), time.monotonic())
         await self._wait_for(asked)
         return None if isinstance(asked.answer, protocol.Accepted) else asked.result()
 
     async def forget(self, job: str) -> None:
         """As `Client.forget`."""
         self._check_usable()
-        asked = self._ask(protocol.Forget(job=job))
+        asked = self._exchange.ask(protocol.Forget(job=job), time.monotonic())
         await self._wait_for(asked)
         asked.check()
 
@@ -219,13 +199,9 @@ class AsyncClient(Connection):
                     await self._wake.wait()
 
     async def _watch(self) -> None:
-        connected = False
         while True:
-            if self._on_event(parse_monitor_message(await self._monitor.recv_multipart())["event"]):
-                if connected:
-                    self._exchange.reconnected(time.monotonic())
-                    self._wake.set()
-                connected = True
+            self._on_event(await self._monitor.recv_multipart())
+            self._wake.set()
             if self._refused:
                 self._fail_all(HandshakeError(self._refused))
 

@@ -12,17 +12,16 @@ import secrets
 import socket as sockets
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from blendmaskd.client import places
-from blendmaskd.client.exchange import Call, Exchange, Image
+from blendmaskd.client.exchange import Exchange
 from blendmaskd.endpoints import ipc_path, parse_place
 from blendmaskd.keys import PUBLIC, Pair, read_pair, read_public
-from blendmaskd.protocol import Fetch, Forget, Options
 
 DEFAULT_ENDPOINT = "ipc:///run/blendmaskd/client.sock"
 RETRIES = 8
@@ -54,8 +53,9 @@ class Connection:
     _closed = False
 
     def __init__(
-        self, endpoint: str, timeout_s: float, retries: int, transport: Transport, server_key: KeyFile, key: KeyFile
-    ) -> None:
+        self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES,
+        transport: Transport = "auto", server_key: KeyFile = None, key: KeyFile = None,
+    ) -> None:  # fmt: skip
         self._pid = os.getpid()
         self.endpoint = endpoint
         self._key_files = server_key, key
@@ -97,6 +97,7 @@ class Connection:
 
     def _open(self, socket: zmq.Socket[Any], ipv6: bool) -> None:
         """`ipv6`: see `wants_ipv6`."""
+        self._was_connected = False
         introduce(socket, self.keys)
         if self.endpoint.startswith("tcp://"):
             socket.set(zmq.IPV6, ipv6)
@@ -114,12 +115,14 @@ class Connection:
         except zmq.ZMQError as error:
             raise ValueError(f"{self.endpoint}: {error}: {EXPECTED}") from None
 
-    def _on_event(self, event: int) -> bool:
-        """Take in what happened to the connection. Whether it stands now; `_refused` says why it never will."""
-        match event:
+    def _on_event(self, frames: list[bytes]) -> None:
+        """Take in what happened to the connection, as its monitor says; `_refused` says why it never will stand."""
+        match parse_monitor_message(frames)["event"]:
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._failed_handshakes, self._away_since = 0, None
-                return True
+                if self._was_connected:
+                    self._exchange.reconnected(time.monotonic())
+                self._was_connected = True
             case zmq.EVENT_DISCONNECTED:
                 self._disconnects += 1
                 self._away_since = self._away_since or time.monotonic()
@@ -138,7 +141,6 @@ class Connection:
                     f"{self.endpoint}: the daemon there requires keys: its public and your secret one (server_key and "
                     "key; programs: --server-key FILE --key FILE); see `blendmaskd-keys --help`"
                 )
-        return False
 
     def _renew(self, socket: zmq.Socket[Any]) -> None:
         """Connect once more after a refusal: things may have changed."""
@@ -149,17 +151,6 @@ class Connection:
             socket.disconnect(self.endpoint)
         socket.connect(self.endpoint)
         self._exchange.reconnected(time.monotonic())
-
-    def _add(self, image: Image, deadline_s: float | None, priority: int, options: Mapping[str, Any]) -> Call:
-        return self._exchange.add(image, deadline_s, priority, Options(**options), time.monotonic())
-
-    def _add_durable(
-        self, image: Image, name: str | None, deadline_s: float | None, priority: int, options: Mapping[str, Any]
-    ) -> Call:
-        return self._exchange.add_durable(image, name, deadline_s, priority, Options(**options), time.monotonic())
-
-    def _ask(self, request: Fetch | Forget) -> Call:
-        return self._exchange.ask(request, time.monotonic())
 
     def _timed_out(self) -> TimeoutError:
         return TimeoutError(
