@@ -9,10 +9,10 @@ import numbers
 import os
 import secrets
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 import msgspec
@@ -88,6 +88,7 @@ class Segmentation:
     job: str = ""  # its name in the daemon's log
 
 
+Request = Submit | Fetch | Forget
 Image = str | Path | bytes | ServerPath | Any  # Any: an array, or what else has `shape`, `dtype` and a buffer
 
 
@@ -95,8 +96,8 @@ Image = str | Path | bytes | ServerPath | Any  # Any: an array, or what else has
 class Call:
     """A submission, or what else is asked of a job, until its answer is taken."""
 
-    request: Submit | Fetch | Forget
-    payload: list[Any]
+    request: Request
+    payload: Sequence[Any]
     retries_left: int
     give_up_at: float  # no retry starts after it
     send_at: float  # inf: sent, waiting
@@ -107,11 +108,6 @@ class Call:
     @property
     def name(self) -> str:
         return self.request.job
-
-    @property
-    def bytes(self) -> int:
-        """Of its image, as sent."""
-        return sum(memoryview(frame).nbytes for frame in self.payload)
 
     def frames(self) -> list[Any]:
         if self.place is None or self.by_socket:
@@ -162,13 +158,11 @@ class Exchange:
         for what cannot be sent; `JobFailed` for what the daemon would refuse.
         """
         described, payload = describe(image)
-        name = f"{self._prefix}-{next(self._numbers)}"
         if deadline_s is None:
             deadline_s = min(max(self.timeout_s - ANSWER_S, self.timeout_s / 2), LONGEST_DEADLINE_S)
-        submit = Submit(job=name, image=described, options=options, deadline_s=deadline_s, priority=priority)
-        submit = checked(submit, payload)
-        job = self.jobs[name] = Call(submit, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now)
-        return job
+        submit = Submit(job=f"{self._prefix}-{next(self._numbers)}", image=described, options=options,
+                        deadline_s=deadline_s, priority=priority)  # fmt: skip
+        return self.ask(submit, now, payload, by_socket=False)
 
     def add_durable(
         self, image: Image, name: str | None, deadline_s: float | None, priority: int, options: Options, now: float
@@ -177,16 +171,14 @@ class Exchange:
         described, payload = describe(image)
         submit = Submit(job=name or secrets.token_hex(16), image=described, options=options, deadline_s=deadline_s,
                         priority=priority, durable=True)  # fmt: skip
-        return self._ask(checked(submit, payload), payload, now)
+        return self.ask(submit, now, payload)
 
-    def ask(self, request: Fetch | Forget, now: float) -> Call:
-        """Something about a durable job, to be sent at once."""
-        return self._ask(checked(request, []), [], now)
-
-    def _ask(self, request: Submit | Fetch | Forget, payload: list[Any], now: float) -> Call:
+    def ask(self, request: Request, now: float, payload: Sequence[Any] = (), by_socket: bool = True) -> Call:
+        """Something about a job, to be sent at once. Raises ValueError for one that is asked about already."""
+        request = checked(request, payload)
         if request.job in self.jobs:
             raise ValueError(f"job {request.job}: this client is already waiting for an answer to it")
-        job = Call(request, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now, by_socket=True)
+        job = Call(request, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now, by_socket=by_socket)
         self.jobs[request.job] = job
         return job
 
@@ -287,7 +279,7 @@ class Exchange:
 
     def _fits(self, job: Call) -> bool:
         """Whether the daemon takes its image. False: it is not to be sent now."""
-        size = job.bytes
+        size = sum(memoryview(frame).nbytes for frame in job.payload)
         if size <= SURE_BYTES or (self._most_bytes is not None and size <= self._most_bytes):
             return True
         if self._most_bytes is None:
@@ -313,10 +305,7 @@ class Exchange:
         return False
 
 
-R = TypeVar("R", bound=Submit | Fetch | Forget)
-
-
-def checked(request: R, payload: list[Any]) -> R:
+def checked(request: Request, payload: Sequence[Any]) -> Request:
     """The request as the daemon will read it, in plain values. Raises `JobFailed` for what it would refuse; TypeError,
     ValueError and OverflowError for what cannot be sent at all.
     """
@@ -325,7 +314,7 @@ def checked(request: R, payload: list[Any]) -> R:
         read, _ = protocol.decode(frames, FROM_CLIENT, nulls=False)  # None is a slip, as in `mask_format=None`
     except ProtocolError as error:
         raise JobFailed(Code.BAD_REQUEST, str(error), job=error.job) from None
-    assert isinstance(read, type(request))
+    assert isinstance(read, Request)
     return read
 
 
