@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 REFRESH_S = 1.0
 TRY = csp.page("blendmaskd.http", "try.html")
-DOCS = openapi.PAGE, csp.policy(openapi.PAGE.decode())
 PAGES = frozenset({"/", "/docs", "/openapi.json"})  # hold nothing secret
 T = TypeVar("T")
 
@@ -70,20 +69,21 @@ class Front:
             Route("/v1/jobs/{job}", self.forget, methods=["DELETE"]),
             Route("/v1/categories", self.categories),
             Route("/v1/stats", self.stats),
-            Route("/v2", self.product),
-            Route("/v2/health/live", self.live),
+            Route("/v2", as_json(kserve.PRODUCT), methods=["GET"]),  # a response is an ASGI application too
+            Route("/v2/health/live", as_json({"live": True}), methods=["GET"]),
             Route("/v2/health/ready", self.ready),
-            Route("/v2/repository/index", self.index, methods=["POST"]),
+            Route("/v2/repository/index", as_json(kserve.INDEX), methods=["POST"]),
             Route("/v2/models/stats", self.all_statistics),
             *(Route(f"/v2/models/{{model}}{version}{end}", handler, methods=[method])
               for version in ("", "/versions/{version}")
               for end, handler, method in (("", self.model, "GET"), ("/ready", self.model_ready, "GET"),
                                            ("/config", self.config, "GET"), ("/stats", self.statistics, "GET"),
                                            ("/infer", self.infer, "POST"))),
-            Route("/", self.page),
-            Route("/openapi.json", self.document),
-            Route("/docs", self.documentation),
-            Route("/healthz", self.healthz),
+            Route("/", page(*TRY), methods=["GET"]),
+            Route("/openapi.json", Response(openapi.TEXT, media_type="application/json"), methods=["GET"]),
+            Route("/docs", page(openapi.PAGE, csp.policy(openapi.PAGE.decode())), methods=["GET"]),
+            # whatever the daemon does, starting the front anew would not help
+            Route("/healthz", Response("ok\n", media_type="text/plain"), methods=["GET"]),
             Route("/readyz", self.readyz),
             Route("/metrics", self.metrics),
         ]
@@ -157,12 +157,6 @@ class Front:
 
     # -- KServe v2 ------------------------------------------------------------------------------------------------
 
-    async def product(self, request: Request) -> Response:
-        return as_json(kserve.PRODUCT)
-
-    async def live(self, request: Request) -> Response:
-        return as_json({"live": True})
-
     async def ready(self, request: Request) -> Response:
         status, _ = await self._readiness()
         return as_json({"ready": status == HTTPStatus.OK}, status)
@@ -170,10 +164,6 @@ class Front:
     async def model_ready(self, request: Request) -> Response:
         name, (status, _) = _model(request), await self._readiness()
         return as_json({"name": name, "ready": status == HTTPStatus.OK}, status)
-
-    async def index(self, request: Request) -> Response:
-        states = [{"name": name, "version": kserve.VERSION, "state": "READY", "reason": ""} for name in kserve.INPUTS]
-        return as_json(states)
 
     async def model(self, request: Request) -> Response:
         return as_json(kserve.metadata(_model(request)))
@@ -225,20 +215,6 @@ class Front:
             raise Failure(Code.UNAVAILABLE, "the daemon is starting")
         devices = [{key: device[key] for key in SHOWN_OF_A_DEVICE} for device in snapshot["devices"]]
         return as_json({**{key: snapshot[key] for key in SHOWN}, "devices": devices})
-
-    async def page(self, request: Request) -> Response:
-        """To try an image."""
-        return page(*TRY)
-
-    async def document(self, request: Request) -> Response:
-        return Response(openapi.TEXT, media_type="application/json")
-
-    async def documentation(self, request: Request) -> Response:
-        return page(*DOCS)
-
-    async def healthz(self, request: Request) -> Response:
-        """The front answers: whatever the daemon does, starting the front anew would not help."""
-        return Response("ok\n", media_type="text/plain")
 
     async def readyz(self, request: Request) -> Response:
         status, text = await self._readiness()

@@ -38,6 +38,7 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 INPUTS = {ENCODED: Tensor("image", "BYTES", [1]), PIXELS: Tensor("image", "UINT8", [-1, -1, 3])}
+INDEX = [{"name": name, "version": VERSION, "state": "READY", "reason": ""} for name in INPUTS]
 OUTPUTS = (
     Tensor("boxes", "FP32", [-1, 4]),  # x, y, width, height in pixels
     Tensor("scores", "FP32", [-1]),
