@@ -1,1 +1,1 @@
-"""HTTP: `blendmaskd-http`, a front that is a client of the broker. `program` is the process, `application` its routes."""
+"""HTTP: `blendmaskd-http`, a front that is a client of the broker: `program` is the process, `application` routes."""

@@ -101,7 +101,7 @@ class Front:
         while self._tokens is not None:
             await asyncio.sleep(REFRESH_S)
             self._tokens.refresh()
-            await self._upstream.keep_only(self._tokens.names)
+            await self._upstream.close(keep=self._tokens.names | {""})
 
     # -- images ---------------------------------------------------------------------------------------------------
 
@@ -196,9 +196,7 @@ class Front:
             cut = request.headers.get(kserve.HEADER_LENGTH)
             if cut is not None and not (cut.isdecimal() and cut.isascii() and len(cut) < 12):
                 raise Failure(Code.BAD_REQUEST, "Inference-Header-Content-Length is no number of bytes")
-            asked, wanted = kserve.read(
-                model, body, None if cut is None else int(cut), self._settings.deadline_s, SegmentQuery
-            )
+            asked, wanted = kserve.read(model, body, None if cut is None else int(cut), self._settings.deadline_s)
             return asked, await self._segmented(request, wanted)
 
     # -- what is known --------------------------------------------------------------------------------------------

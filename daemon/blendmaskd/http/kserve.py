@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from blendmaskd.http.rest import Failure, Request, describe
+from blendmaskd.http.rest import Failure, Request, SegmentQuery, describe
 from blendmaskd.protocol import Code
 
 PRODUCT = {"name": "blendmaskd", "version": "2", "extensions": [
@@ -130,9 +130,9 @@ def config(name: str) -> dict[str, Any]:
             "input": [tensor(INPUTS[name])], "output": [tensor(each) for each in OUTPUTS]}  # fmt: skip
 
 
-def read(model: str, body: bytes, header_bytes: int | None, deadline_s: float, kind: type[Any]) -> tuple[
-    Inference, Request[Any]
-]:  # fmt: skip
+def read(
+    model: str, body: bytes, header_bytes: int | None, deadline_s: float
+) -> tuple[Inference, Request[SegmentQuery]]:
     """What a request asks for. `header_bytes`: of its JSON; None: it is no more than that. Raises `Failure`."""
     cut = len(body) if header_bytes is None else header_bytes
     if not 0 <= cut <= len(body):
@@ -150,7 +150,7 @@ def read(model: str, body: bytes, header_bytes: int | None, deadline_s: float, k
         raise Failure(Code.BAD_REQUEST, "mask_format=polygon: outputs are tensors: rle or none")
     if model == PIXELS:
         fields |= {"kind": "raw", "shape": ",".join(map(str, asked.inputs[0].shape))}
-    return asked, describe(fields, payload, deadline_s, kind)
+    return asked, describe(fields, payload, deadline_s, SegmentQuery)
 
 
 OURS = ("binary_data_output",)  # parameters about the form of the answer

@@ -51,9 +51,7 @@ class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     @property
     def options(self) -> Options:
-        return Options(
-            score_threshold=self.score_threshold, max_detections=self.max_detections, mask_format=self.mask_format
-        )
+        return msgspec.convert(self, Options, from_attributes=True)
 
 
 class SegmentQuery(Query, frozen=True, forbid_unknown_fields=True, kw_only=True):

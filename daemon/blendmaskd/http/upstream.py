@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Set
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -93,24 +93,16 @@ class Upstream:
         except Failure as failure:
             return failure
 
-    async def keep_only(self, names: frozenset[str]) -> None:
-        """Close the clients of tokens that are no more."""
-        for name in self._members.keys() - names - {""}:
-            await self._drop(name)
-
-    async def close(self) -> None:
-        for name in list(self._members):
-            await self._drop(name)
+    async def close(self, keep: Set[str] = frozenset()) -> None:
+        """Close the clients, but for those of these tokens."""
+        for name in self._members.keys() - keep:
+            await self._members.pop(name).client.__aexit__(None, None, None)
 
     async def _member(self, name: str) -> _Member:
         if name not in self._members:
-            client = AsyncClient(self._endpoint, timeout_s=LONGEST_S, retries=0)
-            self._members[name] = _Member(client)
+            self._members[name] = _Member(AsyncClient(self._endpoint, timeout_s=LONGEST_S, retries=0))
         await self._members[name].enter()
         return self._members[name]
-
-    async def _drop(self, name: str) -> None:
-        await self._members.pop(name).client.__aexit__(None, None, None)
 
     async def _answer(self, member: _Member, call: Awaitable[T], gone: asyncio.Future[Any], limit_s: float) -> T:
         task = asyncio.ensure_future(call)
