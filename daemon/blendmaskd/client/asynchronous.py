@@ -10,11 +10,10 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import Any, Self
 
-import zmq
 import zmq.asyncio
 
 from blendmaskd import protocol
-from blendmaskd.client.connection import EVENTS, LINGER_MS, Connection, HandshakeError, check_window, wants_ipv6
+from blendmaskd.client.connection import Connection, HandshakeError, check_window, wants_ipv6
 from blendmaskd.client.exchange import Call, Image, JobFailed, Segmentation
 from blendmaskd.protocol import Code, GetStats, Options
 
@@ -32,17 +31,10 @@ class AsyncClient(Connection):
         if self._loop is not None and not self._closed:
             raise RuntimeError("this client is in use already: make another one")
         ipv6 = await asyncio.to_thread(wants_ipv6, self.endpoint)
-        self._loop, self._closed, self._broken = asyncio.get_running_loop(), False, None
+        self._loop, self._broken = asyncio.get_running_loop(), None
         self._futures: dict[str, asyncio.Future[None]] = {}
         self._stats_futures: list[asyncio.Future[dict[str, Any]]] = []
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._monitor = self._socket.get_monitor_socket(EVENTS)
-        try:
-            self._open(self._socket, ipv6)
-        except ValueError:
-            self._disconnect()
-            raise
+        self._connect(ipv6, zmq.asyncio.Context())
         self._wake = asyncio.Event()
         if self._places:
             self._loop.add_reader(self._places.fileno(), self._read_memory)
@@ -104,7 +96,7 @@ class AsyncClient(Connection):
         asked.check()
 
     async def _wait_for(self, job: Call) -> None:
-        self._renew(self._socket)
+        self._renew()
         name = job.name
         future = self._futures[name] = asyncio.get_running_loop().create_future()
         self._wake.set()
@@ -141,7 +133,7 @@ class AsyncClient(Connection):
     async def stats(self) -> dict[str, Any]:
         """As `Client.stats`."""
         self._check_usable()
-        self._renew(self._socket)
+        self._renew()
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._stats_futures.append(future)
         try:
@@ -222,12 +214,9 @@ class AsyncClient(Connection):
             await self._abandon(name)
 
     def _disconnect(self) -> None:
-        self._closed = True
-        self._socket.disable_monitor()
-        self._context.destroy(linger=LINGER_MS)
         if self._places:
             asyncio.get_running_loop().remove_reader(self._places.fileno())
-            self._places.close()
+        super()._disconnect()
 
     async def _abandon(self, name: str) -> None:
         self._futures.pop(name, None)

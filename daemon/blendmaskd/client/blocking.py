@@ -37,18 +37,7 @@ import zmq
 
 from blendmaskd import protocol
 from blendmaskd.client.asynchronous import AsyncClient
-from blendmaskd.client.connection import (
-    DEFAULT_ENDPOINT,
-    EVENTS,
-    LINGER_MS,
-    RETRIES,
-    Connection,
-    HandshakeError,
-    KeyFile,
-    Transport,
-    check_window,
-    wants_ipv6,
-)
+from blendmaskd.client.connection import DEFAULT_ENDPOINT, Connection, HandshakeError, check_window, wants_ipv6
 from blendmaskd.client.exchange import Call, Image, JobFailed, Segmentation, ServerPath, SharedMemoryError
 from blendmaskd.keys import KeyFileError
 from blendmaskd.protocol import Code, GetStats, Options, Submit
@@ -72,22 +61,11 @@ class Client(Connection):
     daemon raises `HandshakeError` when it does not let us in.
     """
 
-    def __init__(
-        self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES,
-        transport: Transport = "auto", server_key: KeyFile = None, key: KeyFile = None,
-    ) -> None:  # fmt: skip
-        self._closed = True  # until all is there
-        super().__init__(endpoint, timeout_s, retries, transport, server_key, key)
+    _closed = True  # until it is connected
+
+    def _begin(self) -> None:
         self._thread = threading.RLock()  # held by the thread whose call runs
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._monitor = self._socket.get_monitor_socket(EVENTS)
-        self._closed = False
-        try:
-            self._open(self._socket, wants_ipv6(endpoint))
-        except ValueError:
-            self.close()
-            raise
+        self._connect(wants_ipv6(self.endpoint), zmq.Context())
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -187,10 +165,7 @@ class Client(Connection):
             self._closed = True
             for job in list(self._exchange.jobs.values()):
                 self._abandon(job)
-            self._socket.disable_monitor()
-            self._context.destroy(linger=LINGER_MS)
-            if self._places:
-                self._places.close()
+            self._disconnect()
 
     def __del__(self) -> None:
         """A client that is forgotten gives back what it held."""
@@ -231,7 +206,7 @@ class Client(Connection):
 
     def _turn(self, deadline: float) -> None:
         """Send what is due, take in what comes, until something did or the deadline passes."""
-        self._renew(self._socket)
+        self._renew()
         self._send_due()
         if self._exchange.answered:  # without a message: there is no shared memory, and it is required
             self._exchange.answered.clear()
@@ -256,7 +231,7 @@ class Client(Connection):
 
     def _send(self, frames: list[Any]) -> None:
         """Never blocks but for a connection that was refused: its pipe is gone, and the event that says why is near."""
-        self._renew(self._socket)
+        self._renew()
         while True:
             try:
                 self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)

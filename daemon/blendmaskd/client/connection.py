@@ -51,6 +51,8 @@ class Connection:
     """What both clients share: endpoint, keys (None: it has none), settings, the exchange."""
 
     _closed = False
+    _socket: Any  # of zmq or zmq.asyncio, as the monitor
+    _monitor: Any
 
     def __init__(
         self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES,
@@ -66,6 +68,10 @@ class Connection:
         self._away_since: float | None = time.monotonic()
         self._places = _places(endpoint, transport)
         self._exchange = Exchange(operator.index(retries), _seconds(timeout_s), self._places)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What is to be done at once; nothing by default."""
 
     @property
     def timeout_s(self) -> float:
@@ -95,9 +101,11 @@ class Connection:
         """Whether this is a child of the process that made the client: sockets and threads of it are not here."""
         return os.getpid() != self._pid
 
-    def _open(self, socket: zmq.Socket[Any], ipv6: bool) -> None:
-        """`ipv6`: see `wants_ipv6`."""
-        self._was_connected = False
+    def _connect(self, ipv6: bool, context: zmq.Context[Any]) -> None:
+        """`ipv6`: see `wants_ipv6`. Raises ValueError for an endpoint to which nothing can be connected."""
+        self._context, self._closed, self._was_connected = context, False, False
+        self._socket = socket = context.socket(zmq.DEALER)
+        self._monitor = socket.get_monitor_socket(EVENTS)
         introduce(socket, self.keys)
         if self.endpoint.startswith("tcp://"):
             socket.set(zmq.IPV6, ipv6)
@@ -113,7 +121,15 @@ class Connection:
         try:
             socket.connect(self.endpoint)
         except zmq.ZMQError as error:
+            self._disconnect()
             raise ValueError(f"{self.endpoint}: {error}: {EXPECTED}") from None
+
+    def _disconnect(self) -> None:
+        self._closed = True
+        self._socket.disable_monitor()
+        self._context.destroy(linger=LINGER_MS)
+        if self._places:
+            self._places.close()
 
     def _on_event(self, frames: list[bytes]) -> None:
         """Take in what happened to the connection, as its monitor says; `_refused` says why it never will stand."""
@@ -142,14 +158,14 @@ class Connection:
                     "key; programs: --server-key FILE --key FILE); see `blendmaskd-keys --help`"
                 )
 
-    def _renew(self, socket: zmq.Socket[Any]) -> None:
+    def _renew(self) -> None:
         """Connect once more after a refusal: things may have changed."""
         if not self._refused:
             return
         self._refused = ""
         with contextlib.suppress(zmq.ZMQError):  # ZeroMQ may have forgotten it
-            socket.disconnect(self.endpoint)
-        socket.connect(self.endpoint)
+            self._socket.disconnect(self.endpoint)
+        self._socket.connect(self.endpoint)
         self._exchange.reconnected(time.monotonic())
 
     def _timed_out(self) -> TimeoutError:

@@ -18,25 +18,7 @@ import msgpack
 import msgspec
 
 from blendmaskd import protocol
-from blendmaskd.protocol import (
-    FROM_CLIENT,
-    SURE_BYTES,
-    TO_CLIENT,
-    Accepted,
-    Code,
-    Failed,
-    Fetch,
-    Forget,
-    Forgotten,
-    GetLimits,
-    Limits,
-    Options,
-    Place,
-    ProtocolError,
-    Result,
-    Stats,
-    Submit,
-)
+from blendmaskd.protocol import Accepted, Code, Failed, Fetch, Forget, Forgotten, Options, ProtocolError, Result, Submit
 
 if TYPE_CHECKING:
     from blendmaskd.client.places import Places
@@ -102,7 +84,7 @@ class Call:
     give_up_at: float  # no retry starts after it
     send_at: float  # inf: sent, waiting
     answer: Segmentation | Accepted | Forgotten | Exception | None = None
-    place: Place | None = None  # in shared memory, taken until it has its last answer
+    place: protocol.Place | None = None  # in shared memory, taken until it has its last answer
     by_socket: bool = False  # whatever shared memory there is
 
     @property
@@ -191,7 +173,7 @@ class Exchange:
                     yield job.frames()
         if self._to_ask and not self._asked:
             self._asked = True
-            yield protocol.encode(GetLimits())
+            yield protocol.encode(protocol.GetLimits())
 
     def next_send(self) -> float:
         """When `due` has something to send."""
@@ -214,9 +196,9 @@ class Exchange:
     def receive(self, frames: list[Any], now: float) -> None:
         """Take in a message. A job that has its last answer now is in `answered`, a snapshot in `stats`."""
         message: protocol.ToClient
-        message, payload = protocol.decode(frames, TO_CLIENT)
+        message, payload = protocol.decode(frames, protocol.TO_CLIENT)
         match message:
-            case Stats():
+            case protocol.Stats():
                 self.stats.append(message.stats)
             case Result() if message.job in self.jobs:
                 detections = msgpack.unpackb(memoryview(payload[0]))
@@ -229,7 +211,7 @@ class Exchange:
                 self._answer(self.jobs[message.job], message)
             case Failed() if message.job in self.jobs:
                 self._failed(self.jobs[message.job], message, now)
-            case Limits():
+            case protocol.Limits():
                 self._most_bytes = message.max_image_bytes
             case Failed(job="") if self._asked:  # a daemon that does not know the question
                 self._most_bytes = self._most_bytes or math.inf
@@ -280,7 +262,7 @@ class Exchange:
     def _fits(self, job: Call) -> bool:
         """Whether the daemon takes its image. False: it is not to be sent now."""
         size = sum(memoryview(frame).nbytes for frame in job.payload)
-        if size <= SURE_BYTES or (self._most_bytes is not None and size <= self._most_bytes):
+        if size <= protocol.SURE_BYTES or (self._most_bytes is not None and size <= self._most_bytes):
             return True
         if self._most_bytes is None:
             self._to_ask = True
@@ -311,7 +293,7 @@ def checked(request: Request, payload: Sequence[Any]) -> Request:
     """
     try:
         frames = [protocol.MAGIC, _ENCODER.encode(request), *payload]
-        read, _ = protocol.decode(frames, FROM_CLIENT, nulls=False)  # None is a slip, as in `mask_format=None`
+        read, _ = protocol.decode(frames, protocol.FROM_CLIENT, nulls=False)  # None is a slip, as in `mask_format=None`
     except ProtocolError as error:
         raise JobFailed(Code.BAD_REQUEST, str(error), job=error.job) from None
     assert isinstance(read, Request)
