@@ -6,7 +6,7 @@ import contextlib
 import functools
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,7 +32,7 @@ from blendmaskd.http.guard import Budget, Guard, Held
 from blendmaskd.http.metrics import Metrics
 from blendmaskd.http.rest import Failure, Job, JobName, JobQuery, Nothing, Segmentation, SegmentQuery, WaitQuery
 from blendmaskd.http.tokens import Tokens
-from blendmaskd.http.upstream import Gone, Upstream
+from blendmaskd.http.upstream import Upstream
 from blendmaskd.protocol import Code
 from blendmaskd.settings import Settings
 from blendmaskd.shell import csp
@@ -114,14 +114,14 @@ class Front:
         async with Held(self._budget, self._settings.http.receive_s) as held:
             wanted = await self._wanted(held, request, JobQuery)
             job = wanted.query.job or secrets.token_hex(16)
-            await self._for(request, lambda gone: self._upstream.submit(_name(request), wanted, job, gone))
+            await self._for(request, self._upstream.submit(request.scope["client_name"], wanted, job))
             answer = as_json(Job(job=job, state="waiting"), HTTPStatus.ACCEPTED)
             answer.headers["location"] = f"/v1/jobs/{job}"
             return answer
 
     async def fetch(self, request: Request) -> Response:
         job, wait = _job(request), query(request, WaitQuery).wait
-        found = await self._for(request, lambda gone: self._upstream.fetch(_name(request), job, wait, gone))
+        found = await self._for(request, self._upstream.fetch(request.scope["client_name"], job, wait))
         match found:
             case None:
                 return as_json(Job(job=job, state="waiting"))
@@ -132,7 +132,7 @@ class Front:
 
     async def forget(self, request: Request) -> Response:
         job, _ = _job(request), query(request, Nothing)
-        await self._for(request, lambda gone: self._upstream.forget(_name(request), job, gone))
+        await self._for(request, self._upstream.forget(request.scope["client_name"], job))
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
     async def _wanted(self, held: Held, request: Request, kind: type[rest.Q]) -> rest.Request[rest.Q]:
@@ -143,17 +143,21 @@ class Front:
         return rest.read(_parameters(request), content_type, body, self._settings.deadline_s, kind)
 
     async def _segmented(self, request: Request, wanted: rest.Request[SegmentQuery]) -> Answer:
-        found = await self._for(request, lambda gone: self._upstream.segment(_name(request), wanted, gone))
+        found = await self._for(request, self._upstream.segment(request.scope["client_name"], wanted))
         request.scope["answer"] = found  # for traces
         return found
 
-    async def _for(self, request: Request, ask: Callable[[asyncio.Future[Any]], Awaitable[T]]) -> T:
-        """Ask the broker for as long as whoever asks is there."""
-        gone = asyncio.ensure_future(_left(request))
+    async def _for(self, request: Request, call: Coroutine[Any, Any, T]) -> T:
+        """The broker's answer, for as long as whoever asks is there. Raises ClientDisconnect."""
+        asking, leaving = asyncio.create_task(call), asyncio.create_task(_left(request))
         try:
-            return await ask(gone)
+            await asyncio.wait({asking, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done():
+                raise ClientDisconnect
+            return asking.result()
         finally:
-            gone.cancel()
+            asking.cancel()
+            leaving.cancel()
 
     # -- KServe v2 ------------------------------------------------------------------------------------------------
 
@@ -239,7 +243,7 @@ def application(
     app = Starlette(
         routes=routes, lifespan=front.life,
         exception_handlers={Failure: on_failure, HTTPException: on_no_route, Exception: on_fault,
-                            Gone: on_gone, ClientDisconnect: on_gone},
+                            ClientDisconnect: on_gone},
     )  # fmt: skip
     app.router.redirect_slashes = False
     names = {route.endpoint: route.path for route in reversed(routes)}  # of two paths, the shorter
@@ -294,11 +298,6 @@ def _parameters(request: Request) -> dict[str, str]:
     if len(found) < len(pairs):
         raise Failure(Code.BAD_REQUEST, "a parameter of the query is given twice")
     return found
-
-
-def _name(request: Request) -> str:
-    name: str = request.scope["client_name"]
-    return name
 
 
 def _model(request: Request) -> str:
