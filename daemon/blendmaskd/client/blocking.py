@@ -235,12 +235,11 @@ class Client(Connection):
         while True:
             try:
                 self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+                return
             except zmq.Again:
                 if not self._monitor.poll(int(self.timeout_s * 1000)):
                     raise self._timed_out() from None
                 self._on_monitor()
-            else:
-                return
 
     def _on_monitor(self) -> None:
         self._on_event(self._monitor.recv_multipart())

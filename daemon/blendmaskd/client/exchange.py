@@ -218,7 +218,6 @@ class Exchange:
         self._release(now)
 
     def receive_memory(self, now: float) -> None:
-        """The daemon says something of our shared memory."""
         assert self._places is not None
         self._places.receive(now)
         self._release(now)

@@ -65,8 +65,7 @@ class Region:
             raise OSError(error.errno, error.strerror or str(error), f"{path}{MEMORY_SUFFIX}") from None
 
     def answer(self) -> dict[str, Any]:
-        """What the daemon says to the offer, see `blendmaskd.protocol`. Raises OSError for none yet, or none any
-        more."""
+        """What the daemon says to the offer. Raises OSError for nothing yet, or nothing any more."""
         message = self.socket.recv(4096)
         if not message:
             raise ConnectionResetError(errno.ECONNRESET, "the daemon has closed the connection")
@@ -153,7 +152,6 @@ class Places:
                 self._retire()
 
     def give_back(self, place: Place) -> None:
-        """Its job is done with."""
         self._regions[place.region].give_back(place)
         self._close_unused()
 
@@ -201,8 +199,7 @@ class Places:
             self.problem, self._offer_from = answer.get("reason", "refused"), now + AGAIN_S
 
     def _failed(self, error: OSError, there: bool, now: float) -> None:
-        """`there`: the daemon's ipc socket was, before and after (see `blendmaskd.shell.sockets` for the order of the
-        two)."""
+        """`there`: the daemon's ipc socket was, before and after; `blendmaskd.shell.sockets` tells their order."""
         self._withdraw()
         if error.errno in ABSENT or (error.errno == errno.ENOENT and not there):
             self.problem, self._offer_from = "", now + ABSENT_S  # no daemon is there; as ZeroMQ does, wait for one

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 REFRESH_S = 1.0
 TRY = csp.page("blendmaskd.http", "try.html")
-PAGES = frozenset({"/", "/docs", "/openapi.json"})  # hold nothing secret
 T = TypeVar("T")
 
 
@@ -247,7 +246,7 @@ def application(
     )  # fmt: skip
     app.router.redirect_slashes = False
     names = {route.endpoint: route.path for route in reversed(routes)}  # of two paths, the shorter
-    return Guard(app, settings.http, tokens, local, metrics, names, PAGES, tracing)
+    return Guard(app, settings.http, tokens, local, metrics, names, tracing)
 
 
 def page(text: bytes, policy: str) -> Response:

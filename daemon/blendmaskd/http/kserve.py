@@ -10,6 +10,7 @@ import base64
 import binascii
 import math
 import struct
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -89,23 +90,21 @@ class Inference(msgspec.Struct, frozen=True):
 class Statistics:
     """Of a model since the start, as Triton counts."""
 
-    count: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("success", "fail"), 0))
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("success", "fail"), 0.0))
-    stages: dict[str, float] = field(default_factory=dict)
+    count: Counter[str] = field(default_factory=Counter)  # by outcome
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # by outcome and by stage
 
     def add(self, outcome: Literal["success", "fail"], seconds: float, timings: Mapping[str, float]) -> None:
         self.count[outcome] += 1
-        self.seconds[outcome] += seconds
-        for stage, value in timings.items():
-            self.stages[stage] = self.stages.get(stage, 0.0) + value
+        for name, value in {outcome: seconds, **timings}.items():
+            self.seconds[name] += value
 
     def as_tree(self, name: str) -> dict[str, Any]:
         done = self.count["success"]
 
         def of(*stages: str) -> dict[str, int]:
-            return _duration(done, sum(self.stages.get(stage, 0.0) for stage in stages))
+            return _duration(done, sum(self.seconds[stage] for stage in stages))
 
-        ends = {outcome: _duration(self.count[outcome], self.seconds[outcome]) for outcome in self.count}
+        ends = {outcome: _duration(self.count[outcome], self.seconds[outcome]) for outcome in ("success", "fail")}
         stages = {"queue": of("queue"), "compute_input": of("decode", "wait"), "compute_infer": of("device"),
                   "compute_output": of("finish", "send"), "cache_hit": _duration(0, 0), "cache_miss": _duration(0, 0)}
         return {"name": name, "version": VERSION, "last_inference": 0, "inference_count": done, "execution_count": done,

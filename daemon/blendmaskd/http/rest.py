@@ -162,10 +162,6 @@ class Request(msgspec.Struct, Generic[Q], frozen=True, kw_only=True):
     query: Q
     deadline_s: float  # from arrival
 
-    @property
-    def options(self) -> Options:
-        return self.query.options
-
 
 def read(
     parameters: Mapping[str, str], content_type: str, body: bytes, deadline_s: float, kind: type[Q]
