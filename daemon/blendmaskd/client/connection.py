@@ -193,28 +193,21 @@ def _seconds(timeout_s: float) -> float:
     return seconds
 
 
-def _check_form(endpoint: str) -> None:
-    """Raises ValueError for an endpoint to which nothing can be connected."""
-    if endpoint.startswith("ipc://"):
-        ipc_path(endpoint)
-    elif endpoint.startswith("tcp://"):
-        host, port = parse_place(endpoint.removeprefix("tcp://"))
-        if host == "*" or not port:
-            raise ValueError("a client needs a host and a port")
-
-
 def wants_ipv6(endpoint: str) -> bool:
     """Whether the host has no IPv4 address: ZeroMQ takes a name's first address, by one protocol only.
 
     Asks the resolver, which may take its time. Raises ValueError for an endpoint to which nothing can be connected.
     """
     try:
-        _check_form(endpoint)
+        if endpoint.startswith("ipc://"):
+            ipc_path(endpoint)
+        if not endpoint.startswith("tcp://"):
+            return False
+        host, port = parse_place(endpoint.removeprefix("tcp://"))
+        if host == "*" or not port:
+            raise ValueError("a client needs a host and a port")
     except ValueError as error:
         raise ValueError(f"{endpoint}: {error}: {EXPECTED}") from None
-    if not endpoint.startswith("tcp://"):
-        return False
-    host, _ = parse_place(endpoint.removeprefix("tcp://"))
     try:
         return all(found[0] == sockets.AF_INET6 for found in sockets.getaddrinfo(host, None))
     except OSError:  # it may be known later
