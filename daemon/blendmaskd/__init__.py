@@ -13,19 +13,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blendmaskd.client.blocking import (
-        DEFAULT_ENDPOINT,
-        AsyncClient,
-        Client,
-        Code,
-        HandshakeError,
-        Image,
-        JobFailed,
-        KeyFileError,
-        Segmentation,
-        ServerPath,
-        SharedMemoryError,
-    )
+    from blendmaskd.client.asynchronous import AsyncClient
+    from blendmaskd.client.blocking import Client
+    from blendmaskd.client.connection import DEFAULT_ENDPOINT, HandshakeError
+    from blendmaskd.client.exchange import Image, JobFailed, Segmentation, ServerPath, SharedMemoryError
+    from blendmaskd.keys import KeyFileError
+    from blendmaskd.protocol import Code
 else:  # type checkers read the imports above instead, and so notice a misspelt name
 
     def __getattr__(name: str) -> Any:

@@ -7,11 +7,11 @@ Pure: texts in, values out; what is not understood is left out. Device numbers a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from blendmaskd.topology import PCI_ADDRESS
+from blendmaskd.topology import npu_chips, npu_rows
 
 Chip = tuple[int, int]  # NPU id, chip id: npu-smi's names, see `topology.parse_npu_map`
 
@@ -59,7 +59,7 @@ def multiplies_float32(chip: str) -> bool:
 
 def parse_npu_cards(text: str) -> dict[Chip, Card]:
     """``npu-smi info``: each chip's name, health and temperature."""
-    return {chip: Card(cells[0].split()[1], cells[1], _temperature(cells)) for chip, cells in chips(text)}
+    return {chip: Card(cells[0].split()[1], cells[1], _temperature(cells)) for chip, cells, _ in npu_chips(text)}
 
 
 def _temperature(cells: list[str]) -> int | None:
@@ -108,25 +108,10 @@ def parse_npu_error(text: str) -> str:
     return ", ".join(part for part in found if part != "NA")
 
 
-def chips(text: str) -> Iterator[tuple[Chip, list[str]]]:
-    """``npu-smi info``: each chip with the cells of its first line: NPU and name, health, power and temperature.
-
-    A chip takes two lines; the second one has its number and its PCI address.
-    """
-    above: list[str] = []
-    for cells in _rows(text.partition("Process id")[0]):
-        first = cells[0].split()
-        if above and PCI_ADDRESS.fullmatch(cells[1]):
-            yield (int(above[0].split()[0]), int(first[0])), above
-            above = []
-        elif len(first) > 1:
-            above = cells
-
-
 def parse_npu_processes(text: str) -> dict[Chip, list[tuple[int, str]]]:
     """``npu-smi info``: the processes on each chip, as pid and name; chips that nobody uses are left out."""
     found: dict[Chip, list[tuple[int, str]]] = {}
-    for cells in _rows(text.partition("Process id")[2]):
+    for cells in npu_rows(text.partition("Process id")[2]):
         chip = cells[0].split()
         if len(chip) == 2 and chip[1].isdigit() and len(cells) > 2 and cells[1].isdigit():
             found.setdefault((int(chip[0]), int(chip[1])), []).append((int(cells[1]), cells[2]))
@@ -173,9 +158,3 @@ def order(version: str) -> tuple[int, ...]:
 def within(version: str, ranges: list[tuple[str, str]]) -> bool:
     """Whether a version lies in one of these ranges, bounds included."""
     return any(order(low) <= order(version) <= order(high) for low, high in ranges)
-
-
-def _rows(text: str) -> list[list[str]]:
-    """The cells of the lines that begin with a number."""
-    lines = [[cell.strip() for cell in line.strip("| \t").split("|")] for line in text.splitlines()]
-    return [cells for cells in lines if len(cells) > 1 and re.match(r"\d+(\s|$)", cells[0])]

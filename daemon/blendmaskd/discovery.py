@@ -82,8 +82,7 @@ def _near_npu(environment: Mapping[str, str], sysfs: Path) -> dict[str, Cpus]:
     """By logic id. The PCI address leads to the kernel's own answer; npu-smi's table is asked where that fails."""
     addresses = topology.parse_npu_addresses(ask_tool(["npu-smi", "info"], environment))
     chips = topology.parse_npu_map(ask_tool(["npu-smi", "info", "-m"], environment))
-    near = {i: pci_cpus(addresses[chip], sysfs) for i, chip in chips.items() if chip in addresses}
-    near = {i: cpus for i, cpus in near.items() if cpus}
+    near = {i: cpus for i, chip in chips.items() if chip in addresses and (cpus := pci_cpus(addresses[chip], sysfs))}
     if not chips or len(near) < len(chips):
         near = topology.parse_npu_affinity(ask_tool(["npu-smi", "info", "-t", "topo"], environment)) | near
     return {str(i): cpus for i, cpus in near.items()}
@@ -92,8 +91,7 @@ def _near_npu(environment: Mapping[str, str], sysfs: Path) -> dict[str, Cpus]:
 def _near_cuda(environment: Mapping[str, str], sysfs: Path) -> dict[str, Cpus]:
     query = ["nvidia-smi", "--query-gpu=index,uuid,pci.bus_id", "--format=csv,noheader"]
     addresses = topology.parse_cuda_addresses(ask_tool(query, environment))
-    found = {name: pci_cpus(address, sysfs) for name, address in addresses.items()}
-    return {name: cpus for name, cpus in found.items() if cpus}
+    return {name: cpus for name, address in addresses.items() if (cpus := pci_cpus(address, sysfs))}
 
 
 def ask_tool(argv: Sequence[str], environment: Mapping[str, str]) -> str:

@@ -20,7 +20,9 @@ def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
     same file at once, by default the process. Where a lock keeps others off, a fixed one is better: the next run then
     writes over what a killed one left.
     """
-    beside = path.with_name(f".{_short(path.name)}.{mark or os.getpid()}")
+    name = os.fsencode(path.name)  # a digest stands for one to which nothing may be added on some disks
+    short = path.name if len(name) <= LONGEST_NAME else hashlib.sha256(name).hexdigest()
+    beside = path.with_name(f".{short}.{mark or os.getpid()}")
     try:
         yield beside
         if over:
@@ -40,9 +42,3 @@ def write_json(path: Path, tree: Any) -> None:
 def text_of(path: Path) -> str:
     r"""A path as text that every encoding of Unicode has: bytes of a name that are no UTF-8 are written as ``\xe9``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _short(name: str) -> str:
-    """The name, or a digest of it where a longer name than its own might be too long for the disk."""
-    encoded = os.fsencode(name)
-    return name if len(encoded) <= LONGEST_NAME else hashlib.sha256(encoded).hexdigest()

@@ -44,8 +44,7 @@ class Pair:
 
 def read_public(path: str | Path) -> bytes:
     """The public key in a file, as Z85 text. Raises `KeyFileError`."""
-    public, _ = _load(Path(path))
-    return public
+    return _load(Path(path))[0]
 
 
 def read_pair(path: str | Path) -> Pair:
@@ -163,11 +162,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         code: int = arguments.run(arguments)
+    except BrokenPipeError as error:
+        return output.lost("blendmaskd-keys", error)
     except (OSError, KeyFileError) as error:
-        if isinstance(error, BrokenPipeError):
-            return output.lost("blendmaskd-keys", error)
-        reason = error if not isinstance(error, OSError) or error.strerror is None else (
-            f"{error.filename}: {error.strerror}")  # fmt: skip
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
         print(f"blendmaskd-keys: {reason}", file=sys.stderr)
         return 1
     return code

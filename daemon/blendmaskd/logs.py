@@ -56,7 +56,9 @@ def to_journal(environment: Mapping[str, str]) -> bool:
     return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class _Formatter(logging.Formatter):
+class TextFormatter(logging.Formatter):
+    """``TIME LEVEL message key=value``, without the time in the journal; values are quoted where they need it."""
+
     def __init__(self, constant: Mapping[str, Any], journal: bool) -> None:
         super().__init__()
         self._constant = constant
@@ -71,13 +73,6 @@ class _Formatter(logging.Formatter):
         return "\n".join(prefix + line for line in text.split("\n"))
 
     def _text(self, record: logging.LogRecord, about: Mapping[str, Any]) -> str:
-        raise NotImplementedError
-
-
-class TextFormatter(_Formatter):
-    """``TIME LEVEL message key=value``, without the time in the journal; values are quoted where they need it."""
-
-    def _text(self, record: logging.LogRecord, about: Mapping[str, Any]) -> str:
         words = [] if self._journal else [_time(record.created)]
         words += [record.levelname, in_a_line(record.getMessage())]
         words += [f"{name}={_quoted(value)}" for name, value in about.items()]
@@ -87,7 +82,7 @@ class TextFormatter(_Formatter):
         return "\n".join([line, *map(in_a_line, self.formatException(record.exc_info).split("\n"))])
 
 
-class JsonFormatter(_Formatter):
+class JsonFormatter(TextFormatter):
     """An object in one line: ``time``, ``level``, ``message``, what it is about, ``exception``."""
 
     def _text(self, record: logging.LogRecord, about: Mapping[str, Any]) -> str:

@@ -5,11 +5,9 @@ is typed.
 """
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Sequence, Sized
 from enum import StrEnum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgpack
 import msgspec
@@ -289,19 +287,15 @@ M = TypeVar("M")
 class Kinds(dict[str, type[M]]):
     """The messages that one side may send, by type."""
 
-    def __init__(self, *messages: type[M]) -> None:
-        super().__init__({_tag(message): message for message in messages})
-        self.decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(functools.reduce(operator.or_, messages))
+    def __init__(self, messages: Any) -> None:
+        super().__init__({each.__struct_config__.tag: each for each in get_args(messages)})
+        self.decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(messages)
 
 
-def _tag(message: Any) -> str:
-    return str(message.__struct_config__.tag)
-
-
-FROM_CLIENT: Kinds[FromClient] = Kinds(Submit, Cancel, Fetch, Forget, GetStats, GetLimits)
-TO_CLIENT: Kinds[ToClient] = Kinds(Result, Failed, Accepted, Forgotten, Stats, Limits)
-FROM_WORKER: Kinds[FromWorker] = Kinds(Ready, Started, Finished, FailedLease, Report, Preview)
-TO_WORKER: Kinds[ToWorker] = Kinds(Lease, Revoke, OpenRegion, CloseRegion, Stop)
+FROM_CLIENT: Kinds[FromClient] = Kinds(FromClient)
+TO_CLIENT: Kinds[ToClient] = Kinds(ToClient)
+FROM_WORKER: Kinds[FromWorker] = Kinds(FromWorker)
+TO_WORKER: Kinds[ToWorker] = Kinds(ToWorker)
 
 
 def encode(message: Message, payload: Frames = ()) -> list[Any]:

@@ -23,8 +23,6 @@ LAST_S = 1.0  # for what is left at the end
 
 
 class Handler(logging.Handler):
-    """See the module."""
-
     def __init__(self) -> None:
         super().__init__()
         self._ends = contextlib.ExitStack()

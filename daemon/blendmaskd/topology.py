@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 PCI_ADDRESS = re.compile(r"\b[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\b", re.IGNORECASE)
@@ -97,20 +97,29 @@ def parse_npu_map(text: str) -> dict[int, tuple[int, int]]:
     return {int(i): (int(chip["NPU ID"]), int(chip["Chip ID"])) for i, chip in zip(ids, chips) if i.isdigit()}
 
 
+def npu_rows(text: str) -> list[list[str]]:
+    """``npu-smi info``: the cells of the lines that begin with a number."""
+    lines = [[cell.strip() for cell in line.strip("| \t").split("|")] for line in text.splitlines()]
+    return [cells for cells in lines if len(cells) > 1 and re.match(r"\d+(\s|$)", cells[0])]
+
+
+def npu_chips(text: str) -> Iterator[tuple[tuple[int, int], list[str], str]]:
+    """``npu-smi info``: each chip (NPU id, chip id) with the cells of its first line (NPU and name, health, power and
+    temperature) and its PCI address, which is on its second line.
+    """
+    above: list[str] = []
+    for cells in npu_rows(text.partition("Process id")[0]):
+        first = cells[0].split()
+        if above and PCI_ADDRESS.fullmatch(cells[1]):
+            yield (int(above[0].split()[0]), int(first[0])), above, cells[1].lower()
+            above = []
+        elif len(first) > 1:
+            above = cells
+
+
 def parse_npu_addresses(text: str) -> dict[tuple[int, int], str]:
-    """``npu-smi info``: (NPU id, chip id) to PCI address. A chip takes two lines; its NPU id is on the first."""
-    addresses: dict[tuple[int, int], str] = {}
-    npu = None
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("| \t").split("|")]
-        first = cells[0].split()[:1]
-        if len(cells) < 2 or not first or not first[0].isdigit():
-            continue
-        if npu is not None and PCI_ADDRESS.fullmatch(cells[1]):
-            addresses[npu, int(first[0])] = cells[1].lower()
-        else:
-            npu = int(first[0])
-    return addresses
+    """``npu-smi info``: (NPU id, chip id) to PCI address."""
+    return {chip: address for chip, _, address in npu_chips(text)}
 
 
 def parse_npu_affinity(text: str) -> dict[int, Cpus]:

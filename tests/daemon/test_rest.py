@@ -28,11 +28,11 @@ def form(*fields: tuple[str, bytes]) -> bytes:
 
 def test_a_query_has_the_wires_fields() -> None:
     found = read({})
-    assert (found.image, found.payload, found.options, found.deadline_s) == (
+    assert (found.image, found.payload, found.query.options, found.deadline_s) == (
         Image(kind="encoded"), b"pixels", Options(), 60.0
     )  # fmt: skip
     found = read({"score_threshold": "0.5", "max_detections": "3", "mask_format": "polygon", "deadline_s": "2.5"})
-    assert found.options == Options(score_threshold=0.5, max_detections=3, mask_format="polygon")
+    assert found.query.options == Options(score_threshold=0.5, max_detections=3, mask_format="polygon")
     assert found.deadline_s == 2.5
     raw = read({"kind": "raw", "shape": "4,6,3", "order": "rgb"}).image
     assert raw == Image(kind="raw", shape=(4, 6, 3), order="rgb")
@@ -49,7 +49,7 @@ def test_an_image_comes_in_three_ways(image: bytes) -> None:
     ]  # fmt: skip
     for body, kind, query in ways:
         found = read(query, body, kind)
-        assert (found.payload, found.options) == (image, Options(mask_format="none")), kind
+        assert (found.payload, found.query.options) == (image, Options(mask_format="none")), kind
 
 
 @pytest.mark.parametrize(

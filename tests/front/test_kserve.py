@@ -15,7 +15,6 @@ import pytest
 from running_front import Front
 
 from blendmaskd.http import kserve
-from blendmaskd.http.application import SegmentQuery
 from blendmaskd.http.rest import Failure
 
 NAMES = [tensor.name for tensor in kserve.OUTPUTS]
@@ -127,7 +126,7 @@ def request(**changes: Any) -> bytes:
 )
 def test_a_request_that_cannot_be_read_says_why(body: bytes, cut: int | None, words: str) -> None:
     with pytest.raises(Failure, match=words):
-        kserve.read("blendmask", body, cut, 60.0, SegmentQuery)
+        kserve.read("blendmask", body, cut, 60.0)
 
 
 @pytest.mark.parametrize("rest", [b"", b"\0", b"\7\0\0\0pixels", b"\5\0\0\0pixels", b"\xff\xff\xff\xffpixels"])
@@ -135,14 +134,14 @@ def test_binary_elements_are_as_long_as_they_say(rest: bytes) -> None:
     tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(rest)}}
     head = json.dumps({"inputs": [tensor]}).encode()
     with pytest.raises(Failure, match="its length in four bytes"):
-        kserve.read("blendmask", head + rest, len(head), 60.0, SegmentQuery)
+        kserve.read("blendmask", head + rest, len(head), 60.0)
     right = b"\6\0\0\0pixels"
     tensor["parameters"] = {"binary_data_size": len(right)}
     head = json.dumps({"inputs": [tensor]}).encode()
-    _, found = kserve.read("blendmask", head + right, len(head), 60.0, SegmentQuery)
+    _, found = kserve.read("blendmask", head + right, len(head), 60.0)
     assert found.payload == b"pixels"
     with pytest.raises(Failure, match="bytes follow the JSON"):
-        kserve.read("blendmask", head + right + b"x", len(head), 60.0, SegmentQuery)
+        kserve.read("blendmask", head + right + b"x", len(head), 60.0)
 
 
 def test_no_detection_is_a_tensor_of_none() -> None:

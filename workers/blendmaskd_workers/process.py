@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from blendmaskd.settings import MOST_HOST_THREADS, Settings
+from blendmaskd.settings import Settings
+from blendmaskd.settings.schema import MOST_HOST_THREADS
 from blendmaskd.topology import format_cpus
 from blendmaskd.wanted import Actual, Wanted, number
 

@@ -8,28 +8,14 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from types import TracebackType
 from typing import Any, Self
 
-import zmq
 import zmq.asyncio
-from zmq.utils.monitor import parse_monitor_message
 
 from blendmaskd import protocol
-from blendmaskd.client.connection import (
-    DEFAULT_ENDPOINT,
-    EVENTS,
-    LINGER_MS,
-    RETRIES,
-    Connection,
-    HandshakeError,
-    KeyFile,
-    Transport,
-    check_window,
-    wants_ipv6,
-)
+from blendmaskd.client.connection import Connection, HandshakeError, check_window, wants_ipv6
 from blendmaskd.client.exchange import Call, Image, JobFailed, Segmentation
-from blendmaskd.protocol import Code, GetStats
+from blendmaskd.protocol import Code, GetStats, Options
 
 
 class AsyncClient(Connection):
@@ -38,38 +24,24 @@ class AsyncClient(Connection):
     A call outside of that, or in another loop, raises RuntimeError.
     """
 
-    def __init__(
-        self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES,
-        transport: Transport = "auto", server_key: KeyFile = None, key: KeyFile = None,
-    ) -> None:  # fmt: skip
-        super().__init__(endpoint, timeout_s, retries, transport, server_key, key)
-        self._futures: dict[str, asyncio.Future[None]] = {}
-        self._stats_futures: list[asyncio.Future[dict[str, Any]]] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._broken: Exception | None = None  # what has ended a task of ours
+    _loop: asyncio.AbstractEventLoop | None = None
+    _broken: Exception | None = None  # what has ended a task of ours
 
     async def __aenter__(self) -> Self:
         if self._loop is not None and not self._closed:
             raise RuntimeError("this client is in use already: make another one")
         ipv6 = await asyncio.to_thread(wants_ipv6, self.endpoint)
-        self._loop, self._closed, self._broken = asyncio.get_running_loop(), False, None
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._monitor = self._socket.get_monitor_socket(EVENTS)
-        try:
-            self._open(self._socket, ipv6)
-        except ValueError:
-            self._disconnect()
-            raise
+        self._loop, self._broken = asyncio.get_running_loop(), None
+        self._futures: dict[str, asyncio.Future[None]] = {}
+        self._stats_futures: list[asyncio.Future[dict[str, Any]]] = []
+        self._connect(ipv6, zmq.asyncio.Context())
         self._wake = asyncio.Event()
         if self._places:
             self._loop.add_reader(self._places.fileno(), self._read_memory)
         self._tasks = [asyncio.create_task(self._keep(task)) for task in (self._read, self._write, self._watch)]
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._closed or self._is_foreign:
             return
         self._closed = True
@@ -94,7 +66,7 @@ class AsyncClient(Connection):
     ) -> Segmentation:
         """As `Client.segment`. Cancelling the task cancels the job."""
         self._check_usable()
-        job = self._add(image, deadline_s, priority, options)
+        job = self._exchange.add(image, deadline_s, priority, Options(**options), time.monotonic())
         await self._wait_for(job)
         return job.result()
 
@@ -104,7 +76,7 @@ class AsyncClient(Connection):
     ) -> str:  # fmt: skip
         """As `Client.submit`."""
         self._check_usable()
-        added = self._add_durable(image, job, deadline_s, priority, options)
+        added = self._exchange.add_durable(image, job, deadline_s, priority, Options(**options), time.monotonic())
         await self._wait_for(added)
         added.check()
         return added.name
@@ -112,19 +84,19 @@ class AsyncClient(Connection):
     async def fetch(self, job: str, *, wait: bool = True) -> Segmentation | None:
         """As `Client.fetch`. Raises ValueError while another task of this client asks for the same job."""
         self._check_usable()
-        asked = self._ask(protocol.Fetch(job=job, wait=wait))
+        asked = self._exchange.ask(protocol.Fetch(job=job, wait=wait), time.monotonic())
         await self._wait_for(asked)
         return None if isinstance(asked.answer, protocol.Accepted) else asked.result()
 
     async def forget(self, job: str) -> None:
         """As `Client.forget`."""
         self._check_usable()
-        asked = self._ask(protocol.Forget(job=job))
+        asked = self._exchange.ask(protocol.Forget(job=job), time.monotonic())
         await self._wait_for(asked)
         asked.check()
 
     async def _wait_for(self, job: Call) -> None:
-        self._renew(self._socket)
+        self._renew()
         name = job.name
         future = self._futures[name] = asyncio.get_running_loop().create_future()
         self._wake.set()
@@ -161,7 +133,7 @@ class AsyncClient(Connection):
     async def stats(self) -> dict[str, Any]:
         """As `Client.stats`."""
         self._check_usable()
-        self._renew(self._socket)
+        self._renew()
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._stats_futures.append(future)
         try:
@@ -219,13 +191,9 @@ class AsyncClient(Connection):
                     await self._wake.wait()
 
     async def _watch(self) -> None:
-        connected = False
         while True:
-            if self._on_event(parse_monitor_message(await self._monitor.recv_multipart())["event"]):
-                if connected:
-                    self._exchange.reconnected(time.monotonic())
-                    self._wake.set()
-                connected = True
+            self._on_event(await self._monitor.recv_multipart())
+            self._wake.set()
             if self._refused:
                 self._fail_all(HandshakeError(self._refused))
 
@@ -246,12 +214,9 @@ class AsyncClient(Connection):
             await self._abandon(name)
 
     def _disconnect(self) -> None:
-        self._closed = True
-        self._socket.disable_monitor()
-        self._context.destroy(linger=LINGER_MS)
         if self._places:
             asyncio.get_running_loop().remove_reader(self._places.fileno())
-            self._places.close()
+        super()._disconnect()
 
     async def _abandon(self, name: str) -> None:
         self._futures.pop(name, None)

@@ -31,29 +31,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from blendmaskd import protocol
 from blendmaskd.client.asynchronous import AsyncClient
-from blendmaskd.client.connection import (
-    DEFAULT_ENDPOINT,
-    EVENTS,
-    LINGER_MS,
-    RETRIES,
-    Connection,
-    HandshakeError,
-    KeyFile,
-    Transport,
-    check_window,
-    wants_ipv6,
-)
+from blendmaskd.client.connection import DEFAULT_ENDPOINT, Connection, HandshakeError, check_window, wants_ipv6
 from blendmaskd.client.exchange import Call, Image, JobFailed, Segmentation, ServerPath, SharedMemoryError
 from blendmaskd.keys import KeyFileError
-from blendmaskd.protocol import Code, GetStats, Submit
+from blendmaskd.protocol import Code, GetStats, Options, Submit
 
 __all__ = [  # what `blendmaskd` exports
     "DEFAULT_ENDPOINT", "AsyncClient", "Client", "Code", "HandshakeError", "Image", "JobFailed", "KeyFileError",
@@ -74,23 +61,11 @@ class Client(Connection):
     daemon raises `HandshakeError` when it does not let us in.
     """
 
-    def __init__(
-        self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES,
-        transport: Transport = "auto", server_key: KeyFile = None, key: KeyFile = None,
-    ) -> None:  # fmt: skip
-        self._closed = True  # until all is there
-        super().__init__(endpoint, timeout_s, retries, transport, server_key, key)
+    _closed = True  # until it is connected
+
+    def _begin(self) -> None:
         self._thread = threading.RLock()  # held by the thread whose call runs
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._monitor = self._socket.get_monitor_socket(EVENTS)
-        self._was_connected = False
-        self._closed = False
-        try:
-            self._open(self._socket, wants_ipv6(endpoint))
-        except ValueError:
-            self.close()
-            raise
+        self._connect(wants_ipv6(self.endpoint), zmq.Context())
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -98,19 +73,14 @@ class Client(Connection):
             self._poller.register(self._places.fileno(), zmq.POLLIN)
 
     def segment(
-        self,
-        image: Image,
-        *,
-        deadline_s: float | None = None,
-        priority: int = 0,
-        **options: Any,
+        self, image: Image, *, deadline_s: float | None = None, priority: int = 0, **options: Any
     ) -> Segmentation:
         """Segment one image. `options`: score_threshold, max_detections, mask_format, see `protocol.Options`.
 
         Raises `JobFailed`, TimeoutError when no answer comes, OSError for a file that cannot be read.
         """
         with self._alone():
-            job = self._add(image, deadline_s, priority, options)
+            job = self._exchange.add(image, deadline_s, priority, Options(**options), time.monotonic())
             self._wait_for(job)
         return job.result()
 
@@ -154,7 +124,7 @@ class Client(Connection):
         `bad-request` where the daemon has no spool.
         """
         with self._alone():
-            added = self._add_durable(image, job, deadline_s, priority, options)
+            added = self._exchange.add_durable(image, job, deadline_s, priority, Options(**options), time.monotonic())
             self._wait_for(added)
         added.check()
         return added.name
@@ -166,14 +136,14 @@ class Client(Connection):
         TimeoutError when there is no answer within `timeout_s`, after which it may be fetched again.
         """
         with self._alone():
-            asked = self._ask(protocol.Fetch(job=job, wait=wait))
+            asked = self._exchange.ask(protocol.Fetch(job=job, wait=wait), time.monotonic())
             self._wait_for(asked)
         return None if isinstance(asked.answer, protocol.Accepted) else asked.result()
 
     def forget(self, job: str) -> None:
         """Let the daemon drop a durable job and its answer; without one it is cancelled."""
         with self._alone():
-            asked = self._ask(protocol.Forget(job=job))
+            asked = self._exchange.ask(protocol.Forget(job=job), time.monotonic())
             self._wait_for(asked)
         asked.check()
 
@@ -195,10 +165,7 @@ class Client(Connection):
             self._closed = True
             for job in list(self._exchange.jobs.values()):
                 self._abandon(job)
-            self._socket.disable_monitor()
-            self._context.destroy(linger=LINGER_MS)
-            if self._places:
-                self._places.close()
+            self._disconnect()
 
     def __del__(self) -> None:
         """A client that is forgotten gives back what it held."""
@@ -220,7 +187,7 @@ class Client(Connection):
         self, image: Image, on_error: str, deadline_s: float | None, priority: int, options: Mapping[str, Any]
     ) -> Call:
         try:
-            job = self._add(image, deadline_s, priority, options)
+            job = self._exchange.add(image, deadline_s, priority, Options(**options), time.monotonic())
         except OSError as error:
             failed = JobFailed(Code.BAD_IMAGE, f"cannot be read: {error.strerror or error}")
             answer = error if on_error == "raise" else failed
@@ -239,7 +206,7 @@ class Client(Connection):
 
     def _turn(self, deadline: float) -> None:
         """Send what is due, take in what comes, until something did or the deadline passes."""
-        self._renew(self._socket)
+        self._renew()
         self._send_due()
         if self._exchange.answered:  # without a message: there is no shared memory, and it is required
             self._exchange.answered.clear()
@@ -264,22 +231,18 @@ class Client(Connection):
 
     def _send(self, frames: list[Any]) -> None:
         """Never blocks but for a connection that was refused: its pipe is gone, and the event that says why is near."""
-        self._renew(self._socket)
+        self._renew()
         while True:
             try:
                 self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+                return
             except zmq.Again:
                 if not self._monitor.poll(int(self.timeout_s * 1000)):
                     raise self._timed_out() from None
                 self._on_monitor()
-            else:
-                return
 
     def _on_monitor(self) -> None:
-        if self._on_event(parse_monitor_message(self._monitor.recv_multipart())["event"]):
-            if self._was_connected:
-                self._exchange.reconnected(time.monotonic())
-            self._was_connected = True
+        self._on_event(self._monitor.recv_multipart())
         if self._refused:
             raise HandshakeError(self._refused)
 
@@ -291,7 +254,5 @@ class Client(Connection):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -12,17 +12,16 @@ import secrets
 import socket as sockets
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from blendmaskd.client import places
-from blendmaskd.client.exchange import Call, Exchange, Image
+from blendmaskd.client.exchange import Exchange
 from blendmaskd.endpoints import ipc_path, parse_place
 from blendmaskd.keys import PUBLIC, Pair, read_pair, read_public
-from blendmaskd.protocol import Fetch, Forget, Options
 
 DEFAULT_ENDPOINT = "ipc:///run/blendmaskd/client.sock"
 RETRIES = 8
@@ -52,10 +51,13 @@ class Connection:
     """What both clients share: endpoint, keys (None: it has none), settings, the exchange."""
 
     _closed = False
+    _socket: Any  # of zmq or zmq.asyncio, as the monitor
+    _monitor: Any
 
     def __init__(
-        self, endpoint: str, timeout_s: float, retries: int, transport: Transport, server_key: KeyFile, key: KeyFile
-    ) -> None:
+        self, endpoint: str = DEFAULT_ENDPOINT, timeout_s: float = 60.0, retries: int = RETRIES,
+        transport: Transport = "auto", server_key: KeyFile = None, key: KeyFile = None,
+    ) -> None:  # fmt: skip
         self._pid = os.getpid()
         self.endpoint = endpoint
         self._key_files = server_key, key
@@ -66,6 +68,10 @@ class Connection:
         self._away_since: float | None = time.monotonic()
         self._places = _places(endpoint, transport)
         self._exchange = Exchange(operator.index(retries), _seconds(timeout_s), self._places)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What is to be done at once; nothing by default."""
 
     @property
     def timeout_s(self) -> float:
@@ -95,8 +101,11 @@ class Connection:
         """Whether this is a child of the process that made the client: sockets and threads of it are not here."""
         return os.getpid() != self._pid
 
-    def _open(self, socket: zmq.Socket[Any], ipv6: bool) -> None:
-        """`ipv6`: see `wants_ipv6`."""
+    def _connect(self, ipv6: bool, context: zmq.Context[Any]) -> None:
+        """`ipv6`: see `wants_ipv6`. Raises ValueError for an endpoint to which nothing can be connected."""
+        self._context, self._closed, self._was_connected = context, False, False
+        self._socket = socket = context.socket(zmq.DEALER)
+        self._monitor = socket.get_monitor_socket(EVENTS)
         introduce(socket, self.keys)
         if self.endpoint.startswith("tcp://"):
             socket.set(zmq.IPV6, ipv6)
@@ -112,14 +121,24 @@ class Connection:
         try:
             socket.connect(self.endpoint)
         except zmq.ZMQError as error:
+            self._disconnect()
             raise ValueError(f"{self.endpoint}: {error}: {EXPECTED}") from None
 
-    def _on_event(self, event: int) -> bool:
-        """Take in what happened to the connection. Whether it stands now; `_refused` says why it never will."""
-        match event:
+    def _disconnect(self) -> None:
+        self._closed = True
+        self._socket.disable_monitor()
+        self._context.destroy(linger=LINGER_MS)
+        if self._places:
+            self._places.close()
+
+    def _on_event(self, frames: list[bytes]) -> None:
+        """Take in what happened to the connection, as its monitor says; `_refused` says why it never will stand."""
+        match parse_monitor_message(frames)["event"]:
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._failed_handshakes, self._away_since = 0, None
-                return True
+                if self._was_connected:
+                    self._exchange.reconnected(time.monotonic())
+                self._was_connected = True
             case zmq.EVENT_DISCONNECTED:
                 self._disconnects += 1
                 self._away_since = self._away_since or time.monotonic()
@@ -138,28 +157,16 @@ class Connection:
                     f"{self.endpoint}: the daemon there requires keys: its public and your secret one (server_key and "
                     "key; programs: --server-key FILE --key FILE); see `blendmaskd-keys --help`"
                 )
-        return False
 
-    def _renew(self, socket: zmq.Socket[Any]) -> None:
+    def _renew(self) -> None:
         """Connect once more after a refusal: things may have changed."""
         if not self._refused:
             return
         self._refused = ""
         with contextlib.suppress(zmq.ZMQError):  # ZeroMQ may have forgotten it
-            socket.disconnect(self.endpoint)
-        socket.connect(self.endpoint)
+            self._socket.disconnect(self.endpoint)
+        self._socket.connect(self.endpoint)
         self._exchange.reconnected(time.monotonic())
-
-    def _add(self, image: Image, deadline_s: float | None, priority: int, options: Mapping[str, Any]) -> Call:
-        return self._exchange.add(image, deadline_s, priority, Options(**options), time.monotonic())
-
-    def _add_durable(
-        self, image: Image, name: str | None, deadline_s: float | None, priority: int, options: Mapping[str, Any]
-    ) -> Call:
-        return self._exchange.add_durable(image, name, deadline_s, priority, Options(**options), time.monotonic())
-
-    def _ask(self, request: Fetch | Forget) -> Call:
-        return self._exchange.ask(request, time.monotonic())
 
     def _timed_out(self) -> TimeoutError:
         return TimeoutError(
@@ -186,28 +193,21 @@ def _seconds(timeout_s: float) -> float:
     return seconds
 
 
-def _check_form(endpoint: str) -> None:
-    """Raises ValueError for an endpoint to which nothing can be connected."""
-    if endpoint.startswith("ipc://"):
-        ipc_path(endpoint)
-    elif endpoint.startswith("tcp://"):
-        host, port = parse_place(endpoint.removeprefix("tcp://"))
-        if host == "*" or not port:
-            raise ValueError("a client needs a host and a port")
-
-
 def wants_ipv6(endpoint: str) -> bool:
     """Whether the host has no IPv4 address: ZeroMQ takes a name's first address, by one protocol only.
 
     Asks the resolver, which may take its time. Raises ValueError for an endpoint to which nothing can be connected.
     """
     try:
-        _check_form(endpoint)
+        if endpoint.startswith("ipc://"):
+            ipc_path(endpoint)
+        if not endpoint.startswith("tcp://"):
+            return False
+        host, port = parse_place(endpoint.removeprefix("tcp://"))
+        if host == "*" or not port:
+            raise ValueError("a client needs a host and a port")
     except ValueError as error:
         raise ValueError(f"{endpoint}: {error}: {EXPECTED}") from None
-    if not endpoint.startswith("tcp://"):
-        return False
-    host, _ = parse_place(endpoint.removeprefix("tcp://"))
     try:
         return all(found[0] == sockets.AF_INET6 for found in sockets.getaddrinfo(host, None))
     except OSError:  # it may be known later

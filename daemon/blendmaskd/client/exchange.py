@@ -10,34 +10,16 @@ import numbers
 import os
 import secrets
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 import msgspec
 
 from blendmaskd import protocol
-from blendmaskd.protocol import (
-    FROM_CLIENT,
-    SURE_BYTES,
-    TO_CLIENT,
-    Accepted,
-    Code,
-    Failed,
-    Fetch,
-    Forget,
-    Forgotten,
-    GetLimits,
-    Limits,
-    Options,
-    Place,
-    ProtocolError,
-    Result,
-    Stats,
-    Submit,
-)
+from blendmaskd.protocol import Accepted, Code, Failed, Fetch, Forget, Forgotten, Options, ProtocolError, Result, Submit
 
 if TYPE_CHECKING:
     from blendmaskd.client.places import Places
@@ -89,6 +71,7 @@ class Segmentation:
     job: str = ""  # its name in the daemon's log
 
 
+Request = Submit | Fetch | Forget
 Image = str | Path | bytes | ServerPath | Any  # Any: an array, or what else has `shape`, `dtype` and a buffer
 
 
@@ -96,23 +79,18 @@ Image = str | Path | bytes | ServerPath | Any  # Any: an array, or what else has
 class Call:
     """A submission, or what else is asked of a job, until its answer is taken."""
 
-    request: Submit | Fetch | Forget
-    payload: list[Any]
+    request: Request
+    payload: Sequence[Any]
     retries_left: int
     give_up_at: float  # no retry starts after it
     send_at: float  # inf: sent, waiting
     answer: Segmentation | Accepted | Forgotten | Exception | None = None
-    place: Place | None = None  # in shared memory, taken until it has its last answer
+    place: protocol.Place | None = None  # in shared memory, taken until it has its last answer
     by_socket: bool = False  # whatever shared memory there is
 
     @property
     def name(self) -> str:
         return self.request.job
-
-    @property
-    def bytes(self) -> int:
-        """Of its image, as sent."""
-        return sum(memoryview(frame).nbytes for frame in self.payload)
 
     def frames(self) -> list[Any]:
         if self.place is None or self.by_socket:
@@ -163,13 +141,11 @@ class Exchange:
         for what cannot be sent; `JobFailed` for what the daemon would refuse.
         """
         described, payload = describe(image)
-        name = f"{self._prefix}-{next(self._numbers)}"
         if deadline_s is None:
             deadline_s = min(max(self.timeout_s - ANSWER_S, self.timeout_s / 2), LONGEST_DEADLINE_S)
-        submit = Submit(job=name, image=described, options=options, deadline_s=deadline_s, priority=priority)
-        submit = checked(submit, payload)
-        job = self.jobs[name] = Call(submit, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now)
-        return job
+        submit = Submit(job=f"{self._prefix}-{next(self._numbers)}", image=described, options=options,
+                        deadline_s=deadline_s, priority=priority)  # fmt: skip
+        return self.ask(submit, now, payload, by_socket=False)
 
     def add_durable(
         self, image: Image, name: str | None, deadline_s: float | None, priority: int, options: Options, now: float
@@ -178,16 +154,14 @@ class Exchange:
         described, payload = describe(image)
         submit = Submit(job=name or secrets.token_hex(16), image=described, options=options, deadline_s=deadline_s,
                         priority=priority, durable=True)  # fmt: skip
-        return self._ask(checked(submit, payload), payload, now)
+        return self.ask(submit, now, payload)
 
-    def ask(self, request: Fetch | Forget, now: float) -> Call:
-        """Something about a durable job, to be sent at once."""
-        return self._ask(checked(request, []), [], now)
-
-    def _ask(self, request: Submit | Fetch | Forget, payload: list[Any], now: float) -> Call:
+    def ask(self, request: Request, now: float, payload: Sequence[Any] = (), by_socket: bool = True) -> Call:
+        """Something about a job, to be sent at once. Raises ValueError for one that is asked about already."""
+        request = checked(request, payload)
         if request.job in self.jobs:
             raise ValueError(f"job {request.job}: this client is already waiting for an answer to it")
-        job = Call(request, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now, by_socket=True)
+        job = Call(request, payload, self._retries, give_up_at=now + self.timeout_s, send_at=now, by_socket=by_socket)
         self.jobs[request.job] = job
         return job
 
@@ -200,7 +174,7 @@ class Exchange:
                     yield job.frames()
         if self._to_ask and not self._asked:
             self._asked = True
-            yield protocol.encode(GetLimits())
+            yield protocol.encode(protocol.GetLimits())
 
     def next_send(self) -> float:
         """When `due` has something to send."""
@@ -223,9 +197,9 @@ class Exchange:
     def receive(self, frames: list[Any], now: float) -> None:
         """Take in a message. A job that has its last answer now is in `answered`, a snapshot in `stats`."""
         message: protocol.ToClient
-        message, payload = protocol.decode(frames, TO_CLIENT)
+        message, payload = protocol.decode(frames, protocol.TO_CLIENT)
         match message:
-            case Stats():
+            case protocol.Stats():
                 self.stats.append(message.stats)
             case Result() if message.job in self.jobs:
                 detections = msgpack.unpackb(memoryview(payload[0]))
@@ -238,14 +212,13 @@ class Exchange:
                 self._answer(self.jobs[message.job], message)
             case Failed() if message.job in self.jobs:
                 self._failed(self.jobs[message.job], message, now)
-            case Limits():
+            case protocol.Limits():
                 self._most_bytes = message.max_image_bytes
             case Failed(job="") if self._asked:  # a daemon that does not know the question
                 self._most_bytes = self._most_bytes or math.inf
         self._release(now)
 
     def receive_memory(self, now: float) -> None:
-        """The daemon says something of our shared memory."""
         assert self._places is not None
         self._places.receive(now)
         self._release(now)
@@ -288,8 +261,8 @@ class Exchange:
 
     def _fits(self, job: Call) -> bool:
         """Whether the daemon takes its image. False: it is not to be sent now."""
-        size = job.bytes
-        if size <= SURE_BYTES or (self._most_bytes is not None and size <= self._most_bytes):
+        size = sum(memoryview(frame).nbytes for frame in job.payload)
+        if size <= protocol.SURE_BYTES or (self._most_bytes is not None and size <= self._most_bytes):
             return True
         if self._most_bytes is None:
             self._to_ask = True
@@ -314,19 +287,16 @@ class Exchange:
         return False
 
 
-R = TypeVar("R", bound=Submit | Fetch | Forget)
-
-
-def checked(request: R, payload: list[Any]) -> R:
+def checked(request: Request, payload: Sequence[Any]) -> Request:
     """The request as the daemon will read it, in plain values. Raises `JobFailed` for what it would refuse; TypeError,
     ValueError and OverflowError for what cannot be sent at all.
     """
     try:
         frames = [protocol.MAGIC, _ENCODER.encode(request), *payload]
-        read, _ = protocol.decode(frames, FROM_CLIENT, nulls=False)  # None is a slip, as in `mask_format=None`
+        read, _ = protocol.decode(frames, protocol.FROM_CLIENT, nulls=False)  # None is a slip, as in `mask_format=None`
     except ProtocolError as error:
         raise JobFailed(Code.BAD_REQUEST, str(error), job=error.job) from None
-    assert isinstance(read, type(request))
+    assert isinstance(read, Request)
     return read
 
 

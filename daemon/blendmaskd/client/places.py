@@ -65,8 +65,7 @@ class Region:
             raise OSError(error.errno, error.strerror or str(error), f"{path}{MEMORY_SUFFIX}") from None
 
     def answer(self) -> dict[str, Any]:
-        """What the daemon says to the offer, see `blendmaskd.protocol`. Raises OSError for none yet, or none any
-        more."""
+        """What the daemon says to the offer. Raises OSError for nothing yet, or nothing any more."""
         message = self.socket.recv(4096)
         if not message:
             raise ConnectionResetError(errno.ECONNRESET, "the daemon has closed the connection")
@@ -115,9 +114,9 @@ class Places:
         self.again_at = math.inf
         self._path = path
         self._events = select.epoll()
-        self._region: Region | None = None
+        self._regions: dict[str, Region] = {}  # by name: the one in use, and retired ones with jobs unanswered
+        self._region: Region | None = None  # the one in use
         self._offered: Region | None = None  # not answered yet
-        self._old: dict[str, Region] = {}  # retired, with jobs unanswered
         self._offer_from = 0.0
 
     def fileno(self) -> int:
@@ -153,11 +152,7 @@ class Places:
                 self._retire()
 
     def give_back(self, place: Place) -> None:
-        """Its job is done with."""
-        region = self._region
-        if region is None or region.name != place.region:
-            region = self._old[place.region]
-        region.give_back(place)
+        self._regions[place.region].give_back(place)
         self._close_unused()
 
     def doubt(self, place: Place, now: float) -> None:
@@ -169,9 +164,9 @@ class Places:
     def close(self) -> None:
         self._withdraw()
         self._retire()
-        for region in self._old.values():
+        for region in self._regions.values():
             region.close()
-        self._old.clear()
+        self._regions.clear()
 
     def _offer(self, place_bytes: int, places: int, now: float) -> None:
         if now < self._offer_from:
@@ -193,7 +188,8 @@ class Places:
             return
         if region.name:
             self._retire()
-            self._region, self._offered, self.problem = region, None, ""
+            self._region = self._regions[region.name] = region
+            self._offered, self.problem = None, ""
             return
         self._withdraw()
         places = answer.get("left", 0) // region.place_bytes
@@ -203,8 +199,7 @@ class Places:
             self.problem, self._offer_from = answer.get("reason", "refused"), now + AGAIN_S
 
     def _failed(self, error: OSError, there: bool, now: float) -> None:
-        """`there`: the daemon's ipc socket was, before and after (see `blendmaskd.shell.sockets` for the order of the
-        two)."""
+        """`there`: the daemon's ipc socket was, before and after; `blendmaskd.shell.sockets` tells their order."""
         self._withdraw()
         if error.errno in ABSENT or (error.errno == errno.ENOENT and not there):
             self.problem, self._offer_from = "", now + ABSENT_S  # no daemon is there; as ZeroMQ does, wait for one
@@ -222,10 +217,10 @@ class Places:
         """The region gets no more images: it is too small, or the daemon has ended it."""
         if self._region is not None:
             self._events.unregister(self._region.socket)
-            self._old[self._region.name] = self._region
             self._region = None
         self._close_unused()
 
     def _close_unused(self) -> None:
-        for name in [name for name, region in self._old.items() if not region.used]:
-            self._old.pop(name).close()
+        unused = [name for name, region in self._regions.items() if region is not self._region and not region.used]
+        for name in unused:
+            self._regions.pop(name).close()

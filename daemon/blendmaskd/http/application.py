@@ -6,7 +6,7 @@ import contextlib
 import functools
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,7 +32,7 @@ from blendmaskd.http.guard import Budget, Guard, Held
 from blendmaskd.http.metrics import Metrics
 from blendmaskd.http.rest import Failure, Job, JobName, JobQuery, Nothing, Segmentation, SegmentQuery, WaitQuery
 from blendmaskd.http.tokens import Tokens
-from blendmaskd.http.upstream import Gone, Upstream
+from blendmaskd.http.upstream import Upstream
 from blendmaskd.protocol import Code
 from blendmaskd.settings import Settings
 from blendmaskd.shell import csp
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 REFRESH_S = 1.0
 TRY = csp.page("blendmaskd.http", "try.html")
-DOCS = openapi.PAGE, csp.policy(openapi.PAGE.decode())
-PAGES = frozenset({"/", "/docs", "/openapi.json"})  # hold nothing secret
 T = TypeVar("T")
 
 
@@ -70,20 +68,21 @@ class Front:
             Route("/v1/jobs/{job}", self.forget, methods=["DELETE"]),
             Route("/v1/categories", self.categories),
             Route("/v1/stats", self.stats),
-            Route("/v2", self.product),
-            Route("/v2/health/live", self.live),
+            Route("/v2", as_json(kserve.PRODUCT), methods=["GET"]),  # a response is an ASGI application too
+            Route("/v2/health/live", as_json({"live": True}), methods=["GET"]),
             Route("/v2/health/ready", self.ready),
-            Route("/v2/repository/index", self.index, methods=["POST"]),
+            Route("/v2/repository/index", as_json(kserve.INDEX), methods=["POST"]),
             Route("/v2/models/stats", self.all_statistics),
             *(Route(f"/v2/models/{{model}}{version}{end}", handler, methods=[method])
               for version in ("", "/versions/{version}")
               for end, handler, method in (("", self.model, "GET"), ("/ready", self.model_ready, "GET"),
                                            ("/config", self.config, "GET"), ("/stats", self.statistics, "GET"),
                                            ("/infer", self.infer, "POST"))),
-            Route("/", self.page),
-            Route("/openapi.json", self.document),
-            Route("/docs", self.documentation),
-            Route("/healthz", self.healthz),
+            Route("/", page(*TRY), methods=["GET"]),
+            Route("/openapi.json", Response(openapi.TEXT, media_type="application/json"), methods=["GET"]),
+            Route("/docs", page(openapi.PAGE, csp.policy(openapi.PAGE.decode())), methods=["GET"]),
+            # whatever the daemon does, starting the front anew would not help
+            Route("/healthz", Response("ok\n", media_type="text/plain"), methods=["GET"]),
             Route("/readyz", self.readyz),
             Route("/metrics", self.metrics),
         ]
@@ -101,7 +100,7 @@ class Front:
         while self._tokens is not None:
             await asyncio.sleep(REFRESH_S)
             self._tokens.refresh()
-            await self._upstream.keep_only(self._tokens.names)
+            await self._upstream.close(keep=self._tokens.names | {""})
 
     # -- images ---------------------------------------------------------------------------------------------------
 
@@ -114,14 +113,14 @@ class Front:
         async with Held(self._budget, self._settings.http.receive_s) as held:
             wanted = await self._wanted(held, request, JobQuery)
             job = wanted.query.job or secrets.token_hex(16)
-            await self._for(request, lambda gone: self._upstream.submit(_name(request), wanted, job, gone))
+            await self._for(request, self._upstream.submit(request.scope["client_name"], wanted, job))
             answer = as_json(Job(job=job, state="waiting"), HTTPStatus.ACCEPTED)
             answer.headers["location"] = f"/v1/jobs/{job}"
             return answer
 
     async def fetch(self, request: Request) -> Response:
         job, wait = _job(request), query(request, WaitQuery).wait
-        found = await self._for(request, lambda gone: self._upstream.fetch(_name(request), job, wait, gone))
+        found = await self._for(request, self._upstream.fetch(request.scope["client_name"], job, wait))
         match found:
             case None:
                 return as_json(Job(job=job, state="waiting"))
@@ -132,7 +131,7 @@ class Front:
 
     async def forget(self, request: Request) -> Response:
         job, _ = _job(request), query(request, Nothing)
-        await self._for(request, lambda gone: self._upstream.forget(_name(request), job, gone))
+        await self._for(request, self._upstream.forget(request.scope["client_name"], job))
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
     async def _wanted(self, held: Held, request: Request, kind: type[rest.Q]) -> rest.Request[rest.Q]:
@@ -143,25 +142,23 @@ class Front:
         return rest.read(_parameters(request), content_type, body, self._settings.deadline_s, kind)
 
     async def _segmented(self, request: Request, wanted: rest.Request[SegmentQuery]) -> Answer:
-        found = await self._for(request, lambda gone: self._upstream.segment(_name(request), wanted, gone))
+        found = await self._for(request, self._upstream.segment(request.scope["client_name"], wanted))
         request.scope["answer"] = found  # for traces
         return found
 
-    async def _for(self, request: Request, ask: Callable[[asyncio.Future[Any]], Awaitable[T]]) -> T:
-        """Ask the broker for as long as whoever asks is there."""
-        gone = asyncio.ensure_future(_left(request))
+    async def _for(self, request: Request, call: Coroutine[Any, Any, T]) -> T:
+        """The broker's answer, for as long as whoever asks is there. Raises ClientDisconnect."""
+        asking, leaving = asyncio.create_task(call), asyncio.create_task(_left(request))
         try:
-            return await ask(gone)
+            await asyncio.wait({asking, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done():
+                raise ClientDisconnect
+            return asking.result()
         finally:
-            gone.cancel()
+            asking.cancel()
+            leaving.cancel()
 
     # -- KServe v2 ------------------------------------------------------------------------------------------------
-
-    async def product(self, request: Request) -> Response:
-        return as_json(kserve.PRODUCT)
-
-    async def live(self, request: Request) -> Response:
-        return as_json({"live": True})
 
     async def ready(self, request: Request) -> Response:
         status, _ = await self._readiness()
@@ -170,10 +167,6 @@ class Front:
     async def model_ready(self, request: Request) -> Response:
         name, (status, _) = _model(request), await self._readiness()
         return as_json({"name": name, "ready": status == HTTPStatus.OK}, status)
-
-    async def index(self, request: Request) -> Response:
-        states = [{"name": name, "version": kserve.VERSION, "state": "READY", "reason": ""} for name in kserve.INPUTS]
-        return as_json(states)
 
     async def model(self, request: Request) -> Response:
         return as_json(kserve.metadata(_model(request)))
@@ -206,9 +199,7 @@ class Front:
             cut = request.headers.get(kserve.HEADER_LENGTH)
             if cut is not None and not (cut.isdecimal() and cut.isascii() and len(cut) < 12):
                 raise Failure(Code.BAD_REQUEST, "Inference-Header-Content-Length is no number of bytes")
-            asked, wanted = kserve.read(
-                model, body, None if cut is None else int(cut), self._settings.deadline_s, SegmentQuery
-            )
+            asked, wanted = kserve.read(model, body, None if cut is None else int(cut), self._settings.deadline_s)
             return asked, await self._segmented(request, wanted)
 
     # -- what is known --------------------------------------------------------------------------------------------
@@ -225,20 +216,6 @@ class Front:
             raise Failure(Code.UNAVAILABLE, "the daemon is starting")
         devices = [{key: device[key] for key in SHOWN_OF_A_DEVICE} for device in snapshot["devices"]]
         return as_json({**{key: snapshot[key] for key in SHOWN}, "devices": devices})
-
-    async def page(self, request: Request) -> Response:
-        """To try an image."""
-        return page(*TRY)
-
-    async def document(self, request: Request) -> Response:
-        return Response(openapi.TEXT, media_type="application/json")
-
-    async def documentation(self, request: Request) -> Response:
-        return page(*DOCS)
-
-    async def healthz(self, request: Request) -> Response:
-        """The front answers: whatever the daemon does, starting the front anew would not help."""
-        return Response("ok\n", media_type="text/plain")
 
     async def readyz(self, request: Request) -> Response:
         status, text = await self._readiness()
@@ -265,11 +242,11 @@ def application(
     app = Starlette(
         routes=routes, lifespan=front.life,
         exception_handlers={Failure: on_failure, HTTPException: on_no_route, Exception: on_fault,
-                            Gone: on_gone, ClientDisconnect: on_gone},
+                            ClientDisconnect: on_gone},
     )  # fmt: skip
     app.router.redirect_slashes = False
     names = {route.endpoint: route.path for route in reversed(routes)}  # of two paths, the shorter
-    return Guard(app, settings.http, tokens, local, metrics, names, PAGES, tracing)
+    return Guard(app, settings.http, tokens, local, metrics, names, tracing)
 
 
 def page(text: bytes, policy: str) -> Response:
@@ -320,11 +297,6 @@ def _parameters(request: Request) -> dict[str, str]:
     if len(found) < len(pairs):
         raise Failure(Code.BAD_REQUEST, "a parameter of the query is given twice")
     return found
-
-
-def _name(request: Request) -> str:
-    name: str = request.scope["client_name"]
-    return name
 
 
 def _model(request: Request) -> str:

@@ -27,7 +27,8 @@ from blendmaskd.shell.addresses import host_name, is_own_name
 if TYPE_CHECKING:
     from blendmaskd.http.tracing import Tracing
 
-OPEN = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})  # probes have no token
+OPEN = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready",  # probes have no token
+                  "/", "/docs", "/openapi.json"})  # hold nothing secret  # fmt: skip
 HEADERS = {
     b"cache-control": b"no-store",
     b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'",
@@ -39,11 +40,11 @@ METHODS = frozenset({"GET", "HEAD", "POST", "DELETE"})
 
 
 class Guard:
-    """Around an application; `routes` names its endpoints for metrics, `pages` are open without a token."""
+    """Around an application; `routes` names its endpoints for metrics."""
 
     def __init__(
         self, app: ASGIApp, http: Http, tokens: Tokens | None, local: bool, metrics: Metrics,
-        routes: Mapping[Any, str], pages: frozenset[str], tracing: Tracing | None,
+        routes: Mapping[Any, str], tracing: Tracing | None,
     ) -> None:  # fmt: skip
         self._app = app
         self._hosts = frozenset(http.hosts)
@@ -51,7 +52,6 @@ class Guard:
         self._strict = local or bool(http.hosts)
         self._metrics = metrics
         self._routes = routes
-        self._open = OPEN | pages
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,7 +107,7 @@ class Guard:
             if name == b"origin" and urlsplit(value.decode("latin-1")).netloc != (host or ""):
                 reason = "pages of other sites may not ask (the Origin is not the Host)"
                 raise Failure(Code.UNAUTHORISED, reason, status=HTTPStatus.FORBIDDEN)
-        if self._tokens is None or scope["path"] in self._open:
+        if self._tokens is None or scope["path"] in OPEN:
             return ""
         given = next((value.decode("latin-1") for name, value in headers if name == b"authorization"), "")
         kind, _, token = given.partition(" ")

@@ -10,6 +10,7 @@ import base64
 import binascii
 import math
 import struct
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from blendmaskd.http.rest import Failure, Request, describe
+from blendmaskd.http.rest import Failure, Request, SegmentQuery, describe
 from blendmaskd.protocol import Code
 
 PRODUCT = {"name": "blendmaskd", "version": "2", "extensions": [
@@ -38,6 +39,7 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 INPUTS = {ENCODED: Tensor("image", "BYTES", [1]), PIXELS: Tensor("image", "UINT8", [-1, -1, 3])}
+INDEX = [{"name": name, "version": VERSION, "state": "READY", "reason": ""} for name in INPUTS]
 OUTPUTS = (
     Tensor("boxes", "FP32", [-1, 4]),  # x, y, width, height in pixels
     Tensor("scores", "FP32", [-1]),
@@ -88,23 +90,21 @@ class Inference(msgspec.Struct, frozen=True):
 class Statistics:
     """Of a model since the start, as Triton counts."""
 
-    count: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("success", "fail"), 0))
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("success", "fail"), 0.0))
-    stages: dict[str, float] = field(default_factory=dict)
+    count: Counter[str] = field(default_factory=Counter)  # by outcome
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # by outcome and by stage
 
     def add(self, outcome: Literal["success", "fail"], seconds: float, timings: Mapping[str, float]) -> None:
         self.count[outcome] += 1
-        self.seconds[outcome] += seconds
-        for stage, value in timings.items():
-            self.stages[stage] = self.stages.get(stage, 0.0) + value
+        for name, value in {outcome: seconds, **timings}.items():
+            self.seconds[name] += value
 
     def as_tree(self, name: str) -> dict[str, Any]:
         done = self.count["success"]
 
         def of(*stages: str) -> dict[str, int]:
-            return _duration(done, sum(self.stages.get(stage, 0.0) for stage in stages))
+            return _duration(done, sum(self.seconds[stage] for stage in stages))
 
-        ends = {outcome: _duration(self.count[outcome], self.seconds[outcome]) for outcome in self.count}
+        ends = {outcome: _duration(self.count[outcome], self.seconds[outcome]) for outcome in ("success", "fail")}
         stages = {"queue": of("queue"), "compute_input": of("decode", "wait"), "compute_infer": of("device"),
                   "compute_output": of("finish", "send"), "cache_hit": _duration(0, 0), "cache_miss": _duration(0, 0)}
         return {"name": name, "version": VERSION, "last_inference": 0, "inference_count": done, "execution_count": done,
@@ -129,9 +129,9 @@ def config(name: str) -> dict[str, Any]:
             "input": [tensor(INPUTS[name])], "output": [tensor(each) for each in OUTPUTS]}  # fmt: skip
 
 
-def read(model: str, body: bytes, header_bytes: int | None, deadline_s: float, kind: type[Any]) -> tuple[
-    Inference, Request[Any]
-]:  # fmt: skip
+def read(
+    model: str, body: bytes, header_bytes: int | None, deadline_s: float
+) -> tuple[Inference, Request[SegmentQuery]]:
     """What a request asks for. `header_bytes`: of its JSON; None: it is no more than that. Raises `Failure`."""
     cut = len(body) if header_bytes is None else header_bytes
     if not 0 <= cut <= len(body):
@@ -149,7 +149,7 @@ def read(model: str, body: bytes, header_bytes: int | None, deadline_s: float, k
         raise Failure(Code.BAD_REQUEST, "mask_format=polygon: outputs are tensors: rle or none")
     if model == PIXELS:
         fields |= {"kind": "raw", "shape": ",".join(map(str, asked.inputs[0].shape))}
-    return asked, describe(fields, payload, deadline_s, kind)
+    return asked, describe(fields, payload, deadline_s, SegmentQuery)
 
 
 OURS = ("binary_data_output",)  # parameters about the form of the answer

@@ -1,7 +1,7 @@
 """The OpenAPI document, made of the types that requests are read by and answers written from, and a page of it."""
 from __future__ import annotations
 
-import html
+from html import escape
 from typing import Any
 
 import msgspec
@@ -35,7 +35,8 @@ def _document() -> dict[str, Any]:
         ("get /v1/jobs/{job}", "fetch", "What became of a durable job", _answer("Job"), OF_THE_DAEMON,
          [*JOB_PATH, *_query(wait)]),
         ("delete /v1/jobs/{job}", "forget", "Delete a durable job and its answer", gone, OF_THE_DAEMON, JOB_PATH),
-        ("get /v1/categories", "categories", "The categories of the network", _list("Category"), (*ASKED, 503)),
+        ("get /v1/categories", "categories", "The categories of the network",
+         _answer("Category", schema={"type": "array", "items": _to("Category")}), (*ASKED, 503)),
         ("get /v1/stats", "stats", "What the daemon does", _object(), OF_THE_DAEMON),
         ("get /healthz", "healthz", "Whether the front is up", _text(), ASKED),
         ("get /readyz", "readyz", "Whether an image can be segmented now", {**_text(), **_text(503)}, ASKED),
@@ -78,17 +79,13 @@ def _operation(
     return made if body is None else {**made, "requestBody": body}
 
 
-def _answer(name: str, status: int = 200) -> dict[str, Any]:
-    return {str(status): {"description": name, "content": {"application/json": {"schema": _to(name)}}}}
-
-
-def _list(name: str) -> dict[str, Any]:
-    schema = {"type": "array", "items": _to(name)}
-    return {"200": {"description": name, "content": {"application/json": {"schema": schema}}}}
+def _answer(name: str, status: int = 200, schema: dict[str, Any] | None = None) -> dict[str, Any]:
+    content = {"application/json": {"schema": schema or _to(name)}}
+    return {str(status): {"description": name, "content": content}}
 
 
 def _object(status: int = 200) -> dict[str, Any]:
-    return {str(status): {"description": "an object", "content": {"application/json": {"schema": {"type": "object"}}}}}
+    return _answer("an object", status, {"type": "object"})
 
 
 def _text(status: int = 200) -> dict[str, Any]:
@@ -144,33 +141,25 @@ def _page(document: dict[str, Any]) -> str:
         for method, operation in operations.items()
     ]
     types = [
-        f"<h3 id='{name}'>{name}</h3><pre>{_escaped(_indented(schema))}</pre>"
+        f"<h3 id='{name}'>{name}</h3><pre>{escape(msgspec.json.format(msgspec.json.encode(schema)).decode())}</pre>"
         for name, schema in document["components"]["schemas"].items()
     ]
     return HEAD + f"<p>{document['info']['description']}</p>{''.join(sections)}<section>{''.join(types)}</section>"
 
 
 def _section(title: str, operation: dict[str, Any]) -> str:
-    rows = [f"<tr><td><code>{each['name']}</code><td>{each['in']}<td><code>{_escaped(_kind(each['schema']))}</code>"
+    rows = [f"<tr><td><code>{each['name']}</code><td>{each['in']}<td><code>{escape(_kind(each['schema']))}</code>"
             for each in operation["parameters"]]  # fmt: skip
     table = f"<table><tr><th>parameter<th>in<th>type{''.join(rows)}</table>" if rows else ""
     bodies = ", ".join(operation.get("requestBody", {}).get("content", {}))
     body = f"<p>Body: <code>{bodies}</code></p>" if bodies else ""
     statuses = ", ".join(sorted(operation["responses"]))
-    return (f"<section><h2>{_escaped(title)}</h2><p>{_escaped(operation['summary'])}</p>{table}{body}"
+    return (f"<section><h2>{escape(title)}</h2><p>{escape(operation['summary'])}</p>{table}{body}"
             f"<p>Answers: {statuses}</p></section>")  # fmt: skip
 
 
 def _kind(schema: dict[str, Any]) -> str:
     return " ".join(f"{key}: {value}" for key, value in schema.items() if key != "title")
-
-
-def _indented(tree: Any) -> str:
-    return msgspec.json.format(msgspec.json.encode(tree)).decode()
-
-
-def _escaped(text: str) -> str:
-    return html.escape(text)
 
 
 DOCUMENT = _document()

@@ -133,7 +133,7 @@ async def serve(
     """Until SIGTERM or SIGINT; when it is not `alone`, also until the process that started it dies."""
     host, port = listening.getsockname()[:2]
     if not alone:
-        _end_with_parent(server)
+        asyncio.get_running_loop().add_reader(0, server.stop)  # the kernel closes its other end with our parent
     notifier = systemd.from_environment()
     watching = asyncio.create_task(_watch(server, http, tls, metrics, notifier))
     serving = asyncio.create_task(server.serve([listening]))
@@ -169,11 +169,6 @@ async def _watch(
 def _written(http: Http) -> list[int]:
     """When the certificate's files were."""
     return [os.stat(path).st_mtime_ns for path in (http.certificate, http.key) if path and os.path.exists(path)]
-
-
-def _end_with_parent(server: Server) -> None:
-    """Its end of our stdin is closed by the kernel, however it dies."""
-    asyncio.get_running_loop().add_reader(0, server.stop)
 
 
 async def several(settings: Settings, listening: socket.socket, argv: list[str]) -> int:

@@ -51,9 +51,7 @@ class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     @property
     def options(self) -> Options:
-        return Options(
-            score_threshold=self.score_threshold, max_detections=self.max_detections, mask_format=self.mask_format
-        )
+        return msgspec.convert(self, Options, from_attributes=True)
 
 
 class SegmentQuery(Query, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -164,10 +162,6 @@ class Request(msgspec.Struct, Generic[Q], frozen=True, kw_only=True):
     query: Q
     deadline_s: float  # from arrival
 
-    @property
-    def options(self) -> Options:
-        return self.query.options
-
 
 def read(
     parameters: Mapping[str, str], content_type: str, body: bytes, deadline_s: float, kind: type[Q]
@@ -175,10 +169,11 @@ def read(
     """The request that a query and a body make. Raises `Failure`."""
     try:
         found = bodies.read(content_type, body)
-        fields = _fields(parameters, found.fields)
     except bodies.Malformed as error:
         raise Failure(Code.BAD_REQUEST, str(error)) from None
-    return describe(fields, found.image, deadline_s, kind)
+    if both := parameters.keys() & found.fields.keys():
+        raise Failure(Code.BAD_REQUEST, f"`{min(both)}` is given twice, in the query and in the body")
+    return describe({**parameters, **found.fields}, found.image, deadline_s, kind)
 
 
 def describe(fields: Mapping[str, Any], payload: bytes, deadline_s: float, kind: type[Q]) -> Request[Q]:
@@ -196,12 +191,6 @@ def describe(fields: Mapping[str, Any], payload: bytes, deadline_s: float, kind:
         raise Failure(Code.BAD_IMAGE, reason)
     image = Image(kind=query.kind, shape=shape, dtype=query.dtype, order=query.order, path=query.path)
     return Request(image=image, payload=payload, query=query, deadline_s=query.deadline_s or deadline_s)
-
-
-def _fields(parameters: Mapping[str, str], fields: Mapping[str, Any]) -> dict[str, Any]:
-    if both := parameters.keys() & fields.keys():
-        raise bodies.Malformed(f"`{min(both)}` is given twice, in the query and in the body")
-    return {**parameters, **fields}
 
 
 def _complaint(query: Query, image: bytes) -> str:

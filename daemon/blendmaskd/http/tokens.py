@@ -29,7 +29,6 @@ class Tokens:
     def __init__(self, path: str) -> None:
         """Raises `TokensError`."""
         self._path = path
-        self._seen: object = None
         self._names = _read(path)
         self._seen = _state(path)
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Set
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -34,12 +34,8 @@ LONGEST_S = 2 * 86400.0  # no deadline of ours is later
 T = TypeVar("T")
 
 
-class Gone(Exception):
-    """Whoever asked has left."""
-
-
 class Upstream:
-    """`gone` is done when whoever asked has left; the job is then cancelled."""
+    """A call that is cancelled, as when whoever asked has left, cancels its job."""
 
     def __init__(self, endpoint: str, wait_s: float) -> None:
         self._endpoint = endpoint
@@ -48,30 +44,30 @@ class Upstream:
         self._snapshot: tuple[float, dict[str, Any] | Failure] = (-math.inf, {})  # when it was taken
         self._asking = asyncio.Lock()
 
-    async def segment(self, name: str, request: Request[Any], gone: asyncio.Future[Any]) -> Answer:
-        """The answer to an image. Raises `Failure` or `Gone`."""
+    async def segment(self, name: str, request: Request[Any]) -> Answer:
+        """The answer to an image. Raises `Failure`."""
         member = await self._member(name)
         call = member.client.segment(_image(request), deadline_s=request.deadline_s, **_options(request.query))
-        return await self._answer(member, call, gone, request.deadline_s)
+        return await self._answer(member, call, request.deadline_s)
 
-    async def submit(self, name: str, request: Request[Any], job: str, gone: asyncio.Future[Any]) -> None:
-        """Accept a durable job. Raises `Failure` or `Gone`."""
+    async def submit(self, name: str, request: Request[Any], job: str) -> None:
+        """Accept a durable job. Raises `Failure`."""
         member = await self._member(name)
         options = _options(request.query) | {"deadline_s": request.query.deadline_s}
-        await self._answer(member, _known(member.submit(job, _image(request), **options)), gone, 60.0)
+        await self._answer(member, _known(member.submit(job, _image(request), **options)), 60.0)
 
-    async def fetch(self, name: str, job: str, wait_s: float, gone: asyncio.Future[Any]) -> Answer | JobFailed | None:
+    async def fetch(self, name: str, job: str, wait_s: float) -> Answer | JobFailed | None:
         """The answer of a durable job, or how it failed; None if there is neither within `wait_s`.
 
-        Raises `Failure`, with 404 for a job that is not known, or `Gone`.
+        Raises `Failure`, with 404 for a job that is not known.
         """
         member = await self._member(name)
-        return await self._answer(member, _ended(_known(member.fetch(job, wait_s))), gone, wait_s + 60.0)
+        return await self._answer(member, _ended(_known(member.fetch(job, wait_s))), wait_s + 60.0)
 
-    async def forget(self, name: str, job: str, gone: asyncio.Future[Any]) -> None:
-        """Raises `Failure` or `Gone`."""
+    async def forget(self, name: str, job: str) -> None:
+        """Raises `Failure`."""
         member = await self._member(name)
-        await self._answer(member, _known(member.forget(job)), gone, 60.0)
+        await self._answer(member, _known(member.forget(job)), 60.0)
 
     async def snapshot(self) -> dict[str, Any]:
         """The broker's latest snapshot, at most a second old. Raises `Failure`."""
@@ -87,46 +83,34 @@ class Upstream:
     async def _ask_snapshot(self) -> dict[str, Any] | Failure:
         """A failure is kept as well: those who ask together must not wait one after the other."""
         member = await self._member("")
-        gone: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         try:
-            return await self._answer(member, member.client.stats(), gone, STATS_S)
+            return await self._answer(member, member.client.stats(), STATS_S)
         except Failure as failure:
             return failure
 
-    async def keep_only(self, names: frozenset[str]) -> None:
-        """Close the clients of tokens that are no more."""
-        for name in self._members.keys() - names - {""}:
-            await self._drop(name)
-
-    async def close(self) -> None:
-        for name in list(self._members):
-            await self._drop(name)
+    async def close(self, keep: Set[str] = frozenset()) -> None:
+        """Close the clients, but for those of these tokens."""
+        for name in self._members.keys() - keep:
+            await self._members.pop(name).client.__aexit__(None, None, None)
 
     async def _member(self, name: str) -> _Member:
         if name not in self._members:
-            client = AsyncClient(self._endpoint, timeout_s=LONGEST_S, retries=0)
-            self._members[name] = _Member(client)
+            self._members[name] = _Member(AsyncClient(self._endpoint, timeout_s=LONGEST_S, retries=0))
         await self._members[name].enter()
         return self._members[name]
 
-    async def _drop(self, name: str) -> None:
-        await self._members.pop(name).client.__aexit__(None, None, None)
-
-    async def _answer(self, member: _Member, call: Awaitable[T], gone: asyncio.Future[Any], limit_s: float) -> T:
+    async def _answer(self, member: _Member, call: Awaitable[T], limit_s: float) -> T:
         task = asyncio.ensure_future(call)
         give_up = time.monotonic() + limit_s + LATE_S
         try:
             while not task.done():
-                if gone.done():
-                    raise Gone
                 away_s, left_s = member.client.away_s, give_up - time.monotonic()
                 if away_s > self._wait_s:
                     raise Failure(Code.UNAVAILABLE, f"no daemon has been there for {away_s:.0f} s", self._wait_s)
                 if left_s <= 0:
                     raise Failure(Code.TIMEOUT, "the daemon has not answered within the deadline")
                 patience = max(self._wait_s - away_s, 0.0) + 0.01
-                await asyncio.wait({task, gone}, timeout=min(left_s, patience, 1.0),
-                                   return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+                await asyncio.wait({task}, timeout=min(left_s, patience, 1.0))
             return task.result()
         except JobFailed as error:
             raise Failure(error.code, error.reason, error.retry_after_s) from None

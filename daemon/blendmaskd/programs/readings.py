@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from blendmaskd import discovery
-from blendmaskd.ascend import Chip, chips
-from blendmaskd.topology import parse_npu_map
+from blendmaskd.ascend import Chip
+from blendmaskd.topology import npu_chips, parse_npu_map
 
 EACH_S = 5.0
 
@@ -31,7 +31,7 @@ class Reading:
 def parse_npu_readings(text: str) -> dict[Chip, Reading]:
     """``npu-smi info``: the readings of each chip."""
     readings = {}
-    for chip, cells in chips(text):
+    for chip, cells, _ in npu_chips(text):
         power, temperature = [*(cells[2] if len(cells) > 2 else "").split(), "", ""][:2]
         readings[chip] = Reading(_number(temperature), _number(power), cells[1])
     return readings

@@ -7,38 +7,10 @@ no module reads the environment or the file again.
 Environment: ``BLENDMASKD__QUEUE__MAX_JOBS=64`` sets ``queue.max_jobs``; the value is read as YAML. Flags:
 ``--set queue.max_jobs=64``, and ``--devices cpu:0 cpu:1`` for the commonest.
 """
-from blendmaskd.settings.checks import DEVICE
-from blendmaskd.settings.schema import (
-    MOST_HOST_THREADS,
-    Endpoints,
-    Http,
-    Limits,
-    Log,
-    Model,
-    Queue,
-    Restarts,
-    Runtime,
-    Settings,
-    SettingsError,
-    Timed,
-)
+from blendmaskd.settings.schema import Http, Limits, Log, Model, Queue, Restarts, Settings, SettingsError, Timed
 from blendmaskd.settings.sources import from_tree, load, to_tree
 
 __all__ = [
-    "DEVICE",
-    "MOST_HOST_THREADS",
-    "Endpoints",
-    "Http",
-    "Limits",
-    "Log",
-    "Model",
-    "Queue",
-    "Restarts",
-    "Runtime",
-    "Settings",
-    "SettingsError",
-    "Timed",
-    "from_tree",
-    "load",
+    "Http", "Limits", "Log", "Model", "Queue", "Restarts", "Settings", "SettingsError", "Timed", "from_tree", "load",
     "to_tree",
-]
+]  # fmt: skip

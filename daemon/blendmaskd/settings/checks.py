@@ -79,23 +79,19 @@ def _check_onnx(settings: Settings) -> None:
 def _check_exact(settings: Settings) -> None:
     """What would round differently from the network as trained, or cannot run it."""
     model = settings.model
-    against = None
-    if settings.engine == "adelaidet":
-        against = "the engine adelaidet is AdelaiDet itself"
-    elif settings.engine == "timed":
-        against = "the engine timed has no network"
-    elif settings.engine == "onnx":
-        against = "the engine onnx runs the network that is made for inference"
-    elif model.precision != "fp32":
-        against = f"model.precision = {model.precision!r} may round below float32"
-    elif model.resize == "fast":
-        against = "model.resize = 'fast' resizes inexactly"
-    elif model.graphs:
-        against = "model.graphs = True has never been compared with the network as trained"
-    elif settings.batch not in ("auto", 1):
-        against = f"batch = {settings.batch}: images are run one by one, as libraries sum a batch in another order"
-    if against:
-        raise SettingsError(f"model.exact = True: {against}; remove one of the two")
+    against = (
+        (settings.engine == "adelaidet", "the engine adelaidet is AdelaiDet itself"),
+        (settings.engine == "timed", "the engine timed has no network"),
+        (settings.engine == "onnx", "the engine onnx runs the network that is made for inference"),
+        (model.precision != "fp32", f"model.precision = {model.precision!r} may round below float32"),
+        (model.resize == "fast", "model.resize = 'fast' resizes inexactly"),
+        (model.graphs, "model.graphs = True has never been compared with the network as trained"),
+        (settings.batch not in ("auto", 1),
+         f"batch = {settings.batch}: images are run one by one, as libraries sum a batch in another order"),
+    )  # fmt: skip
+    for holds, reason in against:
+        if holds:
+            raise SettingsError(f"model.exact = True: {reason}; remove one of the two")
 
 
 def _check_devices(devices: list[str]) -> None:

@@ -212,7 +212,7 @@ class Front:
             try:
                 async with asyncio.timeout(left_s):
                     outcome: Answer | Failed = await self._worker.segment.remote(
-                        request.image, request.options, payload, left_s, attempt > 0
+                        request.image, request.query.options, payload, left_s, attempt > 0
                     )
                     return outcome
             except TimeoutError:

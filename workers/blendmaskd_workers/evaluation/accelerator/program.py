@@ -61,7 +61,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from blendmaskd import files
 from blendmaskd.programs.arguments import positive, seconds, size
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_DAEMON, OutputError, UsageError, guarded
-from blendmaskd.settings import DEVICE
+from blendmaskd.settings.checks import DEVICE
 from blendmaskd_workers.benchmark.report import machine, plain
 from blendmaskd_workers.evaluation.accelerator import report, sections
 from blendmaskd_workers.evaluation.accelerator.children import END_S, ChildError, Row
