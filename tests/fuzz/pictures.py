@@ -110,7 +110,8 @@ def good() -> tuple[bytes, ...]:
         _saved(grey.convert("1"), "TIFF", compression=each) for each in ("group3", "group4", "tiff_ccitt", "packbits")
     ]
     found += [_saved(image, "TIFF", compression="tiff_lzw", **extras) for image in (deep, palette, transparent)]
-    found += [_saved(colours.convert(mode), "TIFF") for mode in ("CMYK", "YCbCr", "LAB", "F", "I")]
+    modes = ("CMYK", "YCbCr", "LAB", "F", "I")
+    found += [_saved(colours.convert(mode), "TIFF", icc_profile=None) for mode in modes]  # LAB's says the hour
     found += [_saved(colours, "TIFF", save_all=True, append_images=[grey]), _saved(colours, "TIFF", big_tiff=True)]
     found += [tiled(order, big) for order in "<>" for big in (False, True)]
     found += [tiffs.write(pixels[:, :, :count].astype(np.int64), layout) for count, layout in _LAYOUTS]
