@@ -19,7 +19,7 @@ from PIL import Image
 
 from fuzz import tiffs
 from fuzz.mutate import mutate, number
-from fuzz.tiffs import DEFLATE, LZW, PACKBITS, SHORT, Entry, Layout, tiff
+from fuzz.tiffs import DEFLATE, LONG, LZW, PACKBITS, SHORT, Layout
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 16: 8}  # of a TIFF's entries
@@ -135,17 +135,11 @@ def _saved(image: Image.Image, format: str, **options: object) -> bytes:
     return stream.getvalue()
 
 
-def tiled(order: str = "<", big: bool = False, planar: int = 1) -> bytes:
+def tiled(order: str = "<", big: bool = False) -> bytes:
     """A TIFF in four deflated tiles of 16x16."""
-    tile = zlib.compress(bytes(range(256)))
-    entries: list[Entry] = [
-        (256, 4, 1, 18), (257, 4, 1, 24), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
-        (284, 3, 1, planar), (322, 3, 1, 16), (323, 3, 1, 16), (324, 4, 4, bytes(16)),
-        (325, 4, 4, struct.pack(order + "I", len(tile)) * 4),
-    ]
-    start = len(tiff(entries, order=order, big=big))
-    entries[9] = (324, 4, 4, struct.pack(order + "4I", *(start + len(tile) * each for each in range(4))))
-    return tiff(entries, tile * 4, order, big)
+    short = {258: 8, 259: DEFLATE, 262: 1, 277: 1, 284: 1, 322: 16, 323: 16}
+    fields = {256: (LONG, (18,)), 257: (LONG, (24,)), **{tag: (SHORT, (value,)) for tag, value in short.items()}}
+    return tiffs.assemble(fields, [zlib.compress(bytes(range(256)))] * 4, order, big)
 
 
 def damaged(random: Random) -> bytes:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ _CODES = {1: "B", SHORT: "H", LONG: "I", 11: "f"}
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 Entry = tuple[int, int, int, int | bytes]  # tag, type, count, value or what lies elsewhere
+Field = tuple[int, tuple[float, ...]]  # type and values
+Fields = Mapping[int, Field]  # by tag
 Samples = npt.NDArray[Any]  # height, width, samples of a pixel
 
 
@@ -37,14 +40,14 @@ class Layout:
     big: bool = False
     tile: int | None = None  # side; None: strips
     rows: int = 7  # of a strip
-    more: Mapping[int, tuple[int, tuple[float, ...]]] = field(default_factory=dict)  # type and values, by tag
+    more: Fields = field(default_factory=dict)
     without: tuple[int, ...] = ()
 
 
 def write(samples: Samples, layout: Layout) -> bytes:
     """A TIFF of these samples."""
     height, width, count = samples.shape
-    entries: dict[int, tuple[int, tuple[float, ...]]] = {
+    entries: dict[int, Field] = {
         256: (SHORT, (width,)),
         257: (SHORT, (height,)),
         258: (SHORT, (layout.bits,) * count),
@@ -73,21 +76,28 @@ def write(samples: Samples, layout: Layout) -> bytes:
     return assemble(entries, blocks, layout.order, layout.big)
 
 
-def assemble(
-    entries: Mapping[int, tuple[int, tuple[float, ...]]], blocks: list[bytes], order: str = "<", big: bool = False
-) -> bytes:
+def assemble(fields: Fields, blocks: list[bytes], order: str = "<", big: bool = False) -> bytes:
     """A TIFF of one directory, with the blocks as its tiles if it has tiles, else as strips."""
-    offsets, lengths = (324, 325) if 322 in entries else (273, 279)
-    whole = {**entries, offsets: (LONG, (0,) * len(blocks)), lengths: (LONG, tuple(map(len, blocks)))}
-    start = len(tiff(_listed(whole, order), b"", order, big))
-    whole[offsets] = (LONG, tuple(start + sum(map(len, blocks[:place])) for place in range(len(blocks))))
-    return tiff(_listed(whole, order), b"".join(blocks), order, big)
+    lengths = [len(block) for block in blocks]
+    places = [end - length for end, length in zip(itertools.accumulate(lengths), lengths)]
+    return lay_out(fields, places, lengths, b"".join(blocks), order, big)
 
 
-def _listed(entries: Mapping[int, tuple[int, tuple[float, ...]]], order: str) -> list[Entry]:
+def lay_out(
+    fields: Fields, places: Iterable[int], lengths: Iterable[int], data: bytes, order: str = "<", big: bool = False
+) -> bytes:
+    """A TIFF whose tiles if it has tiles, else strips, lie at these places of `data`, wherever that is in the file."""
+    offset, length = (324, 325) if 322 in fields else (273, 279)
+    whole = {**fields, offset: (LONG, tuple(places)), length: (LONG, tuple(lengths))}
+    begin = len(tiff(_listed(whole, order), b"", order, big))
+    whole[offset] = (LONG, tuple(begin + place for place in whole[offset][1]))
+    return tiff(_listed(whole, order), data, order, big)
+
+
+def _listed(fields: Fields, order: str) -> list[Entry]:
     return [
         (tag, kind, len(values), struct.pack(f"{order}{len(values)}{_CODES[kind]}", *values))
-        for tag, (kind, values) in sorted(entries.items())
+        for tag, (kind, values) in sorted(fields.items())
     ]
 
 
