@@ -6,7 +6,6 @@ them.
 
 from __future__ import annotations
 
-import io
 import lzma
 import random
 import re
@@ -19,7 +18,7 @@ from PIL import Image
 
 from blendmaskd.images.decoding import MOST_SIDE
 from blendmaskd.settings import Limits
-from fuzz.pictures import bmp, chunk, png
+from fuzz.pictures import bmp, chunk, png, saved
 from fuzz.tiffs import DEFLATE, LONG, LZMA, LZW, NONE, PACKBITS, SHORT, Entry, Fields, assemble, lay_out, tiff
 
 _CLEARS = int("100000000" * 8, 2).to_bytes(9)  # of LZW, in codes of nine bits
@@ -94,17 +93,15 @@ def _delta(limits: Limits) -> bytes:
 
 def scans(side: int, most: int) -> bytes:
     """A grey JPEG of black, with so many scans over all of it."""
-    whole = io.BytesIO()
-    Image.new("L", (side, side)).save(whole, "JPEG", progressive=True)
-    starts = [match.start() for match in re.finditer(rb"\xff\xda", whole.getvalue())]
-    return whole.getvalue()[:-2] + whole.getvalue()[starts[-1] : -2] * (most - len(starts)) + b"\xff\xd9"
+    whole = saved(Image.new("L", (side, side)), "JPEG", progressive=True)
+    starts = [match.start() for match in re.finditer(rb"\xff\xda", whole)]
+    return whole[:-2] + whole[starts[-1] : -2] * (most - len(starts)) + b"\xff\xd9"
 
 
 def _exif_segments(limits: Limits) -> bytes:
-    whole = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(whole, "JPEG")
+    whole = saved(Image.new("RGB", (16, 16)), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", 5008) + b"Exif\0\0" + bytes(5000)
-    return whole.getvalue()[:2] + segment * (limits.max_image_bytes // 5100) + whole.getvalue()[2:]
+    return whole[:2] + segment * (limits.max_image_bytes // 5100) + whole[2:]
 
 
 def _grey(width: int, height: int, compression: int, tile: tuple[int, int] | None = None) -> Fields:
@@ -203,9 +200,8 @@ def _big_directory(limits: Limits) -> bytes:
 
 def _canvas(_: Limits) -> bytes:
     """A WebP of 16 pixels on a canvas of the largest size that there is."""
-    whole = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(whole, "WEBP", lossless=True)
-    place = bytes(6) + b"\x0f\0\0" * 2 + bytes(4) + whole.getvalue()[12:]
+    picture = saved(Image.new("RGB", (16, 16)), "WEBP", lossless=True)
+    place = bytes(6) + b"\x0f\0\0" * 2 + bytes(4) + picture[12:]
     body = b"WEBP" + b"VP8X" + struct.pack("<II", 10, 2) + b"\xfe\x3f\0" * 2 + b"ANIM" + struct.pack("<I", 6) + bytes(6)
     body += b"ANMF" + struct.pack("<I", len(place)) + place
     return b"RIFF" + struct.pack("<I", len(body)) + body
@@ -213,10 +209,9 @@ def _canvas(_: Limits) -> bytes:
 
 def _frames(form: str, limits: Limits) -> bytes:
     """Many pictures in one file, of which the first is read."""
-    whole, first = io.BytesIO(), Image.frombytes("L", (64, 64), _noise(64 * 64)).convert("RGB")
+    first = Image.frombytes("L", (64, 64), _noise(64 * 64)).convert("RGB")
     others = [first.rotate(90 * number) for number in range(min(limits.max_image_bytes // (1 << 14), 500))]
-    first.save(whole, form, save_all=True, append_images=others)
-    return whole.getvalue()
+    return saved(first, form, save_all=True, append_images=others)
 
 
 REFUSED: dict[str, Callable[[Limits], bytes]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.client
-import io
 import json
 import re
 import socket
@@ -23,6 +22,7 @@ from PIL import Image
 
 from fuzz.live import Target, first_said
 from fuzz.mutate import mutate
+from fuzz.pictures import saved
 from fuzz.rules import BrokenRuleError
 
 START_S = 30.0
@@ -152,13 +152,7 @@ class Front:
             self._stop.wait(0.05)
 
 
-def _picture() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (9, 7), (200, 30, 60)).save(file, "PNG")
-    return file.getvalue()
-
-
-PICTURE = _picture()
+PICTURE = saved(Image.new("RGB", (9, 7), (200, 30, 60)), "PNG")
 FORM = (b'--xx\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + PICTURE + b"\r\n--xx\r\n"
         b'Content-Disposition: form-data; name="mask_format"\r\n\r\nnone\r\n--xx--\r\n')  # fmt: skip
 JSON = json.dumps({"image": base64.b64encode(PICTURE).decode(), "score_threshold": 0.5}).encode()

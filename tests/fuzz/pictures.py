@@ -78,41 +78,41 @@ def good() -> tuple[bytes, ...]:
     exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.5
     exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
     extras = {"exif": exif, "icc_profile": bytes(300)}
-    found = [_saved(image, "PNG") for image in (colours, transparent, grey, deep, palette, grey.convert("1"))]
-    found += [_saved(Image.merge("LA", [grey, grey]), "PNG", **extras), _saved(palette, "PNG", transparency=bytes(16))]
-    found += [_saved(colours, "PNG", save_all=True, append_images=[colours.rotate(90)], default_image=True)]
+    found = [saved(image, "PNG") for image in (colours, transparent, grey, deep, palette, grey.convert("1"))]
+    found += [saved(Image.merge("LA", [grey, grey]), "PNG", **extras), saved(palette, "PNG", transparency=bytes(16))]
+    found += [saved(colours, "PNG", save_all=True, append_images=[colours.rotate(90)], default_image=True)]
     rows = zlib.compress(bytes(20_000))
     found += [
         png(18, 24, rows, depth=depth, colour=colour, interlace=1)
         for depth, colour in ((8, 2), (16, 6), (1, 0), (4, 3), (16, 4))
     ]
     found += [
-        _saved(image, "JPEG", progressive=progressive, **extras)
+        saved(image, "JPEG", progressive=progressive, **extras)
         for image in (colours, grey, colours.convert("CMYK"))
         for progressive in (False, True)
     ]
-    found += [_saved(colours, "JPEG", subsampling=2, restart_marker_blocks=1, comment=b"hello")]
-    found += [_saved(colours, "MPO", save_all=True, append_images=[grey.convert("RGB")])]
+    found += [saved(colours, "JPEG", subsampling=2, restart_marker_blocks=1, comment=b"hello")]
+    found += [saved(colours, "MPO", save_all=True, append_images=[grey.convert("RGB")])]
     found += [
-        _saved(transparent, "WEBP", lossless=True, **extras),
-        _saved(colours, "WEBP"),
-        _saved(transparent, "WEBP"),
+        saved(transparent, "WEBP", lossless=True, **extras),
+        saved(colours, "WEBP"),
+        saved(transparent, "WEBP"),
     ]
-    found += [_saved(colours, "WEBP", save_all=True, append_images=[colours.rotate(90)], duration=10)]
-    found += [_saved(image, "BMP") for image in (colours, transparent, grey, palette, grey.convert("1"))]
+    found += [saved(colours, "WEBP", save_all=True, append_images=[colours.rotate(90)], duration=10)]
+    found += [saved(image, "BMP") for image in (colours, transparent, grey, palette, grey.convert("1"))]
     found += [
         bmp(18, 24, (b"\x12\x07" + b"\0\0") * 24 + b"\0\1", compression=1),
         bmp(18, 24, (b"\x12\x17" + b"\0\4\x12\x34" + b"\0\2\2\1\0\0") * 9, bits=4, compression=2),
     ]
     for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "tiff_deflate", "lzma", "zstd", "jpeg"):
-        found += [_saved(image, "TIFF", compression=compression) for image in (colours, grey)]
+        found += [saved(image, "TIFF", compression=compression) for image in (colours, grey)]
     found += [
-        _saved(grey.convert("1"), "TIFF", compression=each) for each in ("group3", "group4", "tiff_ccitt", "packbits")
+        saved(grey.convert("1"), "TIFF", compression=each) for each in ("group3", "group4", "tiff_ccitt", "packbits")
     ]
-    found += [_saved(image, "TIFF", compression="tiff_lzw", **extras) for image in (deep, palette, transparent)]
+    found += [saved(image, "TIFF", compression="tiff_lzw", **extras) for image in (deep, palette, transparent)]
     modes = ("CMYK", "YCbCr", "LAB", "F", "I")
-    found += [_saved(colours.convert(mode), "TIFF", icc_profile=None) for mode in modes]  # LAB's says the hour
-    found += [_saved(colours, "TIFF", save_all=True, append_images=[grey]), _saved(colours, "TIFF", big_tiff=True)]
+    found += [saved(colours.convert(mode), "TIFF", icc_profile=None) for mode in modes]  # LAB's says the hour
+    found += [saved(colours, "TIFF", save_all=True, append_images=[grey]), saved(colours, "TIFF", big_tiff=True)]
     found += [tiled(order, big) for order in "<>" for big in (False, True)]
     found += [tiffs.write(pixels[:, :, :count].astype(np.int64), layout) for count, layout in _LAYOUTS]
     return tuple(found)
@@ -129,7 +129,7 @@ _LAYOUTS = (  # and how many samples a pixel has
 )
 
 
-def _saved(image: Image.Image, format: str, **options: object) -> bytes:
+def saved(image: Image.Image, format: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()

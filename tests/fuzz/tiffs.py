@@ -6,7 +6,7 @@ import itertools
 import lzma
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,14 +138,7 @@ def _encoded(block: Samples, layout: Layout) -> bytes:
     if layout.predictor == 2:
         block = np.diff(block, axis=1, prepend=0) % (1 << layout.bits)
     packed = _packed(block.reshape(len(block), -1), layout)
-    compressed = {
-        NONE: lambda: packed,
-        LZW: lambda: _lzw(packed),
-        DEFLATE: lambda: zlib.compress(packed),
-        OLD_DEFLATE: lambda: zlib.compress(packed),
-        PACKBITS: lambda: _packbits(packed),
-        LZMA: lambda: lzma.compress(packed),
-    }[layout.compression]()
+    compressed = _COMPRESS[layout.compression](packed)
     return compressed.translate(_REVERSED) if layout.fill_order == 2 else compressed
 
 
@@ -170,3 +163,9 @@ def _packbits(data: bytes) -> bytes:
     return b"".join(
         bytes([len(run) - 1]) + run for run in (data[place : place + 100] for place in range(0, len(data), 100))
     )
+
+
+_COMPRESS: dict[int, Callable[[bytes], bytes]] = {
+    NONE: bytes, LZW: _lzw, DEFLATE: zlib.compress, OLD_DEFLATE: zlib.compress, PACKBITS: _packbits,
+    LZMA: lzma.compress,
+}  # fmt: skip
