@@ -13,14 +13,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, deque
 from random import Random
 from typing import Self
 
 import psutil
 from PIL import Image
 
-from fuzz.live import Target, first_said
+from fuzz.live import Stranger, Target, first_said
 from fuzz.mutate import mutate
 from fuzz.pictures import saved
 from fuzz.rules import BrokenRuleError
@@ -34,22 +33,20 @@ PATIENCE_S, MOST_STAYING = 0.01, 40
 NAME = b"0123456789abcdef0123456789abcdef"
 
 
-class Front:
+class Front(Stranger):
     """A stranger to the front: see `fuzz.strangers`."""
 
     def __init__(self, target: Target) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self._endpoint = target.host.endpoint
+        super().__init__(target)
         self._number = 0
         self._warm: tuple[float, int] | None = None  # MB, descriptors
         self._stop = threading.Event()
-        self._staying: deque[socket.socket] = deque()
         self._slowest_s, self._impolite = 0.0, ""
 
     def __enter__(self) -> Self:
         self._log = tempfile.NamedTemporaryFile("w+")
-        settings = {"http.endpoint": "127.0.0.1:0", "endpoints.clients": f"[{self._endpoint}]", "http.receive_s": "3",
-                    "limits.max_image_bytes": "1000000"}  # fmt: skip
+        settings = {"http.endpoint": "127.0.0.1:0", "endpoints.clients": f"[{self._target.host.endpoint}]",
+                    "http.receive_s": "3", "limits.max_image_bytes": "1000000"}  # fmt: skip
         flags = [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")]
         command = [sys.executable, "-m", "blendmaskd.http.program", *flags]
         self._process = subprocess.Popen(command, stderr=self._log)
@@ -89,9 +86,7 @@ class Front:
             stranger.sendall(_request(random))
             said = stranger.recv(65536)
         except TimeoutError:
-            self._staying.append(stranger)
-            if len(self._staying) > MOST_STAYING:
-                self._staying.popleft().close()
+            self._stay(stranger, MOST_STAYING)
             return "stays"
         except OSError:
             said = b""
@@ -99,8 +94,7 @@ class Front:
         return _code(said)
 
     def settle(self) -> None:
-        while self._staying:
-            self._staying.popleft().close()
+        self._hang_up()
         self._check()
         if self._warm is None:
             return

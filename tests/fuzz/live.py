@@ -8,9 +8,12 @@ import socket
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, Self
 
 import numpy as np
 import psutil
@@ -76,6 +79,39 @@ class Target:
 
     def _workers(self) -> dict[str, int]:
         return {name: held[0] for name, held in self.host.held().items()}
+
+
+class Stranger(ABC):
+    """Feeds a target; a context manager. `outcomes` counts what came of it."""
+
+    def __init__(self, target: Target) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self._target = target
+        self._staying: deque[socket.socket] = deque()  # connections of no more words
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hang_up()
+
+    @abstractmethod
+    def feed(self, random: Random) -> str:
+        """Throw one input; what came of it, empty where that comes later. Raises `BrokenRuleError`."""
+
+    def settle(self) -> None:
+        """Wait for what is owed."""
+        self._hang_up()
+
+    def _stay(self, stranger: socket.socket, most: int) -> None:
+        """Keep a connection; of more than so many the oldest goes."""
+        self._staying.append(stranger)
+        if len(self._staying) > most:
+            self._staying.popleft().close()
+
+    def _hang_up(self) -> None:
+        while self._staying:
+            self._staying.popleft().close()
 
 
 def first_said(stranger: socket.socket) -> bytes:

@@ -43,9 +43,9 @@ from blendmaskd.settings import Limits
 from blendmaskd.shell import launch
 from fuzz import bombs, rules
 from fuzz.child import Progress, input_random
-from fuzz.live import Target, target
+from fuzz.live import Stranger, Target, target
 from fuzz.rules import BrokenRuleError
-from fuzz.strangers import STRANGERS, Stranger
+from fuzz.strangers import STRANGERS
 
 SHARES = {"headers": 0.40, "images": 0.43, "daemon": 0.10, "memory": 0.03, "pages": 0.02, "http": 0.02}
 LAYERS = (*SHARES, "bombs")

@@ -18,9 +18,9 @@ import socket
 import struct
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from random import Random
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import msgpack
 import zmq
@@ -30,7 +30,7 @@ from blendmaskd.protocol import MAGIC, MEMORY_SUFFIX, Code, Failed, Fetch, Forge
 from blendmaskd.shell.sockets import MOST_FRAMES
 from fuzz import headers, pictures
 from fuzz.front import Front
-from fuzz.live import Target, first_said
+from fuzz.live import Stranger, Target, first_said
 from fuzz.mutate import EDGES, mutate
 from fuzz.rules import LIMITS, BrokenRuleError
 
@@ -41,23 +41,11 @@ READ_S = 20.0  # in which a connection is answered or closed
 _NEVER = {Code.ENGINE_FAILED, Code.WORKER_LOST, Code.UNAVAILABLE, Code.DRAINING}
 
 
-class Stranger(Protocol):
-    """Feeds a target; a context manager. `outcomes` counts what came of it."""
-
-    outcomes: Counter[str]
-
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *_: object) -> None: ...
-    def feed(self, random: Random) -> str: ...
-    def settle(self) -> None: ...
-
-
-class Messages:
+class Messages(Stranger):
     """At the clients' socket. `outcomes` counts the answers by code."""
 
     def __init__(self, target: Target) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self._target = target
+        super().__init__(target)
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._sent = 0
@@ -70,9 +58,6 @@ class Messages:
         self._submitted: Counter[str] = Counter()
         self._answered: Counter[str] = Counter()
         self._stats = 0
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._context.destroy(linger=0)
@@ -183,10 +168,7 @@ class Messages:
         self._may[message.job] -= 1
         if self._may[message.job] < 0:
             raise BrokenRuleError(f"job {message.job!r}: more answers than messages, the last is {message}")
-        code = message.code.value if isinstance(message, Failed) else type(message).__name__.lower()
-        self.outcomes[code] += 1
-        if isinstance(message, Failed) and message.code in _NEVER:
-            raise BrokenRuleError(f"job {message.job!r}: {message.code}: {message.reason}")
+        self.outcomes[_outcome(message)] += 1
 
     def _no_zeromq(self, random: Random) -> str:
         """Bytes at the bare socket, with and without a greeting before them."""
@@ -210,14 +192,11 @@ class Messages:
         return "no ZeroMQ: dropped"
 
 
-class Descriptors:
+class Descriptors(Stranger):
     """At the socket for shared memory, and with what comes of it."""
 
     def __init__(self, target: Target) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self._target = target
-        self._path = target.path + MEMORY_SUFFIX
-        self._open: deque[socket.socket] = deque(maxlen=20)  # silent ones; the oldest is closed by being forgotten
+        super().__init__(target)
         self._jobs = 0
 
     def __enter__(self) -> Self:
@@ -230,8 +209,7 @@ class Descriptors:
     def __exit__(self, *_: object) -> None:
         self._folder.close()
         self._context.destroy(linger=0)
-        for each in self._open:
-            each.close()
+        self._hang_up()
 
     def feed(self, random: Random) -> str:
         kind = random.random()
@@ -253,15 +231,11 @@ class Descriptors:
                 os.close(memory)
         return "memory used"
 
-    def settle(self) -> None:
-        while self._open:
-            self._open.popleft().close()
-
     def _connected(self) -> socket.socket:
         stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stranger.settimeout(READ_S)
         deadline = time.monotonic() + READ_S
-        while stranger.connect_ex(self._path):
+        while stranger.connect_ex(self._target.path + MEMORY_SUFFIX):
             if time.monotonic() > deadline:
                 raise BrokenRuleError("the socket for shared memory takes no connection")
             time.sleep(0.001)
@@ -270,11 +244,9 @@ class Descriptors:
     def _silent(self, random: Random) -> str:
         """Connections that say nothing, or hang up half way."""
         for _ in range(random.choice((1, 1, 1, 40))):
-            if len(self._open) == self._open.maxlen:
-                self._open.popleft().close()
-            self._open.append(self._connected())
+            self._stay(self._connected(), 20)
             if random.random() < 0.5:
-                self._open[-1].shutdown(random.choice((socket.SHUT_WR, socket.SHUT_RD, socket.SHUT_RDWR)))
+                self._staying[-1].shutdown(random.choice((socket.SHUT_WR, socket.SHUT_RD, socket.SHUT_RDWR)))
         return "silent: dropped"
 
     def _garbage(self, random: Random, stranger: socket.socket) -> str:
@@ -332,34 +304,18 @@ class Descriptors:
                 message, _ = protocol.decode(self._socket.recv_multipart(), protocol.TO_CLIENT)
                 assert not isinstance(message, protocol.Stats | protocol.Limits)
                 names.remove(message.job)
-                code = message.code.value if isinstance(message, Failed) else type(message).__name__.lower()
-                self.outcomes[f"place: {code}"] += 1
-                if isinstance(message, Failed) and message.code in _NEVER:
-                    raise BrokenRuleError(f"{message.code}: {message.reason}")
+                self.outcomes[f"place: {_outcome(message)}"] += 1
             elif time.monotonic() > deadline:
                 raise BrokenRuleError(f"jobs {names} in shared memory were not answered")
 
 
-class Requests:
+class Requests(Stranger):
     """At the metrics port."""
 
-    def __init__(self, target: Target) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self._port = target.port
-        self._open: deque[socket.socket] = deque(maxlen=50)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.settle()
-
     def feed(self, random: Random) -> str:
-        stranger = socket.create_connection(("127.0.0.1", self._port), READ_S)
+        stranger = socket.create_connection(("127.0.0.1", self._target.port), READ_S)
         if random.random() < 0.1:  # slow: it says a part, and stays
-            if len(self._open) == self._open.maxlen:
-                self._open.popleft().close()
-            self._open.append(stranger)
+            self._stay(stranger, 50)
             stranger.send(b"GET /metrics HTT")
             return "slow"
         with stranger, contextlib.suppress(OSError):
@@ -372,20 +328,23 @@ class Requests:
         return "closed"
 
     def settle(self) -> None:
-        while self._open:
-            self._open.popleft().close()
-        with socket.create_connection(("127.0.0.1", self._port), READ_S) as good:
+        self._hang_up()
+        with socket.create_connection(("127.0.0.1", self._target.port), READ_S) as good:
             good.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             if (status := _status(good)) != "200":
                 raise BrokenRuleError(f"/healthz: {status}")
 
 
-STRANGERS: dict[str, type[Messages] | type[Descriptors] | type[Requests] | type[Front]] = {
-    "daemon": Messages,
-    "memory": Descriptors,
-    "pages": Requests,
-    "http": Front,
-}
+STRANGERS: dict[str, type[Stranger]] = {"daemon": Messages, "memory": Descriptors, "pages": Requests, "http": Front}
+
+
+def _outcome(message: protocol.Result | protocol.Accepted | protocol.Forgotten | Failed) -> str:
+    """An answer to a job in a word. Raises `BrokenRuleError` for a code that no message may get."""
+    if not isinstance(message, Failed):
+        return type(message).__name__.lower()
+    if message.code in _NEVER:
+        raise BrokenRuleError(f"job {message.job!r}: {message.code}: {message.reason}")
+    return message.code.value
 
 
 def _raw_image(random: Random, place: Place | None = None) -> Image:
