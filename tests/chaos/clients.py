@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import msgpack
 import numpy as np
@@ -77,7 +77,7 @@ class Clients:
 
     def __init__(self, endpoint: str, number: int, seed: int, deadline_s: float) -> None:
         self.ledger = Ledger()
-        self.stats: dict[str, object] = {}
+        self.stats: dict[str, Any] = {}
         self.seconds: dict[int, int] = {}
         self.submitting = True
         self.lost_s = deadline_s * LOST_AFTER_DEADLINES

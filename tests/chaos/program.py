@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import signal
 import statistics
 import time
@@ -177,7 +176,7 @@ class Chaos:
         if now >= self._next_stats:
             self._next_stats = now + STATS_S
             self.clients.ask_stats()
-        stats: dict[str, Any] = self.clients.stats
+        stats = self.clients.stats
         # Snapshots come each second: only the second one after a fault has surely seen it.
         if self._broken_since is not None and stats.get("seq", 0) >= self._broken_seq + 2 and all_ready(stats):
             self.report.recoveries_s.append(now - self._broken_since)
@@ -187,7 +186,7 @@ class Chaos:
         self.report.faults[fault.kind] += 1
         device = self.host.devices[fault.device]
         if fault.kind in HARMFUL and self._broken_since is None:
-            self._broken_since, self._broken_seq = now, self.clients.stats.get("seq", 0)  # type: ignore[assignment]
+            self._broken_since, self._broken_seq = now, self.clients.stats.get("seq", 0)
         match fault.kind:
             case "kill":
                 self.host.signal_worker(device, signal.SIGKILL)
@@ -213,8 +212,7 @@ class Chaos:
         self._later.append((time.monotonic() + MENDED_AFTER_S, self._mend_what_failed))
 
     def _mend_what_failed(self) -> None:
-        devices: Any = self.clients.stats.get("devices", [])
-        if any(device["state"] == "failed" for device in devices):
+        if any(device["state"] == "failed" for device in self.clients.stats.get("devices", [])):
             self._mend()
 
 
@@ -259,14 +257,13 @@ def _told(chaos: Chaos, seconds: float, console: Console) -> Iterator[Callable[[
         with Live(_progress(chaos, seconds), console=console, auto_refresh=False, transient=True) as live:
             yield lambda: live.update(_progress(chaos, seconds), refresh=True)
         return
-    due = itertools.count(0.0, LINE_S)
-    upcoming = [next(due)]
+    due = 0.0
 
     def tick() -> None:
-        if time.monotonic() - chaos.began >= upcoming[0]:
-            upcoming[0] = next(due)
-            ledger = chaos.clients.ledger
-            passed = time.monotonic() - chaos.began
+        nonlocal due
+        passed, ledger = time.monotonic() - chaos.began, chaos.clients.ledger
+        if passed >= due:
+            due += LINE_S
             console.print(f"{passed:.0f} s: {ledger.submitted} sent, {ledger.answered} answered, "
                           f"{ledger.owed} owed, {ledger.duplicated} duplicated, {chaos.report.faults.total()} faults")
 
@@ -274,7 +271,7 @@ def _told(chaos: Chaos, seconds: float, console: Console) -> Iterator[Callable[[
 
 
 def _progress(chaos: Chaos, seconds: float) -> Table:
-    ledger, report = chaos.clients.ledger, chaos.report
+    ledger, report, stats = chaos.clients.ledger, chaos.report, chaos.clients.stats
     passed = time.monotonic() - chaos.began
     table = Table.grid(padding=(0, 2))
     table.add_row("time", f"{passed:.0f} of {seconds:.0f} s" if passed < seconds else "settling")
@@ -283,15 +280,10 @@ def _progress(chaos: Chaos, seconds: float) -> Table:
     lost = ledger.overdue(time.monotonic(), chaos.clients.lost_s)
     table.add_row("bad", f"{lost} lost, {ledger.duplicated} duplicated, {len(ledger.wrong)} wrong")
     table.add_row("faults", _counts(report.faults))
-    table.add_row("devices", ", ".join(f"{d['device']} {d['state']}" for d in _devices(chaos)))
-    table.add_row("FPS", f"{chaos.clients.stats.get('combined_fps', 0.0)}")
+    table.add_row("devices", ", ".join(f"{d['device']} {d['state']}" for d in stats.get("devices", [])))
+    table.add_row("FPS", f"{stats.get('combined_fps', 0.0)}")
     table.add_row("MB", ", ".join(f"{name} {held[1]:.0f}" for name, held in chaos.host.held().items()))
     return table
-
-
-def _devices(chaos: Chaos) -> list[dict[str, Any]]:
-    devices: list[dict[str, Any]] = chaos.clients.stats.get("devices", [])  # type: ignore[assignment]
-    return devices
 
 
 def _summary(chaos: Chaos, arguments: argparse.Namespace) -> dict[str, Any]:

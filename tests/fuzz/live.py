@@ -167,9 +167,7 @@ def target() -> Iterator[Target]:
     """A daemon that is up, being used by its good client; gone when this is left, which must work too."""
     with tempfile.TemporaryDirectory(prefix="blendmaskd-fuzz-") as name:
         folder = Path(name)
-        endpoints = {"clients": [f"ipc://{folder}/client.sock"], "metrics": "127.0.0.1:0"}
-        overrides = {**SETTINGS, "endpoints": endpoints, "spool": str(folder / "spool")}
-        host = Host(folder, 2, folder / "log", overrides)
+        host = Host(folder, 2, folder / "log", {**SETTINGS, "spool": str(folder / "spool")}, "127.0.0.1:0")
         host.start()
         try:
             found = Target(host)
