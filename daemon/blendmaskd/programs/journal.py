@@ -93,18 +93,14 @@ class Journal:
 
     def answered(self, place: int, image: Stamp, device: str, detections: list[dict[str, Any]]) -> None:
         """Keep an answer. Raises `OutputError`, as all that write here."""
-        self._write({"image": place, "stamp": image, "device": device, "detections": detections})
-        self.contents.answers[place] = Answer(image, device, detections)
-        self.contents.failed.pop(place, None)
+        self._keep({"image": place, "stamp": image, "device": device, "detections": detections})
 
     def failed(self, place: int, image: Stamp, code: str, reason: str) -> None:
-        self._write({"image": place, "stamp": image, "code": code, "reason": reason})
-        self.contents.failed[place] = Failed(image, code, reason)
+        self._keep({"image": place, "stamp": image, "code": code, "reason": reason})
 
     def drew(self, place: int) -> None:
         """The image's overlay is whole."""
-        self._write({"image": place, "overlay": True})
-        self.contents.drawn.add(place)
+        self._keep({"image": place, "overlay": True})
 
     def __enter__(self) -> Self:
         return self
@@ -122,8 +118,8 @@ class Journal:
     def _begin(self) -> None:
         if os.fstat(self._lines.fd).st_size:
             os.ftruncate(self._lines.fd, 0)
-        images = [list(image) for image in self.contents.images]
-        self._write({"journal": VERSION, "options": self.contents.options, "images": images})
+        head = {"journal": VERSION, "options": self.contents.options, "images": self.contents.images}
+        self._lines.write(json.dumps(head).encode())
         self._lines.sync()
 
     def _continue(self, found: Contents, end: int) -> None:
@@ -143,8 +139,9 @@ class Journal:
                 "answered: --resume continues it, --anew discards it"
             )
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _keep(self, line: dict[str, Any]) -> None:
         self._lines.write(json.dumps(line).encode())
+        _add(self.contents, line)
 
 
 _REMEDY = "--anew begins anew, or choose another --out"

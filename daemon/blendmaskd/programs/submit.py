@@ -132,11 +132,8 @@ def _main(arguments: argparse.Namespace) -> int:
     with journal.open(resume=arguments.resume, anew=arguments.anew):
         run = Run(journal)
         left = _recall(run, sources, retry_lost=arguments.retry_lost)
-        if left:
-            with connect(arguments) as client:
-                submit(client, run, sources, left, arguments)
-        else:
-            submit(None, run, sources, left, arguments)
+        with connect(arguments) if left else contextlib.nullcontext() as client:
+            submit(client, run, sources, left, arguments)
     _tell(run, sources)
     if run.trouble:
         return EXIT_OUTPUT
@@ -279,9 +276,6 @@ def draw_overlay(source: Source, detections: Sequence[dict[str, Any]]) -> None:
 class _FpsColumn(TextColumn):
     """Images per second lately; in the end, of the whole run."""
 
-    def __init__(self) -> None:
-        super().__init__("")
-
     def render(self, task: Task) -> Text:
         speed = task.completed / task.finished_time if task.finished_time else task.speed
         return Text(f"{speed:.2f} FPS" if speed else "-.-- FPS")
@@ -289,7 +283,7 @@ class _FpsColumn(TextColumn):
 
 def _progress() -> Progress:
     return Progress(
-        BarColumn(), MofNCompleteColumn(), _FpsColumn(), TimeRemainingColumn(), TextColumn("[red]{task.description}"),
+        BarColumn(), MofNCompleteColumn(), _FpsColumn(""), TimeRemainingColumn(), TextColumn("[red]{task.description}"),
         console=Console(stderr=True),
     )  # fmt: skip
 
