@@ -44,8 +44,7 @@ class EndpointFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     setting: str  # endpoints.clients, endpoints.metrics
     endpoint: str  # ipc://PATH, tcp://HOST:PORT, HOST:PORT
-    folder: str = ""  # ipc: of the socket
-    folder_usable: bool = True  # it can be written, or made
+    folder_usable: bool = True  # ipc: that of the socket can be written, or made
     obstacle: str = ""  # what is at its path and must stay, or has its port by these settings
     by_systemd: bool = False  # the installed unit makes the folder when it starts
     bind_errno: int = 0  # tcp: what a trial bind said
@@ -83,7 +82,6 @@ def _ipc(endpoint: str) -> EndpointFacts:
     return EndpointFacts(
         setting="endpoints.clients",
         endpoint=endpoint,
-        folder=str(path.parent),
         folder_usable=os.access(there, os.W_OK | os.X_OK),
         by_systemd=path.is_relative_to(RUNTIME_FOLDER) and UNIT.exists(),
         obstacle=obstacle(str(path)),

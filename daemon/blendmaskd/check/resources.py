@@ -19,15 +19,6 @@ FEW_FILES = 512
 GIB = 1 << 30
 
 
-class FolderFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A folder that a setting names, for reading."""
-
-    setting: str
-    path: str
-    there: bool
-    usable: bool
-
-
 class SpoolFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The file of durable jobs."""
 
@@ -47,12 +38,6 @@ class LimitFacts(msgspec.Struct, frozen=True, kw_only=True):
     locked_bytes: int | None  # RLIMIT_MEMLOCK; None: no limit
     available_bytes: int  # of the host's memory, or of the control group's where that is less
     promised_bytes: int  # that queue and shared memory may take
-
-
-def ask_folders(settings: Settings) -> Iterator[FolderFacts]:
-    for root in settings.paths.roots:
-        yield FolderFacts(setting="paths.roots", path=root, there=os.path.isdir(root),
-                          usable=os.access(root, os.R_OK | os.X_OK))  # fmt: skip
 
 
 def ask_spool(settings: Settings) -> Iterator[SpoolFacts]:
@@ -98,13 +83,13 @@ def _control_group_bytes() -> int:
     return int(text) if text.isdigit() else 1 << 62
 
 
-def judge_folder(facts: FolderFacts) -> list[Finding]:
-    """Whether a folder that a setting names can be read."""
-    if not facts.there:
-        return [error("files", f"{facts.setting}: {facts.path} does not exist", "create it, or name another")]
-    if not facts.usable:
-        return [error("files", f"{facts.setting}: {facts.path} cannot be read by this user", "chmod or chgrp it")]
-    return [ok("files", f"{facts.setting}: {facts.path}")]
+def judge_root(path: str, there: bool, usable: bool) -> list[Finding]:
+    """Whether a folder of `paths.roots` can be read."""
+    if not there:
+        return [error("files", f"paths.roots: {path} does not exist", "create it, or name another")]
+    if not usable:
+        return [error("files", f"paths.roots: {path} cannot be read by this user", "chmod or chgrp it")]
+    return [ok("files", f"paths.roots: {path}")]
 
 
 def judge_spool(facts: SpoolFacts) -> list[Finding]:
