@@ -3,7 +3,6 @@ them.
 
 `make(name, limits)` builds one. Those in `REFUSED` must be refused; the others cost no more than their pixels.
 """
-
 from __future__ import annotations
 
 import lzma

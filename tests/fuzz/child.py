@@ -3,7 +3,6 @@
 ``python -m fuzz.child LAYER SEED FIRST STOP FOLDER`` feeds inputs, and prints what came of them,
 see `Progress`. What breaks a rule is told, and ends it with exit code 1.
 """
-
 from __future__ import annotations
 
 import faulthandler

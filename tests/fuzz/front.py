@@ -1,5 +1,4 @@
 """Requests at a `blendmaskd-http` of our own: each is answered or its connection closed, others are served."""
-
 from __future__ import annotations
 
 import base64

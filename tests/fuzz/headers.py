@@ -1,5 +1,4 @@
 """Frames and headers: valid messages of every kind damaged, and what msgpack can say that no client would."""
-
 from __future__ import annotations
 
 import struct

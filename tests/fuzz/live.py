@@ -1,5 +1,4 @@
 """A daemon of our own to throw things at, with a good client that must be served all the time, and what it holds."""
-
 from __future__ import annotations
 
 import contextlib

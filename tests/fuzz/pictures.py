@@ -3,7 +3,6 @@
 `PNG`, `JPEG`, `WebP`, `BMP` and `TIFF` are also built by hand here, so that each field can lie while the rest is right:
 a check sum that fits lets a damaged chunk get further than any flipped bit.
 """
-
 from __future__ import annotations
 
 import functools

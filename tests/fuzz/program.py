@@ -19,7 +19,6 @@ While a daemon gets such inputs, a well-behaved client uses it, and must get its
 process may have died, the log must hold nothing unexpected, descriptors must be closed and memory must not have grown.
 Anything else is reported with the layer, seed and number that reproduce it, and makes the exit code 1.
 """
-
 from __future__ import annotations
 
 import argparse

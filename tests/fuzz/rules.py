@@ -4,7 +4,6 @@
 `ProtocolError`. ``images``: `blendmaskd.images.decoding` gives pixels within the limits or raises `ImageError`, for
 encoded images, raw arrays and paths.
 """
-
 from __future__ import annotations
 
 import math

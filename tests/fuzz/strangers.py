@@ -8,7 +8,6 @@ at the metrics port.
 
 Each feeds one input; `settle` waits for what is owed.
 """
-
 from __future__ import annotations
 
 import contextlib

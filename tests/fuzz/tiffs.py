@@ -1,5 +1,4 @@
 """TIFFs by hand, of every pixel format that the format can declare: samples in, a file out, right to the last bit."""
-
 from __future__ import annotations
 
 import itertools
