@@ -40,7 +40,7 @@ class Front(Stranger):
         self._number = 0
         self._warm: tuple[float, int] | None = None  # MB, descriptors
         self._stop = threading.Event()
-        self._slowest_s, self._impolite = 0.0, ""
+        self._impolite = ""
 
     def __enter__(self) -> Self:
         self._log = tempfile.NamedTemporaryFile("w+")
@@ -131,7 +131,6 @@ class Front(Stranger):
 
     def _ask_politely(self) -> None:
         while not self._stop.is_set() and not self._impolite:
-            begun = time.monotonic()
             connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=POLITE_S)
             try:
                 connection.request("POST", "/v1/segment", PICTURE)
@@ -141,7 +140,6 @@ class Front(Stranger):
                 self._impolite = repr(error)
             finally:
                 connection.close()
-            self._slowest_s = max(self._slowest_s, time.monotonic() - begun)
             self._stop.wait(0.05)
 
 

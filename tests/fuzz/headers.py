@@ -64,16 +64,13 @@ _TO_CLIENT: tuple[protocol.Message, ...] = (
     protocol.Failed(job="a", code=Code.BUSY, reason="full", retry_after_s=0.5),
     protocol.Stats(stats={"seq": 1, "devices": [{"fps": 0.25}]}),
 )
-_HEADS: dict[str, tuple[Kinds[Any], list[bytes]]] = {
-    name: (kinds, [protocol.encode(message)[1] for message in messages])
-    for name, kinds, messages in (
-        ("from client", protocol.FROM_CLIENT, _FROM_CLIENT),
-        ("from worker", protocol.FROM_WORKER, _FROM_WORKER),
-        ("to worker", protocol.TO_WORKER, _TO_WORKER),
-        ("to client", protocol.TO_CLIENT, _TO_CLIENT),
-    )
+_KINDS: dict[str, tuple[Kinds[Any], tuple[protocol.Message, ...]]] = {
+    "from client": (protocol.FROM_CLIENT, _FROM_CLIENT),
+    "from worker": (protocol.FROM_WORKER, _FROM_WORKER),
+    "to worker": (protocol.TO_WORKER, _TO_WORKER),
+    "to client": (protocol.TO_CLIENT, _TO_CLIENT),
 }
-SIDES = tuple(_HEADS)
+SIDES = tuple(_KINDS)
 _TEXTS = (
     "", "a", "job", "submit", "\0", "..", "/", "é" * 64, "x" * 127, "x" * 128, "x" * 129, "x" * 70_000,
     "\U0001f40d", "nan",
@@ -100,7 +97,7 @@ def frames(random: Random, side: str) -> list[bytes]:
 
 
 def header(random: Random, side: str) -> bytes:
-    return random.choice(_WAYS)(random, random.choice(_HEADS[side][1]))
+    return random.choice(_WAYS)(random, protocol.encode(random.choice(_KINDS[side][1]))[1])
 
 
 def options(random: Random) -> Options:
@@ -110,7 +107,7 @@ def options(random: Random) -> Options:
 
 
 def kinds(side: str) -> Kinds[Any]:
-    return _HEADS[side][0]
+    return _KINDS[side][0]
 
 
 def value(random: Random, depth: int = 0) -> Any:

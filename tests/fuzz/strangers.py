@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from random import Random
-from typing import Any, Self
+from typing import Any
 
 import msgpack
 import zmq
@@ -197,16 +197,11 @@ class Descriptors(Stranger):
     def __init__(self, target: Target) -> None:
         super().__init__(target)
         self._jobs = 0
-
-    def __enter__(self) -> Self:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.connect(self._target.host.endpoint)
-        self._folder = tempfile.TemporaryFile()
-        return self
+        self._socket.connect(target.host.endpoint)
 
     def __exit__(self, *_: object) -> None:
-        self._folder.close()
         self._context.destroy(linger=0)
         self._hang_up()
 
@@ -273,7 +268,8 @@ class Descriptors(Stranger):
             case 3:
                 found = os.open(random.choice(("/dev/zero", "/dev/null", "/proc/self/maps")), os.O_RDONLY)
             case 4:
-                found = os.dup(self._folder.fileno())
+                with tempfile.TemporaryFile() as file:
+                    found = os.dup(file.fileno())
             case 5:
                 found = os.eventfd(0)
             case 6:
