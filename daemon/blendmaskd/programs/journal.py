@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -202,15 +202,10 @@ def _add(contents: Contents, tree: Any) -> None:
         contents.drawn.add(place)
 
 
-def unchanged(contents: Contents, paths: Sequence[Path]) -> Iterator[int]:
-    """Places of the images that are answered as they are now."""
-    for place, answer in sorted(contents.answers.items()):
-        if answer.stamp == stamp(paths[place]):
-            yield place
-
-
-def given_up(contents: Contents, paths: Sequence[Path]) -> Iterator[int]:
-    """Places of the images that the daemon gave up as they are now."""
-    for place, failed in sorted(contents.failed.items()):
-        if failed.code == Code.WORKER_LOST and failed.stamp is not None and failed.stamp == stamp(paths[place]):
-            yield place
+def settled(contents: Contents, paths: Sequence[Path], *, retry_lost: bool) -> set[int]:
+    """Places of the images that are answered as they are now, or, without `retry_lost`, that the daemon gave up."""
+    lost = {} if retry_lost else {
+        place: failed for place, failed in contents.failed.items() if failed.code == Code.WORKER_LOST and failed.stamp
+    }  # fmt: skip
+    known: dict[int, Answer | Failed] = {**contents.answers, **lost}
+    return {place for place, each in known.items() if each.stamp == stamp(paths[place])}
