@@ -143,7 +143,6 @@ class Clients:
         return party
 
     def _move(self, party: Party, now: float) -> None:
-        """What this client does next."""
         if now >= party.leaves_at:
             self._leave(party)
         elif party.closed_loop and self.submitting and now >= party.pause_until:

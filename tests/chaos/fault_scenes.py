@@ -168,7 +168,6 @@ def _sigterm(host: Host, picture: Picture, seconds: float) -> Figures:
 
 
 def row(figures: Figures, seconds: float) -> str:
-    """The head of the table and its row."""
     kill, leave, flood, end = (figures[name] for name in ("kill", "leave", "flood", "sigterm"))
     seen = ", ".join(f"{number} x {code}" for code, number in kill["failures"].items()) or "nothing failed"
     wrong = f", {kill['wrong']} wrong" if kill["wrong"] else ""
@@ -213,7 +212,6 @@ def _connected(host: Host, number: int) -> Iterator[tuple[list[zmq.Socket[bytes]
 
 
 def _submit(sockets: Sequence[zmq.Socket[bytes]], picture: Picture, name: str = "") -> None:
-    """A job from each."""
     for number, socket in enumerate(sockets):
         submission = protocol.Submit(job=f"{name}{number}", image=picture.image)
         socket.send_multipart(protocol.encode(submission, [picture.payload or b""]))

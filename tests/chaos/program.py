@@ -172,7 +172,6 @@ class Chaos:
             self.report.held.setdefault(name, []).append((now - self.began, megabytes))
 
     def _look(self, now: float) -> None:
-        """How the devices are."""
         if now >= self._next_stats:
             self._next_stats = now + STATS_S
             self.clients.ask_stats()
@@ -287,7 +286,6 @@ def _progress(chaos: Chaos, seconds: float) -> Table:
 
 
 def _summary(chaos: Chaos, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything as plain values."""
     ledger, report = chaos.clients.ledger, chaos.report
     # The first second is not whole, and in the last ones nothing new is sent.
     rates = list(_by_second(chaos.clients.seconds))[1:]

@@ -305,8 +305,6 @@ class Descriptors(Stranger):
 
 
 class Requests(Stranger):
-    """At the metrics port."""
-
     def feed(self, random: Random) -> str:
         stranger = socket.create_connection(("127.0.0.1", self._target.port), READ_S)
         if random.random() < 0.1:  # slow: it says a part, and stays

@@ -44,7 +44,6 @@ class Layout:
 
 
 def write(samples: Samples, layout: Layout) -> bytes:
-    """A TIFF of these samples."""
     height, width, count = samples.shape
     entries: dict[int, Field] = {
         256: (SHORT, (width,)),

@@ -64,7 +64,6 @@ class TcpFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def ask(settings: Settings) -> Iterator[EndpointFacts]:
-    """Where the settings have the daemon listen."""
     bound: list[tuple[str, int]] = []
     for endpoint in settings.endpoints.clients:
         if endpoint.startswith("ipc://"):
@@ -100,7 +99,6 @@ def _locker(path: Path) -> int | None:
 
 
 def ask_http(settings: Settings) -> EndpointFacts:
-    """Where the HTTP front is to listen."""
     return _tcp("http.endpoint", settings.http.endpoint, settings.http.endpoint, [])
 
 
@@ -170,7 +168,6 @@ def ask_private_folder() -> str:
 
 
 def judge_private_folder(complaint: str) -> list[Finding]:
-    """Whether there is a place for the workers' socket."""
     return [error("files", complaint, "docs/troubleshooting.md")] if complaint else []
 
 
@@ -193,7 +190,6 @@ def ask_keys(settings: Settings) -> Iterator[TcpFacts]:
 
 
 def judge(facts: EndpointFacts) -> list[Finding]:
-    """Whether the daemon can listen there."""
     where = f"{facts.setting}: {facts.endpoint}"
     if facts.holder and facts.holder.ours:
         return [ok("endpoint", f"{where}: served by {facts.holder}")]
@@ -245,7 +241,6 @@ def _tcp_problem(facts: EndpointFacts) -> Finding | None:
 
 
 def judge_keys(facts: TcpFacts) -> list[Finding]:
-    """Whether tcp endpoints have keys, and clients."""
     if facts.insecure:
         return [warning("keys", "insecure_tcp: anyone who can reach the port can submit jobs and read the traffic",
                         "set curve.server_key and curve.client_keys; blendmaskd-keys makes them")]  # fmt: skip

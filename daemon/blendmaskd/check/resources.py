@@ -31,8 +31,6 @@ class SpoolFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LimitFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Resource limits and memory."""
-
     files: int  # soft RLIMIT_NOFILE
     hard_files: int
     locked_bytes: int | None  # RLIMIT_MEMLOCK; None: no limit
@@ -84,7 +82,6 @@ def _control_group_bytes() -> int:
 
 
 def judge_root(path: str, there: bool, usable: bool) -> list[Finding]:
-    """Whether a folder of `paths.roots` can be read."""
     if not there:
         return [error("files", f"paths.roots: {path} does not exist", "create it, or name another")]
     if not usable:
@@ -93,7 +90,6 @@ def judge_root(path: str, there: bool, usable: bool) -> list[Finding]:
 
 
 def judge_spool(facts: SpoolFacts) -> list[Finding]:
-    """Whether durable jobs can be kept."""
     if not facts.folder_there:
         return [error("files", f"spool: the folder of {facts.path} does not exist", "create it for the daemon's user")]
     if not facts.writable:
@@ -120,7 +116,6 @@ def judge_weights(engine: str, named: str | None, complaint: str | None, took_s:
 
 
 def judge_limits(facts: LimitFacts) -> list[Finding]:
-    """Descriptors and memory."""
     locked = "no limit" if facts.locked_bytes is None else f"{facts.locked_bytes / (1 << 20):.0f} MiB"
     clients, regions = most_connections(facts.files), most_regions(facts.files)
     text = f"{facts.files} open files: {clients} clients, {regions} with shared memory; locked memory: {locked}"

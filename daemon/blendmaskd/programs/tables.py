@@ -25,7 +25,6 @@ Cells = dict[str, Callable[[Device], str | Text]]  # by the head of their column
 
 
 def tables(snapshot: Snapshot) -> RenderableType:
-    """A snapshot for people."""
     devices = snapshot["devices"]
     parts: list[RenderableType] = [
         _headline(snapshot),
@@ -155,7 +154,6 @@ def duration(seconds: float) -> str:
 
 
 def clock(unix_time: float) -> str:
-    """The local time of day."""
     return time.strftime("%H:%M:%S", time.localtime(unix_time))
 
 
