@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -66,7 +67,7 @@ class Clients:
     def __init__(self, endpoint: str, number: int, seed: int, deadline_s: float) -> None:
         self.ledger = Ledger()
         self.stats: dict[str, Any] = {}
-        self.seconds: dict[int, int] = {}
+        self.seconds: Counter[int] = Counter()
         self.submitting = True
         self.lost_s = deadline_s * LOST_AFTER_DEADLINES
         self._endpoint = endpoint
@@ -196,7 +197,7 @@ class Clients:
         if sent.place is not None and party.connection.region is not None:
             party.connection.region.give_back(sent.place)
         if isinstance(message, Result):
-            self.seconds[int(now)] = self.seconds.get(int(now), 0) + 1
+            self.seconds[int(now)] += 1
         else:
             party.pause_until = now + REFUSED_PAUSE_S
 

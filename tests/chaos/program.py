@@ -288,8 +288,8 @@ def _progress(chaos: Chaos, seconds: float) -> Table:
 def _summary(chaos: Chaos, arguments: argparse.Namespace) -> dict[str, Any]:
     ledger, report = chaos.clients.ledger, chaos.report
     # The first second is not whole, and in the last ones nothing new is sent.
-    rates = list(_by_second(chaos.clients.seconds))[1:]
-    rates = rates[: int(arguments.minutes * 60)] or [0]
+    seconds = range(min(chaos.clients.seconds, default=0) + 1, max(chaos.clients.seconds, default=0) + 1)
+    rates = [chaos.clients.seconds[second] for second in seconds[: int(arguments.minutes * 60)]] or [0]
     return {
         "seed": arguments.seed,
         "minutes": arguments.minutes,
@@ -328,12 +328,6 @@ def _summary(chaos: Chaos, arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "failures": chaos.failures,
     }  # fmt: skip
-
-
-def _by_second(seconds: dict[int, int]) -> Iterator[int]:
-    """Results in each second, those without any included."""
-    if seconds:
-        yield from (seconds.get(second, 0) for second in range(min(seconds), max(seconds) + 1))
 
 
 def _means(values: Sequence[int], length: int) -> Iterator[float]:
