@@ -119,14 +119,9 @@ def _run_children(layer: str, numbers: range, seed: int) -> dict[str, Any]:
         raise BrokenRuleError(f"a process took {whole.peak_bytes} bytes, more than {most} ({BOMB_BOUND}, {BASE_BYTES})")
     if grown > LEAK_MB:
         raise BrokenRuleError(f"a process grew by {grown:.0f} MB")
-    return {
-        "inputs": whole.inputs,
-        "outcomes": _most(whole.outcomes),
-        "slowest_s": round(whole.slowest_s, 3),
-        "slowest": whole.slowest,
-        "peak_mb": round(whole.peak_bytes / 1e6),
-        "grown_mb": round(grown, 1),
-    }
+    peak_mb = round(whole.peak_bytes / 1e6)
+    slowest = whole.slowest_s, whole.slowest
+    return _figures(whole.inputs, _most(whole.outcomes), slowest, peak_mb=peak_mb, grown_mb=round(grown, 1))
 
 
 def _run_child(layer: str, seed: int, numbers: range, folder: str) -> Progress:
@@ -189,15 +184,10 @@ def _run_bombs(limits: Limits) -> dict[str, Any]:
             raise BrokenRuleError(f"{name}: {one['bytes']} bytes, more than {bound} ({BOMB_BOUND})")
         if name in bombs.REFUSED and one["outcome"] == "pixels":
             raise BrokenRuleError(f"{name}: was decoded")
-    slowest = max(found, key=lambda name: found[name]["s"])
-    return {
-        "inputs": len(found),
-        "outcomes": dict(sorted(Counter(one["outcome"] for one in found.values()).items())),
-        "slowest_s": round(found[slowest]["s"], 2),
-        "slowest": slowest,
-        "peak_mb": round(max(one["bytes"] for one in found.values()) / 1e6),
-        "bombs": found,
-    }
+    slowest = max((one["s"], name) for name, one in found.items())
+    outcomes = dict(sorted(Counter(one["outcome"] for one in found.values()).items()))
+    peak_mb = round(max(one["bytes"] for one in found.values()) / 1e6)
+    return _figures(len(found), outcomes, slowest, peak_mb=peak_mb, bombs=found)
 
 
 _MEASURE = """
@@ -216,18 +206,12 @@ print(json.dumps(child.measure({!r}, Limits(max_image_bytes={}, max_image_pixels
 def _run_live(layer: str, numbers: range, seed: int) -> dict[str, Any]:
     with target() as found:
         with STRANGERS[layer](found) as stranger:
-            slowest_s, slowest = _feed(found, stranger, layer, numbers, seed)
+            slowest = _feed(found, stranger, layer, numbers, seed)
             grown = _grown(found)
         found.good.end()
         found.settle()
-    return {
-        "inputs": len(numbers),
-        "outcomes": _most(stranger.outcomes),
-        "slowest_s": round(slowest_s, 3),
-        "slowest": slowest,
-        "grown_mb": grown,
-        "good_client": {"answered": found.good.answered, "slowest_s": round(found.good.slowest_s, 3)},
-    }
+    good = {"answered": found.good.answered, "slowest_s": round(found.good.slowest_s, 3)}
+    return _figures(len(numbers), _most(stranger.outcomes), slowest, grown_mb=grown, good_client=good)
 
 
 def _feed(found: Target, stranger: Stranger, layer: str, numbers: range, seed: int) -> tuple[float, int]:
@@ -270,6 +254,12 @@ def _grown(found: Target) -> dict[str, float]:
 
 
 # -- telling ----------------------------------------------------------------------------------------------------------
+
+
+def _figures(inputs: int, outcomes: dict[str, int], slowest: tuple[float, int | str], **more: Any) -> dict[str, Any]:
+    """Of a layer, for people and --json. `slowest`: the seconds of an input, and its number or name."""
+    seconds, which = slowest
+    return {"inputs": inputs, "outcomes": outcomes, "slowest_s": round(seconds, 3), "slowest": which, **more}
 
 
 def _most(outcomes: Mapping[str, int], number: int | None = None) -> dict[str, int]:

@@ -10,7 +10,7 @@
 ``front``      where the HTTP front is to listen, and who may ask it
 ``resources``  folders, the spool's disk, weights, descriptors, memory
 ``trials``     processes that do what a worker would: open a device, load the weights
-``host``       what several of these ask for: a file's text, whose a process is
+``host``       what several of these ask for: whose a process is
 =============  ====================================================================================
 
 In each area what is named ``judge…`` is pure: it takes facts and returns findings, ``ok``, ``warning`` (it serves, not

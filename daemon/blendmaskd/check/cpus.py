@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from blendmaskd import discovery, topology
 from blendmaskd.check.finding import Finding, error, ok, warning
-from blendmaskd.check.host import read
 from blendmaskd.settings import Settings
 from blendmaskd.topology import Cpus, HostError, format_cpus
 
@@ -30,7 +29,7 @@ def places(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[str
 def may_be_slow(cpu: int) -> bool:
     """Whether its governor may keep it at a low clock."""
     folder = discovery.SYSFS / f"devices/system/cpu/cpu{cpu}/cpufreq"
-    governor, driver = read(folder / "scaling_governor").strip(), read(folder / "scaling_driver").strip()
+    governor, driver = discovery.read(folder / "scaling_governor"), discovery.read(folder / "scaling_driver")
     return governor == "powersave" and driver not in DYNAMIC_DRIVERS
 
 

@@ -13,7 +13,8 @@ import msgspec
 import psutil
 
 from blendmaskd.check.finding import Finding, error, ok, warning
-from blendmaskd.check.host import is_ours, read
+from blendmaskd.check.host import is_ours
+from blendmaskd.discovery import read
 from blendmaskd.endpoints import LOCK_SUFFIX, SOCKET_PATH_BYTES, ipc_path, parse_place
 from blendmaskd.keys import KeyFileError, read_pair
 from blendmaskd.protocol import MEMORY_SUFFIX

@@ -10,7 +10,7 @@ import msgspec
 import psutil
 
 from blendmaskd.check.finding import Finding, error, ok, warning
-from blendmaskd.check.host import read
+from blendmaskd.discovery import read
 from blendmaskd.settings import Settings
 from blendmaskd.shell.descriptors import limits, most_connections, most_regions, needed
 
@@ -76,8 +76,8 @@ def ask_limits(settings: Settings) -> LimitFacts:
 
 def _control_group_bytes() -> int:
     """What the control group of this process may have in all."""
-    group = read(Path("/proc/self/cgroup")).strip().rpartition("::")[2].lstrip("/")
-    text = read(Path("/sys/fs/cgroup") / group / "memory.max").strip()
+    group = read(Path("/proc/self/cgroup")).rpartition("::")[2].lstrip("/")
+    text = read(Path("/sys/fs/cgroup") / group / "memory.max")
     return int(text) if text.isdigit() else 1 << 62
 
 
