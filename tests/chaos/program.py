@@ -400,12 +400,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _minutes(text: str) -> float:
-    return checked(text, float, lambda value: 0 < value <= 24 * 60, "minutes, more than 0 and at most a day")
+_minutes = checked(float, lambda value: 0 < value <= 24 * 60, "minutes, more than 0 and at most a day")
 
 
 def _latency(text: str) -> dict[int, float]:
-    return {1: checked(text, float, lambda value: 0 <= value <= 10_000, "milliseconds, 0 to 10000")}
+    return {1: checked(float, lambda value: 0 <= value <= 10_000, "milliseconds, 0 to 10000")(text)}
 
 
 def _kinds(text: str) -> Sequence[str]:
