@@ -19,19 +19,10 @@ _IMAGES = (
     Image(kind="path", path="/data/a.jpg"),
     Image(kind="encoded", place=Place(region="0a1b", offset=4096, bytes=3)),
 )
-_SUBMITS = tuple(
-    protocol.Submit(
-        job="job",
-        image=image,
-        options=Options(score_threshold=0.5, max_detections=9, mask_format="none"),
-        deadline_s=60.0,
-        priority=3,
-    )
-    for image in _IMAGES
-)
+_OPTIONS = Options(score_threshold=0.5, max_detections=9, mask_format="none")
 _DURABLE = "0123456789abcdef" * 2
 _FROM_CLIENT: tuple[protocol.Message, ...] = (
-    *_SUBMITS,
+    *(protocol.Submit(job="job", image=each, options=_OPTIONS, deadline_s=60.0, priority=3) for each in _IMAGES),
     protocol.Submit(job=_DURABLE, image=_IMAGES[0], durable=True),
     protocol.Fetch(job=_DURABLE, wait=False),
     protocol.Forget(job=_DURABLE),

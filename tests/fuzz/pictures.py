@@ -27,6 +27,9 @@ _PNG_KINDS = (
     b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"pHYs",
     b"acTL", b"fcTL", b"fdAT", b"cHRM", b"sRGB", b"prVt", b"\0\0\0\0",
 )
+_SEGMENTS = (0xC0, 0xC1, 0xC2, 0xC4, 0xC9, 0xCA, 0xD9, 0xDA, 0xDB, 0xDD, 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE)
+_BODIES = (b"MPF\0II*\0\x08\0\0\0", b"Adobe\0d\0\0\0\0\1", b"Photoshop 3.0\0008BIM",
+           b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>')  # fmt: skip
 _TAGS = (
     254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 282, 284, 292, 317, 320, 322, 323, 324, 325,
     330, 332, 338, 339, 347, 512, 513, 514, 519, 529, 530, 531, 532, 700, 33432, 34377, 34665, 34675, 34853,
@@ -146,20 +149,9 @@ def damaged(random: Random) -> bytes:
     whole = random.choice(good())
     if random.random() < 0.4:
         return mutate(random, whole)
-    changed = _surgery(whole)(random, whole)
+    change = next(change for start, change in _SURGERY.items() if whole.startswith(start))
+    changed = change(random, whole)
     return mutate(random, changed, 2) if random.random() < 0.2 else changed
-
-
-def _surgery(whole: bytes) -> Callable[[Random, bytes], bytes]:
-    starts = {
-        SIGNATURE[:4]: _chunks,
-        b"\xff\xd8": _segments,
-        b"RIFF": _riff,
-        b"BM": _bmp_header,
-        b"II": _entries,
-        b"MM": _entries,
-    }
-    return next(change for start, change in starts.items() if whole.startswith(start))
 
 
 def _chunks(random: Random, whole: bytes) -> bytes:
@@ -212,19 +204,10 @@ def _segments(random: Random, whole: bytes) -> bytes:
             case 4 if len(parts) > 2:
                 del parts[at]
             case _:
-                kind = random.choice(
-                    (0xC0, 0xC1, 0xC2, 0xC4, 0xC9, 0xCA, 0xD9, 0xDA, 0xDB, 0xDD, 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE)
-                )
-                body = random.choice(
-                    (
-                        b"Exif\0\0" + whole[:60], b"MPF\0II*\0\x08\0\0\0", b"Adobe\0d\0\0\0\0\1",
-                        b"Photoshop 3.0\0008BIM", b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>',
-                        random.randbytes(20),
-                    )
-                )
-                parts.insert(
-                    at, struct.pack(">BBH", 0xFF, kind, random.choice((len(body) + 2, number(random, 16)))) + body
-                )
+                kind = random.choice(_SEGMENTS)
+                body = random.choice((b"Exif\0\0" + whole[:60], *_BODIES, random.randbytes(20)))
+                length = random.choice((len(body) + 2, number(random, 16)))
+                parts.insert(at, struct.pack(">BBH", 0xFF, kind, length) + body)
     return b"".join(parts)
 
 
@@ -300,3 +283,9 @@ def _entries(random: Random, whole: bytes) -> bytes:
     if random.random() < 0.1:
         struct.pack_into(order + ("Q" if big else "H"), changed, start, random.choice((0, 1, count + 1, 60_000)))
     return bytes(changed)
+
+
+_SURGERY: dict[bytes, Callable[[Random, bytes], bytes]] = {  # by how a file begins
+    SIGNATURE[:4]: _chunks, b"\xff\xd8": _segments, b"RIFF": _riff, b"BM": _bmp_header,
+    b"II": _entries, b"MM": _entries,
+}  # fmt: skip

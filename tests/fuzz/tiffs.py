@@ -45,33 +45,27 @@ class Layout:
 
 def write(samples: Samples, layout: Layout) -> bytes:
     height, width, count = samples.shape
-    entries: dict[int, Field] = {
-        256: (SHORT, (width,)),
-        257: (SHORT, (height,)),
-        258: (SHORT, (layout.bits,) * count),
-        259: (SHORT, (layout.compression,)),
-        262: (SHORT, (layout.photometric,)),
-        277: (SHORT, (count,)),
-        284: (SHORT, (layout.planar,)),
+    values: dict[int, tuple[int, ...]] = {
+        256: (width,),
+        257: (height,),
+        258: (layout.bits,) * count,
+        259: (layout.compression,),
+        262: (layout.photometric,),
+        266: (layout.fill_order,) * (layout.fill_order != 1),
+        277: (count,),
+        278: (layout.rows,) * (not layout.tile),
+        284: (layout.planar,),
+        317: (layout.predictor,) * (layout.predictor != 1),
+        338: layout.extra,
+        339: (layout.kind,) * count * (layout.kind != 1),
     }
-    if layout.kind != 1:
-        entries[339] = (SHORT, (layout.kind,) * count)
-    if layout.extra:
-        entries[338] = (SHORT, layout.extra)
-    if layout.fill_order != 1:
-        entries[266] = (SHORT, (layout.fill_order,))
-    if layout.predictor != 1:
-        entries[317] = (SHORT, (layout.predictor,))
     if layout.tile:
-        entries[322] = entries[323] = (SHORT, (layout.tile,))
-    else:
-        entries[278] = (SHORT, (layout.rows,))
-    entries.update(layout.more)
-    for tag in layout.without:
-        entries.pop(tag, None)
+        values[322] = values[323] = (layout.tile,)
+    fields = {**{tag: (SHORT, found) for tag, found in values.items() if found}, **layout.more}
+    left = {tag: found for tag, found in fields.items() if tag not in layout.without}
     planes = [samples] if layout.planar == 1 else [samples[:, :, [plane]] for plane in range(count)]
     blocks = [_encoded(block, layout) for plane in planes for block in _blocks(plane, layout)]
-    return assemble(entries, blocks, layout.order, layout.big)
+    return assemble(left, blocks, layout.order, layout.big)
 
 
 def assemble(fields: Fields, blocks: list[bytes], order: str = "<", big: bool = False) -> bytes:
