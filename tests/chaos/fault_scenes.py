@@ -86,7 +86,7 @@ def _main(arguments: argparse.Namespace) -> int:
 def _kill(host: Host, picture: Picture, seconds: float) -> Figures:
     """Load, kill -9 of a worker, and what is seen of it for `seconds` times 1.4."""
     pages: Counter[str] = Counter()
-    with Generator(host.endpoint, [picture], CLIENTS, _sending()) as generator:
+    with Generator(host.endpoint, [picture], CLIENTS, Sending("socket", Options(), DEADLINE_S, 1)) as generator:
         generator.begin(ClosedLoop(CLIENTS, time.monotonic()))
         generator.run(min(2.0, seconds))
         start = time.monotonic()
@@ -190,10 +190,6 @@ def row(figures: Figures, seconds: float) -> str:
 
 
 # -- inside -----------------------------------------------------------------------------------------------------------
-
-
-def _sending() -> Sending:
-    return Sending("socket", Options(), DEADLINE_S, 1)
 
 
 @contextlib.contextmanager

@@ -70,10 +70,7 @@ class Npus:
         self.cards = ascend.parse_npu_cards(text)
         self._users = ascend.parse_npu_processes(text)
         listed = topology.parse_npu_map(discovery.ask_tool(["npu-smi", "info", "-m"], environment))
-        self._chips = ascend.chips_by_logic_id(listed, self.cards)
-
-    def chip(self, host_id: str) -> Chip | None:
-        return self._chips.get(host_id)
+        self.chips = ascend.chips_by_logic_id(listed, self.cards)  # by what `visible_id` tells
 
     def users(self, chip: Chip) -> tuple[tuple[int, str], ...]:
         """Processes on a card, without those of a daemon of ours."""
@@ -97,7 +94,7 @@ def ask(
     except HostError as problem:
         return DeviceFacts(device=device, hidden=str(problem))
     if kind == "npu" and npus is not None:
-        chip = npus.chip(host_id)
+        chip = npus.chips.get(host_id)
         return DeviceFacts(
             device=device, tool="npu-smi", cards=len(npus.cards) if npus.answers else None,
             card=npus.cards.get(chip) if chip else None, users=npus.users(chip) if chip else (),

@@ -173,7 +173,8 @@ def submit(
                         if isinstance(answer, Segmentation):
                             overlays.draw(source, answer.detections)
                         overlays.collect()
-                        progress.update(task, advance=1, description=_failed_so_far(run))
+                        failed = f"{len(run.failures)} failed" if run.failures else ""
+                        progress.update(task, advance=1, description=failed)
         except KeyboardInterrupt:
             run.interrupted = True
         except OutputError as error:
@@ -280,10 +281,6 @@ def _progress() -> Progress:
         BarColumn(), MofNCompleteColumn(), _FpsColumn(""), TimeRemainingColumn(), TextColumn("[red]{task.description}"),
         console=Console(stderr=True),
     )  # fmt: skip
-
-
-def _failed_so_far(run: Run) -> str:
-    return f"{len(run.failures)} failed" if run.failures else ""
 
 
 def _tell(run: Run, sources: Sequence[Source]) -> None:
