@@ -50,11 +50,8 @@ def _inflating(kind: bytes, limits: Limits) -> bytes:
 
 def _texts(_: Limits) -> bytes:
     """As much as Pillow allows, 64 MiB in texts of 1 MiB."""
-    return _small(before=b"".join(_text(each) for each in range(63)))
-
-
-def _text(number: int) -> bytes:
-    return chunk(b"zTXt", b"a%d\0\0" % number + deflated((1 << 20) - 9))
+    text = deflated((1 << 20) - 9)
+    return _small(before=b"".join(chunk(b"zTXt", b"a%d\0\0" % number + text) for number in range(63)))
 
 
 def _small(**extras: bytes) -> bytes:

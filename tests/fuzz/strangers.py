@@ -46,7 +46,8 @@ class Messages(Stranger):
     def __init__(self, target: Target) -> None:
         super().__init__(target)
         self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] | None = None
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.close()  # the first input opens one
         self._sent = 0
         self._jobs = 0
         self._may: Counter[str] = Counter()  # by job, answers that may still come: one for each message, perhaps later
@@ -65,7 +66,6 @@ class Messages(Stranger):
         if random.random() < 0.01:
             return self._no_zeromq(random)
         self._connect(random)
-        assert self._socket is not None
         frames = self._frames(random) or [b""]  # pyzmq sends no message of no frames
         if len(frames) >= MOST_FRAMES or any(len(frame) > protocol.SURE_BYTES for frame in frames[:2]):
             return self._excessive(frames)
@@ -79,19 +79,17 @@ class Messages(Stranger):
     def _excessive(self, frames: list[bytes]) -> str:
         """It costs its connection, so what is owed there comes before."""
         self.settle()
-        assert self._socket is not None
         monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.send_multipart(frames)
         if not monitor.poll(int(OWED_S * 1000)):
             raise BrokenRuleError(f"a message of frames of {[len(frame) for frame in frames[:20]]} bytes was taken")
         self._socket.disable_monitor()
         self._socket.close(linger=0)
-        self._socket = None
         return "excessive: cut off"
 
     def settle(self) -> None:
         """All that is owed has come."""
-        if self._socket is None:
+        if self._socket.closed:
             return
         self._socket.send_multipart(protocol.encode(protocol.GetStats()))
         self._stats += 1
@@ -107,10 +105,9 @@ class Messages(Stranger):
 
     def _connect(self, random: Random) -> None:
         """Now and then a new connection, some with a name of their own."""
-        if self._socket is not None and (self._sent or random.random() < 0.7):
+        if not self._socket.closed and (self._sent or random.random() < 0.7):
             return
-        if self._socket is not None:
-            self._socket.close(linger=0)
+        self._socket.close(linger=0)
         self._socket = self._context.socket(zmq.DEALER)
         if random.random() < 0.3:
             self._socket.set(zmq.IDENTITY, b"x" + random.randbytes(random.choice((0, 1, 30, 254))))
@@ -156,7 +153,6 @@ class Messages(Stranger):
         return {**owed, "stats": self._stats} if self._stats else owed
 
     def _receive(self) -> None:
-        assert self._socket is not None
         message, _ = protocol.decode(self._socket.recv_multipart(), protocol.TO_CLIENT)
         if isinstance(message, protocol.Stats):
             self._stats -= 1

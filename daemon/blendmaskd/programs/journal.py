@@ -160,9 +160,7 @@ def _difference(found: Sequence[tuple[str, Id]], wanted: Sequence[tuple[str, Id]
 
 def _read(path: Path) -> tuple[Contents | None, int]:
     """What is there, None for nothing, and where the last whole line ends. Raises `UsageError` for no journal."""
-    if not path.is_file():
-        return None, 0
-    whole = [line for _, line in lines.read(path)]
+    whole = [line for _, line in lines.read(path)] if path.is_file() else []
     if not whole:
         return None, 0
     contents = _first(whole[0], path)
