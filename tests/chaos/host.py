@@ -27,6 +27,8 @@ STALL_S = 5.0
 STARTING_S = 20.0  # then a worker that was stopped while it started is killed
 EXIT_CANNOT_BOOT = "78"
 
+Held = dict[str, tuple[int, float, int]]  # of the broker and each worker: pid, resident MB, open descriptors
+
 
 class Host:
     """`endpoint` is the daemon's. Signals to it and its workers, and their memory and descriptors."""
@@ -120,9 +122,8 @@ class Host:
 
     # -- what it holds ----------------------------------------------------------------------------------------------
 
-    def held(self) -> dict[str, tuple[int, float, int]]:
-        """Of the broker and each worker: pid, resident MB, open descriptors."""
-        found: dict[str, tuple[int, float, int]] = {}
+    def held(self) -> Held:
+        found: Held = {}
         with contextlib.suppress(psutil.Error):  # it has ended; that is seen elsewhere
             found["broker"] = _held(psutil.Process(self.process.pid))
             for name, worker in self._workers():
