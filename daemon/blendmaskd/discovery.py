@@ -48,8 +48,8 @@ def cpu_quota(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) ->
     path = next((line[3:] for line in lines if line.startswith("0::")), "/")
     folder = cgroups / path.lstrip("/")
     limits = [group / "cpu.max" for group in (folder, *folder.parents) if group.is_relative_to(cgroups)]
-    found = [_read(limit).split() for limit in limits]
-    found.append([_read(cgroups / f"cpu/cpu.cfs_{what}_us") for what in ("quota", "period")])
+    found = [read(limit).split() for limit in limits]
+    found.append([read(cgroups / f"cpu/cpu.cfs_{what}_us") for what in ("quota", "period")])
     return min((int(one[0]) / int(one[1]) for one in found if len(one) == 2 and one[0].isdigit()), default=math.inf)
 
 
@@ -65,17 +65,17 @@ def discover(devices: Collection[str], environment: Mapping[str, str], sysfs: Pa
 
 def cores(cpus: Iterable[int], sysfs: Path = SYSFS) -> list[Cpus]:
     """The hyperthreads of each core among `cpus`, where sysfs tells."""
-    texts = {_read(sysfs / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus}
+    texts = {read(sysfs / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus}
     return sorted(parse_cpus(text) for text in texts if text)
 
 
 def pci_cpus(address: str, sysfs: Path = SYSFS) -> Cpus:
     """The CPUs near a PCI device such as ``0000:c1:00.0``; empty where its NUMA node is unknown."""
     folder = sysfs / "bus/pci/devices" / address
-    node = _read(folder / "numa_node")
+    node = read(folder / "numa_node")
     if node.startswith("-"):  # firmware tells no node; local_cpulist then is simply every CPU
         return ()
-    return parse_cpus(_read(folder / "local_cpulist") or _read(sysfs / f"devices/system/node/node{node}/cpulist"))
+    return parse_cpus(read(folder / "local_cpulist") or read(sysfs / f"devices/system/node/node{node}/cpulist"))
 
 
 def _near_npu(environment: Mapping[str, str], sysfs: Path) -> dict[str, Cpus]:
@@ -106,8 +106,9 @@ def ask_tool(argv: Sequence[str], environment: Mapping[str, str]) -> str:
     return answer.stdout.decode(errors="replace")
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """A small file's text, without space around it; empty where it is not there, or not ours to read."""
     try:
-        return path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
         return ""

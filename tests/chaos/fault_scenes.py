@@ -18,13 +18,15 @@ Exit codes: 0 measured, whatever came out · 2 wrong arguments · 3 the daemon d
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import math
 import signal
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,7 @@ def _main(arguments: argparse.Namespace) -> int:
 def _kill(host: Host, picture: Picture, seconds: float) -> Figures:
     """Load, kill -9 of a worker, and what is seen of it for `seconds` times 1.4."""
     pages: Counter[str] = Counter()
-    with Generator(host.endpoint, [picture], CLIENTS, _sending()) as generator:
+    with Generator(host.endpoint, [picture], CLIENTS, Sending("socket", Options(), DEADLINE_S, 1)) as generator:
         generator.begin(ClosedLoop(CLIENTS, time.monotonic()))
         generator.run(min(2.0, seconds))
         start = time.monotonic()
@@ -119,68 +121,45 @@ def _leave(host: Host, picture: Picture, seconds: float) -> Figures:
     """Each client sends a job, and all leave when the first two have their answers: so the daemon has them all."""
     _wait_until_idle(host)
     before = _images(host)
-    context = zmq.Context()
-    sockets = [_connected(context, host) for _ in range(LEAVING)]
-    poller = zmq.Poller()
-    for number, socket in enumerate(sockets):
-        socket.send_multipart(_submission(picture, str(number)))
-        poller.register(socket, zmq.POLLIN)
     answered = 0
-    while answered < 2 and (ready := poller.poll(int(DEADLINE_S * 1000))):
-        for socket, _ in ready:
-            socket.recv_multipart()
-            answered += 1
-    context.destroy(linger=0)
+    with _connected(host, LEAVING) as (sockets, poller):
+        _submit(sockets, picture)
+        while answered < 2 and (ready := poller.poll(int(DEADLINE_S * 1000))):
+            for socket, _ in ready:
+                socket.recv_multipart()
+            answered += len(ready)
     _wait_until_idle(host)
     return {"clients": LEAVING - answered, "ran": _images(host) - before - answered}
 
 
 def _flood(host: Host, picture: Picture, seconds: float) -> Figures:
     """A job from each of many connections, all at once."""
-    context = zmq.Context()
-    context.set(zmq.MAX_SOCKETS, 2 * FLOOD)
-    poller = zmq.Poller()
-    sockets = [_connected(context, host) for _ in range(FLOOD)]
-    for socket in sockets:
-        poller.register(socket, zmq.POLLIN)
-    sent = time.monotonic()
-    for number, socket in enumerate(sockets):
-        socket.send_multipart(_submission(picture, str(number)))
     codes: Counter[str] = Counter()
     slowest: dict[str, float] = {}
-    while codes.total() < FLOOD and (ready := poller.poll(int(DEADLINE_S * 1000))):
-        for socket, _ in ready:
-            code = _code(socket.recv_multipart())
+    with _connected(host, FLOOD) as (sockets, poller):
+        sent = time.monotonic()
+        _submit(sockets, picture)
+        for code in itertools.islice(_answers(poller, DEADLINE_S), FLOOD):
             codes[code] += 1
             slowest[code] = time.monotonic() - sent
-    context.destroy(linger=0)
     return {"jobs": FLOOD, "codes": dict(codes), "slowest_s": slowest}
 
 
 def _sigterm(host: Host, picture: Picture, seconds: float) -> Figures:
     """SIGTERM to the daemon with a job of each client in flight."""
     processes = [psutil.Process(host.process.pid), *psutil.Process(host.process.pid).children()]
-    context = zmq.Context()
-    sockets = [_connected(context, host) for _ in range(CLIENTS)]
-    for number, socket in enumerate(sockets):
-        socket.send_multipart(_submission(picture, str(number)))
-    before = _images(host)
-    _wait(lambda: _now(host)["leased"] > 0 or _images(host) > before, 2.0)
-    for number, socket in enumerate(sockets):  # the first ones are done by now
-        socket.send_multipart(_submission(picture, f"in flight {number}"))
-    time.sleep(0.01)  # they arrive; a signal has no order with them
-    begun = time.monotonic()
-    host.process.send_signal(signal.SIGTERM)
-    code = host.process.wait(DEADLINE_S)
-    took = time.monotonic() - begun
-    answers: Counter[str] = Counter()
-    poller = zmq.Poller()
-    for socket in sockets:
-        poller.register(socket, zmq.POLLIN)
-    while ready := poller.poll(1000):  # what was sent is on its way here
-        for socket, _ in ready:
-            answers[_code(socket.recv_multipart())] += 1
-    context.destroy(linger=0)
+    with _connected(host, CLIENTS) as (sockets, poller):
+        _submit(sockets, picture)
+        before, end = _images(host), time.monotonic() + 2.0
+        while not (_now(host)["leased"] or _images(host) > before) and time.monotonic() < end:
+            time.sleep(0.02)
+        _submit(sockets, picture, "in flight ")  # the first ones are done by now
+        time.sleep(0.01)  # they arrive; a signal has no order with them
+        begun = time.monotonic()
+        host.process.send_signal(signal.SIGTERM)
+        code = host.process.wait(DEADLINE_S)
+        took = time.monotonic() - begun
+        answers = Counter(_answers(poller, 1.0))  # what was sent is on its way here
     left = [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     return {"jobs": 2 * CLIENTS, "answers": dict(answers), "exit": code, "took_s": took, "left": len(left)}
 
@@ -189,7 +168,6 @@ def _sigterm(host: Host, picture: Picture, seconds: float) -> Figures:
 
 
 def row(figures: Figures, seconds: float) -> str:
-    """The head of the table and its row."""
     kill, leave, flood, end = (figures[name] for name in ("kill", "leave", "flood", "sigterm"))
     seen = ", ".join(f"{number} x {code}" for code, number in kill["failures"].items()) or "nothing failed"
     wrong = f", {kill['wrong']} wrong" if kill["wrong"] else ""
@@ -214,26 +192,35 @@ def row(figures: Figures, seconds: float) -> str:
 # -- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _sending() -> Sending:
-    return Sending("socket", Options(), DEADLINE_S, 1)
+@contextlib.contextmanager
+def _connected(host: Host, number: int) -> Iterator[tuple[list[zmq.Socket[bytes]], zmq.Poller]]:
+    """So many clients, all gone at once when this is left."""
+    context, poller = zmq.Context(), zmq.Poller()
+    context.set(zmq.MAX_SOCKETS, 2 * FLOOD)
+    sockets = [context.socket(zmq.DEALER) for _ in range(number)]
+    for socket in sockets:
+        socket.connect(host.endpoint)
+        poller.register(socket, zmq.POLLIN)
+    try:
+        yield sockets, poller
+    finally:
+        context.destroy(linger=0)
 
 
-def _connected(context: zmq.Context[zmq.Socket[bytes]], host: Host) -> zmq.Socket[bytes]:
-    socket = context.socket(zmq.DEALER)
-    socket.set(zmq.LINGER, 0)
-    socket.connect(host.endpoint)
-    return socket
+def _submit(sockets: Sequence[zmq.Socket[bytes]], picture: Picture, name: str = "") -> None:
+    for number, socket in enumerate(sockets):
+        submission = protocol.Submit(job=f"{name}{number}", image=picture.image)
+        socket.send_multipart(protocol.encode(submission, [picture.payload or b""]))
 
 
-def _submission(picture: Picture, job: str) -> list[Any]:
-    return protocol.encode(protocol.Submit(job=job, image=picture.image), [picture.payload or b""])
-
-
-def _code(frames: list[bytes]) -> str:
-    message: protocol.ToClient
-    message, _ = protocol.decode(frames, TO_CLIENT)
-    assert isinstance(message, Result | Failed)
-    return "result" if isinstance(message, Result) else str(message.code)
+def _answers(poller: zmq.Poller, patience_s: float) -> Iterator[str]:
+    """Their codes, until for so long none comes."""
+    while ready := poller.poll(int(patience_s * 1000)):
+        for socket, _ in ready:
+            message: protocol.ToClient
+            message, _ = protocol.decode(socket.recv_multipart(), TO_CLIENT)
+            assert isinstance(message, Result | Failed)
+            yield "result" if isinstance(message, Result) else str(message.code)
 
 
 def _now(host: Host) -> dict[str, Any]:
@@ -271,15 +258,6 @@ def _health(host: Host) -> str:
             with error:
                 texts.append(f"/{page} {error.code}")
     return ", ".join(texts)
-
-
-def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ STOP_S = 60.0
 STALL_S = 5.0
 STARTING_S = 20.0  # then a worker that was stopped while it started is killed
 EXIT_CANNOT_BOOT = "78"
+
+Held = dict[str, tuple[int, float, int]]  # of the broker and each worker: pid, resident MB, open descriptors
 
 
 class Host:
@@ -53,9 +56,10 @@ class Host:
     def start(self) -> None:
         """Raises `NoDaemonError` when it or a device does not come up."""
         argv = [sys.executable, "-m", "blendmaskd", "--settings", str(self._settings_file)]
+        drain_with_parent = functools.partial(end_with_parent, signal.SIGTERM)  # however this program dies
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C is for this program, which ends the daemon in good order.
-            self.process = subprocess.Popen(argv, stderr=log, start_new_session=True, preexec_fn=_drain_with_parent)
+            self.process = subprocess.Popen(argv, stderr=log, start_new_session=True, preexec_fn=drain_with_parent)
         deadline = time.monotonic() + START_S
         with Client(self.endpoint, timeout_s=1.0) as client:
             while self.process.poll() is None and time.monotonic() < deadline:
@@ -83,11 +87,11 @@ class Host:
 
     def signal_worker(self, device: str, number: signal.Signals) -> int | None:
         """Its pid, if there is one."""
-        for child in psutil.Process(self.process.pid).children():
-            with contextlib.suppress(psutil.Error):
-                if any(argument.startswith(f"{device}.") for argument in child.cmdline()):
-                    child.send_signal(number)
-                    return int(child.pid)
+        for name, worker in self._workers():
+            if name.startswith(f"{device}."):
+                with contextlib.suppress(psutil.Error):
+                    worker.send_signal(number)
+                    return int(worker.pid)
         return None
 
     def go_on(self, pid: int) -> None:
@@ -118,25 +122,20 @@ class Host:
 
     # -- what it holds ----------------------------------------------------------------------------------------------
 
-    def held(self) -> dict[str, tuple[int, float, int]]:
-        """Of the broker and each worker: pid, resident MB, open descriptors."""
-        found: dict[str, tuple[int, float, int]] = {}
-        try:
-            broker = psutil.Process(self.process.pid)
-            found["broker"] = _held(broker)
-            for child in broker.children():
+    def held(self) -> Held:
+        found: Held = {}
+        with contextlib.suppress(psutil.Error):  # it has ended; that is seen elsewhere
+            found["broker"] = _held(psutil.Process(self.process.pid))
+            for name, worker in self._workers():
                 with contextlib.suppress(psutil.Error):
-                    name = next((one for one in child.cmdline() if one.startswith("cpu:")), None)
-                    if name is not None:
-                        found[name] = _held(child)
-        except psutil.Error:
-            pass  # it has ended; that is seen elsewhere
+                    found[name] = _held(worker)
         return found
 
-
-def _drain_with_parent() -> None:
-    """In the child: SIGTERM when this program dies, however it dies."""
-    end_with_parent(signal.SIGTERM)
+    def _workers(self) -> Iterator[tuple[str, psutil.Process]]:
+        """Each with its generation, cpu:0.1."""
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.Error):
+                yield from ((argument, child) for argument in child.cmdline() if argument.startswith("cpu:"))
 
 
 def all_ready(stats: Mapping[str, Any]) -> bool:

@@ -26,13 +26,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import signal
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +45,7 @@ from blendmaskd.programs.interruption import Interruptible
 from chaos import growth, injector
 from chaos.clients import LOST_AFTER_DEADLINES, Clients
 from chaos.growth import Growth
-from chaos.host import Host, all_ready, own_host
+from chaos.host import Held, Host, all_ready, own_host
 from chaos.injector import CLIENT_FAULTS, IMAGE_FAULTS, KINDS, WORKER_FAULTS, Fault
 
 SAMPLE_S = 1.0
@@ -59,29 +57,23 @@ LINE_S = 10.0  # between progress lines where there is no terminal
 HARMFUL = {*WORKER_FAULTS, *IMAGE_FAULTS, "reload"} - {"raise", "bad-image", "pause"}  # a worker goes
 
 
-@dataclass(slots=True)
-class Report:
-    """What is known so far. `held` are samples of MB by process: ``broker``, or a worker's generation."""
-
-    faults: Counter[str] = field(default_factory=Counter)
-    recoveries_s: list[float] = field(default_factory=list)
-    unrecovered: bool = False
-    interrupted: bool = False
-    died: int | None = None  # the daemon's exit code, when it ended by itself
-    first: dict[str, tuple[int, float, int]] = field(default_factory=dict)
-    last: dict[str, tuple[int, float, int]] = field(default_factory=dict)
-    held: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-
-
 class Chaos:
-    """One run. `report` and the clients' ledger can be read at any time."""
+    """One run. What is known so far, and the clients' ledger, can be read at any time.
 
-    def __init__(self, host: Host, clients: Clients, faults: Iterator[Fault], warm_up_s: float, report: Report) -> None:
+    `first` and `last` are as `Host.held` tells, `held` samples of MB by process: ``broker``, or a worker's generation.
+    """
+
+    def __init__(self, host: Host, clients: Clients, faults: Iterator[Fault], warm_up_s: float, first: Held) -> None:
         self.host = host
         self.clients = clients
-        self.report = report
         self.began = time.monotonic()
         self.warm_up_s = warm_up_s
+        self.injected: Counter[str] = Counter()
+        self.recoveries_s: list[float] = []
+        self.unrecovered = self.interrupted = False
+        self.died: int | None = None  # the daemon's exit code, when it ended by itself
+        self.first = self.last = first
+        self.held: dict[str, list[tuple[float, float]]] = {}
         self._faults = faults
         self._next = next(faults, None)
         self._later: list[tuple[float, Callable[[], object]]] = []  # what undoes a fault
@@ -94,7 +86,7 @@ class Chaos:
         try:
             self._serve(lambda: time.monotonic() >= self.began + seconds, tick)
         except KeyboardInterrupt:
-            self.report.interrupted = True
+            self.interrupted = True
         self._next = None
         self.clients.submitting = False
         with contextlib.suppress(KeyboardInterrupt):  # a second one: what is owed now counts as lost
@@ -104,28 +96,28 @@ class Chaos:
         """When the clients have left: every descriptor has to come back."""
         end = time.monotonic() + SETTLE_S
         while True:
-            self.report.last = self.host.held()
-            complete = len(self.report.last) == len(self.report.first)  # a reload may be replacing the last one
+            self.last = self.host.held()
+            complete = len(self.last) == len(self.first)  # a reload may be replacing the last one
             if (complete and self.leaked <= 0) or time.monotonic() >= end:
                 return
             time.sleep(0.1)
 
     def growths(self) -> dict[str, Growth]:
         """Of the broker, and of every worker that was watched for long enough."""
-        found = {name: growth.of(samples, self.warm_up_s) for name, samples in self.report.held.items()}
+        found = {name: growth.of(samples, self.warm_up_s) for name, samples in self.held.items()}
         return {name: each for name, each in found.items() if each is not None}
 
     @property
     def failures(self) -> list[str]:
         """What must not be, in words."""
-        ledger, report = self.clients.ledger, self.report
+        ledger = self.clients.ledger
         found = [
-            (report.died is not None, f"the daemon ended by itself with {report.died}"),
+            (self.died is not None, f"the daemon ended by itself with {self.died}"),
             (ledger.owed > 0, f"{ledger.owed} jobs lost"),
             (ledger.duplicated > 0, f"{ledger.duplicated} answers to jobs that had one"),
             (ledger.strays > 0, f"{ledger.strays} answers that nobody asked for"),
             (bool(ledger.wrong), f"{len(ledger.wrong)} wrong answers, such as {ledger.wrong[:1]}"),
-            (report.unrecovered, f"not all devices ready {SETTLE_S:g} s after the last fault"),
+            (self.unrecovered, f"not all devices ready {SETTLE_S:g} s after the last fault"),
             (self.leaked > 0, f"the broker has {self.leaked} descriptors more than at the start"),
         ]
         growing = [(name, each) for name, each in self.growths().items() if each.grows]
@@ -134,15 +126,15 @@ class Chaos:
 
     @property
     def leaked(self) -> int:
-        if "broker" not in self.report.last:
+        if "broker" not in self.last:
             return 0
-        return self.report.last["broker"][2] - self.report.first["broker"][2]
+        return self.last["broker"][2] - self.first["broker"][2]
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _serve(self, over: Callable[[], bool], tick: Callable[[], None]) -> None:
         with Interruptible() as ctrl_c:  # never in the midst of a message or a fault
-            while not ctrl_c.wait(over) and self.report.died is None:
+            while not ctrl_c.wait(over) and self.died is None:
                 now = time.monotonic()
                 if self._next is not None and now >= self.began + self._next.at:
                     self._inject(self._next, now)
@@ -161,33 +153,32 @@ class Chaos:
         """Until nothing is owed and all devices are ready."""
         end = time.monotonic() + self.clients.lost_s + SETTLE_S
         self._serve(lambda: self._is_quiet() or time.monotonic() >= end, tick)
-        self.report.unrecovered = not all_ready(self.clients.stats)
+        self.unrecovered = not all_ready(self.clients.stats)
 
     def _is_quiet(self) -> bool:
         quiet = self.clients.settled and not self._later and self._broken_since is None
         return quiet and all_ready(self.clients.stats)
 
     def _sample(self, now: float) -> None:
-        self.report.died = self.host.process.poll()
+        self.died = self.host.process.poll()
         for name, (_, megabytes, _) in self.host.held().items():
-            self.report.held.setdefault(name, []).append((now - self.began, megabytes))
+            self.held.setdefault(name, []).append((now - self.began, megabytes))
 
     def _look(self, now: float) -> None:
-        """How the devices are."""
         if now >= self._next_stats:
             self._next_stats = now + STATS_S
             self.clients.ask_stats()
-        stats: dict[str, Any] = self.clients.stats
+        stats = self.clients.stats
         # Snapshots come each second: only the second one after a fault has surely seen it.
         if self._broken_since is not None and stats.get("seq", 0) >= self._broken_seq + 2 and all_ready(stats):
-            self.report.recoveries_s.append(now - self._broken_since)
+            self.recoveries_s.append(now - self._broken_since)
             self._broken_since = None
 
     def _inject(self, fault: Fault, now: float) -> None:
-        self.report.faults[fault.kind] += 1
+        self.injected[fault.kind] += 1
         device = self.host.devices[fault.device]
         if fault.kind in HARMFUL and self._broken_since is None:
-            self._broken_since, self._broken_seq = now, self.clients.stats.get("seq", 0)  # type: ignore[assignment]
+            self._broken_since, self._broken_seq = now, self.clients.stats.get("seq", 0)
         match fault.kind:
             case "kill":
                 self.host.signal_worker(device, signal.SIGKILL)
@@ -213,8 +204,7 @@ class Chaos:
         self._later.append((time.monotonic() + MENDED_AFTER_S, self._mend_what_failed))
 
     def _mend_what_failed(self) -> None:
-        devices: Any = self.clients.stats.get("devices", [])
-        if any(device["state"] == "failed" for device in devices):
+        if any(device["state"] == "failed" for device in self.clients.stats.get("devices", [])):
             self._mend()
 
 
@@ -239,7 +229,7 @@ def _main(arguments: argparse.Namespace, through: Through) -> int:
             through(host.endpoint) as endpoint,
             Clients(endpoint, arguments.clients, arguments.seed, arguments.deadline) as clients,
         ):
-            chaos = Chaos(host, clients, faults, arguments.warm_up, Report(first=first))
+            chaos = Chaos(host, clients, faults, arguments.warm_up, first)
             with _told(chaos, seconds, console) as tick:
                 chaos.run(seconds, tick)
         chaos.look_at_the_end()
@@ -259,22 +249,21 @@ def _told(chaos: Chaos, seconds: float, console: Console) -> Iterator[Callable[[
         with Live(_progress(chaos, seconds), console=console, auto_refresh=False, transient=True) as live:
             yield lambda: live.update(_progress(chaos, seconds), refresh=True)
         return
-    due = itertools.count(0.0, LINE_S)
-    upcoming = [next(due)]
+    due = 0.0
 
     def tick() -> None:
-        if time.monotonic() - chaos.began >= upcoming[0]:
-            upcoming[0] = next(due)
-            ledger = chaos.clients.ledger
-            passed = time.monotonic() - chaos.began
+        nonlocal due
+        passed, ledger = time.monotonic() - chaos.began, chaos.clients.ledger
+        if passed >= due:
+            due += LINE_S
             console.print(f"{passed:.0f} s: {ledger.submitted} sent, {ledger.answered} answered, "
-                          f"{ledger.owed} owed, {ledger.duplicated} duplicated, {chaos.report.faults.total()} faults")
+                          f"{ledger.owed} owed, {ledger.duplicated} duplicated, {chaos.injected.total()} faults")
 
     yield tick
 
 
 def _progress(chaos: Chaos, seconds: float) -> Table:
-    ledger, report = chaos.clients.ledger, chaos.report
+    ledger, stats = chaos.clients.ledger, chaos.clients.stats
     passed = time.monotonic() - chaos.began
     table = Table.grid(padding=(0, 2))
     table.add_row("time", f"{passed:.0f} of {seconds:.0f} s" if passed < seconds else "settling")
@@ -282,30 +271,24 @@ def _progress(chaos: Chaos, seconds: float) -> Table:
                           f"{ledger.owed} owed, {ledger.abandoned} abandoned")  # fmt: skip
     lost = ledger.overdue(time.monotonic(), chaos.clients.lost_s)
     table.add_row("bad", f"{lost} lost, {ledger.duplicated} duplicated, {len(ledger.wrong)} wrong")
-    table.add_row("faults", _counts(report.faults))
-    table.add_row("devices", ", ".join(f"{d['device']} {d['state']}" for d in _devices(chaos)))
-    table.add_row("FPS", f"{chaos.clients.stats.get('combined_fps', 0.0)}")
+    table.add_row("faults", _counts(chaos.injected))
+    table.add_row("devices", ", ".join(f"{d['device']} {d['state']}" for d in stats.get("devices", [])))
+    table.add_row("FPS", f"{stats.get('combined_fps', 0.0)}")
     table.add_row("MB", ", ".join(f"{name} {held[1]:.0f}" for name, held in chaos.host.held().items()))
     return table
 
 
-def _devices(chaos: Chaos) -> list[dict[str, Any]]:
-    devices: list[dict[str, Any]] = chaos.clients.stats.get("devices", [])  # type: ignore[assignment]
-    return devices
-
-
 def _summary(chaos: Chaos, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything as plain values."""
-    ledger, report = chaos.clients.ledger, chaos.report
+    ledger = chaos.clients.ledger
     # The first second is not whole, and in the last ones nothing new is sent.
-    rates = list(_by_second(chaos.clients.seconds))[1:]
-    rates = rates[: int(arguments.minutes * 60)] or [0]
+    seconds = range(min(chaos.clients.seconds, default=0) + 1, max(chaos.clients.seconds, default=0) + 1)
+    rates = [chaos.clients.seconds[second] for second in seconds[: int(arguments.minutes * 60)]] or [0]
     return {
         "seed": arguments.seed,
         "minutes": arguments.minutes,
         "devices": arguments.devices,
         "clients": arguments.clients,
-        "interrupted": report.interrupted,
+        "interrupted": chaos.interrupted,
         "jobs": {
             "sent": ledger.submitted,
             "accepted": ledger.accepted,
@@ -317,8 +300,8 @@ def _summary(chaos: Chaos, arguments: argparse.Namespace) -> dict[str, Any]:
             "wrong": ledger.wrong,
         },
         "codes": dict(ledger.codes),
-        "faults": dict(report.faults),
-        "recoveries_s": report.recoveries_s,
+        "faults": dict(chaos.injected),
+        "recoveries_s": chaos.recoveries_s,
         "fps": {
             "median": statistics.median(rates),
             "lowest_second": min(rates),
@@ -326,10 +309,10 @@ def _summary(chaos: Chaos, arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "held": {
             name: {
-                "mb": [report.first.get(name, (0, None, 0))[1], held[1]],
-                "descriptors": [report.first.get(name, (0, 0, None))[2], held[2]],
+                "mb": [chaos.first.get(name, (0, None, 0))[1], held[1]],
+                "descriptors": [chaos.first.get(name, (0, 0, None))[2], held[2]],
             }
-            for name, held in report.last.items()
+            for name, held in chaos.last.items()
         },
         "growth": {
             name: {"mb_per_min": each.mb_per_min, "seconds": each.seconds, "rise_mb": each.rise_mb,
@@ -338,12 +321,6 @@ def _summary(chaos: Chaos, arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "failures": chaos.failures,
     }  # fmt: skip
-
-
-def _by_second(seconds: dict[int, int]) -> Iterator[int]:
-    """Results in each second, those without any included."""
-    if seconds:
-        yield from (seconds.get(second, 0) for second in range(min(seconds), max(seconds) + 1))
 
 
 def _means(values: Sequence[int], length: int) -> Iterator[float]:
@@ -416,12 +393,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _minutes(text: str) -> float:
-    return checked(text, float, lambda value: 0 < value <= 24 * 60, "minutes, more than 0 and at most a day")
+_minutes = checked(float, lambda value: 0 < value <= 24 * 60, "minutes, more than 0 and at most a day")
 
 
 def _latency(text: str) -> dict[int, float]:
-    return {1: checked(text, float, lambda value: 0 <= value <= 10_000, "milliseconds, 0 to 10000")}
+    return {1: checked(float, lambda value: 0 <= value <= 10_000, "milliseconds, 0 to 10000")(text)}
 
 
 def _kinds(text: str) -> Sequence[str]:

@@ -19,7 +19,7 @@ from blendmaskd.check import cpus, devices, endpoints, front, resources, softwar
 from blendmaskd.check.devices import DeviceFacts, NodeFacts
 from blendmaskd.check.endpoints import EndpointFacts, Holder, TcpFacts
 from blendmaskd.check.finding import Finding, as_tree
-from blendmaskd.check.resources import FolderFacts, LimitFacts, SpoolFacts
+from blendmaskd.check.resources import LimitFacts, SpoolFacts
 from blendmaskd.check.software import VersionFacts
 from blendmaskd.core.launch_plan import Preload
 from blendmaskd.probe import Cause, Probe
@@ -72,8 +72,7 @@ def tcp(**facts: Any) -> list[Finding]:
 
 
 def folder(**facts: Any) -> list[Finding]:
-    sound = {"setting": "paths.roots", "path": "/data", "there": True, "usable": True}
-    return resources.judge_folder(FolderFacts(**{**sound, **facts}))
+    return resources.judge_root(**{"path": "/data", "there": True, "usable": True, **facts})
 
 
 def spool(**facts: Any) -> list[Finding]:
@@ -156,7 +155,7 @@ FAULTS: list[Case] = [
      "npu:0: CPUs 0-1, shared with npu:1", "more CPUs"),
     ("unknown place", lambda: cpus.judge(TWO, {}, (), hinted=True), "warning", "unknown which are near it",
      "runtime.cpus"),
-    ("governor", lambda: cpus.judge_governors({0: "powersave", 1: "powersave"}), "warning", "powersave on CPUs 0-1",
+    ("governor", lambda: cpus.judge_governors([0, 1]), "warning", "powersave on CPUs 0-1",
      "cpupower"),
     ("socket taken", lambda: ipc(holder=Holder(pid=7, command="other")), "error", r"taken by other \(pid 7\)", "stop"),
     ("socket taken by who knows", lambda: ipc(holder=Holder()), "error", "taken by another process", "stop"),
@@ -205,7 +204,7 @@ FAULTS: list[Case] = [
     ("few files for a flood", lambda: limits(hard_files=1024), "warning",
      "connects very often can end the daemon", "a hard limit of 2984 or more"),
     ("little memory", lambda: limits(available_bytes=1 << 30), "warning", "may take 2.0 GiB, 1.0 GiB are", "max_bytes"),
-    ("root", lambda: devices.judge_identity("root", is_root=True, has_service=True), "warning", "runs as root",
+    ("root", lambda: devices.judge_identity(is_root=True, has_service=True), "warning", "runs as root",
      "runuser"),
 ]  # fmt: skip
 
@@ -272,11 +271,11 @@ def test_what_is_sound_is_told_in_a_line(name: str, judge: Callable[[], list[Fin
 
 
 def test_what_does_not_concern_these_settings_is_not_told() -> None:
-    assert cpus.judge_governors({}) == []
+    assert cpus.judge_governors([]) == []
     assert cpus.judge_complaint("") == []
     assert endpoints.judge_private_folder("") == []
-    assert devices.judge_identity("root", is_root=True, has_service=False) == []
-    assert devices.judge_identity("alice", is_root=False, has_service=True) == []
+    assert devices.judge_identity(is_root=True, has_service=False) == []
+    assert devices.judge_identity(is_root=False, has_service=True) == []
     emulated = NodeFacts(path="/dev/davinci0", there=False)
     assert devices.judge_nodes([emulated], opened=True, user="alice") == []
     [line] = software.judge_versions(VersionFacts(python="3.11.7", torch="2.13.0+cpu"), npu=False)

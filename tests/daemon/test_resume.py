@@ -285,12 +285,12 @@ def test_what_the_daemon_gave_up_is_not_left_until_its_file_is_changed(tmp_path:
         begun.failed(2, stamp(paths[2]), "engine-failed", "raised")
     photo(paths[1], seed=7).write_bytes(paths[1].read_bytes() + b"more")
     with Journal(tmp_path / "j", images, OPTIONS).open(resume=True, anew=False) as found:
-        assert list(journal.given_up(found.contents, paths)) == [0]
+        assert journal.settled(found.contents, paths, retry_lost=False) == {0}
     lines = [line for line in (tmp_path / "j").read_text().splitlines() if '"stamp"' in line]
     earlier = (tmp_path / "j").read_text().replace(lines[0], lines[0].replace('"stamp"', '"earlier"'))
     (tmp_path / "j").write_text(earlier)  # a journal of before there were stamps of failures
     with Journal(tmp_path / "j", images, OPTIONS).open(resume=True, anew=False) as found:
-        assert list(journal.given_up(found.contents, paths)) == []
+        assert journal.settled(found.contents, paths, retry_lost=False) == set()
 
 
 def test_a_journal_cut_anywhere_loses_what_was_cut_and_no_more(tmp_path: Path) -> None:

@@ -3,26 +3,24 @@ them.
 
 `make(name, limits)` builds one. Those in `REFUSED` must be refused; the others cost no more than their pixels.
 """
-
 from __future__ import annotations
 
-import io
 import lzma
 import random
 import re
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 from PIL import Image
 
 from blendmaskd.images.decoding import MOST_SIDE
 from blendmaskd.settings import Limits
-from fuzz.pictures import bmp, chunk, png
-from fuzz.tiffs import Entry, tiff
+from fuzz.pictures import bmp, chunk, png, saved
+from fuzz.tiffs import DEFLATE, LONG, LZMA, LZW, NONE, PACKBITS, SHORT, Entry, Fields, assemble, lay_out, tiff
 
 _CLEARS = int("100000000" * 8, 2).to_bytes(9)  # of LZW, in codes of nine bits
-_GREY: list[Entry] = [(258, 3, 1, 8), (262, 3, 1, 1)]
 
 
 def make(name: str, limits: Limits) -> bytes:
@@ -52,58 +50,31 @@ def _inflating(kind: bytes, limits: Limits) -> bytes:
 
 def _texts(_: Limits) -> bytes:
     """As much as Pillow allows, 64 MiB in texts of 1 MiB."""
-    return _small(before=b"".join(_text(each) for each in range(63)))
-
-
-def _text(number: int) -> bytes:
-    return chunk(b"zTXt", b"a%d\0\0" % number + deflated((1 << 20) - 9))
+    text = deflated((1 << 20) - 9)
+    return _small(before=b"".join(chunk(b"zTXt", b"a%d\0\0" % number + text) for number in range(63)))
 
 
 def _small(**extras: bytes) -> bytes:
     return png(10, 10, deflated(310), **extras)  # type: ignore[arg-type]
 
 
-def _full(depth: int, colour: int, samples: int, interlace: int = 0) -> Callable[[Limits], bytes]:
-    def make(limits: Limits) -> bytes:
-        side = _side(limits)
-        rows = deflated(side * (1 + side * samples * depth // 8) + interlace * 16 * side)
-        return png(side, side, rows, depth=depth, colour=colour, interlace=interlace)
-
-    return make
+def _full(depth: int, colour: int, samples: int, interlace: int, limits: Limits) -> bytes:
+    side = _side(limits)
+    rows = deflated(side * (1 + side * samples * depth // 8) + interlace * 16 * side)
+    return png(side, side, rows, depth=depth, colour=colour, interlace=interlace)
 
 
-def _many_chunks(limits: Limits) -> bytes:
-    return _small(before=chunk(b"prVt", b"") * (limits.max_image_bytes // 13))
+def _empty(kind: bytes, limits: Limits) -> bytes:
+    return chunk(kind, b"") * (limits.max_image_bytes // 13)
 
 
-def _many_chunks_behind(limits: Limits) -> bytes:
-    return _small(after=chunk(b"prVt", b"") * (limits.max_image_bytes // 13))
-
-
-def _many_data_chunks(limits: Limits) -> bytes:
-    return png(10, 10, b"", after=chunk(b"IDAT", b"") * (limits.max_image_bytes // 13))
-
-
-def _padding(limits: Limits) -> bytes:
-    return b"\xff\xd8" + b"\xff" * (limits.max_image_bytes - 2)
-
-
-def _runs(limits: Limits) -> bytes:
-    pairs = limits.max_image_bytes // 2 - 1000
-    return bmp(2000, 2000, b"\1\1" * pairs, compression=1)
-
-
-def _line_ends(limits: Limits) -> bytes:
-    return bmp(2000, 2000, b"\0\0" * (limits.max_image_bytes // 2 - 1000), compression=1)
+def _runs(pair: bytes, limits: Limits) -> bytes:
+    return bmp(2000, 2000, pair * (limits.max_image_bytes // 2 - 1000), compression=1)
 
 
 def _lines(limits: Limits) -> bytes:
     height = limits.max_image_pixels // MOST_SIDE
     return bmp(MOST_SIDE, height, b"\1\1\0\0" * height, compression=1)
-
-
-def _strip(limits: Limits) -> bytes:
-    return png(limits.max_image_pixels, 1, deflated(3 * limits.max_image_pixels + 1))
 
 
 def _nibbles(limits: Limits) -> bytes:
@@ -118,99 +89,66 @@ def _delta(limits: Limits) -> bytes:
 
 def scans(side: int, most: int) -> bytes:
     """A grey JPEG of black, with so many scans over all of it."""
-    whole = io.BytesIO()
-    Image.new("L", (side, side)).save(whole, "JPEG", progressive=True)
-    starts = [match.start() for match in re.finditer(rb"\xff\xda", whole.getvalue())]
-    return whole.getvalue()[:-2] + whole.getvalue()[starts[-1] : -2] * (most - len(starts)) + b"\xff\xd9"
+    whole = saved(Image.new("L", (side, side)), "JPEG", progressive=True)
+    starts = [match.start() for match in re.finditer(rb"\xff\xda", whole)]
+    return whole[:-2] + whole[starts[-1] : -2] * (most - len(starts)) + b"\xff\xd9"
 
 
 def _exif_segments(limits: Limits) -> bytes:
-    whole = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(whole, "JPEG")
+    whole = saved(Image.new("RGB", (16, 16)), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", 5008) + b"Exif\0\0" + bytes(5000)
-    return whole.getvalue()[:2] + segment * (limits.max_image_bytes // 5100) + whole.getvalue()[2:]
+    return whole[:2] + segment * (limits.max_image_bytes // 5100) + whole[2:]
+
+
+def _grey(width: int, height: int, compression: int, tile: tuple[int, int] | None = None) -> Fields:
+    """The fields of a grey TIFF in tiles of this width and height, or in strips of a row."""
+    pieces = {278: 1} if tile is None else {322: tile[0], 323: tile[1]}
+    fields = {256: width, 257: height, 258: 8, 259: compression, 262: 1, **pieces}
+    return {tag: (LONG, (value,)) for tag, value in fields.items()}
 
 
 def _tile(limits: Limits) -> bytes:
     side = min(2 * _side(limits), 30_000)
-    data = deflated(side * side)
-    entries: list[Entry] = [
-        (256, 4, 1, 100), (257, 4, 1, 100), *_GREY, (259, 3, 1, 8), (322, 4, 1, side), (323, 4, 1, side),
-        (324, 4, 1, 0), (325, 4, 1, len(data)),
-    ]
-    entries[7] = (324, 4, 1, len(tiff(entries)))
-    return tiff(entries, data)
+    return assemble(_grey(100, 100, DEFLATE, (side, side)), [deflated(side * side)])
 
 
-def _tiles(limits: Limits) -> bytes:
+def _tiles(_: Limits) -> bytes:
     """A strip one pixel wide, in tiles 65520 wide that all lie at one place."""
     data, count = deflated(65520 * 16), 4000
+    return lay_out(_grey(1, 16 * count, DEFLATE, (65520, 16)), [0] * count, [len(data)] * count, data)
+
+
+def _strips(compression: int, data: bytes, limits: Limits) -> bytes:
+    """A strip for each row of each colour, all at one place, and named last: what follows them would be dropped too."""
+    rows = min(limits.max_image_bytes // 30, limits.max_image_pixels // 4, MOST_SIDE)
+    lengths = struct.pack("<I", len(data)) * 3 * rows
     entries: list[Entry] = [
-        (256, 4, 1, 1), (257, 4, 1, 16 * count), *_GREY, (259, 3, 1, 8), (322, 4, 1, 65520), (323, 4, 1, 16),
-        (324, 4, count, bytes(4 * count)), (325, 4, count, struct.pack("<I", len(data)) * count),
+        (256, 4, 1, 4), (257, 4, 1, rows), (258, 3, 3, struct.pack("<3H", 8, 8, 8)), (262, 3, 1, 2), (277, 3, 1, 3),
+        (284, 3, 1, 2), (259, 3, 1, compression), (278, 4, 1, 1), (279, 4, 3 * rows, lengths),
     ]
-    entries[7] = (324, 4, count, struct.pack("<I", len(tiff(entries))) * count)
-    return tiff(entries, data)
-
-
-def _strips(compression: int) -> Callable[[Limits], bytes]:
-    def make(limits: Limits) -> bytes:
-        rows = min(limits.max_image_bytes // 30, limits.max_image_pixels // 4, MOST_SIDE)
-        count = 3 * rows  # a strip for each row of each colour
-        data = deflated(4) if compression == 8 else bytes(4)
-        entries: list[Entry] = [
-            (256, 4, 1, 4), (257, 4, 1, rows), (258, 3, 3, struct.pack("<3H", 8, 8, 8)), (262, 3, 1, 2),
-            (277, 3, 1, 3), (284, 3, 1, 2), (259, 3, 1, compression), (278, 4, 1, 1),
-            (273, 4, count, bytes(4 * count)), (279, 4, count, struct.pack("<I", len(data)) * count),
-        ]
-        entries[8] = (273, 4, count, struct.pack("<I", len(tiff(entries))) * count)
-        return tiff(entries, data)
-
-    return make
+    start = len(tiff([*entries, (273, 4, 3 * rows, lengths)]))
+    return tiff([*entries, (273, 4, 3 * rows, struct.pack("<I", start) * 3 * rows)], data)
 
 
 def _shared_strips(limits: Limits) -> bytes:
     """Strips of a row, all at one place: half of the file, in which libtiff turns each byte before it inflates one."""
     count, data = 8000, deflated(1).ljust(limits.max_image_bytes // 2, b"\0")
-    lengths = struct.pack("<I", len(data)) * count
-    entries: list[Entry] = [
-        (256, 4, 1, 1), (257, 4, 1, count), *_GREY, (259, 3, 1, 8), (266, 3, 1, 2), (278, 4, 1, 1),
-        (279, 4, count, lengths),
-        (273, 4, count, bytes(4 * count)),
-    ]
-    entries[-1] = (273, 4, count, struct.pack("<I", len(tiff(entries))) * count)
-    return tiff(entries, data)
+    fields = {**_grey(1, count, DEFLATE), 266: (SHORT, (2,))}
+    return lay_out(fields, [0] * count, [len(data)] * count, data)
 
 
 def _shared_tiles(limits: Limits) -> bytes:
     """Tiles of 16x16, each a byte further on in one piece of LZW that goes nowhere: clear, clear, clear."""
     count = min(limits.max_image_pixels // 1000, 4000)
     data = _CLEARS * (limits.max_image_bytes // 2 // len(_CLEARS))
-    entries: list[Entry] = [
-        (256, 4, 1, 16), (257, 4, 1, 16 * count), *_GREY, (259, 3, 1, 5), (322, 4, 1, 16), (323, 4, 1, 16),
-        (325, 4, count, struct.pack("<I", len(data) - 9 * count) * count), (324, 4, count, bytes(4 * count)),
-    ]
-    start = len(tiff(entries))
-    entries[-1] = (324, 4, count, struct.pack(f"<{count}I", *range(start, start + 9 * count, 9)))
-    return tiff(entries, data)
+    lengths = [len(data) - 9 * count] * count
+    return lay_out(_grey(16, 16 * count, LZW, (16, 16)), range(0, 9 * count, 9), lengths, data)
 
 
-def _many_strips(compression: int, row: bytes) -> Callable[[Limits], bytes]:
+def _many_strips(compression: int, row: bytes, limits: Limits) -> bytes:
     """As many strips as a picture may have, each with bytes of its own."""
-
-    def make(limits: Limits) -> bytes:
-        count = min(65_000, limits.max_image_pixels // 8)
-        lengths = struct.pack("<I", len(row)) * count
-        entries: list[Entry] = [
-            (256, 4, 1, 8), (257, 4, 1, count), *_GREY, (259, 3, 1, compression), (278, 4, 1, 1),
-            (279, 4, count, lengths), (273, 4, count, bytes(4 * count)),
-        ]
-        start = len(tiff(entries))
-        offsets = struct.pack(f"<{count}I", *range(start, start + len(row) * count, len(row)))
-        entries[-1] = (273, 4, count, offsets)
-        return tiff(entries, row * count)
-
-    return make
+    count = min(65_000, limits.max_image_pixels // 8)
+    return assemble(_grey(8, count, compression), [row] * count)
 
 
 def _depths(limits: Limits) -> bytes:
@@ -258,55 +196,49 @@ def _big_directory(limits: Limits) -> bytes:
 
 def _canvas(_: Limits) -> bytes:
     """A WebP of 16 pixels on a canvas of the largest size that there is."""
-    whole = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(whole, "WEBP", lossless=True)
-    place = bytes(6) + b"\x0f\0\0" * 2 + bytes(4) + whole.getvalue()[12:]
+    picture = saved(Image.new("RGB", (16, 16)), "WEBP", lossless=True)
+    place = bytes(6) + b"\x0f\0\0" * 2 + bytes(4) + picture[12:]
     body = b"WEBP" + b"VP8X" + struct.pack("<II", 10, 2) + b"\xfe\x3f\0" * 2 + b"ANIM" + struct.pack("<I", 6) + bytes(6)
     body += b"ANMF" + struct.pack("<I", len(place)) + place
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-def _frames(form: str) -> Callable[[Limits], bytes]:
+def _frames(form: str, limits: Limits) -> bytes:
     """Many pictures in one file, of which the first is read."""
-
-    def make(limits: Limits) -> bytes:
-        whole, first = io.BytesIO(), Image.frombytes("L", (64, 64), _noise(64 * 64)).convert("RGB")
-        others = [first.rotate(90 * number) for number in range(min(limits.max_image_bytes // (1 << 14), 500))]
-        first.save(whole, form, save_all=True, append_images=others)
-        return whole.getvalue()
-
-    return make
+    first = Image.frombytes("L", (64, 64), _noise(64 * 64)).convert("RGB")
+    others = [first.rotate(90 * number) for number in range(min(limits.max_image_bytes // (1 << 14), 500))]
+    return saved(first, form, save_all=True, append_images=others)
 
 
 REFUSED: dict[str, Callable[[Limits], bytes]] = {
     "png-text-inflates": lambda limits: _small(before=_inflating(b"zTXt", limits)),
     "png-text-behind-inflates": lambda limits: _small(after=_inflating(b"zTXt", limits)),
     "png-profile-inflates": lambda limits: _small(before=_inflating(b"iCCP", limits)),
-    "png-many-chunks": _many_chunks,
-    "png-many-chunks-behind": _many_chunks_behind,
-    "png-many-data-chunks": _many_data_chunks,
-    "png-strip": _strip,
+    "png-many-chunks": lambda limits: _small(before=_empty(b"prVt", limits)),
+    "png-many-chunks-behind": lambda limits: _small(after=_empty(b"prVt", limits)),
+    "png-many-data-chunks": lambda limits: png(10, 10, b"", after=_empty(b"IDAT", limits)),
+    "png-strip": lambda limits: png(limits.max_image_pixels, 1, deflated(3 * limits.max_image_pixels + 1)),
     "png-giant": lambda _: png(1 << 31, 1 << 31, b""),
-    "jpeg-padding": _padding,
+    "jpeg-padding": lambda limits: b"\xff\xd8" + b"\xff" * (limits.max_image_bytes - 2),
     "jpeg-scans": lambda limits: scans(_side(limits), limits.max_image_bytes // 1000),
     "jpeg-exif-segments": _exif_segments,
-    "bmp-runs": _runs,
-    "bmp-line-ends": _line_ends,
+    "bmp-runs": partial(_runs, b"\1\1"),
+    "bmp-line-ends": partial(_runs, b"\0\0"),
     "bmp-giant": lambda _: bmp(2**31 - 1, -(2**31 - 1), b"", bits=24),
     "tiff-tile": _tile,
     "tiff-tiles": _tiles,
-    "tiff-strips": _strips(1),
-    "tiff-deflated-strips": _strips(8),
+    "tiff-strips": partial(_strips, NONE, bytes(4)),
+    "tiff-deflated-strips": partial(_strips, DEFLATE, deflated(4)),
     "tiff-shared-strips": _shared_strips,
     "tiff-shared-tiles": _shared_tiles,
     "tiff-big-directory": _big_directory,
     "webp-canvas": _canvas,
 }
 COSTLY: dict[str, Callable[[Limits], bytes]] = {
-    "png-8-bit": _full(8, 2, 3),
-    "png-16-bit": _full(16, 6, 4),
-    "png-16-bit-interlaced": _full(16, 6, 4, interlace=1),
-    "png-palette": _full(8, 3, 1),
+    "png-8-bit": partial(_full, 8, 2, 3, 0),
+    "png-16-bit": partial(_full, 16, 6, 4, 0),
+    "png-16-bit-interlaced": partial(_full, 16, 6, 4, 1),
+    "png-palette": partial(_full, 8, 3, 1, 0),
     "png-data-inflates": lambda limits: png(10, 10, deflated(20 * limits.max_image_bytes)),
     "png-63-texts": _texts,
     "png-orientations": _orientations,
@@ -317,12 +249,12 @@ COSTLY: dict[str, Callable[[Limits], bytes]] = {
     "tiff-depths": _depths,
     "tiff-resolutions": _resolutions,
     "tiff-deep-directory": _deep_directory,
-    "tiff-many-strips-deflate": _many_strips(8, deflated(8)),
-    "tiff-many-strips-lzma": _many_strips(34925, lzma.compress(bytes(8))),
-    "tiff-many-strips-packbits": _many_strips(32773, b"\xf9\0"),
-    "tiff-pages": _frames("TIFF"),
-    "mpo-pictures": _frames("MPO"),
-    "png-frames": _frames("PNG"),
-    "webp-frames": _frames("WEBP"),
+    "tiff-many-strips-deflate": partial(_many_strips, DEFLATE, deflated(8)),
+    "tiff-many-strips-lzma": partial(_many_strips, LZMA, lzma.compress(bytes(8))),
+    "tiff-many-strips-packbits": partial(_many_strips, PACKBITS, b"\xf9\0"),
+    "tiff-pages": partial(_frames, "TIFF"),
+    "mpo-pictures": partial(_frames, "MPO"),
+    "png-frames": partial(_frames, "PNG"),
+    "webp-frames": partial(_frames, "WEBP"),
     "tiff-overlapping": _overlapping,
 }

@@ -3,7 +3,6 @@
 ``python -m fuzz.child LAYER SEED FIRST STOP FOLDER`` feeds inputs, and prints what came of them,
 see `Progress`. What breaks a rule is told, and ends it with exit code 1.
 """
-
 from __future__ import annotations
 
 import faulthandler
@@ -39,8 +38,7 @@ class Progress(msgspec.Struct):
         self.inputs += other.inputs
         for outcome, count in other.outcomes.items():
             self.outcomes[outcome] = self.outcomes.get(outcome, 0) + count
-        if other.slowest_s > self.slowest_s:
-            self.slowest_s, self.slowest = other.slowest_s, other.slowest
+        self.slowest_s, self.slowest = max((self.slowest_s, self.slowest), (other.slowest_s, other.slowest))
         self.warm_bytes = max(self.warm_bytes, other.warm_bytes)
         self.bytes = max(self.bytes, other.bytes)
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
@@ -82,11 +80,7 @@ def main(argv: list[str]) -> int:
         except Exception as error:
             print(f"{layer} {number}: {type(error).__name__}: {error}", file=sys.stderr)
             raise
-        taken = time.monotonic() - start
-        progress.outcomes[outcome] = progress.outcomes.get(outcome, 0) + 1
-        progress.inputs += 1
-        if taken > progress.slowest_s:
-            progress.slowest_s, progress.slowest = taken, number
+        progress.add(Progress(1, {outcome: 1}, time.monotonic() - start, number))
         if progress.inputs == WARM:
             progress.warm_bytes = process.memory_info().rss
     progress.bytes, progress.peak_bytes = process.memory_info().rss, peak_bytes()

@@ -1,11 +1,9 @@
 """Requests at a `blendmaskd-http` of our own: each is answered or its connection closed, others are served."""
-
 from __future__ import annotations
 
 import base64
 import contextlib
 import http.client
-import io
 import json
 import re
 import socket
@@ -14,15 +12,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, deque
 from random import Random
 from typing import Self
 
 import psutil
 from PIL import Image
 
-from fuzz.live import Target, first_said
+from fuzz.live import Stranger, Target, first_said
 from fuzz.mutate import mutate
+from fuzz.pictures import saved
 from fuzz.rules import BrokenRuleError
 
 START_S = 30.0
@@ -34,22 +32,20 @@ PATIENCE_S, MOST_STAYING = 0.01, 40
 NAME = b"0123456789abcdef0123456789abcdef"
 
 
-class Front:
+class Front(Stranger):
     """A stranger to the front: see `fuzz.strangers`."""
 
     def __init__(self, target: Target) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self._endpoint = target.host.endpoint
+        super().__init__(target)
         self._number = 0
         self._warm: tuple[float, int] | None = None  # MB, descriptors
         self._stop = threading.Event()
-        self._staying: deque[socket.socket] = deque()
-        self._slowest_s, self._impolite = 0.0, ""
+        self._impolite = ""
 
     def __enter__(self) -> Self:
         self._log = tempfile.NamedTemporaryFile("w+")
-        settings = {"http.endpoint": "127.0.0.1:0", "endpoints.clients": f"[{self._endpoint}]", "http.receive_s": "3",
-                    "limits.max_image_bytes": "1000000"}  # fmt: skip
+        settings = {"http.endpoint": "127.0.0.1:0", "endpoints.clients": f"[{self._target.host.endpoint}]",
+                    "http.receive_s": "3", "limits.max_image_bytes": "1000000"}  # fmt: skip
         flags = [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")]
         command = [sys.executable, "-m", "blendmaskd.http.program", *flags]
         self._process = subprocess.Popen(command, stderr=self._log)
@@ -89,9 +85,7 @@ class Front:
             stranger.sendall(_request(random))
             said = stranger.recv(65536)
         except TimeoutError:
-            self._staying.append(stranger)
-            if len(self._staying) > MOST_STAYING:
-                self._staying.popleft().close()
+            self._stay(stranger, MOST_STAYING)
             return "stays"
         except OSError:
             said = b""
@@ -99,8 +93,7 @@ class Front:
         return _code(said)
 
     def settle(self) -> None:
-        while self._staying:
-            self._staying.popleft().close()
+        self._hang_up()
         self._check()
         if self._warm is None:
             return
@@ -138,7 +131,6 @@ class Front:
 
     def _ask_politely(self) -> None:
         while not self._stop.is_set() and not self._impolite:
-            begun = time.monotonic()
             connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=POLITE_S)
             try:
                 connection.request("POST", "/v1/segment", PICTURE)
@@ -148,17 +140,10 @@ class Front:
                 self._impolite = repr(error)
             finally:
                 connection.close()
-            self._slowest_s = max(self._slowest_s, time.monotonic() - begun)
             self._stop.wait(0.05)
 
 
-def _picture() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (9, 7), (200, 30, 60)).save(file, "PNG")
-    return file.getvalue()
-
-
-PICTURE = _picture()
+PICTURE = saved(Image.new("RGB", (9, 7), (200, 30, 60)), "PNG")
 FORM = (b'--xx\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + PICTURE + b"\r\n--xx\r\n"
         b'Content-Disposition: form-data; name="mask_format"\r\n\r\nnone\r\n--xx--\r\n')  # fmt: skip
 JSON = json.dumps({"image": base64.b64encode(PICTURE).decode(), "score_threshold": 0.5}).encode()

@@ -1,5 +1,4 @@
 """A daemon of our own to throw things at, with a good client that must be served all the time, and what it holds."""
-
 from __future__ import annotations
 
 import contextlib
@@ -8,9 +7,12 @@ import socket
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, Self
 
 import numpy as np
 import psutil
@@ -78,6 +80,39 @@ class Target:
         return {name: held[0] for name, held in self.host.held().items()}
 
 
+class Stranger(ABC):
+    """Feeds a target; a context manager. `outcomes` counts what came of it."""
+
+    def __init__(self, target: Target) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self._target = target
+        self._staying: deque[socket.socket] = deque()  # connections of no more words
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hang_up()
+
+    @abstractmethod
+    def feed(self, random: Random) -> str:
+        """Throw one input; what came of it, empty where that comes later. Raises `BrokenRuleError`."""
+
+    def settle(self) -> None:
+        """Wait for what is owed."""
+        self._hang_up()
+
+    def _stay(self, stranger: socket.socket, most: int) -> None:
+        """Keep a connection; of more than so many the oldest goes."""
+        self._staying.append(stranger)
+        if len(self._staying) > most:
+            self._staying.popleft().close()
+
+    def _hang_up(self) -> None:
+        while self._staying:
+            self._staying.popleft().close()
+
+
 def first_said(stranger: socket.socket) -> bytes:
     """What came first of an answer that is read to its end; nothing where there was none."""
     said = b""
@@ -131,9 +166,7 @@ def target() -> Iterator[Target]:
     """A daemon that is up, being used by its good client; gone when this is left, which must work too."""
     with tempfile.TemporaryDirectory(prefix="blendmaskd-fuzz-") as name:
         folder = Path(name)
-        endpoints = {"clients": [f"ipc://{folder}/client.sock"], "metrics": "127.0.0.1:0"}
-        overrides = {**SETTINGS, "endpoints": endpoints, "spool": str(folder / "spool")}
-        host = Host(folder, 2, folder / "log", overrides)
+        host = Host(folder, 2, folder / "log", {**SETTINGS, "spool": str(folder / "spool")}, "127.0.0.1:0")
         host.start()
         try:
             found = Target(host)

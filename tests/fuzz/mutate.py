@@ -1,5 +1,4 @@
 """Damaged bytes: a few random changes of the kinds that break parsers. Never longer than `MOST_BYTES`."""
-
 from __future__ import annotations
 
 import struct

@@ -3,7 +3,6 @@
 `PNG`, `JPEG`, `WebP`, `BMP` and `TIFF` are also built by hand here, so that each field can lie while the rest is right:
 a check sum that fits lets a damaged chunk get further than any flipped bit.
 """
-
 from __future__ import annotations
 
 import functools
@@ -19,7 +18,7 @@ from PIL import Image
 
 from fuzz import tiffs
 from fuzz.mutate import mutate, number
-from fuzz.tiffs import DEFLATE, LZW, PACKBITS, SHORT, Entry, Layout, tiff
+from fuzz.tiffs import DEFLATE, LONG, LZW, PACKBITS, SHORT, Layout
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 16: 8}  # of a TIFF's entries
@@ -28,6 +27,9 @@ _PNG_KINDS = (
     b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"pHYs",
     b"acTL", b"fcTL", b"fdAT", b"cHRM", b"sRGB", b"prVt", b"\0\0\0\0",
 )
+_SEGMENTS = (0xC0, 0xC1, 0xC2, 0xC4, 0xC9, 0xCA, 0xD9, 0xDA, 0xDB, 0xDD, 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE)
+_BODIES = (b"MPF\0II*\0\x08\0\0\0", b"Adobe\0d\0\0\0\0\1", b"Photoshop 3.0\0008BIM",
+           b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>')  # fmt: skip
 _TAGS = (
     254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 282, 284, 292, 317, 320, 322, 323, 324, 325,
     330, 332, 338, 339, 347, 512, 513, 514, 519, 529, 530, 531, 532, 700, 33432, 34377, 34665, 34675, 34853,
@@ -78,40 +80,41 @@ def good() -> tuple[bytes, ...]:
     exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.5
     exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
     extras = {"exif": exif, "icc_profile": bytes(300)}
-    found = [_saved(image, "PNG") for image in (colours, transparent, grey, deep, palette, grey.convert("1"))]
-    found += [_saved(Image.merge("LA", [grey, grey]), "PNG", **extras), _saved(palette, "PNG", transparency=bytes(16))]
-    found += [_saved(colours, "PNG", save_all=True, append_images=[colours.rotate(90)], default_image=True)]
+    found = [saved(image, "PNG") for image in (colours, transparent, grey, deep, palette, grey.convert("1"))]
+    found += [saved(Image.merge("LA", [grey, grey]), "PNG", **extras), saved(palette, "PNG", transparency=bytes(16))]
+    found += [saved(colours, "PNG", save_all=True, append_images=[colours.rotate(90)], default_image=True)]
     rows = zlib.compress(bytes(20_000))
     found += [
         png(18, 24, rows, depth=depth, colour=colour, interlace=1)
         for depth, colour in ((8, 2), (16, 6), (1, 0), (4, 3), (16, 4))
     ]
     found += [
-        _saved(image, "JPEG", progressive=progressive, **extras)
+        saved(image, "JPEG", progressive=progressive, **extras)
         for image in (colours, grey, colours.convert("CMYK"))
         for progressive in (False, True)
     ]
-    found += [_saved(colours, "JPEG", subsampling=2, restart_marker_blocks=1, comment=b"hello")]
-    found += [_saved(colours, "MPO", save_all=True, append_images=[grey.convert("RGB")])]
+    found += [saved(colours, "JPEG", subsampling=2, restart_marker_blocks=1, comment=b"hello")]
+    found += [saved(colours, "MPO", save_all=True, append_images=[grey.convert("RGB")])]
     found += [
-        _saved(transparent, "WEBP", lossless=True, **extras),
-        _saved(colours, "WEBP"),
-        _saved(transparent, "WEBP"),
+        saved(transparent, "WEBP", lossless=True, **extras),
+        saved(colours, "WEBP"),
+        saved(transparent, "WEBP"),
     ]
-    found += [_saved(colours, "WEBP", save_all=True, append_images=[colours.rotate(90)], duration=10)]
-    found += [_saved(image, "BMP") for image in (colours, transparent, grey, palette, grey.convert("1"))]
+    found += [saved(colours, "WEBP", save_all=True, append_images=[colours.rotate(90)], duration=10)]
+    found += [saved(image, "BMP") for image in (colours, transparent, grey, palette, grey.convert("1"))]
     found += [
         bmp(18, 24, (b"\x12\x07" + b"\0\0") * 24 + b"\0\1", compression=1),
         bmp(18, 24, (b"\x12\x17" + b"\0\4\x12\x34" + b"\0\2\2\1\0\0") * 9, bits=4, compression=2),
     ]
     for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "tiff_deflate", "lzma", "zstd", "jpeg"):
-        found += [_saved(image, "TIFF", compression=compression) for image in (colours, grey)]
+        found += [saved(image, "TIFF", compression=compression) for image in (colours, grey)]
     found += [
-        _saved(grey.convert("1"), "TIFF", compression=each) for each in ("group3", "group4", "tiff_ccitt", "packbits")
+        saved(grey.convert("1"), "TIFF", compression=each) for each in ("group3", "group4", "tiff_ccitt", "packbits")
     ]
-    found += [_saved(image, "TIFF", compression="tiff_lzw", **extras) for image in (deep, palette, transparent)]
-    found += [_saved(colours.convert(mode), "TIFF") for mode in ("CMYK", "YCbCr", "LAB", "F", "I")]
-    found += [_saved(colours, "TIFF", save_all=True, append_images=[grey]), _saved(colours, "TIFF", big_tiff=True)]
+    found += [saved(image, "TIFF", compression="tiff_lzw", **extras) for image in (deep, palette, transparent)]
+    modes = ("CMYK", "YCbCr", "LAB", "F", "I")
+    found += [saved(colours.convert(mode), "TIFF", icc_profile=None) for mode in modes]  # LAB's says the hour
+    found += [saved(colours, "TIFF", save_all=True, append_images=[grey]), saved(colours, "TIFF", big_tiff=True)]
     found += [tiled(order, big) for order in "<>" for big in (False, True)]
     found += [tiffs.write(pixels[:, :, :count].astype(np.int64), layout) for count, layout in _LAYOUTS]
     return tuple(found)
@@ -128,23 +131,17 @@ _LAYOUTS = (  # and how many samples a pixel has
 )
 
 
-def _saved(image: Image.Image, format: str, **options: object) -> bytes:
+def saved(image: Image.Image, format: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
 
 
-def tiled(order: str = "<", big: bool = False, planar: int = 1) -> bytes:
+def tiled(order: str = "<", big: bool = False) -> bytes:
     """A TIFF in four deflated tiles of 16x16."""
-    tile = zlib.compress(bytes(range(256)))
-    entries: list[Entry] = [
-        (256, 4, 1, 18), (257, 4, 1, 24), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
-        (284, 3, 1, planar), (322, 3, 1, 16), (323, 3, 1, 16), (324, 4, 4, bytes(16)),
-        (325, 4, 4, struct.pack(order + "I", len(tile)) * 4),
-    ]
-    start = len(tiff(entries, order=order, big=big))
-    entries[9] = (324, 4, 4, struct.pack(order + "4I", *(start + len(tile) * each for each in range(4))))
-    return tiff(entries, tile * 4, order, big)
+    short = {258: 8, 259: DEFLATE, 262: 1, 277: 1, 284: 1, 322: 16, 323: 16}
+    fields = {256: (LONG, (18,)), 257: (LONG, (24,)), **{tag: (SHORT, (value,)) for tag, value in short.items()}}
+    return tiffs.assemble(fields, [zlib.compress(bytes(range(256)))] * 4, order, big)
 
 
 def damaged(random: Random) -> bytes:
@@ -152,20 +149,9 @@ def damaged(random: Random) -> bytes:
     whole = random.choice(good())
     if random.random() < 0.4:
         return mutate(random, whole)
-    changed = _surgery(whole)(random, whole)
+    change = next(change for start, change in _SURGERY.items() if whole.startswith(start))
+    changed = change(random, whole)
     return mutate(random, changed, 2) if random.random() < 0.2 else changed
-
-
-def _surgery(whole: bytes) -> Callable[[Random, bytes], bytes]:
-    starts = {
-        SIGNATURE[:4]: _chunks,
-        b"\xff\xd8": _segments,
-        b"RIFF": _riff,
-        b"BM": _bmp_header,
-        b"II": _entries,
-        b"MM": _entries,
-    }
-    return next(change for start, change in starts.items() if whole.startswith(start))
 
 
 def _chunks(random: Random, whole: bytes) -> bytes:
@@ -218,19 +204,10 @@ def _segments(random: Random, whole: bytes) -> bytes:
             case 4 if len(parts) > 2:
                 del parts[at]
             case _:
-                kind = random.choice(
-                    (0xC0, 0xC1, 0xC2, 0xC4, 0xC9, 0xCA, 0xD9, 0xDA, 0xDB, 0xDD, 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE)
-                )
-                body = random.choice(
-                    (
-                        b"Exif\0\0" + whole[:60], b"MPF\0II*\0\x08\0\0\0", b"Adobe\0d\0\0\0\0\1",
-                        b"Photoshop 3.0\0008BIM", b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>',
-                        random.randbytes(20),
-                    )
-                )
-                parts.insert(
-                    at, struct.pack(">BBH", 0xFF, kind, random.choice((len(body) + 2, number(random, 16)))) + body
-                )
+                kind = random.choice(_SEGMENTS)
+                body = random.choice((b"Exif\0\0" + whole[:60], *_BODIES, random.randbytes(20)))
+                length = random.choice((len(body) + 2, number(random, 16)))
+                parts.insert(at, struct.pack(">BBH", 0xFF, kind, length) + body)
     return b"".join(parts)
 
 
@@ -306,3 +283,9 @@ def _entries(random: Random, whole: bytes) -> bytes:
     if random.random() < 0.1:
         struct.pack_into(order + ("Q" if big else "H"), changed, start, random.choice((0, 1, count + 1, 60_000)))
     return bytes(changed)
+
+
+_SURGERY: dict[bytes, Callable[[Random, bytes], bytes]] = {  # by how a file begins
+    SIGNATURE[:4]: _chunks, b"\xff\xd8": _segments, b"RIFF": _riff, b"BM": _bmp_header,
+    b"II": _entries, b"MM": _entries,
+}  # fmt: skip

@@ -19,7 +19,6 @@ While a daemon gets such inputs, a well-behaved client uses it, and must get its
 process may have died, the log must hold nothing unexpected, descriptors must be closed and memory must not have grown.
 Anything else is reported with the layer, seed and number that reproduce it, and makes the exit code 1.
 """
-
 from __future__ import annotations
 
 import argparse
@@ -32,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,9 @@ from blendmaskd.settings import Limits
 from blendmaskd.shell import launch
 from fuzz import bombs, rules
 from fuzz.child import Progress, input_random
-from fuzz.live import Target, target
+from fuzz.live import Stranger, Target, target
 from fuzz.rules import BrokenRuleError
-from fuzz.strangers import STRANGERS, Stranger
+from fuzz.strangers import STRANGERS
 
 SHARES = {"headers": 0.40, "images": 0.43, "daemon": 0.10, "memory": 0.03, "pages": 0.02, "http": 0.02}
 LAYERS = (*SHARES, "bombs")
@@ -58,8 +57,6 @@ BOMB_BOUND = "16 bytes a pixel, 8 a byte, 96 MiB"
 CHECK_S = 1.0
 TELL_EACH = 5000
 
-Say = Callable[[str], None]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     return guarded("fuzz", lambda: _main(_parse(argv)))
@@ -68,10 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: argparse.Namespace) -> int:
     os.chdir(Path(__file__).parents[2])  # where the demo model is, and the children find this package
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what we started, too
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     layers = [arguments.layer] if arguments.layer else list(LAYERS)
     report: dict[str, Any] = {"seed": arguments.seed, "layers": {}}
     code = 0
@@ -80,7 +73,7 @@ def _main(arguments: argparse.Namespace) -> int:
         numbers = range(arguments.first, arguments.first + round(arguments.inputs * share))
         say(f"{layer}: {len(numbers) if layer != 'bombs' else len(bombs.REFUSED) + len(bombs.COSTLY)} inputs")
         try:
-            report["layers"][layer] = _run(layer, numbers, arguments.seed, say)
+            report["layers"][layer] = _run(layer, numbers, arguments.seed)
         except BrokenRuleError as error:
             say(f"{layer}: BROKEN: {error}")
             report["layers"][layer] = {"broken": str(error)}
@@ -94,21 +87,25 @@ def bomb_bound(limits: Limits) -> int:
     return 16 * limits.max_image_pixels + 8 * limits.max_image_bytes + (96 << 20)
 
 
-def _run(layer: str, numbers: range, seed: int, say: Say) -> dict[str, Any]:
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _run(layer: str, numbers: range, seed: int) -> dict[str, Any]:
     start = time.monotonic()
     if layer == "bombs":
-        found = _run_bombs(Limits(), say)
+        found = _run_bombs(Limits())
     elif layer in rules.LAYERS:
-        found = _run_children(layer, numbers, seed, say)
+        found = _run_children(layer, numbers, seed)
     else:
-        found = _run_live(layer, numbers, seed, say)
-    return {**found, "seconds": round(time.monotonic() - start, 1)}
+        found = _run_live(layer, numbers, seed)
+    return {**found, "crashes": 0, "seconds": round(time.monotonic() - start, 1)}
 
 
 # -- in processes of their own ----------------------------------------------------------------------------------------
 
 
-def _run_children(layer: str, numbers: range, seed: int, say: Say) -> dict[str, Any]:
+def _run_children(layer: str, numbers: range, seed: int) -> dict[str, Any]:
     whole = Progress()
     grown = 0.0
     with tempfile.TemporaryDirectory(prefix="blendmaskd-fuzz-") as folder:
@@ -122,15 +119,9 @@ def _run_children(layer: str, numbers: range, seed: int, say: Say) -> dict[str, 
         raise BrokenRuleError(f"a process took {whole.peak_bytes} bytes, more than {most} ({BOMB_BOUND}, {BASE_BYTES})")
     if grown > LEAK_MB:
         raise BrokenRuleError(f"a process grew by {grown:.0f} MB")
-    return {
-        "inputs": whole.inputs,
-        "outcomes": _most(whole.outcomes),
-        "slowest_s": round(whole.slowest_s, 3),
-        "slowest": whole.slowest,
-        "peak_mb": round(whole.peak_bytes / 1e6),
-        "grown_mb": round(grown, 1),
-        "crashes": 0,
-    }
+    peak_mb = round(whole.peak_bytes / 1e6)
+    slowest = whole.slowest_s, whole.slowest
+    return _figures(whole.inputs, _most(whole.outcomes), slowest, peak_mb=peak_mb, grown_mb=round(grown, 1))
 
 
 def _run_child(layer: str, seed: int, numbers: range, folder: str) -> Progress:
@@ -177,12 +168,12 @@ def _last_line(process: subprocess.Popen[bytes], at: Path) -> bytes:
         return (pipe.read().splitlines() or [b""])[-1]
 
 
-def _run_bombs(limits: Limits, say: Say) -> dict[str, Any]:
+def _run_bombs(limits: Limits) -> dict[str, Any]:
     """Each in a process of its own, so that none finds memory that another has left."""
     found: dict[str, dict[str, Any]] = {}
     bound = bomb_bound(limits)
     for name in [*bombs.REFUSED, *bombs.COSTLY]:
-        code = f"import json; {_MEASURE.format(name, limits.max_image_bytes, limits.max_image_pixels)}"
+        code = _MEASURE.format(name, limits.max_image_bytes, limits.max_image_pixels)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_as_a_worker())
         if done.returncode:
             raise BrokenRuleError(f"{name}: exit code {done.returncode}: {done.stderr[-2000:]}")
@@ -193,22 +184,14 @@ def _run_bombs(limits: Limits, say: Say) -> dict[str, Any]:
             raise BrokenRuleError(f"{name}: {one['bytes']} bytes, more than {bound} ({BOMB_BOUND})")
         if name in bombs.REFUSED and one["outcome"] == "pixels":
             raise BrokenRuleError(f"{name}: was decoded")
-    slowest = max(found, key=lambda name: found[name]["s"])
-    return {
-        "inputs": len(found),
-        "outcomes": {
-            outcome: sum(one["outcome"] == outcome for one in found.values())
-            for outcome in sorted({one["outcome"] for one in found.values()})
-        },
-        "slowest_s": round(found[slowest]["s"], 2),
-        "slowest": slowest,
-        "peak_mb": round(max(one["bytes"] for one in found.values()) / 1e6),
-        "crashes": 0,
-        "bombs": found,
-    }
+    slowest = max((one["s"], name) for name, one in found.items())
+    outcomes = dict(sorted(Counter(one["outcome"] for one in found.values()).items()))
+    peak_mb = round(max(one["bytes"] for one in found.values()) / 1e6)
+    return _figures(len(found), outcomes, slowest, peak_mb=peak_mb, bombs=found)
 
 
 _MEASURE = """
+import json
 from blendmaskd.settings import Limits
 from fuzz import child
 from blendmaskd.images.quiet import quiet
@@ -220,38 +203,30 @@ print(json.dumps(child.measure({!r}, Limits(max_image_bytes={}, max_image_pixels
 # -- at a running daemon ----------------------------------------------------------------------------------------------
 
 
-def _run_live(layer: str, numbers: range, seed: int, say: Say) -> dict[str, Any]:
+def _run_live(layer: str, numbers: range, seed: int) -> dict[str, Any]:
     with target() as found:
         with STRANGERS[layer](found) as stranger:
-            slowest_s, slowest = _feed(found, stranger, layer, numbers, seed, say)
+            slowest = _feed(found, stranger, layer, numbers, seed)
             grown = _grown(found)
         found.good.end()
         found.settle()
-    return {
-        "inputs": len(numbers),
-        "outcomes": _most(stranger.outcomes),
-        "slowest_s": round(slowest_s, 3),
-        "slowest": slowest,
-        "grown_mb": grown,
-        "good_client": {"answered": found.good.answered, "slowest_s": round(found.good.slowest_s, 3)},
-        "crashes": 0,
-    }
+    good = {"answered": found.good.answered, "slowest_s": round(found.good.slowest_s, 3)}
+    return _figures(len(numbers), _most(stranger.outcomes), slowest, grown_mb=grown, good_client=good)
 
 
-def _feed(found: Target, stranger: Stranger, layer: str, numbers: range, seed: int, say: Say) -> tuple[float, int]:
+def _feed(found: Target, stranger: Stranger, layer: str, numbers: range, seed: int) -> tuple[float, int]:
     """Seconds and number of the slowest input."""
     slowest, checked = (0.0, numbers.start), time.monotonic()
     for done, number in enumerate(numbers, start=1):
         start = time.monotonic()
         with _named(number, seed):
             outcome = stranger.feed(input_random(seed, layer, number))
+            slowest = max(slowest, (time.monotonic() - start, number))
+            if time.monotonic() - checked > CHECK_S:
+                found.check()
+                checked = time.monotonic()
         if outcome:
             stranger.outcomes[outcome] += 1
-        slowest = max(slowest, (time.monotonic() - start, number))
-        if time.monotonic() - checked > CHECK_S:
-            checked = time.monotonic()
-            with _named(number, seed):
-                found.check()
         if done == int(WARM_SHARE * len(numbers)):
             found.warm = found.resident()
         if done % TELL_EACH == 0:
@@ -279,6 +254,12 @@ def _grown(found: Target) -> dict[str, float]:
 
 
 # -- telling ----------------------------------------------------------------------------------------------------------
+
+
+def _figures(inputs: int, outcomes: dict[str, int], slowest: tuple[float, int | str], **more: Any) -> dict[str, Any]:
+    """Of a layer, for people and --json. `slowest`: the seconds of an input, and its number or name."""
+    seconds, which = slowest
+    return {"inputs": inputs, "outcomes": outcomes, "slowest_s": round(seconds, 3), "slowest": which, **more}
 
 
 def _most(outcomes: Mapping[str, int], number: int | None = None) -> dict[str, int]:

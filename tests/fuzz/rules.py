@@ -4,12 +4,12 @@
 `ProtocolError`. ``images``: `blendmaskd.images.decoding` gives pixels within the limits or raises `ImageError`, for
 encoded images, raw arrays and paths.
 """
-
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -33,44 +33,39 @@ class BrokenRuleError(AssertionError):
     """What the fuzzer is looking for."""
 
 
-def feed_headers(_: Path) -> Feed:
-    def feed(random: Random) -> str:
-        side = random.choice(headers.SIDES)
-        frames = headers.frames(random, side)
-        kinds = headers.kinds(side)
-        try:
-            message, payload = protocol.decode(frames, kinds)
-        except ProtocolError as error:
-            _expect(len(error.job) <= 128, "a job's name of more than 128 characters")
-            str(error).encode()
-            protocol.encode(protocol.Failed(job=error.job, code=Code.BAD_REQUEST, reason=str(error)))
-            return "refused"
-        _expect(type(message) in kinds.values(), f"a {type(message).__name__}")
-        _expect(payload == frames[2:], "another payload")
-        protocol.encode(message, payload)
-        if isinstance(message, Submit):
-            _check_submit(message)
-        return "a message"
-
-    return feed
+def feed_headers(random: Random) -> str:
+    side = random.choice(headers.SIDES)
+    frames = headers.frames(random, side)
+    kinds = headers.kinds(side)
+    try:
+        message, payload = protocol.decode(frames, kinds)
+    except ProtocolError as error:
+        _expect(len(error.job) <= 128, "a job's name of more than 128 characters")
+        str(error).encode()
+        protocol.encode(protocol.Failed(job=error.job, code=Code.BAD_REQUEST, reason=str(error)))
+        return "refused"
+    _expect(type(message) in kinds.values(), f"a {type(message).__name__}")
+    _expect(payload == frames[2:], "another payload")
+    protocol.encode(message, payload)
+    if isinstance(message, Submit):
+        _check_submit(message)
+    return "a message"
 
 
-def feed_images(folder: Path) -> Feed:
-    paths = hostile_paths(folder)
-
-    def feed(random: Random) -> str:
-        kind = random.random()
-        if kind < 0.9:
-            payload = pictures.damaged(random)
-            return outcome_of_image(lambda: images.decode(payload, LIMITS), LIMITS)
-        if kind < 0.96:
-            return "raw " + outcome_of_image(lambda: _raw(random), LIMITS)
-        return "path " + outcome_of_path(random, paths, folder)
-
-    return feed
+def feed_images(paths: list[str], root: Path, random: Random) -> str:
+    kind = random.random()
+    if kind < 0.9:
+        payload = pictures.damaged(random)
+        return outcome_of_image(lambda: images.decode(payload, LIMITS), LIMITS)
+    if kind < 0.96:
+        return "raw " + outcome_of_image(lambda: _raw(random), LIMITS)
+    return "path " + outcome_of_path(random, paths, root)
 
 
-LAYERS: dict[str, Callable[[Path], Feed]] = {"headers": feed_headers, "images": feed_images}
+LAYERS: dict[str, Callable[[Path], Feed]] = {
+    "headers": lambda _: feed_headers,
+    "images": lambda folder: partial(feed_images, hostile_paths(folder), folder),
+}
 
 
 def outcome_of_image(decode: Callable[[], images.Photograph], limits: Limits) -> str:

@@ -8,7 +8,6 @@ at the metrics port.
 
 Each feeds one input; `settle` waits for what is owed.
 """
-
 from __future__ import annotations
 
 import contextlib
@@ -18,9 +17,9 @@ import socket
 import struct
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from random import Random
-from typing import Any, Protocol, Self
+from typing import Any
 
 import msgpack
 import zmq
@@ -30,7 +29,7 @@ from blendmaskd.protocol import MAGIC, MEMORY_SUFFIX, Code, Failed, Fetch, Forge
 from blendmaskd.shell.sockets import MOST_FRAMES
 from fuzz import headers, pictures
 from fuzz.front import Front
-from fuzz.live import Target, first_said
+from fuzz.live import Stranger, Target, first_said
 from fuzz.mutate import EDGES, mutate
 from fuzz.rules import LIMITS, BrokenRuleError
 
@@ -41,25 +40,14 @@ READ_S = 20.0  # in which a connection is answered or closed
 _NEVER = {Code.ENGINE_FAILED, Code.WORKER_LOST, Code.UNAVAILABLE, Code.DRAINING}
 
 
-class Stranger(Protocol):
-    """Feeds a target; a context manager. `outcomes` counts what came of it."""
-
-    outcomes: Counter[str]
-
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *_: object) -> None: ...
-    def feed(self, random: Random) -> str: ...
-    def settle(self) -> None: ...
-
-
-class Messages:
+class Messages(Stranger):
     """At the clients' socket. `outcomes` counts the answers by code."""
 
     def __init__(self, target: Target) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self._target = target
+        super().__init__(target)
         self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] | None = None
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.close()  # the first input opens one
         self._sent = 0
         self._jobs = 0
         self._may: Counter[str] = Counter()  # by job, answers that may still come: one for each message, perhaps later
@@ -71,9 +59,6 @@ class Messages:
         self._answered: Counter[str] = Counter()
         self._stats = 0
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._context.destroy(linger=0)
 
@@ -81,7 +66,6 @@ class Messages:
         if random.random() < 0.01:
             return self._no_zeromq(random)
         self._connect(random)
-        assert self._socket is not None
         frames = self._frames(random) or [b""]  # pyzmq sends no message of no frames
         if len(frames) >= MOST_FRAMES or any(len(frame) > protocol.SURE_BYTES for frame in frames[:2]):
             return self._excessive(frames)
@@ -95,19 +79,17 @@ class Messages:
     def _excessive(self, frames: list[bytes]) -> str:
         """It costs its connection, so what is owed there comes before."""
         self.settle()
-        assert self._socket is not None
         monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.send_multipart(frames)
         if not monitor.poll(int(OWED_S * 1000)):
             raise BrokenRuleError(f"a message of frames of {[len(frame) for frame in frames[:20]]} bytes was taken")
         self._socket.disable_monitor()
         self._socket.close(linger=0)
-        self._socket = None
         return "excessive: cut off"
 
     def settle(self) -> None:
         """All that is owed has come."""
-        if self._socket is None:
+        if self._socket.closed:
             return
         self._socket.send_multipart(protocol.encode(protocol.GetStats()))
         self._stats += 1
@@ -123,10 +105,9 @@ class Messages:
 
     def _connect(self, random: Random) -> None:
         """Now and then a new connection, some with a name of their own."""
-        if self._socket is not None and (self._sent or random.random() < 0.7):
+        if not self._socket.closed and (self._sent or random.random() < 0.7):
             return
-        if self._socket is not None:
-            self._socket.close(linger=0)
+        self._socket.close(linger=0)
         self._socket = self._context.socket(zmq.DEALER)
         if random.random() < 0.3:
             self._socket.set(zmq.IDENTITY, b"x" + random.randbytes(random.choice((0, 1, 30, 254))))
@@ -172,7 +153,6 @@ class Messages:
         return {**owed, "stats": self._stats} if self._stats else owed
 
     def _receive(self) -> None:
-        assert self._socket is not None
         message, _ = protocol.decode(self._socket.recv_multipart(), protocol.TO_CLIENT)
         if isinstance(message, protocol.Stats):
             self._stats -= 1
@@ -183,10 +163,7 @@ class Messages:
         self._may[message.job] -= 1
         if self._may[message.job] < 0:
             raise BrokenRuleError(f"job {message.job!r}: more answers than messages, the last is {message}")
-        code = message.code.value if isinstance(message, Failed) else type(message).__name__.lower()
-        self.outcomes[code] += 1
-        if isinstance(message, Failed) and message.code in _NEVER:
-            raise BrokenRuleError(f"job {message.job!r}: {message.code}: {message.reason}")
+        self.outcomes[_outcome(message)] += 1
 
     def _no_zeromq(self, random: Random) -> str:
         """Bytes at the bare socket, with and without a greeting before them."""
@@ -210,28 +187,19 @@ class Messages:
         return "no ZeroMQ: dropped"
 
 
-class Descriptors:
+class Descriptors(Stranger):
     """At the socket for shared memory, and with what comes of it."""
 
     def __init__(self, target: Target) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self._target = target
-        self._path = target.path + MEMORY_SUFFIX
-        self._open: deque[socket.socket] = deque(maxlen=20)  # silent ones; the oldest is closed by being forgotten
+        super().__init__(target)
         self._jobs = 0
-
-    def __enter__(self) -> Self:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.connect(self._target.host.endpoint)
-        self._folder = tempfile.TemporaryFile()
-        return self
+        self._socket.connect(target.host.endpoint)
 
     def __exit__(self, *_: object) -> None:
-        self._folder.close()
         self._context.destroy(linger=0)
-        for each in self._open:
-            each.close()
+        self._hang_up()
 
     def feed(self, random: Random) -> str:
         kind = random.random()
@@ -253,15 +221,11 @@ class Descriptors:
                 os.close(memory)
         return "memory used"
 
-    def settle(self) -> None:
-        while self._open:
-            self._open.popleft().close()
-
     def _connected(self) -> socket.socket:
         stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stranger.settimeout(READ_S)
         deadline = time.monotonic() + READ_S
-        while stranger.connect_ex(self._path):
+        while stranger.connect_ex(self._target.path + MEMORY_SUFFIX):
             if time.monotonic() > deadline:
                 raise BrokenRuleError("the socket for shared memory takes no connection")
             time.sleep(0.001)
@@ -270,11 +234,9 @@ class Descriptors:
     def _silent(self, random: Random) -> str:
         """Connections that say nothing, or hang up half way."""
         for _ in range(random.choice((1, 1, 1, 40))):
-            if len(self._open) == self._open.maxlen:
-                self._open.popleft().close()
-            self._open.append(self._connected())
+            self._stay(self._connected(), 20)
             if random.random() < 0.5:
-                self._open[-1].shutdown(random.choice((socket.SHUT_WR, socket.SHUT_RD, socket.SHUT_RDWR)))
+                self._staying[-1].shutdown(random.choice((socket.SHUT_WR, socket.SHUT_RD, socket.SHUT_RDWR)))
         return "silent: dropped"
 
     def _garbage(self, random: Random, stranger: socket.socket) -> str:
@@ -302,7 +264,8 @@ class Descriptors:
             case 3:
                 found = os.open(random.choice(("/dev/zero", "/dev/null", "/proc/self/maps")), os.O_RDONLY)
             case 4:
-                found = os.dup(self._folder.fileno())
+                with tempfile.TemporaryFile() as file:
+                    found = os.dup(file.fileno())
             case 5:
                 found = os.eventfd(0)
             case 6:
@@ -332,34 +295,16 @@ class Descriptors:
                 message, _ = protocol.decode(self._socket.recv_multipart(), protocol.TO_CLIENT)
                 assert not isinstance(message, protocol.Stats | protocol.Limits)
                 names.remove(message.job)
-                code = message.code.value if isinstance(message, Failed) else type(message).__name__.lower()
-                self.outcomes[f"place: {code}"] += 1
-                if isinstance(message, Failed) and message.code in _NEVER:
-                    raise BrokenRuleError(f"{message.code}: {message.reason}")
+                self.outcomes[f"place: {_outcome(message)}"] += 1
             elif time.monotonic() > deadline:
                 raise BrokenRuleError(f"jobs {names} in shared memory were not answered")
 
 
-class Requests:
-    """At the metrics port."""
-
-    def __init__(self, target: Target) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self._port = target.port
-        self._open: deque[socket.socket] = deque(maxlen=50)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.settle()
-
+class Requests(Stranger):
     def feed(self, random: Random) -> str:
-        stranger = socket.create_connection(("127.0.0.1", self._port), READ_S)
+        stranger = socket.create_connection(("127.0.0.1", self._target.port), READ_S)
         if random.random() < 0.1:  # slow: it says a part, and stays
-            if len(self._open) == self._open.maxlen:
-                self._open.popleft().close()
-            self._open.append(stranger)
+            self._stay(stranger, 50)
             stranger.send(b"GET /metrics HTT")
             return "slow"
         with stranger, contextlib.suppress(OSError):
@@ -372,20 +317,23 @@ class Requests:
         return "closed"
 
     def settle(self) -> None:
-        while self._open:
-            self._open.popleft().close()
-        with socket.create_connection(("127.0.0.1", self._port), READ_S) as good:
+        self._hang_up()
+        with socket.create_connection(("127.0.0.1", self._target.port), READ_S) as good:
             good.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             if (status := _status(good)) != "200":
                 raise BrokenRuleError(f"/healthz: {status}")
 
 
-STRANGERS: dict[str, type[Messages] | type[Descriptors] | type[Requests] | type[Front]] = {
-    "daemon": Messages,
-    "memory": Descriptors,
-    "pages": Requests,
-    "http": Front,
-}
+STRANGERS: dict[str, type[Stranger]] = {"daemon": Messages, "memory": Descriptors, "pages": Requests, "http": Front}
+
+
+def _outcome(message: protocol.Result | protocol.Accepted | protocol.Forgotten | Failed) -> str:
+    """An answer to a job in a word. Raises `BrokenRuleError` for a code that no message may get."""
+    if not isinstance(message, Failed):
+        return type(message).__name__.lower()
+    if message.code in _NEVER:
+        raise BrokenRuleError(f"job {message.job!r}: {message.code}: {message.reason}")
+    return message.code.value
 
 
 def _raw_image(random: Random, place: Place | None = None) -> Image:

@@ -1,11 +1,11 @@
 """TIFFs by hand, of every pixel format that the format can declare: samples in, a file out, right to the last bit."""
-
 from __future__ import annotations
 
+import itertools
 import lzma
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ _CODES = {1: "B", SHORT: "H", LONG: "I", 11: "f"}
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 Entry = tuple[int, int, int, int | bytes]  # tag, type, count, value or what lies elsewhere
+Field = tuple[int, tuple[float, ...]]  # type and values
+Fields = Mapping[int, Field]  # by tag
 Samples = npt.NDArray[Any]  # height, width, samples of a pixel
 
 
@@ -37,57 +39,57 @@ class Layout:
     big: bool = False
     tile: int | None = None  # side; None: strips
     rows: int = 7  # of a strip
-    more: Mapping[int, tuple[int, tuple[float, ...]]] = field(default_factory=dict)  # type and values, by tag
+    more: Fields = field(default_factory=dict)
     without: tuple[int, ...] = ()
 
 
 def write(samples: Samples, layout: Layout) -> bytes:
-    """A TIFF of these samples."""
     height, width, count = samples.shape
-    entries: dict[int, tuple[int, tuple[float, ...]]] = {
-        256: (SHORT, (width,)),
-        257: (SHORT, (height,)),
-        258: (SHORT, (layout.bits,) * count),
-        259: (SHORT, (layout.compression,)),
-        262: (SHORT, (layout.photometric,)),
-        277: (SHORT, (count,)),
-        284: (SHORT, (layout.planar,)),
+    values: dict[int, tuple[int, ...]] = {
+        256: (width,),
+        257: (height,),
+        258: (layout.bits,) * count,
+        259: (layout.compression,),
+        262: (layout.photometric,),
+        266: (layout.fill_order,) * (layout.fill_order != 1),
+        277: (count,),
+        278: (layout.rows,) * (not layout.tile),
+        284: (layout.planar,),
+        317: (layout.predictor,) * (layout.predictor != 1),
+        338: layout.extra,
+        339: (layout.kind,) * count * (layout.kind != 1),
     }
-    if layout.kind != 1:
-        entries[339] = (SHORT, (layout.kind,) * count)
-    if layout.extra:
-        entries[338] = (SHORT, layout.extra)
-    if layout.fill_order != 1:
-        entries[266] = (SHORT, (layout.fill_order,))
-    if layout.predictor != 1:
-        entries[317] = (SHORT, (layout.predictor,))
     if layout.tile:
-        entries[322] = entries[323] = (SHORT, (layout.tile,))
-    else:
-        entries[278] = (SHORT, (layout.rows,))
-    entries.update(layout.more)
-    for tag in layout.without:
-        entries.pop(tag, None)
+        values[322] = values[323] = (layout.tile,)
+    fields = {**{tag: (SHORT, found) for tag, found in values.items() if found}, **layout.more}
+    left = {tag: found for tag, found in fields.items() if tag not in layout.without}
     planes = [samples] if layout.planar == 1 else [samples[:, :, [plane]] for plane in range(count)]
     blocks = [_encoded(block, layout) for plane in planes for block in _blocks(plane, layout)]
-    return assemble(entries, blocks, layout.order, layout.big)
+    return assemble(left, blocks, layout.order, layout.big)
 
 
-def assemble(
-    entries: Mapping[int, tuple[int, tuple[float, ...]]], blocks: list[bytes], order: str = "<", big: bool = False
-) -> bytes:
+def assemble(fields: Fields, blocks: list[bytes], order: str = "<", big: bool = False) -> bytes:
     """A TIFF of one directory, with the blocks as its tiles if it has tiles, else as strips."""
-    offsets, lengths = (324, 325) if 322 in entries else (273, 279)
-    whole = {**entries, offsets: (LONG, (0,) * len(blocks)), lengths: (LONG, tuple(map(len, blocks)))}
-    start = len(tiff(_listed(whole, order), b"", order, big))
-    whole[offsets] = (LONG, tuple(start + sum(map(len, blocks[:place])) for place in range(len(blocks))))
-    return tiff(_listed(whole, order), b"".join(blocks), order, big)
+    lengths = [len(block) for block in blocks]
+    places = [end - length for end, length in zip(itertools.accumulate(lengths), lengths)]
+    return lay_out(fields, places, lengths, b"".join(blocks), order, big)
 
 
-def _listed(entries: Mapping[int, tuple[int, tuple[float, ...]]], order: str) -> list[Entry]:
+def lay_out(
+    fields: Fields, places: Iterable[int], lengths: Iterable[int], data: bytes, order: str = "<", big: bool = False
+) -> bytes:
+    """A TIFF whose tiles if it has tiles, else strips, lie at these places of `data`, wherever that is in the file."""
+    offset, length = (324, 325) if 322 in fields else (273, 279)
+    whole = {**fields, offset: (LONG, tuple(places)), length: (LONG, tuple(lengths))}
+    begin = len(tiff(_listed(whole, order), b"", order, big))
+    whole[offset] = (LONG, tuple(begin + place for place in whole[offset][1]))
+    return tiff(_listed(whole, order), data, order, big)
+
+
+def _listed(fields: Fields, order: str) -> list[Entry]:
     return [
         (tag, kind, len(values), struct.pack(f"{order}{len(values)}{_CODES[kind]}", *values))
-        for tag, (kind, values) in sorted(entries.items())
+        for tag, (kind, values) in sorted(fields.items())
     ]
 
 
@@ -128,14 +130,7 @@ def _encoded(block: Samples, layout: Layout) -> bytes:
     if layout.predictor == 2:
         block = np.diff(block, axis=1, prepend=0) % (1 << layout.bits)
     packed = _packed(block.reshape(len(block), -1), layout)
-    compressed = {
-        NONE: lambda: packed,
-        LZW: lambda: _lzw(packed),
-        DEFLATE: lambda: zlib.compress(packed),
-        OLD_DEFLATE: lambda: zlib.compress(packed),
-        PACKBITS: lambda: _packbits(packed),
-        LZMA: lambda: lzma.compress(packed),
-    }[layout.compression]()
+    compressed = _COMPRESS[layout.compression](packed)
     return compressed.translate(_REVERSED) if layout.fill_order == 2 else compressed
 
 
@@ -160,3 +155,9 @@ def _packbits(data: bytes) -> bytes:
     return b"".join(
         bytes([len(run) - 1]) + run for run in (data[place : place + 100] for place in range(0, len(data), 100))
     )
+
+
+_COMPRESS: dict[int, Callable[[bytes], bytes]] = {
+    NONE: bytes, LZW: _lzw, DEFLATE: zlib.compress, OLD_DEFLATE: zlib.compress, PACKBITS: _packbits,
+    LZMA: lzma.compress,
+}  # fmt: skip

@@ -2,11 +2,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from blendmaskd import discovery, topology
 from blendmaskd.check.finding import Finding, error, ok, warning
-from blendmaskd.check.host import read
 from blendmaskd.settings import Settings
 from blendmaskd.topology import Cpus, HostError, format_cpus
 
@@ -27,15 +26,11 @@ def places(settings: Settings, environment: Mapping[str, str]) -> tuple[dict[str
         return {}, {}, str(problem)
 
 
-def slow_governors(cpus: Iterable[int]) -> dict[int, str]:
-    """CPUs whose governor may keep them at a low clock."""
-    slow = {}
-    for cpu in cpus:
-        folder = discovery.SYSFS / f"devices/system/cpu/cpu{cpu}/cpufreq"
-        governor, driver = read(folder / "scaling_governor").strip(), read(folder / "scaling_driver").strip()
-        if governor == "powersave" and driver not in DYNAMIC_DRIVERS:
-            slow[cpu] = governor
-    return slow
+def may_be_slow(cpu: int) -> bool:
+    """Whether its governor may keep it at a low clock."""
+    folder = discovery.SYSFS / f"devices/system/cpu/cpu{cpu}/cpufreq"
+    governor, driver = discovery.read(folder / "scaling_governor"), discovery.read(folder / "scaling_driver")
+    return governor == "powersave" and driver not in DYNAMIC_DRIVERS
 
 
 def judge_complaint(complaint: str) -> list[Finding]:
@@ -62,10 +57,9 @@ def judge(plan: Mapping[str, Cpus], near: Mapping[str, Cpus], placed: Iterable[s
     return findings
 
 
-def judge_governors(slow: Mapping[int, str]) -> list[Finding]:
-    """CPUs of the plan, by governor, that a fixed low clock may hold back."""
+def judge_governors(slow: Sequence[int]) -> list[Finding]:
+    """CPUs of the plan that a fixed low clock may hold back."""
     if not slow:
         return []
-    names = ", ".join(sorted(set(slow.values())))
-    return [warning("cpus", f"governor {names} on CPUs {format_cpus(slow)}: they may run at a low clock",
+    return [warning("cpus", f"governor powersave on CPUs {format_cpus(slow)}: they may run at a low clock",
                     "cpupower frequency-set --governor performance")]  # fmt: skip

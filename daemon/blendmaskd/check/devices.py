@@ -70,10 +70,7 @@ class Npus:
         self.cards = ascend.parse_npu_cards(text)
         self._users = ascend.parse_npu_processes(text)
         listed = topology.parse_npu_map(discovery.ask_tool(["npu-smi", "info", "-m"], environment))
-        self._chips = ascend.chips_by_logic_id(listed, self.cards)
-
-    def chip(self, host_id: str) -> Chip | None:
-        return self._chips.get(host_id)
+        self.chips = ascend.chips_by_logic_id(listed, self.cards)  # by what `visible_id` tells
 
     def users(self, chip: Chip) -> tuple[tuple[int, str], ...]:
         """Processes on a card, without those of a daemon of ours."""
@@ -97,7 +94,7 @@ def ask(
     except HostError as problem:
         return DeviceFacts(device=device, hidden=str(problem))
     if kind == "npu" and npus is not None:
-        chip = npus.chip(host_id)
+        chip = npus.chips.get(host_id)
         return DeviceFacts(
             device=device, tool="npu-smi", cards=len(npus.cards) if npus.answers else None,
             card=npus.cards.get(chip) if chip else None, users=npus.users(chip) if chip else (),
@@ -164,7 +161,7 @@ def judge(facts: DeviceFacts, precision: str, exact: bool = False) -> list[Findi
         return [error("device", facts.hidden, f"change {variable} or the setting devices")]
     if facts.probe and facts.probe.error:
         return [*_card(facts), error("device", f"{name}: {facts.probe.error}", REMEDIES[facts.probe.cause])]
-    return [*_card(facts), *_users(facts), *(_opened(facts, precision, exact) if facts.probe else _unopened(facts))]
+    return [*_card(facts), *_users(facts), *_opened(facts, precision, exact)]
 
 
 def judge_plans(warnings: Iterable[str]) -> list[Finding]:
@@ -198,8 +195,9 @@ def _users(facts: DeviceFacts) -> list[Finding]:
 
 
 def _opened(facts: DeviceFacts, precision: str, exact: bool) -> list[Finding]:
-    assert facts.probe is not None
     probe, name = facts.probe, facts.device
+    if probe is None:
+        return [ok("device", f"{name}: not opened, {facts.untried}")]
     findings = [
         warning("device", f"{name}: {difference}", "docs/troubleshooting.md") for difference in probe.differences
     ]
@@ -211,10 +209,6 @@ def _opened(facts: DeviceFacts, precision: str, exact: bool) -> list[Finding]:
         arithmetic = f"{precision}, exact" if exact else precision + (f" ({probe.chosen})" if probe.chosen else "")
         findings = [ok("device", f"{name}: {probe.name}, {probe.memory_bytes / GIB:.0f} GiB{health}, {arithmetic}")]
     return findings
-
-
-def _unopened(facts: DeviceFacts) -> list[Finding]:
-    return [ok("device", f"{facts.device}: not opened, {facts.untried}")]
 
 
 def judge_nodes(facts: Sequence[NodeFacts], opened: bool, user: str) -> list[Finding]:
@@ -250,7 +244,7 @@ def _shut(node: NodeFacts, user: str) -> Finding:
     return error("permissions", f"{node.path}: {user} may not use it (group {node.group})", remedy)
 
 
-def judge_identity(user: str, is_root: bool, has_service: bool) -> list[Finding]:
+def judge_identity(is_root: bool, has_service: bool) -> list[Finding]:
     """What root may do says little of what the service's user may."""
     if not is_root or not has_service:
         return []

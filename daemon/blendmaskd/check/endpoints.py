@@ -13,7 +13,8 @@ import msgspec
 import psutil
 
 from blendmaskd.check.finding import Finding, error, ok, warning
-from blendmaskd.check.host import is_ours, read
+from blendmaskd.check.host import is_ours
+from blendmaskd.discovery import read
 from blendmaskd.endpoints import LOCK_SUFFIX, SOCKET_PATH_BYTES, ipc_path, parse_place
 from blendmaskd.keys import KeyFileError, read_pair
 from blendmaskd.protocol import MEMORY_SUFFIX
@@ -44,8 +45,7 @@ class EndpointFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     setting: str  # endpoints.clients, endpoints.metrics
     endpoint: str  # ipc://PATH, tcp://HOST:PORT, HOST:PORT
-    folder: str = ""  # ipc: of the socket
-    folder_usable: bool = True  # it can be written, or made
+    folder_usable: bool = True  # ipc: that of the socket can be written, or made
     obstacle: str = ""  # what is at its path and must stay, or has its port by these settings
     by_systemd: bool = False  # the installed unit makes the folder when it starts
     bind_errno: int = 0  # tcp: what a trial bind said
@@ -65,7 +65,6 @@ class TcpFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def ask(settings: Settings) -> Iterator[EndpointFacts]:
-    """Where the settings have the daemon listen."""
     bound: list[tuple[str, int]] = []
     for endpoint in settings.endpoints.clients:
         if endpoint.startswith("ipc://"):
@@ -83,7 +82,6 @@ def _ipc(endpoint: str) -> EndpointFacts:
     return EndpointFacts(
         setting="endpoints.clients",
         endpoint=endpoint,
-        folder=str(path.parent),
         folder_usable=os.access(there, os.W_OK | os.X_OK),
         by_systemd=path.is_relative_to(RUNTIME_FOLDER) and UNIT.exists(),
         obstacle=obstacle(str(path)),
@@ -102,7 +100,6 @@ def _locker(path: Path) -> int | None:
 
 
 def ask_http(settings: Settings) -> EndpointFacts:
-    """Where the HTTP front is to listen."""
     return _tcp("http.endpoint", settings.http.endpoint, settings.http.endpoint, [])
 
 
@@ -172,7 +169,6 @@ def ask_private_folder() -> str:
 
 
 def judge_private_folder(complaint: str) -> list[Finding]:
-    """Whether there is a place for the workers' socket."""
     return [error("files", complaint, "docs/troubleshooting.md")] if complaint else []
 
 
@@ -195,7 +191,6 @@ def ask_keys(settings: Settings) -> Iterator[TcpFacts]:
 
 
 def judge(facts: EndpointFacts) -> list[Finding]:
-    """Whether the daemon can listen there."""
     where = f"{facts.setting}: {facts.endpoint}"
     if facts.holder and facts.holder.ours:
         return [ok("endpoint", f"{where}: served by {facts.holder}")]
@@ -247,7 +242,6 @@ def _tcp_problem(facts: EndpointFacts) -> Finding | None:
 
 
 def judge_keys(facts: TcpFacts) -> list[Finding]:
-    """Whether tcp endpoints have keys, and clients."""
     if facts.insecure:
         return [warning("keys", "insecure_tcp: anyone who can reach the port can submit jobs and read the traffic",
                         "set curve.server_key and curve.client_keys; blendmaskd-keys makes them")]  # fmt: skip

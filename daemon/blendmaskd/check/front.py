@@ -15,8 +15,6 @@ from blendmaskd.shell.addresses import is_loopback
 
 
 class FrontFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The front as the settings have it."""
-
     endpoint: EndpointFacts
     local: bool  # it listens on a loopback address
     insecure: bool = False
@@ -62,7 +60,6 @@ def _certificate(certificate: str | None, key: str | None) -> str:
 
 
 def judge_front(facts: FrontFacts) -> list[Finding]:
-    """Whether the front can serve, and whom."""
     # The daemon serves all the same: where nobody starts a front, nothing is wrong.
     levels = {"error": "warning"}
     found = [msgspec.structs.replace(each, area="http", level=levels.get(each.level, each.level))

@@ -1,4 +1,4 @@
-"""What more than one area asks of the host: a small file's text, and whose a process is."""
+"""What more than one area asks of the host: whose a process is, and this one."""
 from __future__ import annotations
 
 import itertools
@@ -8,14 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-
-
-def read(path: Path) -> str:
-    """Empty where it is not there, or not ours to read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def own_user() -> tuple[str, set[int]]:

@@ -72,7 +72,7 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]
     ]
     opened = all((probe := probes.get(device)) is not None and not probe.error for device in npus)
 
-    found = devices.judge_identity(user, os.geteuid() == 0, devices.service_groups() is not None)
+    found = devices.judge_identity(os.geteuid() == 0, devices.service_groups() is not None)
     model = settings.model
     found += [line for each in configured for line in devices.judge(each, model.precision, model.exact)]
     launched = [trial.plan for trial in tried.values() if trial.plan]
@@ -83,7 +83,7 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]
     found += software.judge_kernels(versions, dict.fromkeys(each.chip for each in configured if each.tool == "npu-smi"))
     found += cpus.judge_complaint(cpus_complaint)
     found += cpus.judge(plan, near, settings.runtime.placed, cards is not None and cards.answers)
-    found += cpus.judge_governors(cpus.slow_governors(cpu for own in plan.values() for cpu in own))
+    found += cpus.judge_governors([cpu for own in plan.values() for cpu in own if cpus.may_be_slow(cpu)])
     found += software.judge_allocator(
         settings.runtime.preload, launched[-1].preload if launched and preload else preload, preload_complaint,
         apt=shutil.which("apt-get") is not None, dnf=shutil.which("dnf") is not None,
@@ -93,7 +93,8 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]
     found += front.judge_front(http) if http else []
     found += endpoints.judge_private_folder(endpoints.ask_private_folder())
     found += [line for each in endpoints.ask_keys(settings) for line in endpoints.judge_keys(each)]
-    found += [line for each in resources.ask_folders(settings) for line in resources.judge_folder(each)]
+    for root in settings.paths.roots:
+        found += resources.judge_root(root, os.path.isdir(root), os.access(root, os.R_OK | os.X_OK))
     found += [line for each in resources.ask_spool(settings) for line in resources.judge_spool(each)]
     found += _weights(settings, tried.get(WEIGHTS))
     return found + resources.judge_limits(resources.ask_limits(settings))

@@ -10,22 +10,13 @@ import msgspec
 import psutil
 
 from blendmaskd.check.finding import Finding, error, ok, warning
-from blendmaskd.check.host import read
+from blendmaskd.discovery import read
 from blendmaskd.settings import Settings
 from blendmaskd.shell.descriptors import limits, most_connections, most_regions, needed
 
 NETWORK_TYPES = ("nfs", "cifs", "smb", "ceph", "glusterfs", "lustre", "fuse.sshfs", "9p")
 FEW_FILES = 512
 GIB = 1 << 30
-
-
-class FolderFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A folder that a setting names, for reading."""
-
-    setting: str
-    path: str
-    there: bool
-    usable: bool
 
 
 class SpoolFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,19 +31,11 @@ class SpoolFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LimitFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Resource limits and memory."""
-
     files: int  # soft RLIMIT_NOFILE
     hard_files: int
     locked_bytes: int | None  # RLIMIT_MEMLOCK; None: no limit
     available_bytes: int  # of the host's memory, or of the control group's where that is less
     promised_bytes: int  # that queue and shared memory may take
-
-
-def ask_folders(settings: Settings) -> Iterator[FolderFacts]:
-    for root in settings.paths.roots:
-        yield FolderFacts(setting="paths.roots", path=root, there=os.path.isdir(root),
-                          usable=os.access(root, os.R_OK | os.X_OK))  # fmt: skip
 
 
 def ask_spool(settings: Settings) -> Iterator[SpoolFacts]:
@@ -93,22 +76,20 @@ def ask_limits(settings: Settings) -> LimitFacts:
 
 def _control_group_bytes() -> int:
     """What the control group of this process may have in all."""
-    group = read(Path("/proc/self/cgroup")).strip().rpartition("::")[2].lstrip("/")
-    text = read(Path("/sys/fs/cgroup") / group / "memory.max").strip()
+    group = read(Path("/proc/self/cgroup")).rpartition("::")[2].lstrip("/")
+    text = read(Path("/sys/fs/cgroup") / group / "memory.max")
     return int(text) if text.isdigit() else 1 << 62
 
 
-def judge_folder(facts: FolderFacts) -> list[Finding]:
-    """Whether a folder that a setting names can be read."""
-    if not facts.there:
-        return [error("files", f"{facts.setting}: {facts.path} does not exist", "create it, or name another")]
-    if not facts.usable:
-        return [error("files", f"{facts.setting}: {facts.path} cannot be read by this user", "chmod or chgrp it")]
-    return [ok("files", f"{facts.setting}: {facts.path}")]
+def judge_root(path: str, there: bool, usable: bool) -> list[Finding]:
+    if not there:
+        return [error("files", f"paths.roots: {path} does not exist", "create it, or name another")]
+    if not usable:
+        return [error("files", f"paths.roots: {path} cannot be read by this user", "chmod or chgrp it")]
+    return [ok("files", f"paths.roots: {path}")]
 
 
 def judge_spool(facts: SpoolFacts) -> list[Finding]:
-    """Whether durable jobs can be kept."""
     if not facts.folder_there:
         return [error("files", f"spool: the folder of {facts.path} does not exist", "create it for the daemon's user")]
     if not facts.writable:
@@ -135,7 +116,6 @@ def judge_weights(engine: str, named: str | None, complaint: str | None, took_s:
 
 
 def judge_limits(facts: LimitFacts) -> list[Finding]:
-    """Descriptors and memory."""
     locked = "no limit" if facts.locked_bytes is None else f"{facts.locked_bytes / (1 << 20):.0f} MiB"
     clients, regions = most_connections(facts.files), most_regions(facts.files)
     text = f"{facts.files} open files: {clients} clients, {regions} with shared memory; locked memory: {locked}"

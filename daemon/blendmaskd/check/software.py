@@ -10,8 +10,8 @@ import msgspec
 
 from blendmaskd import ascend
 from blendmaskd.check.finding import Finding, error, ok, warning
-from blendmaskd.check.host import read
 from blendmaskd.core.launch_plan import TCMALLOC_PACKAGES, Preload
+from blendmaskd.discovery import read
 from blendmaskd.settings import Settings
 from blendmaskd.shell import launch
 from blendmaskd.topology import HostError

@@ -48,23 +48,22 @@ class Trial:
         except (HostError, OSError) as error:
             self.complaint = str(error)
 
-    def end(self) -> Trial:
+    def end(self) -> None:
         """Wait for it: `printed` or `complaint` hold what came of it."""
         if self.complaint is not None:
-            return self
+            return
         try:
             code = self._process.wait(self._timeout_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
             self.complaint = f"not finished after restarts.start_timeout_s = {self._timeout_s:g} s"
-            return self
+            return
         self.took_s = time.monotonic() - self._began
         self.printed = _end_of(self._stdout)
         if code != 0:
             said = what_it_said(_end_of(self._stderr))
             self.complaint = said if code > 0 else f"the process that tried it was killed by signal {-code}: {said}"
-        return self
 
 
 def _end_of(file: IO[bytes]) -> str:

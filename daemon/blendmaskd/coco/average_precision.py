@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,11 +103,13 @@ def score(reference: Reference, results: Sequence[dict[str, Any]], images: Seque
         evaluation.accumulate()
     with contextlib.redirect_stdout(io.StringIO()) as lines:
         evaluation.summarize()
-    return Scores(
-        {name: _percent(np.array(value)) for name, value in zip(METRICS, evaluation.stats)},
-        dict(_by_class(reference, evaluation)),
-        lines.getvalue(),
-    )
+    precision = evaluation.eval["precision"][..., 0, -1]  # (IoUs, recalls, classes), all areas, 100 detections
+    classes = {
+        reference.labels[number - 1]: {"AP": _percent(of_class), "AP50": _percent(of_class[0])}
+        for number, of_class in zip(evaluation.params.catIds, np.moveaxis(precision, -1, 0))
+    }
+    metrics = {name: _percent(np.array(value)) for name, value in zip(METRICS, evaluation.stats)}
+    return Scores(metrics, classes, lines.getvalue())
 
 
 def _found(reference: Reference, results: Sequence[dict[str, Any]], kind: Kind) -> COCO:
@@ -127,13 +129,6 @@ def _indexed(tree: dict[str, Any]) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         indexed.createIndex()
     return indexed
-
-
-def _by_class(reference: Reference, evaluation: COCOeval) -> Iterator[tuple[str, dict[str, float | None]]]:
-    precision = evaluation.eval["precision"][..., 0, -1]  # (IoUs, recalls, classes), all areas, 100 detections
-    for index, number in enumerate(evaluation.params.catIds):
-        of_class = precision[:, :, index]
-        yield reference.labels[number - 1], {"AP": _percent(of_class), "AP50": _percent(of_class[0])}
 
 
 def _percent(shares: Any) -> float | None:

@@ -54,22 +54,20 @@ def load(path: str | Path) -> list[Category]:
     Raises `CategoriesError`.
     """
     try:
-        tree = json_file.read(path)
-    except json_file.JsonFileError as error:
+        return _listed(json_file.read(path))
+    except (json_file.JsonFileError, CategoriesError) as error:
         raise CategoriesError(f"{path}: {error}") from None
+
+
+def _listed(tree: Any) -> list[Category]:
     entries = tree.get("categories") if isinstance(tree, dict) else tree
     if not isinstance(entries, list) or not entries:
-        raise CategoriesError(
-            f'{path}: expected a list such as [{{"id": 1, "name": "person"}}, ...], or an annotation file with one'
-            ' under "categories"'
-        )
-    try:
-        found = sorted(map(parse, entries), key=lambda category: category.id)
-    except CategoriesError as error:
-        raise CategoriesError(f"{path}: {error}") from None
+        raise CategoriesError('expected a list such as [{"id": 1, "name": "person"}, ...], or an annotation file with '
+                              'one under "categories"')  # fmt: skip
+    found = sorted(map(parse, entries), key=lambda category: category.id)
     for earlier, later in pairwise(found):
         if earlier.id == later.id:
-            raise CategoriesError(f"{path}: id {later.id} is given to both {earlier.name!r} and {later.name!r}")
+            raise CategoriesError(f"id {later.id} is given to both {earlier.name!r} and {later.name!r}")
     return found
 
 
@@ -84,7 +82,10 @@ def resolve(
     beside = Path(weights_path).parent / BESIDE_THE_WEIGHTS if weights_path is not None else None
     path = categories_path if categories_path is not None else beside if beside and beside.exists() else None
     if path is not None:
-        return _counted(load(path), num_classes, path)
+        found = load(path)
+        if len(found) != num_classes:
+            raise CategoriesError(f"{path}: has {len(found)} categories, the network has {num_classes} classes")
+        return found
     if num_classes == len(COCO):
         return COCO
     return [Category(index + 1, f"class_{index}") for index in range(num_classes)]
@@ -101,9 +102,3 @@ def parse(entry: Any) -> Category:
 def _is_text(name: str) -> bool:
     """Whether it can be written at all: JSON's escapes can say half a character."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
-
-
-def _counted(found: list[Category], num_classes: int, path: str | Path) -> list[Category]:
-    if len(found) != num_classes:
-        raise CategoriesError(f"{path}: has {len(found)} categories, the network has {num_classes} classes")
-    return found

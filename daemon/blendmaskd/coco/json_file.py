@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-class JsonFileError(ValueError):
+class JsonFileError(Exception):
     """A file that cannot be read as JSON; the text says why, without the file's name."""
 
 
@@ -23,8 +23,6 @@ def read(path: str | Path) -> Any:
         return json.loads(content)
     except OSError as error:
         raise JsonFileError(error.strerror or type(error).__name__) from None
-    except JsonFileError:
-        raise
     except UnicodeDecodeError as error:
         raise JsonFileError(f"no JSON: not {error.encoding}, byte {error.start}: {error.reason}") from None
     except RecursionError:

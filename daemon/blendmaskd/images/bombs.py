@@ -21,7 +21,6 @@ decoded: 0.3 GB in 290 KB of file, 0.8 GB at most. What others bound is left to 
 and ICC chunks that inflate and directories whose entries overlap; libtiff the scans of each JPEG in a TIFF, at 100.
 Must never decode a pixel.
 """
-
 from __future__ import annotations
 
 import io

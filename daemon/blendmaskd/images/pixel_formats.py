@@ -8,7 +8,6 @@ signed ones as unsigned. So what is read is listed here, and everything else is 
 How deeper and shallower samples become 8 bits, and what becomes of transparency, is said in docs/client.md. Must never
 decode a pixel.
 """
-
 from __future__ import annotations
 
 import struct

@@ -4,7 +4,6 @@ One damaged fax of a few kilobytes makes libtiff write a line for each of its ro
 whose text is new, for ever. What is wrong with an image is told to its client (`blendmaskd.images.decoding`), not to
 the log.
 """
-
 from __future__ import annotations
 
 import ctypes

@@ -29,24 +29,25 @@ def parse_resuming(parser: argparse.ArgumentParser, argv: Sequence[str] | None, 
     return arguments
 
 
-def share(text: str) -> float:
-    return checked(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+def checked(convert: Callable[[str], T], good: Callable[[T], object], expected: str) -> Callable[[str], T]:
+    """A type of argument: what is good of it. Raises argparse's error, which says what was expected instead."""
+
+    def parse(text: str) -> T:
+        with contextlib.suppress(ValueError):
+            if good(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+
+    return parse
 
 
-def seconds(text: str) -> float:
-    return checked(text, float, lambda value: 0 < value <= 86400, "seconds, more than 0 and at most 86400")
-
-
-def count(text: str) -> int:
-    return checked(text, int, lambda value: value >= 0, "a whole number from 0")
-
-
-def positive(text: str) -> int:
-    return checked(text, int, lambda value: value >= 1, "a whole number from 1")
-
-
-def percentage(text: str) -> float:
-    return checked(text, float, lambda value: 0 <= value <= 100, "percent, 0 to 100")
+share = checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+seconds = checked(float, lambda value: 0 < value <= 86400, "seconds, more than 0 and at most 86400")
+percentage = checked(float, lambda value: 0 <= value <= 100, "percent, 0 to 100")
+count = checked(int, lambda value: value >= 0, "a whole number from 0")
+positive = checked(int, lambda value: value >= 1, "a whole number from 1")
+# Of a process that computes by itself.
+device = checked(str, re.compile(r"(npu|cuda|cpu)(:\d+)?").fullmatch, "npu, npu:N, cuda, cuda:N or cpu")
 
 
 def size(text: str) -> tuple[int, int]:
@@ -54,17 +55,3 @@ def size(text: str) -> tuple[int, int]:
     if not found:
         raise argparse.ArgumentTypeError(f"{text}: expected HEIGHTxWIDTH in pixels, such as 800x1200")
     return int(found[1]), int(found[2])
-
-
-def device(text: str) -> str:
-    """Of a process that computes by itself."""
-    expected = "npu, npu:N, cuda, cuda:N or cpu"
-    return checked(text, str, lambda value: bool(re.fullmatch(r"(npu|cuda|cpu)(:\d+)?", value)), expected)
-
-
-def checked(text: str, convert: Callable[[str], T], good: Callable[[T], bool], expected: str) -> T:
-    """The value if it is good. Raises argparse's error, which says what was expected instead of `text`."""
-    with contextlib.suppress(ValueError):
-        if good(value := convert(text)):
-            return value
-    raise argparse.ArgumentTypeError(f"{text}: expected {expected}")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -93,18 +93,14 @@ class Journal:
 
     def answered(self, place: int, image: Stamp, device: str, detections: list[dict[str, Any]]) -> None:
         """Keep an answer. Raises `OutputError`, as all that write here."""
-        self._write({"image": place, "stamp": image, "device": device, "detections": detections})
-        self.contents.answers[place] = Answer(image, device, detections)
-        self.contents.failed.pop(place, None)
+        self._keep({"image": place, "stamp": image, "device": device, "detections": detections})
 
     def failed(self, place: int, image: Stamp, code: str, reason: str) -> None:
-        self._write({"image": place, "stamp": image, "code": code, "reason": reason})
-        self.contents.failed[place] = Failed(image, code, reason)
+        self._keep({"image": place, "stamp": image, "code": code, "reason": reason})
 
     def drew(self, place: int) -> None:
         """The image's overlay is whole."""
-        self._write({"image": place, "overlay": True})
-        self.contents.drawn.add(place)
+        self._keep({"image": place, "overlay": True})
 
     def __enter__(self) -> Self:
         return self
@@ -122,8 +118,8 @@ class Journal:
     def _begin(self) -> None:
         if os.fstat(self._lines.fd).st_size:
             os.ftruncate(self._lines.fd, 0)
-        images = [list(image) for image in self.contents.images]
-        self._write({"journal": VERSION, "options": self.contents.options, "images": images})
+        head = {"journal": VERSION, "options": self.contents.options, "images": self.contents.images}
+        self._lines.write(json.dumps(head).encode())
         self._lines.sync()
 
     def _continue(self, found: Contents, end: int) -> None:
@@ -143,8 +139,9 @@ class Journal:
                 "answered: --resume continues it, --anew discards it"
             )
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _keep(self, line: dict[str, Any]) -> None:
         self._lines.write(json.dumps(line).encode())
+        _add(self.contents, line)
 
 
 _REMEDY = "--anew begins anew, or choose another --out"
@@ -163,9 +160,7 @@ def _difference(found: Sequence[tuple[str, Id]], wanted: Sequence[tuple[str, Id]
 
 def _read(path: Path) -> tuple[Contents | None, int]:
     """What is there, None for nothing, and where the last whole line ends. Raises `UsageError` for no journal."""
-    if not path.is_file():
-        return None, 0
-    whole = [line for _, line in lines.read(path)]
+    whole = [line for _, line in lines.read(path)] if path.is_file() else []
     if not whole:
         return None, 0
     contents = _first(whole[0], path)
@@ -205,15 +200,10 @@ def _add(contents: Contents, tree: Any) -> None:
         contents.drawn.add(place)
 
 
-def unchanged(contents: Contents, paths: Sequence[Path]) -> Iterator[int]:
-    """Places of the images that are answered as they are now."""
-    for place, answer in sorted(contents.answers.items()):
-        if answer.stamp == stamp(paths[place]):
-            yield place
-
-
-def given_up(contents: Contents, paths: Sequence[Path]) -> Iterator[int]:
-    """Places of the images that the daemon gave up as they are now."""
-    for place, failed in sorted(contents.failed.items()):
-        if failed.code == Code.WORKER_LOST and failed.stamp is not None and failed.stamp == stamp(paths[place]):
-            yield place
+def settled(contents: Contents, paths: Sequence[Path], *, retry_lost: bool) -> set[int]:
+    """Places of the images that are answered as they are now, or, without `retry_lost`, that the daemon gave up."""
+    lost = {} if retry_lost else {
+        place: failed for place, failed in contents.failed.items() if failed.code == Code.WORKER_LOST and failed.stamp
+    }  # fmt: skip
+    known: dict[int, Answer | Failed] = {**contents.answers, **lost}
+    return {place for place, each in known.items() if each.stamp == stamp(paths[place])}

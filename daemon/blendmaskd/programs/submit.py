@@ -52,7 +52,7 @@ from blendmaskd.programs.connecting import add_connection, connect
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OUTPUT, OutputError, UsageError, guarded
 from blendmaskd.programs.failures import Failure, tell_failures
 from blendmaskd.programs.interruption import Interruptible
-from blendmaskd.programs.journal import Journal, given_up, unchanged
+from blendmaskd.programs.journal import Journal, settled
 from blendmaskd.programs.lines import Stamp, stamp
 from blendmaskd.programs.sources import Source, plan
 from blendmaskd.protocol import Code
@@ -88,13 +88,11 @@ class Run:
 
     def recall(self, source: Source) -> None:
         """What the journal has of it."""
-        self.before += 1
-        self._keep(source, self.journal.contents.answers[source.place].detections)
-
-    def recall_failure(self, source: Source) -> None:
-        """What the journal has of it."""
-        failed = self.journal.contents.failed[source.place]
-        self.failures.append(Failure(source.path, failed.code, failed.reason))
+        if failed := self.journal.contents.failed.get(source.place):
+            self.failures.append(Failure(source.path, failed.code, failed.reason))
+        else:
+            self.before += 1
+            self._keep(source, self.journal.contents.answers[source.place].detections)
 
     def _keep(self, source: Source, detections: list[dict[str, Any]]) -> None:
         named = {"image_id": source.image_id, "file_name": source.file_name}
@@ -132,11 +130,8 @@ def _main(arguments: argparse.Namespace) -> int:
     with journal.open(resume=arguments.resume, anew=arguments.anew):
         run = Run(journal)
         left = _recall(run, sources, retry_lost=arguments.retry_lost)
-        if left:
-            with connect(arguments) as client:
-                submit(client, run, sources, left, arguments)
-        else:
-            submit(None, run, sources, left, arguments)
+        with connect(arguments) if left else contextlib.nullcontext() as client:
+            submit(client, run, sources, left, arguments)
     _tell(run, sources)
     if run.trouble:
         return EXIT_OUTPUT
@@ -152,14 +147,10 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _recall(run: Run, sources: Sequence[Source], *, retry_lost: bool) -> list[Source]:
     """Take over what the journal has; returns what is left to submit."""
-    contents, paths = run.journal.contents, [source.path for source in sources]
-    answered = set(unchanged(contents, paths))
-    lost = set() if retry_lost else set(given_up(contents, paths))
-    for place in answered:
+    places = settled(run.journal.contents, [source.path for source in sources], retry_lost=retry_lost)
+    for place in sorted(places):
         run.recall(sources[place])
-    for place in sorted(lost):
-        run.recall_failure(sources[place])
-    return [source for source in sources if source.place not in answered | lost]
+    return [source for source in sources if source.place not in places]
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
@@ -182,7 +173,8 @@ def submit(
                         if isinstance(answer, Segmentation):
                             overlays.draw(source, answer.detections)
                         overlays.collect()
-                        progress.update(task, advance=1, description=_failed_so_far(run))
+                        failed = f"{len(run.failures)} failed" if run.failures else ""
+                        progress.update(task, advance=1, description=failed)
         except KeyboardInterrupt:
             run.interrupted = True
         except OutputError as error:
@@ -279,9 +271,6 @@ def draw_overlay(source: Source, detections: Sequence[dict[str, Any]]) -> None:
 class _FpsColumn(TextColumn):
     """Images per second lately; in the end, of the whole run."""
 
-    def __init__(self) -> None:
-        super().__init__("")
-
     def render(self, task: Task) -> Text:
         speed = task.completed / task.finished_time if task.finished_time else task.speed
         return Text(f"{speed:.2f} FPS" if speed else "-.-- FPS")
@@ -289,13 +278,9 @@ class _FpsColumn(TextColumn):
 
 def _progress() -> Progress:
     return Progress(
-        BarColumn(), MofNCompleteColumn(), _FpsColumn(), TimeRemainingColumn(), TextColumn("[red]{task.description}"),
+        BarColumn(), MofNCompleteColumn(), _FpsColumn(""), TimeRemainingColumn(), TextColumn("[red]{task.description}"),
         console=Console(stderr=True),
     )  # fmt: skip
-
-
-def _failed_so_far(run: Run) -> str:
-    return f"{len(run.failures)} failed" if run.failures else ""
 
 
 def _tell(run: Run, sources: Sequence[Source]) -> None:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -20,14 +20,20 @@ STATE_STYLES = {"ready": GOOD, "starting": WARN, "stopping": WARN, "backoff": BA
                 "silent": BAD}  # fmt: skip
 
 Snapshot = Mapping[str, Any]
+Device = Mapping[str, Any]  # of a snapshot
+Cells = dict[str, Callable[[Device], str | Text]]  # by the head of their column
 
 
 def tables(snapshot: Snapshot) -> RenderableType:
-    """A snapshot for people."""
-    parts: list[RenderableType] = [_headline(snapshot), _devices(snapshot["devices"]), _processes(snapshot["devices"])]
+    devices = snapshot["devices"]
+    parts: list[RenderableType] = [
+        _headline(snapshot),
+        _devices(devices, "device", "state", numbers=("FPS", "busy", "images", "memory", "restarts", "pid")),
+        _devices(devices, "device", "CPUs", "preload", "task queue", "model"),
+    ]
     parts += [Text(in_a_line(f"removed or replaced by others: {path}"), BAD) for path in snapshot.get("missing", ())]
-    parts += [Text(note, BAD) for device in snapshot["devices"] for note in notes(device)]
-    if len(models := models_shown(snapshot["devices"])) > 1:
+    parts += [Text(note, BAD) for device in devices for note in notes(device)]
+    if len(models := models_shown(devices)) > 1:
         parts.append(Text(f"different models are served: {', '.join(models)}; reload, unless one is under way", BAD))
     if any(histogram["count"] for histogram in snapshot["stages"].values()):
         parts.append(_stages(snapshot["stages"]))
@@ -51,31 +57,14 @@ def _headline(snapshot: Snapshot) -> Text:
     return line
 
 
-def _devices(devices: Iterable[Mapping[str, Any]]) -> Table:
-    table = new_table("device", "state", numbers=("FPS", "busy", "images", "memory", "restarts", "pid"))
+def _devices(devices: Iterable[Device], *names: str, numbers: Sequence[str] = ()) -> Table:
+    table = _new_table(*names, numbers=numbers)
     for device in devices:
-        table.add_row(
-            device["device"],
-            Text(device["state"], STATE_STYLES.get(device["state"], "")),
-            f"{device['fps']:.2f}",
-            f"{device['busy_share']:.0%}",
-            str(device["images"]),
-            memory(device),
-            Text(str(device["restarts"]), WARN if device["restarts"] else ""),
-            str(device["pid"] or "-"),
-        )
+        table.add_row(*(CELLS[name](device) for name in (*names, *numbers)))
     return table
 
 
-def _processes(devices: Iterable[Mapping[str, Any]]) -> Table:
-    """What each worker's process was to have, and has."""
-    table = new_table("device", "CPUs", "preload", "task queue", "model")
-    for device in devices:
-        table.add_row(device["device"], *(effect(device, key) for key in ("cpus", "preload", "task_queue", "model")))
-    return table
-
-
-def new_table(*names: str, numbers: Sequence[str] = ()) -> Table:
+def _new_table(*names: str, numbers: Sequence[str] = ()) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in names:
         table.add_column(name, overflow="fold")
@@ -84,12 +73,12 @@ def new_table(*names: str, numbers: Sequence[str] = ()) -> Table:
     return table
 
 
-def memory(device: Mapping[str, Any]) -> str:
+def _memory(device: Device) -> str:
     text = size(device["memory_bytes"])
     return f"{text} + {size(device['device_memory_bytes'])} on device" if device["device_memory_bytes"] else text
 
 
-def effect(device: Mapping[str, Any], key: str) -> Text:
+def _effect(device: Device, key: str) -> Text:
     """What is in place, and beside it what was wanted where that is something else."""
     wanted, actual = _short(device["wanted"].get(key)), _short(device["actual"].get(key))
     if not device["actual"]:
@@ -104,7 +93,23 @@ def _short(value: Any) -> str:
     return "-" if value is None else PurePath(value).name if isinstance(value, str) else str(value)
 
 
-def notes(device: Mapping[str, Any]) -> list[str]:
+CELLS: Cells = {
+    "device": lambda device: str(device["device"]),
+    "state": lambda device: Text(device["state"], STATE_STYLES.get(device["state"], "")),
+    "FPS": lambda device: f"{device['fps']:.2f}",
+    "busy": lambda device: f"{device['busy_share']:.0%}",
+    "images": lambda device: str(device["images"]),
+    "memory": _memory,
+    "restarts": lambda device: Text(str(device["restarts"]), WARN if device["restarts"] else ""),
+    "pid": lambda device: str(device["pid"] or "-"),
+    "CPUs": lambda device: _effect(device, "cpus"),
+    "preload": lambda device: _effect(device, "preload"),
+    "task queue": lambda device: _effect(device, "task_queue"),
+    "model": lambda device: _effect(device, "model"),
+}
+
+
+def notes(device: Device) -> list[str]:
     """Why a device is not ready, and what of its plan did not take effect."""
     found = [f"{device['state']}: {device['reason']}"] if device["reason"] else []
     card = device.get("card") or {"health": "OK"}
@@ -114,7 +119,7 @@ def notes(device: Mapping[str, Any]) -> list[str]:
 
 
 def _stages(stages: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = new_table("stage", numbers=("mean", "about p50", "about p99"))
+    table = _new_table("stage", numbers=("mean", "about p50", "about p99"))
     for stage, histogram in stages.items():
         if histogram["count"]:
             mean = duration(histogram["sum"] / histogram["count"])
@@ -149,7 +154,6 @@ def duration(seconds: float) -> str:
 
 
 def clock(unix_time: float) -> str:
-    """The local time of day."""
     return time.strftime("%H:%M:%S", time.localtime(unix_time))
 
 

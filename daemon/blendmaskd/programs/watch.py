@@ -7,9 +7,10 @@ second in which the daemon did not answer is a gap in it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
@@ -17,26 +18,18 @@ from rich.text import Text
 
 from blendmaskd.output import in_a_line
 from blendmaskd.programs.readings import Reading, Readings
-from blendmaskd.programs.tables import (
-    BAD,
-    GOOD,
-    STATE_STYLES,
-    WARN,
-    Snapshot,
-    clock,
-    duration,
-    effect,
-    memory,
-    new_table,
-    notes,
-    size,
-)
+from blendmaskd.programs.tables import BAD, CELLS, GOOD, WARN, Cells, Device, Snapshot, clock, duration, notes, size
 
 HISTORY = 600  # seconds
 BARS = " ▁▂▃▄▅▆▇█"
 BUSY_CELLS = 8
 HOT_C = 80  # an Ascend 910 throttles some degrees above it
 LATEST_FAILURES = 4
+IMPORTANCE = {  # of columns, in their order: of those that do not fit, the smallest gives way first
+    "device": 99, "state": 90, "FPS": 98, "busy": 80, "": 20, "memory": 60, "temp": 78, "power": 45, "health": 76,
+    "restarts": 75, "CPUs": 70, "task queue": 30, "preload": 25, "images": 40, "pid": 50,
+}  # fmt: skip
+TO_THE_LEFT = ("device", "state", "", "health", "CPUs", "preload")
 
 
 class View:
@@ -106,36 +99,14 @@ def _totals(snapshot: Snapshot) -> list[Text]:
     ]
 
 
-class _Column(NamedTuple):
-    name: str
-    importance: int  # of those that do not fit, the smallest gives way first
-    cell: Callable[[Mapping[str, Any]], str | Text]
-    number: bool = True
-
-
-def _columns(devices: Sequence[Mapping[str, Any]], readings: Readings | None) -> list[_Column]:
-    columns = [
-        _Column("device", 99, lambda device: str(device["device"]), number=False),
-        _Column("state", 90, lambda device: Text(device["state"], STATE_STYLES.get(device["state"], "")), number=False),
-        _Column("FPS", 98, lambda device: f"{device['fps']:.2f}"),
-        _Column("busy", 80, lambda device: f"{device['busy_share']:.0%}"),
-        _Column("", 20, lambda device: _bar(device["busy_share"]), number=False),
-        _Column("memory", 60, memory),
-        _Column("restarts", 75, lambda device: Text(str(device["restarts"]), WARN if device["restarts"] else "")),
-        _Column("CPUs", 70, lambda device: effect(device, "cpus"), number=False),
-        _Column("task queue", 30, lambda device: effect(device, "task_queue")),
-        _Column("preload", 25, lambda device: effect(device, "preload"), number=False),
-        _Column("images", 40, lambda device: str(device["images"])),
-        _Column("pid", 50, lambda device: str(device["pid"] or "-")),
-    ]
-    if readings is None or not any(readings.of(device) for device in devices):
-        return columns
-    measured = [
-        _Column("temp", 78, lambda device: _temperature(readings.of(device))),
-        _Column("power", 45, lambda device: _power(readings.of(device))),
-        _Column("health", 76, lambda device: _health(readings.of(device)), number=False),
-    ]
-    return [*columns[:6], *measured, *columns[6:]]
+def _columns(devices: Sequence[Device], readings: Readings | None) -> Cells:
+    """Of all columns that there are."""
+    cells = {**CELLS, "": lambda device: _bar(device["busy_share"])}
+    if readings is not None and any(readings.of(device) for device in devices):
+        cells["temp"] = lambda device: _temperature(readings.of(device))
+        cells["power"] = lambda device: _power(readings.of(device))
+        cells["health"] = lambda device: _health(readings.of(device))
+    return {name: cells[name] for name in IMPORTANCE if name in cells}
 
 
 def _bar(share: float) -> Text:
@@ -157,20 +128,18 @@ def _health(reading: Reading | None) -> Text:
     return Text("-") if reading is None else Text(reading.health, GOOD if reading.health == "OK" else BAD)
 
 
-def _fitting(
-    columns: list[_Column], devices: Sequence[Mapping[str, Any]], console: Console, options: ConsoleOptions
-) -> Table:
+def _fitting(cells: Cells, devices: Sequence[Device], console: Console, options: ConsoleOptions) -> Table:
     """The devices, in as many columns as the terminal has room for; the name and the FPS stay."""
     while True:
-        table = new_table()
-        for column in columns:
-            table.add_column(column.name, justify="right" if column.number else "left", no_wrap=True)
+        table = Table(box=SIMPLE_HEAD)
+        for name in cells:
+            table.add_column(name, justify="left" if name in TO_THE_LEFT else "right", no_wrap=True)
         for device in devices:
-            table.add_row(*(column.cell(device) for column in columns))
+            table.add_row(*(cell(device) for cell in cells.values()))
         wide = options.update(max_width=10_000)
-        if len(columns) <= 2 or Measurement.get(console, wide, table).maximum <= options.max_width:
+        if len(cells) <= 2 or Measurement.get(console, wide, table).maximum <= options.max_width:
             return table
-        columns = [column for column in columns if column is not min(columns, key=lambda column: column.importance)]
+        del cells[min(cells, key=IMPORTANCE.__getitem__)]
 
 
 def _stages(means: Mapping[str, float]) -> Iterable[Text]:

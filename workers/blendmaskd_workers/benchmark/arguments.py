@@ -73,13 +73,6 @@ def load_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _clients(text: str) -> int:
-    return checked(text, int, lambda value: 1 <= value <= MOST_CLIENTS, f"a whole number from 1 to {MOST_CLIENTS}")
-
-
-def _rate(text: str) -> float:
-    return checked(text, float, lambda value: 0 < value <= 100_000, "jobs per second, more than 0 and at most 100000")
-
-
-def _not_negative(text: str) -> float:
-    return checked(text, float, lambda value: 0 <= value <= 3600, "seconds, 0 to 3600")
+_clients = checked(int, lambda value: 1 <= value <= MOST_CLIENTS, f"a whole number from 1 to {MOST_CLIENTS}")
+_rate = checked(float, lambda value: 0 < value <= 100_000, "jobs per second, more than 0 and at most 100000")
+_not_negative = checked(float, lambda value: 0 <= value <= 3600, "seconds, 0 to 3600")
