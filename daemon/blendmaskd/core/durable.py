@@ -31,7 +31,7 @@ from blendmaskd.core import actions
 from blendmaskd.core import spool_messages as spool
 from blendmaskd.core.actions import DURABLE, Answered, Dropped, refused
 from blendmaskd.core.broker import Broker
-from blendmaskd.core.durable_jobs import Job, Jobs, Owned, State
+from blendmaskd.core.durable_jobs import Job, Jobs, Owned, State, job_of
 from blendmaskd.core.refusals import SHARE
 from blendmaskd.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit, ToClient
 
@@ -102,10 +102,11 @@ class Durable:
         given_up = self._broker.refusals.given_up(message.job, message.image, image, now)
         if given_up is not None:
             return [Answered(client, given_up)]
-        job = Job(next(self._seq), message.job, client, message.priority, size, now, State.STORING)
+        stored = spool.Stored(next(self._seq), message.job, client, message.priority, size)
+        job = job_of(stored, now, State.STORING)
         self._jobs.owe(job.submitters, client)
         self._jobs.add(job)
-        return [spool.Store(_stored(job), message, image)]
+        return [spool.Store(stored, message, image)]
 
     def fetch(self, client: bytes, message: Fetch) -> list[Action]:
         """Send the answer as soon as there is one."""
@@ -166,7 +167,7 @@ class Durable:
         """Load what the broker has room for."""
         actions: list[Action] = []
         while self._jobs.lined_up and self._jobs.states[State.LOADING] < self._broker.room:
-            job = self._jobs.next()
+            job = self._jobs.lined_up.next()
             self._jobs.move(job, State.LOADING)
             actions.append(spool.Load(job.seq))
         return actions
@@ -256,7 +257,7 @@ class Durable:
         if stored.leased:
             attempts += attempts > 0 or losses >= UNPROVEN_LOSSES
             losses += 1
-        job = Job(stored.seq, stored.name, stored.owner, stored.priority, stored.size, now, State.LOADING)
+        job = job_of(stored, now, State.LOADING)
         job.attempts, job.losses = attempts, losses
         self._jobs.add(job)
         self._jobs.line_up(job)
@@ -356,10 +357,6 @@ class Durable:
 
 DISABLED = "durable jobs are disabled: set spool in the daemon's settings (spool: PATH)"
 UNKNOWN = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"
-
-
-def _stored(job: Job) -> spool.Stored:
-    return spool.Stored(seq=job.seq, name=job.name, owner=job.owner, priority=job.priority, size=job.size)
 
 
 def _mark(job: Job) -> spool.Mark:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
@@ -14,22 +14,27 @@ from blendmaskd.protocol import Frames, Image, Options, Submit
 What = Literal["accepted", "refused", "leased", "started", "suspected", "answered", "failed", "dropped"]
 
 
-class Job(msgspec.Struct, eq=False):
-    """One image to segment, as long as it has no answer."""
+class Pending(msgspec.Struct, eq=False, kw_only=True):
+    """One image to segment, as long as it has no answer: what is known of it here and in the spool."""
 
     seq: int
     client: bytes
     user: bytes  # who runs the client
     name: str
-    image: Image
-    options: Options
-    payload: Frames
     payload_bytes: int  # of the image, wherever it is
     priority: int
     accepted: float
-    deadline: float
     attempts: int = 0  # times it was started on a worker that died
     losses: int = 0  # times it was leased to a worker that died
+
+
+class Job(Pending, eq=False, kw_only=True):
+    """One that waits for a worker here, or is leased."""
+
+    image: Image
+    options: Options
+    payload: Frames
+    deadline: float
     worker: str | None = None  # the holder of its lease
     lease: int = 0
     leased_at: float = 0.0
@@ -125,11 +130,12 @@ class Account(Tally, eq=False):
         Tally.remove(self, job)
 
 
-_Line = dict[int, OrderedDict[int, Job]]  # of one client. Priority: seq: job; no queue is empty
+J = TypeVar("J", bound=Pending)
+_Line = dict[int, OrderedDict[int, J]]  # of one client. Priority: seq: job; no queue is empty
 
 
-class Waiting:
-    """Jobs that wait for any worker: users take turns, and the clients of each, whatever these have waiting.
+class Waiting(Generic[J]):
+    """Jobs that wait, for a worker or in the spool: users take turns, and the clients of each, whatever those have.
 
     A client's own jobs go by priority and then by arrival. Only those below 0 know of others: they yield to every job
     of a higher priority, so a client can step back but not push in.
@@ -137,21 +143,21 @@ class Waiting:
 
     def __init__(self) -> None:
         # priority, at most 0: users in turn: clients in turn; none is empty
-        self._levels: dict[int, OrderedDict[bytes, OrderedDict[bytes, _Line]]] = {}
+        self._levels: dict[int, OrderedDict[bytes, OrderedDict[bytes, _Line[J]]]] = {}
         self._jobs = 0
         self.payload_bytes = 0
 
     def __len__(self) -> int:
         return self._jobs
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[J]:
         for level in self._levels.values():
             for clients in level.values():
                 for line in clients.values():
                     for queue in line.values():
                         yield from queue.values()
 
-    def put(self, job: Job, first: bool = False) -> None:
+    def put(self, job: J, first: bool = False) -> None:
         """Last of its client and priority; or first, and its client and user too: it was there before."""
         level = self._levels.setdefault(min(job.priority, 0), OrderedDict())
         clients = level.setdefault(job.user, OrderedDict())
@@ -164,7 +170,7 @@ class Waiting:
         self._jobs += 1
         self.payload_bytes += job.payload_bytes
 
-    def next(self) -> Job:
+    def next(self) -> J:
         """Take out the job whose turn it is; its user's next turn comes after all others', and so does its client's."""
         level = self._levels[max(self._levels)]
         user, clients = next(iter(level.items()))
@@ -176,7 +182,7 @@ class Waiting:
             level.move_to_end(user)
         return job
 
-    def take(self, job: Job) -> Job:
+    def take(self, job: J) -> J:
         """Out of here, from wherever it stands."""
         level = self._levels[min(job.priority, 0)]
         clients = level[job.user]
@@ -209,7 +215,7 @@ class Jobs:
     """All that have no answer: whose they are, where those without a worker wait, and when each is overdue."""
 
     def __init__(self) -> None:
-        self.waiting = Waiting()
+        self.waiting: Waiting[Job] = Waiting()
         self.suspects: deque[Job] = deque()
         self._accounts: dict[bytes, Account] = {}
         self._users: dict[bytes, Tally] = {}
