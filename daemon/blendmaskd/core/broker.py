@@ -31,18 +31,8 @@ import itertools
 
 import msgspec
 
-from blendmaskd.core.actions import (
-    DURABLE,
-    Acquit,
-    Action,
-    Answered,
-    Dropped,
-    Evict,
-    Losses,
-    Returned,
-    SendWorker,
-    refused,
-)
+from blendmaskd import protocol
+from blendmaskd.core.actions import DURABLE, Acquit, Action, Answered, Dropped, Evict, Losses, Returned, SendWorker
 from blendmaskd.core.blame import Blame
 from blendmaskd.core.jobs import Job, Jobs, Step, What, job_of
 from blendmaskd.core.leases import HeldLease, Worker, held
@@ -50,20 +40,7 @@ from blendmaskd.core.refusals import NO_DEVICE, Limits, Refusals
 from blendmaskd.core.regions import Memory, Regions
 from blendmaskd.core.suspects import KEEP_S, Read, Suspects, Suspicion
 from blendmaskd.core.turns import Turns
-from blendmaskd.protocol import (
-    Cancel,
-    CloseRegion,
-    Code,
-    FailedLease,
-    Finished,
-    Frames,
-    Lease,
-    Result,
-    Revoke,
-    Started,
-    Stop,
-    Submit,
-)
+from blendmaskd.protocol import Code, Failed, Frames, Result, Submit
 
 DURABLE_DEADLINE_S = 86400.0
 
@@ -163,7 +140,7 @@ class Broker:
             self._blame.clear(suspicion)
         return self._assign(now)
 
-    def cancel(self, client: bytes, message: Cancel, now: float) -> list[Action]:
+    def cancel(self, client: bytes, message: protocol.Cancel, now: float) -> list[Action]:
         job = self._jobs.account(client).jobs.get(message.job)
         if job is None:
             return []
@@ -199,7 +176,7 @@ class Broker:
             if lease.job and lease.job.image.place and lease.job.image.place.region == name:
                 lease.identity = self._blame.identity(lease)  # while it can be had
         self.regions.remove(name)
-        return [SendWorker(worker, CloseRegion(region=name)) for worker in self._workers]
+        return [SendWorker(worker, protocol.CloseRegion(region=name)) for worker in self._workers]
 
     # -- workers ----------------------------------------------------------------------------------------------------
 
@@ -229,7 +206,7 @@ class Broker:
             worker.heard = min(worker.heard + seconds, now)
             worker.progress = min(worker.progress + seconds, now)
 
-    def started(self, worker: str, message: Started, now: float) -> list[Action]:
+    def started(self, worker: str, message: protocol.Started, now: float) -> list[Action]:
         holder = self._workers.get(worker)
         if holder is None:
             return []
@@ -242,7 +219,7 @@ class Broker:
                 lease.started = True
         return []
 
-    def finished(self, worker: str, message: Finished, payload: Frames, now: float) -> list[Action]:
+    def finished(self, worker: str, message: protocol.Finished, payload: Frames, now: float) -> list[Action]:
         lease = self._end_lease(worker, message.lease, now)
         if lease is None:
             return []
@@ -262,7 +239,7 @@ class Broker:
         self._remove(job)
         return [Answered(job.client, result, payload), *self._after_lease(worker, now)]
 
-    def failed(self, worker: str, message: FailedLease, now: float) -> list[Action]:
+    def failed(self, worker: str, message: protocol.FailedLease, now: float) -> list[Action]:
         lease = self._end_lease(worker, message.lease, now)
         answer = self._fail(lease.job, message.code, message.reason) if lease and lease.job else []
         return answer + self._after_lease(worker, now)
@@ -385,12 +362,13 @@ class Broker:
         return ([] if holder is None else self._stop_if_empty(holder)) + self._assign(now)
 
     def _stop_if_empty(self, worker: Worker) -> list[Action]:
-        return [SendWorker(worker.name, Stop())] if worker.retiring and not worker.leases else []
+        return [SendWorker(worker.name, protocol.Stop())] if worker.retiring and not worker.leases else []
 
     def _fail(self, job: Job, code: Code, reason: str) -> list[Action]:
         self._tell("failed", job, code=code, reason=reason)
         retry = self.refusals.retry_after_s() if code.retryable else None
-        return [Answered(job.client, refused(job.name, code, reason, retry)), *self._remove(job)]
+        failed = Failed(job=job.name, code=code, reason=reason, retry_after_s=retry)
+        return [Answered(job.client, failed), *self._remove(job)]
 
     def _tell(self, what: What, job: Job, code: str = "", reason: str = "") -> None:
         self.steps.append(
@@ -405,7 +383,7 @@ class Broker:
             lease = self._workers[job.worker].leases.get(job.lease)
             if lease is not None:
                 lease.identity, lease.job = self._blame.identity(lease), None  # its worker may still die of it
-                actions.append(SendWorker(job.worker, Revoke(lease=job.lease)))
+                actions.append(SendWorker(job.worker, protocol.Revoke(lease=job.lease)))
         job.payload = ()
         return actions
 
@@ -423,7 +401,7 @@ class Broker:
         job.worker, job.lease, job.leased_at = worker.name, number, now
         if self.tracing:
             self._tell("leased", job)
-        lease = Lease(
+        lease = protocol.Lease(
             lease=number, image=job.image, options=job.options, deadline=job.deadline, alone=job.suspect, ahead=ahead
         )
         return SendWorker(worker.name, lease, job.payload, job.name if job.client == DURABLE else "")
