@@ -214,7 +214,7 @@ BUGS = [
     Bug(SUPERVISOR, "Supervisor._harder", swap("signal.SIGKILL", "signal.SIGABRT"),
         "a stopped worker is aborted for ever and never killed"),
     Bug(RELOAD, "Reload.follow", without("MOVING"), "a reload replaces all workers at once: nobody serves"),
-    Bug(SUPERVISOR, "Supervisor._end", drop("State.ENDED", "slot.state = State.ENDED"),
+    Bug(SUPERVISOR, "Supervisor._empty", drop("into", "slot.state = into"),
         "a drained daemon starts workers again"),
     Bug(SUPERVISOR, "Supervisor._back_off", swap("min(doubled, ...)", "doubled"),
         "after ten deaths a device waits for hours"),

@@ -218,17 +218,15 @@ class Supervisor:
         wanted = list(devices)
         actions: list[Action] = []
         for name in wanted:
-            slot = self.slots.get(name)
-            if slot is None or slot.state is State.ENDED:
-                generation = slot.generation if slot else 0
-                self.slots[name] = Slot(name, generation=generation)
-                actions.append(self._spawn(self.slots[name], now))
-                continue
+            slot = self.slots.setdefault(name, Slot(name))
+            if slot.state is State.ENDED:
+                self.slots[name] = slot = Slot(name, generation=slot.generation)
             slot.failures, slot.lacks, slot.given_up = 0, 0, False
             if slot.state in (State.BACKOFF, State.FAILED):
                 actions.append(self._spawn(slot, now))
-            elif slot.state is State.STARTING:
-                actions += self._restart_starting(slot, now)
+            elif slot.state is State.STARTING:  # it loads what is no longer wanted; nobody would miss it
+                slot.wanted_down = True
+                actions += self._kill_starting(slot, now)
             elif slot.state is State.STOPPING:
                 slot.ending = False  # its next life is new anyway
         for slot in self.slots.values():
@@ -240,13 +238,7 @@ class Supervisor:
         """Its worker, if it has one, finishes what it holds, and none follows until `wake`."""
         slot = self.slots[name]
         slot.resting, slot.reason = True, why
-        if slot.state is State.READY:
-            return self._ask(slot, now)
-        if slot.state is State.STARTING:
-            return self._kill_starting(slot, now)
-        if slot.state in (State.BACKOFF, State.FAILED):
-            slot.state, slot.deadline = State.RESTING, None
-        return []
+        return self._empty(slot, State.RESTING, now)
 
     def wake(self, name: str, now: float) -> list[Action]:
         """A slot that rests is to serve again."""
@@ -257,7 +249,9 @@ class Supervisor:
 
     def replace(self, name: str, now: float) -> list[Action]:
         """Ask a worker that serves to make room for the next."""
-        return self._stop(self.slots[name], now)
+        slot = self.slots[name]
+        slot.wanted_down = True
+        return self._ask(slot, now)
 
     def drain(self, now: float) -> list[Action]:
         """Every worker finishes what it holds, and none is started any more."""
@@ -303,10 +297,6 @@ class Supervisor:
         slot.deadline = now + self.restarts.start_timeout_s
         return Spawn(slot.name, slot.generation)
 
-    def _stop(self, slot: Slot, now: float) -> list[Action]:
-        slot.wanted_down = True
-        return self._ask(slot, now)
-
     def _ask(self, slot: Slot, now: float) -> list[Action]:
         slot.state = State.STOPPING
         slot.deadline, slot.next_signal = now + self.drain_s, signal.SIGABRT
@@ -322,23 +312,23 @@ class Supervisor:
         slot.deadline, slot.next_signal = now + self.restarts.stop_s, signal.SIGKILL
         return [kill]
 
-    def _restart_starting(self, slot: Slot, now: float) -> list[Action]:
-        """It loads what is no longer wanted; nobody would miss it."""
-        slot.wanted_down = True
-        return self._kill_starting(slot, now)
-
     def _kill_starting(self, slot: Slot, now: float) -> list[Action]:
         slot.state, slot.next_signal = State.STOPPING, signal.SIGKILL
         return self._harder(slot, now)
 
     def _end(self, slot: Slot, now: float) -> list[Action]:
         slot.ending = True
+        slot.wanted_down |= slot.state in (State.STARTING, State.READY)
+        return self._empty(slot, State.ENDED, now)
+
+    def _empty(self, slot: Slot, into: State, now: float) -> list[Action]:
+        """Its worker is to go; where there is none, the slot is in the other state at once."""
         if slot.state is State.READY:
-            return self._stop(slot, now)
+            return self._ask(slot, now)
         if slot.state is State.STARTING:
-            return self._restart_starting(slot, now)
+            return self._kill_starting(slot, now)
         if slot.state in (State.BACKOFF, State.FAILED, State.RESTING):
-            slot.state, slot.deadline = State.ENDED, None
+            slot.state, slot.deadline = into, None
         return []
 
     def _back_off(self, slot: Slot, how: str, now: float) -> None:
