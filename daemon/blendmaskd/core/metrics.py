@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -139,10 +139,7 @@ class SnapshotCollector(Collector):
 
 def render(snapshot: Snapshot) -> bytes:
     """The snapshot in Prometheus' text format."""
-    registry = CollectorRegistry()
-    registry.register(SnapshotCollector(snapshot))
-    text: bytes = generate_latest(registry)
-    return text
+    return generate_latest(SnapshotCollector(snapshot))
 
 
 def health(snapshot: Snapshot, age_s: float) -> tuple[HTTPStatus, HTTPStatus, str]:
