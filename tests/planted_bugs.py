@@ -211,7 +211,7 @@ BUGS = [
         "a reload stops half-way when a worker dies meanwhile"),
     Bug(SUPERVISOR, "Supervisor._ask", swap("signal.SIGABRT", "None"),
         "the loop crashes on a worker that does not stop"),
-    Bug(SUPERVISOR, "Supervisor._harder", swap("signal.SIGKILL", "signal.SIGABRT"),
+    Bug(SUPERVISOR, "Supervisor._signal", swap("signal.SIGKILL", "signal.SIGABRT"),
         "a stopped worker is aborted for ever and never killed"),
     Bug(RELOAD, "Reload.follow", without("MOVING"), "a reload replaces all workers at once: nobody serves"),
     Bug(SUPERVISOR, "Supervisor._empty", drop("into", "slot.state = into"),

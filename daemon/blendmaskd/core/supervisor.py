@@ -172,7 +172,7 @@ class Supervisor:
         if slot.generation != generation or not (asked or slot.state in (State.STARTING, State.READY)):
             return []
         slot.reason = reason
-        return self._abort(slot, now)
+        return self._signal(slot, signal.SIGABRT, now)
 
     def exited(self, name: str, generation: int, how: str, code: int, blameless: bool, now: float) -> list[Action]:
         """A worker's process is gone. `blameless`: it died of an image that had killed another worker before."""
@@ -226,7 +226,7 @@ class Supervisor:
                 actions.append(self._spawn(slot, now))
             elif slot.state is State.STARTING:  # it loads what is no longer wanted; nobody would miss it
                 slot.wanted_down = True
-                actions += self._kill_starting(slot, now)
+                actions += self._signal(slot, signal.SIGKILL, now)
             elif slot.state is State.STOPPING:
                 slot.ending = False  # its next life is new anyway
         for slot in self.slots.values():
@@ -276,9 +276,10 @@ class Supervisor:
                 actions.append(self._spawn(slot, now))
             elif slot.state is State.STARTING:
                 slot.reason = f"not ready within {self.restarts.start_timeout_s:g} s"
-                actions += self._abort(slot, now)
+                actions += self._signal(slot, signal.SIGABRT, now)
             else:
-                actions += self._harder(slot, now)
+                assert slot.next_signal is not None
+                actions += self._signal(slot, slot.next_signal, now)
         return actions
 
     def forgive(self, seconds: float) -> None:
@@ -302,19 +303,9 @@ class Supervisor:
         slot.deadline, slot.next_signal = now + self.drain_s, signal.SIGABRT
         return [Stop(slot.name, slot.generation)]
 
-    def _abort(self, slot: Slot, now: float) -> list[Action]:
-        slot.state, slot.next_signal = State.STOPPING, signal.SIGABRT
-        return self._harder(slot, now)
-
-    def _harder(self, slot: Slot, now: float) -> list[Action]:
-        assert slot.next_signal is not None
-        kill = Kill(slot.name, slot.generation, slot.next_signal)
-        slot.deadline, slot.next_signal = now + self.restarts.stop_s, signal.SIGKILL
-        return [kill]
-
-    def _kill_starting(self, slot: Slot, now: float) -> list[Action]:
-        slot.state, slot.next_signal = State.STOPPING, signal.SIGKILL
-        return self._harder(slot, now)
+    def _signal(self, slot: Slot, number: signal.Signals, now: float) -> list[Action]:
+        slot.state, slot.deadline, slot.next_signal = State.STOPPING, now + self.restarts.stop_s, signal.SIGKILL
+        return [Kill(slot.name, slot.generation, number)]
 
     def _end(self, slot: Slot, now: float) -> list[Action]:
         slot.ending = True
@@ -326,7 +317,7 @@ class Supervisor:
         if slot.state is State.READY:
             return self._ask(slot, now)
         if slot.state is State.STARTING:
-            return self._kill_starting(slot, now)
+            return self._signal(slot, signal.SIGKILL, now)
         if slot.state in (State.BACKOFF, State.FAILED, State.RESTING):
             slot.state, slot.deadline = into, None
         return []
