@@ -24,14 +24,8 @@ from blendmaskd.topology import HostError, format_cpus
 
 TCMALLOC_NAMES = ("libtcmalloc.so.4", "libtcmalloc_minimal.so.4", "libtcmalloc.so")
 LIBRARY_FOLDERS = tuple(
-    Path(folder)
-    for folder in (
-        f"/usr/lib/{platform.machine()}-linux-gnu",
-        "/usr/lib64",
-        "/usr/lib",
-        "/usr/local/lib64",
-        "/usr/local/lib",
-    )
+    Path("/usr", folder)
+    for folder in (f"lib/{platform.machine()}-linux-gnu", "lib64", "lib", "local/lib64", "local/lib")
 )
 
 
@@ -122,16 +116,11 @@ def resolve_preload(choice: str, folders: Iterable[Path] = LIBRARY_FOLDERS) -> P
 
 def _ldconfig() -> dict[str, list[Path]]:
     """ld.so's cache: soname to paths."""
-    for program in ("/sbin/ldconfig", "/usr/sbin/ldconfig"):
-        try:
-            listed = subprocess.run([program, "-p"], capture_output=True, text=True, timeout=10, check=True).stdout
-        except (OSError, subprocess.SubprocessError):
-            continue
-        found: dict[str, list[Path]] = {}
-        for name, path in re.findall(r"^\s+(\S+) \(.*\) => (/.+)$", listed, re.MULTILINE):
-            found.setdefault(name, []).append(Path(path))
-        return found
-    return {}
+    listed = discovery.ask_tool(["ldconfig", "-p"], {"PATH": "/sbin:/usr/sbin"})
+    found: dict[str, list[Path]] = {}
+    for name, path in re.findall(r"^\s+(\S+) \(.*\) => (/.+)$", listed, re.MULTILINE):
+        found.setdefault(name, []).append(Path(path))
+    return found
 
 
 def _loadable(path: Path) -> bool:
