@@ -187,12 +187,9 @@ class Durable:
     def returned(self, name: str) -> list[Action]:
         """The broker has it no more."""
         job = self._jobs.by_name[name]
-        actions: list[Action] = []
-        if job.leased:
-            job.leased = False
-            actions = [_mark(job)]
         self._jobs.line_up(job, first=True)
-        return actions
+        was_leased, job.leased = job.leased, False
+        return [_mark(job)] if was_leased else []
 
     def answered(self, answer: spool.Answer, payload: Frames) -> list[Action]:
         """A job has its answer."""
@@ -215,7 +212,8 @@ class Durable:
                 self._erasures[reply.client] -= 1
                 if not self._erasures[reply.client]:
                     del self._erasures[reply.client]
-                return [SendClient(reply.client, _erased(reply))]
+                failed = _unwritten(reply.name, reply.reason) if reply.reason else None
+                return [SendClient(reply.client, failed or Forgotten(job=reply.name))]
         job = self._jobs.by_seq.get(reply.seq)
         if job is None:
             return []  # forgotten
@@ -242,12 +240,10 @@ class Durable:
     def end(self) -> list[Action]:
         """The daemon ends: what is left is done by the next one, and whoever waits is told so."""
         self._ended = True
-        actions: list[Action] = []
-        for job in self._jobs:
-            actions += [SendClient(client, _ending(job.name)) for client in self._jobs.settle_job(job)]
-        actions += [SendClient(client, _ending(name)) for client, names in self._to_look.items() for name in names]
+        owed = [(client, job.name) for job in self._jobs for client in self._jobs.settle_job(job)]
+        owed += [(client, name) for client, names in self._to_look.items() for name in names]
         self._to_look.clear()
-        return actions
+        return [SendClient(client, _ending(name)) for client, name in owed]
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -373,10 +369,6 @@ def _busy(name: str, reason: str) -> Failed:
 
 def _ending(name: str) -> Failed:
     return refused(name, Code.DRAINING, "the daemon is stopping", RETRY_S)
-
-
-def _erased(erased: spool.Erased) -> Forgotten | Failed:
-    return _unwritten(erased.name, erased.reason) if erased.reason else Forgotten(job=erased.name)
 
 
 def _unwritten(name: str, reason: str) -> Failed:

@@ -1,7 +1,6 @@
 """Which jobs are refused, and why: bounds, given-up images, no device, too much for one client. Pure."""
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 
@@ -75,22 +74,21 @@ class Refusals:
 
     def refusal(self, job: Job, now: float) -> Failed | None:
         """Why this job is not accepted."""
-        refuse = functools.partial(refused, job.name)
         size = job.payload_bytes
         unfit = self.unfit(job.name, job.image, size)
         if unfit:
             return unfit
         job.suspicion = self._remembered.find(job.image, job.payload, now)
         if job.suspicion and job.suspicion.given_up:
-            return refuse(Code.WORKER_LOST, job.suspicion.reason(now))
+            return refused(job.name, Code.WORKER_LOST, job.suspicion.reason(now))
         if not self.available:
-            return refuse(Code.UNAVAILABLE, NO_DEVICE, LONGEST_RETRY_S)
+            return refused(job.name, Code.UNAVAILABLE, NO_DEVICE, LONGEST_RETRY_S)
         if self._jobs.waiting_jobs >= self.limits.max_jobs:
-            return refuse(Code.BUSY, f"{self._jobs.waiting_jobs} jobs are waiting", self.retry_after_s())
+            return refused(job.name, Code.BUSY, f"{self._jobs.waiting_jobs} jobs are waiting", self.retry_after_s())
         if self._jobs.waiting_bytes + size > self.limits.max_bytes:
-            return refuse(Code.BUSY, f"{self._jobs.waiting_bytes} bytes are waiting", self.retry_after_s())
+            return refused(job.name, Code.BUSY, f"{self._jobs.waiting_bytes} bytes are waiting", self.retry_after_s())
         greed = self._greed(job)
-        return refuse(Code.BUSY, greed, self.retry_after_s()) if greed else None
+        return refused(job.name, Code.BUSY, greed, self.retry_after_s()) if greed else None
 
     def _greed(self, job: Job) -> str:
         """What of its client's, or of its user's clients', is too much for one; empty: nothing."""

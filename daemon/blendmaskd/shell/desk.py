@@ -136,11 +136,10 @@ class Desk:
             if verdict is not Verdict.WELCOME:
                 yield self._turn_away(client, frames, verdict)
                 continue
-            message: protocol.FromClient
             try:
                 message, payload = protocol.decode(frames[1:], FROM_CLIENT)
             except ProtocolError as error:
-                yield [_failed(client, error.job, Code.BAD_REQUEST, str(error))]
+                yield [actions.Answered(client, actions.refused(error.job, Code.BAD_REQUEST, str(error)))]
                 continue
             if isinstance(message, protocol.GetStats):
                 yield self._tell_stats(client, self.admission.is_operator(frames[-1]))
@@ -158,12 +157,11 @@ class Desk:
         if verdict is Verdict.UNKNOWN:
             return [actions.Dropped("", Code.UNAUTHORISED)]
         try:
-            message: protocol.FromClient
             message, _ = protocol.decode(frames[1:], FROM_CLIENT)
             job = getattr(message, "job", "")
         except ProtocolError as error:
             job = error.job
-        refusal = _failed(client, job, Code.UNAUTHORISED, verdict.value)
+        refusal = actions.Answered(client, actions.refused(job, Code.UNAUTHORISED, verdict.value))
         if verdict is not Verdict.TAKEN:
             return [refusal]
         self._job_log.tell_of(client, logging.WARNING, "another key took its identity: its jobs are cancelled")
@@ -211,7 +209,6 @@ class Desk:
             name = frames[0].bytes.decode(errors="replace")
             if name not in processes.children:
                 continue  # of another run, or dead and reaped
-            message: protocol.FromWorker
             try:
                 message, payload = protocol.decode(frames[1:], FROM_WORKER)
             except ProtocolError as error:
@@ -274,9 +271,7 @@ class Desk:
         if isinstance(answer, protocol.Result):
             self._stats.answered(answer.timings)
         else:
-            self._stats.failed(
-                time.time(), protocol.shown_job(answer.job), answer.code, answer.reason, action.owner
-            )
+            self._stats.failed(time.time(), protocol.shown_job(answer.job), answer.code, answer.reason, action.owner)
         if action.owner == actions.DURABLE:
             return self.durable.answered(answer, action.payload)
         return self._send(action.owner, answer, action.payload)
@@ -382,10 +377,6 @@ def _is_excessive(frames: Sequence[zmq.Frame]) -> bool:
 def _unread(job: str) -> protocol.Failed:
     reason = f"more than {BUSY_BYTES} bytes of answers wait for this client to read them"
     return actions.refused(job, Code.BUSY, reason, durable.RETRY_S)
-
-
-def _failed(client: bytes, job: str, code: Code, reason: str) -> actions.Answered:
-    return actions.Answered(client, protocol.Failed(job=job, code=code, reason=reason))
 
 
 def _limits(settings: Settings) -> Limits:
