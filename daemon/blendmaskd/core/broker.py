@@ -371,9 +371,7 @@ class Broker:
         return [Answered(job.client, failed), *self._remove(job)]
 
     def _tell(self, what: What, job: Job, code: str = "", reason: str = "") -> None:
-        self.steps.append(
-            Step(what, job.name, job.client, job.accepted, job.worker or "", job.lease, code=code, reason=reason)
-        )
+        self.steps.append(Step(what, job.name, job.client, job.accepted, job.worker or "", job.lease, code, reason))
 
     def _remove(self, job: Job) -> list[Action]:
         """Take an answered job out of wherever it is; its worker is told if it still has it."""

@@ -57,9 +57,8 @@ class Health:
         up = self._supervisor
         if up.draining:
             return []
-        resting = [slot for slot in up.listed if slot.state is State.RESTING]
-        for slot in resting:
-            if up.forlorn or not self._ill.get(slot.name, 0):
+        for slot in up.listed:
+            if slot.state is State.RESTING and (up.forlorn or not self._ill.get(slot.name, 0)):
                 return up.wake(slot.name, now)
         for slot in up.listed:
             if self._ill.get(slot.name, 0) >= READINGS and not slot.resting and self._others_serve(slot):

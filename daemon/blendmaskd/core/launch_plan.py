@@ -91,9 +91,7 @@ def plan(
         preload=preload.path,
         env=dict(sorted(own.items())),
     )
-    assignment = Assignment(
-        device, LOCAL[_kind(device)], generation, endpoint, token, os.getpid(), settings, wanted
-    )
+    assignment = Assignment(device, LOCAL[_kind(device)], generation, endpoint, token, os.getpid(), settings, wanted)
     inherited = {name: value for name, value in base_environment.items() if name not in NOT_INHERITED}
     if "PYTHONPATH" in inherited:  # an empty entry, as set_env.sh leaves one, is the working directory
         inherited["PYTHONPATH"] = ":".join(filter(None, inherited["PYTHONPATH"].split(":")))

@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 from blendmaskd.core.health import ILL
@@ -212,12 +212,7 @@ class Stats:
 
     def _recent_failures(self, client: bytes | None) -> list[dict[str, Any]]:
         """Of this client; None: of all."""
-        kept = [
-            failure
-            for failures in self._recent.values()
-            for owner, failure in failures
-            if client in (None, owner)
-        ]
+        kept = [failure for owner, failure in chain(*self._recent.values()) if client in (None, owner)]
         return sorted(kept, key=lambda failure: -failure["time"])[:FAILURES]
 
     def _device(self, device: str, now: float) -> dict[str, Any]:
