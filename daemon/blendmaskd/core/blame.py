@@ -18,8 +18,6 @@ from blendmaskd.core.suspects import Death, Identity, Suspects, Suspicion
 
 
 class Blame:
-    """Of the broker's jobs and leases."""
-
     def __init__(self, jobs: Jobs, remembered: Suspects) -> None:
         self.remembered = remembered
         self._jobs = jobs
@@ -93,7 +91,6 @@ class Blame:
         return [job for job in self._jobs if job.suspicion is suspicion]
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         self.remembered.check()
         assert not any(job.suspicion and job.suspicion.given_up for job in self._jobs), "what is given up is tried"
         known = [self.remembered.known(job.image, job.payload) for job in self._jobs if not job.suspect]

@@ -22,12 +22,11 @@ when there is room, owns their answers, hears of what it must not forget (`SendW
 back what ends here without an answer (`Returned`).
 
 Whatever ends a job, or refuses one, is one action, `Answered` or `Dropped`: who counts these has counted every outcome.
-
-No socket, clock, process, thread or logger belongs in here.
 """
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import msgspec
 
@@ -99,8 +98,7 @@ class Broker:
             return []  # its one answer is still to come
         job = job_of(next(self._seq), client, message, payload, now, self.limits.deadline_s)
         job.user = user or client
-        refusal = self.refusals.refusal(job, now)
-        if refusal is not None:
+        if refusal := self.refusals.refusal(job, now):
             if self.tracing:
                 self._tell("refused", job, code=refusal.code, reason=refusal.reason)
             return [Answered(client, refusal)]
@@ -120,7 +118,7 @@ class Broker:
         self._add(job)
         self._blame.recognise()
         if job.suspicion and job.suspicion.given_up:
-            return self._answer_all(job.suspicion, job.suspicion.reason(now))
+            return self._fail_all(self._blame.jobs_with(job.suspicion), Code.WORKER_LOST, job.suspicion.reason(now))
         return self._assign(now)
 
     def withdraw(self, name: str, now: float) -> list[Action]:
@@ -162,8 +160,7 @@ class Broker:
     def shut_out(self, client: bytes, reason: str, now: float) -> list[Action]:
         """This client may not be here any more: its jobs end, and it is told so."""
         jobs = list(self._jobs.account(client).jobs.values())
-        actions = [action for job in jobs for action in self._fail(job, Code.UNAUTHORISED, reason)]
-        return actions + self._assign(now)
+        return self._fail_all(jobs, Code.UNAUTHORISED, reason) + self._assign(now)
 
     def open_region(self, name: str, memory: Memory) -> list[Action]:
         """Images may lie in this memory from now on. Raises `RegionError` when they may not."""
@@ -316,8 +313,6 @@ class Broker:
             return []
         return self._give_up(Code.UNAVAILABLE, NO_DEVICE)
 
-    # -- inside -----------------------------------------------------------------------------------------------------
-
     def _add(self, job: Job) -> None:
         self._jobs.add(job)
         if self.tracing:
@@ -331,12 +326,8 @@ class Broker:
         acquitted = [death for death in suspicion.deaths if death.counts and suspicion.proven]
         for death in acquitted:
             death.counts = False
-        return [*(Acquit(death.device) for death in acquitted), *self._answer_all(suspicion, text)]
-
-    def _answer_all(self, suspicion: Suspicion, reason: str) -> list[Action]:
-        """All jobs with this image, wherever they are."""
-        jobs = self._blame.jobs_with(suspicion)
-        return [action for job in jobs for action in self._fail(job, Code.WORKER_LOST, reason)]
+        failed = self._fail_all(self._blame.jobs_with(suspicion), Code.WORKER_LOST, text)
+        return [*(Acquit(death.device) for death in acquitted), *failed]
 
     def _give_up(self, code: Code, reason: str) -> list[Action]:
         """Answer all that is here, but for what the spool has."""
@@ -363,6 +354,9 @@ class Broker:
 
     def _stop_if_empty(self, worker: Worker) -> list[Action]:
         return [SendWorker(worker.name, protocol.Stop())] if worker.retiring and not worker.leases else []
+
+    def _fail_all(self, jobs: Iterable[Job], code: Code, reason: str) -> list[Action]:
+        return [action for job in jobs for action in self._fail(job, code, reason)]
 
     def _fail(self, job: Job, code: Code, reason: str) -> list[Action]:
         self._tell("failed", job, code=code, reason=reason)
@@ -405,7 +399,6 @@ class Broker:
         return SendWorker(worker.name, lease, job.payload, job.name if job.client == DURABLE else "")
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         self._jobs.check()
         self._blame.check()
         self._turns.check()

@@ -16,8 +16,6 @@ answered   on its way into the spool with its answer, which its waiters get when
 What is answered and in the spool is nowhere here: the spool finds it by its name. So nothing that a client was told is
 ever only in memory, and what the daemon does not live to do is done by the next one. Owners take turns; none may take
 more of the spool, answers included, or of the way into it than `refusals.SHARE` times what it leaves.
-
-No socket, clock, process, thread, file or logger belongs in here.
 """
 from __future__ import annotations
 
@@ -93,14 +91,12 @@ class Durable:
         if job is not None:
             self._jobs.owe(job.submitters, client)
             return []
-        refusal = self._refusal(client, message, size)
-        if refusal is not None:
+        if refusal := self._refusal(client, message, size):
             return [Answered(client, refusal)]
         image = payload()
         if message.image.place:
             message = msgspec.structs.replace(message, image=msgspec.structs.replace(message.image, place=None))
-        given_up = self._broker.refusals.given_up(message.job, message.image, image, now)
-        if given_up is not None:
+        if given_up := self._broker.refusals.given_up(message.job, message.image, image, now):
             return [Answered(client, given_up)]
         stored = spool.Stored(next(self._seq), message.job, client, message.priority, size)
         job = job_of(stored, now, State.STORING)
@@ -245,8 +241,6 @@ class Durable:
         self._to_look.clear()
         return [SendClient(client, _ending(name)) for client, name in owed]
 
-    # -- inside -----------------------------------------------------------------------------------------------------
-
     def _take_up(self, stored: spool.Stored, now: float) -> None:
         """A job that an earlier daemon left. If a worker had it, that worker is lost, as the broker counts it."""
         attempts, losses = stored.attempts, stored.losses
@@ -261,8 +255,7 @@ class Durable:
     def _refusal(self, client: bytes, message: Submit, size: int) -> Failed | None:
         if not self.max_bytes:
             return _off(message.job)
-        unfit = self._broker.refusals.unfit(message.job, message.image, size)
-        if unfit is not None:
+        if unfit := self._broker.refusals.unfit(message.job, message.image, size):
             return unfit
         reason = self._shortage(size) or self._greed(client, self._jobs.owned(client), size)
         return _busy(message.job, reason) if reason else None
@@ -345,7 +338,6 @@ class Durable:
         return [told, *self._look_on()]
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         self._jobs.check()
         assert all(self._to_look.values()), "an empty line is kept"
         assert self._looks == LOOKS_AT_ONCE or not self._to_look, "an answer is not looked for"

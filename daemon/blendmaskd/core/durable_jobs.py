@@ -137,7 +137,6 @@ class Jobs:
         return list(dict.fromkeys(self.settle_all(job.submitters) + self.settle_all(job.waiters)))
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         assert {job.seq for job in self} == self.by_seq.keys(), "a job has one name of two"
         self.lined_up.check()
         lined = [job.seq for job in self.lined_up]

@@ -299,7 +299,6 @@ class Jobs:
         return self._deadlines[0][0] if self._deadlines else None
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         self.waiting.check()
         leased = [job for job in self if job.worker is not None]
         everywhere = [*self.waiting, *self.suspects, *leased]

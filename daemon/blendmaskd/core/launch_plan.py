@@ -212,8 +212,7 @@ def _with_preload(
     if "LD_PRELOAD" in worker_env:
         return Preload(None, "worker_env sets LD_PRELOAD"), {}
     present = [entry for entry in re.split(r"[:\s]+", base.get("LD_PRELOAD", "")) if entry]
-    other = next((entry for entry in present if re.search("malloc", entry)), None)
-    if other:
+    if other := next((entry for entry in present if "malloc" in entry), None):
         return Preload(None, f"LD_PRELOAD already names {other}"), {}
     if preload.path is None:
         return preload, {}

@@ -58,8 +58,7 @@ class Refusals:
             return refused(name, Code.TOO_LARGE, f"{size} bytes, the limit is {self.limits.max_image_bytes}")
         if image.kind == "path" and not self.limits.paths_allowed:
             return refused(name, Code.BAD_REQUEST, "images by path are disabled: paths.roots is not set")
-        complaint = self._regions.complaint(image.place) if image.place else None
-        if complaint:
+        if image.place and (complaint := self._regions.complaint(image.place)):
             return refused(name, Code.BAD_REQUEST, complaint)
         if self.draining:
             return refused(name, Code.DRAINING, "the daemon is stopping", LONGEST_RETRY_S)
@@ -75,8 +74,7 @@ class Refusals:
     def refusal(self, job: Job, now: float) -> Failed | None:
         """Why this job is not accepted."""
         size = job.payload_bytes
-        unfit = self.unfit(job.name, job.image, size)
-        if unfit:
+        if unfit := self.unfit(job.name, job.image, size):
             return unfit
         job.suspicion = self._remembered.find(job.image, job.payload, now)
         if job.suspicion and job.suspicion.given_up:

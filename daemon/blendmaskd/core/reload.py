@@ -138,8 +138,6 @@ class Reload:
             actions += self._supervisor.replace(older[0].name, now)
         return actions + self._report()
 
-    # -- inside -----------------------------------------------------------------------------------------------------
-
     def _older(self) -> list[Slot]:
         """Slots whose worker serves by other settings than `basis`, and is to be replaced."""
         slots = self._supervisor.slots.values() if self._replacing else ()
@@ -166,7 +164,6 @@ class Reload:
         return [Over(text) if self._served else GiveUp()]
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         assert (self.candidate is not None) or self._check_deadline == math.inf, self._check_deadline
         assert self._replacing or self.draining or not self.trying, "tried, and never replaced"
         assert not (self._replacing and self.draining)

@@ -137,8 +137,6 @@ def _quantile(ordered: Iterable[tuple[int, int]], rank: float) -> float | None:
 
 
 class Stats:
-    """See the module."""
-
     def __init__(self, window_s: float) -> None:
         self.window_s = window_s
         self._seq = 0

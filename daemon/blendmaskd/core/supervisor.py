@@ -291,8 +291,6 @@ class Supervisor:
     def next_deadline(self) -> float | None:
         return min((slot.deadline for slot in self.slots.values() if slot.deadline is not None), default=None)
 
-    # -- inside -----------------------------------------------------------------------------------------------------
-
     def _spawn(self, slot: Slot, now: float) -> Spawn:
         slot.state, slot.generation = State.STARTING, slot.generation + 1
         slot.deadline = now + self.restarts.start_timeout_s
@@ -333,7 +331,6 @@ class Supervisor:
         slot.deadline, slot.failures = now + self.restarts.retry_failed_s, self.restarts.give_up_after - 1
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         for slot in self.slots.values():
             timed = slot.state not in (State.READY, State.RESTING, State.ENDED)
             assert (slot.deadline is not None) == timed, slot

@@ -10,7 +10,7 @@ there is too much of it.
 To hash each image that comes would cost more than to pass it on. So an image is hashed only if one of those remembered
 has its length and layout, and then the same bytes in a few places. While there are none this costs nothing.
 
-No clock, no file, no socket: `read` gives bytes that lie in shared memory.
+`read` gives bytes that lie in shared memory.
 """
 from __future__ import annotations
 
@@ -69,7 +69,6 @@ class Suspicion(msgspec.Struct, eq=False):
 
     @property
     def losses(self) -> int:
-        """Deaths of a worker that held it."""
         return len(self.deaths)
 
     def reason(self, now: float) -> str:
@@ -88,8 +87,6 @@ def _unreadable(place: Place, start: int, end: int) -> Any:
 
 
 class Suspects:
-    """What is remembered."""
-
     def __init__(self, read: Read = _unreadable) -> None:
         self._read = read
         self._suspicions: OrderedDict[bytes, Suspicion] = OrderedDict()  # by digest, in the order of `until`
@@ -150,7 +147,6 @@ class Suspects:
         return suspicion
 
     def clear(self, suspicion: Suspicion) -> None:
-        """Forget it."""
         identity = suspicion.identity
         if identity is None or self._suspicions.get(identity.digest) is not suspicion:
             return
@@ -171,7 +167,6 @@ class Suspects:
         return lambda start, end: view[start:end]
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         identities = [s.identity for s in self._suspicions.values() if s.identity]
         assert Counter(each.size for each in identities) == self._sizes, "sizes are miscounted"
         assert Counter((each.size, each.samples) for each in identities) == self._samples, "samples are miscounted"

@@ -20,8 +20,6 @@ from blendmaskd.core.leases import Worker, held
 
 
 class Turns:
-    """Of these jobs, on these workers."""
-
     def __init__(self, jobs: Jobs, workers: dict[str, Worker], blame: Blame) -> None:
         self._jobs = jobs
         self._workers = workers
@@ -73,7 +71,6 @@ class Turns:
         return [job for job in self._jobs.suspects if job.suspicion not in tried]
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         for worker in self._workers.values():
             assert not worker.alone or len(worker.leases) == 1, "a suspect has company"
         open_workers, suspects = self._open(), self._untried()

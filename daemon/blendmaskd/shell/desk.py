@@ -349,8 +349,7 @@ class Desk:
 
     def _read_place(self, place: protocol.Place, start: int, end: int) -> bytes:
         """These bytes of an image in shared memory. Raises `RegionError` when its region has ended."""
-        complaint = self.broker.regions.complaint(place)
-        if complaint:
+        if complaint := self.broker.regions.complaint(place):
             raise RegionError(complaint)
         descriptor = self.broker.regions.opening(place.region).descriptor
         return os.pread(descriptor, end - start, place.offset + start)

@@ -359,8 +359,7 @@ def _connect(path: Path) -> sqlite3.Connection:
             raise SpoolError(f"spool {path}: a database of another program: use another file")
         if version > VERSION:
             raise SpoolError(f"spool {path}: of a newer version of this program: use that version, or another file")
-        mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-        if mode != "wal":
+        if (mode := db.execute("PRAGMA journal_mode = WAL").fetchone()[0]) != "wal":
             raise SpoolError(f"spool {path}: no write-ahead log on this file system ({mode}): use a local disk")
         if not version:
             text = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}"
