@@ -153,7 +153,7 @@ def _matches(node: object, pattern: object) -> bool:
 BUGS = [
     Bug(BROKER, "Broker.submit", never("account"), "a job that is sent again runs twice and is answered twice"),
     Bug(BROKER, "Broker.exited", drop("appendleft"), "a job whose worker dies is never answered"),
-    Bug(BROKER, "Broker.exited", swap("self._jobs.suspects.appendleft", "self._jobs.suspects.append"),
+    Bug(BROKER, "Broker.exited", swap("self.jobs.suspects.appendleft", "self.jobs.suspects.append"),
         "a worker's death changes the order of its jobs"),
     Bug(SUSPECTS, "Suspicion.guilty", swap("max(max_attempts, 2)", "1"), "window-mates of a poison image fail with it"),
     Bug(SUSPECTS, "Suspicion.guilty", without("losses"), "an image that crashes the decoder costs one worker more"),

@@ -55,11 +55,11 @@ class Broker:
         self.tracing = False  # told by the shell: whether `steps` get every change of a job's state, or only failures
         self.steps: list[Step] = []  # until the shell takes them
         self._seq = itertools.count(1)
-        self._jobs = Jobs()
+        self.jobs = Jobs()
         self._workers: dict[str, Worker] = {}
-        self._blame = Blame(self._jobs, Suspects(read) if read else Suspects())
-        self._turns = Turns(self._jobs, self._workers, self._blame)
-        self.refusals = Refusals(limits, self._jobs, self._workers, self.regions, self._blame.remembered)
+        self._blame = Blame(self.jobs, Suspects(read) if read else Suspects())
+        self._turns = Turns(self.jobs, self._workers, self._blame)
+        self.refusals = Refusals(limits, self.jobs, self._workers, self.regions, self._blame.remembered)
 
     @property
     def limits(self) -> Limits:
@@ -68,16 +68,8 @@ class Broker:
     # -- what the shell may ask -------------------------------------------------------------------------------------
 
     @property
-    def waiting_jobs(self) -> int:
-        return self._jobs.waiting_jobs
-
-    @property
-    def waiting_bytes(self) -> int:
-        return self._jobs.waiting_bytes
-
-    @property
     def unanswered(self) -> int:
-        return len(self._jobs)
+        return len(self.jobs)
 
     @property
     def leased(self) -> int:
@@ -94,7 +86,7 @@ class Broker:
 
     def submit(self, client: bytes, message: Submit, payload: Frames, now: float, user: bytes = b"") -> list[Action]:
         """Accept a job, or answer at once why not. `user` runs the client; empty: nobody but it."""
-        if message.job in self._jobs.account(client).jobs:
+        if message.job in self.jobs.account(client).jobs:
             return []  # its one answer is still to come
         job = job_of(next(self._seq), client, message, payload, now, self.limits.deadline_s)
         job.user = user or client
@@ -123,14 +115,14 @@ class Broker:
 
     def withdraw(self, name: str, now: float) -> list[Action]:
         """A durable job that is here is not wanted any more."""
-        return self._remove(self._jobs.account(DURABLE).jobs[name]) + self._assign(now)
+        return self._remove(self.jobs.account(DURABLE).jobs[name]) + self._assign(now)
 
     @property
     def room(self) -> int:
         """How many more durable jobs it takes to keep the workers busy, without filling the queue with them."""
         wanted = min(2 * sum(w.window for w in self._workers.values() if not w.retiring), self.limits.max_jobs // 2)
         serving = self.refusals.available and not self.refusals.draining
-        return max(wanted - len(self._jobs.account(DURABLE).jobs), 0) if serving else 0
+        return max(wanted - len(self.jobs.account(DURABLE).jobs), 0) if serving else 0
 
     def forget_suspects(self, now: float) -> list[Action]:
         """What workers died with may go well by new settings and weights."""
@@ -139,7 +131,7 @@ class Broker:
         return self._assign(now)
 
     def cancel(self, client: bytes, message: protocol.Cancel, now: float) -> list[Action]:
-        job = self._jobs.account(client).jobs.get(message.job)
+        job = self.jobs.account(client).jobs.get(message.job)
         if job is None:
             return []
         return self._fail(job, Code.CANCELLED, "cancelled by its client") + self._assign(now)
@@ -147,19 +139,15 @@ class Broker:
     def client_gone(self, client: bytes, now: float) -> list[Action]:
         """Nobody waits for this client's jobs any more."""
         actions: list[Action] = []
-        for job in list(self._jobs.account(client).jobs.values()):
+        for job in list(self.jobs.account(client).jobs.values()):
             if self.tracing:
                 self._tell("dropped", job, code=Code.CANCELLED, reason="its client has left")
             actions += [Dropped(job.name, Code.CANCELLED), *self._remove(job)]
         return actions + self._assign(now)
 
-    def has_jobs(self, client: bytes) -> bool:
-        """Whether this client waits for an answer."""
-        return self._jobs.has(client)
-
     def shut_out(self, client: bytes, reason: str, now: float) -> list[Action]:
         """This client may not be here any more: its jobs end, and it is told so."""
-        jobs = list(self._jobs.account(client).jobs.values())
+        jobs = list(self.jobs.account(client).jobs.values())
         return self._fail_all(jobs, Code.UNAUTHORISED, reason) + self._assign(now)
 
     def open_region(self, name: str, memory: Memory) -> list[Action]:
@@ -265,10 +253,10 @@ class Broker:
             if self.tracing:
                 self._tell("suspected", job, reason=reason)
             job.worker, job.lease = None, 0
-            self._jobs.end_lease(job)
+            self.jobs.end_lease(job)
             if job.client == DURABLE:
                 actions.append(Losses(job.name, job.attempts, job.losses))
-            self._jobs.suspects.appendleft(job)
+            self.jobs.suspects.appendleft(job)
         self._blame.recognise()
         for suspicion in suspicions:
             if suspicion.guilty(self.limits.max_attempts):
@@ -280,7 +268,7 @@ class Broker:
     def expire(self, now: float) -> list[Action]:
         """Answer what is overdue; name workers that hang."""
         actions: list[Action] = []
-        while (job := self._jobs.pop_overdue(now)) is not None:
+        while (job := self.jobs.pop_overdue(now)) is not None:
             where = "in the queue" if job.worker is None else f"on {self._workers[job.worker].device}"
             text = f"the deadline passed {job.deadline - job.accepted:g} s after it arrived, {where}"
             actions += self._fail(job, Code.TIMEOUT, text)
@@ -295,7 +283,7 @@ class Broker:
     def next_deadline(self) -> float | None:
         """When `expire` has something to do next."""
         times = [worker.stall_deadline(self.limits.stall_s) for worker in self._workers.values() if not worker.evicted]
-        due = self._jobs.next_deadline()
+        due = self.jobs.next_deadline()
         return min(times if due is None else [*times, due], default=None)
 
     def drain(self) -> None:
@@ -314,7 +302,7 @@ class Broker:
         return self._give_up(Code.UNAVAILABLE, NO_DEVICE)
 
     def _add(self, job: Job) -> None:
-        self._jobs.add(job)
+        self.jobs.add(job)
         if self.tracing:
             self._tell("accepted", job)
 
@@ -332,7 +320,7 @@ class Broker:
     def _give_up(self, code: Code, reason: str) -> list[Action]:
         """Answer all that is here, but for what the spool has."""
         actions: list[Action] = []
-        for job in list(self._jobs):
+        for job in list(self.jobs):
             if job.client == DURABLE:
                 if self.tracing:
                     self._tell("dropped", job, reason="it stays in the spool")
@@ -369,7 +357,7 @@ class Broker:
 
     def _remove(self, job: Job) -> list[Action]:
         """Take an answered job out of wherever it is; its worker is told if it still has it."""
-        self._jobs.remove(job)
+        self.jobs.remove(job)
         actions: list[Action] = []
         if job.worker is not None:
             lease = self._workers[job.worker].leases.get(job.lease)
@@ -386,7 +374,7 @@ class Broker:
         number = next(self._seq)
         assert len(worker.leases) <= worker.window, "a window is overfull"
         ahead = self._turns.goes_ahead(job, worker)
-        self._jobs.lease(job)
+        self.jobs.lease(job)
         if not worker.leases:
             worker.progress = now
         worker.leases[number] = HeldLease(job, alone=job.suspect)
@@ -399,12 +387,12 @@ class Broker:
         return SendWorker(worker.name, lease, job.payload, job.name if job.client == DURABLE else "")
 
     def check(self) -> None:
-        self._jobs.check()
+        self.jobs.check()
         self._blame.check()
         self._turns.check()
-        assert all(job.attempts < self.limits.max_attempts for job in self._jobs), "attempts are miscounted"
+        assert all(job.attempts < self.limits.max_attempts for job in self.jobs), "attempts are miscounted"
         leased = {lease.job for lease in held(self._workers.values()) if lease.job}
-        assert leased == {job for job in self._jobs if job.worker is not None}, "a leased job is nowhere"
+        assert leased == {job for job in self.jobs if job.worker is not None}, "a leased job is nowhere"
         for worker in self._workers.values():
             for number, lease in worker.leases.items():
                 assert lease.job is None or (lease.job.worker, lease.job.lease) == (worker.name, number)

@@ -78,6 +78,7 @@ class Jobs:
         return self._owned.get(owner, Owned())
 
     def owed(self, client: bytes) -> bool:
+        """Whether this client waits for a message."""
         return client in self._owed
 
     def add(self, job: Job) -> None:

@@ -102,7 +102,7 @@ class Desk:
         """What a snapshot shows of jobs, regions and the spool; see `Stats.snapshot`."""
         core = self.broker
         return {
-            "queue": {"jobs": core.waiting_jobs, "bytes": core.waiting_bytes,
+            "queue": {"jobs": core.jobs.waiting_jobs, "bytes": core.jobs.waiting_bytes,
                       "max_jobs": core.limits.max_jobs, "max_bytes": core.limits.max_bytes},
             "regions": {"count": len(core.regions), "bytes": core.regions.bytes},
             "spool": self._describe_spool(),
@@ -115,7 +115,7 @@ class Desk:
     def admit(self) -> Decisions:
         """Who has left, and who may connect or not be here any more; to be called before clients are read."""
         for client in self.admission.left():
-            if self.broker.has_jobs(client):
+            if self.broker.jobs.has(client):
                 self._job_log.tell_of(client, logging.INFO, "a client has left: its jobs are cancelled")
             yield self._client_gone(client)
         yield from self._shut_out(self.admission.shut_out())
@@ -333,7 +333,7 @@ class Desk:
 
     def _describe_spool(self) -> dict[str, Any] | None:
         usage = self.durable.usage
-        described = {"jobs": self.durable.unanswered, "answers": usage.answers, "bytes": usage.bytes}
+        described = {"jobs": len(self.durable.jobs), "answers": usage.answers, "bytes": usage.bytes}
         return {**described, "max_bytes": self.durable.max_bytes, "trouble": usage.trouble} if self.spool else None
 
     # -- shared memory ----------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ class Desk:
         return opened
 
     def _waits(self, client: bytes) -> bool:
-        return self.broker.has_jobs(client) or self.durable.waits(client)
+        return self.broker.jobs.has(client) or self.durable.jobs.owed(client)
 
 
 def _is_excessive(frames: Sequence[zmq.Frame]) -> bool:
