@@ -197,8 +197,7 @@ class Broker:
             return []
         holder.progress = holder.heard = now
         for number in message.leases:
-            lease = holder.leases.get(number)
-            if lease is not None:
+            if lease := holder.leases.get(number):
                 if self.tracing and lease.job and not lease.started:  # a lone one may be told of twice
                     self._tell("started", lease.job)
                 lease.started = True

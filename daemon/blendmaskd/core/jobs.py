@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from typing import Generic, Literal, TypeVar
 
@@ -121,14 +121,6 @@ class Account(Tally, eq=False):
 
     jobs: dict[str, Job] = {}
 
-    def add(self, job: Job) -> None:
-        self.jobs[job.name] = job
-        Tally.add(self, job)
-
-    def remove(self, job: Job) -> None:
-        del self.jobs[job.name]
-        Tally.remove(self, job)
-
 
 J = TypeVar("J", bound=Pending)
 _Line = dict[int, OrderedDict[int, J]]  # of one client. Priority: seq: job; no queue is empty
@@ -143,7 +135,7 @@ class Waiting(Generic[J]):
 
     def __init__(self) -> None:
         # priority, at most 0: users in turn: clients in turn; none is empty
-        self._levels: dict[int, OrderedDict[bytes, OrderedDict[bytes, _Line[J]]]] = {}
+        self._levels: defaultdict[int, OrderedDict[bytes, OrderedDict[bytes, _Line[J]]]] = defaultdict(OrderedDict)
         self._jobs = 0
         self.payload_bytes = 0
 
@@ -159,7 +151,7 @@ class Waiting(Generic[J]):
 
     def put(self, job: J, first: bool = False) -> None:
         """Last of its client and priority; or first, and its client and user too: it was there before."""
-        level = self._levels.setdefault(min(job.priority, 0), OrderedDict())
+        level = self._levels[min(job.priority, 0)]
         clients = level.setdefault(job.user, OrderedDict())
         queue = clients.setdefault(job.client, {}).setdefault(job.priority, OrderedDict())
         queue[job.seq] = job
@@ -217,8 +209,8 @@ class Jobs:
     def __init__(self) -> None:
         self.waiting: Waiting[Job] = Waiting()
         self.suspects: deque[Job] = deque()
-        self._accounts: dict[bytes, Account] = {}
-        self._users: dict[bytes, Tally] = {}
+        self._accounts: defaultdict[bytes, Account] = defaultdict(Account)
+        self._users: defaultdict[bytes, Tally] = defaultdict(Tally)
         self._deadlines: list[tuple[float, int, Job]] = []
 
     def __iter__(self) -> Iterator[Job]:
@@ -258,8 +250,10 @@ class Jobs:
         self._users[job.user].end_lease(job)
 
     def add(self, job: Job) -> None:
-        self._accounts.setdefault(job.client, Account()).add(job)
-        self._users.setdefault(job.user, Tally()).add(job)
+        account = self._accounts[job.client]
+        account.jobs[job.name] = job
+        account.add(job)
+        self._users[job.user].add(job)
         heapq.heappush(self._deadlines, (job.deadline, job.seq, job))
         if len(self._deadlines) > 2 * len(self) + 64:  # answered jobs must not pile up behind a far deadline
             self._deadlines = [entry for entry in self._deadlines if not entry[2].answered]
@@ -274,6 +268,7 @@ class Jobs:
         account, user = self._accounts[job.client], self._users[job.user]
         if job.worker is not None:
             self.end_lease(job)
+        del account.jobs[job.name]
         account.remove(job)
         user.remove(job)
         if not account.count:

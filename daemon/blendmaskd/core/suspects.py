@@ -14,6 +14,7 @@ has its length and layout, and then the same bytes in a few places. While there 
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -110,12 +111,10 @@ class Suspects:
         size, read = _size(image, payload), self._reader(image, payload)
         if size not in self._sizes:
             return None
-        try:
-            if (size, _sample(size, read)) not in self._samples:
-                return None
-            return self._suspicions.get(_digest(size, read))
-        except RegionError:
-            return None
+        with contextlib.suppress(RegionError):
+            if (size, _sample(size, read)) in self._samples:
+                return self._suspicions.get(_digest(size, read))
+        return None
 
     def by_identity(self, identity: Identity) -> Suspicion | None:
         """What is remembered of the image that is known by this."""
@@ -124,10 +123,9 @@ class Suspects:
     def identify(self, image: Image, payload: Frames) -> Identity | None:
         """What to know this image by later; None: it cannot be read."""
         size, read = _size(image, payload), self._reader(image, payload)
-        try:
+        with contextlib.suppress(RegionError):
             return Identity(size, _sample(size, read), _digest(size, read))
-        except RegionError:
-            return None
+        return None
 
     def keep(self, suspicion: Suspicion, now: float) -> Suspicion:
         """Remember it for `KEEP_S` from now on; what there is of this image already is returned instead."""
