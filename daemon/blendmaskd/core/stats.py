@@ -14,9 +14,10 @@ import math
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any
+
+import msgspec
 
 from blendmaskd.core.health import ILL
 from blendmaskd.protocol import IDLE, STAGE_BOUNDS_S, STAGES, Report
@@ -37,14 +38,13 @@ SHOWN = (
 LONGEST_TEXT = 160  # of what is remembered of a failure: a snapshot is the header of one message
 
 
-@dataclass(slots=True)
-class DeviceStats:
+class DeviceStats(msgspec.Struct):
     """Counters of one device over all generations, and the window of its present worker."""
 
     images: int = 0
     busy_s: float = 0.0
-    idle_s: Counter[str] = field(default_factory=Counter)
-    window: deque[Report] = field(default_factory=deque)
+    idle_s: Counter[str] = msgspec.field(default_factory=Counter)
+    window: deque[Report] = msgspec.field(default_factory=deque)
 
     def add(self, report: Report) -> None:
         self.images += report.images
@@ -66,11 +66,10 @@ class DeviceStats:
         return images / span, min(busy / span, 1.0)
 
 
-@dataclass(slots=True)
-class Histogram:
+class Histogram(msgspec.Struct):
     """Seconds, counted by `STAGE_BOUNDS_S`; the last bucket is everything above."""
 
-    counts: list[int] = field(default_factory=lambda: [0] * (len(STAGE_BOUNDS_S) + 1))
+    counts: list[int] = msgspec.field(default_factory=lambda: [0] * (len(STAGE_BOUNDS_S) + 1))
     sum: float = 0.0
 
     def observe(self, seconds: float) -> None:
@@ -81,13 +80,12 @@ class Histogram:
         return {"buckets": list(accumulate(self.counts)), "count": sum(self.counts), "sum": self.sum}
 
 
-@dataclass(slots=True)
-class Second:
+class Second(msgspec.Struct):
     """The answers between two snapshots."""
 
     end: float = math.inf
-    totals: Counter[int] = field(default_factory=Counter)  # by the power of `RESOLUTION` that is just above
-    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds by stage
+    totals: Counter[int] = msgspec.field(default_factory=Counter)  # by the power of `RESOLUTION` that is just above
+    sums: defaultdict[str, float] = msgspec.field(default_factory=lambda: defaultdict(float))  # seconds by stage
 
 
 class Latency:

@@ -29,8 +29,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_DEVICE_BROKEN, EXIT_HOST_LACKS
 from blendmaskd.settings import Restarts
@@ -50,24 +51,21 @@ class State(Enum):
     ENDED = "ended"
 
 
-@dataclass(frozen=True, slots=True)
-class Spawn:
+class Spawn(msgspec.Struct, frozen=True):
     """Start a worker of this generation in this slot."""
 
     slot: str
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """Ask this worker to finish what it holds and exit."""
 
     slot: str
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Kill:
+class Kill(msgspec.Struct, frozen=True):
     """Send this signal to the worker's process."""
 
     slot: str
@@ -82,8 +80,7 @@ class InvalidTransition(RuntimeError):
     """An event that this state cannot have: a fault of ours."""
 
 
-@dataclass(slots=True)
-class Slot:
+class Slot(msgspec.Struct):
     """One configured device. `name` is the device's."""
 
     name: str

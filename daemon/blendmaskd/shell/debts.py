@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import msgspec
 import zmq
 
 MARK_BYTES = 64 << 10
@@ -29,13 +29,12 @@ class Mark(NamedTuple):
     tracker: zmq.MessageTracker
 
 
-@dataclass(slots=True)
-class Debt:
+class Debt(msgspec.Struct):
     """What one client has not read."""
 
     bytes: int = 0
     unmarked: int = 0  # of these
-    marks: deque[Mark] = field(default_factory=deque)
+    marks: deque[Mark] = msgspec.field(default_factory=deque)
 
 
 class Debts:

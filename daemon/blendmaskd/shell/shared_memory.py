@@ -25,10 +25,10 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import msgpack
+import msgspec
 
 from blendmaskd.core.regions import Memory
 from blendmaskd.protocol import MAGIC, RegionError
@@ -41,8 +41,7 @@ ACCEPT_AT_ONCE = 64
 LISTEN = select.EPOLLIN | select.EPOLLET  # when descriptors run out, the loop must not turn in circles
 
 
-@dataclass(slots=True, eq=False)
-class Peer:
+class Peer(msgspec.Struct, eq=False):
     """A client's connection, open as long as its region is."""
 
     socket: socket.socket
@@ -53,16 +52,14 @@ class Peer:
     region: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Offered:
+class Offered(msgspec.Struct, frozen=True):
     """A client hands over memory: `accept` or `refuse` it."""
 
     peer: Peer
     memory: Memory
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """The client of this region has closed it, or died."""
 
     region: str
