@@ -238,7 +238,7 @@ BUGS = [
     Bug(BROKER, "Broker.finished", drop("suspicion"),
         "a good image that was beside a poison one is given up at the next death, minutes later"),
     Bug(BROKER, "Broker._give_up_image", without("proven"), "a device that dies of everything is never given up"),
-    Bug(TURNS, "_elsewhere", without("_devices"), "a suspect is tried on the device that may be at fault"),
+    Bug(TURNS, "_elsewhere", without("known"), "a suspect is tried on the device that may be at fault"),
     Bug(SUSPECTS, "Suspects.keep", swap("now + KEEP_S", "now"),
         "what was given up is forgotten at once, and kills again"),
     Bug(SUSPECTS, "Suspects.keep", never("MOST"), "memory grows with every death"),

@@ -49,8 +49,7 @@ class Health:
 
     def describe(self, slot: str) -> dict[str, Any]:
         """The last reading as plain values; {} where there was none."""
-        found: dict[str, Any] = msgspec.to_builtins(self.readings[slot]) if slot in self.readings else {}
-        return found
+        return {**msgspec.to_builtins(self.readings[slot])} if slot in self.readings else {}
 
     def follow(self, now: float) -> list[Action]:
         """What follows, for one slot at a time; to be called after whatever happens to slots or readings."""

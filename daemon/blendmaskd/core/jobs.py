@@ -268,6 +268,10 @@ class Jobs:
         account, user = self._accounts[job.client], self._users[job.user]
         if job.worker is not None:
             self.end_lease(job)
+        elif job in self.suspects:
+            self.suspects.remove(job)
+        else:
+            self.waiting.take(job)
         del account.jobs[job.name]
         account.remove(job)
         user.remove(job)
@@ -276,12 +280,6 @@ class Jobs:
         if not user.count:
             del self._users[job.user]
         job.answered = True
-        if job.worker is not None:
-            return
-        if job in self.suspects:
-            self.suspects.remove(job)
-        else:
-            self.waiting.take(job)
 
     def pop_overdue(self, now: float) -> Job | None:
         """The next that is overdue. It must be answered."""

@@ -136,9 +136,7 @@ def affinity_conf(conf: str, device: str, cpus: Cpus, cpu_count: int) -> tuple[s
     return value, [f"{device}: cpu_affinity_conf {conf!r}: {warning}" for warning in warnings]
 
 
-def _own_variables(
-    device: str, basis: Basis, cpus: Cpus, base: Mapping[str, str]
-) -> tuple[dict[str, str], list[str]]:
+def _own_variables(device: str, basis: Basis, cpus: Cpus, base: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """The variables that the plan sets by itself, and warnings."""
     settings = basis.settings
     share = max(int(min(basis.quota / len(settings.devices), len(cpus))), 1)

@@ -1,5 +1,4 @@
-"""Metrics: a snapshot for Prometheus, and what it says of the daemon's health. Pure; `blendmaskd.shell.pages` serves
-both.
+"""Metrics: a snapshot for Prometheus, and health by the same. Pure; `blendmaskd.shell.pages` serves both.
 
 Every figure is the snapshot's; nothing is counted here. Health says `ok`, `degraded` (some devices are down),
 `draining` or why not, with the status line.

@@ -1,5 +1,4 @@
-"""Regions of shared memory: which are open, and what may become one. Pure; `blendmaskd.shell.shared_memory` does the
-rest.
+"""Regions of shared memory: which are open, what may be one. Pure; `blendmaskd.shell.shared_memory` does the rest.
 
 A region counts in full, although its pages take memory only when its client writes to them: the bound holds whatever
 the clients do. No process gets more than a share, and no user more than seven times what is left for others.

@@ -149,8 +149,8 @@ class Suspects:
         if identity is None or self._suspicions.get(identity.digest) is not suspicion:
             return
         del self._suspicions[identity.digest]
-        _less(self._sizes, identity.size)
-        _less(self._samples, (identity.size, identity.samples))
+        self._sizes -= Counter([identity.size])  # which leaves no zeros
+        self._samples -= Counter([(identity.size, identity.samples)])
 
     def _expire(self, now: float) -> None:
         while self._suspicions and (oldest := next(iter(self._suspicions.values()))).until <= now:
@@ -171,12 +171,6 @@ class Suspects:
         assert len(identities) == len(self._suspicions) <= MOST, "too much is remembered"
         times = [suspicion.until for suspicion in self._suspicions.values()]
         assert times == sorted(times), "what is to be forgotten first does not come first"
-
-
-def _less(counter: Counter[Any], key: Any) -> None:
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]
 
 
 def _size(image: Image, payload: Frames) -> _Size:

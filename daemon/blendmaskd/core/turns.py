@@ -92,9 +92,5 @@ def _several(whose: Iterable[object]) -> bool:
 def _elsewhere(suspects: Sequence[Job], workers: Sequence[Worker]) -> tuple[Job, Worker]:
     """The first suspect and a device that its image has not cost a worker yet; the first of all where there is none."""
     pairs = [(job, worker) for job in suspects for worker in workers]
-    return next((pair for pair in pairs if pair[1].device not in _devices(pair[0])), pairs[0])
-
-
-def _devices(job: Job) -> set[str]:
-    """On which workers died with its image."""
-    return job.suspicion.devices if job.suspicion else set()
+    known = {job: job.suspicion.devices if job.suspicion else set() for job in suspects}
+    return next((pair for pair in pairs if pair[1].device not in known[pair[0]]), pairs[0])

@@ -61,10 +61,8 @@ def follow_host(basis: Basis) -> Basis:
 def launch(plan: LaunchPlan, **popen: Any) -> subprocess.Popen[bytes]:
     """Start the planned process; it has its CPU set from before its first instruction.
 
-    A child inherits the affinity of the thread that starts it, so a thread of its own takes on the worker's CPUs.
-    Nothing runs between fork and exec: that would be unsafe once the daemon has threads, and setting the mask later
-    would miss the threads that a library makes as it is loaded. The calling thread's mask is never set: the kernel
-    would take that for a wish, and not widen it again with the cpuset. The starting thread lives as long as this
+    A child inherits the affinity of the thread that starts it, so a thread of its own takes on the worker's CPUs, and
+    no code runs between fork and exec (ARCHITECTURE.md: CPU sets by inheritance). That thread lives as long as this
     process, as a worker asks the kernel to end it with the thread that started it.
 
     Raises `HostError` when the CPUs are gone, OSError when the program cannot be started.

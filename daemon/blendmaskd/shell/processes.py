@@ -193,16 +193,14 @@ class Processes:
 
     def report_changes(self) -> bool:
         """A line for each slot whose state has changed; whether there is one."""
-        changed = False
-        for slot in self.supervisor.slots.values():
-            if self._reported.get(slot.name) == (slot.generation, slot.state):
-                continue
+        slots = self.supervisor.slots.values()
+        changed = [slot for slot in slots if self._reported.get(slot.name) != (slot.generation, slot.state)]
+        for slot in changed:
             self._reported[slot.name] = (slot.generation, slot.state)
-            changed = True
             level = logging.ERROR if slot.state in (State.BACKOFF, State.FAILED, State.RESTING) else logging.INFO
             reason = f": {slot.reason}" if slot.reason else ""
             log.log(level, "%s%s", slot.state.value, reason, extra=about(slot=identity(slot.name, slot.generation)))
-        return changed
+        return bool(changed)
 
     def describe(self, now: float) -> list[dict[str, Any]]:
         """What a snapshot shows of each slot; see `Stats.snapshot`."""

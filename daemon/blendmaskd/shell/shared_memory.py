@@ -30,7 +30,7 @@ from typing import Any
 import msgpack
 import msgspec
 
-from blendmaskd.core.regions import Memory
+from blendmaskd.core.regions import MOST_REGIONS, Memory
 from blendmaskd.protocol import MAGIC, RegionError
 
 MOST_UNANSWERED = 32  # connections; for one more, the oldest of them is closed
@@ -69,7 +69,7 @@ class SharedMemory:
     """Listens at `listen`'s paths. `fileno()` is readable when `receive` has something to tell."""
 
     def __init__(self) -> None:
-        self.most_regions = 256  # each is two descriptors
+        self.most_regions = MOST_REGIONS
         self._events = select.epoll()  # one descriptor for the daemon's poller, however many clients there are
         self._listeners: dict[int, socket.socket] = {}
         self._peers: dict[int, Peer] = {}
