@@ -137,8 +137,9 @@ class Spool:
                 self._next_expiry = now + EXPIRE_S
                 with contextlib.suppress(sqlite3.Error), self._commit(synchronous=False):
                     self._expire()
+            self._trouble = ""
             replies = self._carry_out(batch) if batch else []
-            self._trouble = self._removed() or (self._trouble if batch else "")
+            self._trouble = self._removed() or self._trouble
             self._replies.extend([self.usage, *replies])
             os.eventfd_write(self._wake, 1)
         self._db.close()
@@ -159,22 +160,13 @@ class Spool:
 
     def _carry_out(self, batch: Sequence[Request]) -> list[Reply]:
         """In one commit; if that fails, in one each, to see which it is."""
-        self._trouble = ""
         try:
             with self._commit(synchronous=any(isinstance(each, _FOR_THE_DISK) for each in batch)):
                 return [reply for each in batch for reply in self._do(each)]
         except _ERRORS as error:
             if len(batch) > 1:
-                return self._one_by_one(batch)
+                return [reply for each in batch for reply in self._carry_out([each])]
             return self._refuse(batch[0], str(error))
-
-    def _one_by_one(self, batch: Sequence[Request]) -> list[Reply]:
-        replies, troubles = [], []
-        for each in batch:
-            replies += self._carry_out([each])
-            troubles.append(self._trouble)
-        self._trouble = max(troubles)
-        return replies
 
     def _refuse(self, request: Request, reason: str) -> list[Reply]:
         match request:
