@@ -137,9 +137,7 @@ class SharedMemory:
     def _read(self, peer: Peer) -> Iterator[Offered | Ended]:
         if peer.region:  # it has said all that it may: it is gone, or breaks the rules
             yield Ended(peer.region)  # which may read from it a last time
-            self._drop(peer)
-            return
-        if self._is_full():
+        if peer.region or self._is_full():
             self._drop(peer)
             return
         try:
