@@ -93,21 +93,13 @@ class Tally(msgspec.Struct, eq=False):
     def waiting_bytes(self) -> int:
         return self.bytes - self.leased_bytes
 
-    def add(self, job: Job) -> None:
-        self.count += 1
-        self.bytes += job.payload_bytes
+    def add(self, job: Job, by: int = 1) -> None:
+        self.count += by
+        self.bytes += by * job.payload_bytes
 
-    def remove(self, job: Job) -> None:
-        self.count -= 1
-        self.bytes -= job.payload_bytes
-
-    def lease(self, job: Job) -> None:
-        self.leases += 1
-        self.leased_bytes += job.payload_bytes
-
-    def end_lease(self, job: Job) -> None:
-        self.leases -= 1
-        self.leased_bytes -= job.payload_bytes
+    def lease(self, job: Job, by: int = 1) -> None:
+        self.leases += by
+        self.leased_bytes += by * job.payload_bytes
 
     def check(self, jobs: Sequence[Job]) -> None:
         leased = [job for job in jobs if job.worker is not None]
@@ -246,8 +238,8 @@ class Jobs:
         self._users[job.user].lease(job)
 
     def end_lease(self, job: Job) -> None:
-        self._accounts[job.client].end_lease(job)
-        self._users[job.user].end_lease(job)
+        self._accounts[job.client].lease(job, -1)
+        self._users[job.user].lease(job, -1)
 
     def add(self, job: Job) -> None:
         account = self._accounts[job.client]
@@ -273,8 +265,8 @@ class Jobs:
         else:
             self.waiting.take(job)
         del account.jobs[job.name]
-        account.remove(job)
-        user.remove(job)
+        account.add(job, -1)
+        user.add(job, -1)
         if not account.count:
             del self._accounts[job.client]
         if not user.count:
