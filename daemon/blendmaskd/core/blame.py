@@ -40,8 +40,7 @@ class Blame:
         if not worker.alone:
             return False
         [lease] = worker.leases.values()
-        suspicion = self.suspicion(lease)
-        if suspicion is None:
+        if (suspicion := self.suspicion(lease)) is None:
             return False
         return suspicion.attempts > 0 or worker.served or suspicion.devices != {worker.device}
 

@@ -131,8 +131,7 @@ class Broker:
         return self._assign(now)
 
     def cancel(self, client: bytes, message: protocol.Cancel, now: float) -> list[Action]:
-        job = self.jobs.account(client).jobs.get(message.job)
-        if job is None:
+        if (job := self.jobs.account(client).jobs.get(message.job)) is None:
             return []
         return self._fail(job, Code.CANCELLED, "cancelled by its client") + self._assign(now)
 
@@ -358,11 +357,9 @@ class Broker:
         """Take an answered job out of wherever it is; its worker is told if it still has it."""
         self.jobs.remove(job)
         actions: list[Action] = []
-        if job.worker is not None:
-            lease = self._workers[job.worker].leases.get(job.lease)
-            if lease is not None:
-                lease.identity, lease.job = self._blame.identity(lease), None  # its worker may still die of it
-                actions.append(SendWorker(job.worker, protocol.Revoke(lease=job.lease)))
+        if job.worker is not None and (lease := self._workers[job.worker].leases.get(job.lease)):
+            lease.identity, lease.job = self._blame.identity(lease), None  # its worker may still die of it
+            actions.append(SendWorker(job.worker, protocol.Revoke(lease=job.lease)))
         job.payload = ()
         return actions
 

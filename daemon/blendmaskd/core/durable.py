@@ -104,8 +104,7 @@ class Durable:
         """Send the answer as soon as there is one."""
         if not self.max_bytes:
             return [SendClient(client, _off(message.job))]
-        job = self.jobs.by_name.get(message.job)
-        if job is None:
+        if (job := self.jobs.by_name.get(message.job)) is None:
             return self._look(client, message.job)
         if self._ended:
             return [SendClient(client, _ending(message.job))]
@@ -126,8 +125,7 @@ class Durable:
             return [SendClient(client, _busy(message.job, f"{erasures} jobs are being forgotten"))]
         self._erasures[client] += 1
         actions: list[Action] = []
-        job = self.jobs.by_name.get(message.job)
-        if job is not None:
+        if job := self.jobs.by_name.get(message.job):
             self.jobs.remove(job)
             if job.state is State.QUEUED:
                 actions += self._broker.withdraw(job.name, now)
@@ -202,8 +200,7 @@ class Durable:
                     del self._erasures[reply.client]
                 failed = _unwritten(reply.name, reply.reason) if reply.reason else None
                 return [SendClient(reply.client, failed or Forgotten(job=reply.name))]
-        job = self.jobs.by_seq.get(reply.seq)
-        if job is None:
+        if (job := self.jobs.by_seq.get(reply.seq)) is None:
             return []  # forgotten
         match reply:
             case spool.Kept():

@@ -121,8 +121,7 @@ class SnapshotCollector(Collector):
         for name, text, label, value in BY_CARD:
             family = GaugeMetricFamily(name, text, labels=[label])
             for device in self.snapshot["devices"]:
-                card = device.get("card") or {}
-                if card and (found := value(card)) is not None:
+                if (card := device.get("card")) and (found := value(card)) is not None:
                     family.add_metric([card["host_id"] if label == "id" else device["device"]], float(found))
             if family.samples:
                 yield family

@@ -66,10 +66,9 @@ class Refusals:
 
     def given_up(self, name: str, image: Image, payload: Frames, now: float) -> Failed | None:
         """Why this image is not tried any more: it was given up lately."""
-        suspicion = self._remembered.find(image, payload, now)
-        if suspicion is None or not suspicion.given_up:
-            return None
-        return refused(name, Code.WORKER_LOST, suspicion.reason(now))
+        if (suspicion := self._remembered.find(image, payload, now)) and suspicion.given_up:
+            return refused(name, Code.WORKER_LOST, suspicion.reason(now))
+        return None
 
     def refusal(self, job: Job, now: float) -> Failed | None:
         """Why this job is not accepted."""

@@ -86,8 +86,7 @@ class Regions:
 
     def complaint(self, place: Place) -> str | None:
         """Why an image cannot lie there; None: it can."""
-        region = self._regions.get(place.region)
-        if region is None:
+        if (region := self._regions.get(place.region)) is None:
             return f"region {place.region!r} does not exist, or has ended"
         if place.offset + place.bytes > region.bytes:
             return f"{place.bytes} bytes at {place.offset}: the region has {region.bytes}"

@@ -92,29 +92,27 @@ class Latency:
     """How long the answers of the last `window_s` took."""
 
     def __init__(self) -> None:
-        self._past: deque[Second] = deque()
-        self._present = Second()
+        self._seconds = deque([Second()])  # the last one is not over
 
     def add(self, timings: Mapping[str, float]) -> None:
         total = timings.get("total", 0.0)
-        self._present.totals[math.ceil(math.log(max(total, 1e-6), RESOLUTION))] += 1
-        sums = self._present.sums
+        present = self._seconds[-1]
+        present.totals[math.ceil(math.log(max(total, 1e-6), RESOLUTION))] += 1
         for stage, seconds in timings.items():
-            sums[stage] += seconds
+            present.sums[stage] += seconds
 
     def take(self, now: float, window_s: float) -> dict[str, Any]:
         """The window up to now; see `latency` in the module."""
-        self._present.end = now
-        self._past.append(self._present)
-        self._present = Second()
-        while self._past[0].end <= now - window_s:
-            self._past.popleft()
+        self._seconds[-1].end = now
+        while self._seconds[0].end <= now - window_s:
+            self._seconds.popleft()
         totals: Counter[int] = Counter()
         sums: defaultdict[str, float] = defaultdict(float)
-        for second in self._past:
+        for second in self._seconds:
             totals.update(second.totals)
             for stage, seconds in second.sums.items():
                 sums[stage] += seconds
+        self._seconds.append(Second())
         count = totals.total()
         ordered = sorted(totals.items())
         return {

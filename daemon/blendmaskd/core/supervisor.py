@@ -203,8 +203,7 @@ class Supervisor:
 
     def acquit(self, name: str) -> None:
         """An image was to blame for a death that was counted: it was found out on a later one."""
-        slot = self.slots.get(name)
-        if slot is not None and slot.state is not State.FAILED:
+        if (slot := self.slots.get(name)) and slot.state is not State.FAILED:
             slot.failures = max(slot.failures - 1, 0)
 
     def renew(self, devices: Iterable[str], restarts: Restarts, drain_s: float, now: float) -> list[Action]:

@@ -130,8 +130,7 @@ class Suspects:
     def keep(self, suspicion: Suspicion, now: float) -> Suspicion:
         """Remember it for `KEEP_S` from now on; what there is of this image already is returned instead."""
         self._expire(now)
-        identity = suspicion.identity
-        if identity is None:
+        if (identity := suspicion.identity) is None:
             return suspicion
         if identity.digest not in self._suspicions:
             self._suspicions[identity.digest] = suspicion
