@@ -320,6 +320,16 @@ def test_clients_that_come_and_go_cost_few_lines(daemon: Any, wait_until: Any) -
     assert running.log.count("\n") - before <= (CLIENTS_PER_S + 1) * (seconds + 2)
 
 
+def test_jobs_of_clients_that_submit_and_leave_at_once_wait_for_nobody(daemon: Any, wait_until: Any) -> None:
+    running = daemon(devices=["cpu:0"], timed={"latency_ms": {1: 2000}})
+    submit = message(*encode(Submit(job="x", image=Image(kind="raw", shape=(8, 8, 3)))), bytes(8 * 8 * 3))
+    for _ in range(300):
+        with connect(running.endpoint) as peer:
+            peer.sendall(submit)
+    wait_until(lambda: running.client.stats()["failures"].get("cancelled", 0) > 290)
+    assert running.client.stats()["queue"]["jobs"] < 10
+
+
 def evil_error(text: str) -> int:
     raise NoDaemonError(f"the server there says {text}")
 

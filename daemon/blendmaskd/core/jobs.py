@@ -114,6 +114,7 @@ class Account(Tally, eq=False):
     jobs: dict[str, Job] = {}
 
 
+NOTHING = Account()  # what nobody has: only to be read
 J = TypeVar("J", bound=Pending)
 _Line = dict[int, OrderedDict[int, J]]  # of one client. Priority: seq: job; no queue is empty
 
@@ -226,11 +227,11 @@ class Jobs:
 
     def account(self, client: bytes) -> Account:
         """What this client has here; an empty one is nowhere."""
-        return self._accounts.get(client) or Account()
+        return self._accounts.get(client, NOTHING)
 
     def of_user(self, user: bytes) -> Tally:
         """What all clients of this user have here."""
-        return self._users.get(user) or Tally()
+        return self._users.get(user, NOTHING)
 
     def lease(self, job: Job) -> None:
         """It is counted as leased from now on."""

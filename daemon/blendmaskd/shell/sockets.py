@@ -34,6 +34,7 @@ from blendmaskd.shell.shared_memory import SharedMemory
 
 LINGER_MS = 2000  # for the last answers on their way to their clients
 NOT_FOR_OTHERS = 0o007
+POLLIN = int(zmq.POLLIN)
 NOBLOCK = int(zmq.NOBLOCK)  # a flag that is no plain number costs as much as receiving a frame
 AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 WORKERS_SOCKET = "workers.sock"
@@ -250,7 +251,7 @@ class Clients:
                 return
             if self._unfinished:
                 self._read_away()
-            if self._unfinished or not int(self.router.get(zmq.EVENTS)) & zmq.POLLIN:
+            if self._unfinished or not int(self.router.get(zmq.EVENTS)) & POLLIN:
                 return
             frames = [self.router.recv(NOBLOCK, copy=False)]
             while frames[-1].more and len(frames) < MOST_FRAMES:
@@ -267,7 +268,7 @@ class Clients:
 def receive(router: zmq.Socket[bytes], most: int = MESSAGES_PER_TURN) -> Iterator[list[zmq.Frame]]:
     """The messages that are here, at most so many."""
     for _ in range(most):
-        if not int(router.get(zmq.EVENTS)) & zmq.POLLIN:  # a third of what an exception costs
+        if not int(router.get(zmq.EVENTS)) & POLLIN:  # a third of what an exception costs
             return
         frames = [router.recv(NOBLOCK, copy=False)]
         while frames[-1].more:  # the frame knows; `recv_multipart` asks the socket, which costs as much as receiving
