@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from blendmaskd.shell.admission.access import FROM_AFAR
 from blendmaskd.shell.admission.departures import Departures
-from blendmaskd.shell.admission.gate import Gate
+from blendmaskd.shell.admission.gate import FEW, Gate
 
 Connect = Callable[[bytes], zmq.Socket[bytes]]
 
@@ -46,7 +46,7 @@ class Daemon:
 
     def turn(self, wait_ms: int = 0) -> tuple[list[bytes], list[bytes]]:
         """Who left, and who said something."""
-        self.gate.receive(self.gate.sockets)
+        self.gate.receive(self.gate.sockets, behind=())
         left = self.departures.take()
         heard = []
         if self.router.poll(wait_ms):
@@ -309,6 +309,20 @@ def test_the_end_of_a_local_connection_may_be_told_when_a_remote_one_has_its_num
     assert departures.take() == [], "it may come back"
     assert departures.connection(remote) is None
     assert not departures.knows(remote)
+
+
+@pytest.mark.parametrize("transport", ["ipc"])
+def test_who_comes_and_goes_waits_for_messages_that_are_left(here) -> None:
+    strangers = [socket.socket(socket.AF_UNIX) for _ in range(FEW + 8)]
+    for stranger in strangers:
+        stranger.connect(here.endpoint.removeprefix("ipc://"))
+        assert stranger.recv(1), "ZeroMQ tells of a connection before it greets"
+    here.gate.receive(here.gate.sockets, behind=["ipc"])
+    assert here.gate.connections == FEW
+    here.gate.receive(here.gate.sockets, behind=[])
+    assert here.gate.connections == len(strangers)
+    for stranger in strangers:
+        stranger.close()
 
 
 ANOTHER = """

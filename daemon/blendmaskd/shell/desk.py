@@ -114,7 +114,8 @@ class Desk:
 
     def admit(self, readable: Container[object]) -> Decisions:
         """Who has left, and who may connect or not be here any more; to be called before clients are read."""
-        for client in self.admission.left(readable):
+        behind = [clients.kind for clients in self._sockets.clients if clients.behind]
+        for client in self.admission.left(readable, behind):
             if self.broker.jobs.has(client):
                 self._job_log.tell_of(client, logging.INFO, "a client has left: its jobs are cancelled")
             yield self._client_gone(client)

@@ -236,6 +236,7 @@ class Clients:
     def __init__(self, router: zmq.Socket[bytes], kind: str) -> None:
         self.router = router
         self.kind = kind
+        self.behind = False  # messages were left to be read
         self._prefix = FROM_AFAR if kind == "tcp" else b""
         self._unfinished = False
 
@@ -246,12 +247,16 @@ class Clients:
     def receive(self) -> Iterator[list[zmq.Frame]]:
         """Those that are here, a bounded number. The last frame of one that is too long says that there are `more`."""
         until = time.monotonic() + TURN_S
+        self.behind = True
         for _ in range(MESSAGES_PER_TURN):
             if time.monotonic() >= until:
                 return
             if self._unfinished:
                 self._read_away()
-            if self._unfinished or not int(self.router.get(zmq.EVENTS)) & POLLIN:
+            if self._unfinished:
+                return
+            if not int(self.router.get(zmq.EVENTS)) & POLLIN:
+                self.behind = False
                 return
             frames = [self.router.recv(NOBLOCK, copy=False)]
             while frames[-1].more and len(frames) < MOST_FRAMES:

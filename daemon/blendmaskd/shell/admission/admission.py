@@ -60,10 +60,10 @@ class Admission:
         """Whether it has said something, and is not known to have left."""
         return self._gate.departures.knows(client)
 
-    def left(self, readable: Container[object]) -> list[bytes]:
+    def left(self, readable: Container[object], behind: Container[str]) -> list[bytes]:
         """Answer who wants to connect, and say which clients have left; to be called in each turn, before any client
-        is heard. `readable`: those of `sockets` that can be read."""
-        self._gate.receive(readable)
+        is heard. See `Gate.receive`."""
+        self._gate.receive(readable, behind)
         return self._gate.departures.take()
 
     def next_look(self, now: float) -> float:

@@ -22,13 +22,12 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
 from zmq.utils import z85
-from zmq.utils.monitor import parse_monitor_message
 
 from blendmaskd.endpoints import parse_place, place
 from blendmaskd.keys import Pair
@@ -48,19 +47,17 @@ LOOK_S = 0.02  # between two looks at what those have sent who have not proved t
 STRANGER_BYTES = 64 << 10  # that they may send; a handshake has less than one
 WELCOMED_BYTES = 256  # of ours that they have: greeting and WELCOME are fewer; READY, for a proved key, is beyond
 _TCP_INFO = struct.Struct("=120xQQ")  # of linux/tcp.h: tcpi_bytes_acked, tcpi_bytes_received
-AT_ONCE = 256  # events and questions per turn
-POLLIN = int(zmq.POLLIN)
+AT_ONCE = 1024  # events and questions per turn: all that there are, mostly
+FEW = 32  # events, while there are messages to be read
+POLLIN, NOBLOCK = int(zmq.POLLIN), int(zmq.NOBLOCK)
 
-Event = zmq.Event
-_EVENTS = (
-    Event.ACCEPTED | Event.DISCONNECTED
-    | Event.HANDSHAKE_FAILED_NO_DETAIL | Event.HANDSHAKE_FAILED_PROTOCOL | Event.HANDSHAKE_FAILED_AUTH
-)  # fmt: skip
-_FAILURES = {
-    Event.HANDSHAKE_FAILED_NO_DETAIL: "sent nothing in time or disconnected",
-    Event.HANDSHAKE_FAILED_PROTOCOL: "did not use CURVE or had another server key",
-    Event.HANDSHAKE_FAILED_AUTH: "had a key that is not allowed",
+ACCEPTED, DISCONNECTED = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_DISCONNECTED)
+FAILURES = {
+    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): "sent nothing in time or disconnected",
+    int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "did not use CURVE or had another server key",
+    int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "had a key that is not allowed",
 }
+_EVENT = struct.Struct("=hi")  # zmq_socket_monitor(3): the event and its value, for all of these a descriptor
 
 
 @dataclass(slots=True)
@@ -139,10 +136,15 @@ class Gate:
     def connections(self) -> int:
         return sum(len(crowd.open) for crowd in self._crowds.values())
 
-    def receive(self, readable: Container[object]) -> None:
-        """Take in who came and went, and answer who may stay. `readable`: those of `sockets` that can be read."""
+    def receive(self, readable: Container[object], behind: Container[str]) -> None:
+        """Take in who came and went, and answer who may stay. `readable`: those of `sockets` that can be read.
+
+        `behind`: kinds of clients of which messages are left to be read. Those who come and go faster than that wait
+        then until their messages are read, as ZeroMQ's thread waits for us.
+        """
         kinds = [kind for kind, monitor in self._monitors.items() if monitor in readable]
-        if self._take_events(kinds):
+        known = [self._take_events(kind, FEW if kind in behind else AT_ONCE) for kind in kinds]
+        if all(known):
             self.departures.settle()
         if self._allowed is not None and self._zap in readable:
             self._answer_questions()
@@ -197,14 +199,14 @@ class Gate:
 
     def close(self, frame: zmq.Frame) -> None:
         """Close the connection that this frame came over, unless it has ended."""
-        self._take_events(self._monitors)  # its number may be another's by now
+        self._catch_up()  # its number may be another's by now
         with contextlib.suppress(zmq.ZMQError):  # of ZMTP 1 and 2 nothing is known
             self._close(int(frame.get(zmq.SRCFD)), str(frame.get("Peer-Address")))
 
     def cut_off(self, client: bytes) -> None:
         """Close the connection of a client that was there just now, unless it has ended."""
         connection = self.departures.connection(client)
-        self._take_events(self._monitors)
+        self._catch_up()
         if connection is not None and connection == self.departures.connection(client):
             self._close(connection[0])
 
@@ -229,29 +231,32 @@ class Gate:
         self.refused.clear()
         return line
 
-    def _take_events(self, kinds: Collection[str]) -> bool:
-        """Returns whether these are all."""
-        return sum(self._take_events_of(kind) for kind in kinds) == len(kinds)
+    def _catch_up(self) -> None:
+        for kind in self._monitors:
+            self._take_events(kind, AT_ONCE)
 
-    def _take_events_of(self, kind: str) -> bool:
+    def _take_events(self, kind: str, most: int) -> bool:
+        """Returns whether these are all."""
         monitor = self._monitors[kind]
-        for _ in range(AT_ONCE):
-            if not int(monitor.get(zmq.EVENTS)) & POLLIN:
+        for _ in range(most):
+            try:
+                event, descriptor = _EVENT.unpack(monitor.recv(NOBLOCK))
+            except zmq.Again:
                 return True
-            event = parse_monitor_message(monitor.recv_multipart())
-            self._on_event(Event(event["event"]), event["value"], kind)
+            monitor.recv(NOBLOCK)  # where it listens
+            self._on_event(event, descriptor, kind)
         return False
 
-    def _on_event(self, event: Event, value: int, kind: str) -> None:
-        if event is Event.ACCEPTED:
-            self._accepted(value, kind)
+    def _on_event(self, event: int, descriptor: int, kind: str) -> None:
+        if event == ACCEPTED:
+            self._accepted(descriptor, kind)
             if kind == "tcp" and self._allowed is not None:
-                self._strangers[value] = time.monotonic()
-        elif event is Event.DISCONNECTED:
-            self._forget(value, kind)
-            self.departures.ended(value, local=kind == "ipc")
+                self._strangers[descriptor] = time.monotonic()
+        elif event == DISCONNECTED:
+            self._forget(descriptor, kind)
+            self.departures.ended(descriptor, local=kind == "ipc")
         elif kind == "tcp":
-            self.refused[_FAILURES[event]] += 1
+            self.refused[FAILURES[event]] += 1
 
     def _accepted(self, descriptor: int, kind: str) -> None:
         crowd, local = self._crowds[kind], kind == "ipc"
@@ -340,7 +345,7 @@ def _peer_address(connection: socket.socket) -> str:
 def _monitor(context: zmq.Context[Any], router: zmq.Socket[bytes], kind: str) -> zmq.Socket[bytes]:
     """A socket that tells of a router's connections."""
     endpoint = f"inproc://{kind}.monitor"
-    router.monitor(endpoint, _EVENTS)
+    router.monitor(endpoint, ACCEPTED | DISCONNECTED | sum(FAILURES))
     monitor: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     monitor.set(zmq.RCVHWM, 1)  # with ZeroMQ's own thousand; at the mark its thread accepts nobody any more
     monitor.connect(endpoint)
