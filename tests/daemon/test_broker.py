@@ -120,7 +120,7 @@ def test_images_in_shared_memory_count_as_sent_ones_do(broker: Broker) -> None:
 
     assert submit_place("large", 501)["large"].code is Code.TOO_LARGE  # type: ignore[union-attr]
     assert submit_place("a", 500) == submit_place("b", 400) == {}
-    assert broker.waiting_bytes == 900
+    assert broker.jobs.waiting_bytes == 900
     assert submit_place("c", 200)["c"].code is Code.BUSY  # type: ignore[union-attr]
     broker.check()
 
@@ -129,7 +129,7 @@ def test_windows_fill_least_loaded_first_then_jobs_wait(broker: Broker) -> None:
     with_workers(broker, "npu:0.1", "npu:1.1")
     given = [worker for job in "abcdef" for worker, _ in leases(submit(broker, job))]
     assert given == ["npu:0.1", "npu:1.1", "npu:0.1", "npu:1.1"]
-    assert broker.waiting_jobs == 2
+    assert broker.jobs.waiting_jobs == 2
 
 
 def test_priority_first_then_arrival(broker: Broker) -> None:
@@ -404,7 +404,7 @@ def test_a_client_that_left_is_not_worked_for(broker: Broker) -> None:
     broker.check()
     dropped = [Dropped("leased", Code.CANCELLED), Dropped("waiting", Code.CANCELLED)]
     assert actions == [dropped[0], SendWorker("npu:0.1", Revoke(lease=lease)), dropped[1]]
-    assert broker.waiting_jobs == 1
+    assert broker.jobs.waiting_jobs == 1
 
 
 def test_a_dead_workers_jobs_go_to_the_other_in_their_order(broker: Broker) -> None:
@@ -735,4 +735,4 @@ def test_answered_jobs_do_not_pile_up_behind_far_deadlines(broker: Broker) -> No
     for number in range(1000):
         [(worker, lease)] = leases(submit(broker, f"{number}", deadline_s=86400.0))
         finish(broker, worker, lease)
-    assert len(broker._jobs._deadlines) < 100
+    assert len(broker.jobs._deadlines) < 100

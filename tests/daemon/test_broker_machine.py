@@ -259,7 +259,7 @@ class BrokerMachine(RuleBasedStateMachine):
         assert self.broker.unanswered == len(self.owed)
         assert all(self.mapped[worker] == self.regions for worker in self.held), "a worker has other regions"
         assert self.broker.leased == sum(map(len, self.held.values()))
-        assert self.broker.waiting_bytes <= LIMITS.max_bytes + 3 * 3 * LIMITS.max_image_bytes
+        assert self.broker.jobs.waiting_bytes <= LIMITS.max_bytes + 3 * 3 * LIMITS.max_image_bytes
 
     def teardown(self) -> None:
         """Whatever happened: with one good worker, everything that is owed is answered."""

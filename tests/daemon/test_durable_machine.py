@@ -220,7 +220,7 @@ class DurableMachine(RuleBasedStateMachine):
     @rule(client=CLIENTS, pick=index)
     def stop_waiting(self, client: bytes, pick: int) -> None:
         """A `fetch` that is still open becomes one that does not wait; one that is being looked up has its answer."""
-        job = self.durable._jobs.by_name.get(f"{pick % self.names + 1:032}")
+        job = self.durable.jobs.by_name.get(f"{pick % self.names + 1:032}")
         if job is not None and client in job.waiters:
             self.waiting[client].remove(job.name)
             self.submitting[client].add(job.name)
@@ -293,8 +293,8 @@ class DurableMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 5))
     def disk(self, count: int) -> None:
         for reply in self.spool.do(count):
-            if isinstance(reply, AnswerKept) and reply.seq in self.durable._jobs.by_seq:  # else it was forgotten
-                name = self.durable._jobs.by_seq[reply.seq].name
+            if isinstance(reply, AnswerKept) and reply.seq in self.durable.jobs.by_seq:  # else it was forgotten
+                name = self.durable.jobs.by_seq[reply.seq].name
                 self.runs[name] += 1
                 assert self.runs[name] == 1, "answered twice"
             self.carry_out(self.durable.replied(reply, self.now))
@@ -316,8 +316,8 @@ class DurableMachine(RuleBasedStateMachine):
     def holds(self) -> None:
         self.durable.check()
         self.broker.check()
-        queued = {job.name for job in self.durable._jobs if job.state is State.QUEUED}
-        assert queued == self.broker._jobs.account(DURABLE).jobs.keys(), "the broker has other jobs"
+        queued = {job.name for job in self.durable.jobs if job.state is State.QUEUED}
+        assert queued == self.broker.jobs.account(DURABLE).jobs.keys(), "the broker has other jobs"
         assert self.durable._looks == sum(isinstance(asked, Look) for asked in self.spool.asked)
         assert self.durable._erasures == Counter(each.client for each in self.spool.asked if isinstance(each, Erase))
         assert self.available or not self.broker.unanswered, "a job waits for no device"
@@ -330,11 +330,11 @@ class DurableMachine(RuleBasedStateMachine):
                 self.worker_dies(0)
             self.ready(window=2)
             self.finish_all()
-            assert not self.durable.unanswered
+            assert not self.durable.jobs
             usage = self.spool.usage
             self.the_daemon_dies()
             assert self.spool.usage == usage, "bytes or answers are miscounted"
-            assert not self.durable.unanswered, "an answer was not kept"
+            assert not self.durable.jobs, "an answer was not kept"
             self.finish_all()
             self.spool.die()
         finally:

@@ -18,8 +18,6 @@ from blendmaskd.core.suspects import Death, Identity, Suspects, Suspicion
 
 
 class Blame:
-    """Of the broker's jobs and leases."""
-
     def __init__(self, jobs: Jobs, remembered: Suspects) -> None:
         self.remembered = remembered
         self._jobs = jobs
@@ -42,8 +40,7 @@ class Blame:
         if not worker.alone:
             return False
         [lease] = worker.leases.values()
-        suspicion = self.suspicion(lease)
-        if suspicion is None:
+        if (suspicion := self.suspicion(lease)) is None:
             return False
         return suspicion.attempts > 0 or worker.served or suspicion.devices != {worker.device}
 
@@ -93,7 +90,6 @@ class Blame:
         return [job for job in self._jobs if job.suspicion is suspicion]
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         self.remembered.check()
         assert not any(job.suspicion and job.suspicion.given_up for job in self._jobs), "what is given up is tried"
         known = [self.remembered.known(job.image, job.payload) for job in self._jobs if not job.suspect]

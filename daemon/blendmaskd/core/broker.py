@@ -22,27 +22,16 @@ when there is room, owns their answers, hears of what it must not forget (`SendW
 back what ends here without an answer (`Returned`).
 
 Whatever ends a job, or refuses one, is one action, `Answered` or `Dropped`: who counts these has counted every outcome.
-
-No socket, clock, process, thread or logger belongs in here.
 """
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import msgspec
 
-from blendmaskd.core.actions import (
-    DURABLE,
-    Acquit,
-    Action,
-    Answered,
-    Dropped,
-    Evict,
-    Losses,
-    Returned,
-    SendWorker,
-    refused,
-)
+from blendmaskd import protocol
+from blendmaskd.core.actions import DURABLE, Acquit, Action, Answered, Dropped, Evict, Losses, Returned, SendWorker
 from blendmaskd.core.blame import Blame
 from blendmaskd.core.jobs import Job, Jobs, Step, What, job_of
 from blendmaskd.core.leases import HeldLease, Worker, held
@@ -50,20 +39,7 @@ from blendmaskd.core.refusals import NO_DEVICE, Limits, Refusals
 from blendmaskd.core.regions import Memory, Regions
 from blendmaskd.core.suspects import KEEP_S, Read, Suspects, Suspicion
 from blendmaskd.core.turns import Turns
-from blendmaskd.protocol import (
-    Cancel,
-    CloseRegion,
-    Code,
-    FailedLease,
-    Finished,
-    Frames,
-    Lease,
-    Result,
-    Revoke,
-    Started,
-    Stop,
-    Submit,
-)
+from blendmaskd.protocol import Code, Failed, Frames, Result, Submit
 
 DURABLE_DEADLINE_S = 86400.0
 
@@ -79,11 +55,11 @@ class Broker:
         self.tracing = False  # told by the shell: whether `steps` get every change of a job's state, or only failures
         self.steps: list[Step] = []  # until the shell takes them
         self._seq = itertools.count(1)
-        self._jobs = Jobs()
+        self.jobs = Jobs()
         self._workers: dict[str, Worker] = {}
-        self._blame = Blame(self._jobs, Suspects(read) if read else Suspects())
-        self._turns = Turns(self._jobs, self._workers, self._blame)
-        self.refusals = Refusals(limits, self._jobs, self._workers, self.regions, self._blame.remembered)
+        self._blame = Blame(self.jobs, Suspects(read) if read else Suspects())
+        self._turns = Turns(self.jobs, self._workers, self._blame)
+        self.refusals = Refusals(limits, self.jobs, self._workers, self.regions, self._blame.remembered)
 
     @property
     def limits(self) -> Limits:
@@ -92,16 +68,8 @@ class Broker:
     # -- what the shell may ask -------------------------------------------------------------------------------------
 
     @property
-    def waiting_jobs(self) -> int:
-        return self._jobs.waiting_jobs
-
-    @property
-    def waiting_bytes(self) -> int:
-        return self._jobs.waiting_bytes
-
-    @property
     def unanswered(self) -> int:
-        return len(self._jobs)
+        return len(self.jobs)
 
     @property
     def leased(self) -> int:
@@ -118,12 +86,11 @@ class Broker:
 
     def submit(self, client: bytes, message: Submit, payload: Frames, now: float, user: bytes = b"") -> list[Action]:
         """Accept a job, or answer at once why not. `user` runs the client; empty: nobody but it."""
-        if message.job in self._jobs.account(client).jobs:
+        if message.job in self.jobs.account(client).jobs:
             return []  # its one answer is still to come
         job = job_of(next(self._seq), client, message, payload, now, self.limits.deadline_s)
         job.user = user or client
-        refusal = self.refusals.refusal(job, now)
-        if refusal is not None:
+        if refusal := self.refusals.refusal(job, now):
             if self.tracing:
                 self._tell("refused", job, code=refusal.code, reason=refusal.reason)
             return [Answered(client, refusal)]
@@ -143,19 +110,19 @@ class Broker:
         self._add(job)
         self._blame.recognise()
         if job.suspicion and job.suspicion.given_up:
-            return self._answer_all(job.suspicion, job.suspicion.reason(now))
+            return self._fail_all(self._blame.jobs_with(job.suspicion), Code.WORKER_LOST, job.suspicion.reason(now))
         return self._assign(now)
 
     def withdraw(self, name: str, now: float) -> list[Action]:
         """A durable job that is here is not wanted any more."""
-        return self._remove(self._jobs.account(DURABLE).jobs[name]) + self._assign(now)
+        return self._remove(self.jobs.account(DURABLE).jobs[name]) + self._assign(now)
 
     @property
     def room(self) -> int:
         """How many more durable jobs it takes to keep the workers busy, without filling the queue with them."""
         wanted = min(2 * sum(w.window for w in self._workers.values() if not w.retiring), self.limits.max_jobs // 2)
         serving = self.refusals.available and not self.refusals.draining
-        return max(wanted - len(self._jobs.account(DURABLE).jobs), 0) if serving else 0
+        return max(wanted - len(self.jobs.account(DURABLE).jobs), 0) if serving else 0
 
     def forget_suspects(self, now: float) -> list[Action]:
         """What workers died with may go well by new settings and weights."""
@@ -163,30 +130,24 @@ class Broker:
             self._blame.clear(suspicion)
         return self._assign(now)
 
-    def cancel(self, client: bytes, message: Cancel, now: float) -> list[Action]:
-        job = self._jobs.account(client).jobs.get(message.job)
-        if job is None:
+    def cancel(self, client: bytes, message: protocol.Cancel, now: float) -> list[Action]:
+        if (job := self.jobs.account(client).jobs.get(message.job)) is None:
             return []
         return self._fail(job, Code.CANCELLED, "cancelled by its client") + self._assign(now)
 
     def client_gone(self, client: bytes, now: float) -> list[Action]:
         """Nobody waits for this client's jobs any more."""
         actions: list[Action] = []
-        for job in list(self._jobs.account(client).jobs.values()):
+        for job in list(self.jobs.account(client).jobs.values()):
             if self.tracing:
                 self._tell("dropped", job, code=Code.CANCELLED, reason="its client has left")
             actions += [Dropped(job.name, Code.CANCELLED), *self._remove(job)]
         return actions + self._assign(now)
 
-    def has_jobs(self, client: bytes) -> bool:
-        """Whether this client waits for an answer."""
-        return self._jobs.has(client)
-
     def shut_out(self, client: bytes, reason: str, now: float) -> list[Action]:
         """This client may not be here any more: its jobs end, and it is told so."""
-        jobs = list(self._jobs.account(client).jobs.values())
-        actions = [action for job in jobs for action in self._fail(job, Code.UNAUTHORISED, reason)]
-        return actions + self._assign(now)
+        jobs = list(self.jobs.account(client).jobs.values())
+        return self._fail_all(jobs, Code.UNAUTHORISED, reason) + self._assign(now)
 
     def open_region(self, name: str, memory: Memory) -> list[Action]:
         """Images may lie in this memory from now on. Raises `RegionError` when they may not."""
@@ -199,7 +160,7 @@ class Broker:
             if lease.job and lease.job.image.place and lease.job.image.place.region == name:
                 lease.identity = self._blame.identity(lease)  # while it can be had
         self.regions.remove(name)
-        return [SendWorker(worker, CloseRegion(region=name)) for worker in self._workers]
+        return [SendWorker(worker, protocol.CloseRegion(region=name)) for worker in self._workers]
 
     # -- workers ----------------------------------------------------------------------------------------------------
 
@@ -229,20 +190,19 @@ class Broker:
             worker.heard = min(worker.heard + seconds, now)
             worker.progress = min(worker.progress + seconds, now)
 
-    def started(self, worker: str, message: Started, now: float) -> list[Action]:
+    def started(self, worker: str, message: protocol.Started, now: float) -> list[Action]:
         holder = self._workers.get(worker)
         if holder is None:
             return []
         holder.progress = holder.heard = now
         for number in message.leases:
-            lease = holder.leases.get(number)
-            if lease is not None:
+            if lease := holder.leases.get(number):
                 if self.tracing and lease.job and not lease.started:  # a lone one may be told of twice
                     self._tell("started", lease.job)
                 lease.started = True
         return []
 
-    def finished(self, worker: str, message: Finished, payload: Frames, now: float) -> list[Action]:
+    def finished(self, worker: str, message: protocol.Finished, payload: Frames, now: float) -> list[Action]:
         lease = self._end_lease(worker, message.lease, now)
         if lease is None:
             return []
@@ -262,7 +222,7 @@ class Broker:
         self._remove(job)
         return [Answered(job.client, result, payload), *self._after_lease(worker, now)]
 
-    def failed(self, worker: str, message: FailedLease, now: float) -> list[Action]:
+    def failed(self, worker: str, message: protocol.FailedLease, now: float) -> list[Action]:
         lease = self._end_lease(worker, message.lease, now)
         answer = self._fail(lease.job, message.code, message.reason) if lease and lease.job else []
         return answer + self._after_lease(worker, now)
@@ -291,10 +251,10 @@ class Broker:
             if self.tracing:
                 self._tell("suspected", job, reason=reason)
             job.worker, job.lease = None, 0
-            self._jobs.end_lease(job)
+            self.jobs.end_lease(job)
             if job.client == DURABLE:
                 actions.append(Losses(job.name, job.attempts, job.losses))
-            self._jobs.suspects.appendleft(job)
+            self.jobs.suspects.appendleft(job)
         self._blame.recognise()
         for suspicion in suspicions:
             if suspicion.guilty(self.limits.max_attempts):
@@ -306,7 +266,7 @@ class Broker:
     def expire(self, now: float) -> list[Action]:
         """Answer what is overdue; name workers that hang."""
         actions: list[Action] = []
-        while (job := self._jobs.pop_overdue(now)) is not None:
+        while (job := self.jobs.pop_overdue(now)) is not None:
             where = "in the queue" if job.worker is None else f"on {self._workers[job.worker].device}"
             text = f"the deadline passed {job.deadline - job.accepted:g} s after it arrived, {where}"
             actions += self._fail(job, Code.TIMEOUT, text)
@@ -321,7 +281,7 @@ class Broker:
     def next_deadline(self) -> float | None:
         """When `expire` has something to do next."""
         times = [worker.stall_deadline(self.limits.stall_s) for worker in self._workers.values() if not worker.evicted]
-        due = self._jobs.next_deadline()
+        due = self.jobs.next_deadline()
         return min(times if due is None else [*times, due], default=None)
 
     def drain(self) -> None:
@@ -339,10 +299,8 @@ class Broker:
             return []
         return self._give_up(Code.UNAVAILABLE, NO_DEVICE)
 
-    # -- inside -----------------------------------------------------------------------------------------------------
-
     def _add(self, job: Job) -> None:
-        self._jobs.add(job)
+        self.jobs.add(job)
         if self.tracing:
             self._tell("accepted", job)
 
@@ -354,17 +312,13 @@ class Broker:
         acquitted = [death for death in suspicion.deaths if death.counts and suspicion.proven]
         for death in acquitted:
             death.counts = False
-        return [*(Acquit(death.device) for death in acquitted), *self._answer_all(suspicion, text)]
-
-    def _answer_all(self, suspicion: Suspicion, reason: str) -> list[Action]:
-        """All jobs with this image, wherever they are."""
-        jobs = self._blame.jobs_with(suspicion)
-        return [action for job in jobs for action in self._fail(job, Code.WORKER_LOST, reason)]
+        failed = self._fail_all(self._blame.jobs_with(suspicion), Code.WORKER_LOST, text)
+        return [*(Acquit(death.device) for death in acquitted), *failed]
 
     def _give_up(self, code: Code, reason: str) -> list[Action]:
         """Answer all that is here, but for what the spool has."""
         actions: list[Action] = []
-        for job in list(self._jobs):
+        for job in list(self.jobs):
             if job.client == DURABLE:
                 if self.tracing:
                     self._tell("dropped", job, reason="it stays in the spool")
@@ -385,27 +339,27 @@ class Broker:
         return ([] if holder is None else self._stop_if_empty(holder)) + self._assign(now)
 
     def _stop_if_empty(self, worker: Worker) -> list[Action]:
-        return [SendWorker(worker.name, Stop())] if worker.retiring and not worker.leases else []
+        return [SendWorker(worker.name, protocol.Stop())] if worker.retiring and not worker.leases else []
+
+    def _fail_all(self, jobs: Iterable[Job], code: Code, reason: str) -> list[Action]:
+        return [action for job in jobs for action in self._fail(job, code, reason)]
 
     def _fail(self, job: Job, code: Code, reason: str) -> list[Action]:
         self._tell("failed", job, code=code, reason=reason)
         retry = self.refusals.retry_after_s() if code.retryable else None
-        return [Answered(job.client, refused(job.name, code, reason, retry)), *self._remove(job)]
+        failed = Failed(job=job.name, code=code, reason=reason, retry_after_s=retry)
+        return [Answered(job.client, failed), *self._remove(job)]
 
     def _tell(self, what: What, job: Job, code: str = "", reason: str = "") -> None:
-        self.steps.append(
-            Step(what, job.name, job.client, job.accepted, job.worker or "", job.lease, code=code, reason=reason)
-        )
+        self.steps.append(Step(what, job.name, job.client, job.accepted, job.worker or "", job.lease, code, reason))
 
     def _remove(self, job: Job) -> list[Action]:
         """Take an answered job out of wherever it is; its worker is told if it still has it."""
-        self._jobs.remove(job)
+        self.jobs.remove(job)
         actions: list[Action] = []
-        if job.worker is not None:
-            lease = self._workers[job.worker].leases.get(job.lease)
-            if lease is not None:
-                lease.identity, lease.job = self._blame.identity(lease), None  # its worker may still die of it
-                actions.append(SendWorker(job.worker, Revoke(lease=job.lease)))
+        if job.worker is not None and (lease := self._workers[job.worker].leases.get(job.lease)):
+            lease.identity, lease.job = self._blame.identity(lease), None  # its worker may still die of it
+            actions.append(SendWorker(job.worker, protocol.Revoke(lease=job.lease)))
         job.payload = ()
         return actions
 
@@ -416,26 +370,25 @@ class Broker:
         number = next(self._seq)
         assert len(worker.leases) <= worker.window, "a window is overfull"
         ahead = self._turns.goes_ahead(job, worker)
-        self._jobs.lease(job)
+        self.jobs.lease(job)
         if not worker.leases:
             worker.progress = now
         worker.leases[number] = HeldLease(job, alone=job.suspect)
         job.worker, job.lease, job.leased_at = worker.name, number, now
         if self.tracing:
             self._tell("leased", job)
-        lease = Lease(
+        lease = protocol.Lease(
             lease=number, image=job.image, options=job.options, deadline=job.deadline, alone=job.suspect, ahead=ahead
         )
         return SendWorker(worker.name, lease, job.payload, job.name if job.client == DURABLE else "")
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
-        self._jobs.check()
+        self.jobs.check()
         self._blame.check()
         self._turns.check()
-        assert all(job.attempts < self.limits.max_attempts for job in self._jobs), "attempts are miscounted"
+        assert all(job.attempts < self.limits.max_attempts for job in self.jobs), "attempts are miscounted"
         leased = {lease.job for lease in held(self._workers.values()) if lease.job}
-        assert leased == {job for job in self._jobs if job.worker is not None}, "a leased job is nowhere"
+        assert leased == {job for job in self.jobs if job.worker is not None}, "a leased job is nowhere"
         for worker in self._workers.values():
             for number, lease in worker.leases.items():
                 assert lease.job is None or (lease.job.worker, lease.job.lease) == (worker.name, number)

@@ -16,8 +16,6 @@ answered   on its way into the spool with its answer, which its waiters get when
 What is answered and in the spool is nowhere here: the spool finds it by its name. So nothing that a client was told is
 ever only in memory, and what the daemon does not live to do is done by the next one. Owners take turns; none may take
 more of the spool, answers included, or of the way into it than `refusals.SHARE` times what it leaves.
-
-No socket, clock, process, thread, file or logger belongs in here.
 """
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ from blendmaskd.core import actions
 from blendmaskd.core import spool_messages as spool
 from blendmaskd.core.actions import DURABLE, Answered, Dropped, refused
 from blendmaskd.core.broker import Broker
-from blendmaskd.core.durable_jobs import Job, Jobs, Owned, State
+from blendmaskd.core.durable_jobs import Job, Jobs, Owned, State, job_of
 from blendmaskd.core.refusals import SHARE
 from blendmaskd.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit, ToClient
 
@@ -64,7 +62,7 @@ class Durable:
         self.usage = spool.Usage(answers=0, bytes=0)
         self._broker = broker
         self._seq = itertools.count(next_seq)
-        self._jobs = Jobs()
+        self.jobs = Jobs()
         self._looks = 0  # that the spool has
         self._erasures: Counter[bytes] = Counter()  # that the spool has, by client
         self._to_look: OrderedDict[bytes, deque[str]] = OrderedDict()  # names, by client in turn; none is empty
@@ -73,13 +71,9 @@ class Durable:
             self._take_up(each, now)
 
     @property
-    def unanswered(self) -> int:
-        return len(self._jobs)
-
-    @property
     def busy(self) -> bool:
         """Whether a job is on its way somewhere, so that ending now would cost work."""
-        return self._jobs.states.total() > self._jobs.states[State.SPOOLED] + self._jobs.states[State.LOADING]
+        return self.jobs.states.total() > self.jobs.states[State.SPOOLED] + self.jobs.states[State.LOADING]
 
     # -- clients ----------------------------------------------------------------------------------------------------
 
@@ -87,39 +81,37 @@ class Durable:
         self, client: bytes, message: Submit, size: int, payload: Callable[[], Frames], now: float
     ) -> list[Action]:
         """Accept a job when the spool has it, or answer at once why not. `payload` reads its image of `size` bytes."""
-        job = self._jobs.by_name.get(message.job)
+        job = self.jobs.by_name.get(message.job)
         if job is not None and job.state is not State.STORING:
             return [SendClient(client, Accepted(job=message.job))]
         if job is not None:
-            self._jobs.owe(job.submitters, client)
+            self.jobs.owe(job.submitters, client)
             return []
-        refusal = self._refusal(client, message, size)
-        if refusal is not None:
+        if refusal := self._refusal(client, message, size):
             return [Answered(client, refusal)]
         image = payload()
         if message.image.place:
             message = msgspec.structs.replace(message, image=msgspec.structs.replace(message.image, place=None))
-        given_up = self._broker.refusals.given_up(message.job, message.image, image, now)
-        if given_up is not None:
+        if given_up := self._broker.refusals.given_up(message.job, message.image, image, now):
             return [Answered(client, given_up)]
-        job = Job(next(self._seq), message.job, client, message.priority, size, now, State.STORING)
-        self._jobs.owe(job.submitters, client)
-        self._jobs.add(job)
-        return [spool.Store(_stored(job), message, image)]
+        stored = spool.Stored(next(self._seq), message.job, client, message.priority, size)
+        job = job_of(stored, now, State.STORING)
+        self.jobs.owe(job.submitters, client)
+        self.jobs.add(job)
+        return [spool.Store(stored, message, image)]
 
     def fetch(self, client: bytes, message: Fetch) -> list[Action]:
         """Send the answer as soon as there is one."""
         if not self.max_bytes:
             return [SendClient(client, _off(message.job))]
-        job = self._jobs.by_name.get(message.job)
-        if job is None:
+        if (job := self.jobs.by_name.get(message.job)) is None:
             return self._look(client, message.job)
         if self._ended:
             return [SendClient(client, _ending(message.job))]
         if message.wait:
-            self._jobs.owe(job.waiters, client)
+            self.jobs.owe(job.waiters, client)
         elif job.state is State.STORING:
-            self._jobs.owe(job.submitters, client)
+            self.jobs.owe(job.submitters, client)
         else:
             return [SendClient(client, Accepted(job=message.job))]
         return []
@@ -133,9 +125,8 @@ class Durable:
             return [SendClient(client, _busy(message.job, f"{erasures} jobs are being forgotten"))]
         self._erasures[client] += 1
         actions: list[Action] = []
-        job = self._jobs.by_name.get(message.job)
-        if job is not None:
-            self._jobs.remove(job)
+        if job := self.jobs.by_name.get(message.job):
+            self.jobs.remove(job)
             if job.state is State.QUEUED:
                 actions += self._broker.withdraw(job.name, now)
             actions += self._drop(job, refused(job.name, Code.CANCELLED, "it was forgotten"))
@@ -143,60 +134,53 @@ class Durable:
 
     def stop_waiting(self, client: bytes, message: Cancel) -> list[Action]:
         """This client waits for that job no longer: its `fetch` is answered as one that does not wait."""
-        job = self._jobs.by_name.get(message.job)
+        job = self.jobs.by_name.get(message.job)
         if job is None or client not in job.waiters:
             return []
-        self._jobs.settle(job.waiters, client)
+        self.jobs.settle(job.waiters, client)
         return self.fetch(client, Fetch(job=message.job, wait=False))
 
     def client_gone(self, client: bytes) -> None:
         """Nobody waits there any more; its jobs stay."""
         self._to_look.pop(client, None)
-        for job in self._jobs if self._jobs.owed(client) else ():
-            self._jobs.settle(job.waiters, client)
-            self._jobs.settle(job.submitters, client)
-
-    def waits(self, client: bytes) -> bool:
-        """Whether this client is owed something."""
-        return self._jobs.owed(client)
+        for job in self.jobs if self.jobs.owed(client) else ():
+            self.jobs.settle(job.waiters, client)
+            self.jobs.settle(job.submitters, client)
 
     # -- the broker -------------------------------------------------------------------------------------------------
 
     def feed(self) -> list[Action]:
         """Load what the broker has room for."""
         actions: list[Action] = []
-        while self._jobs.lined_up and self._jobs.states[State.LOADING] < self._broker.room:
-            job = self._jobs.next()
-            self._jobs.move(job, State.LOADING)
+        while self.jobs.lined_up and self.jobs.states[State.LOADING] < self._broker.room:
+            job = self.jobs.lined_up.next()
+            self.jobs.move(job, State.LOADING)
             actions.append(spool.Load(job.seq))
         return actions
 
     def leased(self, name: str) -> list[Action]:
         """A worker has it from now on: should the daemon die, it may have been the reason."""
-        job = self._jobs.by_name[name]
+        job = self.jobs.by_name[name]
         job.leased = True
         return [_mark(job)]
 
     def lost(self, name: str, attempts: int, losses: int) -> list[Action]:
         """A worker died with it."""
-        job = self._jobs.by_name[name]
+        job = self.jobs.by_name[name]
         job.attempts, job.losses, job.leased = attempts, losses, False
         return [_mark(job)]
 
     def returned(self, name: str) -> list[Action]:
         """The broker has it no more."""
-        job = self._jobs.by_name[name]
-        actions: list[Action] = []
-        if job.leased:
-            job.leased = False
-            actions = [_mark(job)]
-        self._jobs.line_up(job, first=True)
-        return actions
+        job = self.jobs.by_name[name]
+        self.jobs.line_up(job, first=True)
+        was_leased, job.leased = job.leased, False
+        return [_mark(job)] if was_leased else []
 
     def answered(self, answer: spool.Answer, payload: Frames) -> list[Action]:
         """A job has its answer."""
-        job = self._jobs.by_name[answer.job]
-        self._jobs.move(job, State.ANSWERED)
+        job = self.jobs.by_name[answer.job]
+        self.jobs.move(job, State.ANSWERED)
         job.answer = (answer, payload)
         return [spool.StoreAnswer(job.seq, answer, payload), *self.feed()]
 
@@ -214,20 +198,20 @@ class Durable:
                 self._erasures[reply.client] -= 1
                 if not self._erasures[reply.client]:
                     del self._erasures[reply.client]
-                return [SendClient(reply.client, _erased(reply))]
-        job = self._jobs.by_seq.get(reply.seq)
-        if job is None:
+                failed = _unwritten(reply.name, reply.reason) if reply.reason else None
+                return [SendClient(reply.client, failed or Forgotten(job=reply.name))]
+        if (job := self.jobs.by_seq.get(reply.seq)) is None:
             return []  # forgotten
         match reply:
             case spool.Kept():
-                self._jobs.line_up(job)
+                self.jobs.line_up(job)
                 return [*self._accept(job), *self.feed()]
             case spool.Known():
-                self._jobs.remove(job)
-                waiters = self._jobs.settle_all(job.waiters)
+                self.jobs.remove(job)
+                waiters = self.jobs.settle_all(job.waiters)
                 return [*self._accept(job), *(each for client in waiters for each in self._look(client, job.name))]
             case spool.NotKept():
-                self._jobs.remove(job)
+                self.jobs.remove(job)
                 return self._drop(job, _unwritten(job.name, reply.reason))
             case spool.Loaded():
                 return self._loaded(job, reply, now)
@@ -235,20 +219,16 @@ class Durable:
                 return self._not_loaded(job, reply.reason)
             case spool.AnswerKept():
                 assert job.answer is not None
-                self._jobs.remove(job)
-                return [SendClient(client, *job.answer) for client in self._jobs.settle_all(job.waiters)]
+                self.jobs.remove(job)
+                return [SendClient(client, *job.answer) for client in self.jobs.settle_all(job.waiters)]
 
     def end(self) -> list[Action]:
         """The daemon ends: what is left is done by the next one, and whoever waits is told so."""
         self._ended = True
-        actions: list[Action] = []
-        for job in self._jobs:
-            actions += [SendClient(client, _ending(job.name)) for client in self._jobs.settle_job(job)]
-        actions += [SendClient(client, _ending(name)) for client, names in self._to_look.items() for name in names]
+        owed = [(client, job.name) for job in self.jobs for client in self.jobs.settle_job(job)]
+        owed += [(client, name) for client, names in self._to_look.items() for name in names]
         self._to_look.clear()
-        return actions
-
-    # -- inside -----------------------------------------------------------------------------------------------------
+        return [SendClient(client, _ending(name)) for client, name in owed]
 
     def _take_up(self, stored: spool.Stored, now: float) -> None:
         """A job that an earlier daemon left. If a worker had it, that worker is lost, as the broker counts it."""
@@ -256,26 +236,25 @@ class Durable:
         if stored.leased:
             attempts += attempts > 0 or losses >= UNPROVEN_LOSSES
             losses += 1
-        job = Job(stored.seq, stored.name, stored.owner, stored.priority, stored.size, now, State.LOADING)
+        job = job_of(stored, now, State.LOADING)
         job.attempts, job.losses = attempts, losses
-        self._jobs.add(job)
-        self._jobs.line_up(job)
+        self.jobs.add(job)
+        self.jobs.line_up(job)
 
     def _refusal(self, client: bytes, message: Submit, size: int) -> Failed | None:
         if not self.max_bytes:
             return _off(message.job)
-        unfit = self._broker.refusals.unfit(message.job, message.image, size)
-        if unfit is not None:
+        if unfit := self._broker.refusals.unfit(message.job, message.image, size):
             return unfit
-        reason = self._shortage(size) or self._greed(client, self._jobs.owned(client), size)
+        reason = self._shortage(size) or self._greed(client, self.jobs.owned(client), size)
         return _busy(message.job, reason) if reason else None
 
     def _shortage(self, size: int) -> str:
         """What there is no room for; empty: nothing."""
-        storing, limits = self._jobs.states[State.STORING], self._broker.limits
-        if storing >= limits.max_jobs or (storing and self._jobs.storing_bytes + size > limits.max_bytes):
+        storing, limits = self.jobs.states[State.STORING], self._broker.limits
+        if storing >= limits.max_jobs or (storing and self.jobs.storing_bytes + size > limits.max_bytes):
             return f"{storing} jobs are being written to the spool"
-        used = self.usage.bytes + self._jobs.storing_bytes
+        used = self.usage.bytes + self.jobs.storing_bytes
         if used + size > self.max_bytes:
             return f"the spool holds {used} of {self.max_bytes} bytes (spool_bytes)"
         return ""
@@ -287,34 +266,34 @@ class Durable:
             return f"this client has {own.jobs} unanswered durable jobs, the maximum for one client"
         if own.bytes + size > limits.max_bytes_per_client:
             return f"this client has {own.bytes} unanswered bytes, the maximum is {limits.max_bytes_per_client}"
-        if own.storing >= SHARE * (limits.max_jobs - self._jobs.states[State.STORING]):
+        if own.storing >= SHARE * (limits.max_jobs - self.jobs.states[State.STORING]):
             on_the_way = f"{own.storing} jobs being written to the spool"
             return f"this client has {on_the_way}: the last places are reserved for others"
         stored = self.usage.owners.get(client, 0) + own.storing_bytes
-        if stored and stored + size > SHARE * (self.max_bytes - self.usage.bytes - self._jobs.storing_bytes - size):
+        if stored and stored + size > SHARE * (self.max_bytes - self.usage.bytes - self.jobs.storing_bytes - size):
             reserved = "the last ones are reserved for others; forget answers that you have"
             return f"this client has {stored} of {self.max_bytes} bytes (spool_bytes), answers included: {reserved}"
         return ""
 
     def _accept(self, job: Job) -> list[Action]:
-        return [SendClient(client, Accepted(job=job.name)) for client in self._jobs.settle_all(job.submitters)]
+        return [SendClient(client, Accepted(job=job.name)) for client in self.jobs.settle_all(job.submitters)]
 
     def _drop(self, job: Job, failed: Failed) -> list[Action]:
         """Tell whoever waits of a job that the spool does not have."""
-        return [Dropped(job.name, failed.code), *(SendClient(client, failed) for client in self._jobs.settle_job(job))]
+        return [Dropped(job.name, failed.code), *(SendClient(client, failed) for client in self.jobs.settle_job(job))]
 
     def _loaded(self, job: Job, loaded: spool.Loaded, now: float) -> list[Action]:
         if not self._broker.room:
-            self._jobs.line_up(job, first=True)
+            self.jobs.line_up(job, first=True)
             return []
-        self._jobs.move(job, State.QUEUED)
+        self.jobs.move(job, State.QUEUED)
         return [*self._broker.adopt(loaded.message, loaded.payload, job.accepted, now, job.attempts, job.losses)]
 
     def _not_loaded(self, job: Job, reason: str) -> list[Action]:
         """Behind the others, and tried again; in the end it is damaged rather than the disk's bad moment."""
         job.loads += 1
         if job.loads < MOST_LOADS:
-            self._jobs.line_up(job)
+            self.jobs.line_up(job)
             return []
         text = f"its image cannot be read from the spool: {reason}"
         return [Answered(DURABLE, refused(job.name, Code.UNAVAILABLE, text))]
@@ -348,18 +327,13 @@ class Durable:
         return [told, *self._look_on()]
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
-        self._jobs.check()
+        self.jobs.check()
         assert all(self._to_look.values()), "an empty line is kept"
         assert self._looks == LOOKS_AT_ONCE or not self._to_look, "an answer is not looked for"
 
 
 DISABLED = "durable jobs are disabled: set spool in the daemon's settings (spool: PATH)"
 UNKNOWN = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"
-
-
-def _stored(job: Job) -> spool.Stored:
-    return spool.Stored(seq=job.seq, name=job.name, owner=job.owner, priority=job.priority, size=job.size)
 
 
 def _mark(job: Job) -> spool.Mark:
@@ -376,10 +350,6 @@ def _busy(name: str, reason: str) -> Failed:
 
 def _ending(name: str) -> Failed:
     return refused(name, Code.DRAINING, "the daemon is stopping", RETRY_S)
-
-
-def _erased(erased: spool.Erased) -> Forgotten | Failed:
-    return _unwritten(erased.name, erased.reason) if erased.reason else Forgotten(job=erased.name)
 
 
 def _unwritten(name: str, reason: str) -> Failed:

@@ -49,17 +49,15 @@ class Health:
 
     def describe(self, slot: str) -> dict[str, Any]:
         """The last reading as plain values; {} where there was none."""
-        found: dict[str, Any] = msgspec.to_builtins(self.readings[slot]) if slot in self.readings else {}
-        return found
+        return {**msgspec.to_builtins(self.readings[slot])} if slot in self.readings else {}
 
     def follow(self, now: float) -> list[Action]:
         """What follows, for one slot at a time; to be called after whatever happens to slots or readings."""
         up = self._supervisor
         if up.draining:
             return []
-        resting = [slot for slot in up.listed if slot.state is State.RESTING]
-        for slot in resting:
-            if up.forlorn or not self._ill.get(slot.name, 0):
+        for slot in up.listed:
+            if slot.state is State.RESTING and (up.forlorn or not self._ill.get(slot.name, 0)):
                 return up.wake(slot.name, now)
         for slot in up.listed:
             if self._ill.get(slot.name, 0) >= READINGS and not slot.resting and self._others_serve(slot):

@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
@@ -14,22 +14,27 @@ from blendmaskd.protocol import Frames, Image, Options, Submit
 What = Literal["accepted", "refused", "leased", "started", "suspected", "answered", "failed", "dropped"]
 
 
-class Job(msgspec.Struct, eq=False):
-    """One image to segment, as long as it has no answer."""
+class Pending(msgspec.Struct, eq=False, kw_only=True):
+    """One image to segment, as long as it has no answer: what is known of it here and in the spool."""
 
     seq: int
     client: bytes
     user: bytes  # who runs the client
     name: str
-    image: Image
-    options: Options
-    payload: Frames
     payload_bytes: int  # of the image, wherever it is
     priority: int
     accepted: float
-    deadline: float
     attempts: int = 0  # times it was started on a worker that died
     losses: int = 0  # times it was leased to a worker that died
+
+
+class Job(Pending, eq=False, kw_only=True):
+    """One that waits for a worker here, or is leased."""
+
+    image: Image
+    options: Options
+    payload: Frames
+    deadline: float
     worker: str | None = None  # the holder of its lease
     lease: int = 0
     leased_at: float = 0.0
@@ -88,21 +93,13 @@ class Tally(msgspec.Struct, eq=False):
     def waiting_bytes(self) -> int:
         return self.bytes - self.leased_bytes
 
-    def add(self, job: Job) -> None:
-        self.count += 1
-        self.bytes += job.payload_bytes
+    def add(self, job: Job, by: int = 1) -> None:
+        self.count += by
+        self.bytes += by * job.payload_bytes
 
-    def remove(self, job: Job) -> None:
-        self.count -= 1
-        self.bytes -= job.payload_bytes
-
-    def lease(self, job: Job) -> None:
-        self.leases += 1
-        self.leased_bytes += job.payload_bytes
-
-    def end_lease(self, job: Job) -> None:
-        self.leases -= 1
-        self.leased_bytes -= job.payload_bytes
+    def lease(self, job: Job, by: int = 1) -> None:
+        self.leases += by
+        self.leased_bytes += by * job.payload_bytes
 
     def check(self, jobs: Sequence[Job]) -> None:
         leased = [job for job in jobs if job.worker is not None]
@@ -116,22 +113,14 @@ class Account(Tally, eq=False):
 
     jobs: dict[str, Job] = {}
 
-    def add(self, job: Job) -> None:
-        self.jobs[job.name] = job
-        Tally.add(self, job)
-
-    def remove(self, job: Job) -> None:
-        del self.jobs[job.name]
-        Tally.remove(self, job)
-
 
 NOTHING = Account()  # what nobody has: only to be read
+J = TypeVar("J", bound=Pending)
+_Line = dict[int, OrderedDict[int, J]]  # of one client. Priority: seq: job; no queue is empty
 
-_Line = dict[int, OrderedDict[int, Job]]  # of one client. Priority: seq: job; no queue is empty
 
-
-class Waiting:
-    """Jobs that wait for any worker: users take turns, and the clients of each, whatever these have waiting.
+class Waiting(Generic[J]):
+    """Jobs that wait, for a worker or in the spool: users take turns, and the clients of each, whatever those have.
 
     A client's own jobs go by priority and then by arrival. Only those below 0 know of others: they yield to every job
     of a higher priority, so a client can step back but not push in.
@@ -139,23 +128,23 @@ class Waiting:
 
     def __init__(self) -> None:
         # priority, at most 0: users in turn: clients in turn; none is empty
-        self._levels: dict[int, OrderedDict[bytes, OrderedDict[bytes, _Line]]] = {}
+        self._levels: defaultdict[int, OrderedDict[bytes, OrderedDict[bytes, _Line[J]]]] = defaultdict(OrderedDict)
         self._jobs = 0
         self.payload_bytes = 0
 
     def __len__(self) -> int:
         return self._jobs
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[J]:
         for level in self._levels.values():
             for clients in level.values():
                 for line in clients.values():
                     for queue in line.values():
                         yield from queue.values()
 
-    def put(self, job: Job, first: bool = False) -> None:
+    def put(self, job: J, first: bool = False) -> None:
         """Last of its client and priority; or first, and its client and user too: it was there before."""
-        level = self._levels.setdefault(min(job.priority, 0), OrderedDict())
+        level = self._levels[min(job.priority, 0)]
         clients = level.setdefault(job.user, OrderedDict())
         queue = clients.setdefault(job.client, {}).setdefault(job.priority, OrderedDict())
         queue[job.seq] = job
@@ -166,7 +155,7 @@ class Waiting:
         self._jobs += 1
         self.payload_bytes += job.payload_bytes
 
-    def next(self) -> Job:
+    def next(self) -> J:
         """Take out the job whose turn it is; its user's next turn comes after all others', and so does its client's."""
         level = self._levels[max(self._levels)]
         user, clients = next(iter(level.items()))
@@ -178,7 +167,7 @@ class Waiting:
             level.move_to_end(user)
         return job
 
-    def take(self, job: Job) -> Job:
+    def take(self, job: J) -> J:
         """Out of here, from wherever it stands."""
         level = self._levels[min(job.priority, 0)]
         clients = level[job.user]
@@ -211,10 +200,10 @@ class Jobs:
     """All that have no answer: whose they are, where those without a worker wait, and when each is overdue."""
 
     def __init__(self) -> None:
-        self.waiting = Waiting()
+        self.waiting: Waiting[Job] = Waiting()
         self.suspects: deque[Job] = deque()
-        self._accounts: dict[bytes, Account] = {}
-        self._users: dict[bytes, Tally] = {}
+        self._accounts: defaultdict[bytes, Account] = defaultdict(Account)
+        self._users: defaultdict[bytes, Tally] = defaultdict(Tally)
         self._deadlines: list[tuple[float, int, Job]] = []
 
     def __iter__(self) -> Iterator[Job]:
@@ -250,12 +239,14 @@ class Jobs:
         self._users[job.user].lease(job)
 
     def end_lease(self, job: Job) -> None:
-        self._accounts[job.client].end_lease(job)
-        self._users[job.user].end_lease(job)
+        self._accounts[job.client].lease(job, -1)
+        self._users[job.user].lease(job, -1)
 
     def add(self, job: Job) -> None:
-        self._accounts.setdefault(job.client, Account()).add(job)
-        self._users.setdefault(job.user, Tally()).add(job)
+        account = self._accounts[job.client]
+        account.jobs[job.name] = job
+        account.add(job)
+        self._users[job.user].add(job)
         heapq.heappush(self._deadlines, (job.deadline, job.seq, job))
         if len(self._deadlines) > 2 * len(self) + 64:  # answered jobs must not pile up behind a far deadline
             self._deadlines = [entry for entry in self._deadlines if not entry[2].answered]
@@ -270,19 +261,18 @@ class Jobs:
         account, user = self._accounts[job.client], self._users[job.user]
         if job.worker is not None:
             self.end_lease(job)
-        account.remove(job)
-        user.remove(job)
+        elif job in self.suspects:
+            self.suspects.remove(job)
+        else:
+            self.waiting.take(job)
+        del account.jobs[job.name]
+        account.add(job, -1)
+        user.add(job, -1)
         if not account.count:
             del self._accounts[job.client]
         if not user.count:
             del self._users[job.user]
         job.answered = True
-        if job.worker is not None:
-            return
-        if job in self.suspects:
-            self.suspects.remove(job)
-        else:
-            self.waiting.take(job)
 
     def pop_overdue(self, now: float) -> Job | None:
         """The next that is overdue. It must be answered."""
@@ -295,7 +285,6 @@ class Jobs:
         return self._deadlines[0][0] if self._deadlines else None
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         self.waiting.check()
         leased = [job for job in self if job.worker is not None]
         everywhere = [*self.waiting, *self.suspects, *leased]

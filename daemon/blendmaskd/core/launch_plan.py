@@ -91,9 +91,7 @@ def plan(
         preload=preload.path,
         env=dict(sorted(own.items())),
     )
-    assignment = Assignment(
-        device, LOCAL[_kind(device)], generation, endpoint, token, os.getpid(), settings, wanted
-    )
+    assignment = Assignment(device, LOCAL[_kind(device)], generation, endpoint, token, os.getpid(), settings, wanted)
     inherited = {name: value for name, value in base_environment.items() if name not in NOT_INHERITED}
     if "PYTHONPATH" in inherited:  # an empty entry, as set_env.sh leaves one, is the working directory
         inherited["PYTHONPATH"] = ":".join(filter(None, inherited["PYTHONPATH"].split(":")))
@@ -138,9 +136,7 @@ def affinity_conf(conf: str, device: str, cpus: Cpus, cpu_count: int) -> tuple[s
     return value, [f"{device}: cpu_affinity_conf {conf!r}: {warning}" for warning in warnings]
 
 
-def _own_variables(
-    device: str, basis: Basis, cpus: Cpus, base: Mapping[str, str]
-) -> tuple[dict[str, str], list[str]]:
+def _own_variables(device: str, basis: Basis, cpus: Cpus, base: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """The variables that the plan sets by itself, and warnings."""
     settings = basis.settings
     share = max(int(min(basis.quota / len(settings.devices), len(cpus))), 1)
@@ -214,8 +210,7 @@ def _with_preload(
     if "LD_PRELOAD" in worker_env:
         return Preload(None, "worker_env sets LD_PRELOAD"), {}
     present = [entry for entry in re.split(r"[:\s]+", base.get("LD_PRELOAD", "")) if entry]
-    other = next((entry for entry in present if re.search("malloc", entry)), None)
-    if other:
+    if other := next((entry for entry in present if "malloc" in entry), None):
         return Preload(None, f"LD_PRELOAD already names {other}"), {}
     if preload.path is None:
         return preload, {}

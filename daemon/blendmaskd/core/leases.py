@@ -50,6 +50,5 @@ class Worker(msgspec.Struct, eq=False):
 
 
 def held(workers: Iterable[Worker]) -> Iterator[HeldLease]:
-    """All their leases."""
     for worker in workers:
         yield from worker.leases.values()

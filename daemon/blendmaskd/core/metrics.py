@@ -1,5 +1,4 @@
-"""Metrics: a snapshot for Prometheus, and what it says of the daemon's health. Pure; `blendmaskd.shell.pages` serves
-both.
+"""Metrics: a snapshot for Prometheus, and health by the same. Pure; `blendmaskd.shell.pages` serves both.
 
 Every figure is the snapshot's; nothing is counted here. Health says `ok`, `degraded` (some devices are down),
 `draining` or why not, with the status line.
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -122,8 +121,7 @@ class SnapshotCollector(Collector):
         for name, text, label, value in BY_CARD:
             family = GaugeMetricFamily(name, text, labels=[label])
             for device in self.snapshot["devices"]:
-                card = device.get("card") or {}
-                if card and (found := value(card)) is not None:
+                if (card := device.get("card")) and (found := value(card)) is not None:
                     family.add_metric([card["host_id"] if label == "id" else device["device"]], float(found))
             if family.samples:
                 yield family
@@ -139,10 +137,7 @@ class SnapshotCollector(Collector):
 
 def render(snapshot: Snapshot) -> bytes:
     """The snapshot in Prometheus' text format."""
-    registry = CollectorRegistry()
-    registry.register(SnapshotCollector(snapshot))
-    text: bytes = generate_latest(registry)
-    return text
+    return generate_latest(SnapshotCollector(snapshot))
 
 
 def health(snapshot: Snapshot, age_s: float) -> tuple[HTTPStatus, HTTPStatus, str]:

@@ -1,7 +1,6 @@
 """Which jobs are refused, and why: bounds, given-up images, no device, too much for one client. Pure."""
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 
@@ -59,8 +58,7 @@ class Refusals:
             return refused(name, Code.TOO_LARGE, f"{size} bytes, the limit is {self.limits.max_image_bytes}")
         if image.kind == "path" and not self.limits.paths_allowed:
             return refused(name, Code.BAD_REQUEST, "images by path are disabled: paths.roots is not set")
-        complaint = self._regions.complaint(image.place) if image.place else None
-        if complaint:
+        if image.place and (complaint := self._regions.complaint(image.place)):
             return refused(name, Code.BAD_REQUEST, complaint)
         if self.draining:
             return refused(name, Code.DRAINING, "the daemon is stopping", LONGEST_RETRY_S)
@@ -68,29 +66,26 @@ class Refusals:
 
     def given_up(self, name: str, image: Image, payload: Frames, now: float) -> Failed | None:
         """Why this image is not tried any more: it was given up lately."""
-        suspicion = self._remembered.find(image, payload, now)
-        if suspicion is None or not suspicion.given_up:
-            return None
-        return refused(name, Code.WORKER_LOST, suspicion.reason(now))
+        if (suspicion := self._remembered.find(image, payload, now)) and suspicion.given_up:
+            return refused(name, Code.WORKER_LOST, suspicion.reason(now))
+        return None
 
     def refusal(self, job: Job, now: float) -> Failed | None:
         """Why this job is not accepted."""
-        refuse = functools.partial(refused, job.name)
         size = job.payload_bytes
-        unfit = self.unfit(job.name, job.image, size)
-        if unfit:
+        if unfit := self.unfit(job.name, job.image, size):
             return unfit
         job.suspicion = self._remembered.find(job.image, job.payload, now)
         if job.suspicion and job.suspicion.given_up:
-            return refuse(Code.WORKER_LOST, job.suspicion.reason(now))
+            return refused(job.name, Code.WORKER_LOST, job.suspicion.reason(now))
         if not self.available:
-            return refuse(Code.UNAVAILABLE, NO_DEVICE, LONGEST_RETRY_S)
+            return refused(job.name, Code.UNAVAILABLE, NO_DEVICE, LONGEST_RETRY_S)
         if self._jobs.waiting_jobs >= self.limits.max_jobs:
-            return refuse(Code.BUSY, f"{self._jobs.waiting_jobs} jobs are waiting", self.retry_after_s())
+            return refused(job.name, Code.BUSY, f"{self._jobs.waiting_jobs} jobs are waiting", self.retry_after_s())
         if self._jobs.waiting_bytes + size > self.limits.max_bytes:
-            return refuse(Code.BUSY, f"{self._jobs.waiting_bytes} bytes are waiting", self.retry_after_s())
+            return refused(job.name, Code.BUSY, f"{self._jobs.waiting_bytes} bytes are waiting", self.retry_after_s())
         greed = self._greed(job)
-        return refuse(Code.BUSY, greed, self.retry_after_s()) if greed else None
+        return refused(job.name, Code.BUSY, greed, self.retry_after_s()) if greed else None
 
     def _greed(self, job: Job) -> str:
         """What of its client's, or of its user's clients', is too much for one; empty: nothing."""

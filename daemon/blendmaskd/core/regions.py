@@ -1,5 +1,4 @@
-"""Regions of shared memory: which are open, and what may become one. Pure; `blendmaskd.shell.shared_memory` does the
-rest.
+"""Regions of shared memory: which are open, what may be one. Pure; `blendmaskd.shell.shared_memory` does the rest.
 
 A region counts in full, although its pages take memory only when its client writes to them: the bound holds whatever
 the clients do. No process gets more than a share, and no user more than seven times what is left for others.
@@ -87,8 +86,7 @@ class Regions:
 
     def complaint(self, place: Place) -> str | None:
         """Why an image cannot lie there; None: it can."""
-        region = self._regions.get(place.region)
-        if region is None:
+        if (region := self._regions.get(place.region)) is None:
             return f"region {place.region!r} does not exist, or has ended"
         if place.offset + place.bytes > region.bytes:
             return f"{place.bytes} bytes at {place.offset}: the region has {region.bytes}"

@@ -11,7 +11,8 @@ The first start is reported like a reload: once, when no slot is on its first wa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+
+import msgspec
 
 from blendmaskd.core import supervisor
 from blendmaskd.core.launch_plan import Basis
@@ -22,35 +23,30 @@ NEEDS_RESTART = ("endpoints", "curve", "insecure_tcp", "spool")
 MOVING = (State.STARTING, State.STOPPING, State.BACKOFF)  # BACKOFF: perhaps what is new does not work
 
 
-@dataclass(frozen=True, slots=True)
-class StopCheck:
+class StopCheck(msgspec.Struct, frozen=True):
     """Kill the process that tries the candidate."""
 
     why: str  # for people; empty: nothing is wrong with it
 
 
-@dataclass(frozen=True, slots=True)
-class Adopt:
+class Adopt(msgspec.Struct, frozen=True):
     """Go by this from now on, but for workers that run."""
 
     basis: Basis
     undone: str = ""  # why the settings before it could not stay
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(msgspec.Struct, frozen=True):
     """Report that the daemon serves by the current settings."""
 
 
-@dataclass(frozen=True, slots=True)
-class Over:
+class Over(msgspec.Struct, frozen=True):
     """Report that a reload has ended, and how."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class GiveUp:
+class GiveUp(msgspec.Struct, frozen=True):
     """End: nothing has ever served, and nothing can."""
 
 
@@ -138,8 +134,6 @@ class Reload:
             actions += self._supervisor.replace(older[0].name, now)
         return actions + self._report()
 
-    # -- inside -----------------------------------------------------------------------------------------------------
-
     def _older(self) -> list[Slot]:
         """Slots whose worker serves by other settings than `basis`, and is to be replaced."""
         slots = self._supervisor.slots.values() if self._replacing else ()
@@ -166,7 +160,6 @@ class Reload:
         return [Over(text) if self._served else GiveUp()]
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         assert (self.candidate is not None) or self._check_deadline == math.inf, self._check_deadline
         assert self._replacing or self.draining or not self.trying, "tried, and never replaced"
         assert not (self._replacing and self.draining)

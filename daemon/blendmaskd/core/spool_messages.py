@@ -24,9 +24,6 @@ class Stored(msgspec.Struct, frozen=True):
     leased: bool = False
 
 
-# -- to the spool -----------------------------------------------------------------------------------------------------
-
-
 class Store(msgspec.Struct, frozen=True):
     """Keep a new job; `Kept`, `Known` or `NotKept` follows."""
 
@@ -73,9 +70,6 @@ class Erase(msgspec.Struct, frozen=True):
 
 
 Request = Store | Load | Mark | StoreAnswer | Look | Erase
-
-
-# -- from the spool ---------------------------------------------------------------------------------------------------
 
 
 class Kept(msgspec.Struct, frozen=True):

@@ -14,9 +14,10 @@ import math
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
+
+import msgspec
 
 from blendmaskd.core.health import ILL
 from blendmaskd.protocol import IDLE, STAGE_BOUNDS_S, STAGES, Report
@@ -37,14 +38,13 @@ SHOWN = (
 LONGEST_TEXT = 160  # of what is remembered of a failure: a snapshot is the header of one message
 
 
-@dataclass(slots=True)
-class DeviceStats:
+class DeviceStats(msgspec.Struct):
     """Counters of one device over all generations, and the window of its present worker."""
 
     images: int = 0
     busy_s: float = 0.0
-    idle_s: Counter[str] = field(default_factory=Counter)
-    window: deque[Report] = field(default_factory=deque)
+    idle_s: Counter[str] = msgspec.field(default_factory=Counter)
+    window: deque[Report] = msgspec.field(default_factory=deque)
 
     def add(self, report: Report) -> None:
         self.images += report.images
@@ -66,11 +66,10 @@ class DeviceStats:
         return images / span, min(busy / span, 1.0)
 
 
-@dataclass(slots=True)
-class Histogram:
+class Histogram(msgspec.Struct):
     """Seconds, counted by `STAGE_BOUNDS_S`; the last bucket is everything above."""
 
-    counts: list[int] = field(default_factory=lambda: [0] * (len(STAGE_BOUNDS_S) + 1))
+    counts: list[int] = msgspec.field(default_factory=lambda: [0] * (len(STAGE_BOUNDS_S) + 1))
     sum: float = 0.0
 
     def observe(self, seconds: float) -> None:
@@ -81,42 +80,39 @@ class Histogram:
         return {"buckets": list(accumulate(self.counts)), "count": sum(self.counts), "sum": self.sum}
 
 
-@dataclass(slots=True)
-class Second:
+class Second(msgspec.Struct):
     """The answers between two snapshots."""
 
     end: float = math.inf
-    totals: Counter[int] = field(default_factory=Counter)  # by the power of `RESOLUTION` that is just above
-    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds by stage
+    totals: Counter[int] = msgspec.field(default_factory=Counter)  # by the power of `RESOLUTION` that is just above
+    sums: defaultdict[str, float] = msgspec.field(default_factory=lambda: defaultdict(float))  # seconds by stage
 
 
 class Latency:
     """How long the answers of the last `window_s` took."""
 
     def __init__(self) -> None:
-        self._past: deque[Second] = deque()
-        self._present = Second()
+        self._seconds = deque([Second()])  # the last one is not over
 
     def add(self, timings: Mapping[str, float]) -> None:
         total = timings.get("total", 0.0)
-        self._present.totals[math.ceil(math.log(max(total, 1e-6), RESOLUTION))] += 1
-        sums = self._present.sums
+        present = self._seconds[-1]
+        present.totals[math.ceil(math.log(max(total, 1e-6), RESOLUTION))] += 1
         for stage, seconds in timings.items():
-            sums[stage] += seconds
+            present.sums[stage] += seconds
 
     def take(self, now: float, window_s: float) -> dict[str, Any]:
         """The window up to now; see `latency` in the module."""
-        self._present.end = now
-        self._past.append(self._present)
-        self._present = Second()
-        while self._past[0].end <= now - window_s:
-            self._past.popleft()
+        self._seconds[-1].end = now
+        while self._seconds[0].end <= now - window_s:
+            self._seconds.popleft()
         totals: Counter[int] = Counter()
         sums: defaultdict[str, float] = defaultdict(float)
-        for second in self._past:
+        for second in self._seconds:
             totals.update(second.totals)
             for stage, seconds in second.sums.items():
                 sums[stage] += seconds
+        self._seconds.append(Second())
         count = totals.total()
         ordered = sorted(totals.items())
         return {
@@ -137,8 +133,6 @@ def _quantile(ordered: Iterable[tuple[int, int]], rank: float) -> float | None:
 
 
 class Stats:
-    """See the module."""
-
     def __init__(self, window_s: float) -> None:
         self.window_s = window_s
         self._seq = 0
@@ -212,12 +206,7 @@ class Stats:
 
     def _recent_failures(self, client: bytes | None) -> list[dict[str, Any]]:
         """Of this client; None: of all."""
-        kept = [
-            failure
-            for failures in self._recent.values()
-            for owner, failure in failures
-            if client in (None, owner)
-        ]
+        kept = [failure for owner, failure in chain(*self._recent.values()) if client in (None, owner)]
         return sorted(kept, key=lambda failure: -failure["time"])[:FAILURES]
 
     def _device(self, device: str, now: float) -> dict[str, Any]:

@@ -29,8 +29,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from blendmaskd.assignment import EXIT_CANNOT_BOOT, EXIT_DEVICE_BROKEN, EXIT_HOST_LACKS
 from blendmaskd.settings import Restarts
@@ -50,24 +51,21 @@ class State(Enum):
     ENDED = "ended"
 
 
-@dataclass(frozen=True, slots=True)
-class Spawn:
+class Spawn(msgspec.Struct, frozen=True):
     """Start a worker of this generation in this slot."""
 
     slot: str
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """Ask this worker to finish what it holds and exit."""
 
     slot: str
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Kill:
+class Kill(msgspec.Struct, frozen=True):
     """Send this signal to the worker's process."""
 
     slot: str
@@ -82,8 +80,7 @@ class InvalidTransition(RuntimeError):
     """An event that this state cannot have: a fault of ours."""
 
 
-@dataclass(slots=True)
-class Slot:
+class Slot(msgspec.Struct):
     """One configured device. `name` is the device's."""
 
     name: str
@@ -172,7 +169,7 @@ class Supervisor:
         if slot.generation != generation or not (asked or slot.state in (State.STARTING, State.READY)):
             return []
         slot.reason = reason
-        return self._abort(slot, now)
+        return self._signal(slot, signal.SIGABRT, now)
 
     def exited(self, name: str, generation: int, how: str, code: int, blameless: bool, now: float) -> list[Action]:
         """A worker's process is gone. `blameless`: it died of an image that had killed another worker before."""
@@ -206,8 +203,7 @@ class Supervisor:
 
     def acquit(self, name: str) -> None:
         """An image was to blame for a death that was counted: it was found out on a later one."""
-        slot = self.slots.get(name)
-        if slot is not None and slot.state is not State.FAILED:
+        if (slot := self.slots.get(name)) and slot.state is not State.FAILED:
             slot.failures = max(slot.failures - 1, 0)
 
     def renew(self, devices: Iterable[str], restarts: Restarts, drain_s: float, now: float) -> list[Action]:
@@ -218,17 +214,15 @@ class Supervisor:
         wanted = list(devices)
         actions: list[Action] = []
         for name in wanted:
-            slot = self.slots.get(name)
-            if slot is None or slot.state is State.ENDED:
-                generation = slot.generation if slot else 0
-                self.slots[name] = Slot(name, generation=generation)
-                actions.append(self._spawn(self.slots[name], now))
-                continue
+            slot = self.slots.setdefault(name, Slot(name))
+            if slot.state is State.ENDED:
+                self.slots[name] = slot = Slot(name, generation=slot.generation)
             slot.failures, slot.lacks, slot.given_up = 0, 0, False
             if slot.state in (State.BACKOFF, State.FAILED):
                 actions.append(self._spawn(slot, now))
-            elif slot.state is State.STARTING:
-                actions += self._restart_starting(slot, now)
+            elif slot.state is State.STARTING:  # it loads what is no longer wanted; nobody would miss it
+                slot.wanted_down = True
+                actions += self._signal(slot, signal.SIGKILL, now)
             elif slot.state is State.STOPPING:
                 slot.ending = False  # its next life is new anyway
         for slot in self.slots.values():
@@ -240,13 +234,7 @@ class Supervisor:
         """Its worker, if it has one, finishes what it holds, and none follows until `wake`."""
         slot = self.slots[name]
         slot.resting, slot.reason = True, why
-        if slot.state is State.READY:
-            return self._ask(slot, now)
-        if slot.state is State.STARTING:
-            return self._kill_starting(slot, now)
-        if slot.state in (State.BACKOFF, State.FAILED):
-            slot.state, slot.deadline = State.RESTING, None
-        return []
+        return self._empty(slot, State.RESTING, now)
 
     def wake(self, name: str, now: float) -> list[Action]:
         """A slot that rests is to serve again."""
@@ -257,7 +245,9 @@ class Supervisor:
 
     def replace(self, name: str, now: float) -> list[Action]:
         """Ask a worker that serves to make room for the next."""
-        return self._stop(self.slots[name], now)
+        slot = self.slots[name]
+        slot.wanted_down = True
+        return self._ask(slot, now)
 
     def drain(self, now: float) -> list[Action]:
         """Every worker finishes what it holds, and none is started any more."""
@@ -282,9 +272,10 @@ class Supervisor:
                 actions.append(self._spawn(slot, now))
             elif slot.state is State.STARTING:
                 slot.reason = f"not ready within {self.restarts.start_timeout_s:g} s"
-                actions += self._abort(slot, now)
+                actions += self._signal(slot, signal.SIGABRT, now)
             else:
-                actions += self._harder(slot, now)
+                assert slot.next_signal is not None
+                actions += self._signal(slot, slot.next_signal, now)
         return actions
 
     def forgive(self, seconds: float) -> None:
@@ -296,49 +287,33 @@ class Supervisor:
     def next_deadline(self) -> float | None:
         return min((slot.deadline for slot in self.slots.values() if slot.deadline is not None), default=None)
 
-    # -- inside -----------------------------------------------------------------------------------------------------
-
     def _spawn(self, slot: Slot, now: float) -> Spawn:
         slot.state, slot.generation = State.STARTING, slot.generation + 1
         slot.deadline = now + self.restarts.start_timeout_s
         return Spawn(slot.name, slot.generation)
-
-    def _stop(self, slot: Slot, now: float) -> list[Action]:
-        slot.wanted_down = True
-        return self._ask(slot, now)
 
     def _ask(self, slot: Slot, now: float) -> list[Action]:
         slot.state = State.STOPPING
         slot.deadline, slot.next_signal = now + self.drain_s, signal.SIGABRT
         return [Stop(slot.name, slot.generation)]
 
-    def _abort(self, slot: Slot, now: float) -> list[Action]:
-        slot.state, slot.next_signal = State.STOPPING, signal.SIGABRT
-        return self._harder(slot, now)
-
-    def _harder(self, slot: Slot, now: float) -> list[Action]:
-        assert slot.next_signal is not None
-        kill = Kill(slot.name, slot.generation, slot.next_signal)
-        slot.deadline, slot.next_signal = now + self.restarts.stop_s, signal.SIGKILL
-        return [kill]
-
-    def _restart_starting(self, slot: Slot, now: float) -> list[Action]:
-        """It loads what is no longer wanted; nobody would miss it."""
-        slot.wanted_down = True
-        return self._kill_starting(slot, now)
-
-    def _kill_starting(self, slot: Slot, now: float) -> list[Action]:
-        slot.state, slot.next_signal = State.STOPPING, signal.SIGKILL
-        return self._harder(slot, now)
+    def _signal(self, slot: Slot, number: signal.Signals, now: float) -> list[Action]:
+        slot.state, slot.deadline, slot.next_signal = State.STOPPING, now + self.restarts.stop_s, signal.SIGKILL
+        return [Kill(slot.name, slot.generation, number)]
 
     def _end(self, slot: Slot, now: float) -> list[Action]:
         slot.ending = True
+        slot.wanted_down |= slot.state in (State.STARTING, State.READY)
+        return self._empty(slot, State.ENDED, now)
+
+    def _empty(self, slot: Slot, into: State, now: float) -> list[Action]:
+        """Its worker is to go; where there is none, the slot is in the other state at once."""
         if slot.state is State.READY:
-            return self._stop(slot, now)
+            return self._ask(slot, now)
         if slot.state is State.STARTING:
-            return self._restart_starting(slot, now)
+            return self._signal(slot, signal.SIGKILL, now)
         if slot.state in (State.BACKOFF, State.FAILED, State.RESTING):
-            slot.state, slot.deadline = State.ENDED, None
+            slot.state, slot.deadline = into, None
         return []
 
     def _back_off(self, slot: Slot, how: str, now: float) -> None:
@@ -352,7 +327,6 @@ class Supervisor:
         slot.deadline, slot.failures = now + self.restarts.retry_failed_s, self.restarts.give_up_after - 1
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         for slot in self.slots.values():
             timed = slot.state not in (State.READY, State.RESTING, State.ENDED)
             assert (slot.deadline is not None) == timed, slot

@@ -10,10 +10,11 @@ there is too much of it.
 To hash each image that comes would cost more than to pass it on. So an image is hashed only if one of those remembered
 has its length and layout, and then the same bytes in a few places. While there are none this costs nothing.
 
-No clock, no file, no socket: `read` gives bytes that lie in shared memory.
+`read` gives bytes that lie in shared memory.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -69,7 +70,6 @@ class Suspicion(msgspec.Struct, eq=False):
 
     @property
     def losses(self) -> int:
-        """Deaths of a worker that held it."""
         return len(self.deaths)
 
     def reason(self, now: float) -> str:
@@ -88,8 +88,6 @@ def _unreadable(place: Place, start: int, end: int) -> Any:
 
 
 class Suspects:
-    """What is remembered."""
-
     def __init__(self, read: Read = _unreadable) -> None:
         self._read = read
         self._suspicions: OrderedDict[bytes, Suspicion] = OrderedDict()  # by digest, in the order of `until`
@@ -113,12 +111,10 @@ class Suspects:
         size, read = _size(image, payload), self._reader(image, payload)
         if size not in self._sizes:
             return None
-        try:
-            if (size, _sample(size, read)) not in self._samples:
-                return None
-            return self._suspicions.get(_digest(size, read))
-        except RegionError:
-            return None
+        with contextlib.suppress(RegionError):
+            if (size, _sample(size, read)) in self._samples:
+                return self._suspicions.get(_digest(size, read))
+        return None
 
     def by_identity(self, identity: Identity) -> Suspicion | None:
         """What is remembered of the image that is known by this."""
@@ -127,16 +123,14 @@ class Suspects:
     def identify(self, image: Image, payload: Frames) -> Identity | None:
         """What to know this image by later; None: it cannot be read."""
         size, read = _size(image, payload), self._reader(image, payload)
-        try:
+        with contextlib.suppress(RegionError):
             return Identity(size, _sample(size, read), _digest(size, read))
-        except RegionError:
-            return None
+        return None
 
     def keep(self, suspicion: Suspicion, now: float) -> Suspicion:
         """Remember it for `KEEP_S` from now on; what there is of this image already is returned instead."""
         self._expire(now)
-        identity = suspicion.identity
-        if identity is None:
+        if (identity := suspicion.identity) is None:
             return suspicion
         if identity.digest not in self._suspicions:
             self._suspicions[identity.digest] = suspicion
@@ -150,13 +144,12 @@ class Suspects:
         return suspicion
 
     def clear(self, suspicion: Suspicion) -> None:
-        """Forget it."""
         identity = suspicion.identity
         if identity is None or self._suspicions.get(identity.digest) is not suspicion:
             return
         del self._suspicions[identity.digest]
-        _less(self._sizes, identity.size)
-        _less(self._samples, (identity.size, identity.samples))
+        self._sizes -= Counter([identity.size])  # which leaves no zeros
+        self._samples -= Counter([(identity.size, identity.samples)])
 
     def _expire(self, now: float) -> None:
         while self._suspicions and (oldest := next(iter(self._suspicions.values()))).until <= now:
@@ -171,19 +164,12 @@ class Suspects:
         return lambda start, end: view[start:end]
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         identities = [s.identity for s in self._suspicions.values() if s.identity]
         assert Counter(each.size for each in identities) == self._sizes, "sizes are miscounted"
         assert Counter((each.size, each.samples) for each in identities) == self._samples, "samples are miscounted"
         assert len(identities) == len(self._suspicions) <= MOST, "too much is remembered"
         times = [suspicion.until for suspicion in self._suspicions.values()]
         assert times == sorted(times), "what is to be forgotten first does not come first"
-
-
-def _less(counter: Counter[Any], key: Any) -> None:
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]
 
 
 def _size(image: Image, payload: Frames) -> _Size:

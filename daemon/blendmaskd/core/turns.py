@@ -19,8 +19,6 @@ from blendmaskd.core.leases import Worker, held
 
 
 class Turns:
-    """Of these jobs, on these workers."""
-
     def __init__(self, jobs: Jobs, workers: dict[str, Worker], blame: Blame) -> None:
         self._jobs = jobs
         self._workers = workers
@@ -72,7 +70,6 @@ class Turns:
         return [job for job in self._jobs.suspects if job.suspicion not in tried]
 
     def check(self) -> None:
-        """Raise AssertionError when an invariant does not hold."""
         for worker in self._workers.values():
             assert not worker.alone or len(worker.leases) == 1, "a suspect has company"
         open_workers, suspects = self._open(), self._untried()
@@ -94,9 +91,5 @@ def _several(whose: Sequence[object]) -> bool:
 def _elsewhere(suspects: Sequence[Job], workers: Sequence[Worker]) -> tuple[Job, Worker]:
     """The first suspect and a device that its image has not cost a worker yet; the first of all where there is none."""
     pairs = [(job, worker) for job in suspects for worker in workers]
-    return next((pair for pair in pairs if pair[1].device not in _devices(pair[0])), pairs[0])
-
-
-def _devices(job: Job) -> set[str]:
-    """On which workers died with its image."""
-    return job.suspicion.devices if job.suspicion else set()
+    known = {job: job.suspicion.devices if job.suspicion else set() for job in suspects}
+    return next((pair for pair in pairs if pair[1].device not in known[pair[0]]), pairs[0])

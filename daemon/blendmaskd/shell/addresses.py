@@ -42,10 +42,7 @@ def overlap(one: tuple[str, int], other: tuple[str, int]) -> bool:
 
 def is_own_name(host: str | None) -> bool:
     """Whether a Host header names this machine so that no DNS can lie about it. HTTP/1.0 may leave it out."""
-    if host is None:
-        return True
-    name = host_name(host)
-    if name == "localhost":
+    if host is None or (name := host_name(host)) == "localhost":
         return True
     try:
         ipaddress.ip_address(name)

@@ -7,11 +7,11 @@ their order. So one frame in each `MARK_BYTES` is marked, and what was sent up t
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import msgspec
 import zmq
 
 MARK_BYTES = 64 << 10
@@ -29,13 +29,12 @@ class Mark(NamedTuple):
     tracker: zmq.MessageTracker
 
 
-@dataclass(slots=True)
-class Debt:
+class Debt(msgspec.Struct):
     """What one client has not read."""
 
     bytes: int = 0
     unmarked: int = 0  # of these
-    marks: deque[Mark] = field(default_factory=deque)
+    marks: deque[Mark] = msgspec.field(default_factory=deque)
 
 
 class Debts:
@@ -43,13 +42,12 @@ class Debts:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self._debts: dict[bytes, Debt] = {}
+        self._debts: defaultdict[bytes, Debt] = defaultdict(Debt)
         _marked(b"")  # what watches marks has its thread and descriptors from the start
 
     def of(self, client: bytes) -> int:
         """What this client has not read, in bytes: at most `MARK_BYTES` too many."""
-        debt = self._debts.get(client)
-        if debt is None:
+        if (debt := self._debts.get(client)) is None:
             return 0
         while debt.marks and debt.marks[0].tracker.done:
             paid = debt.marks.popleft().bytes
@@ -60,9 +58,7 @@ class Debts:
     def add(self, client: bytes, frames: Sequence[Any]) -> Sequence[Any]:
         """These frames are about to be sent to this client. Returns them, perhaps with a mark."""
         size = sum(map(len, frames)) + MESSAGE_BYTES
-        debt = self._debts.get(client)
-        if debt is None:
-            debt = self._debts[client] = Debt()
+        debt = self._debts[client]
         debt.bytes += size
         debt.unmarked += size
         self.bytes += size

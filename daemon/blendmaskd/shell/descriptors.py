@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import resource
 
+from blendmaskd.core.regions import MOST_REGIONS
+
 OURS = 64  # for what the daemon itself has open: sockets, pages, workers, the spool
 UNHEARD = 2200  # connections, local and remote, of which the loop has not heard yet, at most; see `admission.gate`
-MOST_REGIONS = 256
 
 
 def limits() -> tuple[int, int]:
     """The soft and the hard limit of open files."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _number(soft), _number(hard)
-
-
-def _number(limit: int) -> int:
-    return 1 << 20 if limit == resource.RLIM_INFINITY else limit
+    found = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (1 << 20 if limit == resource.RLIM_INFINITY else limit for limit in found)
+    return soft, hard
 
 
 def most_regions(files: int) -> int:

@@ -102,7 +102,7 @@ class Desk:
         """What a snapshot shows of jobs, regions and the spool; see `Stats.snapshot`."""
         core = self.broker
         return {
-            "queue": {"jobs": core.waiting_jobs, "bytes": core.waiting_bytes,
+            "queue": {"jobs": core.jobs.waiting_jobs, "bytes": core.jobs.waiting_bytes,
                       "max_jobs": core.limits.max_jobs, "max_bytes": core.limits.max_bytes},
             "regions": {"count": len(core.regions), "bytes": core.regions.bytes},
             "spool": self._describe_spool(),
@@ -116,7 +116,7 @@ class Desk:
         """Who has left, and who may connect or not be here any more; to be called before clients are read."""
         behind = [clients.kind for clients in self._sockets.clients if clients.behind]
         for client in self.admission.left(readable, behind):
-            if self.broker.has_jobs(client):
+            if self.broker.jobs.has(client):
                 self._job_log.tell_of(client, logging.INFO, "a client has left: its jobs are cancelled")
             yield self._client_gone(client)
         yield from self._shut_out(self.admission.shut_out())
@@ -137,11 +137,10 @@ class Desk:
             if verdict is not Verdict.WELCOME:
                 yield self._turn_away(client, frames, verdict)
                 continue
-            message: protocol.FromClient
             try:
                 message, payload = protocol.decode(frames[1:], FROM_CLIENT)
             except ProtocolError as error:
-                yield [_failed(client, error.job, Code.BAD_REQUEST, str(error))]
+                yield [actions.Answered(client, actions.refused(error.job, Code.BAD_REQUEST, str(error)))]
                 continue
             if isinstance(message, protocol.GetStats):
                 yield self._tell_stats(client, self.admission.is_operator(frames[-1]))
@@ -159,12 +158,11 @@ class Desk:
         if verdict is Verdict.UNKNOWN:
             return [actions.Dropped("", Code.UNAUTHORISED)]
         try:
-            message: protocol.FromClient
             message, _ = protocol.decode(frames[1:], FROM_CLIENT)
             job = getattr(message, "job", "")
         except ProtocolError as error:
             job = error.job
-        refusal = _failed(client, job, Code.UNAUTHORISED, verdict.value)
+        refusal = actions.Answered(client, actions.refused(job, Code.UNAUTHORISED, verdict.value))
         if verdict is not Verdict.TAKEN:
             return [refusal]
         self._job_log.tell_of(client, logging.WARNING, "another key took its identity: its jobs are cancelled")
@@ -212,7 +210,6 @@ class Desk:
             name = frames[0].bytes.decode(errors="replace")
             if name not in processes.children:
                 continue  # of another run, or dead and reaped
-            message: protocol.FromWorker
             try:
                 message, payload = protocol.decode(frames[1:], FROM_WORKER)
             except ProtocolError as error:
@@ -279,9 +276,7 @@ class Desk:
         if isinstance(answer, protocol.Result):  # counted when it is on its way: somebody waits for it
             self._stats.answered(answer.timings)
         else:
-            self._stats.failed(
-                time.time(), protocol.shown_job(answer.job), answer.code, answer.reason, action.owner
-            )
+            self._stats.failed(time.time(), protocol.shown_job(answer.job), answer.code, answer.reason, action.owner)
         return followed
 
     def _give(self, action: durable.SendClient) -> Actions:
@@ -341,7 +336,7 @@ class Desk:
 
     def _describe_spool(self) -> dict[str, Any] | None:
         usage = self.durable.usage
-        described = {"jobs": self.durable.unanswered, "answers": usage.answers, "bytes": usage.bytes}
+        described = {"jobs": len(self.durable.jobs), "answers": usage.answers, "bytes": usage.bytes}
         return {**described, "max_bytes": self.durable.max_bytes, "trouble": usage.trouble} if self.spool else None
 
     # -- shared memory ----------------------------------------------------------------------------------------------
@@ -357,8 +352,7 @@ class Desk:
 
     def _read_place(self, place: protocol.Place, start: int, end: int) -> bytes:
         """These bytes of an image in shared memory. Raises `RegionError` when its region has ended."""
-        complaint = self.broker.regions.complaint(place)
-        if complaint:
+        if complaint := self.broker.regions.complaint(place):
             raise RegionError(complaint)
         descriptor = self.broker.regions.opening(place.region).descriptor
         return os.pread(descriptor, end - start, place.offset + start)
@@ -374,7 +368,7 @@ class Desk:
         return opened
 
     def _waits(self, client: bytes) -> bool:
-        return self.broker.has_jobs(client) or self.durable.waits(client)
+        return self.broker.jobs.has(client) or self.durable.jobs.owed(client)
 
 
 def _is_excessive(frames: Sequence[zmq.Frame]) -> bool:
@@ -385,10 +379,6 @@ def _is_excessive(frames: Sequence[zmq.Frame]) -> bool:
 def _unread(job: str) -> protocol.Failed:
     reason = f"more than {BUSY_BYTES} bytes of answers wait for this client to read them"
     return actions.refused(job, Code.BUSY, reason, durable.RETRY_S)
-
-
-def _failed(client: bytes, job: str, code: Code, reason: str) -> actions.Answered:
-    return actions.Answered(client, protocol.Failed(job=job, code=code, reason=reason))
 
 
 def _limits(settings: Settings) -> Limits:

@@ -92,10 +92,8 @@ def is_locked(path: str) -> bool:
     try:
         with open(path, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 
@@ -131,8 +129,8 @@ def _in_use(path: str) -> str:
         return ""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as trial:
         number = trial.connect_ex(path)
-    if number in (0, errno.ENOENT, errno.ECONNREFUSED):
-        return "" if number else "another process listens there"
+    if number in (errno.ENOENT, errno.ECONNREFUSED):
+        return ""
     return "a socket of another user" if number in (errno.EACCES, errno.EPERM) else "another process listens there"
 
 

@@ -56,17 +56,12 @@ class JobLog:
 
 def _line(level: int, step: Step, now: float) -> None:
     ended = step.what in ("refused", "answered", "failed", "dropped")
-    log.log(
-        level,
-        "%s: %s" if step.reason else "%s%s",
-        step.what,
-        step.reason,
-        extra=about(
-            job=shown_job(step.job),
-            client="durable" if step.client == DURABLE else shown(step.client),
-            slot=step.worker,
-            lease=step.lease or None,
-            code=str(step.code),
-            seconds=round(now - step.accepted, 6) if ended else None,
-        ),
+    fields = about(
+        job=shown_job(step.job),
+        client="durable" if step.client == DURABLE else shown(step.client),
+        slot=step.worker,
+        lease=step.lease or None,
+        code=str(step.code),
+        seconds=round(now - step.accepted, 6) if ended else None,
     )
+    log.log(level, "%s: %s" if step.reason else "%s%s", step.what, step.reason, extra=fields)

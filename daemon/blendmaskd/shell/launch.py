@@ -24,14 +24,8 @@ from blendmaskd.topology import HostError, format_cpus
 
 TCMALLOC_NAMES = ("libtcmalloc.so.4", "libtcmalloc_minimal.so.4", "libtcmalloc.so")
 LIBRARY_FOLDERS = tuple(
-    Path(folder)
-    for folder in (
-        f"/usr/lib/{platform.machine()}-linux-gnu",
-        "/usr/lib64",
-        "/usr/lib",
-        "/usr/local/lib64",
-        "/usr/local/lib",
-    )
+    Path("/usr", folder)
+    for folder in (f"lib/{platform.machine()}-linux-gnu", "lib64", "lib", "local/lib64", "local/lib")
 )
 
 
@@ -67,10 +61,8 @@ def follow_host(basis: Basis) -> Basis:
 def launch(plan: LaunchPlan, **popen: Any) -> subprocess.Popen[bytes]:
     """Start the planned process; it has its CPU set from before its first instruction.
 
-    A child inherits the affinity of the thread that starts it, so a thread of its own takes on the worker's CPUs.
-    Nothing runs between fork and exec: that would be unsafe once the daemon has threads, and setting the mask later
-    would miss the threads that a library makes as it is loaded. The calling thread's mask is never set: the kernel
-    would take that for a wish, and not widen it again with the cpuset. The starting thread lives as long as this
+    A child inherits the affinity of the thread that starts it, so a thread of its own takes on the worker's CPUs, and
+    no code runs between fork and exec (ARCHITECTURE.md: CPU sets by inheritance). That thread lives as long as this
     process, as a worker asks the kernel to end it with the thread that started it.
 
     Raises `HostError` when the CPUs are gone, OSError when the program cannot be started.
@@ -122,16 +114,11 @@ def resolve_preload(choice: str, folders: Iterable[Path] = LIBRARY_FOLDERS) -> P
 
 def _ldconfig() -> dict[str, list[Path]]:
     """ld.so's cache: soname to paths."""
-    for program in ("/sbin/ldconfig", "/usr/sbin/ldconfig"):
-        try:
-            listed = subprocess.run([program, "-p"], capture_output=True, text=True, timeout=10, check=True).stdout
-        except (OSError, subprocess.SubprocessError):
-            continue
-        found: dict[str, list[Path]] = {}
-        for name, path in re.findall(r"^\s+(\S+) \(.*\) => (/.+)$", listed, re.MULTILINE):
-            found.setdefault(name, []).append(Path(path))
-        return found
-    return {}
+    listed = discovery.ask_tool(["ldconfig", "-p"], {"PATH": "/sbin:/usr/sbin"})
+    found: dict[str, list[Path]] = {}
+    for name, path in re.findall(r"^\s+(\S+) \(.*\) => (/.+)$", listed, re.MULTILINE):
+        found.setdefault(name, []).append(Path(path))
+    return found
 
 
 def _loadable(path: Path) -> bool:

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 
 from blendmaskd import ascend, discovery, topology
@@ -24,7 +24,7 @@ class NpuHealth:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = dict(environment)
-        self._found: queue.SimpleQueue[Readings] = queue.SimpleQueue()
+        self._found: deque[Readings] = deque()
         self._wanted: tuple[list[str], float] = [], 0.0
         self._changed = threading.Event()
         self._thread = threading.Thread(target=self._ask_on, name="npu-health", daemon=True)
@@ -41,18 +41,17 @@ class NpuHealth:
     def take(self) -> Readings:
         """What was said since the last call; nothing where npu-smi did not answer."""
         taken: Readings = {}
-        with contextlib.suppress(queue.Empty):
-            while True:
-                found = self._found.get_nowait()
-                self._tell(found)
-                taken |= found
+        while self._found:
+            found = self._found.popleft()
+            self._tell(found)
+            taken |= found
         return taken
 
     def _ask_on(self) -> None:
         while True:
             devices, every_s = self._wanted
             if devices and every_s:
-                self._found.put(ask(devices, self._environment))
+                self._found.append(ask(devices, self._environment))
             self._changed.wait(every_s or None)
             self._changed.clear()
 
@@ -81,14 +80,12 @@ def ask(devices: Iterable[str], environment: Mapping[str, str]) -> Readings:
     for device in devices:
         with contextlib.suppress(HostError):
             host_id = topology.visible_id(device, environment)
-            if (chip := chips.get(host_id)) not in cards or chip is None:
+            if (chip := chips.get(host_id)) is None or (card := cards.get(chip)) is None:
                 continue
-            card = cards[chip]
             if chip not in errors:
                 errors |= ascend.parse_npu_memory_errors(tool("-t", "ecc", "-i", str(chip[0])), chip[0])
             memory = errors.get(chip)
-            sound = card.health == "OK"
-            told = "" if sound else tool("-t", "health", "-i", str(chip[0]), "-c", str(chip[1]))
+            told = "" if card.health == "OK" else tool("-t", "health", "-i", str(chip[0]), "-c", str(chip[1]))
             readings[device] = Reading(
                 time=time.time(),
                 health=card.health,

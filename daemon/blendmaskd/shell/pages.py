@@ -115,7 +115,6 @@ class Pages:
                 return Page(healthz if path == "/healthz" else readyz, TEXT, text.encode())
         return Page(HTTPStatus.NOT_FOUND, TEXT, b"/, /stats.json, /metrics, /healthz, /readyz\n")
 
-
     def _status_page(self, host: str | None) -> Page:
         text = self._text
         scheme, _, endpoint = self._front.partition("://")
@@ -153,11 +152,7 @@ def _without_environment(effect: Mapping[str, Any]) -> dict[str, Any]:
 def _listens(endpoint: str) -> bool:
     """Whether somebody does, of this host."""
     host, port = parse_place(endpoint)
-    found = address(host)
-    family = socket.AF_INET6 if ":" in found else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family) as trial:
-        trial.settimeout(0.2)
-        trial.connect((found, port))
+    with contextlib.suppress(OSError), socket.create_connection((address(host), port), timeout=0.2):
         return True
     return False
 
@@ -231,8 +226,7 @@ def _handler(pages: Pages) -> type[BaseHTTPRequestHandler]:
         do_HEAD = do_GET
 
         def do_POST(self) -> None:
-            page = Page(HTTPStatus.METHOD_NOT_ALLOWED, TEXT, b"GET or HEAD\n", {"Allow": "GET, HEAD"})
-            self._answer(page)
+            self._answer(Page(HTTPStatus.METHOD_NOT_ALLOWED, TEXT, b"GET or HEAD\n", {"Allow": "GET, HEAD"}))
 
         do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_POST
 

@@ -51,7 +51,6 @@ class Child:
         self.generation = plan.assignment.generation
         self._wanted, self._secret = plan.assignment.wanted.env, plan.assignment.settings.worker_env
         self.wanted = masked(plan.assignment.wanted, self._secret, self._wanted)
-        self.warnings = plan.warnings
         self._stderr = stderr
         self.process = launch.launch(plan, stderr=stderr)
         self.actual: Actual | None = None  # not up yet
@@ -194,16 +193,14 @@ class Processes:
 
     def report_changes(self) -> bool:
         """A line for each slot whose state has changed; whether there is one."""
-        changed = False
-        for slot in self.supervisor.slots.values():
-            if self._reported.get(slot.name) == (slot.generation, slot.state):
-                continue
+        slots = self.supervisor.slots.values()
+        changed = [slot for slot in slots if self._reported.get(slot.name) != (slot.generation, slot.state)]
+        for slot in changed:
             self._reported[slot.name] = (slot.generation, slot.state)
-            changed = True
             level = logging.ERROR if slot.state in (State.BACKOFF, State.FAILED, State.RESTING) else logging.INFO
             reason = f": {slot.reason}" if slot.reason else ""
             log.log(level, "%s%s", slot.state.value, reason, extra=about(slot=identity(slot.name, slot.generation)))
-        return changed
+        return bool(changed)
 
     def describe(self, now: float) -> list[dict[str, Any]]:
         """What a snapshot shows of each slot; see `Stats.snapshot`."""
@@ -242,15 +239,14 @@ class Processes:
         if present.available != basis.available:
             now, before = format_cpus(present.available), format_cpus(basis.available)
             log.warning("CPUs %s may be used now, before %s", now, before, extra=about(slot=child.name))
-        for warning in child.warnings:
+        for warning in plan.warnings:
             log.warning("%s", warning, extra=about(slot=child.name))
         self.children[child.name] = child
         self._watch(child)
         return ()
 
     def _evict(self, child: Child, reason: str) -> Actions:
-        actions = self.supervisor.evict(child.slot, child.generation, reason, time.monotonic())
-        if actions:
+        if actions := self.supervisor.evict(child.slot, child.generation, reason, time.monotonic()):
             log.error("%s: aborted", reason, extra=about(slot=child.name))
         return actions
 

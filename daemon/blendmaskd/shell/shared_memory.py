@@ -25,12 +25,12 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import msgpack
+import msgspec
 
-from blendmaskd.core.regions import Memory
+from blendmaskd.core.regions import MOST_REGIONS, Memory
 from blendmaskd.protocol import MAGIC, RegionError
 
 MOST_UNANSWERED = 32  # connections; for one more, the oldest of them is closed
@@ -41,8 +41,7 @@ ACCEPT_AT_ONCE = 64
 LISTEN = select.EPOLLIN | select.EPOLLET  # when descriptors run out, the loop must not turn in circles
 
 
-@dataclass(slots=True, eq=False)
-class Peer:
+class Peer(msgspec.Struct, eq=False):
     """A client's connection, open as long as its region is."""
 
     socket: socket.socket
@@ -53,16 +52,14 @@ class Peer:
     region: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Offered:
+class Offered(msgspec.Struct, frozen=True):
     """A client hands over memory: `accept` or `refuse` it."""
 
     peer: Peer
     memory: Memory
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """The client of this region has closed it, or died."""
 
     region: str
@@ -72,7 +69,7 @@ class SharedMemory:
     """Listens at `listen`'s paths. `fileno()` is readable when `receive` has something to tell."""
 
     def __init__(self) -> None:
-        self.most_regions = 256  # each is two descriptors
+        self.most_regions = MOST_REGIONS
         self._events = select.epoll()  # one descriptor for the daemon's poller, however many clients there are
         self._listeners: dict[int, socket.socket] = {}
         self._peers: dict[int, Peer] = {}
@@ -140,9 +137,7 @@ class SharedMemory:
     def _read(self, peer: Peer) -> Iterator[Offered | Ended]:
         if peer.region:  # it has said all that it may: it is gone, or breaks the rules
             yield Ended(peer.region)  # which may read from it a last time
-            self._drop(peer)
-            return
-        if self._is_full():
+        if peer.region or self._is_full():
             self._drop(peer)
             return
         try:

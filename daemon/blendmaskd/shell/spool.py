@@ -26,26 +26,8 @@ from typing import Any
 
 import msgspec
 
-from blendmaskd.core.spool_messages import (
-    AnswerKept,
-    Erase,
-    Erased,
-    Kept,
-    Known,
-    Load,
-    Loaded,
-    Look,
-    Looked,
-    Mark,
-    NotKept,
-    NotLoaded,
-    Reply,
-    Request,
-    Store,
-    StoreAnswer,
-    Stored,
-    Usage,
-)
+from blendmaskd.core import spool_messages as messages
+from blendmaskd.core.spool_messages import Reply, Request
 from blendmaskd.protocol import FROM_CLIENT, TO_CLIENT, Failed, Result, Submit
 
 VERSION = 1
@@ -55,8 +37,10 @@ EXPIRE_S = 60.0
 CLOSE_S = 10.0
 ROW_BYTES = 1024  # that a job takes beside what is written of it, generously
 _WRITTEN = f"size + length(submit) + coalesce(length(answer), 0) + {ROW_BYTES}"  # bytes of a row and its payload
+_PAYLOAD = "INSERT INTO payloads VALUES (?, ?)"
 MOST_AT_ONCE = 256  # requests in a commit
 
+_FOR_THE_DISK = messages.Store | messages.StoreAnswer | messages.Erase  # each makes its commit synchronous
 _ERRORS = (sqlite3.Error, msgspec.MsgspecError, ValueError, OverflowError, MemoryError)  # of a disk, or a damaged row
 
 _SCHEMA = """
@@ -98,7 +82,7 @@ class Spool:
         self._answers = self._bytes = 0
         self._owners: Counter[bytes] = Counter()  # bytes of jobs and answers, by who submitted them
 
-    def open(self) -> list[Stored]:
+    def open(self) -> list[messages.Stored]:
         """What has no answer, in its order. Raises `SpoolError`."""
         try:
             _make(self.path)
@@ -123,8 +107,8 @@ class Spool:
         return self._wake
 
     @property
-    def usage(self) -> Usage:
-        return Usage(answers=self._answers, bytes=self._bytes, trouble=self._trouble, owners=self._owners)
+    def usage(self) -> messages.Usage:
+        return messages.Usage(answers=self._answers, bytes=self._bytes, trouble=self._trouble, owners=self._owners)
 
     def ask(self, request: Request) -> None:
         self._requests.put(request)
@@ -153,8 +137,9 @@ class Spool:
                 self._next_expiry = now + EXPIRE_S
                 with contextlib.suppress(sqlite3.Error), self._commit(synchronous=False):
                     self._expire()
+            self._trouble = ""
             replies = self._carry_out(batch) if batch else []
-            self._trouble = self._removed() or (self._trouble if batch else "")
+            self._trouble = self._removed() or self._trouble
             self._replies.extend([self.usage, *replies])
             os.eventfd_write(self._wake, 1)
         self._db.close()
@@ -175,33 +160,24 @@ class Spool:
 
     def _carry_out(self, batch: Sequence[Request]) -> list[Reply]:
         """In one commit; if that fails, in one each, to see which it is."""
-        self._trouble = ""
         try:
-            with self._commit(synchronous=any(isinstance(each, Store | StoreAnswer | Erase) for each in batch)):
+            with self._commit(synchronous=any(isinstance(each, _FOR_THE_DISK) for each in batch)):
                 return [reply for each in batch for reply in self._do(each)]
         except _ERRORS as error:
             if len(batch) > 1:
-                return self._one_by_one(batch)
+                return [reply for each in batch for reply in self._carry_out([each])]
             return self._refuse(batch[0], str(error))
-
-    def _one_by_one(self, batch: Sequence[Request]) -> list[Reply]:
-        replies, troubles = [], []
-        for each in batch:
-            replies += self._carry_out([each])
-            troubles.append(self._trouble)
-        self._trouble = max(troubles)
-        return replies
 
     def _refuse(self, request: Request, reason: str) -> list[Reply]:
         match request:
-            case Store():
-                return [NotKept(request.job.seq, reason)]
-            case Load():
-                return [NotLoaded(request.seq, reason)]
-            case Look():
-                return [Looked(request.client, request.name, None, (), reason)]
-            case Erase():
-                return [Erased(request.client, request.name, reason)]
+            case messages.Store():
+                return [messages.NotKept(request.job.seq, reason)]
+            case messages.Load():
+                return [messages.NotLoaded(request.seq, reason)]
+            case messages.Look():
+                return [messages.Looked(request.client, request.name, None, (), reason)]
+            case messages.Erase():
+                return [messages.Erased(request.client, request.name, reason)]
         self._trouble = reason
         self._unsaved.append(request)
         return []
@@ -230,56 +206,54 @@ class Spool:
 
     def _do(self, request: Request) -> list[Reply]:
         match request:
-            case Store():
+            case messages.Store():
                 return [self._store(request)]
-            case Load():
+            case messages.Load():
                 return [self._load(request)]
-            case Mark(seq, attempts, losses, leased):
+            case messages.Mark(seq, attempts, losses, leased):
                 self._db.execute(
                     "UPDATE jobs SET attempts = ?, losses = ?, leased = ? WHERE seq = ? AND answer IS NULL",
                     (attempts, losses, leased, seq),
                 )
                 return []
-            case StoreAnswer():
+            case messages.StoreAnswer():
                 self._store_answer(request)
-                return [AnswerKept(request.seq)]
-            case Look():
+                return [messages.AnswerKept(request.seq)]
+            case messages.Look():
                 return [self._look(request)]
-            case Erase():
+            case messages.Erase():
                 self._drop("name = ?", request.name)
-                return [Erased(request.client, request.name)]
+                return [messages.Erased(request.client, request.name)]
 
-    def _store(self, request: Store) -> Reply:
+    def _store(self, request: messages.Store) -> Reply:
         job = request.job
         row = self._db.execute("SELECT answer IS NULL FROM jobs WHERE name = ?", (job.name,)).fetchone()
         if row is not None and not row[0]:
-            return Known(job.seq)
+            return messages.Known(job.seq)
         if row is not None:  # was forgotten when it could not be erased
             self._drop("name = ?", job.name)
         self._db.execute(
             "INSERT INTO jobs (seq, name, owner, submit, priority, size) VALUES (?, ?, ?, ?, ?, ?)",
             (job.seq, job.name, job.owner, msgspec.msgpack.encode(request.message), job.priority, job.size),
         )
-        for frame in request.payload:
-            self._db.execute("INSERT INTO payloads VALUES (?, ?)", (job.seq, _buffer(frame)))
+        self._db.executemany(_PAYLOAD, [(job.seq, frame) for frame in request.payload])
         self._count("seq = ?", job.seq, 1)
-        return Kept(job.seq)
+        return messages.Kept(job.seq)
 
-    def _load(self, request: Load) -> Reply:
+    def _load(self, request: messages.Load) -> Reply:
         row = self._db.execute("SELECT submit FROM jobs WHERE seq = ?", (request.seq,)).fetchone()
         if row is None:
-            return NotLoaded(request.seq, "it is gone")
+            return messages.NotLoaded(request.seq, "it is gone")
         message = FROM_CLIENT.decoder.decode(row[0])
         assert isinstance(message, Submit)
-        return Loaded(request.seq, message, self._payload(request.seq))
+        return messages.Loaded(request.seq, message, self._payload(request.seq))
 
-    def _store_answer(self, request: StoreAnswer) -> None:
+    def _store_answer(self, request: messages.StoreAnswer) -> None:
         if not self._count("seq = ? AND answer IS NULL", request.seq, -1):
             return  # forgotten
         size = sum(len(frame) for frame in request.payload)
         self._db.execute("DELETE FROM payloads WHERE seq = ?", (request.seq,))
-        for frame in request.payload:
-            self._db.execute("INSERT INTO payloads VALUES (?, ?)", (request.seq, _buffer(frame)))
+        self._db.executemany(_PAYLOAD, [(request.seq, frame) for frame in request.payload])
         self._db.execute(
             "UPDATE jobs SET answer = ?, answered = ?, size = ?, leased = 0 WHERE seq = ?",
             (msgspec.msgpack.encode(request.answer), self._clock(), size, request.seq),
@@ -287,15 +261,15 @@ class Spool:
         self._count("seq = ?", request.seq, 1)
         self._answers += 1
 
-    def _look(self, request: Look) -> Reply:
+    def _look(self, request: messages.Look) -> Reply:
         row = self._db.execute(
             "SELECT seq, answer FROM jobs WHERE name = ? AND answer IS NOT NULL", (request.name,)
         ).fetchone()
         if row is None:
-            return Looked(request.client, request.name, None, ())
+            return messages.Looked(request.client, request.name, None, ())
         message = TO_CLIENT.decoder.decode(row[1])
         assert isinstance(message, Result | Failed)
-        return Looked(request.client, request.name, message, self._payload(row[0]))
+        return messages.Looked(request.client, request.name, message, self._payload(row[0]))
 
     def _payload(self, seq: int) -> list[Any]:
         return [row[0] for row in self._db.execute("SELECT frame FROM payloads WHERE seq = ?", (seq,))]
@@ -328,14 +302,13 @@ class Spool:
 
     # -- opening ----------------------------------------------------------------------------------------------------
 
-    def _read(self) -> list[Stored]:
+    def _read(self) -> list[messages.Stored]:
         (seconds,) = self._db.execute("SELECT seconds FROM clock").fetchone()
-        newest, last, answers = self._db.execute(
+        newest, last, self._answers = self._db.execute(
             "SELECT coalesce(max(answered), 0), coalesce(max(seq), 0), count(answer) FROM jobs"
         ).fetchone()
         self._clock_before: float = max(seconds, newest)
         self.next_seq = last + 1
-        self._answers = answers
         owners = self._db.execute(f"SELECT owner, sum({_WRITTEN}) FROM jobs GROUP BY owner")
         self._owners = Counter(dict(owners.fetchall()))
         self._bytes = self._owners.total()
@@ -343,7 +316,7 @@ class Spool:
             "SELECT seq, name, owner, priority, size, attempts, losses, leased <> 0 FROM jobs WHERE answer IS NULL "
             "ORDER BY seq"
         )
-        return [Stored(*row) for row in rows]
+        return [messages.Stored(*row) for row in rows]
 
 
 def _inode(path: str) -> int:
@@ -352,10 +325,6 @@ def _inode(path: str) -> int:
         return os.stat(path).st_ino
     except FileNotFoundError:
         return 0
-
-
-def _buffer(frame: Any) -> memoryview:
-    return memoryview(frame)
 
 
 def _make(path: Path) -> None:
@@ -382,8 +351,7 @@ def _connect(path: Path) -> sqlite3.Connection:
             raise SpoolError(f"spool {path}: a database of another program: use another file")
         if version > VERSION:
             raise SpoolError(f"spool {path}: of a newer version of this program: use that version, or another file")
-        mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-        if mode != "wal":
+        if (mode := db.execute("PRAGMA journal_mode = WAL").fetchone()[0]) != "wal":
             raise SpoolError(f"spool {path}: no write-ahead log on this file system ({mode}): use a local disk")
         if not version:
             text = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}"
