@@ -153,12 +153,8 @@ def compare(arrays: recorded.Arrays, found: Instances, prepared: Any, exact: boo
         "matched": len(left),
         "score_diff": float(np.abs(known.scores[left] - found.scores[right]).max(initial=0)),
         "box_diff_px": float(np.abs(known.boxes[left] - found.boxes[right]).max(initial=0)),
-        **_masks(arrays, left, _only(found, right), prepared, exact),
+        **_masks(arrays, left, comparison.only(found, right), prepared, exact),
     }
-
-
-def _only(found: Instances, places: comparison.Places) -> Instances:
-    return Instances(**{field.name: getattr(found, field.name)[places] for field in dataclasses.fields(found)})
 
 
 def _masks(arrays: recorded.Arrays, places: comparison.Places, found: Instances, prepared: Any, exact: bool) -> Row:
