@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from blendmaskd.images.decoding import Pixels
 from blendmaskd_workers import blendmask, devices
 from blendmaskd_workers.blendmask import BlendMask, Config, Instances, Prepared
 from blendmaskd_workers.devices import Device, DeviceError, Precision
@@ -115,11 +114,6 @@ def cube_math_type(chip: str, switches: Mapping[str, str]) -> dict[str, str]:
     return {"cube_math_type": "3 (USE_HF32)" if switches["conv_hf32"] == "on" else "0 (KEEP_DTYPE)"}
 
 
-def scenes_of(names: Sequence[str], photographs: Sequence[Pixels], seed: int) -> list[Scene]:
-    """The scenes over these photographs, or painted ones where there are none."""
-    return scenes.photographed(names, photographs, seed) if photographs else scenes.painted(seed)
-
-
 def evaluate(
     reference: Subject, device: Subject, on: Sequence[Scene], config: Config, depth: Depth = Depth()
 ) -> dict[str, Any]:
@@ -206,19 +200,12 @@ def _rungs(
 
 def observe(subject: Subject, prepared: Prepared) -> tuple[Instances, dict[str, Tensor]]:
     """What the network says of an image, and by name what it computes on the way: levels, bases, head outputs."""
-    seen: dict[str, list[Any]] = {}
+    seen: dict[str, Any] = {}
     model = subject.model
-    watched = {"backbone": model.backbone, "bases": model.basis_module, "head": model.proposal_generator}
-    handles = [
-        module.register_forward_hook(lambda _module, _args, output, name=name: seen.setdefault(name, []).append(output))
-        for name, module in watched.items()
-    ]
-    try:
+    modules = {"backbone": model.backbone, "bases": model.basis_module, "head": model.proposal_generator}
+    with comparison.watched(modules.items(), lambda name, _module, _args, _kwargs, output: seen.update({name: output})):
         [instances] = subject.run(lambda: blendmask.segment(model, [prepared], subject.device.upload))
-    finally:
-        for handle in handles:
-            handle.remove()
-    [features], [bases], [head] = seen["backbone"], seen["bases"], seen["head"]
+    features, bases, head = seen["backbone"], seen["bases"], seen["head"]
     attentions = subject.run(lambda: [model.top_layer(output.box_features) for output in head])  # segment: few cells
     kinds = {"p": features, "logits.p": [output.logits for output in head],
              "distances.p": [output.distances for output in head],

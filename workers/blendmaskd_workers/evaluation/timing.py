@@ -120,18 +120,16 @@ def profile(one: Stopwatch, request: Request) -> list[Operator]:
 
 def time_together(stopwatches: Sequence[Stopwatch], request: Request) -> list[list[float]]:
     """The latencies of each device, all of which are busy until the last has finished. Raises `CannotTime`."""
+    _step(stopwatches, **dataclasses.asdict(request))  # to warm up
+    answers = _step(stopwatches)
+    _step(stopwatches)
+    return [answer["latencies_ms"] for answer in answers]
+
+
+def _step(stopwatches: Sequence[Stopwatch], **request: Any) -> list[dict[str, Any]]:
     for one in stopwatches:
-        one.ask(**dataclasses.asdict(request))
-    for one in stopwatches:
-        one.answer()  # warm
-    for one in stopwatches:
-        one.ask()
-    latencies_ms = [one.answer()["latencies_ms"] for one in stopwatches]
-    for one in stopwatches:
-        one.ask()
-    for one in stopwatches:
-        one.answer()
-    return latencies_ms
+        one.ask(**request)
+    return [one.answer() for one in stopwatches]
 
 
 def figures(latencies_ms: Sequence[float], batch: int = 1) -> dict[str, float]:
