@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 END_S = 10.0  # for a child to end by itself: the benchmark stops its daemon
 ATTEMPTS = 2  # of a child that dies before it has told anything: drivers have hiccups
@@ -23,6 +23,7 @@ HANGS_S = 60.0  # who is not ready then; before, there was not enough time
 CHUNK = 1 << 16
 
 Row = dict[str, Any]
+Start = Callable[..., subprocess.Popen[bytes]]  # with options of `subprocess.Popen`
 
 
 class ChildError(RuntimeError):
@@ -33,19 +34,9 @@ class ChildError(RuntimeError):
         self.row: Row = {kind: reason}
 
 
-class Start(Protocol):
-    """Starts a process with these options of `subprocess.Popen`."""
-
-    def __call__(self, **popen: Any) -> subprocess.Popen[bytes]: ...
-
-
 def program(argv: Sequence[str], environment: Mapping[str, str]) -> Start:
     """Python with these arguments."""
-
-    def start(**popen: Any) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, *argv], env=environment, **popen)
-
-    return start
+    return lambda **popen: subprocess.Popen([sys.executable, *argv], env=environment, **popen)
 
 
 def rows(start: Start, seconds: float, log: Path) -> Iterator[Row]:

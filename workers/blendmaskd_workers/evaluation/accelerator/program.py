@@ -91,16 +91,13 @@ def _main(arguments: argparse.Namespace) -> int:
             return EXIT_INTERRUPTED
         finally:
             _write(arguments.out, tree, begun)
-    for problem in report.problems(tree):
+    problems = report.problems(tree)
+    for problem in problems:
         print(problem)
     print(f"{arguments.out / NAME}.md, .json, .log: {tree['seconds']:.0f} s")
-    return _exit_code(tree)
-
-
-def _exit_code(tree: Tree) -> int:
     if "failed" in tree:
         return EXIT_NO_DEVICE
-    return EXIT_FAILED if report.problems(tree) else 0
+    return EXIT_FAILED if problems else 0
 
 
 def _run(check: Check, arguments: argparse.Namespace, tree: Tree, begun: float) -> None:
@@ -232,17 +229,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _refuse_what_is_not_there(arguments: argparse.Namespace) -> None:
-    for path in _needed(arguments):
+    goldens = arguments.goldens if "goldens" in arguments.sections else ()
+    recorded = (sections.RECORDED / f"{golden}.npz" for golden in goldens)
+    for path in filter(None, (arguments.config, arguments.weights, *recorded)):
         if not path.is_file():
             raise UsageError(f"{path}: no such file")
-
-
-def _needed(arguments: argparse.Namespace) -> Iterator[Path]:
-    yield arguments.config
-    if arguments.weights:
-        yield arguments.weights
-    for golden in arguments.goldens if "goldens" in arguments.sections else ():
-        yield sections.RECORDED / f"{golden}.npz"
 
 
 def _device(text: str) -> str:

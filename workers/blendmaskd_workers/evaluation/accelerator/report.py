@@ -1,6 +1,7 @@
 """The check's report as Markdown, and a line for each row as it comes. Pure."""
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,10 +20,6 @@ def _yes(value: Any) -> str:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
-
-
-def _number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}"
 
 
 def _idle(shares: Mapping[str, float]) -> str:
@@ -63,23 +60,23 @@ FOUND: Mapping[str, Columns] = {
         "first module off": lambda row: row["first_module_off"] or "",
     },
     "times": {
-        "images/s": lambda row: _number(row["images_per_s"], 1),
-        "if never idle": lambda row: _number(row["device_images_per_s"], 1),
-        "first visit ms": lambda row: _number(row["first_ms"], 2),
-        "second": lambda row: _number(row["second_ms"], 2),
+        "images/s": lambda row: f"{row['images_per_s']:.1f}",
+        "if never idle": lambda row: f"{row['device_images_per_s']:.1f}",
+        "first visit ms": lambda row: f"{row['first_ms']:.2f}",
+        "second": lambda row: f"{row['second_ms']:.2f}",
         "idle (ms by reason)": _idle_ms,
-        "alone ms": lambda row: _number(row["alone_ms"], 2),
-        "peak MB": lambda row: _number(row["peak_mb"], 0),
-        "of all": lambda row: _number(row["taken_mb"], 0),
+        "alone ms": lambda row: f"{row['alone_ms']:.2f}",
+        "peak MB": lambda row: f"{row['peak_mb']:.0f}",
+        "of all": lambda row: f"{row['taken_mb']:.0f}",
     },
     "daemon": {
-        "images/s": lambda row: _number(row["fps"], 1),
+        "images/s": lambda row: f"{row['fps']:.1f}",
         "of device time": lambda row: _percent(row["of_device_time"]),
-        "device ms per image": lambda row: _number(row["busy_ms_per_image"], 2),
+        "device ms per image": lambda row: f"{row['busy_ms_per_image']:.2f}",
         "idle": lambda row: _idle(row["idle_share"]),
-        "p50 ms": lambda row: _number(row["p50_ms"], 1),
-        "p99": lambda row: _number(row["p99_ms"], 1),
-        "worker CPU s per 1000": lambda row: _number(row["cpu_s_per_1000"]["workers"], 1),
+        "p50 ms": lambda row: f"{row['p50_ms']:.1f}",
+        "p99": lambda row: f"{row['p99_ms']:.1f}",
+        "worker CPU s per 1000": lambda row: f"{row['cpu_s_per_1000']['workers']:.1f}",
         "failed jobs": lambda row: str(sum(row["failures"].values()) + row["wrong"]),
     },
 }
@@ -150,26 +147,20 @@ def _section(name: str, section: Mapping[str, Any]) -> Iterator[str]:
 
 def _table(rows: Sequence[Row], columns: Columns) -> Iterator[str]:
     """With the columns that some row has."""
-    shown = [name for name in columns if any(_has(row, name, columns) for row in rows)]
+    known = [dict(_cells(row, columns)) for row in rows]
+    shown = [name for name in columns if any(name in cells for cells in known)]
     if shown:
         yield f"| {' | '.join(shown)} |"
         yield f"|{'---|' * len(shown)}"
-    for row in rows:
-        cells = dict(_cells(row, columns))
+    for cells in known:
         yield f"| {' | '.join(_cell(cells.get(name, '')) for name in shown)} |"
 
 
 def _cells(row: Row, columns: Columns) -> Iterator[tuple[str, str]]:
     for name, cell in columns.items():
-        if _has(row, name, columns):
-            yield name, cell(row)
-
-
-def _has(row: Row, name: str, columns: Columns) -> bool:
-    try:
-        return bool(columns[name](row))
-    except KeyError:  # a row of another kind, or not known
-        return False
+        with contextlib.suppress(KeyError):  # a row of another kind, or not known
+            if text := cell(row):
+                yield name, text
 
 
 def _cell(text: str) -> str:
