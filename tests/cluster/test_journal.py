@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 from blendmaskd.programs.errors import OutputError, UsageError
 from blendmaskd.protocol import Code
 from blendmaskd_workers.cluster import journal
-from blendmaskd_workers.cluster.journal import Line, Part, Run, Tries
+from blendmaskd_workers.cluster.journal import Line, Part, Tries, open_run
 
 STAMP = (10, 20)
 ABOUT = {"images": 3, "engine": "timed"}
@@ -18,7 +19,7 @@ ABOUT = {"images": 3, "engine": "timed"}
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    Run(tmp_path / "out", ABOUT).open(resume=False, anew=False)
+    open_run(tmp_path / "out", ABOUT, resume=False, anew=False)
     return tmp_path / "out"
 
 
@@ -67,27 +68,27 @@ def test_what_may_go_better_next_time_is_not_final(run, code, final) -> None:
 
 def test_a_run_in_a_folder_is_resumed_thrown_away_or_refused(run, tmp_path) -> None:
     with pytest.raises(UsageError, match="another run is writing"):
-        Run(run, ABOUT).open(resume=True, anew=False)
+        open_run(run, ABOUT, resume=True, anew=False)
     folder = tmp_path / "other"
     kept = tmp_path / "kept"
-    begun = Run(folder, ABOUT).open(resume=False, anew=False)
+    begun = open_run(folder, ABOUT, resume=False, anew=False)
     Part(folder, "a").write(line(0))
-    begun.close()
+    os.close(begun)
     folder.rename(kept)
     with pytest.raises(UsageError, match="--resume continues it, --anew discards it"):
-        Run(kept, ABOUT).open(resume=False, anew=False)
+        open_run(kept, ABOUT, resume=False, anew=False)
 
 
 def test_a_run_of_other_images_is_not_continued(tmp_path) -> None:
-    begun = Run(tmp_path, ABOUT).open(resume=False, anew=False)
+    begun = open_run(tmp_path, ABOUT, resume=False, anew=False)
     Part(tmp_path, "a").write(line(0))
-    begun.close()
+    os.close(begun)
     with pytest.raises(UsageError, match="started with engine 'timed', not with 'native'"):
-        Run(tmp_path, {**ABOUT, "engine": "native"}).open(resume=True, anew=False)
-    again = Run(tmp_path, {**ABOUT, "engine": "native"}).open(resume=False, anew=True)
+        open_run(tmp_path, {**ABOUT, "engine": "native"}, resume=True, anew=False)
+    again = open_run(tmp_path, {**ABOUT, "engine": "native"}, resume=False, anew=True)
     assert json.loads((tmp_path / "run.json").read_text())["engine"] == "native"
     assert journal.index(tmp_path, {0: STAMP}) == {}
-    again.close()
+    os.close(again)
 
 
 def test_a_node_that_does_not_see_the_folder_says_so(tmp_path) -> None:

@@ -101,15 +101,14 @@ class SegmentTasks:
         self._end(place, stamp, done.result(), over)
 
     def _end(self, place: int, stamp: Stamp, outcome: Answer | Failed, over: Future[Answer | Failed]) -> None:
-        line = journal.Line(image=place, stamp=stamp, node=self._segmenter.node, device=self._segmenter.device)
+        found: dict[str, Any] = {"node": self._segmenter.node, "device": self._segmenter.device}
         if isinstance(outcome, Failed):
-            line = msgspec.structs.replace(line, code=outcome.code, reason=outcome.reason)
+            found |= {"code": outcome.code, "reason": outcome.reason}
         else:
             detections = msgspec.Raw(msgspec.json.encode(msgspec.msgpack.decode(outcome.detections)))
-            size = {"width": outcome.width, "height": outcome.height}
-            line = msgspec.structs.replace(line, detections=detections, **size)
+            found |= {"width": outcome.width, "height": outcome.height, "detections": detections}
         try:
-            self._part.write(line)
+            self._part.write(journal.Line(image=place, stamp=stamp, **found))
         except OutputError as error:
             self._trouble = error
         over.set_result(outcome)

@@ -125,10 +125,6 @@ class LocalChannel:
         """Leases that have no answer yet."""
         return len(self._pending)
 
-    def given(self) -> int:
-        """Those of them that the loop has."""
-        return sum(pending.since is not None for pending in list(self._pending.values()))
-
     def stalled_s(self) -> float:
         """For how long leases were held and none ended; 0 when none is held."""
         with self._lock:

@@ -27,7 +27,6 @@ from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.topology import HostError
 from blendmaskd_workers.cluster import journal, outputs, placement, tasks
 from blendmaskd_workers.cluster.actor import SegmentTasks
-from blendmaskd_workers.cluster.journal import Run
 from blendmaskd_workers.cluster.placement import PlacementError
 from blendmaskd_workers.cluster.tasks import Inputs, Task
 
@@ -81,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         mask_format=arguments.mask_format,
     )  # fmt: skip
     folder = arguments.output.absolute()
-    Run(folder, _about(inputs, options, loaded)).open(resume=arguments.resume, anew=arguments.anew)
+    journal.open_run(folder, _about(inputs, options, loaded), resume=arguments.resume, anew=arguments.anew)
     stamps = inputs.stamps()
     again = {Code.WORKER_LOST} if arguments.retry_lost else set()
     before = {

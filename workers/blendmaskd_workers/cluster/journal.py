@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 
@@ -100,53 +100,44 @@ class Tries:
         raise AssertionError("numbers do not end")
 
 
-class Run:
-    """A run's folder, locked, for the program that runs it."""
+def open_run(folder: Path, about: Mapping[str, Any], *, resume: bool, anew: bool) -> int:
+    """Continue the run of a folder with `resume`, else begin one; `about` tells runs apart: what answers depend on.
 
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        """`about` tells runs apart: what answers depend on."""
-        self.folder = folder
-        self._about = {"version": VERSION, **about}
+    Returns a descriptor: until it is closed no other program has the folder. Raises `UsageError` for another run's
+    folder, one that is in use, and, unless `anew`, for one whose answers would be lost; `OutputError` where it cannot
+    be written.
+    """
+    about = {"version": VERSION, **about}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        lines.lock(held, folder, "--output")
+        found = _about(folder / "run.json")
+        if found and not anew:
+            try:
+                _check(folder, found, about, resume=resume)
+            except UsageError:
+                os.close(held)
+                raise
+        if not resume or not found:
+            shutil.rmtree(folder / "journal", ignore_errors=True)
+        shutil.rmtree(folder / "journal" / "tries", ignore_errors=True)
+        (folder / "journal" / "tries").mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{error.filename}: {error.strerror}") from None
+    return held
 
-    def open(self, *, resume: bool, anew: bool) -> Self:
-        """Continue what is there with `resume`, else begin.
 
-        Raises `UsageError` for another run's folder, one that is in use, and, unless `anew`, for one whose answers
-        would be lost; `OutputError` where it cannot be written.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-            lines.lock(self._fd, self.folder, "--output")
-            found = _about(self.folder / "run.json")
-            if found and not anew:
-                try:
-                    self._check(found, resume=resume)
-                except UsageError:
-                    self.close()
-                    raise
-            if not resume or not found:
-                shutil.rmtree(self.folder / "journal", ignore_errors=True)
-            shutil.rmtree(self.folder / "journal" / "tries", ignore_errors=True)
-            (self.folder / "journal" / "tries").mkdir(parents=True)
-            (self.folder / "run.json").write_text(json.dumps(self._about, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{error.filename}: {error.strerror}") from None
-        return self
-
-    def close(self) -> None:
-        """Let others continue it."""
-        os.close(self._fd)
-
-    def _check(self, found: dict[str, Any], *, resume: bool) -> None:
-        if not resume:
-            if any((self.folder / "journal").glob("*.jsonl")):
-                raise UsageError(f"{self.folder}/ holds a run: --resume continues it, --anew discards it")
-            return
-        for name, wanted in self._about.items():
-            if found.get(name) != wanted:
-                raise UsageError(f"--resume: {self.folder}/ was started with {name} {found.get(name)!r}, not with "
-                                 f"{wanted!r}: --anew begins anew, or choose another --output")  # fmt: skip
+def _check(folder: Path, found: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool) -> None:
+    if not resume:
+        if any((folder / "journal").glob("*.jsonl")):
+            raise UsageError(f"{folder}/ holds a run: --resume continues it, --anew discards it")
+        return
+    for name, wanted in about.items():
+        if found.get(name) != wanted:
+            raise UsageError(f"--resume: {folder}/ was started with {name} {found.get(name)!r}, not with {wanted!r}: "
+                             "--anew begins anew, or choose another --output")  # fmt: skip
 
 
 def index(folder: Path, stamps: Mapping[int, Stamp]) -> dict[int, Entry]:

@@ -142,12 +142,10 @@ class Worker:
 
 
 class Front:
-    """See the module."""
-
     def __init__(self, tree: dict[str, Any], worker: DeploymentHandle) -> None:
         self._settings = settings.from_tree(tree)
         self._worker = worker
-        self._node = _own_node()
+        _, self._node = placement.own_node()
         self._started = time.time()
         self._stats = Stats(self._settings.window_s)
         self._outcomes: Counter[str] = Counter()
@@ -301,9 +299,3 @@ def _check_size(found: int, most: int) -> None:
     """Raises `Failure`."""
     if found > most:
         raise Failure(Code.TOO_LARGE, f"{found} bytes: at most {most} (limits.max_image_bytes)")
-
-
-def _own_node() -> str:
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    own = ray.get_runtime_context().get_node_id()
-    return placement.node_name(next(node for node in nodes if node["NodeID"] == own), nodes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -83,18 +84,17 @@ def render(whole: Snapshot, fronts: Sequence[Snapshot], workers: Sequence[Snapsh
     return text
 
 
+@dataclass(eq=False, slots=True)
 class _Cluster(Collector):
-    def __init__(self, whole: Snapshot, fronts: Sequence[Snapshot], workers: Sequence[Snapshot]) -> None:
-        self._whole = whole
-        self._fronts = fronts
-        self._workers = workers
+    whole: Snapshot
+    fronts: Sequence[Snapshot]
+    workers: Sequence[Snapshot]
 
     def collect(self) -> Iterator[Metric]:
-        whole = {**self._whole, "stages": {}}
-        families = list(_families([whole], OF_THE_CLUSTER))
-        families += _families([{**whole, **each} for each in self._fronts], OF_A_FRONT)
-        families += _families([{**whole, **each, "node": _node(each)} for each in self._workers], OF_A_WORKER)
-        yield from families
+        whole = {**self.whole, "stages": {}}
+        yield from _families([whole], OF_THE_CLUSTER)
+        yield from _families([{**whole, **each} for each in self.fronts], OF_A_FRONT)
+        yield from _families([{**whole, **each, "node": _node(each)} for each in self.workers], OF_A_WORKER)
 
 
 def _families(snapshots: Iterable[Mapping[str, Any]], names: set[str]) -> Iterator[Metric]:
