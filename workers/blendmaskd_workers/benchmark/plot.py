@@ -88,7 +88,7 @@ def _limits(axes: Axes, middle: Sequence[Row]) -> None:
             continue
         seen.append(limit)
         axes.axvline(limit, color=GREEN, lw=1.6, ls=(0, (5, 3)))
-        name = f"{_plural(row['limit_devices'], 'device')} alone, batch {row['limit_batch']:g}: {limit:.1f}/s"
+        name = f"{report.plural(row['limit_devices'], 'device')} alone, batch {row['limit_batch']:g}: {limit:.1f}/s"
         axes.annotate(name, (limit, 0.98), xycoords=axes.get_xaxis_transform(), xytext=(6, 0), ha="left", va="top",
                       textcoords="offset points", rotation=90, fontsize=10, color=GREEN)  # fmt: skip
 
@@ -100,9 +100,5 @@ def _subtitle(tree: Mapping[str, Any]) -> str:
     what = f"{len(sent['images'])} given images" if sent["images"] else f"{height}x{width} {sent['encoding'] or 'raw'}"
     kind = "Poisson arrivals" if sent["rate"] else "closed loop"
     machine = tree["machine"]
-    return (f"{kind}, {what}, masks {sent['mask_format']}; medians of {_plural(rounds, 'round')} of "
+    return (f"{kind}, {what}, masks {sent['mask_format']}; medians of {report.plural(rounds, 'round')} of "
             f"{sent['seconds']:g} s, bars span them; {machine['cpus']} x {machine['cpu']}")  # fmt: skip
-
-
-def _plural(number: float, noun: str) -> str:
-    return f"{number:g} {noun}{'' if number == 1 else 's'}"

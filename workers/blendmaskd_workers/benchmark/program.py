@@ -123,13 +123,8 @@ def _replayed(arguments: argparse.Namespace, file: Path) -> argparse.Namespace:
 
 def plan(arguments: argparse.Namespace) -> list[Variant]:
     """The variants. Raises `UsageError`, `SettingsError`."""
-    if arguments.endpoint:
-        first = Variant(arguments.endpoint, arguments)
-        variants = [dataclasses.replace(_variant(text, arguments), settings=None) for text in arguments.compare or ()]
-    else:
-        first = _variant("", arguments)
-        variants = [_variant(text, arguments) for text in arguments.compare or ()]
-    variants = variants or [first]
+    first = Variant(arguments.endpoint, arguments) if arguments.endpoint else _variant("", arguments)
+    variants = [_variant(text, arguments) for text in arguments.compare or ()] or [first]
     if arguments.bare:
         if first.settings is None or first.settings.engine != "timed":
             raise UsageError("--bare sleeps the latency table of engine timed: it needs a daemon of its own with that")
@@ -179,7 +174,7 @@ def _variant(text: str, arguments: argparse.Namespace) -> Variant:
         folders = sorted({os.path.dirname(os.path.abspath(path)) for path in input_images.find(arguments.images)})
         overrides.insert(0, f"paths.roots={folders}")
     settings = settings_module.load(None, None, overrides)
-    return Variant(name or DAEMON, arguments, tuple(overrides), settings)
+    return Variant(name or DAEMON, arguments, tuple(overrides), None if arguments.endpoint else settings)
 
 
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
@@ -253,7 +248,7 @@ def _round(variant: Variant, number: int, answer_bytes: int, progress: Told) -> 
     limits = [_limit(variant, sent[0], progress)]
     with _server(variant, answer_bytes) as server:
         for point in variant.points:
-            progress.describe(f"round {number}: {variant.name}, {point}")
+            progress.describe(f"round {number}: {variant.name}, {report.load_text({'load': point.as_dict()})}")
             with Generator(server.endpoint, sent, point.clients, _sending(variant, point), server.keys) as generator:
                 row = measure(server, generator, point, arguments.warm_up, arguments.seconds, progress.tick)
             rows.append({"round": number, "variant": variant.name, **row})

@@ -11,6 +11,7 @@ import math
 import platform
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,10 +70,12 @@ def ratios(rows: Sequence[Row], above: str, below: str) -> list[dict[str, Any]]:
 
 
 def load_text(row: Row) -> str:
-    if "rate" in row["load"]:
-        return f"{row['load']['rate']:g} jobs/s"
-    clients = row["load"]["clients"]
-    return f"{clients} client{'s' if clients > 1 else ''}"
+    load = row["load"]
+    return f"{load['rate']:g} jobs/s" if "rate" in load else plural(load["clients"], "client")
+
+
+def plural(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
 def line(row: Row) -> str:
@@ -211,10 +214,7 @@ def _median(group: Sequence[Row]) -> Row:
             row[key] = {name: _middle([each.get(key, {}).get(name) for each in group]) for name in value}
         elif key not in ("load", "failures", "variant", "round"):
             row[key] = _middle([each.get(key) for each in group])
-    row["failures"] = {}
-    for each in group:
-        for code, number in each["failures"].items():
-            row["failures"][code] = row["failures"].get(code, 0) + number
+    row["failures"] = dict(sum((Counter(each["failures"]) for each in group), Counter()))
     return row | {key: sum(each[key] for each in group) for key in ("wrong", "late_sends", "jobs", "checked")}
 
 
