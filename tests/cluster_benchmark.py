@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from PIL import Image
 from ray import serve
 from rich.console import Console
 from rich.table import Table
 
 from blendmaskd.programs.errors import guarded
+from blendmaskd_workers.benchmark.http_load import spent_cpu_s
 from blendmaskd_workers.cluster.serve import application
 from cluster_trial import Trial, processes, trial
 
@@ -91,11 +91,11 @@ def _online(cluster: Trial, nodes: int, arguments: argparse.Namespace, image: by
 
 
 def _watch(cluster: Trial, seconds: float, answered: list[None]) -> tuple[float, float]:
-    """The share of one core that the cluster took, and images per second."""
-    begun, cpu_s, images = time.monotonic(), _cpu_s(cluster), len(answered)
+    """The share of one core that the cluster took, but for this process, and images per second."""
+    begun, before_s, images = time.monotonic(), spent_cpu_s(processes(cluster.folder)), len(answered)
     time.sleep(seconds)
     took = time.monotonic() - begun
-    return (_cpu_s(cluster) - cpu_s) / took, (len(answered) - images) / took
+    return (spent_cpu_s(processes(cluster.folder)) - before_s) / took, (len(answered) - images) / took
 
 
 @contextlib.contextmanager
@@ -136,16 +136,6 @@ def _offline(cluster: Trial, nodes: int, arguments: argparse.Namespace, image: b
         )  # fmt: skip
     [line] = [line for line in done.stdout.splitlines() if line.startswith("combined:")]
     return Row("offline", nodes, float(line.split(" FPS")[0].split()[-1]))
-
-
-def _cpu_s(cluster: Trial) -> float:
-    """CPU seconds so far of all processes of the cluster but this one's."""
-    spent = 0.0
-    for process in processes(cluster.folder):
-        with contextlib.suppress(psutil.Error):
-            times = process.cpu_times()
-            spent += times.user + times.system
-    return spent
 
 
 def _image(size: str) -> bytes:

@@ -94,7 +94,7 @@ def _loop(
             selector.register(line.socket, selectors.EVENT_READ, number)
         while (now := time.monotonic()) < end:
             if before is None and now >= start:
-                before = _cpu_s(server)
+                before = spent_cpu_s(server)
             for client, _ in schedule.due(now):
                 lines[client].sent = time.monotonic()
                 lines[client].socket.sendall(request)
@@ -106,7 +106,7 @@ def _loop(
                     failed = code != "200"
                     samples.append(Sample(line.sent, line.sent, done, code if failed else ""))
                     schedule.answered(key.data, done, failed)
-        return samples, _cpu_s(server) - (before or 0.0)
+        return samples, spent_cpu_s(server) - (before or 0.0)
 
 
 def _receive(line: Line) -> str:
@@ -134,7 +134,8 @@ def _processes(port: int) -> list[psutil.Process]:
     return []
 
 
-def _cpu_s(processes: Sequence[psutil.Process]) -> float:
+def spent_cpu_s(processes: Sequence[psutil.Process]) -> float:
+    """CPU seconds so far of those that live."""
     total = 0.0
     for process in processes:
         with contextlib.suppress(psutil.Error):
