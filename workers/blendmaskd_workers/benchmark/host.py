@@ -51,7 +51,6 @@ REPLAYED = (800, 800)  # what the masks are of, and what their time is a multipl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: the process's); returns its exit code."""
     parser = argparse.ArgumentParser(prog="benchmark_host", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument

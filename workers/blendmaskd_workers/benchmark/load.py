@@ -34,8 +34,6 @@ class Sample(NamedTuple):
 
 
 class Schedule(Protocol):
-    """See the module."""
-
     def due(self, now: float) -> Iterator[tuple[int, float | None]]:
         """The jobs to send now: client (0-based), and the time at which it should have been sent; None: when it is."""
 

@@ -87,7 +87,6 @@ class Variant:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: the process's); returns its exit code."""
     return guarded("benchmark", lambda: _main(parse(argv, __doc__ or "")))
 
 

@@ -53,7 +53,6 @@ Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: the process's); returns its exit code."""
     return guarded("eval_performance", lambda: _main(_parse(argv)))
 
 
@@ -155,17 +154,12 @@ def _quoted(found: Mapping[str, float]) -> Row:
     return {name: found[name] for name in ("median_ms", "fps")}
 
 
-def _with_gain(rows: Sequence[Row], name: str) -> list[Row]:
-    """Each row's FPS in percent over those of the first that was measured."""
-    first = next((row for row in rows if "fps" in row), None)
-    if first is None:
-        return list(rows)
-
-    def gain(row: Row) -> Row:
-        percent = 100 * (row["fps"] / first["fps"] - 1)
-        return {**row, "gain_percent": percent, "base": first[name]}
-
-    return [gain(row) if "fps" in row else row for row in rows]
+def _with_gain(rows: list[Row], name: str) -> list[Row]:
+    """Adds to each row its FPS in percent over those of the first that was measured."""
+    measured = [row for row in rows if "fps" in row]
+    for row in measured:
+        row |= {"gain_percent": 100 * (row["fps"] / measured[0]["fps"] - 1), "base": measured[0][name]}
+    return rows
 
 
 def _profile(one: Stopwatch, request: Request, batches: Sequence[int]) -> Row:

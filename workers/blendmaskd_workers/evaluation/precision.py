@@ -49,7 +49,6 @@ from blendmaskd_workers.evaluation import logs, outputs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: the process's); returns its exit code."""
     return guarded("eval_precision", lambda: _main(_parse(argv)))
 
 

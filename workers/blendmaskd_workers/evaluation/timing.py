@@ -61,18 +61,13 @@ class Stopwatch:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         if error is not None:
             self._process.kill()  # nobody wants what it measures
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
         try:
-            self._process.wait(END_S)
+            self._process.communicate(timeout=END_S)  # which ends its input
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
+            self._process.communicate()
 
     @property
     def pid(self) -> int:

@@ -74,7 +74,6 @@ Tree = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: the process's); returns its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # processes are ended, and the report is written
     return guarded(NAME, lambda: _main(_parse(argv)))
 
