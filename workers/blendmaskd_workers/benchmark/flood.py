@@ -25,9 +25,7 @@ DEADLINE_S = 60.0
 SNAPSHOT_S = 0.2  # between two questions for a newer one
 
 
-def flood_one(
-    generator: Generator, endpoint: str, size: tuple[int, int], warm_up_s: float, seconds: float
-) -> Row:
+def flood_one(generator: Generator, endpoint: str, size: tuple[int, int], warm_up_s: float, seconds: float) -> Row:
     """The polite client's latencies without and with the flood, which sends raw images of `size` (height, width).
 
     ``lonely`` and ``flooded`` as `load.figures`, ``ratio`` of their p99, and the flood's own ``flood_fps`` and

@@ -348,9 +348,7 @@ def _flood(variant: Variant, console: Console) -> int:
 
 # ---- telling ----------------------------------------------------------------------------------------------------
 
-def _tell(
-    rows: Sequence[Row], variants: Sequence[Variant], arguments: argparse.Namespace, console: Console
-) -> None:
+def _tell(rows: Sequence[Row], variants: Sequence[Variant], arguments: argparse.Namespace, console: Console) -> None:
     found = [ratio for above, below in _pairs(variants) for ratio in report.ratios(rows, above, below)]
     middle = report.medians(rows)
     if arguments.markdown:

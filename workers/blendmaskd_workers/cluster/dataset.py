@@ -162,10 +162,7 @@ def _connect(address: str | None) -> None:
     except ConnectionError as error:
         if address:
             raise NoDaemonError(f"--address {address}: no Ray cluster there: {error}") from None
-        ray.init(
-            address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )  # fmt: skip
+        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False

@@ -31,9 +31,7 @@ OF_A_WORKER = {
 }  # fmt: skip
 
 
-def combine(
-    fronts: Sequence[Snapshot], workers: Sequence[Snapshot], *, seq: int, queue: settings.Queue
-) -> Snapshot:
+def combine(fronts: Sequence[Snapshot], workers: Sequence[Snapshot], *, seq: int, queue: settings.Queue) -> Snapshot:
     """One snapshot in the form of `blendmaskd.core.stats`, whose devices have their ``node``; see there for the keys.
 
     ``queue.jobs`` are images that fronts wait for and no worker holds yet. Latencies are not summed: each front's are

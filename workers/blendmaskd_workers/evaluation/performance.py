@@ -71,10 +71,7 @@ def measure(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]
     basis = launch.basis(settings)
     request = Request(arguments.iterations, arguments.warm_up)
     with contextlib.ExitStack() as running:
-        stopwatches = [
-            running.enter_context(Stopwatch(device, basis, arguments.size))
-            for device in settings.devices
-        ]
+        stopwatches = [running.enter_context(Stopwatch(device, basis, arguments.size)) for device in settings.devices]
         for one in stopwatches:
             _wait_until_ready(one)
         alone = [_latency(one, request) for one in stopwatches]

@@ -78,9 +78,7 @@ class Depth:
     ladder: bool = False  # with the arithmetics that a CPU can emulate
 
 
-def load(
-    config: Config, weights: Weights, name: str, precision: Precision = "fp32", dtype: str = "fp32"
-) -> Subject:
+def load(config: Config, weights: Weights, name: str, precision: Precision = "fp32", dtype: str = "fp32") -> Subject:
     """The network on the device `name`. Raises `SubjectError`."""
     if isinstance(weights, Initial):
         torch.manual_seed(weights.seed)  # some layers keep what building them draws
