@@ -48,8 +48,6 @@ WANTED = 1.9  # two nodes against one
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement."""
-
     way: str  # online or offline
     nodes: int
     fps: float

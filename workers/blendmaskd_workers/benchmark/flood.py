@@ -38,7 +38,6 @@ def flood_one(generator: Generator, endpoint: str, size: tuple[int, int], warm_u
 
 
 def line(row: Row) -> str:
-    """A row as a sentence."""
     lonely, flooded = row["lonely"], row["flooded"]
     return (
         f"round {row['round']}: p50/p99 alone {lonely['p50_ms']:.1f}/{lonely['p99_ms']:.1f} ms, beside a flood "

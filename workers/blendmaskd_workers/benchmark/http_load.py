@@ -52,7 +52,6 @@ def measure(
 
 
 def medians(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of what a report shows."""
     return {key: statistics.median(row[key] for row in rows) for key in ("fps", "p50_ms", "p99_ms", "cpu_s_per_1000")}
 
 

@@ -32,7 +32,6 @@ RATIOS = {"images/s": "fps", "p50": "p50_ms", "p99": "p99_ms", "server CPU": "se
 
 
 def machine() -> dict[str, Any]:
-    """The machine and what ran on it, for a reader of the figures."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "")
     return {
@@ -184,7 +183,6 @@ def markdown(rows: Sequence[Row], found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def ratio_text(found: Mapping[str, Any]) -> str:
-    """One variant over another as a sentence."""
     parts = []
     for name, key in RATIOS.items():
         if found[key]["median"] is not None:

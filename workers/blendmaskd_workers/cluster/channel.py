@@ -40,8 +40,6 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A lease without an answer."""
-
     lease: protocol.Lease
     payload: tuple[bytes, ...]
     future: Future[Answer | Failed]
@@ -101,7 +99,6 @@ class LocalChannel:
         return pending.future
 
     def stop(self) -> None:
-        """Ask the loop to end."""
         self._tell(protocol.Stop())
 
     def close(self, reason: str) -> None:

@@ -59,7 +59,6 @@ class Tally:
         return {name: self.images[name] / max(seconds, 1e-9) for name, seconds in busy.items()}
 
     def summary(self, before: int) -> str:
-        """Images and FPS of each device and of all together."""
         fps = self.fps()
         lines = [f"{before} images were done before"] if before else []
         lines += [f"{name}: {self.images[name]} images, {each:.2f} FPS" for name, each in fps.items()]
@@ -140,7 +139,6 @@ def _segment(
 def _rows(
     left: Sequence[Task], loaded: Settings, folder: Path, options: Options, workers: int
 ) -> Iterator[dict[str, Any]]:
-    """What came of each task, as it comes."""
     items = [{"task": msgspec.json.encode(task)} for task in left]
     compute = ActorPoolStrategy(
         min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=TASKS_AT_ONCE,

@@ -37,8 +37,6 @@ FINAL = {Code.BAD_IMAGE, Code.TOO_LARGE, Code.BAD_REQUEST, Code.WORKER_LOST}  # 
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What came of an image."""
-
     image: int  # its place
     stamp: Stamp
     node: str
@@ -86,7 +84,6 @@ class Tries:
         self._folder = folder / "journal" / "tries"
 
     def so_far(self, name: str) -> int:
-        """How often it was begun."""
         return len(list(self._folder.glob(f"{name}.*")))
 
     def begin(self, name: str) -> int:

@@ -42,8 +42,6 @@ class PlacementError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a worker is."""
-
     node: str  # its name in metrics and results
     assignment: Assignment
     warnings: tuple[str, ...]

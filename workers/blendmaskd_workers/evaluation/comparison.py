@@ -100,7 +100,6 @@ class Difference:
         return self._right_found / self._right_right - 1 if self._right_right else 0.0
 
     def figures(self) -> dict[str, Any]:
-        """All of it by name."""
         names = ("abs_mean", "abs_max", "rel_mean", "rel_max", "cosine", "rmse_over_std", "scale_bias", "over", "of")
         return {name: getattr(self, name) for name in names}
 
@@ -153,7 +152,6 @@ def matched(reference: Instances, device: Instances) -> tuple[Places, Places]:
 
 
 def only(found: Instances, places: Places | slice) -> Instances:
-    """The instances at these places."""
     return Instances(**{field.name: getattr(found, field.name)[places] for field in dataclasses.fields(found)})
 
 

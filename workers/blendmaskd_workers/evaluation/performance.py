@@ -160,7 +160,6 @@ def _with_gain(rows: list[Row], name: str) -> list[Row]:
 
 
 def _profile(one: Stopwatch, request: Request, batches: Sequence[int]) -> Row:
-    """What the operators take, in one batch size or in two."""
     few = dataclasses.replace(request, iterations=min(request.iterations, PROFILED))
     found = {}
     for batch in batches:

@@ -41,7 +41,6 @@ def precision(report: Report) -> dict[str, Figure]:
 
 
 def _losses(axes: Axes, report: Report) -> None:
-    """The largest relative difference of each loss over the scenes."""
     rows = [row for scene in report["scenes"] for row in scene["losses"]]
     names = list(dict.fromkeys(row["name"] for row in rows))
     errors = [max(row["rel_diff"] for row in rows if row["name"] == name) for name in names]
@@ -57,7 +56,6 @@ def _losses(axes: Axes, report: Report) -> None:
 
 
 def _errors(axes: Axes, report: Report) -> None:
-    """Percentiles of the relative error of each tensor, the worst scene's."""
     names, rows = _worst_scene(report)
     places = np.arange(len(names))
     for key, label, marker, colour in (("rel_max", "largest", "_", RED), ("p99", "99% are below", "^", ORANGE),
@@ -74,7 +72,6 @@ def _errors(axes: Axes, report: Report) -> None:
 
 
 def _shares(axes: Axes, report: Report) -> None:
-    """Share of elements over the bar in each tensor, the worst scene's."""
     names, rows = _worst_scene(report)
     shares = [100 * _share(row) for row in rows]
     bars = axes.bar(names, shares, color=[RED if share > 100 * BAR else GREEN for share in shares])
@@ -86,7 +83,6 @@ def _shares(axes: Axes, report: Report) -> None:
 
 
 def _detections(axes: Axes, report: Report) -> None:
-    """The final boxes and masks as a table."""
     axes.axis("off")
     head = ["", *(scene["scene"] for scene in report["scenes"])]
     found = [scene["detections"] for scene in report["scenes"]]
@@ -124,7 +120,6 @@ def _ladder(axes: Axes, report: Report) -> None:
 
 
 def _trace(axes: Axes, report: Report) -> None:
-    """Mean and largest own error of each module, in the order of the computation."""
     trace = report["trace"]
     modules = trace["modules"]
     places = np.arange(len(modules))
@@ -188,7 +183,6 @@ def performance(report: Report) -> dict[str, Figure]:
 
 
 def _performance(report: Report) -> Figure:
-    """Latencies in order, their distribution, and data types and runtime options where measured."""
     dtypes = [row for row in report["dtypes"] if "fps" in row]
     options = [row for row in report["runtime_options"] if "fps" in row]
     panels = 2 + bool(dtypes) + bool(options)
@@ -220,7 +214,6 @@ def _latencies(axes: Axes, report: Report) -> None:
 
 
 def _summary(axes: Axes, report: Report) -> None:
-    """Median latencies, from least to largest as whiskers; logarithmic beside a CPU baseline."""
     rows = report["latency"]
     names = [row["device"] for row in rows]
     medians = [row["median_ms"] for row in rows]
@@ -248,7 +241,6 @@ def _rates(axes: Axes, rows: Sequence[Report], name: str, title: str) -> None:
 
 
 def _large_batch(report: Report) -> Figure:
-    """Throughput by batch size against that of batch 1, and what an image waits for it."""
     rows = [row for row in report["batches"] if "fps" in row]
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     figure.suptitle(_title("Large batches", report, first=True), fontsize=13)
@@ -271,7 +263,6 @@ def _large_batch(report: Report) -> Figure:
 
 
 def _operators(report: Report) -> Figure:
-    """What each operator takes of a batch, and what the larger batch takes beyond the smaller one's time per image."""
     profile = report["profile"]
     batches, rows = profile["batches"], profile["operators"]
     figure = Figure(figsize=(13, 7.5), layout="constrained")

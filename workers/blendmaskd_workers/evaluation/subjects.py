@@ -43,8 +43,6 @@ class SubjectError(ValueError):
 
 @dataclass(frozen=True)
 class Subject:
-    """A network on a device."""
-
     name: str  # npu:0
     device: Device
     model: BlendMask
@@ -259,7 +257,6 @@ def _warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _failures(rows: Sequence[dict[str, Any]], differences: dict[str, Difference]) -> list[str]:
-    """What is over the bar, a sentence each."""
     found = []
     for row in rows:
         found += [f"{loss['name']} on {row['scene']} differs by {100 * loss['rel_diff']:.2f}%"

@@ -32,8 +32,6 @@ class CannotTime(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One measurement."""
-
     iterations: int
     warm_up: int
     batch: int = 1

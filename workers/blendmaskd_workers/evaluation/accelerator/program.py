@@ -100,7 +100,6 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _run(check: Check, arguments: argparse.Namespace, tree: Tree, begun: float) -> None:
-    """Fill the tree, section by section."""
     until = begun + arguments.budget_s - END_S
     with _progress(arguments.budget_s) as progress:
         try:

@@ -103,7 +103,6 @@ def is_bad(row: Row) -> bool:
 
 
 def line(section: str, row: Row) -> str:
-    """A row as a sentence."""
     of = ", ".join(text if name in BY_THEMSELVES else f"{name} {text}" for name, text in _cells(row, OF))
     found = [f"{reason}: {row[reason]}" for reason in NOT_MEASURED if reason in row]
     found += [f"{name} {text}" for name, text in _cells(row, FOUND[section])]

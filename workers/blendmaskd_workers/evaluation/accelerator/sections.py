@@ -39,8 +39,6 @@ TIME_IS_UP = "the time was up"
 
 @dataclass(frozen=True)
 class Check:
-    """What is checked, and how."""
-
     device: str  # cuda:0, npu:0, cpu
     config: str
     weights: str | None  # None: seeded random ones
