@@ -36,8 +36,9 @@ import dataclasses
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,11 +236,11 @@ def _measure_all(variants: Sequence[Variant], arguments: argparse.Namespace, con
                 answer_bytes = next((row["answer_bytes"] for row in reversed(rows) if row["answer_bytes"]), 0)
                 for row in _round(variant, number, answer_bytes or ANSWER_BYTES, progress):
                     rows.append(row)
-                    progress.print(escape(report.line(row)))
+                    progress.console.print(escape(report.line(row)))
     return rows
 
 
-def _round(variant: Variant, number: int, answer_bytes: int, progress: Told) -> Iterator[Row]:
+def _round(variant: Variant, number: int, answer_bytes: int, progress: Progress) -> Iterator[Row]:
     """A row for each load, with the devices' limit before and after."""
     arguments = variant.arguments
     sent = _pictures(arguments)
@@ -247,22 +248,23 @@ def _round(variant: Variant, number: int, answer_bytes: int, progress: Told) -> 
     limits = [_limit(variant, sent[0], progress)]
     with _server(variant, answer_bytes) as server:
         for point in variant.points:
-            progress.describe(f"round {number}: {variant.name}, {report.load_text({'load': point.as_dict()})}")
+            _show(progress, f"round {number}: {variant.name}, {report.load_text({'load': point.as_dict()})}")
             with Generator(server.endpoint, sent, point.clients, _sending(variant, point), server.keys) as generator:
-                row = measure(server, generator, point, arguments.warm_up, arguments.seconds, progress.tick)
+                tick = partial(_show, progress, seconds=1.0)
+                row = measure(server, generator, point, arguments.warm_up, arguments.seconds, tick)
             rows.append({"round": number, "variant": variant.name, **row})
     limits.append(_limit(variant, sent[0], progress))
     for row in rows:
         yield row | _share(row, [limit for limit in limits if limit], variant)
 
 
-def _limit(variant: Variant, picture: Picture, progress: Told) -> device.Limit | None:
+def _limit(variant: Variant, picture: Picture, progress: Progress) -> device.Limit | None:
     seconds = variant.arguments.limit_seconds
     if variant.settings is None or not seconds or _takes_no_time(variant.settings):
         return None
-    progress.describe("the devices' limit")
+    _show(progress, "the devices' limit")
     found = device.limit(variant.settings, picture.pixels(), seconds)
-    progress.advance(seconds)
+    _show(progress, seconds=seconds)
     return found
 
 
@@ -385,32 +387,20 @@ def _as_dict(variant: Variant) -> dict[str, Any]:
     return {"load": options, "settings": list(variant.overrides), "bare": variant.bare}
 
 
-class Told:
-    """Progress of a long run: a bar on a terminal, redrawn by us alone, because a thread would disturb the load."""
-
-    def __init__(self, progress: Progress, total_s: float) -> None:
-        self._progress = progress
-        self._task = progress.add_task("starting", total=total_s)
-        self.print: Callable[[str], None] = progress.console.print
-
-    def describe(self, text: str) -> None:
-        self._progress.update(self._task, description=escape(text), refresh=True)
-
-    def tick(self) -> None:
-        self.advance(1.0)
-
-    def advance(self, seconds: float) -> None:
-        self._progress.update(self._task, advance=seconds, refresh=True)
-
-
-@contextlib.contextmanager
-def _progress(variants: Sequence[Variant], arguments: argparse.Namespace) -> Iterator[Told]:
+def _progress(variants: Sequence[Variant], arguments: argparse.Namespace) -> Progress:
+    """A bar on a terminal, redrawn by us alone, because a thread would disturb the load."""
     total_s = arguments.rounds * sum(
         len(variant.points) * (arguments.warm_up + arguments.seconds) + 2 * arguments.limit_seconds
         for variant in variants
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with Progress(*columns, console=console, auto_refresh=False, transient=True,
-                  disable=not console.is_terminal) as progress:  # fmt: skip
-        yield Told(progress, total_s)
+    progress = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
+    progress.add_task("starting", total=total_s)
+    return progress
+
+
+def _show(progress: Progress, text: str | None = None, seconds: float | None = None) -> None:
+    """What is being done, or how much more has been."""
+    [bar] = progress.task_ids
+    progress.update(bar, description=text and escape(text), advance=seconds, refresh=True)
