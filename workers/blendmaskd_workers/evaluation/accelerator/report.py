@@ -1,17 +1,16 @@
 """The check's report as Markdown, and a line for each row as it comes. Pure."""
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from blendmaskd_workers.benchmark.report import Columns, cells, grid
 from blendmaskd_workers.evaluation.accelerator.children import Row
 
 BY_THEMSELVES = ("golden", "computed", "precision")  # what they are of goes without saying
 NOT_MEASURED = ("unsupported", "skipped", "failed")
 RANDOM = ("seeded random ones, which have learnt nothing: what is found in a photograph means nothing, nor would an "
           "accuracy on photographs. Times are those of trained weights that find a hundred instances")  # fmt: skip
-Columns = Mapping[str, Callable[[Row], str]]
 
 
 def _yes(value: Any) -> str:
@@ -26,7 +25,7 @@ def _idle(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{reason} {_percent(share)}" for reason, share in shares.items())
 
 
-def _idle_ms(row: Row) -> str:
+def _idle_ms(row: Mapping[str, Any]) -> str:
     reasons = ", ".join(f"{reason} {milliseconds:.2f}" for reason, milliseconds in row["idle_ms"].items())
     return f"{_percent(row['idle_share'])} ({reasons})"
 
@@ -103,9 +102,9 @@ def is_bad(row: Row) -> bool:
 
 
 def line(section: str, row: Row) -> str:
-    of = ", ".join(text if name in BY_THEMSELVES else f"{name} {text}" for name, text in _cells(row, OF))
+    of = ", ".join(text if name in BY_THEMSELVES else f"{name} {text}" for name, text in cells(row, OF).items())
     found = [f"{reason}: {row[reason]}" for reason in NOT_MEASURED if reason in row]
-    found += [f"{name} {text}" for name, text in _cells(row, FOUND[section])]
+    found += [f"{name} {text}" for name, text in cells(row, FOUND[section]).items()]
     if is_bad(row):
         found += [f"off: {each}" for each in row.get("off", ())]
     return ": ".join(filter(None, [section, of, ", ".join(found)]))
@@ -145,21 +144,11 @@ def _section(name: str, section: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(rows: Sequence[Row], columns: Columns) -> Iterator[str]:
-    """With the columns that some row has."""
-    known = [dict(_cells(row, columns)) for row in rows]
-    shown = [name for name in columns if any(name in cells for cells in known)]
+    shown, body = grid(rows, columns)
     if shown:
         yield f"| {' | '.join(shown)} |"
         yield f"|{'---|' * len(shown)}"
-    for cells in known:
-        yield f"| {' | '.join(_cell(cells.get(name, '')) for name in shown)} |"
-
-
-def _cells(row: Row, columns: Columns) -> Iterator[tuple[str, str]]:
-    for name, cell in columns.items():
-        with contextlib.suppress(KeyError):  # a row of another kind, or not known
-            if text := cell(row):
-                yield name, text
+    yield from (f"| {' | '.join(map(_cell, texts))} |" for texts in body)
 
 
 def _cell(text: str) -> str:
