@@ -123,7 +123,8 @@ def _segment(
     try:
         workers = _workers(arguments.workers, loaded)
         left = tasks.plan(inputs, before, workers)
-        with _progress() as progress:
+        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+        with Progress(*columns, console=Console(stderr=True)) as progress:
             bar = progress.add_task("", total=sum(len(task.places) for task in left))
             for row in _rows(left, loaded, arguments.output.absolute(), options, workers):
                 tally.add(row)
@@ -184,13 +185,6 @@ def _explained(error: RayError) -> Exception:
     if kind.endswith("OutputError"):
         return OutputError(text)
     return NoDaemonError(f"the workers cannot go on: {text or last}")
-
-
-def _progress() -> Progress:
-    return Progress(
-        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
-        console=Console(stderr=True),
-    )  # fmt: skip
 
 
 def _description(tally: Tally) -> str:
