@@ -224,12 +224,8 @@ def _contrast(colour: Pixels, covered: Pixels) -> float:
 
 def _shadow(alpha: Pixels) -> Pixels:
     """The shape's own outline, blurred, a little lower and to the right."""
-    blurred = _image(alpha).filter(ImageFilter.GaussianBlur(3))
-    return np.roll(_plane(blurred), (2, 2), (0, 1))
-
-
-def _image(plane: Pixels) -> Image.Image:
-    return Image.fromarray((plane * 255 + 0.5).astype(np.uint8))
+    image = Image.fromarray((alpha * 255 + 0.5).astype(np.uint8))
+    return np.roll(_plane(image.filter(ImageFilter.GaussianBlur(3))), (2, 2), (0, 1))
 
 
 def _plane(image: Image.Image) -> Pixels:
@@ -259,21 +255,9 @@ def _ellipse(aspect: float) -> NDArray[np.float64]:
     return _polar(np.linspace(0, 2 * math.pi, 180, endpoint=False), 1.0) * (1, aspect)
 
 
-def _disc(rng: Generator) -> Outline:
-    return [_ellipse(rng.uniform(0.8, 1))]
-
-
 def _ring(rng: Generator) -> Outline:
     outer = _ellipse(rng.uniform(0.8, 1))
     return [outer, outer * rng.uniform(0.45, 0.6)]
-
-
-def _square(rng: Generator) -> Outline:
-    return [np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * (1, rng.uniform(0.8, 1))]
-
-
-def _triangle(rng: Generator) -> Outline:
-    return [_polar(np.deg2rad(np.arange(3) * 120 + rng.uniform(-12, 12, 3)), 1.0)]
 
 
 def _star(rng: Generator) -> Outline:
@@ -282,8 +266,12 @@ def _star(rng: Generator) -> Outline:
 
 
 _OUTLINES: dict[str, Callable[[Generator], Outline]] = {
-    "disc": _disc, "square": _square, "triangle": _triangle, "star": _star, "ring": _ring
-}  # fmt: skip
+    "disc": lambda rng: [_ellipse(rng.uniform(0.8, 1))],
+    "square": lambda rng: [np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * (1, rng.uniform(0.8, 1))],
+    "triangle": lambda rng: [_polar(np.deg2rad(np.arange(3) * 120 + rng.uniform(-12, 12, 3)), 1.0)],
+    "star": _star,
+    "ring": _ring,
+}
 
 
 def _alpha(outline: Outline, size: float) -> Pixels:
