@@ -160,11 +160,13 @@ class Front:
             case "POST", "/v1/segment":
                 return await self._segment(request)
             case "GET", "/metrics":
-                return Response(await self._metrics(), media_type=statistics.CONTENT_TYPE)
+                return Response(statistics.render(*await self._snapshots()), media_type=statistics.CONTENT_TYPE)
             case "GET", "/v1/stats":
-                return Response(msgspec.json.encode(await self._snapshot()), media_type="application/json")
+                whole, *_ = await self._snapshots()
+                return Response(msgspec.json.encode(whole), media_type="application/json")
             case "GET", "/healthz" | "/readyz":
-                healthz, readyz, text = metrics.health(statistics.named(await self._snapshot()), 0.0)
+                whole, *_ = await self._snapshots()
+                healthz, readyz, text = metrics.health(statistics.named(whole), 0.0)
                 status = healthz if path == "/healthz" else readyz
                 return Response(text, status, media_type="text/plain")
         reason = f"{request.method} {path}: there are POST /v1/segment and GET /v1/stats, /metrics, /healthz, /readyz"
@@ -249,22 +251,14 @@ class Front:
             answered=self._outcomes["answered"], failures=failures, engine=self._settings.engine,
         )  # fmt: skip
 
-    async def _parts(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The snapshots of all fronts and of all workers that answer in time."""
+    async def _snapshots(self) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+        """The cluster's, and those of all fronts and of all workers that answer in time."""
         own = serve.get_replica_context()
         fronts = serve.get_deployment_handle(own.deployment, own.app_name)
         gathered = await asyncio.gather(*(_broadcast(handle) for handle in (fronts, self._worker)))
-        return gathered[0] or [self.snapshot()], gathered[1]
-
-    async def _snapshot(self) -> dict[str, Any]:
+        told, workers = gathered[0] or [self.snapshot()], gathered[1]
         self._seq += 1
-        return statistics.combine(*await self._parts(), seq=self._seq, queue=self._settings.queue)
-
-    async def _metrics(self) -> bytes:
-        self._seq += 1
-        fronts, workers = await self._parts()
-        whole = statistics.combine(fronts, workers, seq=self._seq, queue=self._settings.queue)
-        return statistics.render(whole, fronts, workers)
+        return statistics.combine(told, workers, seq=self._seq, queue=self._settings.queue), told, workers
 
 
 async def _broadcast(handle: DeploymentHandle) -> list[dict[str, Any]]:

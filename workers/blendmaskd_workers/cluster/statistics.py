@@ -92,7 +92,8 @@ class _Cluster(Collector):
         whole = {**self.whole, "stages": {}}
         yield from _families([whole], OF_THE_CLUSTER)
         yield from _families([{**whole, **each} for each in self.fronts], OF_A_FRONT)
-        yield from _families([{**whole, **each, "node": _node(each)} for each in self.workers], OF_A_WORKER)
+        workers = [{**whole, **each, "node": each["devices"][0]["node"]} for each in self.workers]
+        yield from _families(workers, OF_A_WORKER)
 
 
 def _families(snapshots: Iterable[Mapping[str, Any]], names: set[str]) -> Iterator[Metric]:
@@ -106,11 +107,6 @@ def _families(snapshots: Iterable[Mapping[str, Any]], names: set[str]) -> Iterat
             one = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             one.samples += [sample._replace(labels={**labels, **sample.labels}) for sample in family.samples]
     yield from merged.values()
-
-
-def _node(worker: Snapshot) -> str:
-    node: str = worker["devices"][0]["node"]
-    return node
 
 
 def _place(device: Mapping[str, Any]) -> tuple[str, str, int]:
