@@ -259,17 +259,15 @@ def _round(variant: Variant, number: int, answer_bytes: int, progress: Progress)
 
 
 def _limit(variant: Variant, picture: Picture, progress: Progress) -> device.Limit | None:
-    seconds = variant.arguments.limit_seconds
-    if variant.settings is None or not seconds or _takes_no_time(variant.settings):
+    settings, seconds = variant.settings, variant.arguments.limit_seconds
+    if settings is None or not seconds:
         return None
+    if settings.engine == "timed" and not max(servers.seconds_by_batch(settings)):
+        return None  # it takes no time
     _show(progress, "the devices' limit")
-    found = device.limit(variant.settings, picture.pixels(), seconds)
+    found = device.limit(settings, picture.pixels(), seconds)
     _show(progress, seconds=seconds)
     return found
-
-
-def _takes_no_time(settings: Settings) -> bool:
-    return settings.engine == "timed" and not max(servers.seconds_by_batch(settings))
 
 
 def _share(row: Row, limits: Sequence[device.Limit], variant: Variant) -> Row:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import select
@@ -66,7 +65,9 @@ def _answer(request: dict[str, Any], engine: Engine, prepared: Any, requests: IO
         for _ in range(request["warm_up"]):
             segment(engine, batch)
         if request["profile"]:
-            recording = importlib.import_module("blendmaskd_workers.evaluation.recording")
+            from blendmaskd_workers.evaluation import recording
+
+            assert engine.device is not None  # it is no engine that sleeps
             operators = recording.record(engine.device, lambda: segment(engine, batch), request["iterations"])
             _say(answers, operators=list(map(dataclasses.asdict, operators)))
             return
@@ -93,11 +94,9 @@ def _autocast(engine: Engine, dtype: str) -> contextlib.AbstractContextManager[A
     """Convolutions and matrix products in `dtype`, the rest as torch sees fit for it; nothing for fp32."""
     if dtype == "fp32" or engine.device is None:
         return contextlib.nullcontext()
-    torch = importlib.import_module("torch")
-    autocast: contextlib.AbstractContextManager[Any] = torch.autocast(
-        engine.device.torch_device.type, getattr(torch, DTYPES[dtype])
-    )
-    return autocast
+    import torch
+
+    return torch.autocast(engine.device.torch_device.type, getattr(torch, DTYPES[dtype]))
 
 
 def _say(answers: IO[str], **answer: Any) -> None:

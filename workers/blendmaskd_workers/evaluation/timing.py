@@ -55,21 +55,17 @@ class Stopwatch:
 
     def __enter__(self) -> Self:
         """Start it; it is `ready` later. Raises `HostError` or OSError."""
-        self._process = launch.launch(self.plan, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = launch.launch(self.plan, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
         if error is not None:
-            self._process.kill()  # nobody wants what it measures
+            self.process.kill()  # nobody wants what it measures
         try:
-            self._process.communicate(timeout=END_S)  # which ends its input
+            self.process.communicate(timeout=END_S)  # which ends its input
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+            self.process.kill()
+            self.process.communicate()
 
     def ready(self) -> None:
         """Wait until the network is loaded. Raises `CannotTime`."""
@@ -88,17 +84,17 @@ class Stopwatch:
         return self.actual.device_name or "no device"
 
     def ask(self, **request: Any) -> None:
-        assert self._process.stdin is not None
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died, and the missing answer tells how
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
         """The answer to a step of a request. Raises `CannotTime`."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
         if not line:
-            raise CannotTime(f"{self.device}: its process ended with exit code {self._process.wait()}")
+            raise CannotTime(f"{self.device}: its process ended with exit code {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         if "failed" in answer:
             raise CannotTime(f"{self.device}: {answer['failed']}")

@@ -94,10 +94,6 @@ def telling() -> Iterator[Callable[..., None]]:
         yield lambda **row: print(json.dumps(row), file=out)
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _read(process: subprocess.Popen[bytes], deadline: float) -> Iterator[bytes]:
     assert process.stdout is not None
     started = b""

@@ -167,14 +167,11 @@ def _masks(arrays: recorded.Arrays, places: comparison.Places, found: Instances,
     pixels = off = 0
     for place, rle in zip(places, rles):
         mask = coco_mask.decode(rle).astype(bool)
-        at_least, at_most = (_decoded(size, arrays[f"rle_counts_{name}"][place]) for name in ("hi", "lo"))
+        counts = (bytes(arrays[f"rle_counts_{name}"][place]) for name in ("hi", "lo"))
+        at_least, at_most = (coco_mask.decode({"size": size, "counts": each}).astype(bool) for each in counts)
         pixels += int(at_least.sum() + (~at_most).sum())
         off += int((at_least & ~mask).sum() + (mask & ~at_most).sum())
     return {"mask_pixels": pixels, "mask_off": off}
-
-
-def _decoded(size: Sequence[int], counts: Any) -> Any:
-    return coco_mask.decode({"size": size, "counts": bytes(counts)}).astype(bool)
 
 
 # ---- training ---------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from blendmaskd.protocol import IDLE
 from blendmaskd_workers import engines, process
 from blendmaskd_workers.devices import UnsupportedError
 from blendmaskd_workers.engines import Engine, EngineError, Run, Times, segment
-from blendmaskd_workers.evaluation.accelerator.children import Row, first_line, telling
+from blendmaskd_workers.evaluation.accelerator.children import Row, telling
 
 LEAST_RUNS = 3
 ALONE_RUNS = 3
@@ -112,7 +112,7 @@ def _time_all(engine: Engine, size: tuple[int, int], batches: Sequence[int], dea
 
 def why(error: Exception) -> Row:
     """What an error says of the device: that it has not the memory or the means, or that it failed."""
-    text = first_line(error)
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "out of memory" in str(error).lower():
         return {"skipped": f"out of memory: {text}"}
     missing = any(words in str(error).lower() for words in NOT_THERE)
