@@ -23,6 +23,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,15 +110,13 @@ def _clients(number: int, image: bytes) -> Iterator[list[None]]:
                 response.read()
             answered.append(None)
 
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(number)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield answered
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
+    with ThreadPoolExecutor(number) as pool:
+        for _ in range(number):
+            pool.submit(run)
+        try:
+            yield answered
+        finally:
+            over.set()
 
 
 def _offline(cluster: Trial, nodes: int, arguments: argparse.Namespace, image: bytes) -> Row:

@@ -15,6 +15,7 @@ first with it.
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -89,11 +90,9 @@ class Tries:
     def begin(self, name: str) -> int:
         """The number of this try, from 1."""
         for number in itertools.count(1):
-            try:
-                os.close(os.open(self._folder / f"{name}.{number}", os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                continue
-            return number
+            with contextlib.suppress(FileExistsError):
+                (self._folder / f"{name}.{number}").touch(exist_ok=False)
+                return number
         raise AssertionError("numbers do not end")
 
 
