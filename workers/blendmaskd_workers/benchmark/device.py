@@ -28,7 +28,7 @@ LEAST_RUNS = 2
 WORTH = 1.01  # a gain below is noise
 
 
-class LimitError(RuntimeError):
+class LimitError(OSError):
     """The bare loop could not run; the text says why."""
 
 

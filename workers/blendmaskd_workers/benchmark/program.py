@@ -57,7 +57,6 @@ from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.topology import HostError
 from blendmaskd_workers.benchmark import device, flood, http_load, kill, pictures, replay, report, servers
 from blendmaskd_workers.benchmark.arguments import LOAD_OPTIONS, load_parser, parse
-from blendmaskd_workers.benchmark.device import LimitError
 from blendmaskd_workers.benchmark.generator import Generator
 from blendmaskd_workers.benchmark.load_socket import Sending, Transport
 from blendmaskd_workers.benchmark.measure import Point, Row, measure
@@ -105,8 +104,6 @@ def _main(arguments: argparse.Namespace) -> int:
             rows = _measure_all(variants, arguments, console)
     except (SettingsError, HostError) as error:
         raise UsageError(str(error)) from None
-    except LimitError as error:
-        raise OSError(str(error)) from None
     _tell(rows, variants, arguments, console)
     return EXIT_WRONG if any(row["wrong"] or report.visits_overlapped(row) for row in rows) else 0
 

@@ -26,7 +26,7 @@ import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: argparse.Namespace) -> int:
     try:
-        with _weights(arguments) as weights:
-            report = measure(arguments, _settings(arguments, weights))
+        with tempfile.TemporaryDirectory(prefix="eval-performance-") as folder:
+            report = measure(arguments, _settings(arguments, Path(folder) / "random.pth"))
     except (CannotTime, SettingsError, HostError, OSError, ValueError) as error:
         raise UsageError(str(error)) from None
     outputs.write(arguments.output_dir, "performance", report, logs.write_performance(report))
@@ -263,19 +263,11 @@ def _without_effect(device: str, basis: Basis) -> dict[str, str]:
 
 # ---- command line -----------------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def _weights(arguments: argparse.Namespace) -> Iterator[str | None]:
-    """A checkpoint: the one given, or one of random weights for as long as the context lasts."""
-    if arguments.random_weights is None:
-        yield arguments.weights
-        return
-    with tempfile.TemporaryDirectory(prefix="eval-performance-") as folder:
-        path = Path(folder) / "random.pth"
-        random_weights.save(arguments.config, path, arguments.random_weights)
-        yield str(path)
-
-
-def _settings(arguments: argparse.Namespace, weights: str | None) -> Settings:
+def _settings(arguments: argparse.Namespace, drawn: Path) -> Settings:
+    """`drawn` is where random weights go, if these are wanted."""
+    if arguments.random_weights is not None:
+        random_weights.save(arguments.config, drawn, arguments.random_weights)
+    weights = arguments.weights if arguments.random_weights is None else drawn
     overrides = [f"engine={arguments.engine}", f"model.precision={'hf32' if arguments.hf32 == 'on' else 'fp32'}"]
     if arguments.engine != "timed":
         overrides += [f"model.config={arguments.config}", f"model.weights={weights}"]

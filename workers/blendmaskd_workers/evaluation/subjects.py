@@ -131,10 +131,8 @@ def _compare_on(
     differences: dict[str, Difference], likenesses: dict[str, Likeness],
 ) -> dict[str, Any]:
     prepared = blendmask.prepare(scene.pixels, config)
-    with contextlib.ExitStack() as watching:
-        models = reference.model, device.model, device.run
-        if depth.trace:
-            watching.enter_context(comparison.traced(*models, differences))
+    models = reference.model, device.model, device.run
+    with comparison.traced(*models, differences) if depth.trace else contextlib.nullcontext():
         expected, right = observe(reference, prepared)
     if depth.ladder:
         with ladder.climbed(*models, likenesses):
