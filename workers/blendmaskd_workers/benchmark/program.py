@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
+    _refuse_contradictions(arguments)
     try:
         with tempfile.TemporaryDirectory(prefix="blendmaskd-benchmark-") as folder:
             if arguments.http:
@@ -101,7 +102,7 @@ def _main(arguments: argparse.Namespace) -> int:
                 return _kill(variants[0], console)
             if arguments.flood:
                 return _flood(variants[0], console)
-            rows = _measure_all(variants, arguments, console)
+            rows = _measure_all(variants, arguments)
     except (SettingsError, HostError) as error:
         raise UsageError(str(error)) from None
     _tell(rows, variants, arguments, console)
@@ -110,7 +111,6 @@ def _main(arguments: argparse.Namespace) -> int:
 
 def _replayed(arguments: argparse.Namespace, file: Path) -> argparse.Namespace:
     """The arguments, with outputs for the timed engine where --replay asks for them."""
-    _refuse_contradictions(arguments)
     if not arguments.replay:
         return arguments
     settings = settings_module.load(None, None, arguments.set)
@@ -197,7 +197,6 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
 
 
 def _http(arguments: argparse.Namespace, console: Console) -> int:
-    _refuse_contradictions(arguments)
     sent = _pictures(arguments)[0]
     if sent.image.kind != "encoded" or sent.payload is None:
         raise UsageError("--http sends encoded images: --encoding jpeg or png")
@@ -225,13 +224,13 @@ def _http_line(url: str, clients: int, found: dict[str, Any]) -> str:
 
 # ---- rounds -----------------------------------------------------------------------------------------------------
 
-def _measure_all(variants: Sequence[Variant], arguments: argparse.Namespace, console: Console) -> list[Row]:
+def _measure_all(variants: Sequence[Variant], arguments: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     with _progress(variants, arguments) as progress:
         for number in range(1, arguments.rounds + 1):
             for variant in variants:
-                answer_bytes = next((row["answer_bytes"] for row in reversed(rows) if row["answer_bytes"]), 0)
-                for row in _round(variant, number, answer_bytes or ANSWER_BYTES, progress):
+                known = (row["answer_bytes"] for row in reversed(rows) if row["answer_bytes"])
+                for row in _round(variant, number, next(known, ANSWER_BYTES), progress):
                     rows.append(row)
                     progress.console.print(escape(report.line(row)))
     return rows
