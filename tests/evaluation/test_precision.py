@@ -61,7 +61,7 @@ TRACED = Depth(trace=True)
 def evaluate(reference: Subject, device: Subject, depth: Depth = TRACED) -> Any:
     """The report on one scene."""
     [scene, _] = scenes.painted(0)
-    return subjects.evaluate(reference, device, [scene], reference.model.config, depth)
+    return subjects.evaluate(reference, device, [scene], depth)
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_the_losses_are_those_of_training_and_leave_the_network_as_it_was(pair) 
     before = {name: buffer.clone() for name, buffer in subject.model.named_buffers()}
     [scene, _] = scenes.painted(0)
     prepared = blendmask.prepare(scene.pixels, network)
-    first, second = (subjects.train_losses(subject, scene, prepared, network) for _ in range(2))
+    first, second = (subjects.train_losses(subject, scene, prepared) for _ in range(2))
     assert first == second
     assert not subject.model.training
     for name, buffer in subject.model.named_buffers():

@@ -71,7 +71,7 @@ def _main(arguments: argparse.Namespace) -> int:
     names, seed = [path.name for path in arguments.images], arguments.seed
     on = scenes.photographed(names, photographs, seed) if photographs else scenes.painted(seed)
     report = {"run": {**_describe(arguments, device.device.name()), **subjects.arithmetic(device)},
-              **subjects.evaluate(reference, device, on, config, depth)}  # fmt: skip
+              **subjects.evaluate(reference, device, on, depth)}  # fmt: skip
     outputs.write(arguments.output_dir, "precision", report, logs.write_precision(report))
     return EXIT_FAILED if report["failures"] else 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -110,13 +110,11 @@ def cube_math_type(chip: str, switches: Mapping[str, str]) -> dict[str, str]:
     return {"cube_math_type": "3 (USE_HF32)" if switches["conv_hf32"] == "on" else "0 (KEEP_DTYPE)"}
 
 
-def evaluate(
-    reference: Subject, device: Subject, on: Sequence[Scene], config: Config, depth: Depth = Depth()
-) -> dict[str, Any]:
+def evaluate(reference: Subject, device: Subject, on: Sequence[Scene], depth: Depth = Depth()) -> dict[str, Any]:
     """The report without its header; `logs.write_precision` gives it as text."""
     differences: dict[str, Difference] = {}
     likenesses: dict[str, Likeness] = {}
-    rows = [_compare_on(scene, reference, device, config, depth, differences, likenesses) for scene in on]
+    rows = [_compare_on(scene, reference, device, depth, differences, likenesses) for scene in on]
     report = {
         "scenes": rows,
         "trace": _trace(differences) if depth.trace else None,
@@ -127,10 +125,10 @@ def evaluate(
 
 
 def _compare_on(
-    scene: Scene, reference: Subject, device: Subject, config: Config, depth: Depth,
-    differences: dict[str, Difference], likenesses: dict[str, Likeness],
+    scene: Scene, reference: Subject, device: Subject, depth: Depth, differences: dict[str, Difference],
+    likenesses: dict[str, Likeness],
 ) -> dict[str, Any]:
-    prepared = blendmask.prepare(scene.pixels, config)
+    prepared = blendmask.prepare(scene.pixels, reference.model.config)
     models = reference.model, device.model, device.run
     with comparison.traced(*models, differences) if depth.trace else contextlib.nullcontext():
         expected, right = observe(reference, prepared)
@@ -138,7 +136,7 @@ def _compare_on(
         with ladder.climbed(*models, likenesses):
             observe(reference, prepared)
     actual, found = observe(device, prepared)
-    expected_losses, actual_losses = (train_losses(one, scene, prepared, config) for one in (reference, device))
+    expected_losses, actual_losses = (train_losses(one, scene, prepared) for one in (reference, device))
     rows = comparison.compare_losses(expected_losses, actual_losses)
     return {
         "scene": scene.name,
@@ -177,7 +175,7 @@ def _rungs(
     for name, arithmetic in LADDER.items():
         with Emulated(arithmetic):
             _, found = observe(reference, prepared)
-            losses = train_losses(reference, scene, prepared, reference.model.config)
+            losses = train_losses(reference, scene, prepared)
         levels = []
         for level in (level for level in right if level.startswith("p")):
             levels.append(Difference())
@@ -212,27 +210,14 @@ def observe(subject: Subject, prepared: Prepared) -> tuple[Instances, dict[str, 
     return instances, {**tensors, "bases": bases}
 
 
-def train_losses(subject: Subject, scene: Scene, prepared: Prepared, config: Config) -> dict[str, float]:
+def train_losses(subject: Subject, scene: Scene, prepared: Prepared) -> dict[str, float]:
     """The training losses on a scene, with the batch norms in training mode; the network stays as it was."""
+    model = copy.deepcopy(subject.model).train()  # which changes running statistics
     place = subject.device.torch_device
-    images = blendmask.collate([prepared.tensor.to(place)], config)
-    truth = scenes.ground_truth(scene, prepared, config).to(place)
-    with _training(subject.model):
-        computed = subject.run(lambda: losses(subject.model, images, [truth]))
+    images = blendmask.collate([prepared.tensor.to(place)], model.config)
+    truth = scenes.ground_truth(scene, prepared, model.config).to(place)
+    computed = subject.run(lambda: losses(model, images, [truth]))
     return {name: float(value) for name, value in computed.items()}
-
-
-@contextlib.contextmanager
-def _training(model: BlendMask) -> Iterator[None]:
-    """Training mode, whose running statistics are put back."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.train()
-    try:
-        yield
-    finally:
-        model.eval()
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
 
 
 def _trace(differences: dict[str, Difference]) -> dict[str, Any]:
