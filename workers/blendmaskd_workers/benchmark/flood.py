@@ -6,6 +6,7 @@ sends the next one whenever it gets an answer, be it `busy`, and minds no `retry
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import sys
 import time
@@ -87,15 +88,12 @@ def main(argv: Sequence[str]) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.set(zmq.SNDHWM, 0)
         dealer.connect(endpoint)
-        for number in range(JOBS):
+        for number in itertools.count():
+            if number >= JOBS:
+                dealer.recv_multipart(copy=False)
+            if number == JOBS:
+                print("flooding", flush=True)
             dealer.send_multipart(template.frames(f"{number:0{NAME_BYTES}}"), copy=False)
-        told = False
-        while True:
-            dealer.recv_multipart(copy=False)
-            number += 1
-            dealer.send_multipart(template.frames(f"{number:0{NAME_BYTES}}"), copy=False)
-            if not told:
-                told = print("flooding", flush=True) is None
 
 
 if __name__ == "__main__":

@@ -65,8 +65,7 @@ def _scales(axes: Axes, tree: Mapping[str, Any]) -> None:
     limits = [row.get("limit_fps", 0.0) for row in tree["medians"]]
     axes.set_xlim(0, 1.12 * max(*limits, *(row["fps"] for row in tree["rows"])))
     if max(latencies) > STEEP * min(latencies):
-        axes.set_yscale("log")
-        axes.set_ylim(min(latencies) / 1.8, max(latencies) * 2.5)
+        axes.set(yscale="log", ylim=(min(latencies) / 1.8, max(latencies) * 2.5))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
