@@ -64,36 +64,26 @@ class Entry:
         return self.code is None or self.code in FINAL
 
 
-class Part:
-    """A worker's part. For any thread; `OutputError` where it cannot be written."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        """`folder` is the run's. Raises `OutputError` where this node does not see it."""
-        if not (folder / "run.json").is_file():
-            raise OutputError(f"{folder}: this node does not see the run there: --output must be on storage that all "
-                              "nodes share")  # fmt: skip
-        self._lines = Lines(folder / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl", os.O_EXCL)
-
-    def write(self, line: Line) -> None:
-        self._lines.write(msgspec.json.encode(line))
+def open_part(folder: Path, name: str) -> Lines:
+    """A worker's part of a run, for `Line`s as JSON. Raises `OutputError` where this node does not see the run."""
+    if not (folder / "run.json").is_file():
+        raise OutputError(f"{folder}: this node does not see the run there: --output must be on storage that all "
+                          "nodes share")  # fmt: skip
+    return Lines(folder / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl", os.O_EXCL)
 
 
-class Tries:
-    """How often tasks and images were begun."""
+def tries(folder: Path, name: str) -> int:
+    """How often a task or an image was begun in a run."""
+    return len(list((folder / "journal" / "tries").glob(f"{name}.*")))
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / "journal" / "tries"
 
-    def so_far(self, name: str) -> int:
-        return len(list(self._folder.glob(f"{name}.*")))
-
-    def begin(self, name: str) -> int:
-        """The number of this try, from 1."""
-        for number in itertools.count(1):
-            with contextlib.suppress(FileExistsError):
-                (self._folder / f"{name}.{number}").touch(exist_ok=False)
-                return number
-        raise AssertionError("numbers do not end")
+def begin(folder: Path, name: str) -> int:
+    """The number of this try, from 1."""
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            (folder / "journal" / "tries" / f"{name}.{number}").touch(exist_ok=False)
+            return number
+    raise AssertionError("numbers do not end")
 
 
 def open_run(folder: Path, about: Mapping[str, Any], *, resume: bool, anew: bool) -> int:

@@ -16,13 +16,11 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from blendmaskd import topology
-from blendmaskd.assignment import Assignment
 from blendmaskd.core import launch_plan
 from blendmaskd.core.launch_plan import Basis, LaunchPlan
 from blendmaskd.settings import Settings
@@ -38,13 +36,6 @@ ROUNDS = 20  # of giving threads their CPUs, while other threads start more
 
 class PlacementError(RuntimeError):
     """Settings that cannot be met under Ray, or a node that is not what they ask for; the text says what to change."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    node: str  # its name in metrics and results
-    assignment: Assignment
-    warnings: tuple[str, ...]
 
 
 def device_kind(settings: Settings) -> str:
@@ -76,10 +67,11 @@ def capacity(settings: Settings, resources: Mapping[str, float]) -> int:
     return int(resources.get(RESOURCES.get(kind, "CPU"), 0) // needed)
 
 
-def occupy(settings: Settings) -> Place:
+def occupy(settings: Settings) -> tuple[str, LaunchPlan]:
     """Take the place that Ray has given this worker's process. Once in a process, before torch is imported.
 
-    Raises `PlacementError` or `HostError` where the node is not what settings demand.
+    Returns the node's name in metrics and results, and the plan that the process now follows. Raises `PlacementError`
+    or `HostError` where the node is not what settings demand.
     """
     context = ray.get_runtime_context()
     node, name = own_node()
@@ -89,7 +81,7 @@ def occupy(settings: Settings) -> Place:
     siblings = [f"{kind}:{i}" for i in range(max(capacity(settings, node["Resources"]), number + 1))]
     plan = launch_plan.plan(f"{kind}:{number}", launch.basis(settings, base, siblings), base)
     _apply(plan)
-    return Place(name, plan.assignment, plan.warnings)
+    return name, plan
 
 
 def own_node() -> tuple[dict[str, Any], str]:
