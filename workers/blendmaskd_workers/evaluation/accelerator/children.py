@@ -48,11 +48,10 @@ def rows(start: Start, seconds: float, log: Path) -> Iterator[Row]:
             for line in lines(start, deadline, log):
                 told = True
                 yield json.loads(line)
+            return
         except ChildError:
             if told or attempt == ATTEMPTS or time.monotonic() >= deadline:
                 raise
-        else:
-            return
 
 
 def lines(start: Start, deadline: float, log: Path) -> Iterator[bytes]:

@@ -13,16 +13,8 @@ RANDOM = ("seeded random ones, which have learnt nothing: what is found in a pho
           "accuracy on photographs. Times are those of trained weights that find a hundred instances")  # fmt: skip
 
 
-def _yes(value: Any) -> str:
-    return "yes" if value else "no"
-
-
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
-
-
-def _idle(shares: Mapping[str, float]) -> str:
-    return ", ".join(f"{reason} {_percent(share)}" for reason, share in shares.items())
 
 
 def _idle_ms(row: Mapping[str, Any]) -> str:
@@ -35,7 +27,7 @@ OF: Columns = {  # what a row is of
     "computed": lambda row: row["way"],
     "size": lambda row: row["size"],
     "precision": lambda row: row["precision"],
-    "graphs": lambda row: _yes(row["graphs"]),
+    "graphs": lambda row: "yes" if row["graphs"] else "no",
     "batch": lambda row: str(row["batch"]),
     "clients": lambda row: str(row["clients"]),
 }
@@ -72,7 +64,7 @@ FOUND: Mapping[str, Columns] = {
         "images/s": lambda row: f"{row['fps']:.1f}",
         "of device time": lambda row: _percent(row["of_device_time"]),
         "device ms per image": lambda row: f"{row['busy_ms_per_image']:.2f}",
-        "idle": lambda row: _idle(row["idle_share"]),
+        "idle": lambda row: ", ".join(f"{reason} {_percent(share)}" for reason, share in row["idle_share"].items()),
         "p50 ms": lambda row: f"{row['p50_ms']:.1f}",
         "p99": lambda row: f"{row['p99_ms']:.1f}",
         "worker CPU s per 1000": lambda row: f"{row['cpu_s_per_1000']['workers']:.1f}",
