@@ -23,6 +23,7 @@ HANGS_S = 60.0  # who is not ready then; before, there was not enough time
 CHUNK = 1 << 16
 
 Row = dict[str, Any]
+Tell = Callable[..., None]  # tells a row
 Start = Callable[..., subprocess.Popen[bytes]]  # with options of `subprocess.Popen`
 
 
@@ -86,7 +87,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def telling() -> Iterator[Callable[..., None]]:
+def telling() -> Iterator[Tell]:
     """In a child: tells a row of these names and values. What libraries print does not come between the rows."""
     with os.fdopen(os.dup(1), "w", buffering=1) as out:
         os.dup2(2, 1)

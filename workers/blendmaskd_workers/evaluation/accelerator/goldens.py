@@ -1,6 +1,6 @@
 """The device against recorded outputs of AdelaiDet, through the engine that serves; not for people.
 
-    python -m blendmaskd_workers.evaluation.accelerator.goldens DEVICE FOLDER --names NAME … --ways WAY …
+    python -m blendmaskd_workers.evaluation.accelerator.goldens DEVICE FOLDER NAME,… WAY,…
 
 tells a row for each golden of that name and way of computing it; two where it is a network, of a step of its training;
 and before them, with ``begun``, that it begins:
@@ -18,7 +18,6 @@ Recorded masks leave pixels open whose value is within .0001 of one half.
 """
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -63,16 +62,11 @@ BOUNDS = {  # the first are those to which CPUs are held
 
 def main(argv: list[str]) -> int:
     process.end_with_parent()
-    parser = argparse.ArgumentParser()
-    parser.add_argument("device")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--names", nargs="+", required=True)
-    parser.add_argument("--ways", nargs="+", required=True, choices=WAYS)
-    arguments = parser.parse_args(argv)
+    device, folder, names, ways = argv
     with telling() as tell:
-        for name in arguments.names:
+        for name in names.split(","):
             tell(golden=name, begun=True)
-            for row in _rows(name, arguments.ways, arguments.device, arguments.folder):
+            for row in _rows(name, ways.split(","), device, Path(folder)):
                 tell(**row)
     return 0
 
