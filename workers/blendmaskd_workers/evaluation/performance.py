@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,12 @@ def measure(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]
         for one in stopwatches:
             _wait_until_ready(one)
         alone = [_latency(one, request) for one in stopwatches]
-        batches = _batches(stopwatches[0], request, arguments.batch_sizes)
-        dtypes = _dtypes(stopwatches[0], request, arguments.dtypes)
-        profiled = _profile(stopwatches[0], request, arguments.profile) if arguments.profile else None
+        [first, *_] = stopwatches
+        batches = [{"batch": size, **_try(first, replace(request, batch=size))} for size in arguments.batch_sizes]
+        dtypes = [{"dtype": dtype, **_try(first, replace(request, dtype=dtype))} for dtype in arguments.dtypes]
+        profiled = _profile(first, request, arguments.profile) if arguments.profile else None
         together = _together(stopwatches, request, alone[0]) if len(stopwatches) > 1 else None
-        run = _describe(arguments, stopwatches[0])
+        run = _describe(arguments, first)
     baseline = _baseline(basis, arguments.size, request) if arguments.cpu_baseline else []
     options = _runtime_options(basis, arguments.size, request) if arguments.runtime_options else []
     return {
@@ -88,7 +89,7 @@ def measure(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]
         "speedups": [_speedup(baseline[0], row) for row in alone if baseline],
         "batches": batches,
         "best_batch": _best(batches),
-        "dtypes": dtypes,
+        "dtypes": _with_gain(dtypes, "dtype"),
         "profile": profiled,
         "together": together,
         "runtime_options": options,
@@ -101,7 +102,7 @@ def _latency(one: Stopwatch, request: Request, label: str = "") -> Row:
     found = figures(latencies_ms)
     return {
         "device": label or one.device,
-        "model": one.model,
+        "model": one.actual.device_name or "no device",
         "cpus": one.actual.cpus,
         **found,
         "stable": found["cv_percent"] < STABLE_PERCENT,
@@ -111,8 +112,8 @@ def _latency(one: Stopwatch, request: Request, label: str = "") -> Row:
 
 def _baseline(basis: Basis, size: str, request: Request) -> list[Row]:
     """The same on all CPUs of the host."""
-    few = dataclasses.replace(request, iterations=min(request.iterations, BASELINE_ITERATIONS), warm_up=1)
-    with Stopwatch("cpu:0", dataclasses.replace(basis, cpus={}), size) as one:
+    few = replace(request, iterations=min(request.iterations, BASELINE_ITERATIONS), warm_up=1)
+    with Stopwatch("cpu:0", replace(basis, cpus={}), size) as one:
         _wait_until_ready(one)
         return [_latency(one, few, label="CPU")]
 
@@ -122,19 +123,10 @@ def _speedup(baseline: Row, row: Row) -> Row:
     return {"kind": kind, "device": row["device"], "speedup": baseline["median_ms"] / row["median_ms"]}
 
 
-def _batches(one: Stopwatch, request: Request, sizes: Sequence[int]) -> list[Row]:
-    return [{"batch": size, **_try(one, dataclasses.replace(request, batch=size))} for size in sizes]
-
-
 def _best(batches: Sequence[Row]) -> int | None:
     """The batch size of most images per second; None where none was measured."""
     rates = {int(row["batch"]): float(row["fps"]) for row in batches if "fps" in row}
     return max(rates, key=lambda size: rates[size], default=None)
-
-
-def _dtypes(one: Stopwatch, request: Request, dtypes: Sequence[str]) -> list[Row]:
-    rows = [{"dtype": dtype, **_try(one, dataclasses.replace(request, dtype=dtype))} for dtype in dtypes]
-    return _with_gain(rows, "dtype")
 
 
 def _try(one: Stopwatch, request: Request) -> Row:
@@ -160,11 +152,11 @@ def _with_gain(rows: list[Row], name: str) -> list[Row]:
 
 
 def _profile(one: Stopwatch, request: Request, batches: Sequence[int]) -> Row:
-    few = dataclasses.replace(request, iterations=min(request.iterations, PROFILED))
+    few = replace(request, iterations=min(request.iterations, PROFILED))
     found = {}
     for batch in batches:
         _progress(f"{one.device}: operators of batch {batch}")
-        found[batch] = timing.profile(one, dataclasses.replace(few, batch=batch))
+        found[batch] = timing.profile(one, replace(few, batch=batch))
     return operators.table(found)
 
 
@@ -214,7 +206,7 @@ def _with_options(chosen: Sequence[str], device: str, basis: Basis, size: str) -
         cpu_affinity_conf=settings.runtime.cpu_affinity_conf if affinity else None,
         task_queue=settings.runtime.task_queue if "task_queue" in chosen else TASK_QUEUE_DEFAULT,
     )
-    chosen_basis = dataclasses.replace(
+    chosen_basis = replace(
         basis,
         settings=msgspec.structs.replace(settings, runtime=runtime),
         cpus=basis.cpus if affinity else {},
@@ -226,7 +218,7 @@ def _with_options(chosen: Sequence[str], device: str, basis: Basis, size: str) -
 def _in_turns(stopwatches: Mapping[str, Stopwatch], request: Request) -> dict[str, Row]:
     """A measurement of each in several rounds, so that what else the host does meets all alike."""
     turns = min(TURNS, request.iterations)
-    one_turn = dataclasses.replace(request, iterations=-(-request.iterations // turns))
+    one_turn = replace(request, iterations=-(-request.iterations // turns))
     latencies: dict[str, list[float]] = {name: [] for name in stopwatches}
     for turn, (name, one) in itertools.product(range(turns), stopwatches.items()):
         _progress(f"{one.device} with options: {name} ({turn + 1} of {turns})")

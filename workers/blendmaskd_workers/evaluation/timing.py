@@ -78,11 +78,6 @@ class Stopwatch:
         found = differences(assignment.wanted, self.actual, assignment.settings.worker_env)
         return [*self.plan.warnings, *(f"{self.device}: {text}" for text in found)]
 
-    @property
-    def model(self) -> str:
-        """The device's model, such as ``Ascend910B3``; ``no device`` where the engine uses none."""
-        return self.actual.device_name or "no device"
-
     def ask(self, **request: Any) -> None:
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died, and the missing answer tells how
