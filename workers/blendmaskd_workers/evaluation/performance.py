@@ -186,14 +186,11 @@ def _runtime_options(basis: Basis, size: str, request: Request) -> list[Row]:
     choices = [(), *((option,) for option in options), *([tuple(options)] if len(options) > 1 else [])]
     with contextlib.ExitStack() as running:
         stopwatches = {
-            " + ".join(chosen) or "none":
-            running.enter_context(_with_options(chosen, device, basis, size))
+            " + ".join(chosen) or "none": running.enter_context(_with_options(chosen, device, basis, size))
             for chosen in choices
-        }  # fmt: skip
-        rows = [
-            {"options": name, **row, **_took_effect(stopwatches[name])}
-            for name, row in _in_turns(stopwatches, request).items()
-        ]
+        }
+        timed = _in_turns(stopwatches, request)
+        rows = [{"options": name, **row, **_took_effect(stopwatches[name])} for name, row in timed.items()]
     return [*_with_gain(rows, "options"), *({"options": name, "skipped": why} for name, why in skipped.items())]
 
 
@@ -231,11 +228,10 @@ def _in_turns(stopwatches: Mapping[str, Stopwatch], request: Request) -> dict[st
 
 def _took_effect(one: Stopwatch) -> Row:
     """What the process itself says of its options."""
-    preloaded = one.actual.preload
     return {
         "cpus": one.actual.cpus,
         "task_queue": str(one.actual.task_queue),
-        "preload": os.path.basename(preloaded) if preloaded else logs.NONE,
+        "preload": os.path.basename(one.actual.preload or logs.NONE),
     }
 
 
@@ -267,15 +263,12 @@ def _settings(arguments: argparse.Namespace, drawn: Path) -> Settings:
 
 
 def _describe(arguments: argparse.Namespace, one: Stopwatch) -> Row:
-    described = {"engine": arguments.engine}
-    if arguments.engine == "timed":
-        described["note"] = TIMED
-    else:
-        seed = arguments.random_weights
-        described["config"] = arguments.config
-        described["weights"] = arguments.weights if seed is None else f"random, seed {seed}"
+    seed = arguments.random_weights
+    weights = arguments.weights if seed is None else f"random, seed {seed}"
+    timed = arguments.engine == "timed"
     return {
-        **described,
+        "engine": arguments.engine,
+        **({"note": TIMED} if timed else {"config": arguments.config, "weights": weights}),
         "devices": " ".join(arguments.devices),
         "hf32": arguments.hf32,
         "image": arguments.size,
