@@ -1,8 +1,7 @@
 """Load on HTTP endpoints: a closed loop of clients that keep their connections, of any server that takes an image as a
 body. One thread, one selector, so that it takes little of the cores that it shares with the server.
 
-A server on this host is found by its port: what the processes that listen there, and their children, take of the CPUs
-is told as well.
+A server on this host is found by its port; the CPU time of who listens there, and of their children, is told as well.
 """
 from __future__ import annotations
 

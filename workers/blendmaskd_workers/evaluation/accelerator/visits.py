@@ -1,8 +1,7 @@
 """How long a device takes for a batch, by its own clock, with two runs on it as in a worker.
 
 `python -m blendmaskd_workers.evaluation.accelerator.visits '[[HEIGHT, WIDTH], [BATCH, …], SECONDS]'` is started as the
-daemon starts workers, for one precision; not for people. It tells a row for each batch size, without graphs and then
-with them:
+daemon starts workers, for one precision; not for people. It tells a row for each batch size, first without graphs:
 
 ====================  ============================================================================
 graphs, batch         whether, images
