@@ -10,8 +10,7 @@ worker that there ever was, lines of JSON:
 A line is written the moment its image is done. Of several lines of an image any counts; one that is torn or damaged
 does not. The folder must be one that all nodes share.
 
-``journal/tries/`` has an empty file for each time that a task was begun, by which a worker sees that it is not the
-first with it.
+``journal/tries/`` has an empty file for each time that a task was begun, which tells a worker that others had it.
 """
 from __future__ import annotations
 
@@ -89,9 +88,8 @@ def begin(folder: Path, name: str) -> int:
 def open_run(folder: Path, about: Mapping[str, Any], *, resume: bool, anew: bool) -> int:
     """Continue the run of a folder with `resume`, else begin one; `about` tells runs apart: what answers depend on.
 
-    Returns a descriptor: until it is closed no other program has the folder. Raises `UsageError` for another run's
-    folder, one that is in use, and, unless `anew`, for one whose answers would be lost; `OutputError` where it cannot
-    be written.
+    The descriptor returned keeps others off until it is closed. Raises `UsageError` for another run's folder, one
+    in use, and, unless `anew`, one whose answers would be lost; `OutputError` where it cannot be written.
     """
     about = {"version": VERSION, **about}
     try:

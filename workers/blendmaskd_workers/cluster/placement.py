@@ -1,5 +1,4 @@
-"""What a worker asks of Ray, and what it makes of its process: the part that `blendmaskd.shell.processes` has on one
-host.
+"""What a worker asks of Ray, and what it makes of its process, as `blendmaskd.shell.processes` does on one host.
 
 `actor_options` is for whoever starts workers: resources, and by the runtime environment what must be there before the
 process starts. `occupy` is for the worker itself, before anything imports torch: it learns from Ray on which node and

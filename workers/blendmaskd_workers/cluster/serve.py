@@ -64,7 +64,7 @@ class Arguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def application(arguments: dict[str, Any]) -> Application:
-    """Serve's application builder. Raises `SettingsError`, `PlacementError` or `SpawnError`."""
+    """Serve's application builder. Raises `SettingsError`, `PlacementError` or `HostError`."""
     try:
         args = msgspec.convert(arguments, Arguments)
     except msgspec.ValidationError as error:
@@ -72,9 +72,12 @@ def application(arguments: dict[str, Any]) -> Application:
     given = args.settings
     loaded = settings.load(given) if isinstance(given, str) else settings.from_tree(_with_numbers(given))
     tree = settings.to_tree(loaded)
-    fronts = args.fronts or sum(node["Alive"] for node in ray.nodes())
     worker = serve.deployment(**worker_options(loaded, args.replicas))(Worker).bind(tree)
-    bound: Application = serve.deployment(**front_options(fronts))(Front).bind(tree, worker)
+    front = serve.deployment(
+        num_replicas=args.fronts or sum(node["Alive"] for node in ray.nodes()), max_replicas_per_node=1,
+        max_ongoing_requests=AT_A_FRONT, ray_actor_options={"num_cpus": 0}, logging_config=QUIET,
+    )  # fmt: skip
+    bound: Application = front(Front).bind(tree, worker)
     return bound
 
 
@@ -103,14 +106,6 @@ def worker_options(loaded: Settings, replicas: int | Replicas | None) -> dict[st
         raise placement.PlacementError(f"devices = {loaded.devices}: no node of the cluster has such a device; its "
                                        f"resources are {dict(ray.cluster_resources())}")  # fmt: skip
     return options | {"num_replicas": found}
-
-
-def front_options(fronts: int) -> dict[str, Any]:
-    """Options of the fronts' deployment."""
-    return {
-        "num_replicas": fronts, "max_replicas_per_node": 1, "max_ongoing_requests": AT_A_FRONT,
-        "ray_actor_options": {"num_cpus": 0}, "logging_config": QUIET,
-    }  # fmt: skip
 
 
 class Worker:

@@ -34,8 +34,7 @@ OF_A_WORKER = {
 def combine(fronts: Sequence[Snapshot], workers: Sequence[Snapshot], *, seq: int, queue: settings.Queue) -> Snapshot:
     """One snapshot in the form of `blendmaskd.core.stats`, whose devices have their ``node``; see there for the keys.
 
-    ``queue.jobs`` are images that fronts wait for and no worker holds yet. Latencies are not summed: each front's are
-    under ``fronts``.
+    ``queue.jobs`` are images that fronts wait for and no worker holds yet. Latencies are each front's: ``fronts``.
     """
     devices = sorted((device for each in workers for device in each["devices"]), key=_place)
     leased = sum(each["leased"] for each in workers)
