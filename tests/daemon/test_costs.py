@@ -30,7 +30,7 @@ from blendmaskd.protocol import MAGIC, Cancel, Fetch, Forget, GetLimits, GetStat
 from blendmaskd.settings import SettingsError, from_tree
 from blendmaskd.shell.debts import BUSY_BYTES, MARK_BYTES, MOST_BYTES, MOST_OF_ALL_BYTES, Debts
 from blendmaskd.shell.job_log import CLIENTS_PER_S
-from blendmaskd.shell.sockets import FRAMES_READ_AWAY, MOST_FRAMES
+from blendmaskd.shell.sockets import FRAMES_READ_AWAY, MESSAGES_PER_TURN, MOST_FRAMES, Clients
 from blendmaskd.shell.spool import Spool
 from blendmaskd.wanted import HIDDEN, Actual, Wanted, differences, masked
 
@@ -318,6 +318,29 @@ def test_clients_that_come_and_go_cost_few_lines(daemon: Any, wait_until: Any) -
     running.client.segment(IMAGE)
     seconds = time.monotonic() - begun
     assert running.log.count("\n") - before <= (CLIENTS_PER_S + 1) * (seconds + 2)
+
+
+def test_a_kind_of_clients_is_behind_while_messages_of_it_are_left() -> None:
+    context = zmq.Context()
+    router, dealer = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+    router.bind("inproc://clients")
+    dealer.connect("inproc://clients")
+    clients = Clients(router, "ipc")
+    for _ in range(MESSAGES_PER_TURN + 1):
+        dealer.send_multipart([b"BMD1", b"header"])
+    assert (len(list(clients.receive())), clients.behind) == (MESSAGES_PER_TURN, True)
+    assert (len(list(clients.receive())), clients.behind) == (1, False)
+    context.destroy(linger=0)
+
+
+def test_jobs_of_clients_that_submit_and_leave_at_once_wait_for_nobody(daemon: Any, wait_until: Any) -> None:
+    running = daemon(devices=["cpu:0"], timed={"latency_ms": {1: 2000}})
+    submit = message(*encode(Submit(job="x", image=Image(kind="raw", shape=(8, 8, 3)))), bytes(8 * 8 * 3))
+    for _ in range(300):
+        with connect(running.endpoint) as peer:
+            peer.sendall(submit)
+    wait_until(lambda: running.client.stats()["failures"].get("cancelled", 0) > 290)
+    assert running.client.stats()["queue"]["jobs"] < 10
 
 
 def evil_error(text: str) -> int:

@@ -8,15 +8,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from blendmaskd.shell.admission.access import FROM_AFAR
 from blendmaskd.shell.admission.departures import Departures
-from blendmaskd.shell.admission.gate import Gate
+from blendmaskd.shell.admission.gate import FEW, Gate
 
 Connect = Callable[[bytes], zmq.Socket[bytes]]
 
@@ -43,7 +46,7 @@ class Daemon:
 
     def turn(self, wait_ms: int = 0) -> tuple[list[bytes], list[bytes]]:
         """Who left, and who said something."""
-        self.gate.receive()
+        self.gate.receive(self.gate.sockets, behind=())
         left = self.departures.take()
         heard = []
         if self.router.poll(wait_ms):
@@ -120,7 +123,7 @@ def _inode(descriptor: int) -> int | None:
 def test_who_speaks_and_leaves_at_once_has_left(here, connect, wait_until) -> None:
     a = connect(b"a")
     says(here, a, b"a")
-    descriptor = here.departures.descriptor(b"a")
+    descriptor, _ = here.departures._heard[b"a"]
     before = _inode(descriptor)
     a.close(linger=0)
     assert wait_until(lambda: _inode(descriptor) != before)
@@ -128,37 +131,134 @@ def test_who_speaks_and_leaves_at_once_has_left(here, connect, wait_until) -> No
     assert here.turn() == ([], [])
 
 
-@pytest.mark.parametrize("comes_back", [True, False])
-def test_of_a_number_that_is_taken_anew_it_is_known_who_has_left(comes_back: bool) -> None:
-    departures, in_use = Departures(), {30}
-    departures.heard(b"a", 30)
-    departures.ended(30, local=True)  # that of `a`, or of whoever had the number before
-    departures.settle(in_use.__contains__)
-    assert departures.take() == []
-    assert departures.descriptor(b"a") == 30
-    if comes_back:
-        departures.heard(b"a", 30)
-        assert departures.take() == []
-    else:
-        departures.heard(b"b", 30)
-        assert departures.take() == [], "which of the two has left is not known: messages are read in no order"
-    departures.settle(in_use.__contains__)
-    departures.ended(30, local=True)
-    assert departures.take() == [b"a" if comes_back else b"b"]
+def _told(departures: Departures, *, ended: int = 0, came: int = 0) -> list[bytes]:
+    """Of connections by the descriptor 30, one after the other; then all is known. Returns who has left."""
+    for _ in range(ended):
+        departures.ended(30, local=True)
+    for _ in range(came):
+        departures.came(30, local=True)
+    departures.settle()
+    return departures.take()
 
 
-def test_before_all_is_known_nobody_has_left() -> None:
+def test_whose_message_is_read_late_has_left_with_its_connection() -> None:
     departures = Departures()
-    departures.settle({30}.__contains__)
-    departures.heard(b"a", 30)  # by the second connection of this number, whose predecessor's end is still to be told
-    assert departures.take() == []
-    departures.ended(30, local=True)
-    assert departures.take() == []
-    departures.settle({30}.__contains__)
-    assert departures.take() == []
-    departures.settle({30}.__contains__)
-    departures.ended(30, local=True)
-    assert departures.take() == [b"a"]
+    assert _told(departures, came=1) == []
+    departures.heard(b"a", 30)
+    assert _told(departures) == []
+    assert _told(departures, ended=1, came=1) == [b"a"]
+    departures.heard(b"a", 30)  # what it had said before is read now
+    departures.heard(b"b", 30)
+    assert departures.connection(b"a") == departures.connection(b"b") == (30, 2)
+    assert _told(departures) == [], "either may be whose connection it is"
+    assert _told(departures, ended=1) == [b"a", b"b"]
+    departures.heard(b"c", 30)  # read later still
+    assert _told(departures) == [b"c"]
+    assert departures.connection(b"c") is None
+    assert not departures.knows(b"c")
+
+
+def test_a_connection_that_comes_tells_that_the_one_before_has_ended() -> None:
+    departures = Departures()
+    _told(departures, came=1)
+    departures.heard(b"a", 30)
+    assert _told(departures) == []
+    assert _told(departures, came=1) == [b"a"]
+
+
+def test_who_comes_back_by_the_same_descriptor_has_not_left() -> None:
+    departures = Departures()
+    for _ in range(3):
+        departures.came(30, local=True)
+        departures.heard(b"a", 30)
+        assert _told(departures) == []
+        departures.ended(30, local=True)
+    assert _told(departures) == [b"a"]
+
+
+@dataclass(eq=False)
+class Connection:
+    descriptor: int
+    client: bytes
+    unread: int = 0
+    is_open: bool = True
+
+
+class Connections(RuleBasedStateMachine):
+    """Clients that come, speak and leave. All events are taken at once, in order; messages of any connection are read
+    between, however long ago it has ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.departures = Departures()
+        self.connections: list[Connection] = []
+        self.events: list[tuple[Callable[..., None], int]] = []
+        self.heard: set[bytes] = set()  # who is not told to have left since
+
+    @property
+    def open(self) -> list[Connection]:
+        return [each for each in self.connections if each.is_open]
+
+    @property
+    def unread(self) -> list[Connection]:
+        return [each for each in self.connections if each.unread]
+
+    @precondition(lambda self: len(self.open) < 2)
+    @rule()
+    def comes(self) -> None:
+        descriptor = next(each for each in (9, 10) if each not in [one.descriptor for one in self.open])
+        self.connections.append(Connection(descriptor, b"%d" % len(self.connections)))
+        self.events.append((self.departures.came, descriptor))
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def speaks(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self.open)).unread += 1
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def ends(self, data: st.DataObject) -> None:
+        self._end(data.draw(st.sampled_from(self.open)))
+
+    @precondition(lambda self: self.unread)
+    @rule(data=st.data())
+    def is_read(self, data: st.DataObject) -> None:
+        self._read(data.draw(st.sampled_from(self.unread)))
+
+    def teardown(self) -> None:
+        for connection in self.open:
+            self._end(connection)
+        for connection in self.unread:
+            while connection.unread:
+                self._read(connection)
+        self.look()
+        assert self.heard == set()
+        assert not self.departures._places
+        assert not any(number.clients for number in self.departures._numbers.values())
+
+    def _end(self, connection: Connection) -> None:
+        connection.is_open = False
+        self.events.append((self.departures.ended, connection.descriptor))
+
+    def _read(self, connection: Connection) -> None:
+        connection.unread -= 1
+        self.departures.heard(connection.client, connection.descriptor)
+        self.heard.add(connection.client)
+        assert self.departures.knows(connection.client)
+
+    @rule()
+    def look(self) -> None:
+        for tell, descriptor in self.events:
+            tell(descriptor, local=True)
+        self.events.clear()
+        self.departures.settle()
+        left = self.departures.take()
+        assert len(left) == len(set(left))
+        assert not {each.client for each in self.open} & set(left)
+        self.heard -= set(left)
+
+
+TestConnections = Connections.TestCase
 
 
 @pytest.mark.parametrize("transport", ["ipc"])
@@ -187,21 +287,42 @@ def test_nothing_is_kept_of_who_has_left(here, connect, wait_until) -> None:
             here.turn()
         dealer.close(linger=0)
         assert wait_until(lambda: here.turn() and here.gate.connections == 0)
-    assert here.departures._heard == {}
-    assert here.departures._descriptors == {}
+    assert here.departures._places == {}
+    assert not any(number.clients for number in here.departures._numbers.values())
 
 
 def test_the_end_of_a_local_connection_may_be_told_when_a_remote_one_has_its_number() -> None:
     departures, remote = Departures(), FROM_AFAR + b"b"
+    departures.came(30, local=True)
     departures.heard(b"a", 30)
+    departures.settle()
+    departures.came(30, local=False)
     departures.heard(remote, 30)
+    departures.settle()
     assert departures.take() == []
     departures.ended(30, local=True)
-    assert departures.take() == []
-    assert departures.descriptor(remote) == 30
+    departures.settle()
+    assert departures.take() == [b"a"]
+    assert departures.connection(remote) == (30, 1)
     departures.ended(30, local=False)
+    departures.settle()
     assert departures.take() == [], "it may come back"
-    assert departures.descriptor(remote) is None
+    assert departures.connection(remote) is None
+    assert not departures.knows(remote)
+
+
+@pytest.mark.parametrize("transport", ["ipc"])
+def test_who_comes_and_goes_waits_for_messages_that_are_left(here) -> None:
+    strangers = [socket.socket(socket.AF_UNIX) for _ in range(FEW + 8)]
+    for stranger in strangers:
+        stranger.connect(here.endpoint.removeprefix("ipc://"))
+        assert stranger.recv(1), "ZeroMQ tells of a connection before it greets"
+    here.gate.receive(here.gate.sockets, behind=["ipc"])
+    assert here.gate.connections == FEW
+    here.gate.receive(here.gate.sockets, behind=[])
+    assert here.gate.connections == len(strangers)
+    for stranger in strangers:
+        stranger.close()
 
 
 ANOTHER = """

@@ -341,7 +341,7 @@ def check(script, config: Path, tmp_path: Path) -> Any:
 
 @pytest.mark.slow
 def test_a_cpu_passes_all_sections(check, tmp_path: Path) -> None:
-    code, rows = check("cpu", 120, "goldens,precision,times,daemon")
+    code, rows = check("cpu", 300, "goldens,precision,times,daemon")
     assert code == 0
     assert rows["goldens"][0]["verdict"] == goldens.AS_A_CPU
     assert rows["precision"][0]["loss_diff"] == 0

@@ -389,9 +389,6 @@ class Loop:
         self._failures = 0
         end, batch, times = time.monotonic(), flight.batch, flight.run.times()
         device_s = times.busy_s
-        if self._engine.overlaps:
-            self._busy.add(times)
-        self._batching.observe(*flight.kind, device_s, times.first_s)
         self._lone_is_quick = batch[0].lone and end - batch[0].received < QUICK_S
         for item, output in zip(batch, outputs):
             item.timings |= {"wait": max(end - item.ready_at - device_s, 0.0), "device": device_s}
@@ -399,6 +396,9 @@ class Loop:
                 self._finish(item, output)
             else:
                 self._host.submit(self._unless_it_dies, self._finish, item, output)
+        if self._engine.overlaps:
+            self._busy.add(times)
+        self._batching.observe(*flight.kind, device_s, times.first_s)
 
     def _unless_it_dies(self, work: Callable[..., object], *arguments: Any) -> None:
         """In a thread of a pool, which keeps to itself what is raised: whatever `work` lets pass is our own fault."""

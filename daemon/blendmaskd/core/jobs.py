@@ -125,6 +125,8 @@ class Account(Tally, eq=False):
         Tally.remove(self, job)
 
 
+NOTHING = Account()  # what nobody has: only to be read
+
 _Line = dict[int, OrderedDict[int, Job]]  # of one client. Priority: seq: job; no queue is empty
 
 
@@ -236,11 +238,11 @@ class Jobs:
 
     def account(self, client: bytes) -> Account:
         """What this client has here; an empty one is nowhere."""
-        return self._accounts.get(client) or Account()
+        return self._accounts.get(client, NOTHING)
 
     def of_user(self, user: bytes) -> Tally:
         """What all clients of this user have here."""
-        return self._users.get(user) or Tally()
+        return self._users.get(user, NOTHING)
 
     def lease(self, job: Job) -> None:
         """It is counted as leased from now on."""

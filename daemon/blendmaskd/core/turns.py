@@ -10,8 +10,7 @@ their clients do, and one that has nothing on a device goes ahead of one that ha
 """
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
 from blendmaskd.core.blame import Blame
@@ -55,12 +54,12 @@ class Turns:
 
     def goes_ahead(self, job: Job, worker: Worker) -> bool:
         """Whether its client, or its user, has nothing on a device, while another has several jobs on this one."""
-        if self._jobs.account(job.client).leases or job.priority < 0:
+        if len(worker.leases) < 2 or self._jobs.account(job.client).leases or job.priority < 0:
             return False
         jobs = [lease.job for lease in worker.leases.values() if lease.job]
-        if _several(other.client for other in jobs):
+        if _several([other.client for other in jobs]):
             return True
-        return not self._jobs.of_user(job.user).leases and _several(other.user for other in jobs)
+        return not self._jobs.of_user(job.user).leases and _several([other.user for other in jobs])
 
     def _open(self) -> list[Worker]:
         return [worker for worker in self._workers.values() if not worker.retiring and not worker.alone]
@@ -88,8 +87,8 @@ class Turns:
 _load = attrgetter("load")
 
 
-def _several(whose: Iterable[object]) -> bool:
-    return max(Counter(whose).values(), default=0) > 1
+def _several(whose: Sequence[object]) -> bool:
+    return len(set(whose)) < len(whose)
 
 
 def _elsewhere(suspects: Sequence[Job], workers: Sequence[Worker]) -> tuple[Job, Worker]:

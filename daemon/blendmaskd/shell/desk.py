@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -112,9 +112,10 @@ class Desk:
 
     # -- from clients -----------------------------------------------------------------------------------------------
 
-    def admit(self) -> Decisions:
+    def admit(self, readable: Container[object]) -> Decisions:
         """Who has left, and who may connect or not be here any more; to be called before clients are read."""
-        for client in self.admission.left():
+        behind = [clients.kind for clients in self._sockets.clients if clients.behind]
+        for client in self.admission.left(readable, behind):
             if self.broker.has_jobs(client):
                 self._job_log.tell_of(client, logging.INFO, "a client has left: its jobs are cancelled")
             yield self._client_gone(client)
@@ -271,15 +272,17 @@ class Desk:
 
     def _answer(self, action: actions.Answered) -> Actions:
         answer = action.answer
-        if isinstance(answer, protocol.Result):
+        if action.owner == actions.DURABLE:
+            followed: Actions = self.durable.answered(answer, action.payload)
+        else:
+            followed = self._send(action.owner, answer, action.payload)
+        if isinstance(answer, protocol.Result):  # counted when it is on its way: somebody waits for it
             self._stats.answered(answer.timings)
         else:
             self._stats.failed(
                 time.time(), protocol.shown_job(answer.job), answer.code, answer.reason, action.owner
             )
-        if action.owner == actions.DURABLE:
-            return self.durable.answered(answer, action.payload)
-        return self._send(action.owner, answer, action.payload)
+        return followed
 
     def _give(self, action: durable.SendClient) -> Actions:
         """An answer of the spool's stays there while its client has too much to read."""

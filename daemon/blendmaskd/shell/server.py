@@ -125,7 +125,7 @@ class Server:
         if self._sockets.workers in events:
             yield from self._desk.read_workers(self._processes)
         if look < math.inf or not self._entrance.isdisjoint(events):
-            yield from self._desk.admit()
+            yield from self._desk.admit(events)
         for clients in self._sockets.clients:
             if clients.router in events:
                 yield from self._desk.read_clients(clients)

@@ -34,6 +34,7 @@ from blendmaskd.shell.shared_memory import SharedMemory
 
 LINGER_MS = 2000  # for the last answers on their way to their clients
 NOT_FOR_OTHERS = 0o007
+POLLIN = int(zmq.POLLIN)
 NOBLOCK = int(zmq.NOBLOCK)  # a flag that is no plain number costs as much as receiving a frame
 AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 WORKERS_SOCKET = "workers.sock"
@@ -235,6 +236,7 @@ class Clients:
     def __init__(self, router: zmq.Socket[bytes], kind: str) -> None:
         self.router = router
         self.kind = kind
+        self.behind = False  # messages were left to be read
         self._prefix = FROM_AFAR if kind == "tcp" else b""
         self._unfinished = False
 
@@ -245,12 +247,16 @@ class Clients:
     def receive(self) -> Iterator[list[zmq.Frame]]:
         """Those that are here, a bounded number. The last frame of one that is too long says that there are `more`."""
         until = time.monotonic() + TURN_S
+        self.behind = True
         for _ in range(MESSAGES_PER_TURN):
             if time.monotonic() >= until:
                 return
             if self._unfinished:
                 self._read_away()
-            if self._unfinished or not int(self.router.get(zmq.EVENTS)) & zmq.POLLIN:
+            if self._unfinished:
+                return
+            if not int(self.router.get(zmq.EVENTS)) & POLLIN:
+                self.behind = False
                 return
             frames = [self.router.recv(NOBLOCK, copy=False)]
             while frames[-1].more and len(frames) < MOST_FRAMES:
@@ -267,7 +273,7 @@ class Clients:
 def receive(router: zmq.Socket[bytes], most: int = MESSAGES_PER_TURN) -> Iterator[list[zmq.Frame]]:
     """The messages that are here, at most so many."""
     for _ in range(most):
-        if not int(router.get(zmq.EVENTS)) & zmq.POLLIN:  # a third of what an exception costs
+        if not int(router.get(zmq.EVENTS)) & POLLIN:  # a third of what an exception costs
             return
         frames = [router.recv(NOBLOCK, copy=False)]
         while frames[-1].more:  # the frame knows; `recv_multipart` asks the socket, which costs as much as receiving

@@ -5,7 +5,7 @@ One object for all that guards the clients' socket: the gate, keys and identitie
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import zmq
 
@@ -57,12 +57,13 @@ class Admission:
         self._gate.cut_off(client)
 
     def connected(self, client: bytes) -> bool:
-        return self._gate.departures.descriptor(client) is not None
+        """Whether it has said something, and is not known to have left."""
+        return self._gate.departures.knows(client)
 
-    def left(self) -> list[bytes]:
+    def left(self, readable: Container[object], behind: Container[str]) -> list[bytes]:
         """Answer who wants to connect, and say which clients have left; to be called in each turn, before any client
-        is heard."""
-        self._gate.receive()
+        is heard. See `Gate.receive`."""
+        self._gate.receive(readable, behind)
         return self._gate.departures.take()
 
     def next_look(self, now: float) -> float:

@@ -1,91 +1,104 @@
 """Departures: which clients of this host have left, so that no device works for them.
 
 A ROUTER does not tell that a peer has disconnected; a message to it fails, but by then its job is done. ZeroMQ's
-monitor tells of a connection that ended by its descriptor, and each message of the descriptor that it came by. A
-connection by ipc never ends but with its client; one by tcp may come back, and is left alone.
+monitor tells of connections that come and end, by their descriptors, and each message of the descriptor that it came
+by. A connection by ipc never ends but with its client; one by tcp may come back, and is left alone.
 
-A descriptor's number may be taken anew at once: what a client said just before its number is told to have ended may
-have come by the new one. So it is looked whether the number is in use, once all is known that ZeroMQ had told until
-then. Who spoke over a number that another has is left alone: the first answer that cannot reach it tells the same.
+A descriptor's number may be taken anew at once, and a message may be read when its connection has long ended. So the
+connections that have a number are counted: once all is known that ZeroMQ had told before a client was heard, its own is
+one of those that have come by then, and has ended when all of those have. Where another comes between a client's last
+message and the next look, the client is known to have left only when that one has.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blendmaskd.shell.admission.access import FROM_AFAR
 
+Place = tuple[int, bool]  # descriptor, and whether it is of a local connection: the ends of both kinds have no order
+
 
 @dataclass(slots=True)
-class Heard:
-    """Of a connection: who said something there last, and how often all was known before."""
+class Number:
+    """The connections that have had a descriptor, one after the other."""
 
-    client: bytes
-    turn: int
+    came: int = 1
+    open: bool = True  # the last of them
+    clients: dict[bytes, int] = field(default_factory=dict)  # of which connection each was at the latest
 
 
 class Departures:
     """Fed by `blendmaskd.shell.admission.gate`, which hears of connections."""
 
     def __init__(self) -> None:
-        self._heard: dict[int, Heard] = {}  # by descriptor
-        self._descriptors: dict[bytes, int] = {}  # by client, the last one
+        self._heard: dict[bytes, Place] = {}  # since all was known
+        self._places: dict[bytes, Place] = {}  # where each client spoke last
+        self._numbers: dict[Place, Number] = {}
+        self._changed: set[Place] = set()
         self._left: list[bytes] = []
-        self._unsure: dict[int, bytes] = {}  # ended numbers, and who spoke there just before
-        self._turn = 0
 
     def heard(self, client: bytes, descriptor: int) -> None:
         """A client said something over this connection."""
-        last = self._heard.get(descriptor)
-        if last is not None and last.client == client:
-            last.turn = self._turn
-            return
-        if last is not None and self._descriptors.get(last.client) == descriptor:
-            del self._descriptors[last.client]  # one of the two spoke before its end, and is read after the other
-        self._heard[descriptor] = Heard(client, self._turn)
-        self._descriptors[client] = descriptor
+        self._heard[client] = descriptor, not client.startswith(FROM_AFAR)
 
-    def knows(self, descriptor: int) -> bool:
-        """Whether a client said something over this connection."""
-        return descriptor in self._heard
+    def spoke(self, descriptor: int, *, local: bool) -> bool:
+        """Whether something was heard from there since all was known: the connection came before that."""
+        return (descriptor, local) in self._heard.values()
 
-    def descriptor(self, client: bytes) -> int | None:
-        """Of the connection by which this client said something last; None: it has ended."""
-        return self._descriptors.get(client)
+    def knows(self, client: bytes) -> bool:
+        """Whether it has said something, and is not known to have left."""
+        return client in self._heard or client in self._places
+
+    def connection(self, client: bytes) -> tuple[int, int] | None:
+        """The open connection that has the descriptor by which this client spoke last: that, and how many had it."""
+        place = self._heard.get(client) or self._places.get(client)
+        number = self._numbers.get(place) if place is not None else None
+        return (place[0], number.came) if place is not None and number is not None and number.open else None
+
+    def came(self, descriptor: int, *, local: bool) -> None:
+        """A connection has come: whoever had its number before has gone, which ZeroMQ does not always tell."""
+        place = descriptor, local
+        if place in self._numbers:
+            self._numbers[place].came += 1
+            self._numbers[place].open = True
+            self._changed.add(place)
+        else:
+            self._numbers[place] = Number()
 
     def ended(self, descriptor: int, *, local: bool) -> None:
-        """A connection has ended. Ends of local and of remote ones are told in no order among each other."""
-        last = self._heard.get(descriptor)
-        if last is None or last.client.startswith(FROM_AFAR) is local:  # taken anew, by a client of the other kind
-            return
-        del self._heard[descriptor]
-        if self._descriptors.get(last.client) != descriptor:
-            return
-        if last.turn < self._turn:
-            self._gone(last.client)
-        else:
-            del self._descriptors[last.client]
-            self._unsure[descriptor] = last.client
+        """A connection has ended."""
+        place = descriptor, local
+        if place in self._numbers:
+            self._numbers[place].open = False
+            self._changed.add(place)
 
-    def settle(self, is_open: Callable[[int], bool]) -> None:
-        """All is known that was told before any client was heard: `is_open` says which numbers are in use."""
-        for descriptor, client in self._unsure.items():
-            if client in self._descriptors:
-                continue
-            self._descriptors[client] = descriptor
-            if is_open(descriptor):
-                self._heard.setdefault(descriptor, Heard(client, self._turn))
-            else:
-                self._gone(client)
-        self._unsure.clear()
-        self._turn += 1
-
-    def _gone(self, client: bytes) -> None:
-        del self._descriptors[client]
-        if not client.startswith(FROM_AFAR):
-            self._left.append(client)
+    def settle(self) -> None:
+        """All is known that was told before any client was heard."""
+        for client, place in self._heard.items():
+            self._place(client, place)
+        self._heard.clear()
+        for place in self._changed:
+            self._look(self._numbers[place])
+        self._changed.clear()
 
     def take(self) -> list[bytes]:
         """Who has left since the last call."""
         left, self._left = self._left, []
         return left
+
+    def _place(self, client: bytes, place: Place) -> None:
+        before = self._places.get(client)
+        if before is not None and before != place:
+            del self._numbers[before].clients[client]
+        number = self._numbers.setdefault(place, Number())  # it speaks, so it has come
+        number.clients[client] = number.came
+        self._places[client] = place
+        if not number.open:
+            self._changed.add(place)
+
+    def _look(self, number: Number) -> None:
+        ended = number.came - number.open
+        for client in [client for client, latest in number.clients.items() if latest <= ended]:
+            del number.clients[client], self._places[client]
+            if not client.startswith(FROM_AFAR):
+                self._left.append(client)

@@ -15,19 +15,19 @@ What is said after the handshake is judged in `blendmaskd.shell.admission.access
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
 from zmq.utils import z85
-from zmq.utils.monitor import parse_monitor_message
 
 from blendmaskd.endpoints import parse_place, place
 from blendmaskd.keys import Pair
@@ -38,6 +38,7 @@ from blendmaskd.shell.admission.departures import Departures
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 ZAP_DOMAIN = b"blendmaskd"
 LOCAL_HOST = "localhost"  # where ZeroMQ sees a peer by ipc, before its uid, gid and pid
+LOCAL_PREFIX = f"{LOCAL_HOST}:"
 HANDSHAKE_MS = 5000  # then a connection that has not proved who it is is closed
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 15_000, 30_000  # a client whose host is gone is known to be
 WAITING_MESSAGES = 32  # of one connection, that ZeroMQ takes in before the loop does; then TCP slows the client down
@@ -46,18 +47,17 @@ LOOK_S = 0.02  # between two looks at what those have sent who have not proved t
 STRANGER_BYTES = 64 << 10  # that they may send; a handshake has less than one
 WELCOMED_BYTES = 256  # of ours that they have: greeting and WELCOME are fewer; READY, for a proved key, is beyond
 _TCP_INFO = struct.Struct("=120xQQ")  # of linux/tcp.h: tcpi_bytes_acked, tcpi_bytes_received
-AT_ONCE = 256  # events and questions per turn
+AT_ONCE = 1024  # events and questions per turn: all that there are, mostly
+FEW = 32  # events, while there are messages to be read
+POLLIN, NOBLOCK = int(zmq.POLLIN), int(zmq.NOBLOCK)
 
-Event = zmq.Event
-_EVENTS = (
-    Event.ACCEPTED | Event.DISCONNECTED
-    | Event.HANDSHAKE_FAILED_NO_DETAIL | Event.HANDSHAKE_FAILED_PROTOCOL | Event.HANDSHAKE_FAILED_AUTH
-)  # fmt: skip
-_FAILURES = {
-    Event.HANDSHAKE_FAILED_NO_DETAIL: "sent nothing in time or disconnected",
-    Event.HANDSHAKE_FAILED_PROTOCOL: "did not use CURVE or had another server key",
-    Event.HANDSHAKE_FAILED_AUTH: "had a key that is not allowed",
+ACCEPTED, DISCONNECTED = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_DISCONNECTED)
+FAILURES = {
+    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): "sent nothing in time or disconnected",
+    int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "did not use CURVE or had another server key",
+    int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "had a key that is not allowed",
 }
+_EVENT = struct.Struct("=hi")  # zmq_socket_monitor(3): the event and its value, for all of these a descriptor
 
 
 @dataclass(slots=True)
@@ -70,8 +70,8 @@ class Crowd:
 
 
 class Gate:
-    """To be made before any endpoint of the clients is bound; poll `sockets`, and call `receive` in each turn, before
-    reading the clients'.
+    """To be made before any endpoint of the clients is bound; in each turn poll `sockets` with the clients', and call
+    `receive` before these are read.
 
     `departures` tells who has left.
     """
@@ -136,15 +136,20 @@ class Gate:
     def connections(self) -> int:
         return sum(len(crowd.open) for crowd in self._crowds.values())
 
-    def receive(self) -> None:
-        """Take in who came and went, and answer who may stay."""
-        if self._take_events():
-            self.departures.settle(self._is_open)
-        for _ in range(AT_ONCE if self._allowed is not None else 0):
-            if not int(self._zap.get(zmq.EVENTS)) & zmq.POLLIN:
-                break
-            self._zap.send_multipart(self._answer(self._zap.recv_multipart()))
-        self._look_at_strangers(time.monotonic())
+    def receive(self, readable: Container[object], behind: Container[str]) -> None:
+        """Take in who came and went, and answer who may stay. `readable`: those of `sockets` that can be read.
+
+        `behind`: kinds of clients of which messages are left to be read. Those who come and go faster than that wait
+        then until their messages are read, as ZeroMQ's thread waits for us.
+        """
+        kinds = [kind for kind, monitor in self._monitors.items() if monitor in readable]
+        known = [self._take_events(kind, FEW if kind in behind else AT_ONCE) for kind in kinds]
+        if all(known):
+            self.departures.settle()
+        if self._allowed is not None and self._zap in readable:
+            self._answer_questions()
+        if self._strangers:
+            self._look_at_strangers(time.monotonic())
 
     def next_look(self, now: float) -> float:
         """When `receive` is to be called, even if nothing is told."""
@@ -169,9 +174,9 @@ class Gate:
             address = str(frame.get("Peer-Address"))
         except zmq.ZMQError:
             return b""
-        if address.startswith(f"{LOCAL_HOST}:"):
-            return f"uid {address.split(':')[1]}".encode()
-        return (str(frame.get("User-Id")) if self._allowed is not None else address).encode()
+        if self._allowed is None or address.startswith(LOCAL_PREFIX):
+            return _user_at(address)
+        return str(frame.get("User-Id")).encode()
 
     def key(self, frame: zmq.Frame) -> str:
         """Who sent this frame, where keys are needed: a key, as Z85 text, or `LOCAL`.
@@ -182,7 +187,7 @@ class Gate:
             address = str(frame.get("Peer-Address"))
         except zmq.ZMQError:  # of a peer that speaks ZMTP 1 or 2 nothing is known: it has no key
             return ""
-        return LOCAL if address.startswith(f"{LOCAL_HOST}:") else str(frame.get("User-Id"))
+        return LOCAL if address.startswith(LOCAL_PREFIX) else str(frame.get("User-Id"))
 
     def is_operator(self, frame: zmq.Frame) -> bool:
         """Whether this came from a process of the daemon's own user, or of root, on this host."""
@@ -194,16 +199,16 @@ class Gate:
 
     def close(self, frame: zmq.Frame) -> None:
         """Close the connection that this frame came over, unless it has ended."""
-        self._take_events()  # its number may be another's by now
+        self._catch_up()  # its number may be another's by now
         with contextlib.suppress(zmq.ZMQError):  # of ZMTP 1 and 2 nothing is known
             self._close(int(frame.get(zmq.SRCFD)), str(frame.get("Peer-Address")))
 
     def cut_off(self, client: bytes) -> None:
-        """Close this client's connection, unless it has ended."""
-        self._take_events()
-        descriptor = self.departures.descriptor(client)
-        if descriptor is not None:
-            self._close(descriptor)
+        """Close the connection of a client that was there just now, unless it has ended."""
+        connection = self.departures.connection(client)
+        self._catch_up()
+        if connection is not None and connection == self.departures.connection(client):
+            self._close(connection[0])
 
     def refresh(self) -> None:
         """Look whether keys have come or gone."""
@@ -226,33 +231,38 @@ class Gate:
         self.refused.clear()
         return line
 
-    def _take_events(self) -> bool:
-        """Returns whether these are all."""
-        return sum(self._take_events_of(kind) for kind in self._monitors) == len(self._monitors)
+    def _catch_up(self) -> None:
+        for kind in self._monitors:
+            self._take_events(kind, AT_ONCE)
 
-    def _take_events_of(self, kind: str) -> bool:
+    def _take_events(self, kind: str, most: int) -> bool:
+        """Returns whether these are all."""
         monitor = self._monitors[kind]
-        for _ in range(AT_ONCE):
-            if not int(monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+        for _ in range(most):
+            try:
+                event, descriptor = _EVENT.unpack(monitor.recv(NOBLOCK))
+            except zmq.Again:
                 return True
-            event = parse_monitor_message(monitor.recv_multipart())
-            self._on_event(Event(event["event"]), event["value"], kind)
+            monitor.recv(NOBLOCK)  # where it listens
+            self._on_event(event, descriptor, kind)
         return False
 
-    def _on_event(self, event: Event, value: int, kind: str) -> None:
-        if event is Event.ACCEPTED:
-            self._accepted(value, self._crowds[kind])
+    def _on_event(self, event: int, descriptor: int, kind: str) -> None:
+        if event == ACCEPTED:
+            self._accepted(descriptor, kind)
             if kind == "tcp" and self._allowed is not None:
-                self._strangers[value] = time.monotonic()
-        elif event is Event.DISCONNECTED:
-            self._forget(value, kind)
-            self.departures.ended(value, local=kind == "ipc")
+                self._strangers[descriptor] = time.monotonic()
+        elif event == DISCONNECTED:
+            self._forget(descriptor, kind)
+            self.departures.ended(descriptor, local=kind == "ipc")
         elif kind == "tcp":
-            self.refused[_FAILURES[event]] += 1
+            self.refused[FAILURES[event]] += 1
 
-    def _accepted(self, descriptor: int, crowd: Crowd) -> None:
+    def _accepted(self, descriptor: int, kind: str) -> None:
+        crowd, local = self._crowds[kind], kind == "ipc"
         crowd.open.add(descriptor)
-        if not self.departures.knows(descriptor):
+        self.departures.came(descriptor, local=local)
+        if not self.departures.spoke(descriptor, local=local):
             crowd.silent[descriptor] = None
         if len(crowd.open) > crowd.most or self.connections > self.most:
             self.refused["were too many at once"] += 1
@@ -273,9 +283,6 @@ class Gate:
             self._strangers.pop(descriptor, None)
         self._crowds[kind].open.discard(descriptor)
         self._crowds[kind].silent.pop(descriptor, None)
-
-    def _is_open(self, descriptor: int) -> bool:
-        return any(descriptor in crowd.open for crowd in self._crowds.values())
 
     def _close(self, descriptor: int, peer: str = "") -> None:
         """End a connection of ZeroMQ's, which finds it at its end then; only one of this `Peer-Address`.
@@ -304,6 +311,12 @@ class Gate:
         if (name if connection.family == socket.AF_UNIX else name[1]) in self._here:
             connection.shutdown(socket.SHUT_RDWR)
 
+    def _answer_questions(self) -> None:
+        for _ in range(AT_ONCE):
+            if not int(self._zap.get(zmq.EVENTS)) & POLLIN:
+                return
+            self._zap.send_multipart(self._answer(self._zap.recv_multipart()))
+
     def _answer(self, question: Sequence[bytes]) -> list[bytes]:
         """ZAP's reply: version, request, status, text, user, metadata. ZeroMQ asks in frames of the same version."""
         assert self._allowed is not None
@@ -314,6 +327,11 @@ class Gate:
         if user in self._allowed.names:
             return [b"1.0", request, b"200", b"OK", user.encode(), b""]
         return [b"1.0", request, b"400", b"key not allowed", b"", b""]
+
+
+@functools.lru_cache(maxsize=1024)
+def _user_at(address: str) -> bytes:
+    return f"uid {address.split(':')[1]}".encode() if address.startswith(LOCAL_PREFIX) else address.encode()
 
 
 def _peer_address(connection: socket.socket) -> str:
@@ -327,7 +345,7 @@ def _peer_address(connection: socket.socket) -> str:
 def _monitor(context: zmq.Context[Any], router: zmq.Socket[bytes], kind: str) -> zmq.Socket[bytes]:
     """A socket that tells of a router's connections."""
     endpoint = f"inproc://{kind}.monitor"
-    router.monitor(endpoint, _EVENTS)
+    router.monitor(endpoint, ACCEPTED | DISCONNECTED | sum(FAILURES))
     monitor: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     monitor.set(zmq.RCVHWM, 1)  # with ZeroMQ's own thousand; at the mark its thread accepts nobody any more
     monitor.connect(endpoint)
