@@ -23,6 +23,9 @@ from blendmaskd_workers.evaluation.accelerator.children import ChildError, Row
 
 ROOT = Path(__file__).resolve().parents[4]
 RECORDED = ROOT / "tests" / "golden"
+FACTS = "blendmaskd_workers.evaluation.accelerator.facts"
+GOLDENS = "blendmaskd_workers.evaluation.accelerator.goldens"
+VISITS = "blendmaskd_workers.evaluation.accelerator.visits"
 CHOSEN = ("R_50_1x_chelsea", "DLA_34_syncbn_4x_chelsea", "R_101_dcni3_5x_chelsea")
 TRAININGS = ("R_50_1x", "small_R18")  # networks of which one was recorded
 PRECISIONS = ("fp32", "hf32", "bf16", "fp16")
@@ -68,8 +71,8 @@ class Check:
                 log.write(line + b"\n")
 
     def rows(self, module: str, arguments: Sequence[str], until: float) -> Iterator[Row]:
-        """What a module beside this one tells. Raises `ChildError`."""
-        start = children.program(["-m", f"{__package__}.{module}", *arguments], self.environment)
+        """What a module tells. Raises `ChildError`."""
+        start = children.program(["-m", module, *arguments], self.environment)
         return children.rows(start, until - time.monotonic(), self.log)
 
 
@@ -78,7 +81,7 @@ Section = Callable[[Check, float, Sequence[Row]], Iterator[Row]]  # with the row
 
 def facts(check: Check, until: float) -> Row:
     """The device, by a process that opens it. Raises `ChildError`."""
-    [row] = check.rows("facts", [check.device], until)
+    [row] = check.rows(FACTS, [check.device], until)
     return row
 
 
@@ -101,7 +104,7 @@ def _goldens(check: Check, until: float, ways: Sequence[str], names: Sequence[st
         begun = left[0]
         try:
             arguments = [check.device, str(check.folder), ",".join(left), ",".join(ways)]
-            for row in check.rows("goldens", arguments, until):
+            for row in check.rows(GOLDENS, arguments, until):
                 begun = row["golden"] if "begun" in row else begun
                 yield from [row] * ("begun" not in row)
             return
@@ -180,8 +183,7 @@ def times(check: Check, until: float, _: Sequence[Row]) -> Iterator[Row]:
 def _visits(check: Check, until: float, seconds: float, name: str) -> Iterator[Row]:
     """The rows of a precision; they should take `seconds`, and may take half as long again."""
     until = min(until, time.monotonic() + 1.5 * seconds)
-    asked = [check.sizes[0], check.batch_sizes, round(seconds, 1)]
-    arguments = ["-m", f"{__package__}.visits", json.dumps(asked)]
+    arguments = ["-m", VISITS, json.dumps([check.sizes[0], check.batch_sizes, round(seconds, 1)])]
     try:
         settings = settings_module.load(None, None, _overrides(check, until, name), [check.slot])
         plan = launch_plan.plan(check.slot, launch.basis(settings), check.environment, arguments=arguments)
