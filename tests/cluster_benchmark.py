@@ -23,18 +23,19 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from PIL import Image
 from ray import serve
 from rich.console import Console
 from rich.table import Table
 
 from blendmaskd.programs.errors import guarded
+from blendmaskd_workers.benchmark.http_load import spent_cpu_s
 from blendmaskd_workers.cluster.serve import application
 from cluster_trial import Trial, processes, trial
 
@@ -48,8 +49,6 @@ WANTED = 1.9  # two nodes against one
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement."""
-
     way: str  # online or offline
     nodes: int
     fps: float
@@ -91,11 +90,11 @@ def _online(cluster: Trial, nodes: int, arguments: argparse.Namespace, image: by
 
 
 def _watch(cluster: Trial, seconds: float, answered: list[None]) -> tuple[float, float]:
-    """The share of one core that the cluster took, and images per second."""
-    begun, cpu_s, images = time.monotonic(), _cpu_s(cluster), len(answered)
+    """The share of one core that the cluster took, but for this process, and images per second."""
+    begun, before_s, images = time.monotonic(), spent_cpu_s(processes(cluster.folder)), len(answered)
     time.sleep(seconds)
     took = time.monotonic() - begun
-    return (_cpu_s(cluster) - cpu_s) / took, (len(answered) - images) / took
+    return (spent_cpu_s(processes(cluster.folder)) - before_s) / took, (len(answered) - images) / took
 
 
 @contextlib.contextmanager
@@ -111,15 +110,13 @@ def _clients(number: int, image: bytes) -> Iterator[list[None]]:
                 response.read()
             answered.append(None)
 
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(number)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield answered
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
+    with ThreadPoolExecutor(number) as pool:
+        for _ in range(number):
+            pool.submit(run)
+        try:
+            yield answered
+        finally:
+            over.set()
 
 
 def _offline(cluster: Trial, nodes: int, arguments: argparse.Namespace, image: bytes) -> Row:
@@ -136,16 +133,6 @@ def _offline(cluster: Trial, nodes: int, arguments: argparse.Namespace, image: b
         )  # fmt: skip
     [line] = [line for line in done.stdout.splitlines() if line.startswith("combined:")]
     return Row("offline", nodes, float(line.split(" FPS")[0].split()[-1]))
-
-
-def _cpu_s(cluster: Trial) -> float:
-    """CPU seconds so far of all processes of the cluster but this one's."""
-    spent = 0.0
-    for process in processes(cluster.folder):
-        with contextlib.suppress(psutil.Error):
-            times = process.cpu_times()
-            spent += times.user + times.system
-    return spent
 
 
 def _image(size: str) -> bytes:

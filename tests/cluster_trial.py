@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import ray
@@ -45,9 +46,6 @@ class Trial:
         """The end of a node with all that runs on it, without a word."""
         self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
 
-    def connect(self) -> None:
-        ray.init(address=self.address, logging_level=logging.WARNING, log_to_driver=False)
-
     def end(self) -> None:
         """Stop everything that was started in the folder."""
         if ray.is_initialized():  # else Serve would look for a cluster, and wait
@@ -69,7 +67,7 @@ def trial(nodes: Mapping[str, Mapping[str, int]]) -> Iterator[Trial]:
         try:
             for name, resources in nodes.items():
                 cluster.add(name, **resources)
-            cluster.connect()
+            ray.init(address=cluster.address, logging_level=logging.WARNING, log_to_driver=False)
             yield cluster
         finally:
             cluster.end()
@@ -106,17 +104,10 @@ def _belongs(process: psutil.Process, folder: str) -> bool:
 @contextlib.contextmanager
 def _environment(folder: str) -> Iterator[None]:
     """Ray reads its environment in the process that starts it."""
-    wanted = environment(folder)
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
     config = importlib.import_module("ray._raylet").Config
-    config.initialize("")  # it was read when Ray was imported
     try:
-        yield
+        with mock.patch.dict(os.environ, environment(folder)):
+            config.initialize("")  # it was read when Ray was imported
+            yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         config.initialize("")

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.progress import track
 
 from blendmaskd.programs.arguments import count
+from blendmaskd.programs.errors import guarded
 
 Pixels = NDArray[np.float32]  # (height, width, 3) RGB or (height, width), 0 to 1
 Mask = NDArray[np.bool_]  # (height, width)
@@ -56,16 +57,13 @@ Textured shapes in COCO's format, rendered by scripts/make_shapes.py of blendmas
 Everything was computed; nobody's pictures are in it. It is in the public domain (CC0 1.0).
 """
 
-EXIT_FAILED = 1
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
-    try:
-        make(arguments.output, {"train": arguments.train, "held_out": arguments.held_out}, arguments.seed)
-    except OSError as error:
-        print(f"make_shapes: {error}", file=sys.stderr)
-        return EXIT_FAILED
+    return guarded("make_shapes", lambda: _main(_parse(argv)))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    make(arguments.output, {"train": arguments.train, "held_out": arguments.held_out}, arguments.seed)
     return 0
 
 
@@ -92,17 +90,25 @@ def _save(folder: Path, seed: int, split: str, number: int) -> Described:
     scene = render(seed, split, number)
     name = f"{number:04}.jpg"
     Image.fromarray(scene.pixels).save(folder / name, quality=QUALITY)
-    return Described(name, scene.pixels.shape[0], scene.pixels.shape[1], [annotate(each) for each in scene.instances])
+    height, width, _ = scene.pixels.shape
+    return {"file_name": name, "height": height, "width": width}, [annotate(each) for each in scene.instances]
 
 
 # -- annotations ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+Described = tuple[dict[str, Any], list[dict[str, Any]]]  # an image that was saved, and its annotations, without ids
+
+
+@dataclass(slots=True)
 class Instance:
-    """A shape in an image."""
+    """A shape where it is drawn."""
 
     category: int  # index into CATEGORIES
+    top: int  # of the patch in the image, pixels; it may begin outside
+    left: int
+    alpha: Pixels  # of the patch: the share of a pixel that the shape covers
+    whole: int  # pixels of the shape, inside the image or not, hidden or not
     visible: Mask  # of the image's size
 
 
@@ -112,16 +118,6 @@ class Scene:
 
     pixels: NDArray[np.uint8]  # (height, width, 3) RGB
     instances: list[Instance]
-
-
-@dataclass(frozen=True, slots=True)
-class Described:
-    """An image that was saved."""
-
-    file_name: str
-    height: int  # pixels
-    width: int
-    annotations: list[dict[str, Any]]  # still without ids
 
 
 def annotate(instance: Instance) -> dict[str, Any]:
@@ -140,21 +136,17 @@ def dataset(seed: int, split: str, described: Sequence[Described]) -> dict[str, 
     """The COCO tree of a split; ids of images and of annotations count from 1."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for image_id, image in enumerate(described, 1):
-        images.append({
-            "id": image_id, "file_name": image.file_name, "height": image.height, "width": image.width, "license": 1
-        })  # fmt: skip
-        for annotation in image.annotations:
+    for image_id, (image, found) in enumerate(described, 1):
+        images.append({"id": image_id, **image, "license": 1})
+        for annotation in found:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **annotation})
     return {
         "info": {"description": f"Textured shapes, {split}, rendered by make_shapes.py of blendmaskd, seed {seed}"},
-        "licenses": [{
-            "id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"
-        }],
+        "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],
         "images": images,
         "annotations": annotations,
         "categories": [{"id": number, "name": name} for number, name in enumerate(CATEGORIES, 1)],
-    }  # fmt: skip
+    }
 
 
 # -- an image ---------------------------------------------------------------------------------------------------------
@@ -165,29 +157,17 @@ def render(seed: int, split: str, number: int) -> Scene:
     rng = np.random.default_rng([seed, SPLITS.index(split), number])
     height, width = (int(side) for side in rng.integers(*SIDES, size=2, endpoint=True))
     canvas = _background(rng, height, width)
-    placed: list[_Placed] = []
+    placed: list[Instance] = []
     for _ in range(rng.integers(*SHAPES, endpoint=True)):
         shape = _place(rng, canvas.shape[:2], placed)
         if shape is not None:
             placed.append(shape)
             _paint(rng, canvas, shape)
     pixels = np.clip(canvas * 255 + 0.5, 0, 255).astype(np.uint8)
-    return Scene(pixels, [Instance(shape.category, shape.visible) for shape in placed])
+    return Scene(pixels, placed)
 
 
-@dataclass(slots=True)
-class _Placed:
-    """A shape where it is drawn."""
-
-    category: int
-    top: int  # of the patch in the image, pixels; it may begin outside
-    left: int
-    alpha: Pixels  # of the patch: the share of a pixel that the shape covers
-    whole: int  # pixels of the shape, inside the image or not, hidden or not
-    visible: Mask
-
-
-def _place(rng: Generator, size: tuple[int, int], placed: Sequence[_Placed]) -> _Placed | None:
+def _place(rng: Generator, size: tuple[int, int], placed: Sequence[Instance]) -> Instance | None:
     """A shape at a place where it hides no other too much; the others' visible masks lose what it hides."""
     for _ in range(TRIES):
         shape = _propose(rng, size)
@@ -200,7 +180,7 @@ def _place(rng: Generator, size: tuple[int, int], placed: Sequence[_Placed]) -> 
     return None
 
 
-def _propose(rng: Generator, size: tuple[int, int]) -> _Placed:
+def _propose(rng: Generator, size: tuple[int, int]) -> Instance:
     """Any shape anywhere: sizes are evenly distributed on a logarithmic scale."""
     category = int(rng.integers(len(CATEGORIES)))
     largest = min(SIZES[1], LARGEST_SHARE * min(size))
@@ -209,7 +189,7 @@ def _propose(rng: Generator, size: tuple[int, int]) -> _Placed:
     inner, outer = _overlap(size, top, left, len(alpha))
     visible = np.zeros(size, bool)
     visible[outer] = alpha[inner] >= 0.5
-    return _Placed(category, top, left, alpha, int((alpha >= 0.5).sum()), visible)
+    return Instance(category, top, left, alpha, int((alpha >= 0.5).sum()), visible)
 
 
 Window = tuple[slice, slice]
@@ -225,7 +205,7 @@ def _overlap(size: tuple[int, int], top: int, left: int, side: int) -> tuple[Win
     )
 
 
-def _paint(rng: Generator, canvas: Pixels, shape: _Placed) -> None:
+def _paint(rng: Generator, canvas: Pixels, shape: Instance) -> None:
     """Draw a shape and its shadow on the canvas, in colours that differ from what is there."""
     inner, outer = _overlap(canvas.shape[:2], shape.top, shape.left, len(shape.alpha))
     alpha = shape.alpha[inner][..., None]
@@ -244,12 +224,8 @@ def _contrast(colour: Pixels, covered: Pixels) -> float:
 
 def _shadow(alpha: Pixels) -> Pixels:
     """The shape's own outline, blurred, a little lower and to the right."""
-    blurred = _image(alpha).filter(ImageFilter.GaussianBlur(3))
-    return np.roll(_plane(blurred), (2, 2), (0, 1))
-
-
-def _image(plane: Pixels) -> Image.Image:
-    return Image.fromarray((plane * 255 + 0.5).astype(np.uint8))
+    image = Image.fromarray((alpha * 255 + 0.5).astype(np.uint8))
+    return np.roll(_plane(image.filter(ImageFilter.GaussianBlur(3))), (2, 2), (0, 1))
 
 
 def _plane(image: Image.Image) -> Pixels:
@@ -279,21 +255,9 @@ def _ellipse(aspect: float) -> NDArray[np.float64]:
     return _polar(np.linspace(0, 2 * math.pi, 180, endpoint=False), 1.0) * (1, aspect)
 
 
-def _disc(rng: Generator) -> Outline:
-    return [_ellipse(rng.uniform(0.8, 1))]
-
-
 def _ring(rng: Generator) -> Outline:
     outer = _ellipse(rng.uniform(0.8, 1))
     return [outer, outer * rng.uniform(0.45, 0.6)]
-
-
-def _square(rng: Generator) -> Outline:
-    return [np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * (1, rng.uniform(0.8, 1))]
-
-
-def _triangle(rng: Generator) -> Outline:
-    return [_polar(np.deg2rad(np.arange(3) * 120 + rng.uniform(-12, 12, 3)), 1.0)]
 
 
 def _star(rng: Generator) -> Outline:
@@ -302,8 +266,12 @@ def _star(rng: Generator) -> Outline:
 
 
 _OUTLINES: dict[str, Callable[[Generator], Outline]] = {
-    "disc": _disc, "square": _square, "triangle": _triangle, "star": _star, "ring": _ring
-}  # fmt: skip
+    "disc": lambda rng: [_ellipse(rng.uniform(0.8, 1))],
+    "square": lambda rng: [np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * (1, rng.uniform(0.8, 1))],
+    "triangle": lambda rng: [_polar(np.deg2rad(np.arange(3) * 120 + rng.uniform(-12, 12, 3)), 1.0)],
+    "star": _star,
+    "ring": _ring,
+}
 
 
 def _alpha(outline: Outline, size: float) -> Pixels:

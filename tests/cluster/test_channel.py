@@ -17,7 +17,7 @@ from blendmaskd.assignment import Assignment
 from blendmaskd.protocol import Code, Failed, Image, Options, Report
 from blendmaskd.wanted import Wanted
 from blendmaskd_workers import engines
-from blendmaskd_workers.cluster.channel import Answer, LocalChannel, WorkerLost
+from blendmaskd_workers.cluster.channel import Answer, LocalChannel, Pending, WorkerLost
 from blendmaskd_workers.engines import timed
 from blendmaskd_workers.loop import Loop
 
@@ -111,6 +111,11 @@ def test_a_worker_whose_device_does_not_come_back_is_seen(wait_until) -> None:
     worker.end()
 
 
+def given(channel: LocalChannel) -> list[Pending]:
+    """The leases that the loop has."""
+    return [pending for pending in list(channel._pending.values()) if pending.since is not None]
+
+
 def test_an_image_that_is_to_be_alone_is_given_to_an_empty_loop_and_no_other_until_it_has_ended(wait_until) -> None:
     worker = Worker(timed={"latency_ms": {1: 50}}, batch=1)
     order: list[str] = []
@@ -118,7 +123,7 @@ def test_an_image_that_is_to_be_alone_is_given_to_an_empty_loop_and_no_other_unt
     def submit(name: str, *, alone: bool = False) -> Future:
         return worker.channel.submit(
             RAW, PICTURE.tobytes(), Options(), 30, alone=alone,
-            on_start=lambda: order.append(f"{name} of {worker.channel.given()}"),
+            on_start=lambda: order.append(f"{name} of {len(given(worker.channel))}"),
         )  # fmt: skip
 
     first, suspect, unwanted, last = submit("1"), submit("2", alone=True), submit("3", alone=True), submit("4")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from blendmaskd_workers import blendmask
-from blendmaskd_workers.evaluation import logs, precision, subjects
+from blendmaskd_workers.evaluation import logs, precision, scenes, subjects
 from blendmaskd_workers.evaluation.arithmetic import LADDER
 from blendmaskd_workers.evaluation.subjects import Depth, Initial, Subject
 from checkout import ROOT
@@ -60,8 +60,8 @@ TRACED = Depth(trace=True)
 
 def evaluate(reference: Subject, device: Subject, depth: Depth = TRACED) -> Any:
     """The report on one scene."""
-    [scene, _] = subjects.scenes_of([], [], 0)
-    return subjects.evaluate(reference, device, [scene], reference.model.config, depth)
+    [scene, _] = scenes.painted(0)
+    return subjects.evaluate(reference, device, [scene], depth)
 
 
 @pytest.mark.slow
@@ -141,9 +141,9 @@ def test_the_losses_are_those_of_training_and_leave_the_network_as_it_was(pair) 
     subject = pair[0]
     network = subject.model.config
     before = {name: buffer.clone() for name, buffer in subject.model.named_buffers()}
-    [scene, _] = subjects.scenes_of([], [], 0)
+    [scene, _] = scenes.painted(0)
     prepared = blendmask.prepare(scene.pixels, network)
-    first, second = (subjects.train_losses(subject, scene, prepared, network) for _ in range(2))
+    first, second = (subjects.train_losses(subject, scene, prepared) for _ in range(2))
     assert first == second
     assert not subject.model.training
     for name, buffer in subject.model.named_buffers():

@@ -17,6 +17,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -27,6 +28,7 @@ from blendmaskd.protocol import Result
 from blendmaskd_workers import process
 
 _OPEN_NAME = "@" * 16
+Socket = zmq.Socket[bytes]
 
 
 def main(argv: list[str]) -> int:
@@ -34,9 +36,9 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's business: it ends us
     match argv:
         case ["proxy", front, back]:
-            proxy(front, back)
+            stand_between(front, back, zmq.proxy)
         case ["poller", front, back]:
-            poll(front, back)
+            stand_between(front, back, poll)
         case ["worker", back, seconds, answer_bytes]:
             work(back, json.loads(seconds), int(answer_bytes))
         case _:
@@ -45,32 +47,27 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def proxy(front: str, back: str) -> None:
+def stand_between(front: str, back: str, pass_on: Callable[[Socket, Socket], object]) -> None:
     """Pass everything on, until killed."""
     context = zmq.Context()
     with context.socket(zmq.ROUTER) as clients, context.socket(zmq.DEALER) as workers:
         clients.bind(front)
         workers.bind(back)
         print("ready", flush=True)
-        zmq.proxy(clients, workers)
+        pass_on(clients, workers)
 
 
-def poll(front: str, back: str) -> None:
-    """As `proxy`, by zmq.Poller."""
-    context = zmq.Context()
-    with context.socket(zmq.ROUTER) as clients, context.socket(zmq.DEALER) as workers:
-        clients.bind(front)
-        workers.bind(back)
-        poller = zmq.Poller()
-        poller.register(clients, zmq.POLLIN)
-        poller.register(workers, zmq.POLLIN)
-        print("ready", flush=True)
-        while True:
-            for source, _ in poller.poll():
-                target = workers if source is clients else clients
-                with contextlib.suppress(zmq.Again):
-                    while True:
-                        target.send_multipart(source.recv_multipart(zmq.NOBLOCK, copy=False), copy=False)
+def poll(clients: Socket, workers: Socket) -> None:
+    """As `zmq.proxy`, by zmq.Poller."""
+    poller = zmq.Poller()
+    poller.register(clients, zmq.POLLIN)
+    poller.register(workers, zmq.POLLIN)
+    while True:
+        for source, _ in poller.poll():
+            target = workers if source is clients else clients
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    target.send_multipart(source.recv_multipart(zmq.NOBLOCK, copy=False), copy=False)
 
 
 def work(back: str, seconds: list[float], answer_bytes: int) -> None:
@@ -89,7 +86,7 @@ def work(back: str, seconds: list[float], answer_bytes: int) -> None:
                 socket.send_multipart([client, magic, head + job + tail, payload], copy=False)
 
 
-def _connect(socket: zmq.Socket[bytes], back: str) -> None:
+def _connect(socket: Socket, back: str) -> None:
     """Return when the proxy may give us jobs."""
     monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
     socket.connect(back)
@@ -97,7 +94,7 @@ def _connect(socket: zmq.Socket[bytes], back: str) -> None:
     socket.disable_monitor()
 
 
-def _take(socket: zmq.Socket[bytes], most: int) -> list[tuple[Any, bytes]]:
+def _take(socket: Socket, most: int) -> list[tuple[Any, bytes]]:
     """Client and name of one job, or of as many as are here."""
     batch: list[tuple[Any, bytes]] = []
     while len(batch) < most:

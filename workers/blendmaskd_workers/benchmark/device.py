@@ -6,7 +6,6 @@ is that process, and not for people.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -29,7 +28,7 @@ LEAST_RUNS = 2
 WORTH = 1.01  # a gain below is noise
 
 
-class LimitError(RuntimeError):
+class LimitError(OSError):
     """The bare loop could not run; the text says why."""
 
 
@@ -48,7 +47,7 @@ def limit(settings: Settings, pixels: Pixels, seconds: float) -> Limit:
         file.flush()
         plan = launch_plan.plan(
             settings.devices[0], launch.basis(settings), os.environ,
-            arguments=("-m", "blendmaskd_workers.benchmark.device", "--image", file.name, "--seconds", str(seconds)),
+            arguments=("-m", "blendmaskd_workers.benchmark.device", file.name, str(seconds)),
         )  # fmt: skip
         process = launch.launch(plan, stdout=subprocess.PIPE)
         try:
@@ -61,11 +60,7 @@ def limit(settings: Settings, pixels: Pixels, seconds: float) -> Limit:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--image", required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("identity")  # for `ps`
-    arguments = parser.parse_args(argv)
+    image, seconds, _ = argv  # the last is for `ps`
     from blendmaskd_workers import engines
 
     assigned = assignment.read(os.environ)
@@ -75,8 +70,7 @@ def main(argv: list[str]) -> int:
     except engines.EngineError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    prepared = engine.prepare(np.load(arguments.image))
-    found = _best(engine, prepared, assigned.settings, arguments.seconds)
+    found = _best(engine, engine.prepare(np.load(image)), assigned.settings, float(seconds))
     print(json.dumps(asdict(found)))
     return 0
 

@@ -6,6 +6,7 @@ sends the next one whenever it gets an answer, be it `busy`, and minds no `retry
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import sys
 import time
@@ -25,9 +26,7 @@ DEADLINE_S = 60.0
 SNAPSHOT_S = 0.2  # between two questions for a newer one
 
 
-def flood_one(
-    generator: Generator, endpoint: str, size: tuple[int, int], warm_up_s: float, seconds: float
-) -> Row:
+def flood_one(generator: Generator, endpoint: str, size: tuple[int, int], warm_up_s: float, seconds: float) -> Row:
     """The polite client's latencies without and with the flood, which sends raw images of `size` (height, width).
 
     ``lonely`` and ``flooded`` as `load.figures`, ``ratio`` of their p99, and the flood's own ``flood_fps`` and
@@ -40,7 +39,6 @@ def flood_one(
 
 
 def line(row: Row) -> str:
-    """A row as a sentence."""
     lonely, flooded = row["lonely"], row["flooded"]
     return (
         f"round {row['round']}: p50/p99 alone {lonely['p50_ms']:.1f}/{lonely['p99_ms']:.1f} ms, beside a flood "
@@ -90,15 +88,12 @@ def main(argv: Sequence[str]) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.set(zmq.SNDHWM, 0)
         dealer.connect(endpoint)
-        for number in range(JOBS):
+        for number in itertools.count():
+            if number >= JOBS:
+                dealer.recv_multipart(copy=False)
+            if number == JOBS:
+                print("flooding", flush=True)
             dealer.send_multipart(template.frames(f"{number:0{NAME_BYTES}}"), copy=False)
-        told = False
-        while True:
-            dealer.recv_multipart(copy=False)
-            number += 1
-            dealer.send_multipart(template.frames(f"{number:0{NAME_BYTES}}"), copy=False)
-            if not told:
-                told = print("flooding", flush=True) is None
 
 
 if __name__ == "__main__":

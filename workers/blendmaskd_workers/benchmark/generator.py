@@ -34,8 +34,6 @@ TICK_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A job without an answer yet."""
-
     client: int
     picture: int
     intended: float

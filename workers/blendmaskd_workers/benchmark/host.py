@@ -51,7 +51,6 @@ REPLAYED = (800, 800)  # what the masks are of, and what their time is a multipl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: the process's); returns its exit code."""
     parser = argparse.ArgumentParser(prog="benchmark_host", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
@@ -99,14 +98,11 @@ def compare(name: str, encoded: bytes, config: blendmask.Config, rounds: int) ->
     except ImageError as error:
         raise UsageError(f"{name}: {error}") from None
     height, width = prepared.net_size
-    theirs, ours = in_turns(lambda: resize(encoded, height, width), lambda: prepare(encoded, config), rounds)
     return {
         "photograph": name,
         "bytes": len(encoded),
         "resized": f"{width}x{height}",
-        "pillow_ms": statistics.median(theirs),
-        "ms": statistics.median(ours),
-        "ratio": statistics.median(our / their for our, their in zip(ours, theirs)),
+        **in_turns(lambda: resize(encoded, height, width), lambda: prepare(encoded, config), rounds),
         "same": _same(prepared, resize(encoded, height, width), config),
     }
 
@@ -147,22 +143,20 @@ def finishing(arguments: argparse.Namespace, config: blendmask.Config) -> dict[s
         packed: bytes = msgpack.packb(engine.finish(output, prepared, Options()))
         return packed
 
-    theirs, ours = in_turns(lambda: resize(encoded, *prepared.net_size), finish, arguments.rounds)
-    return {
-        "masks": len(output.scores),
-        "bytes": len(finish()),
-        "pillow_ms": statistics.median(theirs),
-        "ms": statistics.median(ours),
-        "ratio": statistics.median(our / their for our, their in zip(ours, theirs)),
-    }
+    times = in_turns(lambda: resize(encoded, *prepared.net_size), finish, arguments.rounds)
+    return {"masks": len(output.scores), "bytes": len(finish()), **times}
 
 
 # ---- measuring and telling --------------------------------------------------------------------------------------
 
-def in_turns(one: Callable[[], object], other: Callable[[], object], rounds: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of CPU time that both took, round by round; a round more goes first, which is not counted."""
-    pairs = [(_cpu_ms(one), _cpu_ms(other)) for _ in range(rounds + 1)][1:]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+def in_turns(pillow: Callable[[], object], ours: Callable[[], object], rounds: int) -> dict[str, float]:
+    """Medians of the CPU time of both, and of their ratio by round; a round more goes first, which is not counted."""
+    pairs = [(_cpu_ms(pillow), _cpu_ms(ours)) for _ in range(rounds + 1)][1:]
+    return {
+        "pillow_ms": statistics.median(their for their, _ in pairs),
+        "ms": statistics.median(our for _, our in pairs),
+        "ratio": statistics.median(our / their for their, our in pairs),
+    }
 
 
 def _cpu_ms(work: Callable[[], object]) -> float:

@@ -1,8 +1,7 @@
 """Load on HTTP endpoints: a closed loop of clients that keep their connections, of any server that takes an image as a
 body. One thread, one selector, so that it takes little of the cores that it shares with the server.
 
-A server on this host is found by its port: what the processes that listen there, and their children, take of the CPUs
-is told as well.
+A server on this host is found by its port; the CPU time of who listens there, and of their children, is told as well.
 """
 from __future__ import annotations
 
@@ -52,7 +51,6 @@ def measure(
 
 
 def medians(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of what a report shows."""
     return {key: statistics.median(row[key] for row in rows) for key in ("fps", "p50_ms", "p99_ms", "cpu_s_per_1000")}
 
 
@@ -94,7 +92,7 @@ def _loop(
             selector.register(line.socket, selectors.EVENT_READ, number)
         while (now := time.monotonic()) < end:
             if before is None and now >= start:
-                before = _cpu_s(server)
+                before = spent_cpu_s(server)
             for client, _ in schedule.due(now):
                 lines[client].sent = time.monotonic()
                 lines[client].socket.sendall(request)
@@ -106,7 +104,7 @@ def _loop(
                     failed = code != "200"
                     samples.append(Sample(line.sent, line.sent, done, code if failed else ""))
                     schedule.answered(key.data, done, failed)
-        return samples, _cpu_s(server) - (before or 0.0)
+        return samples, spent_cpu_s(server) - (before or 0.0)
 
 
 def _receive(line: Line) -> str:
@@ -134,7 +132,8 @@ def _processes(port: int) -> list[psutil.Process]:
     return []
 
 
-def _cpu_s(processes: Sequence[psutil.Process]) -> float:
+def spent_cpu_s(processes: Sequence[psutil.Process]) -> float:
+    """CPU seconds so far of those that live."""
     total = 0.0
     for process in processes:
         with contextlib.suppress(psutil.Error):

@@ -42,7 +42,6 @@ def kill_one(generator: Generator, point: Point, warm_up_s: float, seconds: floa
 
 
 def line(row: Row) -> str:
-    """A row as a sentence."""
     failures = ", ".join(f"{number} {code}" for code, number in row["failures"].items()) or "none failed"
     return (
         f"round {row['round']}: before {row['before_fps']:.2f} images/s; successor ready (and seen so) after "

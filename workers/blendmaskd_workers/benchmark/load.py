@@ -15,7 +15,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 FAILED_PAUSE_S = 0.1  # before a closed-loop client's next job: one that is refused at once must not become a flood
 LATE_S = 0.001  # a send later than this is said
@@ -33,19 +33,6 @@ class Sample(NamedTuple):
     wrong: bool = False  # a result that is not this image's
 
 
-class Schedule(Protocol):
-    """See the module."""
-
-    def due(self, now: float) -> Iterator[tuple[int, float | None]]:
-        """The jobs to send now: client (0-based), and the time at which it should have been sent; None: when it is."""
-
-    def next_due(self) -> float:
-        """When there is something to send next; inf: not before an answer."""
-
-    def answered(self, client: int, now: float, failed: bool) -> None:
-        """A job of this client has its answer."""
-
-
 class ClosedLoop:
     """`clients`, each with one job in flight, from `start` on. Nothing says when they should send: none is late."""
 
@@ -53,13 +40,16 @@ class ClosedLoop:
         self._idle = [(start, client) for client in range(clients)]
 
     def due(self, now: float) -> Iterator[tuple[int, float | None]]:
+        """The jobs to send now: client (0-based), and the time at which it should have been sent; None: when it is."""
         while self._idle and self._idle[0][0] <= now:
             yield heapq.heappop(self._idle)[1], None
 
     def next_due(self) -> float:
+        """When there is something to send next; inf: not before an answer."""
         return self._idle[0][0] if self._idle else math.inf
 
     def answered(self, client: int, now: float, failed: bool) -> None:
+        """A job of this client has its answer."""
         heapq.heappush(self._idle, (now + (FAILED_PAUSE_S if failed else 0.0), client))
 
 
@@ -85,6 +75,9 @@ class OpenLoop:
 
     def _gap(self) -> float:
         return self._random.expovariate(self._rate)
+
+
+Schedule = ClosedLoop | OpenLoop
 
 
 def rate(samples: Sequence[Sample], start: float, end: float) -> float:

@@ -44,11 +44,6 @@ class Point:
     clients: int
     rate: float | None = None
 
-    def __str__(self) -> str:
-        if self.rate is None:
-            return f"{self.clients} client{'s' if self.clients > 1 else ''}"
-        return f"{self.rate:g} jobs/s"
-
     def schedule(self, start: float) -> Schedule:
         """The same gaps in each round."""
         if self.rate is None:
@@ -70,7 +65,8 @@ def measure(
     start = time.monotonic()
     generator.run(seconds, tick)
     end = time.monotonic()
-    cpu, own = _difference(servers.cpu_seconds(server), cpu_before), time.process_time() - own_before
+    cpu = {name: spent - cpu_before[name] for name, spent in servers.cpu_seconds(server).items()}
+    own = time.process_time() - own_before
     after = generator.stats() if server.tells_stats else None
     generator.drain()
     row = {"load": point.as_dict(), **load.figures(generator.samples, start, end)}
@@ -93,10 +89,8 @@ def by_the_stats(before: Snapshot, after: Snapshot, fps: float) -> Row:
     don't suffer from that: device time for an image, seconds for a job in each stage.
     """
     earlier = {device["device"]: device for device in before["devices"]}
-    new = {"images": 0, "busy_seconds": 0.0}
-    for device in after["devices"]:
-        for key in new:
-            new[key] += device[key] - earlier.get(device["device"], new)[key] if device["device"] in earlier else 0
+    pairs = [(earlier[now["device"]], now) for now in after["devices"] if now["device"] in earlier]
+    images, busy_s = (sum(now[key] - then[key] for then, now in pairs) for key in ("images", "busy_seconds"))
     stages = {}
     for stage, now in after["stages"].items():
         then = before["stages"].get(stage, {"count": 0, "sum": 0.0})
@@ -104,22 +98,11 @@ def by_the_stats(before: Snapshot, after: Snapshot, fps: float) -> Row:
             stages[stage] = 1000 * (now["sum"] - then["sum"]) / (now["count"] - then["count"])
     devices = len(after["devices"])
     row: Row = {"devices": devices, "stages_ms": stages}
-    if new["images"]:  # else the measurement was shorter than the time between two reports
-        busy_s = new["busy_seconds"] / new["images"]
-        row |= {"of_device_time": busy_s * fps / devices, "busy_ms_per_image": 1000 * busy_s}
-        per_image = fps / devices / new["images"]
-        row["idle_share"] = {reason: seconds * per_image for reason, seconds in _idle(before, after).items()}
+    if images:  # else the measurement was shorter than the time between two reports
+        row |= {"of_device_time": busy_s / images * fps / devices, "busy_ms_per_image": 1000 * busy_s / images}
+        per_image = fps / devices / images
+        row["idle_share"] = {
+            reason: per_image * sum(now["idle_seconds"][reason] - then["idle_seconds"][reason] for then, now in pairs)
+            for reason in IDLE
+        }
     return row
-
-
-def _idle(before: Snapshot, after: Snapshot) -> dict[str, float]:
-    """Seconds that all devices together waited, by reason."""
-    devices = {device["device"]: device["idle_seconds"] for device in before["devices"]}
-    return {
-        reason: sum(device["idle_seconds"][reason] - devices[device["device"]][reason] for device in after["devices"])
-        for reason in IDLE
-    }
-
-
-def _difference(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    return {name: after[name] - before[name] for name in after}

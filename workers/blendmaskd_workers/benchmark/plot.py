@@ -65,8 +65,7 @@ def _scales(axes: Axes, tree: Mapping[str, Any]) -> None:
     limits = [row.get("limit_fps", 0.0) for row in tree["medians"]]
     axes.set_xlim(0, 1.12 * max(*limits, *(row["fps"] for row in tree["rows"])))
     if max(latencies) > STEEP * min(latencies):
-        axes.set_yscale("log")
-        axes.set_ylim(min(latencies) / 1.8, max(latencies) * 2.5)
+        axes.set(yscale="log", ylim=(min(latencies) / 1.8, max(latencies) * 2.5))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -88,7 +87,7 @@ def _limits(axes: Axes, middle: Sequence[Row]) -> None:
             continue
         seen.append(limit)
         axes.axvline(limit, color=GREEN, lw=1.6, ls=(0, (5, 3)))
-        name = f"{_plural(row['limit_devices'], 'device')} alone, batch {row['limit_batch']:g}: {limit:.1f}/s"
+        name = f"{report.plural(row['limit_devices'], 'device')} alone, batch {row['limit_batch']:g}: {limit:.1f}/s"
         axes.annotate(name, (limit, 0.98), xycoords=axes.get_xaxis_transform(), xytext=(6, 0), ha="left", va="top",
                       textcoords="offset points", rotation=90, fontsize=10, color=GREEN)  # fmt: skip
 
@@ -100,9 +99,5 @@ def _subtitle(tree: Mapping[str, Any]) -> str:
     what = f"{len(sent['images'])} given images" if sent["images"] else f"{height}x{width} {sent['encoding'] or 'raw'}"
     kind = "Poisson arrivals" if sent["rate"] else "closed loop"
     machine = tree["machine"]
-    return (f"{kind}, {what}, masks {sent['mask_format']}; medians of {_plural(rounds, 'round')} of "
+    return (f"{kind}, {what}, masks {sent['mask_format']}; medians of {report.plural(rounds, 'round')} of "
             f"{sent['seconds']:g} s, bars span them; {machine['cpus']} x {machine['cpu']}")  # fmt: skip
-
-
-def _plural(number: float, noun: str) -> str:
-    return f"{number:g} {noun}{'' if number == 1 else 's'}"

@@ -36,8 +36,9 @@ import dataclasses
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,6 @@ from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.topology import HostError
 from blendmaskd_workers.benchmark import device, flood, http_load, kill, pictures, replay, report, servers
 from blendmaskd_workers.benchmark.arguments import LOAD_OPTIONS, load_parser, parse
-from blendmaskd_workers.benchmark.device import LimitError
 from blendmaskd_workers.benchmark.generator import Generator
 from blendmaskd_workers.benchmark.load_socket import Sending, Transport
 from blendmaskd_workers.benchmark.measure import Point, Row, measure
@@ -87,12 +87,12 @@ class Variant:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: the process's); returns its exit code."""
     return guarded("benchmark", lambda: _main(parse(argv, __doc__ or "")))
 
 
 def _main(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
+    _refuse_contradictions(arguments)
     try:
         with tempfile.TemporaryDirectory(prefix="blendmaskd-benchmark-") as folder:
             if arguments.http:
@@ -102,18 +102,15 @@ def _main(arguments: argparse.Namespace) -> int:
                 return _kill(variants[0], console)
             if arguments.flood:
                 return _flood(variants[0], console)
-            rows = _measure_all(variants, arguments, console)
+            rows = _measure_all(variants, arguments)
     except (SettingsError, HostError) as error:
         raise UsageError(str(error)) from None
-    except LimitError as error:
-        raise OSError(str(error)) from None
     _tell(rows, variants, arguments, console)
     return EXIT_WRONG if any(row["wrong"] or report.visits_overlapped(row) for row in rows) else 0
 
 
 def _replayed(arguments: argparse.Namespace, file: Path) -> argparse.Namespace:
     """The arguments, with outputs for the timed engine where --replay asks for them."""
-    _refuse_contradictions(arguments)
     if not arguments.replay:
         return arguments
     settings = settings_module.load(None, None, arguments.set)
@@ -123,13 +120,8 @@ def _replayed(arguments: argparse.Namespace, file: Path) -> argparse.Namespace:
 
 def plan(arguments: argparse.Namespace) -> list[Variant]:
     """The variants. Raises `UsageError`, `SettingsError`."""
-    if arguments.endpoint:
-        first = Variant(arguments.endpoint, arguments)
-        variants = [dataclasses.replace(_variant(text, arguments), settings=None) for text in arguments.compare or ()]
-    else:
-        first = _variant("", arguments)
-        variants = [_variant(text, arguments) for text in arguments.compare or ()]
-    variants = variants or [first]
+    first = Variant(arguments.endpoint, arguments) if arguments.endpoint else _variant("", arguments)
+    variants = [_variant(text, arguments) for text in arguments.compare or ()] or [first]
     if arguments.bare:
         if first.settings is None or first.settings.engine != "timed":
             raise UsageError("--bare sleeps the latency table of engine timed: it needs a daemon of its own with that")
@@ -179,7 +171,7 @@ def _variant(text: str, arguments: argparse.Namespace) -> Variant:
         folders = sorted({os.path.dirname(os.path.abspath(path)) for path in input_images.find(arguments.images)})
         overrides.insert(0, f"paths.roots={folders}")
     settings = settings_module.load(None, None, overrides)
-    return Variant(name or DAEMON, arguments, tuple(overrides), settings)
+    return Variant(name or DAEMON, arguments, tuple(overrides), None if arguments.endpoint else settings)
 
 
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
@@ -205,7 +197,6 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
 
 
 def _http(arguments: argparse.Namespace, console: Console) -> int:
-    _refuse_contradictions(arguments)
     sent = _pictures(arguments)[0]
     if sent.image.kind != "encoded" or sent.payload is None:
         raise UsageError("--http sends encoded images: --encoding jpeg or png")
@@ -233,19 +224,19 @@ def _http_line(url: str, clients: int, found: dict[str, Any]) -> str:
 
 # ---- rounds -----------------------------------------------------------------------------------------------------
 
-def _measure_all(variants: Sequence[Variant], arguments: argparse.Namespace, console: Console) -> list[Row]:
+def _measure_all(variants: Sequence[Variant], arguments: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     with _progress(variants, arguments) as progress:
         for number in range(1, arguments.rounds + 1):
             for variant in variants:
-                answer_bytes = next((row["answer_bytes"] for row in reversed(rows) if row["answer_bytes"]), 0)
-                for row in _round(variant, number, answer_bytes or ANSWER_BYTES, progress):
+                known = (row["answer_bytes"] for row in reversed(rows) if row["answer_bytes"])
+                for row in _round(variant, number, next(known, ANSWER_BYTES), progress):
                     rows.append(row)
-                    progress.print(escape(report.line(row)))
+                    progress.console.print(escape(report.line(row)))
     return rows
 
 
-def _round(variant: Variant, number: int, answer_bytes: int, progress: Told) -> Iterator[Row]:
+def _round(variant: Variant, number: int, answer_bytes: int, progress: Progress) -> Iterator[Row]:
     """A row for each load, with the devices' limit before and after."""
     arguments = variant.arguments
     sent = _pictures(arguments)
@@ -253,27 +244,26 @@ def _round(variant: Variant, number: int, answer_bytes: int, progress: Told) -> 
     limits = [_limit(variant, sent[0], progress)]
     with _server(variant, answer_bytes) as server:
         for point in variant.points:
-            progress.describe(f"round {number}: {variant.name}, {point}")
+            _show(progress, f"round {number}: {variant.name}, {report.load_text({'load': point.as_dict()})}")
             with Generator(server.endpoint, sent, point.clients, _sending(variant, point), server.keys) as generator:
-                row = measure(server, generator, point, arguments.warm_up, arguments.seconds, progress.tick)
+                tick = partial(_show, progress, seconds=1.0)
+                row = measure(server, generator, point, arguments.warm_up, arguments.seconds, tick)
             rows.append({"round": number, "variant": variant.name, **row})
     limits.append(_limit(variant, sent[0], progress))
     for row in rows:
         yield row | _share(row, [limit for limit in limits if limit], variant)
 
 
-def _limit(variant: Variant, picture: Picture, progress: Told) -> device.Limit | None:
-    seconds = variant.arguments.limit_seconds
-    if variant.settings is None or not seconds or _takes_no_time(variant.settings):
+def _limit(variant: Variant, picture: Picture, progress: Progress) -> device.Limit | None:
+    settings, seconds = variant.settings, variant.arguments.limit_seconds
+    if settings is None or not seconds:
         return None
-    progress.describe("the devices' limit")
-    found = device.limit(variant.settings, picture.pixels(), seconds)
-    progress.advance(seconds)
+    if settings.engine == "timed" and not max(servers.seconds_by_batch(settings)):
+        return None  # it takes no time
+    _show(progress, "the devices' limit")
+    found = device.limit(settings, picture.pixels(), seconds)
+    _show(progress, seconds=seconds)
     return found
-
-
-def _takes_no_time(settings: Settings) -> bool:
-    return settings.engine == "timed" and not max(servers.seconds_by_batch(settings))
 
 
 def _share(row: Row, limits: Sequence[device.Limit], variant: Variant) -> Row:
@@ -354,9 +344,7 @@ def _flood(variant: Variant, console: Console) -> int:
 
 # ---- telling ----------------------------------------------------------------------------------------------------
 
-def _tell(
-    rows: Sequence[Row], variants: Sequence[Variant], arguments: argparse.Namespace, console: Console
-) -> None:
+def _tell(rows: Sequence[Row], variants: Sequence[Variant], arguments: argparse.Namespace, console: Console) -> None:
     found = [ratio for above, below in _pairs(variants) for ratio in report.ratios(rows, above, below)]
     middle = report.medians(rows)
     if arguments.markdown:
@@ -393,32 +381,20 @@ def _as_dict(variant: Variant) -> dict[str, Any]:
     return {"load": options, "settings": list(variant.overrides), "bare": variant.bare}
 
 
-class Told:
-    """Progress of a long run: a bar on a terminal, redrawn by us alone, because a thread would disturb the load."""
-
-    def __init__(self, progress: Progress, total_s: float) -> None:
-        self._progress = progress
-        self._task = progress.add_task("starting", total=total_s)
-        self.print: Callable[[str], None] = progress.console.print
-
-    def describe(self, text: str) -> None:
-        self._progress.update(self._task, description=escape(text), refresh=True)
-
-    def tick(self) -> None:
-        self.advance(1.0)
-
-    def advance(self, seconds: float) -> None:
-        self._progress.update(self._task, advance=seconds, refresh=True)
-
-
-@contextlib.contextmanager
-def _progress(variants: Sequence[Variant], arguments: argparse.Namespace) -> Iterator[Told]:
+def _progress(variants: Sequence[Variant], arguments: argparse.Namespace) -> Progress:
+    """A bar on a terminal, redrawn by us alone, because a thread would disturb the load."""
     total_s = arguments.rounds * sum(
         len(variant.points) * (arguments.warm_up + arguments.seconds) + 2 * arguments.limit_seconds
         for variant in variants
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with Progress(*columns, console=console, auto_refresh=False, transient=True,
-                  disable=not console.is_terminal) as progress:  # fmt: skip
-        yield Told(progress, total_s)
+    progress = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
+    progress.add_task("starting", total=total_s)
+    return progress
+
+
+def _show(progress: Progress, text: str | None = None, seconds: float | None = None) -> None:
+    """What is being done, or how much more has been."""
+    [bar] = progress.task_ids
+    progress.update(bar, description=text and escape(text), advance=seconds, refresh=True)

@@ -6,11 +6,13 @@ the devices' limit was measured, ``limit_fps`` (of all ``limit_devices``), ``lim
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import platform
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +33,6 @@ RATIOS = {"images/s": "fps", "p50": "p50_ms", "p99": "p99_ms", "server CPU": "se
 
 
 def machine() -> dict[str, Any]:
-    """The machine and what ran on it, for a reader of the figures."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "")
     return {
@@ -69,10 +70,12 @@ def ratios(rows: Sequence[Row], above: str, below: str) -> list[dict[str, Any]]:
 
 
 def load_text(row: Row) -> str:
-    if "rate" in row["load"]:
-        return f"{row['load']['rate']:g} jobs/s"
-    clients = row["load"]["clients"]
-    return f"{clients} client{'s' if clients > 1 else ''}"
+    load = row["load"]
+    return f"{load['rate']:g} jobs/s" if "rate" in load else plural(load["clients"], "client")
+
+
+def plural(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
 def line(row: Row) -> str:
@@ -108,32 +111,52 @@ def visits_overlapped(row: Row) -> bool:
     return bool(row["images"] >= ENOUGH_IMAGES and row.get("of_device_time", 0.0) > MOST_OF_DEVICE_TIME)
 
 
-Columns = Mapping[str, Callable[[Row], str]]
+Columns = Mapping[str, Callable[[Row], str]]  # by title; of a row that has no such value they may raise KeyError
+
+
+def cells(row: Row, columns: Columns) -> dict[str, str]:
+    """What there is to read of a row."""
+    found = {}
+    for name, cell in columns.items():
+        with contextlib.suppress(KeyError):
+            found[name] = cell(row)
+    return {name: text for name, text in found.items() if text}
+
+
+def grid(rows: Sequence[Row], columns: Columns) -> tuple[list[str], list[list[str]]]:
+    """The columns in which there is something to read, and the rows' cells in these."""
+    known = [cells(row, columns) for row in rows]
+    shown = [name for name in columns if any(name in each for each in known)]
+    return shown, [[each.get(name, "") for name in shown] for each in known]
 
 
 def _idle(row: Row, reason: str) -> str:
-    return f"{100 * row['idle_share'][reason]:.1f}%" if "idle_share" in row else ""
+    return f"{100 * row['idle_share'][reason]:.1f}%"
+
+
+def _stage(row: Row, stage: str) -> str:
+    return f"{row['stages_ms'][stage]:.2f}"
 
 
 NAMES: Columns = {"variant": lambda row: row["variant"], "load": load_text}
 ROUND: Columns = {"round": lambda row: str(row["round"])}
 SEEN: Columns = {
     "images/s": lambda row: f"{row['fps']:.2f}",
-    "of the limit": lambda row: f"{100 * row['utilisation']:.2f}%" if "utilisation" in row else "",
+    "of the limit": lambda row: f"{100 * row['utilisation']:.2f}%",
     "p50 ms": lambda row: _ms(row["p50_ms"]),
     "p90": lambda row: _ms(row["p90_ms"]),
     "p99": lambda row: _ms(row["p99_ms"]),
     "max": lambda row: _ms(row["max_ms"]),
 }
 COST: Columns = {
-    "of device time": lambda row: f"{100 * row['of_device_time']:.2f}%" if "of_device_time" in row else "",
-    "ms per image": lambda row: f"{row['busy_ms_per_image']:.2f}" if "of_device_time" in row else "",
+    "of device time": lambda row: f"{100 * row['of_device_time']:.2f}%",
+    "ms per image": lambda row: f"{row['busy_ms_per_image']:.2f}",
     **{f"idle: {reason}": functools.partial(_idle, reason=reason) for reason in IDLE},
-    "CPU: broker": lambda row: _cell(row["cpu_s_per_1000"], "broker", 3),
-    "workers": lambda row: _cell(row["cpu_s_per_1000"], "workers", 3),
+    "CPU: broker": lambda row: f"{row['cpu_s_per_1000']['broker']:.3f}",
+    "workers": lambda row: f"{row['cpu_s_per_1000']['workers']:.3f}",
     "generator": lambda row: f"{row['cpu_s_per_1000']['generator']:.3f} ({100 * row['generator_share']:.0f}%)",
-    "MB: broker": lambda row: _cell(row["memory_mb"], "broker", 0),
-    "MB: workers": lambda row: _cell(row["memory_mb"], "workers", 0),
+    "MB: broker": lambda row: f"{row['memory_mb']['broker']:.0f}",
+    "MB: workers": lambda row: f"{row['memory_mb']['workers']:.0f}",
 }
 REMARKS: Columns = {"remarks": lambda row: "; ".join(remarks(row))}
 LEFT = ("variant", "load", "remarks")
@@ -158,11 +181,11 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 def _table(rows: Sequence[Row], columns: Columns, title: str, caption: str) -> Table:
     made = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
                  pad_edge=False, collapse_padding=True)  # fmt: skip
-    shown = _shown(rows, columns)
+    shown, body = grid(rows, columns)
     for name in shown:
         made.add_column(name, justify="left" if name in LEFT else "right")
-    for row in rows:
-        made.add_row(*(escape(columns[name](row)) for name in shown))
+    for texts in body:
+        made.add_row(*map(escape, texts))
     return made
 
 
@@ -171,17 +194,16 @@ def markdown(rows: Sequence[Row], found: Sequence[Mapping[str, Any]]) -> str:
     everything = [*rows, *medians(rows)]
     seen = {name: cell for name, cell in SEEN.items() if name not in ("p90", "max")}
     columns = {**_names(rows), **ROUND, **seen, **COST, **REMARKS}
-    shown = _shown(everything, columns)
+    shown, body = grid(everything, columns)
     lines = [shown, ["---" if name in LEFT else "---:" for name in shown]]
-    for row in everything:
+    for row, texts in zip(everything, body):
         bold = "**" if row["round"] == "median" else ""
-        lines.append([f"{bold}{cell}{bold}" if (cell := columns[name](row)) else "" for name in shown])
+        lines.append([f"{bold}{text}{bold}" if text else "" for text in texts])
     table = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([*table, "", *(f"- {ratio_text(each)}" for each in found)]).rstrip()
 
 
 def ratio_text(found: Mapping[str, Any]) -> str:
-    """One variant over another as a sentence."""
     parts = []
     for name, key in RATIOS.items():
         if found[key]["median"] is not None:
@@ -211,10 +233,7 @@ def _median(group: Sequence[Row]) -> Row:
             row[key] = {name: _middle([each.get(key, {}).get(name) for each in group]) for name in value}
         elif key not in ("load", "failures", "variant", "round"):
             row[key] = _middle([each.get(key) for each in group])
-    row["failures"] = {}
-    for each in group:
-        for code, number in each["failures"].items():
-            row["failures"][code] = row["failures"].get(code, 0) + number
+    row["failures"] = dict(sum((Counter(each["failures"]) for each in group), Counter()))
     return row | {key: sum(each[key] for each in group) for key in ("wrong", "late_sends", "jobs", "checked")}
 
 
@@ -250,18 +269,5 @@ def _names(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
     return {name: cell for name, cell in NAMES.items() if len({cell(row) for row in rows}) > 1}
 
 
-def _shown(rows: Sequence[Row], columns: Columns) -> list[str]:
-    """The columns in which there is something to read."""
-    return [name for name, cell in columns.items() if any(cell(row) for row in rows)]
-
-
 def _ms(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}" if value < 100 else f"{value:.1f}"
-
-
-def _cell(values: Mapping[str, Any], name: str, digits: int) -> str:
-    return f"{values[name]:.{digits}f}" if name in values else ""
-
-
-def _stage(row: Row, stage: str) -> str:
-    return _cell(row.get("stages_ms", {}), stage, 2)

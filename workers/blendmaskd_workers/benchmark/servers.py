@@ -40,7 +40,9 @@ class Server:
 
     @property
     def parts(self) -> dict[str, list[psutil.Process]]:
-        return {"broker": [self.broker] if self.broker else [], "workers": list(self.workers)}
+        """Those that are known."""
+        parts = {"broker": [self.broker] if self.broker else [], "workers": list(self.workers)}
+        return {name: part for name, part in parts.items() if part}
 
 
 @contextmanager
@@ -101,18 +103,16 @@ def seconds_by_batch(settings: Settings) -> list[float]:
 
 def cpu_seconds(server: Server) -> dict[str, float]:
     """CPU time so far of ``broker`` and ``workers``, as far as known. Raises `NoDaemonError` when one has ended."""
-    return {name: sum(map(_cpu_seconds, part)) for name, part in server.parts.items() if part}
+    return {name: sum(map(_cpu_seconds, part)) for name, part in server.parts.items()}
 
 
 def memory_mb(server: Server) -> dict[str, float | str]:
     """Memory of ``broker`` and ``workers`` in MB, as far as known: ``kind`` is pss (shared pages shared out) or rss."""
-    parts = {name: part for name, part in server.parts.items() if part}
+    parts = server.parts.items()
     try:
-        return {"kind": "pss", **{name: sum(one.memory_full_info().pss for one in part) / 1e6
-                                  for name, part in parts.items()}}  # fmt: skip
+        return {"kind": "pss", **{name: sum(one.memory_full_info().pss for one in part) / 1e6 for name, part in parts}}
     except psutil.AccessDenied:  # another user's
-        return {"kind": "rss", **{name: sum(one.memory_info().rss for one in part) / 1e6
-                                  for name, part in parts.items()}}  # fmt: skip
+        return {"kind": "rss", **{name: sum(one.memory_info().rss for one in part) / 1e6 for name, part in parts}}
 
 
 def _cpu_seconds(process: psutil.Process) -> float:

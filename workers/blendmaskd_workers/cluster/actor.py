@@ -41,8 +41,7 @@ class SegmentTasks:
         self._options = options
         self._max_attempts = loaded.max_attempts
         self._segmenter = Segmenter(loaded)
-        self._part = journal.Part(self._folder, f"{self._segmenter.node}-{self._segmenter.device}")
-        self._tries = journal.Tries(self._folder)
+        self._part = journal.open_part(self._folder, f"{self._segmenter.node}-{self._segmenter.device}")
         self._room = threading.Semaphore(leases_at_once(loaded))
         self._trouble: OutputError | None = None
         self._begun = 0.0
@@ -51,7 +50,7 @@ class SegmentTasks:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         task = msgspec.json.decode(row["task"], type=Task)
         self._begun = self._begun or time.monotonic()
-        attempt = self._tries.begin(f"task-{task.number}")
+        attempt = journal.begin(self._folder, f"task-{task.number}")
         done = journal.index(self._folder, tasks.stamps(task)) if attempt > 1 else {}
         images, failed = 0, 0
         running: list[Future[Answer | Failed]] = []
@@ -78,7 +77,7 @@ class SegmentTasks:
         if isinstance(payload, OSError):
             failed = Failed(job="", code=Code.BAD_REQUEST, reason=f"cannot be read: {payload.strerror}")
             self._end(place, stamp, failed, over)
-        elif alone and self._tries.so_far(f"image-{place}") >= max(self._max_attempts - 1, 1):
+        elif alone and journal.tries(self._folder, f"image-{place}") >= max(self._max_attempts - 1, 1):
             reason = f"{self._max_attempts} workers were lost with it"
             self._end(place, stamp, Failed(job="", code=Code.WORKER_LOST, reason=reason), over)
         else:
@@ -87,7 +86,7 @@ class SegmentTasks:
             try:
                 answer = self._segmenter.submit(
                     Image(kind="encoded"), payload, self._options, DAY_S, alone=alone,
-                    on_start=lambda: alone and self._tries.begin(name),
+                    on_start=lambda: alone and journal.begin(self._folder, name),
                 )  # fmt: skip
             except WorkerLost:
                 _break()
@@ -101,15 +100,14 @@ class SegmentTasks:
         self._end(place, stamp, done.result(), over)
 
     def _end(self, place: int, stamp: Stamp, outcome: Answer | Failed, over: Future[Answer | Failed]) -> None:
-        line = journal.Line(image=place, stamp=stamp, node=self._segmenter.node, device=self._segmenter.device)
+        found: dict[str, Any] = {"node": self._segmenter.node, "device": self._segmenter.device}
         if isinstance(outcome, Failed):
-            line = msgspec.structs.replace(line, code=outcome.code, reason=outcome.reason)
+            found |= {"code": outcome.code, "reason": outcome.reason}
         else:
             detections = msgspec.Raw(msgspec.json.encode(msgspec.msgpack.decode(outcome.detections)))
-            size = {"width": outcome.width, "height": outcome.height}
-            line = msgspec.structs.replace(line, detections=detections, **size)
+            found |= {"width": outcome.width, "height": outcome.height, "detections": detections}
         try:
-            self._part.write(line)
+            self._part.write(msgspec.json.encode(journal.Line(image=place, stamp=stamp, **found)))
         except OutputError as error:
             self._trouble = error
         over.set_result(outcome)

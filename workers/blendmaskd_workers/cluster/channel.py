@@ -40,8 +40,6 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A lease without an answer."""
-
     lease: protocol.Lease
     payload: tuple[bytes, ...]
     future: Future[Answer | Failed]
@@ -65,7 +63,7 @@ class LocalChannel:
         self._lock = threading.Lock()  # for the next four
         self._pending: dict[int, Pending] = {}
         self._waiting: deque[Pending] = deque()  # those that the loop does not hold yet, in order
-        self._closed: str | None = None  # why
+        self.closed: str | None = None  # why no more leases are taken
         self._last_end = time.monotonic()
         self._inbox: deque[tuple[protocol.ToWorker, tuple[bytes, ...]]] = deque()
         self._woken = threading.Event()
@@ -91,8 +89,8 @@ class LocalChannel:
         lease = protocol.Lease(lease=number, image=image, options=options, deadline=deadline, alone=alone)
         pending = Pending(lease, () if payload is None else (payload,), Future(), on_start)
         with self._lock:
-            if self._closed is not None:
-                raise WorkerLost(self._closed)
+            if self.closed is not None:
+                raise WorkerLost(self.closed)
             self._pending[number] = pending
             self._waiting.append(pending)
             self._hand_out()
@@ -101,13 +99,12 @@ class LocalChannel:
         return pending.future
 
     def stop(self) -> None:
-        """Ask the loop to end."""
         self._tell(protocol.Stop())
 
     def close(self, reason: str) -> None:
         """The loop has ended: what it held is lost."""
         with self._lock:
-            self._closed = reason
+            self.closed = reason
             left, self._pending = list(self._pending.values()), {}
             self._waiting.clear()
         for pending in left:
@@ -116,18 +113,9 @@ class LocalChannel:
         if not self.ready.done():
             self.ready.set_exception(WorkerLost(reason))
 
-    @property
-    def closed(self) -> str | None:
-        """Why no more leases are taken; None while they are."""
-        return self._closed
-
     def held(self) -> int:
         """Leases that have no answer yet."""
         return len(self._pending)
-
-    def given(self) -> int:
-        """Those of them that the loop has."""
-        return sum(pending.since is not None for pending in list(self._pending.values()))
 
     def stalled_s(self) -> float:
         """For how long leases were held and none ended; 0 when none is held."""

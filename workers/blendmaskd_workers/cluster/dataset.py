@@ -27,7 +27,6 @@ from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.topology import HostError
 from blendmaskd_workers.cluster import journal, outputs, placement, tasks
 from blendmaskd_workers.cluster.actor import SegmentTasks
-from blendmaskd_workers.cluster.journal import Run
 from blendmaskd_workers.cluster.placement import PlacementError
 from blendmaskd_workers.cluster.tasks import Inputs, Task
 
@@ -60,7 +59,6 @@ class Tally:
         return {name: self.images[name] / max(seconds, 1e-9) for name, seconds in busy.items()}
 
     def summary(self, before: int) -> str:
-        """Images and FPS of each device and of all together."""
         fps = self.fps()
         lines = [f"{before} images were done before"] if before else []
         lines += [f"{name}: {self.images[name]} images, {each:.2f} FPS" for name, each in fps.items()]
@@ -81,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         mask_format=arguments.mask_format,
     )  # fmt: skip
     folder = arguments.output.absolute()
-    Run(folder, _about(inputs, options, loaded)).open(resume=arguments.resume, anew=arguments.anew)
+    journal.open_run(folder, _about(inputs, options, loaded), resume=arguments.resume, anew=arguments.anew)
     stamps = inputs.stamps()
     again = {Code.WORKER_LOST} if arguments.retry_lost else set()
     before = {
@@ -125,7 +123,8 @@ def _segment(
     try:
         workers = _workers(arguments.workers, loaded)
         left = tasks.plan(inputs, before, workers)
-        with _progress() as progress:
+        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+        with Progress(*columns, console=Console(stderr=True)) as progress:
             bar = progress.add_task("", total=sum(len(task.places) for task in left))
             for row in _rows(left, loaded, arguments.output.absolute(), options, workers):
                 tally.add(row)
@@ -141,7 +140,6 @@ def _segment(
 def _rows(
     left: Sequence[Task], loaded: Settings, folder: Path, options: Options, workers: int
 ) -> Iterator[dict[str, Any]]:
-    """What came of each task, as it comes."""
     items = [{"task": msgspec.json.encode(task)} for task in left]
     compute = ActorPoolStrategy(
         min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=TASKS_AT_ONCE,
@@ -163,10 +161,7 @@ def _connect(address: str | None) -> None:
     except ConnectionError as error:
         if address:
             raise NoDaemonError(f"--address {address}: no Ray cluster there: {error}") from None
-        ray.init(
-            address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )  # fmt: skip
+        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -190,13 +185,6 @@ def _explained(error: RayError) -> Exception:
     if kind.endswith("OutputError"):
         return OutputError(text)
     return NoDaemonError(f"the workers cannot go on: {text or last}")
-
-
-def _progress() -> Progress:
-    return Progress(
-        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
-        console=Console(stderr=True),
-    )  # fmt: skip
 
 
 def _description(tally: Tally) -> str:

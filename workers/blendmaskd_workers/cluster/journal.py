@@ -10,11 +10,11 @@ worker that there ever was, lines of JSON:
 A line is written the moment its image is done. Of several lines of an image any counts; one that is torn or damaged
 does not. The folder must be one that all nodes share.
 
-``journal/tries/`` has an empty file for each time that a task was begun, by which a worker sees that it is not the
-first with it.
+``journal/tries/`` has an empty file for each time that a task was begun, which tells a worker that others had it.
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 
@@ -37,8 +37,6 @@ FINAL = {Code.BAD_IMAGE, Code.TOO_LARGE, Code.BAD_REQUEST, Code.WORKER_LOST}  # 
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What came of an image."""
-
     image: int  # its place
     stamp: Stamp
     node: str
@@ -65,88 +63,65 @@ class Entry:
         return self.code is None or self.code in FINAL
 
 
-class Part:
-    """A worker's part. For any thread; `OutputError` where it cannot be written."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        """`folder` is the run's. Raises `OutputError` where this node does not see it."""
-        if not (folder / "run.json").is_file():
-            raise OutputError(f"{folder}: this node does not see the run there: --output must be on storage that all "
-                              "nodes share")  # fmt: skip
-        self._lines = Lines(folder / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl", os.O_EXCL)
-
-    def write(self, line: Line) -> None:
-        self._lines.write(msgspec.json.encode(line))
+def open_part(folder: Path, name: str) -> Lines:
+    """A worker's part of a run, for `Line`s as JSON. Raises `OutputError` where this node does not see the run."""
+    if not (folder / "run.json").is_file():
+        raise OutputError(f"{folder}: this node does not see the run there: --output must be on storage that all "
+                          "nodes share")  # fmt: skip
+    return Lines(folder / "journal" / f"{name}-{os.getpid()}-{time.time_ns()}.jsonl", os.O_EXCL)
 
 
-class Tries:
-    """How often tasks and images were begun."""
+def tries(folder: Path, name: str) -> int:
+    """How often a task or an image was begun in a run."""
+    return len(list((folder / "journal" / "tries").glob(f"{name}.*")))
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / "journal" / "tries"
 
-    def so_far(self, name: str) -> int:
-        """How often it was begun."""
-        return len(list(self._folder.glob(f"{name}.*")))
-
-    def begin(self, name: str) -> int:
-        """The number of this try, from 1."""
-        for number in itertools.count(1):
-            try:
-                os.close(os.open(self._folder / f"{name}.{number}", os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                continue
+def begin(folder: Path, name: str) -> int:
+    """The number of this try, from 1."""
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            (folder / "journal" / "tries" / f"{name}.{number}").touch(exist_ok=False)
             return number
-        raise AssertionError("numbers do not end")
+    raise AssertionError("numbers do not end")
 
 
-class Run:
-    """A run's folder, locked, for the program that runs it."""
+def open_run(folder: Path, about: Mapping[str, Any], *, resume: bool, anew: bool) -> int:
+    """Continue the run of a folder with `resume`, else begin one; `about` tells runs apart: what answers depend on.
 
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        """`about` tells runs apart: what answers depend on."""
-        self.folder = folder
-        self._about = {"version": VERSION, **about}
+    The descriptor returned keeps others off until it is closed. Raises `UsageError` for another run's folder, one
+    in use, and, unless `anew`, one whose answers would be lost; `OutputError` where it cannot be written.
+    """
+    about = {"version": VERSION, **about}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        lines.lock(held, folder, "--output")
+        found = _about(folder / "run.json")
+        if found and not anew:
+            try:
+                _check(folder, found, about, resume=resume)
+            except UsageError:
+                os.close(held)
+                raise
+        if not resume or not found:
+            shutil.rmtree(folder / "journal", ignore_errors=True)
+        shutil.rmtree(folder / "journal" / "tries", ignore_errors=True)
+        (folder / "journal" / "tries").mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{error.filename}: {error.strerror}") from None
+    return held
 
-    def open(self, *, resume: bool, anew: bool) -> Self:
-        """Continue what is there with `resume`, else begin.
 
-        Raises `UsageError` for another run's folder, one that is in use, and, unless `anew`, for one whose answers
-        would be lost; `OutputError` where it cannot be written.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-            lines.lock(self._fd, self.folder, "--output")
-            found = _about(self.folder / "run.json")
-            if found and not anew:
-                try:
-                    self._check(found, resume=resume)
-                except UsageError:
-                    self.close()
-                    raise
-            if not resume or not found:
-                shutil.rmtree(self.folder / "journal", ignore_errors=True)
-            shutil.rmtree(self.folder / "journal" / "tries", ignore_errors=True)
-            (self.folder / "journal" / "tries").mkdir(parents=True)
-            (self.folder / "run.json").write_text(json.dumps(self._about, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{error.filename}: {error.strerror}") from None
-        return self
-
-    def close(self) -> None:
-        """Let others continue it."""
-        os.close(self._fd)
-
-    def _check(self, found: dict[str, Any], *, resume: bool) -> None:
-        if not resume:
-            if any((self.folder / "journal").glob("*.jsonl")):
-                raise UsageError(f"{self.folder}/ holds a run: --resume continues it, --anew discards it")
-            return
-        for name, wanted in self._about.items():
-            if found.get(name) != wanted:
-                raise UsageError(f"--resume: {self.folder}/ was started with {name} {found.get(name)!r}, not with "
-                                 f"{wanted!r}: --anew begins anew, or choose another --output")  # fmt: skip
+def _check(folder: Path, found: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool) -> None:
+    if not resume:
+        if any((folder / "journal").glob("*.jsonl")):
+            raise UsageError(f"{folder}/ holds a run: --resume continues it, --anew discards it")
+        return
+    for name, wanted in about.items():
+        if found.get(name) != wanted:
+            raise UsageError(f"--resume: {folder}/ was started with {name} {found.get(name)!r}, not with {wanted!r}: "
+                             "--anew begins anew, or choose another --output")  # fmt: skip
 
 
 def index(folder: Path, stamps: Mapping[int, Stamp]) -> dict[int, Entry]:

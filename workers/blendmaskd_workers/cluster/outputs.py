@@ -31,8 +31,7 @@ def write(
     folder: Path, names: Sequence[str], done: Mapping[int, Entry], *, parquet: bool, mask_format: str
 ) -> list[Failure]:
     """Write all that is done; returns the failures. `image_id` is the place from 1."""
-    failed = [place for place in sorted(done) if done[place].code]
-    failures = [journal.recall(done[place]) for place in failed]
+    failures = [journal.recall(done[place]) for place in sorted(done) if done[place].code]
     files.write_json(folder / "failures.json", [
         {"image_id": line.image + 1, "file_name": names[line.image], "code": line.code, "reason": line.reason}
         for line in failures

@@ -1,5 +1,4 @@
-"""What a worker asks of Ray, and what it makes of its process: the part that `blendmaskd.shell.processes` has on one
-host.
+"""What a worker asks of Ray, and what it makes of its process, as `blendmaskd.shell.processes` does on one host.
 
 `actor_options` is for whoever starts workers: resources, and by the runtime environment what must be there before the
 process starts. `occupy` is for the worker itself, before anything imports torch: it learns from Ray on which node and
@@ -16,19 +15,18 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from blendmaskd import topology
-from blendmaskd.assignment import Assignment
 from blendmaskd.core import launch_plan
 from blendmaskd.core.launch_plan import Basis, LaunchPlan
 from blendmaskd.settings import Settings
 from blendmaskd.shell import launch
 from blendmaskd_workers import process
 
+VISIBLE_DEVICES = frozenset(topology.VISIBLE_DEVICES.values())
 RESOURCES = {"npu": "NPU", "cuda": "GPU"}  # Ray's own names; a CPU worker takes CPUs
 # Differ from node to node; a worker sets them itself, before torch reads them.
 OF_THE_NODE = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "CPU_AFFINITY_CONF", "CUDA_DEVICE_ORDER"}
@@ -37,15 +35,6 @@ ROUNDS = 20  # of giving threads their CPUs, while other threads start more
 
 class PlacementError(RuntimeError):
     """Settings that cannot be met under Ray, or a node that is not what they ask for; the text says what to change."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a worker is."""
-
-    node: str  # its name in metrics and results
-    assignment: Assignment
-    warnings: tuple[str, ...]
 
 
 def device_kind(settings: Settings) -> str:
@@ -77,21 +66,29 @@ def capacity(settings: Settings, resources: Mapping[str, float]) -> int:
     return int(resources.get(RESOURCES.get(kind, "CPU"), 0) // needed)
 
 
-def occupy(settings: Settings) -> Place:
+def occupy(settings: Settings) -> tuple[str, LaunchPlan]:
     """Take the place that Ray has given this worker's process. Once in a process, before torch is imported.
 
-    Raises `PlacementError` or `HostError` where the node is not what settings demand.
+    Returns the node's name in metrics and results, and the plan that the process now follows. Raises `PlacementError`
+    or `HostError` where the node is not what settings demand.
     """
     context = ray.get_runtime_context()
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    node = next(node for node in nodes if node["NodeID"] == context.get_node_id())
+    node, name = own_node()
     kind = device_kind(settings)
     number = _number(kind, context.get_accelerator_ids())
     base = _base_environment(context.runtime_env.get("env_vars") or {})
     siblings = [f"{kind}:{i}" for i in range(max(capacity(settings, node["Resources"]), number + 1))]
     plan = launch_plan.plan(f"{kind}:{number}", launch.basis(settings, base, siblings), base)
     _apply(plan)
-    return Place(node_name(node, nodes), plan.assignment, plan.warnings)
+    return name, plan
+
+
+def own_node() -> tuple[dict[str, Any], str]:
+    """This process's node, and its name."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    own = ray.get_runtime_context().get_node_id()
+    node = next(node for node in nodes if node["NodeID"] == own)
+    return node, node_name(node, nodes)
 
 
 def node_name(node: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> str:
@@ -105,12 +102,8 @@ def _environment(settings: Settings, kind: str) -> dict[str, str]:
     """What must be in a worker's environment when its process starts, as far as it is the same on all nodes."""
     basis = Basis(settings, {}, launch.resolve_preload(settings.runtime.preload), available=(0,), quota=math.inf)
     own = launch_plan.plan(f"{kind}:0", basis, {}).assignment.wanted.env
-    kept = {name: value for name, value in own.items() if name not in OF_THE_NODE | _visible_devices()}
+    kept = {name: value for name, value in own.items() if name not in OF_THE_NODE | VISIBLE_DEVICES}
     return kept | settings.worker_env
-
-
-def _visible_devices() -> set[str]:
-    return set(topology.VISIBLE_DEVICES.values())
 
 
 def _number(kind: str, accelerators: Mapping[str, Sequence[str]]) -> int:
@@ -143,7 +136,7 @@ _held: list[socket.socket] = []  # for as long as this process lives
 
 def _base_environment(given: Mapping[str, str]) -> dict[str, str]:
     """This process's environment as the node had it: without the device that Ray chose and our allocator."""
-    hidden = _visible_devices()
+    hidden = set(VISIBLE_DEVICES)
     if os.environ.get("LD_PRELOAD") == given.get("LD_PRELOAD"):
         hidden.add("LD_PRELOAD")
     return {name: value for name, value in os.environ.items() if name not in hidden}
@@ -151,7 +144,7 @@ def _base_environment(given: Mapping[str, str]) -> dict[str, str]:
 
 def _apply(plan: LaunchPlan) -> None:
     """What can still be changed in a running process. LD_PRELOAD cannot: if it is missing, `process.observe` tells."""
-    for name in ("CPU_AFFINITY_CONF", *_visible_devices()):
+    for name in ("CPU_AFFINITY_CONF", *VISIBLE_DEVICES):
         os.environ.pop(name, None)
     os.environ.update({name: value for name, value in plan.assignment.wanted.env.items() if name != "LD_PRELOAD"})
     wanted = topology.format_cpus(plan.cpus)

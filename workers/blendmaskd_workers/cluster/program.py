@@ -39,17 +39,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", metavar="IMAGES", nargs="+", required=True, help="files, folders, quoted globs, or "
-                        "Parquet files or folders of them")  # fmt: skip
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True)
-    parser.add_argument("--settings", metavar="FILE", help="a settings file as the daemon's; default: its defaults")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one setting")
-    parser.add_argument("--devices", metavar="DEVICE", nargs="+", help="the kind of devices: npu:0, cuda:0 or cpu:0")
-    parser.add_argument("--address", metavar="HOST:PORT", help="the Ray cluster's; default: the one on this machine")
-    parser.add_argument("--workers", metavar="N", type=positive, help="at most N; default: as many as fit")
-    parser.add_argument("--format", choices=["coco", "parquet"], default="coco", help="results.json or results.parquet")
-    parser.add_argument("--column", metavar="NAME", default="image", help="Parquet column with encoded images; "
-                        "default image")  # fmt: skip
-    parser.add_argument("--name-column", metavar="NAME", help="column with the images' file names; default: FILE#ROW")
+    add = parser.add_argument
+    add("--input", metavar="IMAGES", nargs="+", required=True,
+        help="files, folders, quoted globs, or Parquet files or folders of them")
+    add("--output", metavar="DIR", type=Path, required=True)
+    add("--settings", metavar="FILE", help="a settings file as the daemon's; default: its defaults")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="override one setting")
+    add("--devices", metavar="DEVICE", nargs="+", help="the kind of devices: npu:0, cuda:0 or cpu:0")
+    add("--address", metavar="HOST:PORT", help="the Ray cluster's; default: the one on this machine")
+    add("--workers", metavar="N", type=positive, help="at most N; default: as many as fit")
+    add("--format", choices=["coco", "parquet"], default="coco", help="results.json or results.parquet")
+    add("--column", metavar="NAME", default="image", help="Parquet column with encoded images; default image")
+    add("--name-column", metavar="NAME", help="column with the images' file names; default: FILE#ROW")
     add_results(parser)
     return parse_resuming(parser, argv, "--output")

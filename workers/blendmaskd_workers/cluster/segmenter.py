@@ -36,24 +36,24 @@ class Segmenter:
     def __init__(self, settings: Settings) -> None:
         """Raises `engines.EngineError`, and what `placement.occupy` raises."""
         self._settings = settings
-        place = placement.occupy(settings)
-        self.node = place.node
-        self.device = place.assignment.device
+        self.node, plan = placement.occupy(settings)
+        assigned = plan.assignment
+        self.device = assigned.device
         logs.configure(settings.log, slot=f"{self.node}/{self.device}")
-        for warning in place.warnings:
+        for warning in plan.warnings:
             log.warning("%s", warning)
         self._lock = threading.Lock()  # for the next
         self._stats = Stats(settings.window_s)
         self._failures: Counter[str] = Counter()
         self._channel = LocalChannel(self.node, self.device, self._report, self._count)
         self.submit = self._channel.submit
-        wanted, secret = place.assignment.wanted, settings.worker_env
+        wanted, secret = assigned.wanted, settings.worker_env
         self._wanted = masked(wanted, secret, wanted.env)
-        engine = engines.make(settings, place.assignment.local_device)
+        engine = engines.make(settings, assigned.local_device)
         batching = engines.batching(settings)
         engine.load()
         engine.warm_up(settings.warm_up, batching.target())
-        loop = Loop(place.assignment, engine, batching, self._channel)
+        loop = Loop(assigned, engine, batching, self._channel)
         threading.Thread(target=self._run, args=[loop], name="loop", daemon=True).start()
         self._actual = masked(self._channel.ready.result().actual, secret, wanted.env)
         for difference in self.differences():

@@ -64,7 +64,7 @@ class Arguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def application(arguments: dict[str, Any]) -> Application:
-    """Serve's application builder. Raises `SettingsError`, `PlacementError` or `SpawnError`."""
+    """Serve's application builder. Raises `SettingsError`, `PlacementError` or `HostError`."""
     try:
         args = msgspec.convert(arguments, Arguments)
     except msgspec.ValidationError as error:
@@ -72,9 +72,12 @@ def application(arguments: dict[str, Any]) -> Application:
     given = args.settings
     loaded = settings.load(given) if isinstance(given, str) else settings.from_tree(_with_numbers(given))
     tree = settings.to_tree(loaded)
-    fronts = args.fronts or sum(node["Alive"] for node in ray.nodes())
     worker = serve.deployment(**worker_options(loaded, args.replicas))(Worker).bind(tree)
-    bound: Application = serve.deployment(**front_options(fronts))(Front).bind(tree, worker)
+    front = serve.deployment(
+        num_replicas=args.fronts or sum(node["Alive"] for node in ray.nodes()), max_replicas_per_node=1,
+        max_ongoing_requests=AT_A_FRONT, ray_actor_options={"num_cpus": 0}, logging_config=QUIET,
+    )  # fmt: skip
+    bound: Application = front(Front).bind(tree, worker)
     return bound
 
 
@@ -103,14 +106,6 @@ def worker_options(loaded: Settings, replicas: int | Replicas | None) -> dict[st
         raise placement.PlacementError(f"devices = {loaded.devices}: no node of the cluster has such a device; its "
                                        f"resources are {dict(ray.cluster_resources())}")  # fmt: skip
     return options | {"num_replicas": found}
-
-
-def front_options(fronts: int) -> dict[str, Any]:
-    """Options of the fronts' deployment."""
-    return {
-        "num_replicas": fronts, "max_replicas_per_node": 1, "max_ongoing_requests": AT_A_FRONT,
-        "ray_actor_options": {"num_cpus": 0}, "logging_config": QUIET,
-    }  # fmt: skip
 
 
 class Worker:
@@ -142,12 +137,10 @@ class Worker:
 
 
 class Front:
-    """See the module."""
-
     def __init__(self, tree: dict[str, Any], worker: DeploymentHandle) -> None:
         self._settings = settings.from_tree(tree)
         self._worker = worker
-        self._node = _own_node()
+        _, self._node = placement.own_node()
         self._started = time.time()
         self._stats = Stats(self._settings.window_s)
         self._outcomes: Counter[str] = Counter()
@@ -162,11 +155,13 @@ class Front:
             case "POST", "/v1/segment":
                 return await self._segment(request)
             case "GET", "/metrics":
-                return Response(await self._metrics(), media_type=statistics.CONTENT_TYPE)
+                return Response(statistics.render(*await self._snapshots()), media_type=statistics.CONTENT_TYPE)
             case "GET", "/v1/stats":
-                return Response(msgspec.json.encode(await self._snapshot()), media_type="application/json")
+                whole, *_ = await self._snapshots()
+                return Response(msgspec.json.encode(whole), media_type="application/json")
             case "GET", "/healthz" | "/readyz":
-                healthz, readyz, text = metrics.health(statistics.named(await self._snapshot()), 0.0)
+                whole, *_ = await self._snapshots()
+                healthz, readyz, text = metrics.health(statistics.named(whole), 0.0)
                 status = healthz if path == "/healthz" else readyz
                 return Response(text, status, media_type="text/plain")
         reason = f"{request.method} {path}: there are POST /v1/segment and GET /v1/stats, /metrics, /healthz, /readyz"
@@ -251,22 +246,14 @@ class Front:
             answered=self._outcomes["answered"], failures=failures, engine=self._settings.engine,
         )  # fmt: skip
 
-    async def _parts(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The snapshots of all fronts and of all workers that answer in time."""
+    async def _snapshots(self) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+        """The cluster's, and those of all fronts and of all workers that answer in time."""
         own = serve.get_replica_context()
         fronts = serve.get_deployment_handle(own.deployment, own.app_name)
         gathered = await asyncio.gather(*(_broadcast(handle) for handle in (fronts, self._worker)))
-        return gathered[0] or [self.snapshot()], gathered[1]
-
-    async def _snapshot(self) -> dict[str, Any]:
+        told, workers = gathered[0] or [self.snapshot()], gathered[1]
         self._seq += 1
-        return statistics.combine(*await self._parts(), seq=self._seq, queue=self._settings.queue)
-
-    async def _metrics(self) -> bytes:
-        self._seq += 1
-        fronts, workers = await self._parts()
-        whole = statistics.combine(fronts, workers, seq=self._seq, queue=self._settings.queue)
-        return statistics.render(whole, fronts, workers)
+        return statistics.combine(told, workers, seq=self._seq, queue=self._settings.queue), told, workers
 
 
 async def _broadcast(handle: DeploymentHandle) -> list[dict[str, Any]]:
@@ -301,9 +288,3 @@ def _check_size(found: int, most: int) -> None:
     """Raises `Failure`."""
     if found > most:
         raise Failure(Code.TOO_LARGE, f"{found} bytes: at most {most} (limits.max_image_bytes)")
-
-
-def _own_node() -> str:
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    own = ray.get_runtime_context().get_node_id()
-    return placement.node_name(next(node for node in nodes if node["NodeID"] == own), nodes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -30,13 +31,10 @@ OF_A_WORKER = {
 }  # fmt: skip
 
 
-def combine(
-    fronts: Sequence[Snapshot], workers: Sequence[Snapshot], *, seq: int, queue: settings.Queue
-) -> Snapshot:
+def combine(fronts: Sequence[Snapshot], workers: Sequence[Snapshot], *, seq: int, queue: settings.Queue) -> Snapshot:
     """One snapshot in the form of `blendmaskd.core.stats`, whose devices have their ``node``; see there for the keys.
 
-    ``queue.jobs`` are images that fronts wait for and no worker holds yet. Latencies are not summed: each front's are
-    under ``fronts``.
+    ``queue.jobs`` are images that fronts wait for and no worker holds yet. Latencies are each front's: ``fronts``.
     """
     devices = sorted((device for each in workers for device in each["devices"]), key=_place)
     leased = sum(each["leased"] for each in workers)
@@ -83,18 +81,18 @@ def render(whole: Snapshot, fronts: Sequence[Snapshot], workers: Sequence[Snapsh
     return text
 
 
+@dataclass(eq=False, slots=True)
 class _Cluster(Collector):
-    def __init__(self, whole: Snapshot, fronts: Sequence[Snapshot], workers: Sequence[Snapshot]) -> None:
-        self._whole = whole
-        self._fronts = fronts
-        self._workers = workers
+    whole: Snapshot
+    fronts: Sequence[Snapshot]
+    workers: Sequence[Snapshot]
 
     def collect(self) -> Iterator[Metric]:
-        whole = {**self._whole, "stages": {}}
-        families = list(_families([whole], OF_THE_CLUSTER))
-        families += _families([{**whole, **each} for each in self._fronts], OF_A_FRONT)
-        families += _families([{**whole, **each, "node": _node(each)} for each in self._workers], OF_A_WORKER)
-        yield from families
+        whole = {**self.whole, "stages": {}}
+        yield from _families([whole], OF_THE_CLUSTER)
+        yield from _families([{**whole, **each} for each in self.fronts], OF_A_FRONT)
+        workers = [{**whole, **each, "node": each["devices"][0]["node"]} for each in self.workers]
+        yield from _families(workers, OF_A_WORKER)
 
 
 def _families(snapshots: Iterable[Mapping[str, Any]], names: set[str]) -> Iterator[Metric]:
@@ -108,11 +106,6 @@ def _families(snapshots: Iterable[Mapping[str, Any]], names: set[str]) -> Iterat
             one = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             one.samples += [sample._replace(labels={**labels, **sample.labels}) for sample in family.samples]
     yield from merged.values()
-
-
-def _node(worker: Snapshot) -> str:
-    node: str = worker["devices"][0]["node"]
-    return node
 
 
 def _place(device: Mapping[str, Any]) -> tuple[str, str, int]:

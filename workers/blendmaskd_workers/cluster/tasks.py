@@ -135,21 +135,18 @@ def _rows(files: Sequence[Path], column: str, name_column: str | None) -> Inputs
             if wanted not in file.schema_arrow.names:
                 columns = ", ".join(file.schema_arrow.names)
                 raise UsageError(f"{path}: has no column {wanted!r} but {columns}; --column says where the images are")
+        first = len(names)
         for group in range(file.metadata.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             units.append(Unit(path, len(names), rows, group))
             if name_column:
                 names += map(str, file.read_row_group(group, columns=[name_column]).column(0).to_pylist())
             else:
-                start = units[-1].first - _first_of(units, path)
+                start = len(names) - first
                 names += [f"{name}#{start + row}" for row in range(rows)]
     if not names:
         raise UsageError("--input: no rows in these Parquet files")
     return Inputs(units, names, column)
-
-
-def _first_of(units: Sequence[Unit], path: Path) -> int:
-    return next(unit.first for unit in units if unit.path == path)
 
 
 def _row_group(unit: Unit, done: Collection[int], column: str) -> Task:

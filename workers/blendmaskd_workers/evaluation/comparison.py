@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,6 @@ class Difference:
         return self._right_found / self._right_right - 1 if self._right_right else 0.0
 
     def figures(self) -> dict[str, Any]:
-        """All of it by name."""
         names = ("abs_mean", "abs_max", "rel_mean", "rel_max", "cosine", "rmse_over_std", "scale_bias", "over", "of")
         return {name: getattr(self, name) for name in names}
 
@@ -151,6 +151,10 @@ def matched(reference: Instances, device: Instances) -> tuple[Places, Places]:
     return left, right
 
 
+def only(found: Instances, places: Places | slice) -> Instances:
+    return Instances(**{field.name: getattr(found, field.name)[places] for field in dataclasses.fields(found)})
+
+
 def _keys(found: Instances) -> list[tuple[float, ...]]:
     places = zip(found.levels.tolist(), found.locations.tolist(), found.classes.tolist())
     return [(level, *location, class_) for level, location, class_ in places]
@@ -158,8 +162,7 @@ def _keys(found: Instances) -> list[tuple[float, ...]]:
 
 def _mask(found: Instances, index: int, prepared: Prepared) -> npt.NDArray[np.bool_]:
     """One mask of the photograph; empty where the box lies outside it."""
-    fields = {field.name: getattr(found, field.name)[index: index + 1] for field in dataclasses.fields(found)}
-    masks = blendmask.finish(Instances(**fields), prepared).masks()
+    masks = blendmask.finish(only(found, slice(index, index + 1)), prepared).masks()
     return next(masks, np.zeros(prepared.image_size, np.bool_))
 
 
@@ -205,16 +208,10 @@ Watch = Callable[[str, nn.Module, Any, Any, Any], None]  # name, module, positio
 @contextlib.contextmanager
 def watched(modules: Iterable[tuple[str, nn.Module]], watch: Watch) -> Iterator[None]:
     """While the context lasts, call `watch` after each call of a module."""
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda *call: watch(name, *call)
-
-    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in modules]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules:
+            hooks.enter_context(module.register_forward_hook(partial(watch, name), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def again(own: Callable[..., Any], args: Any, kwargs: Any, device: BlendMask, on_device: Run) -> list[Tensor]:

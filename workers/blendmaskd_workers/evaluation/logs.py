@@ -66,7 +66,6 @@ OPTIONS = ("{options}: {median_ms:.2f}ms | FPS={fps:.2f} | {gain_percent:+.2f}% 
 
 
 def write_precision(report: Report) -> str:
-    """The log of a report of the precision program."""
     kinds = {name: report["run"][name].partition(":")[0].upper() for name in ("reference", "device")}
     named = {"reference_kind": kinds["reference"], "device_kind": kinds["device"], "kind": kinds["reference"].lower()}
 

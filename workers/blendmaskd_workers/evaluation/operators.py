@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,10 +59,8 @@ def table(by_batch: Mapping[int, Sequence[Operator]]) -> dict[str, Any]:
     with the batch, less where larger batches are worth it.
     """
     found = {batch: {(one.name, one.core): one for one in operators} for batch, operators in by_batch.items()}
-    longest: dict[Key, float] = {}
-    for one in sorted((one for operators in by_batch.values() for one in operators), key=lambda one: one.ms):
-        longest[one.name, one.core] = one.ms
-    keys = sorted(longest, key=lambda key: -longest[key])
+    longest_first = sorted(itertools.chain(*by_batch.values()), key=lambda one: -one.ms)
+    keys = list(dict.fromkeys((one.name, one.core) for one in longest_first))
     totals = {batch: sum(one.ms for one in operators) for batch, operators in by_batch.items()}
     shown = [_row(name, core, [(name, core)], found, totals) for name, core in keys[:SHOWN]]
     others = [_row(OTHERS, f"{len(keys) - SHOWN} kinds", keys[SHOWN:], found, totals)] if len(keys) > SHOWN else []

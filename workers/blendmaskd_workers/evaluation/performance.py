@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,13 @@ Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: the process's); returns its exit code."""
     return guarded("eval_performance", lambda: _main(_parse(argv)))
 
 
 def _main(arguments: argparse.Namespace) -> int:
     try:
-        with _weights(arguments) as weights:
-            report = measure(arguments, _settings(arguments, weights))
+        with tempfile.TemporaryDirectory(prefix="eval-performance-") as folder:
+            report = measure(arguments, _settings(arguments, Path(folder) / "random.pth"))
     except (CannotTime, SettingsError, HostError, OSError, ValueError) as error:
         raise UsageError(str(error)) from None
     outputs.write(arguments.output_dir, "performance", report, logs.write_performance(report))
@@ -72,18 +71,16 @@ def measure(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]
     basis = launch.basis(settings)
     request = Request(arguments.iterations, arguments.warm_up)
     with contextlib.ExitStack() as running:
-        stopwatches = [
-            running.enter_context(Stopwatch(device, basis, arguments.size))
-            for device in settings.devices
-        ]
+        stopwatches = [running.enter_context(Stopwatch(device, basis, arguments.size)) for device in settings.devices]
         for one in stopwatches:
             _wait_until_ready(one)
         alone = [_latency(one, request) for one in stopwatches]
-        batches = _batches(stopwatches[0], request, arguments.batch_sizes)
-        dtypes = _dtypes(stopwatches[0], request, arguments.dtypes)
-        profiled = _profile(stopwatches[0], request, arguments.profile) if arguments.profile else None
+        [first, *_] = stopwatches
+        batches = [{"batch": size, **_try(first, replace(request, batch=size))} for size in arguments.batch_sizes]
+        dtypes = [{"dtype": dtype, **_try(first, replace(request, dtype=dtype))} for dtype in arguments.dtypes]
+        profiled = _profile(first, request, arguments.profile) if arguments.profile else None
         together = _together(stopwatches, request, alone[0]) if len(stopwatches) > 1 else None
-        run = _describe(arguments, stopwatches[0])
+        run = _describe(arguments, first)
     baseline = _baseline(basis, arguments.size, request) if arguments.cpu_baseline else []
     options = _runtime_options(basis, arguments.size, request) if arguments.runtime_options else []
     return {
@@ -92,7 +89,7 @@ def measure(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]
         "speedups": [_speedup(baseline[0], row) for row in alone if baseline],
         "batches": batches,
         "best_batch": _best(batches),
-        "dtypes": dtypes,
+        "dtypes": _with_gain(dtypes, "dtype"),
         "profile": profiled,
         "together": together,
         "runtime_options": options,
@@ -105,7 +102,7 @@ def _latency(one: Stopwatch, request: Request, label: str = "") -> Row:
     found = figures(latencies_ms)
     return {
         "device": label or one.device,
-        "model": one.model,
+        "model": one.actual.device_name or "no device",
         "cpus": one.actual.cpus,
         **found,
         "stable": found["cv_percent"] < STABLE_PERCENT,
@@ -115,8 +112,8 @@ def _latency(one: Stopwatch, request: Request, label: str = "") -> Row:
 
 def _baseline(basis: Basis, size: str, request: Request) -> list[Row]:
     """The same on all CPUs of the host."""
-    few = dataclasses.replace(request, iterations=min(request.iterations, BASELINE_ITERATIONS), warm_up=1)
-    with Stopwatch("cpu:0", dataclasses.replace(basis, cpus={}), size) as one:
+    few = replace(request, iterations=min(request.iterations, BASELINE_ITERATIONS), warm_up=1)
+    with Stopwatch("cpu:0", replace(basis, cpus={}), size) as one:
         _wait_until_ready(one)
         return [_latency(one, few, label="CPU")]
 
@@ -126,19 +123,10 @@ def _speedup(baseline: Row, row: Row) -> Row:
     return {"kind": kind, "device": row["device"], "speedup": baseline["median_ms"] / row["median_ms"]}
 
 
-def _batches(one: Stopwatch, request: Request, sizes: Sequence[int]) -> list[Row]:
-    return [{"batch": size, **_try(one, dataclasses.replace(request, batch=size))} for size in sizes]
-
-
 def _best(batches: Sequence[Row]) -> int | None:
     """The batch size of most images per second; None where none was measured."""
     rates = {int(row["batch"]): float(row["fps"]) for row in batches if "fps" in row}
     return max(rates, key=lambda size: rates[size], default=None)
-
-
-def _dtypes(one: Stopwatch, request: Request, dtypes: Sequence[str]) -> list[Row]:
-    rows = [{"dtype": dtype, **_try(one, dataclasses.replace(request, dtype=dtype))} for dtype in dtypes]
-    return _with_gain(rows, "dtype")
 
 
 def _try(one: Stopwatch, request: Request) -> Row:
@@ -155,26 +143,20 @@ def _quoted(found: Mapping[str, float]) -> Row:
     return {name: found[name] for name in ("median_ms", "fps")}
 
 
-def _with_gain(rows: Sequence[Row], name: str) -> list[Row]:
-    """Each row's FPS in percent over those of the first that was measured."""
-    first = next((row for row in rows if "fps" in row), None)
-    if first is None:
-        return list(rows)
-
-    def gain(row: Row) -> Row:
-        percent = 100 * (row["fps"] / first["fps"] - 1)
-        return {**row, "gain_percent": percent, "base": first[name]}
-
-    return [gain(row) if "fps" in row else row for row in rows]
+def _with_gain(rows: list[Row], name: str) -> list[Row]:
+    """Adds to each row its FPS in percent over those of the first that was measured."""
+    measured = [row for row in rows if "fps" in row]
+    for row in measured:
+        row |= {"gain_percent": 100 * (row["fps"] / measured[0]["fps"] - 1), "base": measured[0][name]}
+    return rows
 
 
 def _profile(one: Stopwatch, request: Request, batches: Sequence[int]) -> Row:
-    """What the operators take, in one batch size or in two."""
-    few = dataclasses.replace(request, iterations=min(request.iterations, PROFILED))
+    few = replace(request, iterations=min(request.iterations, PROFILED))
     found = {}
     for batch in batches:
         _progress(f"{one.device}: operators of batch {batch}")
-        found[batch] = timing.profile(one, dataclasses.replace(few, batch=batch))
+        found[batch] = timing.profile(one, replace(few, batch=batch))
     return operators.table(found)
 
 
@@ -204,14 +186,11 @@ def _runtime_options(basis: Basis, size: str, request: Request) -> list[Row]:
     choices = [(), *((option,) for option in options), *([tuple(options)] if len(options) > 1 else [])]
     with contextlib.ExitStack() as running:
         stopwatches = {
-            " + ".join(chosen) or "none":
-            running.enter_context(_with_options(chosen, device, basis, size))
+            " + ".join(chosen) or "none": running.enter_context(_with_options(chosen, device, basis, size))
             for chosen in choices
-        }  # fmt: skip
-        rows = [
-            {"options": name, **row, **_took_effect(stopwatches[name])}
-            for name, row in _in_turns(stopwatches, request).items()
-        ]
+        }
+        timed = _in_turns(stopwatches, request)
+        rows = [{"options": name, **row, **_took_effect(stopwatches[name])} for name, row in timed.items()]
     return [*_with_gain(rows, "options"), *({"options": name, "skipped": why} for name, why in skipped.items())]
 
 
@@ -224,7 +203,7 @@ def _with_options(chosen: Sequence[str], device: str, basis: Basis, size: str) -
         cpu_affinity_conf=settings.runtime.cpu_affinity_conf if affinity else None,
         task_queue=settings.runtime.task_queue if "task_queue" in chosen else TASK_QUEUE_DEFAULT,
     )
-    chosen_basis = dataclasses.replace(
+    chosen_basis = replace(
         basis,
         settings=msgspec.structs.replace(settings, runtime=runtime),
         cpus=basis.cpus if affinity else {},
@@ -236,7 +215,7 @@ def _with_options(chosen: Sequence[str], device: str, basis: Basis, size: str) -
 def _in_turns(stopwatches: Mapping[str, Stopwatch], request: Request) -> dict[str, Row]:
     """A measurement of each in several rounds, so that what else the host does meets all alike."""
     turns = min(TURNS, request.iterations)
-    one_turn = dataclasses.replace(request, iterations=-(-request.iterations // turns))
+    one_turn = replace(request, iterations=-(-request.iterations // turns))
     latencies: dict[str, list[float]] = {name: [] for name in stopwatches}
     for turn, (name, one) in itertools.product(range(turns), stopwatches.items()):
         _progress(f"{one.device} with options: {name} ({turn + 1} of {turns})")
@@ -249,11 +228,10 @@ def _in_turns(stopwatches: Mapping[str, Stopwatch], request: Request) -> dict[st
 
 def _took_effect(one: Stopwatch) -> Row:
     """What the process itself says of its options."""
-    preloaded = one.actual.preload
     return {
         "cpus": one.actual.cpus,
         "task_queue": str(one.actual.task_queue),
-        "preload": os.path.basename(preloaded) if preloaded else logs.NONE,
+        "preload": os.path.basename(one.actual.preload or logs.NONE),
     }
 
 
@@ -273,19 +251,11 @@ def _without_effect(device: str, basis: Basis) -> dict[str, str]:
 
 # ---- command line -----------------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def _weights(arguments: argparse.Namespace) -> Iterator[str | None]:
-    """A checkpoint: the one given, or one of random weights for as long as the context lasts."""
-    if arguments.random_weights is None:
-        yield arguments.weights
-        return
-    with tempfile.TemporaryDirectory(prefix="eval-performance-") as folder:
-        path = Path(folder) / "random.pth"
-        random_weights.save(arguments.config, path, arguments.random_weights)
-        yield str(path)
-
-
-def _settings(arguments: argparse.Namespace, weights: str | None) -> Settings:
+def _settings(arguments: argparse.Namespace, drawn: Path) -> Settings:
+    """`drawn` is where random weights go, if these are wanted."""
+    if arguments.random_weights is not None:
+        random_weights.save(arguments.config, drawn, arguments.random_weights)
+    weights = arguments.weights if arguments.random_weights is None else drawn
     overrides = [f"engine={arguments.engine}", f"model.precision={'hf32' if arguments.hf32 == 'on' else 'fp32'}"]
     if arguments.engine != "timed":
         overrides += [f"model.config={arguments.config}", f"model.weights={weights}"]
@@ -293,15 +263,12 @@ def _settings(arguments: argparse.Namespace, weights: str | None) -> Settings:
 
 
 def _describe(arguments: argparse.Namespace, one: Stopwatch) -> Row:
-    described = {"engine": arguments.engine}
-    if arguments.engine == "timed":
-        described["note"] = TIMED
-    else:
-        seed = arguments.random_weights
-        described["config"] = arguments.config
-        described["weights"] = arguments.weights if seed is None else f"random, seed {seed}"
+    seed = arguments.random_weights
+    weights = arguments.weights if seed is None else f"random, seed {seed}"
+    timed = arguments.engine == "timed"
     return {
-        **described,
+        "engine": arguments.engine,
+        **({"note": TIMED} if timed else {"config": arguments.config, "weights": weights}),
         "devices": " ".join(arguments.devices),
         "hf32": arguments.hf32,
         "image": arguments.size,

@@ -41,60 +41,48 @@ def precision(report: Report) -> dict[str, Figure]:
 
 
 def _losses(axes: Axes, report: Report) -> None:
-    """The largest relative difference of each loss over the scenes."""
     rows = [row for scene in report["scenes"] for row in scene["losses"]]
     names = list(dict.fromkeys(row["name"] for row in rows))
     errors = [max(row["rel_diff"] for row in rows if row["name"] == name) for name in names]
     bars = axes.barh(names, [max(error, SMALLEST_ERROR) for error in errors], left=SMALLEST_ERROR / 2,
                      color=[RED if error > BAR else BLUE for error in errors])  # fmt: skip
     axes.bar_label(bars, [f"{error:.1e}" if error else "equal" for error in errors], padding=4, fontsize=9)
-    axes.set_xscale("log")
-    axes.set_xlim(SMALLEST_ERROR / 2, 10)
+    axes.set(xscale="log", xlim=(SMALLEST_ERROR / 2, 10))
     axes.invert_yaxis()
     _bar(axes.axvline, BAR)
     if report["warnings"]:
         axes.set_xlabel("some are near ln 2, where equal losses prove nothing", color=RED)
-    axes.set_title("Training losses: relative difference (largest of the scenes)", fontsize=10)
-    _grid(axes)
+    _titled(axes, "Training losses: relative difference (largest of the scenes)")
 
 
 def _errors(axes: Axes, report: Report) -> None:
-    """Percentiles of the relative error of each tensor, the worst scene's."""
     names, rows = _worst_scene(report)
     places = np.arange(len(names))
     for key, label, marker, colour in (("rel_max", "largest", "_", RED), ("p99", "99% are below", "^", ORANGE),
                                        ("p90", "90%", "s", BLUE), ("p50", "half", "o", GREEN)):  # fmt: skip
-        values = [max(row[key], SMALLEST_ERROR) for row in rows]
-        axes.plot(places, values, marker, color=colour, label=label, markersize=6)
-    low = [max(row["p50"], SMALLEST_ERROR) for row in rows]
-    axes.vlines(places, low, [max(row["rel_max"], SMALLEST_ERROR) for row in rows], color=GREY, alpha=0.4, lw=1)
-    axes.set_yscale("log")
-    axes.set_ylim(SMALLEST_ERROR / 2, 100 * max(1.0, *(row["rel_max"] for row in rows)))
+        axes.plot(places, _drawn(rows, key), marker, color=colour, label=label, markersize=6)
+    axes.vlines(places, _drawn(rows, "p50"), _drawn(rows, "rel_max"), color=GREY, alpha=0.4, lw=1)
+    axes.set(yscale="log", ylim=(SMALLEST_ERROR / 2, 100 * max(1.0, *(row["rel_max"] for row in rows))))
     axes.set_xticks(places, names, rotation=90, fontsize=8)
     _bar(axes.axhline, BAR)
     if not any(row["abs_max"] for row in rows):
         axes.text(0.5, 0.5, "all equal, bit for bit", transform=axes.transAxes, ha="center", fontsize=14, color=GREEN)
-    axes.set_title("Relative error of features and head outputs (worst scene)", fontsize=10)
-    _grid(axes)
+    _titled(axes, "Relative error of features and head outputs (worst scene)")
     axes.legend(fontsize=8, ncol=4, loc="upper right")
 
 
 def _shares(axes: Axes, report: Report) -> None:
-    """Share of elements over the bar in each tensor, the worst scene's."""
     names, rows = _worst_scene(report)
-    shares = [100 * row["over"] / max(row["of"], 1) for row in rows]
+    shares = [100 * _share(row) for row in rows]
     bars = axes.bar(names, shares, color=[RED if share > 100 * BAR else GREEN for share in shares])
     axes.bar_label(bars, [f"{share:.3g}" for share in shares], fontsize=8)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-    axes.set_ylim(0, max(2.0, 1.15 * max(shares)))
+    axes.set(ylim=(0, max(2.0, 1.15 * max(shares))), ylabel="% of elements")
     _bar(axes.axhline, 100 * BAR)
-    axes.set_ylabel("% of elements")
-    axes.set_title("Elements with more than 1% relative error (worst scene)", fontsize=10)
-    _grid(axes)
+    _titled(axes, "Elements with more than 1% relative error (worst scene)")
 
 
 def _detections(axes: Axes, report: Report) -> None:
-    """The final boxes and masks as a table."""
     axes.axis("off")
     head = ["", *(scene["scene"] for scene in report["scenes"])]
     found = [scene["detections"] for scene in report["scenes"]]
@@ -123,55 +111,54 @@ def _ladder(axes: Axes, report: Report) -> None:
     for rung, style in zip(scene["ladder"], itertools.cycle(("o-", "s-", "^-", "d-"))):
         axes.plot(names, [max(share, SMALLEST_SHARE) for share in rung["levels"]], style, ms=5, lw=1,
                   label=f"{rung['name']} (scale {100 * rung['scale_bias']:+.2f}%)")  # fmt: skip
-    shares = [max(100 * row["over"] / max(row["of"], 1), SMALLEST_SHARE) for row in levels]
+    shares = [max(100 * _share(row), SMALLEST_SHARE) for row in levels]
     axes.plot(names, shares, "*-", color="black", ms=13, lw=2.5, label=f"the device, {report['run']['device']}")
-    axes.set_yscale("log")
-    axes.set_ylim(SMALLEST_SHARE / 2, 200)
-    axes.set_ylabel("% of elements")
-    axes.set_title(f"Ladder: elements over 1% with convolutions in each arithmetic ({scene['scene']})\n"
-                   f"Nearest, convolution by convolution: {report['ladder']['verdict']}", fontsize=10)  # fmt: skip
-    _grid(axes)
+    axes.set(yscale="log", ylim=(SMALLEST_SHARE / 2, 200), ylabel="% of elements")
+    _titled(axes, f"Ladder: elements over 1% with convolutions in each arithmetic ({scene['scene']})\n"
+                  f"Nearest, convolution by convolution: {report['ladder']['verdict']}")  # fmt: skip
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def _trace(axes: Axes, report: Report) -> None:
-    """Mean and largest own error of each module, in the order of the computation."""
     trace = report["trace"]
     modules = trace["modules"]
     places = np.arange(len(modules))
-    shares = [row["over"] / max(row["of"], 1) for row in modules]
-    colours = [RED if share > BAR else BLUE for share in shares]
-    axes.vlines(places, [max(row["rel_mean"], SMALLEST_ERROR) for row in modules],
-                [max(row["rel_max"], SMALLEST_ERROR) for row in modules], color=GREY, alpha=0.35, lw=1)  # fmt: skip
-    axes.scatter(places, [max(row["rel_mean"], SMALLEST_ERROR) for row in modules], s=16, c=colours, zorder=3)
-    axes.set_yscale("log")
-    axes.set_ylim(SMALLEST_ERROR / 2, 1e3)
-    axes.set_xlim(-1, len(modules))
+    means = _drawn(modules, "rel_mean")
+    colours = [RED if _share(row) > BAR else BLUE for row in modules]
+    axes.vlines(places, means, _drawn(modules, "rel_max"), color=GREY, alpha=0.35, lw=1)
+    axes.scatter(places, means, s=16, c=colours, zorder=3)
+    axes.set(yscale="log", ylim=(SMALLEST_ERROR / 2, 1e3), xlim=(-1, len(modules)))
     _bar(axes.axhline, BAR)
     names = [row["name"] for row in modules]
     for key, height in (("first", 0.93), ("worst", 0.82)):
         if trace[key]:
             place = names.index(trace[key])
-            axes.annotate(f"{key}: {trace[key]}", (place, max(modules[place]["rel_mean"], SMALLEST_ERROR)),
+            axes.annotate(f"{key}: {trace[key]}", (place, means[place]),
                           xytext=(min(place / len(modules) + 0.02, 0.7), height), textcoords="axes fraction",
-                          color=RED if shares[place] > BAR else BLUE, fontsize=10,
-                          arrowprops={"arrowstyle": "->", "color": GREY})  # fmt: skip
+                          color=colours[place], fontsize=10, arrowprops={"arrowstyle": "->", "color": GREY})
     step = max(1, len(names) // 45)
     axes.set_xticks(places[::step], [_short(name) for name in names[::step]], rotation=90, fontsize=7)
-    axes.set_title("Trace: each module's own relative error on the reference's input (dot: mean, line: up to the "
-                   "largest; red: more than 1% of its elements are off)", fontsize=10)  # fmt: skip
-    _grid(axes)
+    _titled(axes, "Trace: each module's own relative error on the reference's input (dot: mean, line: up to the "
+                  "largest; red: more than 1% of its elements are off)")  # fmt: skip
 
 
 def _worst_scene(report: Report) -> tuple[list[str], list[Report]]:
     """For each tensor the row of the scene with the most elements over the bar, then the largest error."""
-    names = list(dict.fromkeys(row["name"] for scene in report["scenes"] for row in scene["tensors"]))
     rows = [row for scene in report["scenes"] for row in scene["tensors"]]
-    worst = [
-        max((row for row in rows if row["name"] == name), key=lambda row: (row["over"] / max(row["of"], 1), row["p99"]))
-        for name in names
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    return names, [
+        max((row for row in rows if row["name"] == name), key=lambda row: (_share(row), row["p99"])) for name in names
     ]
-    return names, worst
+
+
+def _share(row: Report) -> float:
+    """Of the elements that count, those over the bar: 0 to 1."""
+    return float(row["over"] / max(row["of"], 1))
+
+
+def _drawn(rows: Sequence[Report], key: str) -> list[float]:
+    """Errors on a logarithmic axis, which has no place for 0."""
+    return [max(row[key], SMALLEST_ERROR) for row in rows]
 
 
 def _short(name: str) -> str:
@@ -196,7 +183,6 @@ def performance(report: Report) -> dict[str, Figure]:
 
 
 def _performance(report: Report) -> Figure:
-    """Latencies in order, their distribution, and data types and runtime options where measured."""
     dtypes = [row for row in report["dtypes"] if "fps" in row]
     options = [row for row in report["runtime_options"] if "fps" in row]
     panels = 2 + bool(dtypes) + bool(options)
@@ -222,16 +208,12 @@ def _latencies(axes: Axes, report: Report) -> None:
         median = row["median_ms"]
         axes.axhspan(median * (1 - STABLE_PERCENT / 100), median * (1 + STABLE_PERCENT / 100), color=colour, alpha=0.1)
         axes.axhline(median, color=colour, lw=1, ls="--")
-    axes.set_ylim(0, 1.35 * max(max(row["latencies_ms"]) for row in rows))
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("ms")
-    axes.set_title("Latency at batch 1 in order (dashed: median, band: 5% around it)", fontsize=10)
+    axes.set(xlabel="iteration", ylabel="ms", ylim=(0, 1.35 * max(max(row["latencies_ms"]) for row in rows)))
     axes.legend(fontsize=8)
-    _grid(axes)
+    _titled(axes, "Latency at batch 1 in order (dashed: median, band: 5% around it)")
 
 
 def _summary(axes: Axes, report: Report) -> None:
-    """Median latencies, from least to largest as whiskers; logarithmic beside a CPU baseline."""
     rows = report["latency"]
     names = [row["device"] for row in rows]
     medians = [row["median_ms"] for row in rows]
@@ -241,13 +223,11 @@ def _summary(axes: Axes, report: Report) -> None:
     labels = [f"{row['median_ms']:.2f} ms\n{row['fps']:.2f} FPS{speedups.get(row['device'], '')}" for row in rows]
     axes.bar_label(bars, labels, padding=6, fontsize=10)
     if max(medians) > 10 * min(medians):
-        axes.set_yscale("log")
-        axes.set_ylim(min(medians) / 3, 8 * max(medians))
+        axes.set(yscale="log", ylim=(min(medians) / 3, 8 * max(medians)))
     else:
         axes.set_ylim(0, 1.45 * max(row["max_ms"] for row in rows))
     axes.set_ylabel("ms")
-    axes.set_title("Median latency at batch 1 (whiskers: least and largest)", fontsize=10)
-    _grid(axes)
+    _titled(axes, "Median latency at batch 1 (whiskers: least and largest)")
 
 
 def _rates(axes: Axes, rows: Sequence[Report], name: str, title: str) -> None:
@@ -256,14 +236,11 @@ def _rates(axes: Axes, rows: Sequence[Report], name: str, title: str) -> None:
     bars = axes.bar(names, [row["fps"] for row in rows], color=colours, width=0.55)
     labels = [f"{row['fps']:.2f} FPS\n{row['median_ms']:.2f} ms\n{row['gain_percent']:+.1f}%" for row in rows]
     axes.bar_label(bars, labels, padding=4, fontsize=9)
-    axes.set_ylim(0, 1.35 * max(row["fps"] for row in rows))
-    axes.set_ylabel("images/s")
-    axes.set_title(title, fontsize=10)
-    _grid(axes)
+    axes.set(ylim=(0, 1.35 * max(row["fps"] for row in rows)), ylabel="images/s")
+    _titled(axes, title)
 
 
 def _large_batch(report: Report) -> Figure:
-    """Throughput by batch size against that of batch 1, and what an image waits for it."""
     rows = [row for row in report["batches"] if "fps" in row]
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     figure.suptitle(_title("Large batches", report, first=True), fontsize=13)
@@ -276,20 +253,16 @@ def _large_batch(report: Report) -> Figure:
               for row in rows]  # fmt: skip
     axes.bar_label(bars, labels, padding=4, fontsize=10)
     axes.axhline(rows[0]["fps"], color=GREY, ls="--", lw=1)
-    axes.set_ylim(0, 1.3 * max(row["fps"] for row in rows))
-    axes.set_ylabel("images/s")
-    _grid(axes)
+    axes.set(ylim=(0, 1.3 * max(row["fps"] for row in rows)), ylabel="images/s")
+    _titled(axes, f"Throughput (bars; factor against batch {rows[0]['batch']}) and latency of a batch (line)")
     waits = axes.twinx()
     waits.plot(names, [row["median_ms"] for row in rows], "o-", color=ORANGE)
     waits.set_ylim(0, 1.3 * max(row["median_ms"] for row in rows))
     waits.set_ylabel("median latency of a batch, ms", color=ORANGE)
-    axes.set_title(f"Throughput (bars; factor against batch {rows[0]['batch']}) and latency of a batch (line)",
-                   fontsize=10)  # fmt: skip
     return figure
 
 
 def _operators(report: Report) -> Figure:
-    """What each operator takes of a batch, and what the larger batch takes beyond the smaller one's time per image."""
     profile = report["profile"]
     batches, rows = profile["batches"], profile["operators"]
     figure = Figure(figsize=(13, 7.5), layout="constrained")
@@ -309,9 +282,8 @@ def _operators(report: Report) -> Figure:
     axes.invert_yaxis()
     axes.margins(x=0.25)
     axes.set_xlabel("ms of a batch")
-    axes.set_title("The longest first; excess: beyond the smaller batch's time per image", fontsize=10)
     axes.legend(fontsize=9, loc="lower right")
-    _grid(axes)
+    _titled(axes, "The longest first; excess: beyond the smaller batch's time per image")
     return figure
 
 
@@ -338,8 +310,7 @@ def _dual_device(report: Report) -> Figure:
               fontsize=12, weight="bold")  # fmt: skip
     axes.axhline(ideal, color=GREEN, ls="--", lw=1, label=f"ideal: {len(rows)}x {together['single']} alone")
     axes.set_xticks([*places, len(rows) + 0.1], [*(f"{row['device']}\nCPUs {row['cpus']}" for row in rows), "combined"])
-    axes.set_ylim(0, 1.3 * max(ideal, bottom))
-    axes.set_ylabel("FPS, batch 1 each")
+    axes.set(ylim=(0, 1.3 * max(ideal, bottom)), ylabel="FPS, batch 1 each")
     axes.legend(loc="upper left")
     _grid(axes)
     return figure
@@ -361,6 +332,11 @@ def _colours(rows: Sequence[Report]) -> list[str]:
 
 def _bar(line: Any, value: float) -> None:
     line(value, color=RED, ls="--", lw=1.2)
+
+
+def _titled(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=10)
+    _grid(axes)
 
 
 def _grid(axes: Axes) -> None:

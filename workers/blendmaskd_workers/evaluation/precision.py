@@ -49,14 +49,13 @@ from blendmaskd_workers.evaluation import logs, outputs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: the process's); returns its exit code."""
     return guarded("eval_precision", lambda: _main(_parse(argv)))
 
 
 def _main(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # an installed torch_npu without CANN breaks torch
     from blendmaskd_workers.blendmask import ConfigError, load_config
-    from blendmaskd_workers.evaluation import subjects
+    from blendmaskd_workers.evaluation import scenes, subjects
     from blendmaskd_workers.evaluation.subjects import Depth, Initial, SubjectError
 
     initial, random = arguments.initial_weights, arguments.random_weights
@@ -69,9 +68,10 @@ def _main(arguments: argparse.Namespace) -> int:
         device = subjects.load(config, weights, arguments.device, subjects.HF32[arguments.hf32], arguments.dtype)
     except (ConfigError, SubjectError, OSError, ImageError) as error:
         raise UsageError(str(error)) from None
-    scenes = subjects.scenes_of([path.name for path in arguments.images], photographs, arguments.seed)
+    names, seed = [path.name for path in arguments.images], arguments.seed
+    on = scenes.photographed(names, photographs, seed) if photographs else scenes.painted(seed)
     report = {"run": {**_describe(arguments, device.device.name()), **subjects.arithmetic(device)},
-              **subjects.evaluate(reference, device, scenes, config, depth)}  # fmt: skip
+              **subjects.evaluate(reference, device, on, depth)}  # fmt: skip
     outputs.write(arguments.output_dir, "precision", report, logs.write_precision(report))
     return EXIT_FAILED if report["failures"] else 0
 

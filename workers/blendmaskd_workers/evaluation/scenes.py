@@ -48,7 +48,6 @@ def painted(seed: int) -> list[Scene]:
 
 
 def photographed(names: Sequence[str], photographs: Sequence[Pixels], seed: int) -> list[Scene]:
-    """A scene over each photograph."""
     return [
         over(name, pixels, np.random.default_rng([seed, number]))
         for number, (name, pixels) in enumerate(zip(names, photographs), start=1)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import select
@@ -31,6 +30,7 @@ import numpy as np
 from blendmaskd import assignment
 from blendmaskd_workers import engines, process
 from blendmaskd_workers.engines import Engine, EngineError, segment
+from blendmaskd_workers.evaluation.accelerator.children import Tell, telling
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # names that torch gives to what autocast can compute in
 
@@ -38,47 +38,48 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # names that torch gives to wh
 def main(argv: list[str]) -> int:
     """Time the engine of this process's assignment on a random photograph of the size argv[0], such as 800x1280."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the program's business: it ends us
-    with os.fdopen(os.dup(1), "w", buffering=1) as answers, open(0, "rb", buffering=0, closefd=False) as requests:
-        os.dup2(2, 1)  # what libraries print must not come between the answers
+    with telling() as answer, open(0, "rb", buffering=0, closefd=False) as requests:
         assigned = assignment.read(os.environ)
         engine = engines.make(assigned.settings, assigned.local_device)
         try:
             engine.load()
         except EngineError as error:
-            _say(answers, failed=str(error))
+            answer(failed=str(error))
             return error.exit_code
         height, width = map(int, argv[0].split("x"))
         prepared = engine.prepare(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
         actual = process.observe(assigned.wanted, engine.device)
-        _say(answers, actual=msgspec.to_builtins(actual), network_input="{}x{}".format(*prepared.padded_size))
+        answer(actual=msgspec.to_builtins(actual), network_input="{}x{}".format(*prepared.padded_size))
         while line := requests.readline():
             try:
-                _answer(json.loads(line), engine, prepared, requests, answers)
+                _time(json.loads(line), engine, prepared, requests, answer)
             except (RuntimeError, NotImplementedError, ValueError) as error:  # out of memory; no kernel for a data type
-                _say(answers, failed=(str(error).splitlines() or [type(error).__name__])[0])
+                answer(failed=(str(error).splitlines() or [type(error).__name__])[0])
     return 0
 
 
-def _answer(request: dict[str, Any], engine: Engine, prepared: Any, requests: IO[bytes], answers: IO[str]) -> None:
+def _time(request: dict[str, Any], engine: Engine, prepared: Any, requests: IO[bytes], answer: Tell) -> None:
     batch = [prepared] * int(request["batch"])
     synchronize = engine.device.synchronize if engine.device else lambda: None
     with _autocast(engine, request["dtype"]):
         for _ in range(request["warm_up"]):
             segment(engine, batch)
         if request["profile"]:
-            recording = importlib.import_module("blendmaskd_workers.evaluation.recording")
+            from blendmaskd_workers.evaluation import recording
+
+            assert engine.device is not None  # it is no engine that sleeps
             operators = recording.record(engine.device, lambda: segment(engine, batch), request["iterations"])
-            _say(answers, operators=list(map(dataclasses.asdict, operators)))
+            answer(operators=list(map(dataclasses.asdict, operators)))
             return
-        _say(answers)
+        answer()
         if not requests.readline():
             return
         latencies_ms = [_time_ms(engine, batch, synchronize) for _ in range(request["iterations"])]
-        _say(answers, latencies_ms=latencies_ms)
+        answer(latencies_ms=latencies_ms)
         while not select.select([requests], [], [], 0)[0]:
             segment(engine, batch)
         requests.readline()
-        _say(answers)
+        answer()
 
 
 def _time_ms(engine: Engine, batch: list[Any], synchronize: Callable[[], None]) -> float:
@@ -93,15 +94,9 @@ def _autocast(engine: Engine, dtype: str) -> contextlib.AbstractContextManager[A
     """Convolutions and matrix products in `dtype`, the rest as torch sees fit for it; nothing for fp32."""
     if dtype == "fp32" or engine.device is None:
         return contextlib.nullcontext()
-    torch = importlib.import_module("torch")
-    autocast: contextlib.AbstractContextManager[Any] = torch.autocast(
-        engine.device.torch_device.type, getattr(torch, DTYPES[dtype])
-    )
-    return autocast
+    import torch
 
-
-def _say(answers: IO[str], **answer: Any) -> None:
-    answers.write(json.dumps(answer) + "\n")
+    return torch.autocast(engine.device.torch_device.type, getattr(torch, DTYPES[dtype]))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from blendmaskd.images.decoding import Pixels
 from blendmaskd_workers import blendmask, devices
 from blendmaskd_workers.blendmask import BlendMask, Config, Instances, Prepared
 from blendmaskd_workers.devices import Device, DeviceError, Precision
@@ -44,8 +43,6 @@ class SubjectError(ValueError):
 
 @dataclass(frozen=True)
 class Subject:
-    """A network on a device."""
-
     name: str  # npu:0
     device: Device
     model: BlendMask
@@ -79,9 +76,7 @@ class Depth:
     ladder: bool = False  # with the arithmetics that a CPU can emulate
 
 
-def load(
-    config: Config, weights: Weights, name: str, precision: Precision = "fp32", dtype: str = "fp32"
-) -> Subject:
+def load(config: Config, weights: Weights, name: str, precision: Precision = "fp32", dtype: str = "fp32") -> Subject:
     """The network on the device `name`. Raises `SubjectError`."""
     if isinstance(weights, Initial):
         torch.manual_seed(weights.seed)  # some layers keep what building them draws
@@ -115,18 +110,11 @@ def cube_math_type(chip: str, switches: Mapping[str, str]) -> dict[str, str]:
     return {"cube_math_type": "3 (USE_HF32)" if switches["conv_hf32"] == "on" else "0 (KEEP_DTYPE)"}
 
 
-def scenes_of(names: Sequence[str], photographs: Sequence[Pixels], seed: int) -> list[Scene]:
-    """The scenes over these photographs, or painted ones where there are none."""
-    return scenes.photographed(names, photographs, seed) if photographs else scenes.painted(seed)
-
-
-def evaluate(
-    reference: Subject, device: Subject, on: Sequence[Scene], config: Config, depth: Depth = Depth()
-) -> dict[str, Any]:
+def evaluate(reference: Subject, device: Subject, on: Sequence[Scene], depth: Depth = Depth()) -> dict[str, Any]:
     """The report without its header; `logs.write_precision` gives it as text."""
     differences: dict[str, Difference] = {}
     likenesses: dict[str, Likeness] = {}
-    rows = [_compare_on(scene, reference, device, config, depth, differences, likenesses) for scene in on]
+    rows = [_compare_on(scene, reference, device, depth, differences, likenesses) for scene in on]
     report = {
         "scenes": rows,
         "trace": _trace(differences) if depth.trace else None,
@@ -137,20 +125,18 @@ def evaluate(
 
 
 def _compare_on(
-    scene: Scene, reference: Subject, device: Subject, config: Config, depth: Depth,
-    differences: dict[str, Difference], likenesses: dict[str, Likeness],
+    scene: Scene, reference: Subject, device: Subject, depth: Depth, differences: dict[str, Difference],
+    likenesses: dict[str, Likeness],
 ) -> dict[str, Any]:
-    prepared = blendmask.prepare(scene.pixels, config)
-    with contextlib.ExitStack() as watching:
-        models = reference.model, device.model, device.run
-        if depth.trace:
-            watching.enter_context(comparison.traced(*models, differences))
+    prepared = blendmask.prepare(scene.pixels, reference.model.config)
+    models = reference.model, device.model, device.run
+    with comparison.traced(*models, differences) if depth.trace else contextlib.nullcontext():
         expected, right = observe(reference, prepared)
     if depth.ladder:
         with ladder.climbed(*models, likenesses):
             observe(reference, prepared)
     actual, found = observe(device, prepared)
-    expected_losses, actual_losses = (train_losses(one, scene, prepared, config) for one in (reference, device))
+    expected_losses, actual_losses = (train_losses(one, scene, prepared) for one in (reference, device))
     rows = comparison.compare_losses(expected_losses, actual_losses)
     return {
         "scene": scene.name,
@@ -189,7 +175,7 @@ def _rungs(
     for name, arithmetic in LADDER.items():
         with Emulated(arithmetic):
             _, found = observe(reference, prepared)
-            losses = train_losses(reference, scene, prepared, reference.model.config)
+            losses = train_losses(reference, scene, prepared)
         levels = []
         for level in (level for level in right if level.startswith("p")):
             levels.append(Difference())
@@ -206,19 +192,12 @@ def _rungs(
 
 def observe(subject: Subject, prepared: Prepared) -> tuple[Instances, dict[str, Tensor]]:
     """What the network says of an image, and by name what it computes on the way: levels, bases, head outputs."""
-    seen: dict[str, list[Any]] = {}
+    seen: dict[str, Any] = {}
     model = subject.model
-    watched = {"backbone": model.backbone, "bases": model.basis_module, "head": model.proposal_generator}
-    handles = [
-        module.register_forward_hook(lambda _module, _args, output, name=name: seen.setdefault(name, []).append(output))
-        for name, module in watched.items()
-    ]
-    try:
+    modules = {"backbone": model.backbone, "bases": model.basis_module, "head": model.proposal_generator}
+    with comparison.watched(modules.items(), lambda name, _module, _args, _kwargs, output: seen.update({name: output})):
         [instances] = subject.run(lambda: blendmask.segment(model, [prepared], subject.device.upload))
-    finally:
-        for handle in handles:
-            handle.remove()
-    [features], [bases], [head] = seen["backbone"], seen["bases"], seen["head"]
+    features, bases, head = seen["backbone"], seen["bases"], seen["head"]
     attentions = subject.run(lambda: [model.top_layer(output.box_features) for output in head])  # segment: few cells
     kinds = {"p": features, "logits.p": [output.logits for output in head],
              "distances.p": [output.distances for output in head],
@@ -231,27 +210,14 @@ def observe(subject: Subject, prepared: Prepared) -> tuple[Instances, dict[str, 
     return instances, {**tensors, "bases": bases}
 
 
-def train_losses(subject: Subject, scene: Scene, prepared: Prepared, config: Config) -> dict[str, float]:
+def train_losses(subject: Subject, scene: Scene, prepared: Prepared) -> dict[str, float]:
     """The training losses on a scene, with the batch norms in training mode; the network stays as it was."""
+    model = copy.deepcopy(subject.model).train()  # which changes running statistics
     place = subject.device.torch_device
-    images = blendmask.collate([prepared.tensor.to(place)], config)
-    truth = scenes.ground_truth(scene, prepared, config).to(place)
-    with _training(subject.model):
-        computed = subject.run(lambda: losses(subject.model, images, [truth]))
+    images = blendmask.collate([prepared.tensor.to(place)], model.config)
+    truth = scenes.ground_truth(scene, prepared, model.config).to(place)
+    computed = subject.run(lambda: losses(model, images, [truth]))
     return {name: float(value) for name, value in computed.items()}
-
-
-@contextlib.contextmanager
-def _training(model: BlendMask) -> Iterator[None]:
-    """Training mode, whose running statistics are put back."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.train()
-    try:
-        yield
-    finally:
-        model.eval()
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
 
 
 def _trace(differences: dict[str, Difference]) -> dict[str, Any]:
@@ -274,7 +240,6 @@ def _warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _failures(rows: Sequence[dict[str, Any]], differences: dict[str, Difference]) -> list[str]:
-    """What is over the bar, a sentence each."""
     found = []
     for row in rows:
         found += [f"{loss['name']} on {row['scene']} differs by {100 * loss['rel_diff']:.2f}%"

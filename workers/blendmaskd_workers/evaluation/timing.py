@@ -32,8 +32,6 @@ class CannotTime(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One measurement."""
-
     iterations: int
     warm_up: int
     batch: int = 1
@@ -57,26 +55,17 @@ class Stopwatch:
 
     def __enter__(self) -> Self:
         """Start it; it is `ready` later. Raises `HostError` or OSError."""
-        self._process = launch.launch(self.plan, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = launch.launch(self.plan, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         if error is not None:
-            self._process.kill()  # nobody wants what it measures
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self.process.kill()  # nobody wants what it measures
         try:
-            self._process.wait(END_S)
+            self.process.communicate(timeout=END_S)  # which ends its input
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+            self.process.kill()
+            self.process.communicate()
 
     def ready(self) -> None:
         """Wait until the network is loaded. Raises `CannotTime`."""
@@ -89,23 +78,18 @@ class Stopwatch:
         found = differences(assignment.wanted, self.actual, assignment.settings.worker_env)
         return [*self.plan.warnings, *(f"{self.device}: {text}" for text in found)]
 
-    @property
-    def model(self) -> str:
-        """The device's model, such as ``Ascend910B3``; ``no device`` where the engine uses none."""
-        return self.actual.device_name or "no device"
-
     def ask(self, **request: Any) -> None:
-        assert self._process.stdin is not None
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died, and the missing answer tells how
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
         """The answer to a step of a request. Raises `CannotTime`."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
         if not line:
-            raise CannotTime(f"{self.device}: its process ended with exit code {self._process.wait()}")
+            raise CannotTime(f"{self.device}: its process ended with exit code {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         if "failed" in answer:
             raise CannotTime(f"{self.device}: {answer['failed']}")
@@ -120,18 +104,16 @@ def profile(one: Stopwatch, request: Request) -> list[Operator]:
 
 def time_together(stopwatches: Sequence[Stopwatch], request: Request) -> list[list[float]]:
     """The latencies of each device, all of which are busy until the last has finished. Raises `CannotTime`."""
+    _step(stopwatches, **dataclasses.asdict(request))  # to warm up
+    answers = _step(stopwatches)
+    _step(stopwatches)
+    return [answer["latencies_ms"] for answer in answers]
+
+
+def _step(stopwatches: Sequence[Stopwatch], **request: Any) -> list[dict[str, Any]]:
     for one in stopwatches:
-        one.ask(**dataclasses.asdict(request))
-    for one in stopwatches:
-        one.answer()  # warm
-    for one in stopwatches:
-        one.ask()
-    latencies_ms = [one.answer()["latencies_ms"] for one in stopwatches]
-    for one in stopwatches:
-        one.ask()
-    for one in stopwatches:
-        one.answer()
-    return latencies_ms
+        one.ask(**request)
+    return [one.answer() for one in stopwatches]
 
 
 def figures(latencies_ms: Sequence[float], batch: int = 1) -> dict[str, float]:

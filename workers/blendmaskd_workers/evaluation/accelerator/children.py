@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 END_S = 10.0  # for a child to end by itself: the benchmark stops its daemon
 ATTEMPTS = 2  # of a child that dies before it has told anything: drivers have hiccups
@@ -23,6 +23,8 @@ HANGS_S = 60.0  # who is not ready then; before, there was not enough time
 CHUNK = 1 << 16
 
 Row = dict[str, Any]
+Tell = Callable[..., None]  # tells a row
+Start = Callable[..., subprocess.Popen[bytes]]  # with options of `subprocess.Popen`
 
 
 class ChildError(RuntimeError):
@@ -33,19 +35,9 @@ class ChildError(RuntimeError):
         self.row: Row = {kind: reason}
 
 
-class Start(Protocol):
-    """Starts a process with these options of `subprocess.Popen`."""
-
-    def __call__(self, **popen: Any) -> subprocess.Popen[bytes]: ...
-
-
 def program(argv: Sequence[str], environment: Mapping[str, str]) -> Start:
     """Python with these arguments."""
-
-    def start(**popen: Any) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, *argv], env=environment, **popen)
-
-    return start
+    return lambda **popen: subprocess.Popen([sys.executable, *argv], env=environment, **popen)
 
 
 def rows(start: Start, seconds: float, log: Path) -> Iterator[Row]:
@@ -57,11 +49,10 @@ def rows(start: Start, seconds: float, log: Path) -> Iterator[Row]:
             for line in lines(start, deadline, log):
                 told = True
                 yield json.loads(line)
+            return
         except ChildError:
             if told or attempt == ATTEMPTS or time.monotonic() >= deadline:
                 raise
-        else:
-            return
 
 
 def lines(start: Start, deadline: float, log: Path) -> Iterator[bytes]:
@@ -96,15 +87,11 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def telling() -> Iterator[Callable[..., None]]:
+def telling() -> Iterator[Tell]:
     """In a child: tells a row of these names and values. What libraries print does not come between the rows."""
     with os.fdopen(os.dup(1), "w", buffering=1) as out:
         os.dup2(2, 1)
         yield lambda **row: print(json.dumps(row), file=out)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read(process: subprocess.Popen[bytes], deadline: float) -> Iterator[bytes]:

@@ -2,19 +2,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
 from blendmaskd import ascend
+from blendmaskd.discovery import ask_tool
 from blendmaskd_workers import process
 from blendmaskd_workers.devices import Device, DeviceError, open_device
 from blendmaskd_workers.evaluation.accelerator.children import Row, telling
 
-ASK_S = 20.0
 NVIDIA_SMI = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
 NVIDIA = Path("/proc/driver/nvidia/version")
 ASCEND = Path("/usr/local/Ascend")
@@ -49,7 +49,7 @@ def _facts(device: Device) -> Row:
 def _cuda() -> Row:
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     return {
-        "driver": _output(NVIDIA_SMI) or _number(_text(NVIDIA)) or "unknown",
+        "driver": ask_tool(NVIDIA_SMI, os.environ).partition("\n")[0] or _number(_text(NVIDIA)) or "unknown",
         "runtime": f"CUDA {torch.version.cuda}, cuDNN {cudnn}",
     }
 
@@ -63,15 +63,6 @@ def _npu() -> Row:
         "driver": ascend.parse_version(_text(ASCEND / "driver" / "version.info")) or "unknown",
         "runtime": f"torch_npu {version}",
     }
-
-
-def _output(argv: list[str]) -> str:
-    """The first line that a program prints; empty where there is none."""
-    try:
-        said = subprocess.run(argv, capture_output=True, text=True, timeout=ASK_S).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return said.strip().partition("\n")[0]
 
 
 def _number(text: str) -> str:

@@ -1,6 +1,6 @@
 """The device against recorded outputs of AdelaiDet, through the engine that serves; not for people.
 
-    python -m blendmaskd_workers.evaluation.accelerator.goldens DEVICE FOLDER --names NAME … --ways WAY …
+    python -m blendmaskd_workers.evaluation.accelerator.goldens DEVICE FOLDER NAME,… WAY,…
 
 tells a row for each golden of that name and way of computing it; two where it is a network, of a step of its training;
 and before them, with ``begun``, that it begins:
@@ -18,7 +18,6 @@ Recorded masks leave pixels open whose value is within .0001 of one half.
 """
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -63,16 +62,11 @@ BOUNDS = {  # the first are those to which CPUs are held
 
 def main(argv: list[str]) -> int:
     process.end_with_parent()
-    parser = argparse.ArgumentParser()
-    parser.add_argument("device")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--names", nargs="+", required=True)
-    parser.add_argument("--ways", nargs="+", required=True, choices=WAYS)
-    arguments = parser.parse_args(argv)
+    device, folder, names, ways = argv
     with telling() as tell:
-        for name in arguments.names:
+        for name in names.split(","):
             tell(golden=name, begun=True)
-            for row in _rows(name, arguments.ways, arguments.device, arguments.folder):
+            for row in _rows(name, ways.split(","), device, Path(folder)):
                 tell(**row)
     return 0
 
@@ -153,12 +147,8 @@ def compare(arrays: recorded.Arrays, found: Instances, prepared: Any, exact: boo
         "matched": len(left),
         "score_diff": float(np.abs(known.scores[left] - found.scores[right]).max(initial=0)),
         "box_diff_px": float(np.abs(known.boxes[left] - found.boxes[right]).max(initial=0)),
-        **_masks(arrays, left, _only(found, right), prepared, exact),
+        **_masks(arrays, left, comparison.only(found, right), prepared, exact),
     }
-
-
-def _only(found: Instances, places: comparison.Places) -> Instances:
-    return Instances(**{field.name: getattr(found, field.name)[places] for field in dataclasses.fields(found)})
 
 
 def _masks(arrays: recorded.Arrays, places: comparison.Places, found: Instances, prepared: Any, exact: bool) -> Row:
@@ -171,14 +161,11 @@ def _masks(arrays: recorded.Arrays, places: comparison.Places, found: Instances,
     pixels = off = 0
     for place, rle in zip(places, rles):
         mask = coco_mask.decode(rle).astype(bool)
-        at_least, at_most = (_decoded(size, arrays[f"rle_counts_{name}"][place]) for name in ("hi", "lo"))
+        counts = (bytes(arrays[f"rle_counts_{name}"][place]) for name in ("hi", "lo"))
+        at_least, at_most = (coco_mask.decode({"size": size, "counts": each}).astype(bool) for each in counts)
         pixels += int(at_least.sum() + (~at_most).sum())
         off += int((at_least & ~mask).sum() + (mask & ~at_most).sum())
     return {"mask_pixels": pixels, "mask_off": off}
-
-
-def _decoded(size: Sequence[int], counts: Any) -> Any:
-    return coco_mask.decode({"size": size, "counts": bytes(counts)}).astype(bool)
 
 
 # ---- training ---------------------------------------------------------------------------------------------------

@@ -74,7 +74,6 @@ Tree = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments (default: the process's); returns its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # processes are ended, and the report is written
     return guarded(NAME, lambda: _main(_parse(argv)))
 
@@ -91,20 +90,16 @@ def _main(arguments: argparse.Namespace) -> int:
             return EXIT_INTERRUPTED
         finally:
             _write(arguments.out, tree, begun)
-    for problem in report.problems(tree):
+    problems = report.problems(tree)
+    for problem in problems:
         print(problem)
     print(f"{arguments.out / NAME}.md, .json, .log: {tree['seconds']:.0f} s")
-    return _exit_code(tree)
-
-
-def _exit_code(tree: Tree) -> int:
     if "failed" in tree:
         return EXIT_NO_DEVICE
-    return EXIT_FAILED if report.problems(tree) else 0
+    return EXIT_FAILED if problems else 0
 
 
 def _run(check: Check, arguments: argparse.Namespace, tree: Tree, begun: float) -> None:
-    """Fill the tree, section by section."""
     until = begun + arguments.budget_s - END_S
     with _progress(arguments.budget_s) as progress:
         try:
@@ -232,17 +227,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _refuse_what_is_not_there(arguments: argparse.Namespace) -> None:
-    for path in _needed(arguments):
+    goldens = arguments.goldens if "goldens" in arguments.sections else ()
+    recorded = (sections.RECORDED / f"{golden}.npz" for golden in goldens)
+    for path in filter(None, (arguments.config, arguments.weights, *recorded)):
         if not path.is_file():
             raise UsageError(f"{path}: no such file")
-
-
-def _needed(arguments: argparse.Namespace) -> Iterator[Path]:
-    yield arguments.config
-    if arguments.weights:
-        yield arguments.weights
-    for golden in arguments.goldens if "goldens" in arguments.sections else ():
-        yield sections.RECORDED / f"{golden}.npz"
 
 
 def _device(text: str) -> str:

@@ -67,9 +67,7 @@ def training_images(network: str, config: Config) -> Tensor:
     return collate(prepared, config)
 
 
-def ground_truths(
-    network: str, resolution: int, empty: Sequence[int] = (), semantic: bool = True
-) -> list[GroundTruth]:
+def ground_truths(network: str, resolution: int, empty: Sequence[int] = (), semantic: bool = True) -> list[GroundTruth]:
     """The instances of each image, of those in `empty` none; `semantic`: with the map of the semantic loss."""
     recorded, arrays = training(network)
     return [

@@ -1,35 +1,23 @@
 """The check's report as Markdown, and a line for each row as it comes. Pure."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from blendmaskd_workers.benchmark.report import Columns, cells, grid
 from blendmaskd_workers.evaluation.accelerator.children import Row
 
 BY_THEMSELVES = ("golden", "computed", "precision")  # what they are of goes without saying
 NOT_MEASURED = ("unsupported", "skipped", "failed")
 RANDOM = ("seeded random ones, which have learnt nothing: what is found in a photograph means nothing, nor would an "
           "accuracy on photographs. Times are those of trained weights that find a hundred instances")  # fmt: skip
-Columns = Mapping[str, Callable[[Row], str]]
-
-
-def _yes(value: Any) -> str:
-    return "yes" if value else "no"
 
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
-def _number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}"
-
-
-def _idle(shares: Mapping[str, float]) -> str:
-    return ", ".join(f"{reason} {_percent(share)}" for reason, share in shares.items())
-
-
-def _idle_ms(row: Row) -> str:
+def _idle_ms(row: Mapping[str, Any]) -> str:
     reasons = ", ".join(f"{reason} {milliseconds:.2f}" for reason, milliseconds in row["idle_ms"].items())
     return f"{_percent(row['idle_share'])} ({reasons})"
 
@@ -39,7 +27,7 @@ OF: Columns = {  # what a row is of
     "computed": lambda row: row["way"],
     "size": lambda row: row["size"],
     "precision": lambda row: row["precision"],
-    "graphs": lambda row: _yes(row["graphs"]),
+    "graphs": lambda row: "yes" if row["graphs"] else "no",
     "batch": lambda row: str(row["batch"]),
     "clients": lambda row: str(row["clients"]),
 }
@@ -63,23 +51,23 @@ FOUND: Mapping[str, Columns] = {
         "first module off": lambda row: row["first_module_off"] or "",
     },
     "times": {
-        "images/s": lambda row: _number(row["images_per_s"], 1),
-        "if never idle": lambda row: _number(row["device_images_per_s"], 1),
-        "first visit ms": lambda row: _number(row["first_ms"], 2),
-        "second": lambda row: _number(row["second_ms"], 2),
+        "images/s": lambda row: f"{row['images_per_s']:.1f}",
+        "if never idle": lambda row: f"{row['device_images_per_s']:.1f}",
+        "first visit ms": lambda row: f"{row['first_ms']:.2f}",
+        "second": lambda row: f"{row['second_ms']:.2f}",
         "idle (ms by reason)": _idle_ms,
-        "alone ms": lambda row: _number(row["alone_ms"], 2),
-        "peak MB": lambda row: _number(row["peak_mb"], 0),
-        "of all": lambda row: _number(row["taken_mb"], 0),
+        "alone ms": lambda row: f"{row['alone_ms']:.2f}",
+        "peak MB": lambda row: f"{row['peak_mb']:.0f}",
+        "of all": lambda row: f"{row['taken_mb']:.0f}",
     },
     "daemon": {
-        "images/s": lambda row: _number(row["fps"], 1),
+        "images/s": lambda row: f"{row['fps']:.1f}",
         "of device time": lambda row: _percent(row["of_device_time"]),
-        "device ms per image": lambda row: _number(row["busy_ms_per_image"], 2),
-        "idle": lambda row: _idle(row["idle_share"]),
-        "p50 ms": lambda row: _number(row["p50_ms"], 1),
-        "p99": lambda row: _number(row["p99_ms"], 1),
-        "worker CPU s per 1000": lambda row: _number(row["cpu_s_per_1000"]["workers"], 1),
+        "device ms per image": lambda row: f"{row['busy_ms_per_image']:.2f}",
+        "idle": lambda row: ", ".join(f"{reason} {_percent(share)}" for reason, share in row["idle_share"].items()),
+        "p50 ms": lambda row: f"{row['p50_ms']:.1f}",
+        "p99": lambda row: f"{row['p99_ms']:.1f}",
+        "worker CPU s per 1000": lambda row: f"{row['cpu_s_per_1000']['workers']:.1f}",
         "failed jobs": lambda row: str(sum(row["failures"].values()) + row["wrong"]),
     },
 }
@@ -106,10 +94,9 @@ def is_bad(row: Row) -> bool:
 
 
 def line(section: str, row: Row) -> str:
-    """A row as a sentence."""
-    of = ", ".join(text if name in BY_THEMSELVES else f"{name} {text}" for name, text in _cells(row, OF))
+    of = ", ".join(text if name in BY_THEMSELVES else f"{name} {text}" for name, text in cells(row, OF).items())
     found = [f"{reason}: {row[reason]}" for reason in NOT_MEASURED if reason in row]
-    found += [f"{name} {text}" for name, text in _cells(row, FOUND[section])]
+    found += [f"{name} {text}" for name, text in cells(row, FOUND[section]).items()]
     if is_bad(row):
         found += [f"off: {each}" for each in row.get("off", ())]
     return ": ".join(filter(None, [section, of, ", ".join(found)]))
@@ -149,27 +136,11 @@ def _section(name: str, section: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(rows: Sequence[Row], columns: Columns) -> Iterator[str]:
-    """With the columns that some row has."""
-    shown = [name for name in columns if any(_has(row, name, columns) for row in rows)]
+    shown, body = grid(rows, columns)
     if shown:
         yield f"| {' | '.join(shown)} |"
         yield f"|{'---|' * len(shown)}"
-    for row in rows:
-        cells = dict(_cells(row, columns))
-        yield f"| {' | '.join(_cell(cells.get(name, '')) for name in shown)} |"
-
-
-def _cells(row: Row, columns: Columns) -> Iterator[tuple[str, str]]:
-    for name, cell in columns.items():
-        if _has(row, name, columns):
-            yield name, cell(row)
-
-
-def _has(row: Row, name: str, columns: Columns) -> bool:
-    try:
-        return bool(columns[name](row))
-    except KeyError:  # a row of another kind, or not known
-        return False
+    yield from (f"| {' | '.join(map(_cell, texts))} |" for texts in body)
 
 
 def _cell(text: str) -> str:

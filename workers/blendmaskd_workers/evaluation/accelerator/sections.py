@@ -39,8 +39,6 @@ TIME_IS_UP = "the time was up"
 
 @dataclass(frozen=True)
 class Check:
-    """What is checked, and how."""
-
     device: str  # cuda:0, npu:0, cpu
     config: str
     weights: str | None  # None: seeded random ones
@@ -105,7 +103,7 @@ def _goldens(check: Check, until: float, ways: Sequence[str], names: Sequence[st
     while left and time.monotonic() < until:
         begun = left[0]
         try:
-            arguments = [check.device, str(check.folder), "--names", *left, "--ways", *ways]
+            arguments = [check.device, str(check.folder), ",".join(left), ",".join(ways)]
             for row in check.rows(GOLDENS, arguments, until):
                 begun = row["golden"] if "begun" in row else begun
                 yield from [row] * ("begun" not in row)
@@ -184,10 +182,8 @@ def times(check: Check, until: float, _: Sequence[Row]) -> Iterator[Row]:
 
 def _visits(check: Check, until: float, seconds: float, name: str) -> Iterator[Row]:
     """The rows of a precision; they should take `seconds`, and may take half as long again."""
-    size = [str(side) for side in check.sizes[0]]
     until = min(until, time.monotonic() + 1.5 * seconds)
-    arguments = ["-m", VISITS, "--batches", *map(str, check.batch_sizes), "--size", *size, "--seconds",
-                 f"{seconds:.1f}"]  # fmt: skip
+    arguments = ["-m", VISITS, json.dumps([check.sizes[0], check.batch_sizes, round(seconds, 1)])]
     try:
         settings = settings_module.load(None, None, _overrides(check, until, name), [check.slot])
         plan = launch_plan.plan(check.slot, launch.basis(settings), check.environment, arguments=arguments)

@@ -1,7 +1,7 @@
 """How long a device takes for a batch, by its own clock, with two runs on it as in a worker.
 
-`python -m blendmaskd_workers.evaluation.accelerator.visits` is started as the daemon starts workers, for one precision;
-not for people. It tells a row for each batch size, without graphs and then with them:
+`python -m blendmaskd_workers.evaluation.accelerator.visits '[[HEIGHT, WIDTH], [BATCH, …], SECONDS]'` is started as the
+daemon starts workers, for one precision; not for people. It tells a row for each batch size, first without graphs:
 
 ====================  ============================================================================
 graphs, batch         whether, images
@@ -20,12 +20,12 @@ or ``unsupported``, ``skipped`` or ``failed`` with a reason.
 """
 from __future__ import annotations
 
-import argparse
+import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -38,32 +38,26 @@ from blendmaskd.protocol import IDLE
 from blendmaskd_workers import engines, process
 from blendmaskd_workers.devices import UnsupportedError
 from blendmaskd_workers.engines import Engine, EngineError, Run, Times, segment
-from blendmaskd_workers.evaluation.accelerator.children import Row, first_line, telling
+from blendmaskd_workers.evaluation.accelerator.children import Row, Tell, telling
 
 LEAST_RUNS = 3
 ALONE_RUNS = 3
 RUNS = 1 + ALONE_RUNS + LEAST_RUNS + 1  # at least, of a batch size: to warm up, and one in flight at the end
 MOST_S = 3.0  # for a batch size
 TIME_IS_UP = "the time was up"
-Tell = Callable[..., None]
 NOT_THERE = ("not implemented", "not supported", "unsupported")
 
 
 def main(argv: list[str]) -> int:
     process.end_with_parent()
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--size", type=int, nargs=2, required=True)
-    parser.add_argument("--batches", type=int, nargs="+", required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("identity")  # for `ps`
-    arguments = parser.parse_args(argv)
-    deadline = time.monotonic() + arguments.seconds
+    size, batches, seconds = json.loads(argv[0])  # what follows it is for `ps`
+    deadline = time.monotonic() + seconds
     assigned = assignment.read(os.environ)
     with telling() as tell:
         for graphs in (False, True):
             left_s = deadline - time.monotonic()
             until = deadline if graphs or assigned.local_device == "cpu" else deadline - left_s / 2
-            _time_kind(assigned, graphs, tuple(arguments.size), arguments.batches, until, partial(tell, graphs=graphs))
+            _time_kind(assigned, graphs, tuple(size), batches, until, partial(tell, graphs=graphs))
     return 0
 
 
@@ -112,7 +106,7 @@ def _time_all(engine: Engine, size: tuple[int, int], batches: Sequence[int], dea
 
 def why(error: Exception) -> Row:
     """What an error says of the device: that it has not the memory or the means, or that it failed."""
-    text = first_line(error)
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "out of memory" in str(error).lower():
         return {"skipped": f"out of memory: {text}"}
     missing = any(words in str(error).lower() for words in NOT_THERE)
