@@ -29,6 +29,17 @@ def run(*arguments: str) -> int:
     return program.main([*BRIEF, *arguments])
 
 
+def test_a_variant_may_be_the_daemon_of_another_checkout(tmp_path: Path, capsys: Any) -> None:
+    package, started = tmp_path / "before/daemon/blendmaskd", tmp_path / "started"
+    package.mkdir(parents=True)
+    package.joinpath("__init__.py").touch()
+    package.joinpath("__main__.py").write_text(f"open({str(started)!r}, 'w').write(__file__)\nraise SystemExit(9)")
+    variants = [f"before: checkout={tmp_path / 'before'}", f"after: checkout={Path(__file__).parents[2]}"]
+    assert program.main(["--limit-seconds", "0", "--compare", *variants]) == 3
+    assert "the daemon ended with 9" in capsys.readouterr().err
+    assert started.read_text() == str(package / "__main__.py")
+
+
 def saved(file: Path) -> Any:
     return json.loads(file.read_text())
 
@@ -210,6 +221,7 @@ def test_the_plain_path_takes_as_long_as_the_timed_engine() -> None:
         (["--endpoint", "ipc:///tmp/e", "--compare", "batch=1", "batch=2"], "batch is a setting"),
         (["--compare", "batch", "batch=2"], "expected KEY=VALUE"),
         (["--compare", "nonsense=1", "batch=2"], "nonsense: unknown key"),
+        (["--compare", "checkout=/nowhere", "batch=2"], "checkout=/nowhere: expected a checkout"),
         (["--set", "queue.max_jobs=-1"], "queue.max_jobs"),
         (["--engine", "native", "--bare"], "--bare sleeps"),
         (["--rate", "5", "--clients", "1", "2"], "--rate is an open loop"),

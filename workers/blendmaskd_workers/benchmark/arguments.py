@@ -34,8 +34,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--limit-seconds", metavar="S", type=_not_negative, default=3.0,
         help="of the bare loop, before and after each round; 0: not measured; default 3")
     add("--timeout", metavar="S", type=seconds, default=60.0, help="a job's deadline, default 60")
-    add("--compare", nargs=2, metavar="KEY=VALUE", help="two variants in turns: settings, or options of the load, "
-        "several with ; between; 'NAME: KEY=VALUE' gives one a short name")
+    add("--compare", nargs=2, metavar="KEY=VALUE", help="two variants in turns: settings, options of the load, or "
+        "checkout=FOLDER, whose daemon then runs; several with ; between; 'NAME: KEY=VALUE' gives one a short name")
     add("--bare", nargs="?", choices=("proxy", "poller"), const="proxy", metavar="KIND", help="also the plain ZeroMQ "
         "path to workers that only sleep: its proxy (default), or a poller loop in Python")
     add("--http", nargs="+", metavar="URL",

@@ -17,6 +17,7 @@ two settings against each other, and against the plain ZeroMQ path, in turns in 
 
   python scripts/benchmark.py --compare batch=1 batch=auto --bare
   python scripts/benchmark.py --compare transport=socket transport=shared
+  python scripts/benchmark.py --compare 'before: checkout=../before' 'after: checkout=.'   # two versions of the daemon
   python scripts/benchmark.py --clients 1 --devices cpu:0 --size 224x224 --mask-format none --bare \\
     --transport socket --set 'timed.latency_ms={1: 0}'              # latency for a lone client
   python scripts/benchmark.py --devices cpu:{0..15} --clients 48    # many devices
@@ -77,6 +78,7 @@ class Variant:
     overrides: tuple[str, ...] = ()
     settings: Settings | None = None  # None: of a daemon that runs already
     bare: str | None = None  # the kind of plain path, see `blendmaskd_workers.benchmark.bare`
+    checkout: Path | None = None  # of the daemon; None: this one
 
     @property
     def points(self) -> list[Point]:
@@ -155,6 +157,7 @@ def _variant(text: str, arguments: argparse.Namespace) -> Variant:
         name = pairs = text
     overrides = [f"devices=[{', '.join(arguments.devices)}]", f"engine={arguments.engine}", f"batch={arguments.batch}",
                  *arguments.set]  # fmt: skip
+    checkout: Path | None = None
     for pair in filter(None, pairs.split(";")):
         key, equals, value = pair.strip().partition("=")
         if not equals:
@@ -162,6 +165,8 @@ def _variant(text: str, arguments: argparse.Namespace) -> Variant:
         if key.replace("-", "_") in LOAD_OPTIONS:
             option = load_parser().parse_args([f"--{key.replace('_', '-')}", *value.split(",")])
             setattr(arguments, key.replace("-", "_"), getattr(option, key.replace("-", "_")))
+        elif key == "checkout" and not arguments.endpoint:
+            checkout = _checkout(value)
         elif arguments.endpoint:
             raise UsageError(f"--compare {text}: {key} is a setting of the daemon; with --endpoint only the load can "
                              f"differ: {', '.join(LOAD_OPTIONS)}")  # fmt: skip
@@ -171,7 +176,17 @@ def _variant(text: str, arguments: argparse.Namespace) -> Variant:
         folders = sorted({os.path.dirname(os.path.abspath(path)) for path in input_images.find(arguments.images)})
         overrides.insert(0, f"paths.roots={folders}")
     settings = settings_module.load(None, None, overrides)
-    return Variant(name or DAEMON, arguments, tuple(overrides), None if arguments.endpoint else settings)
+    return Variant(
+        name or DAEMON, arguments, tuple(overrides), None if arguments.endpoint else settings, checkout=checkout
+    )
+
+
+def _checkout(folder: str) -> Path:
+    checkout = Path(folder).resolve()
+    if not (checkout / "daemon" / "blendmaskd").is_dir():
+        raise UsageError(f"--compare checkout={folder}: expected a checkout of this project, with daemon/blendmaskd; "
+                         "`git worktree add FOLDER COMMIT` makes one")  # fmt: skip
+    return checkout
 
 
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
@@ -289,7 +304,7 @@ def _server(variant: Variant, answer_bytes: int) -> Iterator[Server]:
         with servers.bare_path(variant.settings, answer_bytes, variant.bare) as server:
             yield server
     else:
-        with servers.own_daemon(variant.overrides, variant.settings) as server:
+        with servers.own_daemon(variant.overrides, variant.settings, variant.checkout) as server:
             yield server
 
 

@@ -5,6 +5,7 @@ A server of our own is there, with all its devices, when the ``with`` is entered
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,14 +48,17 @@ class Server:
 
 
 @contextmanager
-def own_daemon(overrides: Sequence[str], settings: Settings) -> Iterator[Server]:
-    """A daemon with these settings. Raises `NoDaemonError` when it, or one of its devices, does not come up."""
+def own_daemon(overrides: Sequence[str], settings: Settings, checkout: Path | None = None) -> Iterator[Server]:
+    """A daemon with these settings, of another checkout where one is named. Raises `NoDaemonError` when it, or one of
+    its devices, does not come up.
+    """
+    packages = {"PYTHONPATH": f"{checkout}/daemon:{checkout}/workers"} if checkout else {}
     with tempfile.TemporaryDirectory(prefix="blendmaskd-benchmark-") as folder:
         endpoint = f"ipc://{folder}/client.sock"
         argv = [sys.executable, "-P", "-m", "blendmaskd", "--log-level", "warning"]
         for override in [*overrides, f"endpoints.clients=[{endpoint}]", "endpoints.metrics=null"]:
             argv += ["--set", override]
-        process = subprocess.Popen(argv)
+        process = subprocess.Popen(argv, env={**os.environ, **packages})
         try:
             pids = _wait_for_devices(endpoint, process, settings)
             yield Server(endpoint, psutil.Process(process.pid), tuple(map(psutil.Process, pids)))
