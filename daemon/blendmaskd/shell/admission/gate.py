@@ -57,7 +57,7 @@ FAILURES = {
     int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "did not use CURVE or had another server key",
     int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "had a key that is not allowed",
 }
-_EVENT = struct.Struct("=hi")  # zmq_socket_monitor(3): the event and its value, for all of these a descriptor
+_EVENT = struct.Struct("=hi")  # zmq_socket_monitor(3): the event, and its value, of those that come and go a descriptor
 
 
 @dataclass(slots=True)
