@@ -100,6 +100,7 @@ def by_the_stats(before: Snapshot, after: Snapshot, fps: float) -> Row:
     row: Row = {"devices": devices, "stages_ms": stages}
     if images:  # else the measurement was shorter than the time between two reports
         row |= {"of_device_time": busy_s / images * fps / devices, "busy_ms_per_image": 1000 * busy_s / images}
+    if images and all("idle_seconds" in now for now in after["devices"]):  # older daemons do not tell it
         per_image = fps / devices / images
         row["idle_share"] = {
             reason: per_image * sum(now["idle_seconds"][reason] - then["idle_seconds"][reason] for then, now in pairs)

@@ -85,9 +85,11 @@ def line(row: Row) -> str:
         parts[0] += f" = {100 * row['utilisation']:.2f}% of the devices' {row['limit_fps']:.2f}"
     parts.append(f"p50 {row['p50_ms']:.2f} ms, p99 {row['p99_ms']:.2f}")
     if "busy_ms_per_image" in row:
-        idle = ", ".join(f"{reason} {100 * share:.1f}%" for reason, share in row["idle_share"].items())
         parts.append(f"{100 * row['of_device_time']:.2f}% of the devices' time, {row['busy_ms_per_image']:.2f} ms per "
-                     f"image; they waited for {idle}")  # fmt: skip
+                     "image")  # fmt: skip
+    if "idle_share" in row:
+        idle = ", ".join(f"{reason} {100 * share:.1f}%" for reason, share in row["idle_share"].items())
+        parts.append(f"they waited for {idle}")
     cpu = ", ".join(f"{name} {spent:.3f}" for name, spent in row["cpu_s_per_1000"].items())
     parts.append(f"CPU s per 1000: {cpu}")
     return f"round {row['round']}, {row['variant']}, {load_text(row)}: {'; '.join([*parts, *remarks(row)])}"
