@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from blendmaskd import settings
 from blendmaskd.assignment import EXIT_DEVICE_BROKEN, EXIT_HOST_LACKS, Assignment
-from blendmaskd.images.decoding import ImageError
+from blendmaskd.images.decoding import ImageError, bgr
 from blendmaskd.protocol import Code, Failed, Image, Options
 from blendmaskd.wanted import Wanted
 from blendmaskd_workers import engines, loop
@@ -93,9 +94,9 @@ class Worker:
         self.engine.steps.clear()
         self.engine.started.clear()
 
-    def submit(self, deadline_s: float = 30.0) -> Future[Answer | Failed]:
+    def submit(self, deadline_s: float = 30.0, pixel: int = 0) -> Future[Answer | Failed]:
         image = Image(kind="raw", shape=SHAPE)
-        return self.channel.submit(image, np.zeros(SHAPE, np.uint8).tobytes(), Options(), deadline_s)
+        return self.channel.submit(image, np.full(SHAPE, pixel, np.uint8).tobytes(), Options(), deadline_s)
 
     def together(self, number: int) -> list[Future[Answer | Failed]]:
         """So many images, of which the first is on the device when the others come."""
@@ -132,6 +133,27 @@ def test_the_next_batch_is_begun_before_the_host_chooses_and_completed_after(wor
         ("launch", 3), ("choose", 2), ("complete", 3), ("collect", 2),
         ("choose", 3), ("collect", 3),
     ]  # fmt: skip
+
+
+def test_who_goes_ahead_waits_for_no_host_thread_of_others(worker: Worker) -> None:
+    prepare, tell, go_on = worker.engine.prepare, worker.channel._tell, threading.Event()
+
+    def takes_long(photograph: Any) -> Any:
+        if bgr(photograph).any():
+            go_on.wait(30)
+        return prepare(photograph)
+
+    worker.engine.prepare = takes_long
+    running = worker.submit()
+    assert worker.engine.started.wait(10)
+    others = [worker.submit(pixel=1) for _ in range(worker.loop._host_threads + 1)]
+    worker.channel._tell = lambda message, payload: tell(msgspec.structs.replace(message, ahead=True), payload)
+    polite = worker.submit()
+    worker.channel._tell = tell
+    assert outcomes([polite]) == ["answered"]
+    assert not any(each.done() for each in others)
+    go_on.set()
+    assert outcomes([running, *others]) == ["answered"] * (1 + len(others))
 
 
 def test_what_was_revoked_or_is_too_late_is_not_begun(worker: Worker) -> None:

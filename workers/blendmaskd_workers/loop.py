@@ -3,6 +3,7 @@
 =========  ==========================================================================================
 main       takes leases in, reports each second
 host       a small pool: decodes and prepares the next images, finishes and answers the last ones
+express    one: does the same for images that go ahead of others, which may keep the pool for seconds
 device     one: forms batches from what is prepared, runs the engine
 teller     one: tells the daemon which batch has started
 preview    one, where `show_last_image` is on: draws a picture now and then
@@ -35,6 +36,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import msgpack
@@ -101,6 +103,7 @@ class Loop:
         self._exit_code: int | None = None
         self._host_threads = process.host_threads(self._settings, len(os.sched_getaffinity(0)), cpu_quota())
         self._host = ThreadPoolExecutor(self._host_threads, thread_name_prefix="host")
+        self._express = ThreadPoolExecutor(1, thread_name_prefix="express")
         self._teller = ThreadPoolExecutor(1, thread_name_prefix="teller")
 
     def run(self) -> int:
@@ -157,7 +160,10 @@ class Loop:
         for lone in [other for other in others if other.lone]:
             lone.lone = False
             self._channel.send(protocol.Started(leases=[lone.lease.lease]))
-        self._host.submit(self._unless_it_dies, self._prepare_and_put, item)
+        self._threads_for(item).submit(self._unless_it_dies, self._prepare_and_put, item)
+
+    def _threads_for(self, item: Item) -> ThreadPoolExecutor:
+        return self._express if item.lease.ahead else self._host
 
     def _window(self) -> int:
         batches = 3 if self._engine.overlaps else 2  # one is already here, the others run
@@ -287,8 +293,8 @@ class Loop:
         try:
             while self._exit_code is None:
                 following = self._launch(self._next(running))
-                running = self._choose(running)
-                following = self._complete(following)
+                running = self._step(running, Flight.choose)
+                following = self._step(following, Flight.complete)
                 self._collect(running)
                 running = following
         except BaseException:
@@ -324,11 +330,8 @@ class Loop:
             self._teller.submit(self._unless_it_dies, self._channel.send, started)
         return self._guarded(batch, lambda: Flight(batch, self._engine.launch([item.prepared for item in batch])))
 
-    def _complete(self, flight: Flight | None) -> Flight | None:
-        return flight and self._guarded(flight.batch, flight.complete)
-
-    def _choose(self, flight: Flight | None) -> Flight | None:
-        return flight and self._guarded(flight.batch, flight.choose)
+    def _step(self, flight: Flight | None, step: Callable[[Flight], Flight]) -> Flight | None:
+        return flight and self._guarded(flight.batch, partial(step, flight))
 
     def _collect(self, flight: Flight | None) -> None:
         if flight is not None:
@@ -395,7 +398,7 @@ class Loop:
             if len(self._held) == 1:
                 self._finish(item, output)
             else:
-                self._host.submit(self._unless_it_dies, self._finish, item, output)
+                self._threads_for(item).submit(self._unless_it_dies, self._finish, item, output)
         if self._engine.overlaps:
             self._busy.add(times)
         self._batching.observe(*flight.kind, device_s, times.first_s)
