@@ -4,7 +4,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -117,24 +117,23 @@ def test_of_ever_new_sizes_the_last_are_remembered() -> None:
     assert batching.first_s((0, 1), 2) == 0.0
 
 
-def test_any_thread_may_ask_while_another_observes() -> None:
+def test_any_thread_may_ask_and_observe() -> None:
     batching = Batching("auto")
-    interval, halt = sys.getswitchinterval(), threading.Event()
+    interval = sys.getswitchinterval()
 
-    def observe() -> None:
-        for height, width in itertools.product(range(32, 1344, 32), repeat=2):
+    def observe(first: int) -> None:
+        for height, width in itertools.product(range(first, 1344, 64), range(32, 1344, 32)):
             for _ in range(5):
                 batching.observe((height, width), 1, 0.02)
-        halt.set()
 
     sys.setswitchinterval(1e-6)
     try:
-        observer = threading.Thread(target=observe)
-        observer.start()
-        while not halt.is_set():
-            assert batching.target() >= 1
-            assert len(batching.seen()) <= SIZES_REMEMBERED
-        observer.join()
+        with ThreadPoolExecutor(2) as pool:
+            observers = [pool.submit(observe, first) for first in (32, 64)]
+            while not all(each.done() for each in observers):
+                assert batching.target() >= 1
+                assert len(batching.seen()) <= SIZES_REMEMBERED
+        assert [each.result() for each in observers] == [None, None]
     finally:
         sys.setswitchinterval(interval)
 

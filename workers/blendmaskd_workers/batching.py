@@ -9,13 +9,14 @@ largest that is known, twice as many are tried, if that many are there at once a
 `LONG_S`: batching saves what a launch costs, and nobody sees that in a quarter of a second. The first run of a new
 size is not counted, because a device may compile for it.
 
-One thread at a time observes; any may ask. So what was learnt is replaced and never changed, and who reads it reads one
-state of it. Of the padded sizes, those that ran last are remembered: whoever sends images chooses them.
+For any thread. What was learnt is replaced and never changed, so who reads it reads one state of it. Of the padded
+sizes, those that ran last are remembered: whoever sends images chooses them.
 """
 from __future__ import annotations
 
 import math
 import statistics
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -61,6 +62,7 @@ class Batching:
         self._fixed = None if batch == "auto" else batch
         self._table = dict(table or {})
         self._longest_s = longest_s
+        self._learning = threading.Lock()  # for writing the next
         self._runs: Mapping[Size, Mapping[int, Runs]] = {}  # in the order of their last
 
     def target(self, size: Size | None = None) -> int:
@@ -88,13 +90,15 @@ class Batching:
 
     def observe(self, size: Size, count: int, seconds: float, first_s: float = 0.0) -> None:
         """A batch of `count` images took the device so long, and `first_s` of it in the first visit."""
-        runs = self._of(size, count)
-        counted = (*runs.seconds, seconds)[-RUNS_REMEMBERED:] if runs.compiled else ()
-        self._learn(size, count, Runs(counted, first_s, compiled=True, refused=runs.refused))
+        with self._learning:
+            runs = self._of(size, count)
+            counted = (*runs.seconds, seconds)[-RUNS_REMEMBERED:] if runs.compiled else ()
+            self._learn(size, count, Runs(counted, first_s, compiled=True, refused=runs.refused))
 
     def refuse(self, size: Size, count: int) -> None:
         """The engine failed on a batch of `count` whose images it can do alone: memory, mostly."""
-        self._learn(size, count, replace(self._of(size, count), refused=True))
+        with self._learning:
+            self._learn(size, count, replace(self._of(size, count), refused=True))
 
     def seen(self) -> list[tuple[int, int, int, float | None]]:
         """Batch sizes that are remembered: count, height, width, and the median of the last runs in seconds."""
