@@ -18,7 +18,7 @@ from blendmaskd.settings import Timed
 from blendmaskd_workers import results
 from blendmaskd_workers.engines import Times
 
-CHECKED_BYTES = 16 << 10
+CHECKED_BYTES = 64 << 10
 LARGEST_BATCH = 64  # that the settings allow
 BEGINNING = 0.136  # of the first visit: R_50_1x's multiply-adds up to res3
 
