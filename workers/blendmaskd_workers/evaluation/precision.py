@@ -61,6 +61,7 @@ def _main(arguments: argparse.Namespace) -> int:
     initial, random = arguments.initial_weights, arguments.random_weights
     weights = Initial(initial) if initial is not None else arguments.weights if random is None else random
     depth = Depth(arguments.trace, arguments.double_benchmark, arguments.ladder)
+    outputs.make(arguments.output_dir)
     try:
         photographs = [_read(path) for path in arguments.images]
         config = load_config(arguments.config)
