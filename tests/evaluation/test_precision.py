@@ -226,6 +226,12 @@ def test_frozen_norms_are_the_identity_before_training_and_seeds_differ(config) 
     assert all(bool((values == values[0]).all()) for values in norms)
 
 
+@pytest.mark.parametrize(("loss", "warned"), [(0.6, False), (0.65, True), (0.84, True), (0.9, False)])
+def test_a_loss_is_warned_of_where_initial_weights_have_it(loss: float, warned: bool) -> None:
+    rows = [{"scene": "scene", "losses": [{"name": "loss_fcos_ctr", "reference": loss}]}]
+    assert bool(subjects._warnings(rows)) == warned
+
+
 def test_a_network_that_has_learnt_is_not_warned_of() -> None:
     network = blendmask.load_config(ROOT / "configs" / "demo" / "demo.yaml")
     subject = subjects.load(network, str(ROOT / "configs" / "demo" / "model_final.pth"), "cpu")
