@@ -26,6 +26,7 @@ by in each of them, which takes about fifteen times as long as the rest.
 
 --double-benchmark is Huawei's: a CPU in float64 is the truth, and the device's errors may be at most twice those of the
 reference in float32 (RMSE, mean relative error, share of small values that are off), ten times the largest one.
+Another order of summation alone may come to three times; float16 comes to thousands.
 
 Losses near ln 2 are warned of: their network has learnt nothing, and two devices then agree whatever they compute.
 
