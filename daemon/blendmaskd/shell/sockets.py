@@ -26,7 +26,7 @@ from blendmaskd.keys import KeyFileError, Pair, read_pair
 from blendmaskd.protocol import MEMORY_SUFFIX, SURE_BYTES
 from blendmaskd.settings import Settings
 from blendmaskd.shell import descriptors
-from blendmaskd.shell.admission.access import FROM_AFAR, AllowedKeys
+from blendmaskd.shell.admission.access import FROM_AFAR, FROM_HERE, AllowedKeys
 from blendmaskd.shell.admission.gate import Gate
 from blendmaskd.shell.endpoint_files import EndpointFiles, EndpointTaken, obstacle
 from blendmaskd.shell.pages import Pages
@@ -237,7 +237,7 @@ class Clients:
         self.router = router
         self.kind = kind
         self.behind = False  # messages were left to be read
-        self._prefix = FROM_AFAR if kind == "tcp" else b""
+        self._prefix = FROM_AFAR if kind == "tcp" else FROM_HERE
         self._unfinished = False
 
     def name(self, frame: zmq.Frame) -> bytes:
@@ -318,7 +318,7 @@ def send_to_client(sockets: Sequence[Clients], client: bytes, frames: Sequence[A
     """As `send`, by the socket of its kind."""
     if client.startswith(FROM_AFAR):
         return send(sockets[-1].router, client.removeprefix(FROM_AFAR), frames)
-    return send(sockets[0].router, client, frames)
+    return send(sockets[0].router, client.removeprefix(FROM_HERE), frames)
 
 
 def _pages(endpoint: str, front: str) -> Pages:

@@ -27,7 +27,8 @@ from typing import NamedTuple
 from blendmaskd.keys import PUBLIC, KeyFileError, read_public
 
 LEAST_IDENTITY_BYTES = 16
-FROM_AFAR = b"\0tcp:"  # before the identity of a remote client: no local one begins so, chosen or made up by ZeroMQ
+# Before the identities of remote and of local clients: a client may choose any, also one that begins so.
+FROM_AFAR, FROM_HERE = b"\0tcp:", b"\0ipc:"
 _SHORT_OF_SOMETHING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 LOCAL = "local"  # the owner of what an ipc client submits
 
