@@ -635,9 +635,9 @@ def test_a_wrong_argument_raises_in_its_call_and_nowhere_else(shared_daemon: Any
         assert answered(client.segment(pixels(3))) == checksum(pixels(3))
 
 
-def test_numbers_of_other_libraries_are_numbers(shared_daemon: Any) -> None:
+def test_numbers_and_texts_of_other_libraries_are_numbers_and_texts(shared_daemon: Any) -> None:
     options = {"score_threshold": np.float32(0.25), "max_detections": np.int64(0), "priority": np.int8(-1),
-               "deadline_s": np.float64(5)}  # fmt: skip
+               "deadline_s": np.float64(5), "mask_format": np.array(["none"])[0]}  # fmt: skip
     assert shared_daemon.client.segment(pixels(0), **options).detections == []
     assert with_client(shared_daemon.endpoint, lambda client: client.segment(pixels(0), **options)).detections == []
     with Client(shared_daemon.endpoint, timeout_s=np.float32(5), retries=np.int64(2)) as client:
