@@ -292,6 +292,8 @@ def test_an_unfinished_map_cancels_what_is_in_flight(slow_daemon: Any, wait_unti
 def test_a_window_of_nothing_and_an_endpoint_that_is_none_are_refused(shared_daemon: Any) -> None:
     with pytest.raises(ValueError, match="window = 0"):
         next(shared_daemon.client.map([pixels(0)], window=0))
+    with pytest.raises(ValueError, match="on_error = 'retrun'"):
+        next(shared_daemon.client.map([pixels(0)], on_error="retrun"))
     for endpoint in ("nonsense", "/run/x.sock", "http://localhost:1", "tcp://localhost"):
         with pytest.raises(ValueError, match=f"{endpoint}: .*expected ipc:///PATH or tcp://HOST:PORT"):
             Client(endpoint)
