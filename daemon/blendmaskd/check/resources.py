@@ -12,7 +12,7 @@ import psutil
 from blendmaskd.check.finding import Finding, error, ok, warning
 from blendmaskd.discovery import read
 from blendmaskd.settings import Settings
-from blendmaskd.shell.descriptors import limits, most_connections, most_regions, needed
+from blendmaskd.shell.descriptors import REMEDY, limits, most_connections, most_regions, needed, shortage
 
 NETWORK_TYPES = ("nfs", "cifs", "smb", "ceph", "glusterfs", "lustre", "fuse.sshfs", "9p")
 FEW_FILES = 512
@@ -116,6 +116,8 @@ def judge_weights(engine: str, named: str | None, complaint: str | None, took_s:
 
 
 def judge_limits(facts: LimitFacts) -> list[Finding]:
+    if complaint := shortage(facts.hard_files):
+        return [error("limits", complaint, REMEDY)]
     locked = "no limit" if facts.locked_bytes is None else f"{facts.locked_bytes / (1 << 20):.0f} MiB"
     clients, regions = most_connections(facts.files), most_regions(facts.files)
     text = f"{facts.files} open files: {clients} clients, {regions} with shared memory; locked memory: {locked}"

@@ -62,6 +62,7 @@ class Sockets:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._most_files = _make_room()
         self._folder = private_folder()
         self._kinds = ("ipc", "tcp") if any(map(_is_tcp, settings.endpoints.clients)) else ("ipc",)
         # workers, local and remote clients: what one of these sends keeps no thread of the others busy. Without remote
@@ -125,10 +126,8 @@ class Sockets:
         return router
 
     def _make_gate(self) -> Gate:
-        files, _ = descriptors.limits()
-        most = descriptors.most_connections(files)
-        descriptors.make_room(files)
-        self.shared_memory.most_regions = descriptors.most_regions(files)
+        most = descriptors.most_connections(self._most_files)
+        self.shared_memory.most_regions = descriptors.most_regions(self._most_files)
         routers = {clients.kind: clients.router for clients in self.clients}
         return Gate(self._context, routers, self.allowed, most, min(self._settings.limits.max_connections, most))
 
@@ -176,6 +175,18 @@ class Sockets:
         return keys
 
 
+def _make_room() -> int:
+    """The soft limit of open files, raised now as far as clients may need. ZeroMQ aborts where its sockets find none.
+
+    Raises `StartError`.
+    """
+    files, most = descriptors.limits()
+    if complaint := descriptors.shortage(most):
+        raise StartError(f"{complaint}; {descriptors.REMEDY}")
+    descriptors.make_room(files)
+    return files
+
+
 def private_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder of this run alone, for the workers' socket: in systemd's RUNTIME_DIRECTORY, or where temporary files go.
 
@@ -184,7 +195,8 @@ def private_folder() -> tempfile.TemporaryDirectory[str]:
     runtime = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]  # of a unit with several: the first
     variable = "RUNTIME_DIRECTORY" if runtime else "TMPDIR"
     try:
-        folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=runtime or None)
+        place = os.path.abspath(runtime or tempfile.gettempdir())  # an endpoint is a path from the root
+        folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=place)
     except OSError as error:
         raise StartError(
             f"no folder for the workers' socket: {error}; set {variable} to a folder that this user can write"
