@@ -191,7 +191,7 @@ async def several(settings: Settings, listening: socket.socket, argv: list[str])
 
 async def _keep(argv: list[str], descriptor: int, folder: str, stopping: asyncio.Event) -> None:
     """One of several processes; `folder` is where they count."""
-    command = [sys.executable, "-m", "blendmaskd.http.program", *argv, "--descriptor", str(descriptor)]
+    command = [sys.executable, "-P", "-m", "blendmaskd.http.program", *argv, "--descriptor", str(descriptor)]
     environment = {**os.environ, FOLDER_VARIABLE: folder}
     environment.pop("NOTIFY_SOCKET", None)
     while not stopping.is_set():
