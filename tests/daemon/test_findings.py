@@ -173,6 +173,7 @@ FAULTS: list[Case] = [
     ("shut file", lambda: folder(usable=False), "error", "cannot be read by this user", "chmod"),
     ("no spool folder", lambda: spool(folder_there=False), "error", "the folder of /var/s.db does not exist",
      "create it"),
+    ("no spool", lambda: spool(taken="is not a file"), "error", "/var/s.db is not a file", "another file"),
     ("shut spool", lambda: spool(writable=False), "error", "this user cannot write /var/s.db", "chown"),
     ("spool on a network", lambda: spool(network="nfs4"), "warning", "/var/s.db is on nfs4", "local disk"),
     ("little disk", lambda: spool(free_bytes=1 << 30), "warning", "may take 4.0 GiB, 1.0 GiB are free", "spool_bytes"),
