@@ -172,9 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         code: int = arguments.run(arguments)
-    except BrokenPipeError as error:
-        return output.lost("blendmaskd-keys", error)
     except (OSError, KeyFileError) as error:
+        if isinstance(error, OSError) and error.errno and not error.filename:  # what it printed
+            return output.lost("blendmaskd-keys", error)
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
         print(f"blendmaskd-keys: {reason}", file=sys.stderr)
         return 1
