@@ -200,6 +200,37 @@ def test_a_wait_that_ends_or_is_deleted_leaves_nothing(durable: Any, front: Make
 
 
 @pytest.mark.slow
+def test_a_job_that_was_asked_for_before_it_was_there_is_accepted_by_the_daemon_alone(
+    durable: Any, front: MakeFront, photo: bytes, wait_until: Any
+) -> None:
+    """Whoever does not know whether its job was accepted asks for it, and sends it again: also while there is no
+    daemon, whose answers to the first question come twice.
+    """
+    here = front(durable)
+    name = secrets.token_hex(16)
+    assert here.ask("GET", "/readyz").status == 200  # it is connected
+    durable.kill()
+    replies: dict[str, int] = {}
+
+    def ask(method: str, path: str, body: bytes | None = None) -> threading.Thread:
+        thread = threading.Thread(target=lambda: replies.update({method: here.ask(method, path, body).status}))
+        thread.start()
+        return thread
+
+    with here.connect() as first:
+        first.sendall(f"GET /v1/jobs/{name}?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        wait_until(lambda: b"in_flight 2.0" in here.ask("GET", "/metrics").body)  # beside this question
+        posting = ask("POST", f"/v1/jobs?job={name}", photo)
+        wait_until(lambda: b"in_flight 3.0" in here.ask("GET", "/metrics").body)
+        assert replies == {}  # nobody has accepted it
+        durable.start()
+        assert first.recv(100).startswith(b"HTTP/1.1 404")
+    posting.join()
+    assert replies == {"POST": 202}
+    assert here.ask("GET", f"/v1/jobs/{name}?wait=20").tree["state"] == "done"
+
+
+@pytest.mark.slow
 def test_durable_jobs_outlive_both(durable: Any, front: MakeFront, photo: bytes) -> None:
     here = front(durable)
     jobs = [here.ask("POST", "/v1/jobs", photo).tree["job"] for _ in range(8)]

@@ -22,7 +22,7 @@ from blendmaskd.client.exchange import Described, JobFailed
 from blendmaskd.client.exchange import Segmentation as Answer
 from blendmaskd.core import durable
 from blendmaskd.http.rest import Failure, Query, Request
-from blendmaskd.protocol import Code
+from blendmaskd.protocol import UNKNOWN_JOB, Code
 
 log = logging.getLogger("blendmaskd.http")
 
@@ -141,8 +141,10 @@ class _Member:
             await self._alone(job, lambda: self.client.submit(image, job=job, **options))
 
     async def fetch(self, job: str, wait_s: float) -> Answer | None:
-        if not wait_s and job not in self._waiting:
-            return await self._alone(job, lambda: self.client.fetch(job, wait=False))
+        if job not in self._waiting:  # only what was accepted is waited for: `submit` relies on it
+            found = await self._alone(job, lambda: self.client.fetch(job, wait=False))
+            if found is not None or not wait_s:
+                return found
         wait = self._waiting.get(job)
         if wait is None:
             wait = self._waiting[job] = _Wait(asyncio.create_task(self._alone(job, lambda: self.client.fetch(job))))
@@ -195,7 +197,7 @@ async def _known(call: Awaitable[T]) -> T:
     try:
         return await call
     except JobFailed as error:
-        if error.reason not in (durable.UNKNOWN, durable.DISABLED):
+        if error.reason not in (UNKNOWN_JOB, durable.DISABLED):
             raise
         raise Failure(error.code, error.reason, status=HTTPStatus.NOT_FOUND) from None
 
