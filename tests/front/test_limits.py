@@ -55,6 +55,29 @@ def test_what_is_no_request_or_too_much_ends_in_time(strict: Front, parts: list[
     assert strict.ask("GET", "/healthz").status == 200
 
 
+@pytest.mark.parametrize(
+    ("start", "status"),
+    [
+        (b"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\n", 413),
+        (b"POST /v1/segment HTTP/1.1\r\nHost: evil.example\r\n", 421),
+        (b"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\n", 403),
+        (b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\n", 404),
+        (b"POST /v1/segment HTTP/1.0\r\n", 413),
+    ],
+)
+def test_whoever_sends_all_before_it_reads_sees_why_it_was_refused(strict: Front, start: bytes, status: int) -> None:
+    """As Python's urllib does. If the front closed at once, the kernel would throw its answer away."""
+    body = bytes(8 << 20)
+    assert status_of(strict.raw(start + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body), body)) == status
+
+
+def test_whoever_was_refused_cannot_stay(strict: Front, wait_until: Any) -> None:
+    with strict.connect() as rude:
+        rude.sendall(HEAD + b"Connection: close\r\nContent-Length: 8000000\r\n\r\n")
+        assert status_of(read_all(rude)) == 413
+        wait_until(lambda: open_connections(strict) == 0)
+
+
 def test_a_header_that_drips_is_cut_off(strict: Front) -> None:
     with strict.connect() as slow:
         slow.settimeout(0.05)

@@ -30,6 +30,31 @@ MOST_LEAVING, LEAVING_S = 64, 1.0
 LATE_S = 2.0  # the application answers a body that is late; then the connection goes
 
 
+class _Transport:
+    """A transport that reads on when it is closed while a request arrives, until the client has left: else the kernel
+    would take the answer back with what was not read.
+    """
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        self._transport = transport
+        self._connection = connection
+        self._ends = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._ends or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing() or self._connection.conn.their_state is not h11.SEND_BODY:
+            self._transport.close()
+            return
+        self._ends = True
+        self._connection.end()
+        self._transport.resume_reading()
+
+
 class Connection(H11Protocol):
     """One connection. `http` and `leaving` are set by `Server`."""
 
@@ -41,7 +66,7 @@ class Connection(H11Protocol):
     quiet_since = 0.0  # nothing was asked
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         self.since = self.quiet_since = self.loop.time()
         if len(self.connections) <= self.http.max_connections:
             return
@@ -119,12 +144,16 @@ class Connection(H11Protocol):
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         line = f"HTTP/1.1 {failure.status.value} {failure.status.phrase}\r\n"
         self.transport.write(f"{line}{head}\r\n".encode() + failure.body)
-        if self.transport.can_write_eof():
-            with contextlib.suppress(OSError):  # it has left meanwhile
-                self.transport.write_eof()
+        self.end()
         self.connections.discard(self)
         self.leaving.add(self)
         self.loop.call_later(LEAVING_S, self.transport.abort)
+
+    def end(self) -> None:
+        """Tell whoever reads that nothing follows."""
+        if self.transport.can_write_eof():
+            with contextlib.suppress(OSError):  # it has left meanwhile
+                self.transport.write_eof()
 
 
 def late(receive_s: float) -> Failure:

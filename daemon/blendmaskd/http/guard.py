@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -83,6 +82,9 @@ class Guard:
                 await answer(failure, count_out)
             else:
                 await self._app(scope, count_in, count_out)
+        except asyncio.CancelledError:  # uvicorn's, when it stops and drain_s are over
+            if not status:
+                await answer(Failure(Code.DRAINING, "the front stops, and drain_s are over"), count_out)
         finally:
             self._metrics.in_flight.dec()
             route = self._routes.get(scope.get("endpoint"), "other")
@@ -104,7 +106,7 @@ class Guard:
             reason = f"the front is not called so: {host!r:.100} (http.hosts)"
             raise Failure(Code.BAD_REQUEST, reason, status=HTTPStatus.MISDIRECTED_REQUEST)
         for name, value in headers:
-            if name == b"origin" and urlsplit(value.decode("latin-1")).netloc != (host or ""):
+            if name == b"origin" and value.decode("latin-1").partition("://")[2] != (host or ""):
                 reason = "pages of other sites may not ask (the Origin is not the Host)"
                 raise Failure(Code.UNAUTHORISED, reason, status=HTTPStatus.FORBIDDEN)
         if self._tokens is None or scope["path"] in OPEN:
