@@ -108,6 +108,7 @@ def test_a_query_that_cannot_be_followed_says_why(query: dict[str, str], words: 
         ("application/json", b'{"image": "eA==", "score_threshold": [1]}', "score_threshold"),
         ("application/json", b'{"score_threshold": 1}', "the image is empty"),
         ("multipart/form-data", b"x", "boundary"),
+        ("multipart/form-data; boundary*=utf-8''x", b"x", "boundary"),
         (FORM, b"x", "does not end"),
         (FORM, form(("image", b"x"))[:-6], "does not end"),
         (FORM, form(("image", b"x"), ("image", b"y")), "two fields `image`"),

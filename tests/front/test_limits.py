@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import time
 from typing import Any
 
+import psutil
 import pytest
 from running_front import Front, MakeFront, fronts, read_all, segment_request
 
@@ -116,6 +118,42 @@ def test_silent_connections_make_room(strict: Front, photo: bytes) -> None:
         for _ in range(30):
             held.enter_context(strict.connect())
         assert strict.ask("POST", "/v1/segment", photo).status == 200
+
+
+def test_connections_that_come_together_are_bounded_too(
+    shared_daemon: Any, front: MakeFront, wait_until: Any
+) -> None:
+    here = front(shared_daemon, max_connections=8)
+    process = psutil.Process(here.process.pid)
+
+    def established() -> int:
+        return [each.status for each in process.net_connections("tcp4")].count("ESTABLISHED")
+
+    with contextlib.ExitStack() as held:
+        process.suspend()
+        for _ in range(60):
+            held.enter_context(here.connect())
+        process.resume()
+        assert here.ask("GET", "/healthz").status == 200  # it came last
+        wait_until(lambda: established() <= 8)
+
+
+@pytest.mark.slow
+def test_without_descriptors_others_wait_and_the_log_says_so_once(
+    shared_daemon: Any, front: MakeFront, photo: bytes, wait_until: Any
+) -> None:
+    here = front(shared_daemon)
+    assert here.ask("POST", "/v1/segment", photo).status == 200  # it is connected
+    pid = here.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as held:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (psutil.Process(pid).num_fds() + 10, before[1]))
+        for _ in range(60):
+            held.enter_context(here.connect())
+        wait_until(lambda: "connections have to wait: Too many open files" in here.log)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        assert here.ask("POST", "/v1/segment", photo).status == 200
+    assert here.log.count("\n") < 10, here.log
 
 
 def test_connections_with_requests_are_kept(shared_daemon: Any, front: MakeFront, photo: bytes) -> None:

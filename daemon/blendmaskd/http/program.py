@@ -27,7 +27,7 @@ from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.endpoints import parse_place
 from blendmaskd.http import certificate
 from blendmaskd.http.application import application
-from blendmaskd.http.connections import Server
+from blendmaskd.http.connections import BACKLOG, Server
 from blendmaskd.http.metrics import FOLDER_VARIABLE, Metrics
 from blendmaskd.http.tokens import Tokens, TokensError, state
 from blendmaskd.logs import about
@@ -122,7 +122,7 @@ def listen(http: Http, descriptor: int | None) -> socket.socket:
         listening = socket.socket(family, proto=socket.IPPROTO_TCP)  # named: else asyncio sets no TCP_NODELAY
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((found, port))
-        listening.listen(1024)
+        listening.listen(BACKLOG)
     except OSError as error:
         raise OSError(f"http.endpoint = {http.endpoint!r}: {error.strerror or error}") from None
     return listening

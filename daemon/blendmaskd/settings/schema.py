@@ -75,7 +75,8 @@ class Http(Section, frozen=True):
     key: str | None = None  # path of the PEM file with the certificate's private key
     # number of processes that share the endpoint; one takes several hundred photographs per second from clients
     processes: Annotated[int, Meta(ge=1, le=64)] = 1
-    max_connections: Count = 256  # of one process; the longest idle one makes room, and where none is, answers are 503
+    # of one process, at most half of its descriptors; the longest idle one makes room, where none is answers are 503
+    max_connections: Count = 256
     max_bytes: Count = 1 << 30  # maximum total size of the requests that one process holds, in bytes
     receive_s: Positive = 60.0  # time in which a request has to arrive
     send_s: Positive = 60.0  # time in which a client has to read what waits for it, answer by answer
