@@ -110,7 +110,7 @@ class Limits(Section, frozen=True):
     """Bounds on one image."""
 
     max_image_bytes: Count = 64 << 20  # maximum size of one image as sent, encoded or raw (three bytes per pixel)
-    # maximum height x width; decoding takes up to 16 bytes per pixel in each of `runtime.host_threads`
+    # maximum height x width; decoding takes up to 16 bytes per pixel in each of `runtime.host_threads` and two more
     max_image_pixels: Count = 50_000_000
     # maximum CPU seconds for decoding and resizing one image; more ends its worker, and makes the image a suspect
     max_decode_s: Positive = 20.0
