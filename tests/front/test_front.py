@@ -294,7 +294,9 @@ def test_what_was_accepted_is_answered_when_it_stops(
         waiting.sendall(segment_request(photo))
         wait_until(lambda: server.client.stats()["leased"] == 1)
         here.process.send_signal(signal.SIGTERM)
-        assert waiting.recv(100).startswith(b"HTTP/1.1 200")
+        answer = waiting.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"\r\nconnection: close\r\n" in answer  # so nobody sends the next one here
     assert here.process.wait(20) == 0
 
 

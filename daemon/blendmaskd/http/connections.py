@@ -113,6 +113,12 @@ class Connection(H11Protocol):
         self.since = (self.since or self.loop.time()) if begun else None
         self.quiet_since = self.loop.time()
 
+    def shutdown(self) -> None:
+        """As uvicorn's; who waits for an answer is told that it is the last one here."""
+        if not self.is_quiet:
+            self.cycle.default_headers = [*self.cycle.default_headers, (b"connection", b"close")]
+        super().shutdown()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self.unread_since = self.loop.time()
