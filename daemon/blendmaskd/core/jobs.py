@@ -204,6 +204,7 @@ class Jobs:
         self.suspects: deque[Job] = deque()
         self._accounts: defaultdict[bytes, Account] = defaultdict(Account)
         self._users: defaultdict[bytes, Tally] = defaultdict(Tally)
+        self._count = 0
         self._deadlines: list[tuple[float, int, Job]] = []
 
     def __iter__(self) -> Iterator[Job]:
@@ -211,7 +212,7 @@ class Jobs:
             yield from account.jobs.values()
 
     def __len__(self) -> int:
-        return sum(len(account.jobs) for account in self._accounts.values())
+        return self._count
 
     @property
     def waiting_jobs(self) -> int:
@@ -247,8 +248,9 @@ class Jobs:
         account.jobs[job.name] = job
         account.add(job)
         self._users[job.user].add(job)
+        self._count += 1
         heapq.heappush(self._deadlines, (job.deadline, job.seq, job))
-        if len(self._deadlines) > 2 * len(self) + 64:  # answered jobs must not pile up behind a far deadline
+        if len(self._deadlines) > 2 * self._count + 64:  # answered jobs must not pile up behind a far deadline
             self._deadlines = [entry for entry in self._deadlines if not entry[2].answered]
             heapq.heapify(self._deadlines)
         if job.suspect:
@@ -266,6 +268,7 @@ class Jobs:
         else:
             self.waiting.take(job)
         del account.jobs[job.name]
+        self._count -= 1
         account.add(job, -1)
         user.add(job, -1)
         if not account.count:
@@ -289,6 +292,7 @@ class Jobs:
         leased = [job for job in self if job.worker is not None]
         everywhere = [*self.waiting, *self.suspects, *leased]
         assert len(everywhere) == len(set(everywhere)), "a job is in two places"
+        assert len(everywhere) == self._count, "jobs are miscounted"
         assert set(everywhere) == set(self), "an unanswered job is nowhere, or an answered one somewhere"
         assert not any(job.answered for job in everywhere), "an answered job is still held"
         for account in self._accounts.values():

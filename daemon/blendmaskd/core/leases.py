@@ -35,7 +35,7 @@ class Worker(msgspec.Struct, eq=False):
     @property
     def alone(self) -> bool:
         """Nothing may keep what it holds company."""
-        return any(lease.alone for lease in self.leases.values())
+        return len(self.leases) == 1 and next(iter(self.leases.values())).alone
 
     @property
     def load(self) -> float:

@@ -80,22 +80,24 @@ class Refusals:
             return refused(job.name, Code.WORKER_LOST, job.suspicion.reason(now))
         if not self.available:
             return refused(job.name, Code.UNAVAILABLE, NO_DEVICE, LONGEST_RETRY_S)
-        if self._jobs.waiting_jobs >= self.limits.max_jobs:
-            return refused(job.name, Code.BUSY, f"{self._jobs.waiting_jobs} jobs are waiting", self.retry_after_s())
-        if self._jobs.waiting_bytes + size > self.limits.max_bytes:
-            return refused(job.name, Code.BUSY, f"{self._jobs.waiting_bytes} bytes are waiting", self.retry_after_s())
-        greed = self._greed(job)
+        jobs, waiting_bytes = self._jobs.waiting_jobs, self._jobs.waiting_bytes
+        if jobs >= self.limits.max_jobs:
+            return refused(job.name, Code.BUSY, f"{jobs} jobs are waiting", self.retry_after_s())
+        if waiting_bytes + size > self.limits.max_bytes:
+            return refused(job.name, Code.BUSY, f"{waiting_bytes} bytes are waiting", self.retry_after_s())
+        greed = self._greed(job, self.limits.max_jobs - jobs, self.limits.max_bytes - waiting_bytes)
         return refused(job.name, Code.BUSY, greed, self.retry_after_s()) if greed else None
 
-    def _greed(self, job: Job) -> str:
+    def _greed(self, job: Job, places: int, free_bytes: int) -> str:
         """What of its client's, or of its user's clients', is too much for one; empty: nothing."""
-        limits, free_bytes = self.limits, self.limits.max_bytes - self._jobs.waiting_bytes
-        account, user = self._jobs.account(job.client), self._jobs.of_user(job.user)
+        limits, account, user = self.limits, self._jobs.account(job.client), self._jobs.of_user(job.user)
         all_of = "all clients of this user have"
         for whose, share, tally in (("this client has", SHARE, account), (all_of, USERS_SHARE, user)):
-            if tally.waiting and tally.waiting >= share * (limits.max_jobs - self._jobs.waiting_jobs):
+            if not tally.waiting:
+                continue
+            if tally.waiting >= share * places:
                 return f"{whose} {tally.waiting} jobs waiting: the last places are reserved for others"
-            if tally.waiting and tally.waiting_bytes >= share * free_bytes:
+            if tally.waiting_bytes >= share * free_bytes:
                 return f"{whose} {tally.waiting_bytes} bytes waiting: the last ones are reserved for others"
         if account.count >= limits.max_jobs_per_client:
             return f"this client has {account.count} unanswered jobs, the maximum for one client"

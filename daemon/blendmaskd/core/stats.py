@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate, chain
 from typing import Any
 
@@ -24,6 +24,8 @@ from blendmaskd.protocol import IDLE, STAGE_BOUNDS_S, STAGES, Report
 
 FRESH_S = 2.5  # a report older than this is no longer the present
 RESOLUTION = 1.04  # latencies are told apart when one is this many times the other
+_LOG_RESOLUTION = math.log(RESOLUTION)
+NOTHING: Mapping[str, Any] = {"count": 0, "sum": 0.0}  # of a stage
 FAILURES_OF_A_CODE, FAILURES = 5, 20  # that are remembered: a flood of `busy` must not wash the others away
 HIDDEN_OF_A_DEVICE: Mapping[str, Any] = {"pid": None, "reason": "", "shapes": [], "card": {}, "wanted": {},
                                              "actual": {}}  # fmt: skip
@@ -85,7 +87,7 @@ class Second(msgspec.Struct):
 
     end: float = math.inf
     totals: Counter[int] = msgspec.field(default_factory=Counter)  # by the power of `RESOLUTION` that is just above
-    sums: defaultdict[str, float] = msgspec.field(default_factory=lambda: defaultdict(float))  # seconds by stage
+    stages: Mapping[str, Any] = {}  # as a snapshot shows them, at its end
 
 
 class Latency:
@@ -93,25 +95,19 @@ class Latency:
 
     def __init__(self) -> None:
         self._seconds = deque([Second()])  # the last one is not over
+        self._before: Mapping[str, Any] = {}  # `stages` of the second before the first of these
 
-    def add(self, timings: Mapping[str, float]) -> None:
-        total = timings.get("total", 0.0)
-        present = self._seconds[-1]
-        present.totals[math.ceil(math.log(max(total, 1e-6), RESOLUTION))] += 1
-        for stage, seconds in timings.items():
-            present.sums[stage] += seconds
+    def add(self, total_s: float) -> None:
+        self._seconds[-1].totals[math.ceil(math.log(max(total_s, 1e-6)) / _LOG_RESOLUTION)] += 1
 
-    def take(self, now: float, window_s: float) -> dict[str, Any]:
-        """The window up to now; see `latency` in the module."""
-        self._seconds[-1].end = now
+    def take(self, now: float, window_s: float, stages: Mapping[str, Any]) -> dict[str, Any]:
+        """The window up to now; see `latency` in the module. `stages` are those of the snapshot."""
+        self._seconds[-1].end, self._seconds[-1].stages = now, stages
         while self._seconds[0].end <= now - window_s:
-            self._seconds.popleft()
+            self._before = self._seconds.popleft().stages
         totals: Counter[int] = Counter()
-        sums: defaultdict[str, float] = defaultdict(float)
         for second in self._seconds:
             totals.update(second.totals)
-            for stage, seconds in second.sums.items():
-                sums[stage] += seconds
         self._seconds.append(Second())
         count = totals.total()
         ordered = sorted(totals.items())
@@ -119,8 +115,14 @@ class Latency:
             "count": count,
             "p50": _quantile(ordered, count * 0.5),
             "p99": _quantile(ordered, count * 0.99),
-            "stages": {stage: sums[stage] / count for stage in STAGES if stage in sums},
+            "stages": dict(self._means(stages, count)),
         }
+
+    def _means(self, stages: Mapping[str, Any], answers: int) -> Iterator[tuple[str, float]]:
+        for stage, present in stages.items():
+            before = self._before.get(stage, NOTHING)
+            if present["count"] > before["count"]:
+                yield stage, (present["sum"] - before["sum"]) / answers
 
 
 def _quantile(ordered: Iterable[tuple[int, int]], rank: float) -> float | None:
@@ -152,7 +154,7 @@ class Stats:
         for stage, seconds in timings.items():
             if stage in self._stages:
                 self._stages[stage].observe(seconds)
-        self._latency.add(timings)
+        self._latency.add(timings.get("total", 0.0))
 
     def failed(self, unix_time: float, job: str, code: str, reason: str, owner: bytes = b"") -> None:
         """Count a failure, and remember it for people to look at."""
@@ -170,6 +172,7 @@ class Stats:
     ) -> dict[str, Any]:
         """The next snapshot. `slots` and `totals` bring what broker and supervisor know, under the keys above."""
         self._seq += 1
+        stages = {stage: histogram.as_dict() for stage, histogram in self._stages.items()}
         devices = [{**slot, **self._device(slot["device"], now)} for slot in slots]
         serving = sum(device["state"] == "ready" for device in devices)
         return {
@@ -179,8 +182,8 @@ class Stats:
             "combined_fps": round(sum(device["fps"] for device in devices), 2),
             "degraded": serving < len(devices) or any(map(is_ill, devices)),
             "serving": serving,
-            "stages": {stage: histogram.as_dict() for stage, histogram in self._stages.items()},
-            "latency": self._latency.take(now, self.window_s),
+            "stages": stages,
+            "latency": self._latency.take(now, self.window_s, stages),
             "answered": self._answered,
             "failures": dict(self.failures),
             "recent_failures": self._recent_failures(None),

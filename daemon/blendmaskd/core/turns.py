@@ -29,6 +29,16 @@ class Turns:
         if not self._jobs.waiting_jobs:
             return
         open_workers = self._open()
+        if self._jobs.suspects:
+            yield from self._suspects(open_workers)
+        while self._jobs.waiting:
+            free = [worker for worker in open_workers if len(worker.leases) < worker.window]
+            if not free:
+                break
+            yield self._jobs.waiting.next(), min(free, key=_load)
+
+    def _suspects(self, open_workers: list[Worker]) -> Iterator[tuple[Job, Worker]]:
+        """Takes the workers that are theirs, or are to be, out of `open_workers`."""
         while (suspects := self._untried()) and (empty := [w for w in open_workers if not w.leases]):
             suspect, worker = _elsewhere(suspects, empty)
             self._jobs.suspects.remove(suspect)
@@ -36,11 +46,6 @@ class Turns:
             yield suspect, worker
         if suspects and open_workers:
             open_workers.remove(min(open_workers, key=_load))  # is left to empty, for the next suspect
-        while self._jobs.waiting:
-            free = [worker for worker in open_workers if len(worker.leases) < worker.window]
-            if not free:
-                break
-            yield self._jobs.waiting.next(), min(free, key=_load)
 
     def ahead(self, job: Job) -> Iterator[tuple[Job, Worker]]:
         """The same for this job, which waits: the one place beyond a window, if it goes ahead of what is there."""
@@ -64,14 +69,14 @@ class Turns:
 
     def _untried(self) -> list[Job]:
         """Suspects whose image no worker has: two that try one image could both die of it."""
-        if not self._jobs.suspects:
-            return []
         tried = [self._blame.suspicion(lease) for lease in held(self._workers.values())]
         return [job for job in self._jobs.suspects if job.suspicion not in tried]
 
     def check(self) -> None:
         for worker in self._workers.values():
-            assert not worker.alone or len(worker.leases) == 1, "a suspect has company"
+            assert len(worker.leases) <= 1 or not any(lease.alone for lease in worker.leases.values()), (
+                "a suspect has company"
+            )
         open_workers, suspects = self._open(), self._untried()
         assert not (suspects and any(not w.leases for w in open_workers)), "a suspect waits beside an idle worker"
         free = [w for w in open_workers if len(w.leases) < w.window]

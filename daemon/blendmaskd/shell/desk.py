@@ -172,7 +172,7 @@ class Desk:
         self, client: bytes, frame: zmq.Frame, message: protocol.OfJobs | protocol.GetLimits, payload: Sequence[Any],
         now: float,
     ) -> Actions:  # fmt: skip
-        if isinstance(message, protocol.Submit | protocol.Fetch) and self._debts.of(client) >= BUSY_BYTES:
+        if self._debts.of(client) >= BUSY_BYTES and isinstance(message, protocol.Submit | protocol.Fetch):
             refusal, counted = _unread(message.job), isinstance(message, protocol.Submit)
             return [actions.Answered(client, refusal) if counted else durable.SendClient(client, refusal)]
         match message:
@@ -373,7 +373,7 @@ class Desk:
 
 def _is_excessive(frames: Sequence[zmq.Frame]) -> bool:
     """Whether there are more than anybody needs, or what stands before the image has its size."""
-    return frames[-1].more or any(len(frame) > protocol.SURE_BYTES for frame in frames[1:3])
+    return frames[-1].more or max(map(len, frames[1:3]), default=0) > protocol.SURE_BYTES
 
 
 def _unread(job: str) -> protocol.Failed:

@@ -34,7 +34,6 @@ from blendmaskd.shell.shared_memory import SharedMemory
 
 LINGER_MS = 2000  # for the last answers on their way to their clients
 NOT_FOR_OTHERS = 0o007
-POLLIN = int(zmq.POLLIN)
 NOBLOCK = int(zmq.NOBLOCK)  # a flag that is no plain number costs as much as receiving a frame
 AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 WORKERS_SOCKET = "workers.sock"
@@ -255,10 +254,11 @@ class Clients:
                 self._read_away()
             if self._unfinished:
                 return
-            if not int(self.router.get(zmq.EVENTS)) & POLLIN:
+            try:
+                frames = [self.router.recv(NOBLOCK, copy=False)]
+            except zmq.Again:
                 self.behind = False
                 return
-            frames = [self.router.recv(NOBLOCK, copy=False)]
             while frames[-1].more and len(frames) < MOST_FRAMES:
                 frames.append(self.router.recv(NOBLOCK, copy=False))
             self._unfinished = frames[-1].more
@@ -273,9 +273,10 @@ class Clients:
 def receive(router: zmq.Socket[bytes], most: int = MESSAGES_PER_TURN) -> Iterator[list[zmq.Frame]]:
     """The messages that are here, at most so many."""
     for _ in range(most):
-        if not int(router.get(zmq.EVENTS)) & POLLIN:  # a third of what an exception costs
+        try:
+            frames = [router.recv(NOBLOCK, copy=False)]
+        except zmq.Again:  # asking before costs half as much, but each time
             return
-        frames = [router.recv(NOBLOCK, copy=False)]
         while frames[-1].more:  # the frame knows; `recv_multipart` asks the socket, which costs as much as receiving
             frames.append(router.recv(NOBLOCK, copy=False))
         yield frames

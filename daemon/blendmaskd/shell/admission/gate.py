@@ -49,7 +49,7 @@ WELCOMED_BYTES = 256  # of ours that they have: greeting and WELCOME are fewer; 
 _TCP_INFO = struct.Struct("=120xQQ")  # of linux/tcp.h: tcpi_bytes_acked, tcpi_bytes_received
 AT_ONCE = 1024  # events and questions per turn: all that there are, mostly
 FEW = 32  # events, while there are messages to be read
-POLLIN, NOBLOCK = int(zmq.POLLIN), int(zmq.NOBLOCK)
+POLLIN, NOBLOCK, SRCFD = int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SRCFD)
 
 ACCEPTED, DISCONNECTED = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_DISCONNECTED)
 FAILURES = {
@@ -159,7 +159,7 @@ class Gate:
         """A client said this: its connection counts as one of a client from here on. False: it is not known by which
         connection it came, so that nobody could close that."""
         try:
-            descriptor = int(frame.get(zmq.SRCFD))
+            descriptor = int(frame.get(SRCFD))
         except zmq.ZMQError:  # of a peer that speaks ZMTP 1 or 2 nothing is known
             return False
         self._strangers.pop(descriptor, None)
