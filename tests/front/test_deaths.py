@@ -117,6 +117,7 @@ def test_a_daemon_that_is_away_is_a_503_in_time(daemon: Any, front: MakeFront, p
     assert (reply.status, reply.tree["code"], "retry-after" in reply.headers) == (503, "unavailable", True)
     assert time.monotonic() - begun < 8
     assert here.ask("GET", "/readyz").status == 503
+    assert here.log.count(f"no daemon answers at {server.endpoint}") == 1
     assert here.ask("GET", "/healthz").status == 200
     server.start()
     server.wait_ready()

@@ -43,6 +43,7 @@ class Upstream:
         self._members: dict[str, _Member] = {}
         self._snapshot: tuple[float, dict[str, Any] | Failure] = (-math.inf, {})  # when it was taken
         self._asking = asyncio.Lock()
+        self._complained = False  # since a daemon answered
 
     async def segment(self, name: str, request: Request[Any]) -> Answer:
         """The answer to an image. Raises `Failure`."""
@@ -99,6 +100,11 @@ class Upstream:
         await self._members[name].enter()
         return self._members[name]
 
+    def _complain(self, client: AsyncClient) -> None:
+        if not self._complained:
+            log.warning("no daemon answers at %s.%s", client.endpoint, client.hint)
+        self._complained = True
+
     async def _answer(self, member: _Member, call: Awaitable[T], limit_s: float) -> T:
         task = asyncio.ensure_future(call)
         give_up = time.monotonic() + limit_s + LATE_S
@@ -106,12 +112,15 @@ class Upstream:
             while not task.done():
                 away_s, left_s = member.client.away_s, give_up - time.monotonic()
                 if away_s > self._wait_s:
+                    self._complain(member.client)
                     raise Failure(Code.UNAVAILABLE, f"no daemon has been there for {away_s:.0f} s", self._wait_s)
                 if left_s <= 0:
                     raise Failure(Code.TIMEOUT, "the daemon has not answered within the deadline")
                 patience = max(self._wait_s - away_s, 0.0) + 0.01
                 await asyncio.wait({task}, timeout=min(left_s, patience, 1.0))
-            return task.result()
+            found = task.result()
+            self._complained = False
+            return found
         except JobFailed as error:
             raise Failure(error.code, error.reason, error.retry_after_s) from None
         except RuntimeError as error:  # the client has failed: whoever comes next gets a new one
