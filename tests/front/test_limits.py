@@ -171,6 +171,11 @@ def test_connections_with_requests_are_kept(shared_daemon: Any, front: MakeFront
         assert [status_of(each.recv(1000)) for each in waiting] == [200] * 4
 
 
+def test_what_no_budget_would_hold_is_too_large_rather_than_busy(shared_daemon: Any, front: MakeFront) -> None:
+    reply = front(shared_daemon, max_bytes=1000).ask("POST", "/v1/segment", bytes(1001))
+    assert (reply.status, reply.tree["code"], "http.max_bytes" in reply.tree["detail"]) == (413, "too-large", True)
+
+
 def test_bodies_are_held_within_a_budget(strict: Front, photo: bytes, wait_until: Any) -> None:
     """Five bodies of nearly 200 kB and one of 32 are more than a megabyte: whichever is last is refused."""
     with contextlib.ExitStack() as held:

@@ -143,12 +143,12 @@ class Budget:
     """Bytes of requests that are held at once."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self.most = most
         self._held = 0
 
     def take(self, count: int) -> None:
         """Raises `Failure`."""
-        if self._held + count > self._most:
+        if self._held + count > self.most:
             raise Failure(Code.BUSY, f"the front holds {self._held} bytes of requests (http.max_bytes)")
         self._held += count
 
@@ -175,6 +175,7 @@ class Held:
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise Failure(Code.BAD_REQUEST, "bodies are taken as they are, without Content-Encoding",
                           status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE)  # fmt: skip
+        most = min(most, self._budget.most)
         self._check(int(request.headers.get("content-length", 0)), most)
         parts = []
         try:
@@ -190,5 +191,5 @@ class Held:
 
     def _check(self, count: int, most: int) -> None:
         if count > most:
-            reason = f"{count} bytes: a request has at most {most} (limits.max_image_bytes)"
+            reason = f"{count} bytes: a request has at most {most} (limits.max_image_bytes, http.max_bytes)"
             raise Failure(Code.TOO_LARGE, reason)
