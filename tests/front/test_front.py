@@ -315,6 +315,7 @@ def test_what_is_not_answered_within_drain_s_is_a_problem_too(
             answer = read_all(each)
             assert answer.startswith(b"HTTP/1.1 503"), answer
             assert b'"code":"draining"' in answer
+    assert here.process.wait(20) == 0
     server.process.kill()
 
 
