@@ -106,7 +106,7 @@ def test_a_full_queue_is_said_at_once(daemon: Any, front: MakeFront, photo: byte
         reply = here.ask("POST", "/v1/segment", photo)
     assert (reply.status, reply.tree["code"]) == (503, "busy")
     assert int(reply.headers["retry-after"]) >= 1
-    server.process.kill()
+    server.kill()
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_whoever_leaves_cancels_its_job(daemon: Any, front: MakeFront, photo: by
         left.sendall(segment_request(photo))
         wait_until(lambda: server.client.stats()["leased"] == 1)
     wait_until(lambda: server.client.stats()["failures"].get("cancelled") == 1)
-    server.process.kill()
+    server.kill()
 
 
 def test_what_is_known_is_shown(shared_front: Front, shared_daemon: Any, photo: bytes) -> None:
@@ -316,7 +316,7 @@ def test_what_is_not_answered_within_drain_s_is_a_problem_too(
             assert answer.startswith(b"HTTP/1.1 503"), answer
             assert b'"code":"draining"' in answer
     assert here.process.wait(20) == 0
-    server.process.kill()
+    server.kill()
 
 
 @pytest.mark.slow
