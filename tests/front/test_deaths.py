@@ -2,6 +2,7 @@
 code, or its connection breaks with the front; durable jobs outlive all of them."""
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import os
@@ -15,6 +16,10 @@ from typing import Any
 import pytest
 from running_front import Front, MakeFront
 
+from blendmaskd.client.asynchronous import AsyncClient
+from blendmaskd.http import rest
+from blendmaskd.http.rest import Failure
+from blendmaskd.http.upstream import Upstream
 from blendmaskd.protocol import Code
 
 WAIT_S = 30.0
@@ -123,6 +128,28 @@ def test_a_daemon_that_is_away_is_a_503_in_time(daemon: Any, front: MakeFront, p
     server.wait_ready()
     wait_until(lambda: here.ask("POST", "/v1/segment", photo).status == 200)
     wait_until(lambda: here.ask("GET", "/readyz").status == 200)  # it is asked once a second
+
+
+def test_a_client_that_could_not_be_made_is_made_again(
+    shared_daemon: Any, photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be no thread, or no descriptor, at the moment."""
+
+    async def fail(self: AsyncClient) -> AsyncClient:
+        raise RuntimeError("can't start new thread")
+
+    async def ask() -> int:
+        upstream = Upstream(shared_daemon.endpoint, 5.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(AsyncClient, "__aenter__", fail)
+            with pytest.raises(Failure, match="can't start new thread"):
+                await upstream.segment("", wanted)
+        answer = await upstream.segment("", wanted)
+        await upstream.close()
+        return answer.width
+
+    wanted = rest.read({}, "image/jpeg", photo, 20.0, rest.SegmentQuery)
+    assert asyncio.run(ask()) == 383
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ waits for whoever has left.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -92,13 +93,23 @@ class Upstream:
     async def close(self, keep: Set[str] = frozenset()) -> None:
         """Close the clients, but for those of these tokens."""
         for name in self._members.keys() - keep:
-            await self._members.pop(name).client.__aexit__(None, None, None)
+            await self._members.pop(name).leave()
 
     async def _member(self, name: str) -> _Member:
         if name not in self._members:
             self._members[name] = _Member(AsyncClient(self._endpoint, timeout_s=LONGEST_S, retries=0))
-        await self._members[name].enter()
-        return self._members[name]
+        member = self._members[name]
+        try:
+            await member.enter()
+        except Exception as error:  # for want of descriptors, say
+            self._drop(member)
+            log.error("no client of the broker can be made: %s", error)
+            raise Failure(Code.UNAVAILABLE, f"the front cannot connect to the daemon: {error}") from None
+        return member
+
+    def _drop(self, member: _Member) -> None:
+        """Whoever comes next gets a new one."""
+        self._members = {name: other for name, other in self._members.items() if other is not member}
 
     def _complain(self, client: AsyncClient) -> None:
         if not self._complained:
@@ -123,9 +134,9 @@ class Upstream:
             return found
         except JobFailed as error:
             raise Failure(error.code, error.reason, error.retry_after_s) from None
-        except RuntimeError as error:  # the client has failed: whoever comes next gets a new one
+        except RuntimeError as error:  # the client has failed
             log.exception("a client of the broker has failed")
-            self._members = {name: other for name, other in self._members.items() if other is not member}
+            self._drop(member)
             raise Failure(Code.UNAVAILABLE, str(error)) from None
         finally:
             task.cancel()
@@ -144,6 +155,12 @@ class _Member:
         if self._entering is None:
             self._entering = asyncio.create_task(self.client.__aenter__())
         await asyncio.shield(self._entering)
+
+    async def leave(self) -> None:
+        if self._entering is not None:
+            with contextlib.suppress(Exception):  # then it was never connected
+                await self._entering
+                await self.client.__aexit__(None, None, None)
 
     async def submit(self, job: str, image: Any, **options: Any) -> None:
         if job not in self._waiting:  # else it was accepted before
