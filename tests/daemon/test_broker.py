@@ -604,6 +604,18 @@ def test_an_image_in_shared_memory_is_known_too_also_when_its_client_has_died() 
     assert answers(submit_image(broker, "c", now=2.0))["c"].code is Code.WORKER_LOST  # type: ignore[union-attr]
 
 
+def test_an_image_that_is_suspected_waits_for_an_empty_worker_when_it_comes_under_another_name(broker: Broker) -> None:
+    with_workers(broker, "npu:0.1")
+    submit_image(broker, "a", b"one")
+    lose(broker, "npu:0.1")
+    broker.cancel(b"c", Cancel(job="a"), 1.0)
+    with_workers(broker, "npu:1.1")
+    [(worker, lease)] = leases(submit_image(broker, "b", b"two"))
+    assert leases(submit_image(broker, "c", b"one")) == [], "it would have company, although there is room"
+    assert [worker for worker, _ in leases(finish(broker, worker, lease))] == ["npu:1.1"]
+    assert leases(submit_image(broker, "d", b"two")) == []
+
+
 def test_a_suspect_is_tried_on_another_device_where_one_is_free(broker: Broker) -> None:
     with_workers(broker, "npu:0.1")
     submit_image(broker, "a")

@@ -3,7 +3,7 @@
 A ZeroMQ socket may pass from thread to thread when a lock is between them. So every use of it is under one lock, and a
 message costs no detour over the main thread. Waiting cannot be under the lock: the main thread waits for the socket's
 file descriptor, which tells only that something has changed. Whoever uses the socket may consume that signal; so who
-has sent looks whether messages have come, and wakes the main thread.
+has sent looks whether messages have come, and wakes the main thread, unless that is about to look itself.
 """
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class Channel:
     def __init__(self, identity: str, endpoint: str) -> None:
         self._identity = identity
         self._endpoint = endpoint
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # for the socket and the next
+        self._receiving = False  # the main thread has not seen yet that nothing is left
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.poll()
 
@@ -76,7 +77,7 @@ class Channel:
             for frame in frames[:-1]:
                 self._socket.send(frame, SNDMORE)
             self._socket.send(frames[-1], copy=len(frames[-1]) < LARGE_BYTES)
-            if int(self._socket.get(zmq.EVENTS)) & POLLIN:
+            if not self._receiving and self._readable():
                 self.wake()
 
     def wake(self) -> None:
@@ -89,10 +90,11 @@ class Channel:
             os.eventfd_read(self._wake)
 
     def receive(self) -> Iterator[tuple[protocol.ToWorker, list[Any]]]:
-        """What has come: messages and their payloads."""
+        """What has come: messages and their payloads; to be asked for until there are no more."""
         while True:
             with self._lock:
-                if not int(self._socket.get(zmq.EVENTS)) & POLLIN:
+                self._receiving = self._readable()
+                if not self._receiving:
                     return
                 frames = [self._socket.recv(NOBLOCK, copy=False)]
                 while frames[-1].more:
@@ -100,3 +102,6 @@ class Channel:
             message: protocol.ToWorker
             message, payload = protocol.decode(frames, protocol.TO_WORKER)
             yield message, payload
+
+    def _readable(self) -> bool:
+        return bool(int(self._socket.get(zmq.EVENTS)) & POLLIN)

@@ -94,6 +94,9 @@ class Broker:
             if self.tracing:
                 self._tell("refused", job, code=refusal.code, reason=refusal.reason)
             return [Answered(client, refusal)]
+        if worker := self._turns.at_once(job):
+            self._add(job, waits=False)
+            return [self._lease(job, worker, now)]
         self._add(job)
         return self._assign(now) or [self._lease(*turn, now) for turn in self._turns.ahead(job)]
 
@@ -299,8 +302,8 @@ class Broker:
             return []
         return self._give_up(Code.UNAVAILABLE, NO_DEVICE)
 
-    def _add(self, job: Job) -> None:
-        self.jobs.add(job)
+    def _add(self, job: Job, waits: bool = True) -> None:
+        self.jobs.add(job, waits)
         if self.tracing:
             self._tell("accepted", job)
 

@@ -243,7 +243,8 @@ class Jobs:
         self._accounts[job.client].lease(job, -1)
         self._users[job.user].lease(job, -1)
 
-    def add(self, job: Job) -> None:
+    def add(self, job: Job, waits: bool = True) -> None:
+        """It has no answer yet. One that does not wait is to be leased now."""
         account = self._accounts[job.client]
         account.jobs[job.name] = job
         account.add(job)
@@ -253,6 +254,10 @@ class Jobs:
         if len(self._deadlines) > 2 * self._count + 64:  # answered jobs must not pile up behind a far deadline
             self._deadlines = [entry for entry in self._deadlines if not entry[2].answered]
             heapq.heapify(self._deadlines)
+        if waits:
+            self._wait(job)
+
+    def _wait(self, job: Job) -> None:
         if job.suspect:
             self.suspects.append(job)
         else:

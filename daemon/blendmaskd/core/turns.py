@@ -24,6 +24,10 @@ class Turns:
         self._workers = workers
         self._blame = blame
 
+    def at_once(self, job: Job) -> Worker | None:
+        """Who serves this job, which has come just now, where none waits and so nobody has a turn before it."""
+        return None if job.suspect or self._jobs.waiting_jobs else _most_free(self._open())
+
     def next(self) -> Iterator[tuple[Job, Worker]]:
         """Who is served now. Each is out of where it waited, and must be leased before the next is asked for."""
         if not self._jobs.waiting_jobs:
@@ -31,11 +35,8 @@ class Turns:
         open_workers = self._open()
         if self._jobs.suspects:
             yield from self._suspects(open_workers)
-        while self._jobs.waiting:
-            free = [worker for worker in open_workers if len(worker.leases) < worker.window]
-            if not free:
-                break
-            yield self._jobs.waiting.next(), min(free, key=_load)
+        while self._jobs.waiting and (worker := _most_free(open_workers)):
+            yield self._jobs.waiting.next(), worker
 
     def _suspects(self, open_workers: list[Worker]) -> Iterator[tuple[Job, Worker]]:
         """Takes the workers that are theirs, or are to be, out of `open_workers`."""
@@ -87,6 +88,11 @@ class Turns:
 
 
 _load = attrgetter("load")
+
+
+def _most_free(workers: Sequence[Worker]) -> Worker | None:
+    """One that has room in its window."""
+    return min((worker for worker in workers if len(worker.leases) < worker.window), key=_load, default=None)
 
 
 def _several(whose: Sequence[object]) -> bool:

@@ -201,7 +201,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _height_width(shape: tuple[Any, ...]) -> tuple[int, int]:
-    plain = len(shape) == 3 and all(isinstance(side, int) and not isinstance(side, bool) for side in shape)
+    plain = len(shape) == 3 and {*map(type, shape)} == {int}
     if not plain or shape[2] != 3 or shape[0] < 1 or shape[1] < 1:
         raise ImageError(Code.BAD_IMAGE, f"shape {list(shape)}: expected [height, width, 3]")
     return shape[0], shape[1]

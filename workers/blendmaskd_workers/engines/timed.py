@@ -133,9 +133,15 @@ def by_batch(milliseconds: Mapping[int, float]) -> Any:
 
 
 def checksum(image: Pixels) -> int:
-    """zlib.crc32 of the BGR pixels, of a large image every n-th row: enough to know it by, and cheap beside serving."""
-    step = max(image.nbytes // CHECKED_BYTES, 1)
-    return zlib.crc32(np.ascontiguousarray(image[::step]).data)
+    """Of the BGR pixels: enough to know an image by, and cheap beside serving.
+
+    zlib.crc32, of a large image that of what the words of 8 bytes in 64 equal parts of every n-th row add up to.
+    """
+    if image.nbytes < 2 * CHECKED_BYTES:
+        return zlib.crc32(np.ascontiguousarray(image).data)
+    some = np.ascontiguousarray(image[:: image.nbytes // CHECKED_BYTES]).reshape(-1)
+    equal = some[: some.size // (64 * 8) * (64 * 8)].view(np.uint64).reshape(64, -1)
+    return zlib.crc32(equal.sum(axis=1).data)
 
 
 @functools.lru_cache(maxsize=64)
