@@ -24,6 +24,7 @@ IDLE = ("input", "launches", "selection")  # what a device waits for before the 
 STAGE_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 SURE_BYTES = 1 << 20  # a frame of so many is read whatever the settings are
 LEAST_DURABLE_NAME = 32  # characters: 128 random bits in hexadecimal
+UNKNOWN_JOB = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"
 
 Frames = Sequence[Sized]  # payload frames: bytes or zmq.Frame; the broker asks only for their length
 JobName = Annotated[str, Meta(min_length=1, max_length=128)]

@@ -7,6 +7,7 @@ import itertools
 import os
 import socket
 import struct
+import tempfile
 import threading
 import time
 import zlib
@@ -871,3 +872,20 @@ def test_a_path_that_goes_silent_is_given_up_and_the_job_sent_again(daemon: Any)
         assert answered(client.segment(pixels(2))) == checksum(pixels(2))
         assert time.monotonic() - start < 40
         with_client(relay.endpoint, work, timeout_s=60.0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+@pytest.mark.parametrize("modes", [(0o755, 0o600), (0o700, 0o777)])
+def test_a_socket_that_is_for_others_is_told_from_a_daemon_that_is_not_there(modes: tuple[int, int]) -> None:
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listening:
+        path = f"{folder}/client.sock"
+        listening.bind(path)
+        for each, mode in zip((folder, path), modes):
+            os.chmod(each, mode)
+        with Client(f"ipc://{path}") as client:
+            assert client.hint == ""
+            os.seteuid(65534)
+            try:
+                assert "is it in the socket's group?" in client.hint
+            finally:
+                os.seteuid(0)

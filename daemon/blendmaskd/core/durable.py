@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from blendmaskd import protocol
 from blendmaskd.core import actions
 from blendmaskd.core import spool_messages as spool
 from blendmaskd.core.actions import DURABLE, Answered, Dropped, refused
@@ -338,7 +339,7 @@ class Durable:
             reason = f"the spool cannot be read: {looked.reason}"
             told = SendClient(looked.client, refused(looked.name, Code.UNAVAILABLE, reason, RETRY_S))
         else:
-            answer = looked.answer or refused(looked.name, Code.BAD_REQUEST, UNKNOWN)
+            answer = looked.answer or refused(looked.name, Code.BAD_REQUEST, protocol.UNKNOWN_JOB)
             told = SendClient(looked.client, answer, looked.payload)
         return [told, *self._look_on()]
 
@@ -349,7 +350,6 @@ class Durable:
 
 
 DISABLED = "durable jobs are disabled: set spool in the daemon's settings (spool: PATH)"
-UNKNOWN = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"
 
 
 def _mark(job: Job) -> spool.Mark:
