@@ -293,6 +293,8 @@ def test_an_unfinished_map_cancels_what_is_in_flight(slow_daemon: Any, wait_unti
 def test_a_window_of_nothing_and_an_endpoint_that_is_none_are_refused(shared_daemon: Any) -> None:
     with pytest.raises(ValueError, match="window = 0"):
         next(shared_daemon.client.map([pixels(0)], window=0))
+    with pytest.raises(ValueError, match="on_error = 'retrun'"):
+        next(shared_daemon.client.map([pixels(0)], on_error="retrun"))
     for endpoint in ("nonsense", "/run/x.sock", "http://localhost:1", "tcp://localhost"):
         with pytest.raises(ValueError, match=f"{endpoint}: .*expected ipc:///PATH or tcp://HOST:PORT"):
             Client(endpoint)
@@ -636,9 +638,9 @@ def test_a_wrong_argument_raises_in_its_call_and_nowhere_else(shared_daemon: Any
         assert answered(client.segment(pixels(3))) == checksum(pixels(3))
 
 
-def test_numbers_of_other_libraries_are_numbers(shared_daemon: Any) -> None:
+def test_numbers_and_texts_of_other_libraries_are_numbers_and_texts(shared_daemon: Any) -> None:
     options = {"score_threshold": np.float32(0.25), "max_detections": np.int64(0), "priority": np.int8(-1),
-               "deadline_s": np.float64(5)}  # fmt: skip
+               "deadline_s": np.float64(5), "mask_format": np.array(["none"])[0]}  # fmt: skip
     assert shared_daemon.client.segment(pixels(0), **options).detections == []
     assert with_client(shared_daemon.endpoint, lambda client: client.segment(pixels(0), **options)).detections == []
     with Client(shared_daemon.endpoint, timeout_s=np.float32(5), retries=np.int64(2)) as client:

@@ -73,3 +73,11 @@ def test_keys_are_kept_though_nobody_reads_of_them(closed_pipe: int, tmp_path: A
 
 def test_an_error_that_nobody_can_read_keeps_its_code(closed_pipe: int) -> None:
     assert run("stats", ["nonsense"], closed_pipe, stderr=closed_pipe)[0] == 2
+
+
+def test_a_list_of_keys_on_a_full_disk_ends_with_its_reason(full_disk: int, tmp_path: Any) -> None:
+    assert run("keys", ["server", str(tmp_path)], subprocess.DEVNULL)[0] == 0
+    for number in range(300):  # more than is kept until the end
+        (tmp_path / f"{number}.key").hardlink_to(tmp_path / "server.key")
+    said = "blendmaskd-keys: cannot write its output: No space left on device\n"
+    assert run("keys", ["list", str(tmp_path)], full_disk) == (4, said)

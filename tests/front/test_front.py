@@ -351,3 +351,17 @@ def test_several_processes_share_the_endpoint(
     assert here.ask("POST", "/v1/segment", photo).status == 200
     here.kill()
     wait_until(lambda: not any(child.is_running() for child in children[1:]))
+
+
+def test_its_processes_import_nothing_from_the_folder_they_stand_in(
+    daemon: Any, tmp_path: Path, wait_until: Any
+) -> None:
+    (tmp_path / "logging.py").write_text("raise SystemExit('anybody may write here')")
+    command = [sys.executable, "-P", "-m", "blendmaskd.http.program", "--settings", str(daemon().settings_file)]
+    command += ["--set", "http.endpoint=127.0.0.1:0", "--set", "http.processes=2"]
+    told = tmp_path / "log"
+    with told.open("wb") as log, subprocess.Popen(command, cwd=tmp_path, stderr=log) as process:
+        try:
+            wait_until(lambda: told.read_text().count("serving http") == 2, 20)
+        finally:
+            process.terminate()

@@ -303,8 +303,10 @@ def checked(request: Request, payload: Sequence[Any]) -> Request:
     return read
 
 
-def _plain(value: Any) -> int | float:
-    """A number of numpy's, or of another library. Raises TypeError for everything else."""
+def _plain(value: Any) -> int | float | str:
+    """A number or text of numpy's, or of another library. Raises TypeError for everything else."""
+    if isinstance(value, str):
+        return "".join(value)
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):

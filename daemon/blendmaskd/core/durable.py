@@ -32,7 +32,19 @@ from blendmaskd.core.actions import DURABLE, Answered, Dropped, refused
 from blendmaskd.core.broker import Broker
 from blendmaskd.core.durable_jobs import Job, Jobs, Owned, State, job_of
 from blendmaskd.core.refusals import SHARE
-from blendmaskd.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit, ToClient
+from blendmaskd.protocol import (
+    Accepted,
+    Cancel,
+    Code,
+    Failed,
+    Fetch,
+    Forget,
+    Forgotten,
+    Frames,
+    RegionError,
+    Submit,
+    ToClient,
+)
 
 RETRY_S = 1.0  # after which the spool may have room, or work again
 MOST_LOADS = 5  # of a job whose image cannot be read
@@ -81,7 +93,8 @@ class Durable:
     def submit(
         self, client: bytes, message: Submit, size: int, payload: Callable[[], Frames], now: float
     ) -> list[Action]:
-        """Accept a job when the spool has it, or answer at once why not. `payload` reads its image of `size` bytes."""
+        """Accept a job when the spool has it, or answer at once why not. `payload` reads its image of `size` bytes, or
+        raises `RegionError`."""
         job = self.jobs.by_name.get(message.job)
         if job is not None and job.state is not State.STORING:
             return [SendClient(client, Accepted(job=message.job))]
@@ -90,7 +103,10 @@ class Durable:
             return []
         if refusal := self._refusal(client, message, size):
             return [Answered(client, refusal)]
-        image = payload()
+        try:
+            image = payload()
+        except RegionError as error:
+            return [Answered(client, refused(message.job, Code.BAD_REQUEST, str(error)))]
         if message.image.place:
             message = msgspec.structs.replace(message, image=msgspec.structs.replace(message.image, place=None))
         if given_up := self._broker.refusals.given_up(message.job, message.image, image, now):
