@@ -65,7 +65,7 @@ def parse_npu_cards(text: str) -> dict[Chip, Card]:
 def _temperature(cells: list[str]) -> int | None:
     """Of a chip's first line: power, temperature and huge pages are in one cell."""
     figures = cells[2].split() if len(cells) > 2 else []
-    return int(figures[1]) if len(figures) > 1 and figures[1].isdigit() else None
+    return int(figures[1]) if len(figures) > 1 and figures[1].isdecimal() else None
 
 
 def chips_by_logic_id(chips: Mapping[int, Chip], cards: Iterable[Chip]) -> dict[str, Chip]:
@@ -113,7 +113,7 @@ def parse_npu_processes(text: str) -> dict[Chip, list[tuple[int, str]]]:
     found: dict[Chip, list[tuple[int, str]]] = {}
     for cells in npu_rows(text.partition("Process id")[2]):
         chip = cells[0].split()
-        if len(chip) == 2 and chip[1].isdigit() and len(cells) > 2 and cells[1].isdigit():
+        if len(chip) == 2 and chip[1].isdecimal() and len(cells) > 2 and cells[1].isdecimal():
             found.setdefault((int(chip[0]), int(chip[1])), []).append((int(cells[1]), cells[2]))
     return found
 

@@ -26,6 +26,7 @@ import zmq.auth
 from blendmaskd import files, output
 
 PUBLIC, SECRET = ".key", ".key_secret"
+MOST_BYTES = 1 << 16  # of a key file in a folder, comments included
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 KEY = re.compile(r"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")  # Z85, of 32 bytes
 
@@ -45,6 +46,15 @@ class Pair:
 def read_public(path: str | Path) -> bytes:
     """The public key in a file, as Z85 text. Raises `KeyFileError`."""
     return _load(Path(path))[0]
+
+
+def read_listed(path: str | Path) -> bytes:
+    """As `read_public`, of a file in a folder, where one may be that has no end, or that nobody writes to."""
+    with contextlib.suppress(OSError):  # `read_public` names it
+        found = Path(path).stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
+            raise KeyFileError(f"{path}: is not a key file; create key files with blendmaskd-keys")
+    return read_public(path)
 
 
 def read_pair(path: str | Path) -> Pair:
@@ -162,9 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         code: int = arguments.run(arguments)
-    except BrokenPipeError as error:
-        return output.lost("blendmaskd-keys", error)
     except (OSError, KeyFileError) as error:
+        if isinstance(error, OSError) and error.errno and not error.filename:  # what it printed
+            return output.lost("blendmaskd-keys", error)
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
         print(f"blendmaskd-keys: {reason}", file=sys.stderr)
         return 1
@@ -221,7 +231,7 @@ def _list(arguments: argparse.Namespace) -> int:
         raise KeyFileError(f"{folder}: no such folder")
     for path in sorted(folder.glob(f"*{PUBLIC}")):
         try:
-            print(f"{read_public(path).decode()}  {path.stem}")
+            print(f"{read_listed(path).decode()}  {path.stem}")
         except KeyFileError as error:
             print(f"blendmaskd-keys: {error}", file=sys.stderr)
             code = 1

@@ -5,11 +5,11 @@ is typed.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+import contextlib
+from collections.abc import Mapping, Sequence, Sized
 from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import msgpack
 import msgspec
 from msgspec import Meta
 
@@ -24,6 +24,7 @@ IDLE = ("input", "launches", "selection")  # what a device waits for before the 
 STAGE_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 SURE_BYTES = 1 << 20  # a frame of so many is read whatever the settings are
 LEAST_DURABLE_NAME = 32  # characters: 128 random bits in hexadecimal
+UNKNOWN_JOB = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"
 
 Frames = Sequence[Sized]  # payload frames: bytes or zmq.Frame; the broker asks only for their length
 JobName = Annotated[str, Meta(min_length=1, max_length=128)]
@@ -283,6 +284,10 @@ Message = FromClient | ToClient | FromWorker | ToWorker
 
 M = TypeVar("M")
 
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+NULL = b"\xc0"
+_FIELDS = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
+
 
 class Kinds(dict[str, type[M]]):
     """The messages that one side may send, by type."""
@@ -316,7 +321,7 @@ def decode(frames: Sequence[Any], kinds: Kinds[M], nulls: bool = True) -> tuple[
         raise ProtocolError(f"header of {len(header)} bytes: at most {MAX_HEADER_BYTES}; pixels go into payload frames")
     try:
         message = kinds.decoder.decode(header)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         message = _read_in_steps(header, kinds, nulls)
     if isinstance(message, Submit):
         _check_submit(message, len(frames) - 2)
@@ -324,39 +329,42 @@ def decode(frames: Sequence[Any], kinds: Kinds[M], nulls: bool = True) -> tuple[
 
 
 def _read_in_steps(view: memoryview, kinds: Kinds[M], nulls: bool) -> M:
-    """Read a refused header again. Raises `ProtocolError` with a clear reason and the name of its job."""
-    header = _header(view)
-    job = header.get("job")
-    job = job if isinstance(job, str) and len(job) <= 128 else ""
-    kind = kinds.get(header["type"])
-    if kind is None:
-        raise ProtocolError(f"type {header['type']!r:.80}: expected one of {', '.join(kinds)}", job)
+    """Read a refused header again, only what is known of it. Raises `ProtocolError` with a clear reason and its job."""
     try:
-        return msgspec.convert(_without_nulls(header) if nulls else header, kind)
-    except msgspec.ValidationError as error:
-        raise ProtocolError(f"{header['type']}: {error}", job) from None
-
-
-def _header(view: memoryview) -> dict[str, Any]:
-    try:
-        header = msgpack.unpackb(view, strict_map_key=True)
-    except (ValueError, RecursionError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"header is not msgpack: {str(error) or type(error).__name__}") from None
-    if not isinstance(header, dict):
-        raise ProtocolError(f"header is a {type(header).__name__}: expected a map")
-    if not isinstance(header.get("type"), str):
+        header = _FIELDS.decode(view)
+        name, job = _text(header, "type"), _text(header, "job")
+    except UNREADABLE as error:
+        raise ProtocolError(f"header is not a msgpack map with str keys: {error}") from None
+    job = job if len(job) <= 128 else ""
+    if not name:
         raise ProtocolError("header has no type")
-    return header
+    if (kind := kinds.get(name)) is None:
+        raise ProtocolError(f"type {name!r:.80}: expected one of {', '.join(kinds)}", job)
+    try:
+        return msgspec.msgpack.decode(msgspec.msgpack.encode(_without_nulls(header) if nulls else header), type=kind)
+    except UNREADABLE as error:
+        raise ProtocolError(f"{name}: {error}", job) from None
 
 
-def _without_nulls(header: dict[str, Any]) -> dict[str, Any]:
+def _text(header: Mapping[str, msgspec.Raw], key: str) -> str:
+    """Empty: there is none. Raises UnicodeDecodeError."""
+    try:
+        return msgspec.msgpack.decode(header[key], type=str)
+    except (KeyError, msgspec.ValidationError):
+        return ""
+
+
+def _without_nulls(header: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
     """What is given, in the header and in the maps in it."""
-    maps = {key: _given(value) if isinstance(value, dict) else value for key, value in header.items()}
-    return _given(maps)
+    maps: dict[str, Any] = {}
+    for key in header.keys() & {"image", "options"}:
+        with contextlib.suppress(*UNREADABLE):
+            maps[key] = _given(_FIELDS.decode(header[key]))
+    return {**_given(header), **maps}
 
 
-def _given(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fields.items() if value is not None}
+def _given(fields: Mapping[str, msgspec.Raw]) -> dict[str, msgspec.Raw]:
+    return {key: value for key, value in fields.items() if bytes(value) != NULL}
 
 
 def _check_submit(message: Submit, payload_frames: int) -> None:

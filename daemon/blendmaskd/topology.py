@@ -93,8 +93,9 @@ def parse_npu_map(text: str) -> dict[int, tuple[int, int]]:
     if not rows or "NPU ID" not in rows[0]:
         return {}
     chips = [dict(zip(rows[0], row)) for row in rows[1:] if row[0].isdigit() and row[-1].lower() != "mcu"]
-    ids = [chip.get("Chip Logic ID", str(order)) for order, chip in enumerate(chips)]
-    return {int(i): (int(chip["NPU ID"]), int(chip["Chip ID"])) for i, chip in zip(ids, chips) if i.isdigit()}
+    found = [(chip.get("Chip Logic ID", str(order)), chip.get("NPU ID", ""), chip.get("Chip ID", ""))
+             for order, chip in enumerate(chips)]  # fmt: skip
+    return {int(i): (int(npu), int(chip)) for i, npu, chip in found if all(map(str.isdecimal, (i, npu, chip)))}
 
 
 def npu_rows(text: str) -> list[list[str]]:
@@ -129,7 +130,7 @@ def parse_npu_affinity(text: str) -> dict[int, Cpus]:
     """
     lines = text.splitlines()
     header = next((re.split(r"\s{2,}", line.strip()) for line in lines if "CPU Affinity" in line), None)
-    if header is None:
+    if header is None or "CPU Affinity" not in header:
         return {}
     column = header.index("CPU Affinity") + 1  # rows have a label before the cells
     rows = [line.split() for line in lines if re.match(r"\s*(NPU|Phy-ID)\d+\s+\S", line) and "CPU Affinity" not in line]

@@ -4,8 +4,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from blendmaskd import ascend
+from blendmaskd import ascend, topology
 from blendmaskd.ascend import Card
 
 SAMPLES = Path(__file__).parents[1] / "data" / "npu-smi"
@@ -101,6 +103,23 @@ def test_what_is_not_understood_tells_nothing(text: str) -> None:
     assert ascend.parse_npu_processes(text) == {}
     assert ascend.parse_version(text) == ""
     assert ascend.parse_firmware_ranges(text) == []
+
+
+SAMPLE_TEXTS = [path.read_text() for path in sorted(SAMPLES.glob("*.txt"))]
+INSTEAD = ["", "|", "-", "NA", " ", "\t", "\n", "7", "\u00b2", "Mcu"]
+EDITS = st.tuples(st.integers(0, 10**6), st.integers(0, 30), st.sampled_from(INSTEAD))
+
+
+@given(st.sampled_from(SAMPLE_TEXTS), st.lists(EDITS, max_size=12))
+def test_whatever_npu_smi_prints_can_be_read(text: str, edits: list[tuple[int, int, str]]) -> None:
+    """Other versions have other columns, and what is cut off has fewer: that is left out."""
+    for place, length, instead in edits:
+        at = place % (len(text) + 1)
+        text = text[:at] + instead + text[at + length :]
+    for parse in (ascend.parse_npu_cards, ascend.parse_npu_processes, ascend.parse_npu_error, topology.parse_npu_map,
+                  topology.parse_npu_addresses, topology.parse_npu_affinity):  # fmt: skip
+        parse(text)
+    ascend.parse_npu_memory_errors(text, 0)
 
 
 def test_version_files_are_read() -> None:

@@ -69,6 +69,7 @@ def test_the_other_inputs_are_what_they_are_elsewhere() -> None:
     settings = Settings()
     assert settings.timed.latency_ms[int(VALUES["batch"])] == VALUES["batch_ms"]
     assert settings.queue.max_jobs == VALUES["queue_jobs"]
+    assert settings.limits.max_image_pixels == VALUES["largest_pixels"]
     assert VALUES["raw_bytes"] == 800 * 800 * 3
 
 

@@ -1,10 +1,12 @@
 """`blendmaskd check` on this host: green where it can serve, each fault told, a daemon of ours told from a stranger."""
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -14,7 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from blendmaskd.check import trials
+from blendmaskd.check import resources, trials
+from blendmaskd.settings import Settings
+from blendmaskd.shell.spool import Spool
 from checkout import ROOT, SOURCES
 
 SAMPLES = ROOT / "tests" / "data" / "npu-smi"
@@ -179,6 +183,28 @@ def test_keys_and_spool_are_looked_at(check: Check, tmp_path: Path) -> None:
     assert told(check(spool=f"{tmp_path}/spool.db", spool_bytes=1 << 20), "files") == [
         ("ok", f"spool: {tmp_path}/spool.db")
     ]
+
+
+def _of_another(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript("PRAGMA application_id = 7; CREATE TABLE theirs (x)")
+
+
+def _a_spool(path: Path) -> None:
+    spool = Spool(path, 1.0)
+    spool.open()
+    spool.close()
+
+
+@pytest.mark.parametrize(("make", "reason"), [
+    (Path.mkdir, "is not a file"), (os.mkfifo, "is not a file"),
+    (lambda path: path.write_text("precious"), "is not a database"), (_of_another, "is a database of another program"),
+    (Path.touch, ""), (_a_spool, ""),
+])  # fmt: skip
+def test_what_is_in_the_place_of_the_spool_is_told(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
+    make(tmp_path / "spool")
+    [facts] = resources.ask_spool(Settings(spool=f"{tmp_path}/spool"))
+    assert facts.taken == reason
 
 
 def test_the_rights_on_the_folder_of_the_socket_are_told(check: Check, tmp_path: Path) -> None:

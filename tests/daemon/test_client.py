@@ -7,6 +7,7 @@ import itertools
 import os
 import socket
 import struct
+import tempfile
 import threading
 import time
 import zlib
@@ -292,6 +293,8 @@ def test_an_unfinished_map_cancels_what_is_in_flight(slow_daemon: Any, wait_unti
 def test_a_window_of_nothing_and_an_endpoint_that_is_none_are_refused(shared_daemon: Any) -> None:
     with pytest.raises(ValueError, match="window = 0"):
         next(shared_daemon.client.map([pixels(0)], window=0))
+    with pytest.raises(ValueError, match="on_error = 'retrun'"):
+        next(shared_daemon.client.map([pixels(0)], on_error="retrun"))
     for endpoint in ("nonsense", "/run/x.sock", "http://localhost:1", "tcp://localhost"):
         with pytest.raises(ValueError, match=f"{endpoint}: .*expected ipc:///PATH or tcp://HOST:PORT"):
             Client(endpoint)
@@ -635,9 +638,9 @@ def test_a_wrong_argument_raises_in_its_call_and_nowhere_else(shared_daemon: Any
         assert answered(client.segment(pixels(3))) == checksum(pixels(3))
 
 
-def test_numbers_of_other_libraries_are_numbers(shared_daemon: Any) -> None:
+def test_numbers_and_texts_of_other_libraries_are_numbers_and_texts(shared_daemon: Any) -> None:
     options = {"score_threshold": np.float32(0.25), "max_detections": np.int64(0), "priority": np.int8(-1),
-               "deadline_s": np.float64(5)}  # fmt: skip
+               "deadline_s": np.float64(5), "mask_format": np.array(["none"])[0]}  # fmt: skip
     assert shared_daemon.client.segment(pixels(0), **options).detections == []
     assert with_client(shared_daemon.endpoint, lambda client: client.segment(pixels(0), **options)).detections == []
     with Client(shared_daemon.endpoint, timeout_s=np.float32(5), retries=np.int64(2)) as client:
@@ -869,3 +872,20 @@ def test_a_path_that_goes_silent_is_given_up_and_the_job_sent_again(daemon: Any)
         assert answered(client.segment(pixels(2))) == checksum(pixels(2))
         assert time.monotonic() - start < 40
         with_client(relay.endpoint, work, timeout_s=60.0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+@pytest.mark.parametrize("modes", [(0o755, 0o600), (0o700, 0o777)])
+def test_a_socket_that_is_for_others_is_told_from_a_daemon_that_is_not_there(modes: tuple[int, int]) -> None:
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listening:
+        path = f"{folder}/client.sock"
+        listening.bind(path)
+        for each, mode in zip((folder, path), modes):
+            os.chmod(each, mode)
+        with Client(f"ipc://{path}") as client:
+            assert client.hint == ""
+            os.seteuid(65534)
+            try:
+                assert "is it in the socket's group?" in client.hint
+            finally:
+                os.seteuid(0)

@@ -20,6 +20,7 @@ import zmq
 
 from blendmaskd import protocol
 from blendmaskd.client.blocking import AsyncClient, Client, JobFailed, ServerPath
+from blendmaskd.client.exchange import Exchange
 from blendmaskd.protocol import TO_CLIENT, Code
 from checkout import ROOT, SOURCES
 
@@ -421,3 +422,22 @@ def test_a_socket_without_our_client_can_do_it_too(kept: Any) -> None:
     assert ask(protocol.Fetch(job=name)).job == name
     assert ask(protocol.Forget(job=name)) == protocol.Forgotten(job=name)
     assert ask(protocol.Fetch(job=name)).code is Code.BAD_REQUEST
+
+
+def test_answers_to_an_earlier_question_are_none_to_a_submission() -> None:
+    """What is asked while there is no daemon is sent twice, and answered twice."""
+    exchange, name = Exchange(0, 20.0), "n" * 32
+
+    def hear(message: protocol.ToClient) -> None:
+        exchange.receive(protocol.encode(message), 0.0)
+
+    unknown = protocol.Failed(job=name, code=Code.BAD_REQUEST, reason=protocol.UNKNOWN_JOB)
+    asked = exchange.ask(protocol.Fetch(job=name), 0.0)
+    hear(unknown)
+    assert isinstance(asked.answer, JobFailed)
+    submitted = exchange.add_durable(b"image", name, None, 0, protocol.Options(), 0.0)
+    for message in (unknown, protocol.Forgotten(job=name)):
+        hear(message)
+        assert submitted.answer is None
+    hear(protocol.Accepted(job=name))
+    assert submitted.answer == protocol.Accepted(job=name)

@@ -48,6 +48,7 @@ from blendmaskd.protocol import (
     Forgotten,
     Image,
     Lease,
+    RegionError,
     Result,
     Revoke,
     Started,
@@ -398,6 +399,18 @@ def test_owners_take_turns_and_leave_each_other_room(pushing: int) -> None:
     assert isinstance(stored, Store)
     machine.spool.die()
     machine.folder.cleanup()
+
+
+def test_a_job_whose_image_cannot_be_read_is_refused_and_not_kept() -> None:
+    def unreadable() -> list[bytes]:
+        raise RegionError("region 'r': Input/output error")
+
+    durable = Durable(Broker(LIMITS), max_bytes=1000)
+    job = Submit(job="9" * 32, image=Image(kind="encoded"), durable=True)
+    (refused,) = durable.submit(b"a", job, 40, unreadable, 0.0)
+    assert refused.answer == Failed(job=job.job, code=Code.BAD_REQUEST, reason="region 'r': Input/output error")
+    durable.check()
+    assert len(durable.jobs) == 0
 
 
 @pytest.mark.parametrize(

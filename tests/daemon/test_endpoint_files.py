@@ -124,6 +124,12 @@ def test_the_daemon_and_check_refuse_by_name_what_is_there(folder: Path) -> None
     assert _contents(folder) == {str(weights): (weights.stat().st_ino, PRECIOUS)}
 
 
+def test_check_does_not_wait_at_a_pipe_in_the_place_of_the_lock(folder: Path) -> None:
+    os.mkfifo(folder / "socket.lock")
+    check = _run(f"ipc://{folder}/socket", "check")
+    assert f"endpoints.clients: {folder}/socket.lock is a pipe, which is not the daemon's lock" in check.stdout
+
+
 @pytest.mark.parametrize("removed", ["client.sock", "client.sock.fd", "client.sock.lock", "*"])
 def test_what_is_removed_while_it_runs_is_told_and_lets_no_second_daemon_in(
     daemon: Any, wait_until: Any, removed: str

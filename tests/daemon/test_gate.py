@@ -22,7 +22,7 @@ from curve import Guarded, free_port, nothing_more, start
 from blendmaskd import keys, settings
 from blendmaskd.client.blocking import AsyncClient, Client, HandshakeError
 from blendmaskd.programs import stats, submit
-from blendmaskd.protocol import Code, GetStats, Image, Submit, encode
+from blendmaskd.protocol import Cancel, Code, GetStats, Image, Submit, encode
 from blendmaskd.shell.sockets import Sockets
 from blendmaskd_workers.benchmark import program as benchmark
 from checkout import ROOT
@@ -300,7 +300,8 @@ def test_where_keys_are_needed_a_peer_of_the_oldest_protocol_is_dropped(guarded:
 
 def test_no_identity_is_taken_for_one_of_the_daemon_s_own(daemon, tmp_path) -> None:
     running = daemon(devices=["cpu:0"], spool=str(tmp_path / "spool"))
-    for identity in (b"\0durable", b"durable", bytes(5), b"cpu:0.1"):
+    ours = (b"\0durable", b"durable", bytes(5), b"cpu:0.1", b"\0tcp:", b"\0tcp:a", b"\0ipc:a")
+    for identity in (*ours, b"a", bytes(255)):
         with zmq.Context.instance().socket(zmq.DEALER) as dealer:
             dealer.set(zmq.LINGER, 0)
             dealer.set(zmq.RCVTIMEO, 10_000)
@@ -309,6 +310,22 @@ def test_no_identity_is_taken_for_one_of_the_daemon_s_own(daemon, tmp_path) -> N
             _submit(dealer, ["mine"])
             assert _answer(dealer)["job"] == "mine"
     assert running.client.segment(IMAGE).width == 64
+
+
+def test_a_local_client_cannot_have_the_name_of_a_remote_one(slow: Guarded) -> None:
+    identity = b"0123456789abcdef"
+    with slow.dealer(identity=identity) as remote, zmq.Context.instance().socket(zmq.DEALER) as local:
+        local.set(zmq.LINGER, 0)
+        local.set(zmq.RCVTIMEO, 10_000)
+        local.set(zmq.IDENTITY, b"\0tcp:" + identity)
+        local.connect(slow.daemon.endpoint)
+        _submit(remote, ["first", "second"])
+        assert _answer(remote)["type"] == "result"
+        local.send_multipart(encode(Cancel(job="second")))
+        local.send_multipart(encode(GetStats()))
+        assert _answer(local)["type"] == "stats"
+        answer = _answer(remote)
+        assert (answer["type"], answer["job"]) == ("result", "second")
 
 
 def _property(name: bytes, value: bytes) -> bytes:

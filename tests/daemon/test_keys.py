@@ -180,6 +180,21 @@ def test_a_file_that_is_no_key_is_told_once_and_harms_no_other(tmp_path) -> None
     assert allowed.refresh() == ({}, {}, [])
 
 
+def test_a_pipe_or_a_file_without_end_among_the_keys_is_told_and_not_read(tmp_path) -> None:
+    alice = keys.write_pair(tmp_path, "alice").public.decode()
+    os.mkfifo(tmp_path / "pipe.key")
+    (tmp_path / "zero.key").symlink_to("/dev/zero")
+    with (tmp_path / "large.key").open("wb") as large:
+        large.truncate(1 << 40)
+    program = [sys.executable, "-m", "blendmaskd.keys", "list", tmp_path]  # a process, because a test that waits stays
+    listed = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (listed.returncode, listed.stdout) == (1, f"{alice}  alice\n")
+    others = {f"{tmp_path}/{name}.key: is not a key file" for name in ("pipe", "zero", "large")}
+    assert {line.removeprefix("blendmaskd-keys: ").partition(";")[0] for line in listed.stderr.splitlines()} == others
+    change = AllowedKeys(tmp_path).refresh()
+    assert (change.added, len(change.complaints)) == ({alice: "alice"}, 3)
+
+
 def test_a_folder_that_cannot_be_read_lets_nobody_in(tmp_path) -> None:
     folder = tmp_path / "clients"
     key = keys.write_pair(folder, "alice").public.decode()

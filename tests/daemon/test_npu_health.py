@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -175,6 +176,19 @@ def test_a_slot_rests_while_its_card_is_ill_and_nothing_is_lost(
 ) -> None:
     server = daemon(devices=["npu:0", "npu:1"], npu_health_s=0.1, environment=npu_smi.environment)
     follow(server, npu_smi, wait_until, np.zeros((8, 8, 3), np.uint8), window=8)
+
+
+@pytest.mark.slow
+def test_a_slot_comes_back_when_npu_smi_is_not_asked_any_more(
+    daemon: Callable[..., Any], npu_smi: NpuSmi, wait_until: Callable[..., Any]
+) -> None:
+    server = daemon(devices=["npu:0", "npu:1"], npu_health_s=0.1, environment=npu_smi.environment)
+    npu_smi.says(npu1="Alarm")
+    wait_until(lambda: server.states()["npu:1"] == "resting")
+    server.rewrite(npu_health_s=0)
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: server.states()["npu:1"] == "ready")
+    assert server.devices()["npu:1"]["card"] == {}
 
 
 @pytest.mark.slow

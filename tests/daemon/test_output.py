@@ -93,3 +93,11 @@ def test_an_interrupt_while_libraries_are_loaded_is_no_traceback(
     (tmp_path / "loads_long.py").write_text("raise KeyboardInterrupt")
     monkeypatch.syspath_prepend(tmp_path)
     assert extras.run("program", "loads_long") == 130
+
+
+def test_a_list_of_keys_on_a_full_disk_ends_with_its_reason(full_disk: int, tmp_path: Any) -> None:
+    assert run("keys", ["server", str(tmp_path)], subprocess.DEVNULL)[0] == 0
+    for number in range(300):  # more than is kept until the end
+        (tmp_path / f"{number}.key").hardlink_to(tmp_path / "server.key")
+    said = "blendmaskd-keys: cannot write its output: No space left on device\n"
+    assert run("keys", ["list", str(tmp_path)], full_disk) == (4, said)

@@ -2,6 +2,7 @@ import math
 from typing import Any
 
 import msgpack
+import msgspec
 import pytest
 import zmq
 from hypothesis import example, given
@@ -227,6 +228,28 @@ def test_what_a_submit_leaves_out_has_defaults_and_unknown_keys_are_ignored() ->
     assert message.options == Options(score_threshold=0.0, max_detections=None, mask_format="rle")
 
 
+STRANGE: dict[str, bytes] = {  # values that nobody here understands, of keys that nobody here knows
+    "a map with numbers as keys": b"\x81\x01\x02",
+    "a map with a list as key": b"\x81\x91\x01\x02",
+    "no UTF-8": b"\xa2\xff\xfe",
+    "an extension": b"\xd4\x05\x00",
+    "a timestamp of one byte": b"\xd4\xff\x00",
+    "a NaN": b"\xca\x7f\xc0\x00\x00",
+}
+
+
+@pytest.mark.parametrize("value", STRANGE.values(), ids=STRANGE)
+def test_an_unknown_key_is_ignored_whatever_its_value_and_whatever_else_is_there(value: bytes) -> None:
+    strange = msgspec.Raw(value)
+    for known in ({}, {"options": None}, {"options": {"max_detections": None, "x": strange}}):
+        frames = [MAGIC, msgspec.msgpack.encode({**SUBMIT, **known, "x": strange}), b"x"]
+        assert decode(frames, FROM_CLIENT)[0] == Submit(job="a", image=Image(kind="encoded")), known
+    frames[1] = msgspec.msgpack.encode({**SUBMIT, "priority": 99, "x": strange})
+    with pytest.raises(ProtocolError, match="priority") as refused:
+        decode(frames, FROM_CLIENT)
+    assert refused.value.job == "a"
+
+
 def test_the_codes_are_a_closed_table() -> None:
     assert {code.value: code.retryable for code in Code} == {
         "bad-request": False, "bad-image": False, "too-large": False, "busy": True, "timeout": True,
@@ -248,14 +271,14 @@ MALFORMED: dict[str, tuple[list[bytes], str, str]] = {  # frames, the job that c
     "one frame": ([MAGIC], "", "expected frames"),
     "other magic": ([b"BMD2", header(**SUBMIT), b"x"], "", "expected frames"),
     "HTTP": ([b"GET / HTTP/1.1\r\n", b"Host: x"], "", "expected frames"),
-    "empty header": ([MAGIC, b""], "", "not msgpack"),
-    "JSON": ([MAGIC, b'{"type": "submit"}'], "", "not msgpack"),
-    "half a header": ([MAGIC, header(**SUBMIT)[:-3]], "", "not msgpack"),
-    "more behind it": ([MAGIC, header(**SUBMIT) + b"\xc0"], "", "not msgpack"),
-    "not UTF-8": ([MAGIC, b"\x81\xa4type\xa2\xff\xfe"], "", "not msgpack"),
-    "nested too deep": ([MAGIC, b"\x91" * 5000 + b"\xc0"], "", "not msgpack"),
-    "a map as key": ([MAGIC, b"\x81\x80\xc0"], "", "not msgpack"),
-    "a list": ([MAGIC, msgpack.packb([1])], "", "is a list"),
+    "empty header": ([MAGIC, b""], "", "not a msgpack map"),
+    "JSON": ([MAGIC, b'{"type": "submit"}'], "", "not a msgpack map"),
+    "half a header": ([MAGIC, header(**SUBMIT)[:-3]], "", "not a msgpack map"),
+    "more behind it": ([MAGIC, header(**SUBMIT) + b"\xc0"], "", "not a msgpack map"),
+    "not UTF-8": ([MAGIC, b"\x81\xa4type\xa2\xff\xfe"], "", "not a msgpack map"),
+    "nested too deep": ([MAGIC, b"\x91" * 5000 + b"\xc0"], "", "not a msgpack map"),
+    "a map as key": ([MAGIC, b"\x81\x80\xc0"], "", "not a msgpack map"),
+    "a list": ([MAGIC, msgpack.packb([1])], "", "not a msgpack map"),
     "huge header": ([MAGIC, header(**SUBMIT, filler="x" * MAX_HEADER_BYTES)], "", "at most 65536"),
     "no type": ([MAGIC, header(job="a")], "", "no type"),
     "type of a number": ([MAGIC, header(type=1, job="a")], "", "no type"),

@@ -53,6 +53,22 @@ def test_an_image_comes_in_three_ways(image: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    "disposition",
+    [
+        "form-data; name=image; filename=a.jpg; filename*=utf-8''a.jpg",  # .NET
+        'form-data; filename="a.jpg"; name="image"',
+        'FORM-DATA;NAME="image"',
+        r'form-data; name="image"; filename="x; name=\"y\".jpg"',
+        'form-data; name="image"; filename="; name=y"',
+        'form-data; name="image"; filename="\u00e4 \u4e2d.jpg"',
+    ],
+)
+def test_a_field_is_named_as_clients_write_it(disposition: str) -> None:
+    head = f"--x\r\nContent-Type: image/jpeg\r\nContent-Disposition: {disposition}\r\n\r\n"
+    assert read({}, head.encode() + b"pixels\r\n--x--", "multipart/form-data; boundary=x").payload == b"pixels"
+
+
+@pytest.mark.parametrize(
     ("query", "words"),
     [
         ({"scor": "1"}, "`scor`"),
@@ -65,6 +81,8 @@ def test_an_image_comes_in_three_ways(image: bytes) -> None:
         ({"kind": "raw"}, "kind=raw needs shape"),
         ({"kind": "raw", "shape": "4x6"}, "shape"),
         ({"kind": "raw", "shape": "4,6,4"}, "shape"),
+        ({"kind": "raw", "shape": "4,6,3\n"}, "shape"),
+        ({"kind": "raw", "shape": f"{2**70},1,3"}, "shape"),
         ({"kind": "path"}, "kind=path needs path"),
         ({"kind": "path", "path": "/a"}, "takes no body"),
         ({"deadline_s": "0"}, "deadline_s"),
@@ -90,6 +108,7 @@ def test_a_query_that_cannot_be_followed_says_why(query: dict[str, str], words: 
         ("application/json", b'{"image": "eA==", "score_threshold": [1]}', "score_threshold"),
         ("application/json", b'{"score_threshold": 1}', "the image is empty"),
         ("multipart/form-data", b"x", "boundary"),
+        ("multipart/form-data; boundary*=utf-8''x", b"x", "boundary"),
         (FORM, b"x", "does not end"),
         (FORM, form(("image", b"x"))[:-6], "does not end"),
         (FORM, form(("image", b"x"), ("image", b"y")), "two fields `image`"),
@@ -128,3 +147,10 @@ def test_each_code_has_a_status_and_says_whether_to_try_again(code: Code) -> Non
     assert ("retry_after_s" in tree) == ("retry-after" in failure.headers) == code.retryable
     if code.retryable:
         assert (tree["retry_after_s"], failure.headers["retry-after"]) == (2.4, "2")
+
+
+def test_a_job_has_no_newline_in_its_name() -> None:
+    name = "0123456789abcdef" * 2
+    assert rest.read({"job": name}, "", b"x", 60.0, rest.JobQuery).query.job == name
+    with pytest.raises(Failure, match="job"):
+        rest.read({"job": name + "\n"}, "", b"x", 60.0, rest.JobQuery)

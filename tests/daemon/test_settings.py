@@ -83,6 +83,24 @@ def test_a_key_that_is_given_twice_is_refused_by_name(tmp_path: Path, text: str,
         load(path)
 
 
+def test_two_variables_of_one_setting_are_refused() -> None:
+    environment = {"BLENDMASKD__QUEUE__MAX_JOBS": "7", "BLENDMASKD__queue__max_jobs": "5"}
+    with pytest.raises(SettingsError, match=r"__QUEUE__MAX_JOBS and BLENDMASKD__queue__max_jobs are one"):
+        load(None, environment)
+    both = {"BLENDMASKD__WORKER_ENV__a": "'1'", "BLENDMASKD__WORKER_ENV__A": "'2'"}
+    assert load(None, both).worker_env == {"a": "1", "A": "2"}
+
+
+@pytest.mark.parametrize("override", [
+    r'model.weights="a\0b"', r'paths.roots=["/tmp", "/\0"]', r'worker_env={A: "x\0"}', r'worker_env={"A\0": x}',
+    r'worker_env.A="\ud800"', "worker_env={A=B: x}", "worker_env={'': x}", r'curve={server_key: "\0"}',
+    f"worker_env={'[' * 3000}{']' * 3000}",
+])  # fmt: skip
+def test_what_no_path_and_no_environment_can_hold_is_refused_where_it_is_written(override: str) -> None:
+    with pytest.raises(SettingsError, match=override.partition("=")[0].partition(".")[0]):
+        load(None, {}, [override])
+
+
 def test_what_yaml_would_take_for_a_comment_is_refused_in_flags_and_environment() -> None:
     for sources in ((None, {"BLENDMASKD__SPOOL": "/data/run #3/spool"}), (None, {}, ["spool=/data/run #3/spool"])):
         with pytest.raises(SettingsError, match="takes what follows ' #' for a comment"):
@@ -94,12 +112,15 @@ def test_devices_have_a_flag_of_their_own_that_wins() -> None:
     assert load(None, {}, ["devices=[cpu:7]"], ["cuda:0", "cpu:0"]).devices == ["cuda:0", "cpu:0"]
 
 
+WRITABLE = st.characters(codec="utf-8", exclude_characters="\0=")
+
+
 @given(st.fixed_dictionaries({}, optional={
     "devices": st.lists(st.from_regex(r"(npu|cuda|cpu):[1-9]", fullmatch=True), min_size=1, unique=True),
     "batch": st.integers(1, 64) | st.just("auto"),
     "drain_s": st.floats(0.001, 1e6),
     "queue": st.fixed_dictionaries({"max_jobs": st.integers(1, 10**6)}),
-    "worker_env": st.dictionaries(st.text(max_size=5), st.text(max_size=5)),
+    "worker_env": st.dictionaries(st.text(WRITABLE, min_size=1, max_size=5), st.text(WRITABLE, max_size=5)),
 }))  # fmt: skip
 def test_settings_survive_the_way_through_plain_values(tree: dict[str, Any]) -> None:
     found = from_tree(tree)

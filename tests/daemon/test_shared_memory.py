@@ -326,9 +326,19 @@ def _huge() -> int:
         pytest.skip("this kernel has no huge pages")
 
 
+def _opened(flags: int) -> int:
+    descriptor = memory_file(MB)
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", flags)
+    finally:
+        os.close(descriptor)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (lambda: _opened(os.O_WRONLY), "the descriptor is for writing alone"),  # it ended the daemon that read it
+        (lambda: _opened(os.O_PATH), "the descriptor is not a memory file's (memfd_create)"),
         (_pipe, "the descriptor is not a memory file's (memfd_create)"),
         (lambda: os.open("/", os.O_RDONLY), "the descriptor is not a memory file's (memfd_create)"),
         (lambda: os.open(__file__, os.O_RDONLY), "the descriptor is not a memory file's (memfd_create)"),
@@ -341,7 +351,8 @@ def _huge() -> int:
         (lambda: memory_file(256 * MB + 4096), f"{256 * MB + 4096} bytes: "),
         (_huge, "huge pages"),
     ],
-    ids=["pipe", "folder", "file", "device", "path", "socket", "unsealed", "shrinking", "empty", "large", "huge"],
+    ids=["writing", "memory's path", "pipe", "folder", "file", "device",
+         "path", "socket", "unsealed", "shrinking", "empty", "large", "huge"],
 )
 def test_what_cannot_be_a_region_is_refused_and_let_go(
     shared_daemon: Any, bare: Bare, own: Any, wait_until: Any, make: Any, reason: str

@@ -17,6 +17,7 @@ from blendmaskd.check import program
 from blendmaskd.check.finding import Finding
 from blendmaskd.probe import Probe, among, in_a_line
 from blendmaskd.settings import Settings
+from blendmaskd.shell.sockets import private_folder
 from checkout import ROOT
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -60,6 +61,30 @@ def test_a_place_without_room_for_the_workers_socket_is_named(
     assert f"error    files        {line.removeprefix('blendmaskd: ')[:20]}" in checked.stdout
     assert checked.stderr == ""
     assert list(long.iterdir()) == []
+
+
+@pytest.mark.parametrize("variable", ["RUNTIME_DIRECTORY", "TMPDIR"])
+def test_a_relative_place_is_found_from_everywhere(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="bmd-") as folder:
+        monkeypatch.chdir(folder)
+        monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+        monkeypatch.setenv(variable, ".")
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        with private_folder() as private:
+            assert os.path.dirname(private) == os.path.realpath(folder)
+
+
+def test_too_few_descriptors_are_told_before_zeromq_aborts(run: Run) -> None:
+    few = ["sh", "-c", 'ulimit -n 20; exec "$@"', "sh"]
+    refused = run(before=few)
+    assert refused.returncode == EXIT_CANNOT_BOOT
+    reason = "at most 20 files may be open, at least 64 are needed"
+    assert refused.stderr == f"blendmaskd: {reason}; raise the hard limit (ulimit -Hn, LimitNOFILE=)\n"
+    assert f"error    limits       {reason}" in run("check", before=few).stdout
+
+
+def test_a_soft_limit_is_raised_before_it_is_met(daemon) -> None:
+    assert daemon(files=8).client.stats()["serving"] == 2
 
 
 def test_of_several_runtime_directories_the_first_is_used(daemon) -> None:

@@ -2,6 +2,7 @@
 code, or its connection breaks with the front; durable jobs outlive all of them."""
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import os
@@ -15,6 +16,10 @@ from typing import Any
 import pytest
 from running_front import Front, MakeFront
 
+from blendmaskd.client.asynchronous import AsyncClient
+from blendmaskd.http import rest
+from blendmaskd.http.rest import Failure
+from blendmaskd.http.upstream import Upstream
 from blendmaskd.protocol import Code
 
 WAIT_S = 30.0
@@ -117,11 +122,34 @@ def test_a_daemon_that_is_away_is_a_503_in_time(daemon: Any, front: MakeFront, p
     assert (reply.status, reply.tree["code"], "retry-after" in reply.headers) == (503, "unavailable", True)
     assert time.monotonic() - begun < 8
     assert here.ask("GET", "/readyz").status == 503
+    assert here.log.count(f"no daemon answers at {server.endpoint}") == 1
     assert here.ask("GET", "/healthz").status == 200
     server.start()
     server.wait_ready()
     wait_until(lambda: here.ask("POST", "/v1/segment", photo).status == 200)
     wait_until(lambda: here.ask("GET", "/readyz").status == 200)  # it is asked once a second
+
+
+def test_a_client_that_could_not_be_made_is_made_again(
+    shared_daemon: Any, photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be no thread, or no descriptor, at the moment."""
+
+    async def fail(self: AsyncClient) -> AsyncClient:
+        raise RuntimeError("can't start new thread")
+
+    async def ask() -> int:
+        upstream = Upstream(shared_daemon.endpoint, 5.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(AsyncClient, "__aenter__", fail)
+            with pytest.raises(Failure, match="can't start new thread"):
+                await upstream.segment("", wanted)
+        answer = await upstream.segment("", wanted)
+        await upstream.close()
+        return answer.width
+
+    wanted = rest.read({}, "image/jpeg", photo, 20.0, rest.SegmentQuery)
+    assert asyncio.run(ask()) == 383
 
 
 @pytest.mark.slow
@@ -197,6 +225,37 @@ def test_a_wait_that_ends_or_is_deleted_leaves_nothing(durable: Any, front: Make
     waiting.join()
     assert replies[0] in (200, 404)  # failed as cancelled; or it came after the deletion
     assert here.ask("GET", f"/v1/jobs/{jobs[0]}?wait=20").tree["state"] == "done"
+
+
+@pytest.mark.slow
+def test_a_job_that_was_asked_for_before_it_was_there_is_accepted_by_the_daemon_alone(
+    durable: Any, front: MakeFront, photo: bytes, wait_until: Any
+) -> None:
+    """Whoever does not know whether its job was accepted asks for it, and sends it again: also while there is no
+    daemon, whose answers to the first question come twice.
+    """
+    here = front(durable)
+    name = secrets.token_hex(16)
+    assert here.ask("GET", "/readyz").status == 200  # it is connected
+    durable.kill()
+    replies: dict[str, int] = {}
+
+    def ask(method: str, path: str, body: bytes | None = None) -> threading.Thread:
+        thread = threading.Thread(target=lambda: replies.update({method: here.ask(method, path, body).status}))
+        thread.start()
+        return thread
+
+    with here.connect() as first:
+        first.sendall(f"GET /v1/jobs/{name}?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        wait_until(lambda: b"in_flight 2.0" in here.ask("GET", "/metrics").body)  # beside this question
+        posting = ask("POST", f"/v1/jobs?job={name}", photo)
+        wait_until(lambda: b"in_flight 3.0" in here.ask("GET", "/metrics").body)
+        assert replies == {}  # nobody has accepted it
+        durable.start()
+        assert first.recv(100).startswith(b"HTTP/1.1 404")
+    posting.join()
+    assert replies == {"POST": 202}
+    assert here.ask("GET", f"/v1/jobs/{name}?wait=20").tree["state"] == "done"
 
 
 @pytest.mark.slow

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from running_front import Front, MakeFront, fronts, segment_request
+from running_front import Front, MakeFront, fronts, read_all, segment_request
 
+from blendmaskd.http.certificate import load
 from checkout import ROOT
 
 TOKEN = "0123456789abcdef0123456789abcdef"
@@ -105,7 +106,7 @@ def test_a_full_queue_is_said_at_once(daemon: Any, front: MakeFront, photo: byte
         reply = here.ask("POST", "/v1/segment", photo)
     assert (reply.status, reply.tree["code"]) == (503, "busy")
     assert int(reply.headers["retry-after"]) >= 1
-    server.process.kill()
+    server.kill()
 
 
 @pytest.mark.slow
@@ -116,7 +117,7 @@ def test_whoever_leaves_cancels_its_job(daemon: Any, front: MakeFront, photo: by
         left.sendall(segment_request(photo))
         wait_until(lambda: server.client.stats()["leased"] == 1)
     wait_until(lambda: server.client.stats()["failures"].get("cancelled") == 1)
-    server.process.kill()
+    server.kill()
 
 
 def test_what_is_known_is_shown(shared_front: Front, shared_daemon: Any, photo: bytes) -> None:
@@ -150,6 +151,7 @@ def test_what_is_known_is_shown(shared_front: Front, shared_daemon: Any, photo: 
         ({"Host": "localhost", "Origin": "http://localhost"}, 200),
         ({"Host": "localhost", "Origin": "https://evil.example"}, 403),
         ({"Host": "localhost", "Origin": "null"}, 403),
+        ({"Host": "localhost", "Origin": "http://[::1"}, 403),
     ],
 )
 def test_pages_of_others_cannot_ask(
@@ -262,8 +264,22 @@ def test_https_by_files_that_are_noticed_when_they_change(
             return secure.getpeercert(True) or b""
 
     first = shown()
-    certificate(tmp_path, "two")
+    (tmp_path / "other").mkdir()
+    other, its_key = certificate(tmp_path / "other", "two")
+    os.replace(other, chain)  # not with its key, so far
+    wait_until(lambda: "the certificate that was read before stays" in here.log)
+    assert shown() == first
+    os.replace(its_key, key)
     wait_until(lambda: shown() != first)
+
+
+def test_a_key_with_a_passphrase_is_refused_rather_than_asked_for(tmp_path: Path) -> None:
+    chain, key = certificate(tmp_path, "one")
+    lock = ["openssl", "pkey", "-aes256", "-passout", "pass:x", "-in", key, "-out", f"{key}.locked"]
+    subprocess.run(lock, check=True)
+    with pytest.raises(OSError, match="has a passphrase"):
+        load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), chain, f"{key}.locked")
+    load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), chain, key)
 
 
 # -- stopping, several processes --------------------------------------------------------------------------------------
@@ -278,8 +294,45 @@ def test_what_was_accepted_is_answered_when_it_stops(
         waiting.sendall(segment_request(photo))
         wait_until(lambda: server.client.stats()["leased"] == 1)
         here.process.send_signal(signal.SIGTERM)
-        assert waiting.recv(100).startswith(b"HTTP/1.1 200")
+        answer = waiting.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"\r\nconnection: close\r\n" in answer  # so nobody sends the next one here
     assert here.process.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_what_is_not_answered_within_drain_s_is_a_problem_too(
+    daemon: Any, front: MakeFront, photo: bytes, wait_until: Any
+) -> None:
+    server = daemon(timed={"latency_ms": {1: 60_000}}, devices=["cpu:0"])
+    here = front(server, "--set", "drain_s=1")
+    with here.connect() as waiting, here.connect() as unfinished:
+        unfinished.sendall(b"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhalf")
+        waiting.sendall(segment_request(photo))
+        wait_until(lambda: server.client.stats()["leased"] == 1)
+        here.process.send_signal(signal.SIGTERM)
+        for each in (waiting, unfinished):
+            answer = read_all(each)
+            assert answer.startswith(b"HTTP/1.1 503"), answer
+            assert b'"code":"draining"' in answer
+    assert here.process.wait(20) == 0
+    server.kill()
+
+
+@pytest.mark.slow
+def test_its_processes_import_nothing_from_the_working_directory(
+    shared_daemon: Any, tmp_path: Path, wait_until: Any
+) -> None:
+    (tmp_path / "uvicorn.py").write_text("raise SystemExit('not this one')")
+    command = [sys.executable, "-P", "-m", "blendmaskd.http.program", "--settings", shared_daemon.settings_file,
+               "--set", "http.endpoint=127.0.0.1:0", "--set", "http.processes=2"]  # fmt: skip
+    with (tmp_path / "log").open("wb") as log:
+        front = subprocess.Popen(command, cwd=tmp_path, stderr=log)
+    try:
+        wait_until(lambda: (tmp_path / "log").read_text().count("serving http") == 2, 30)
+    finally:
+        front.terminate()
+        front.wait(20)
 
 
 @pytest.mark.slow
@@ -298,3 +351,17 @@ def test_several_processes_share_the_endpoint(
     assert here.ask("POST", "/v1/segment", photo).status == 200
     here.kill()
     wait_until(lambda: not any(child.is_running() for child in children[1:]))
+
+
+def test_its_processes_import_nothing_from_the_folder_they_stand_in(
+    daemon: Any, tmp_path: Path, wait_until: Any
+) -> None:
+    (tmp_path / "logging.py").write_text("raise SystemExit('anybody may write here')")
+    command = [sys.executable, "-P", "-m", "blendmaskd.http.program", "--settings", str(daemon().settings_file)]
+    command += ["--set", "http.endpoint=127.0.0.1:0", "--set", "http.processes=2"]
+    told = tmp_path / "log"
+    with told.open("wb") as log, subprocess.Popen(command, cwd=tmp_path, stderr=log) as process:
+        try:
+            wait_until(lambda: told.read_text().count("serving http") == 2, 20)
+        finally:
+            process.terminate()

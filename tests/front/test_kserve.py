@@ -98,7 +98,7 @@ def test_failures_are_the_clients_exceptions(triton: Any, photo: bytes) -> None:
 
 def request(**changes: Any) -> bytes:
     tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(b"pixels").decode()]}
-    top = {key: changes.pop(key) for key in ("outputs", "parameters") if key in changes}
+    top = {key: changes.pop(key) for key in ("id", "outputs", "parameters") if key in changes}
     return json.dumps({"inputs": [{**tensor, **changes}], **top}).encode()
 
 
@@ -127,6 +127,22 @@ def request(**changes: Any) -> bytes:
 def test_a_request_that_cannot_be_read_says_why(body: bytes, cut: int | None, words: str) -> None:
     with pytest.raises(Failure, match=words):
         kserve.read("blendmask", body, cut, 60.0)
+
+
+def test_null_is_left_out_as_some_clients_write_it() -> None:
+    tree = json.loads(request(id=None, outputs=None, parameters=None))
+    tree["inputs"][0]["parameters"] = None
+    asked, found = kserve.read("blendmask", json.dumps(tree).encode(), None, 60.0)
+    assert found.payload == b"pixels"
+    _, body = kserve.write("blendmask", asked, 6, 4, [])
+    assert "id" not in json.loads(body)
+
+
+@pytest.mark.parametrize("name", ["classification", "shared_memory_region"])
+def test_what_tritons_outputs_can_be_besides_is_refused(name: str) -> None:
+    body = request(outputs=[{"name": "scores", "parameters": {name: 1}}])
+    with pytest.raises(Failure, match=f"scores: there is no {name}"):
+        kserve.read("blendmask", body, None, 60.0)
 
 
 @pytest.mark.parametrize("rest", [b"", b"\0", b"\7\0\0\0pixels", b"\5\0\0\0pixels", b"\xff\xff\xff\xffpixels"])

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import time
 from typing import Any
 
+import psutil
 import pytest
 from running_front import Front, MakeFront, fronts, read_all, segment_request
 
@@ -55,6 +57,29 @@ def test_what_is_no_request_or_too_much_ends_in_time(strict: Front, parts: list[
     assert strict.ask("GET", "/healthz").status == 200
 
 
+@pytest.mark.parametrize(
+    ("start", "status"),
+    [
+        (b"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\n", 413),
+        (b"POST /v1/segment HTTP/1.1\r\nHost: evil.example\r\n", 421),
+        (b"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\n", 403),
+        (b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\n", 404),
+        (b"POST /v1/segment HTTP/1.0\r\n", 413),
+    ],
+)
+def test_whoever_sends_all_before_it_reads_sees_why_it_was_refused(strict: Front, start: bytes, status: int) -> None:
+    """As Python's urllib does. If the front closed at once, the kernel would throw its answer away."""
+    body = bytes(8 << 20)
+    assert status_of(strict.raw(start + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body), body)) == status
+
+
+def test_whoever_was_refused_cannot_stay(strict: Front, wait_until: Any) -> None:
+    with strict.connect() as rude:
+        rude.sendall(HEAD + b"Connection: close\r\nContent-Length: 8000000\r\n\r\n")
+        assert status_of(read_all(rude)) == 413
+        wait_until(lambda: open_connections(strict) == 0)
+
+
 def test_a_header_that_drips_is_cut_off(strict: Front) -> None:
     with strict.connect() as slow:
         slow.settimeout(0.05)
@@ -95,6 +120,42 @@ def test_silent_connections_make_room(strict: Front, photo: bytes) -> None:
         assert strict.ask("POST", "/v1/segment", photo).status == 200
 
 
+def test_connections_that_come_together_are_bounded_too(
+    shared_daemon: Any, front: MakeFront, wait_until: Any
+) -> None:
+    here = front(shared_daemon, max_connections=8)
+    process = psutil.Process(here.process.pid)
+
+    def established() -> int:
+        return [each.status for each in process.net_connections("tcp4")].count("ESTABLISHED")
+
+    with contextlib.ExitStack() as held:
+        process.suspend()
+        for _ in range(60):
+            held.enter_context(here.connect())
+        process.resume()
+        assert here.ask("GET", "/healthz").status == 200  # it came last
+        wait_until(lambda: established() <= 8)
+
+
+@pytest.mark.slow
+def test_without_descriptors_others_wait_and_the_log_says_so_once(
+    shared_daemon: Any, front: MakeFront, photo: bytes, wait_until: Any
+) -> None:
+    here = front(shared_daemon)
+    assert here.ask("POST", "/v1/segment", photo).status == 200  # it is connected
+    pid = here.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as held:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (psutil.Process(pid).num_fds() + 10, before[1]))
+        for _ in range(60):
+            held.enter_context(here.connect())
+        wait_until(lambda: "connections have to wait: Too many open files" in here.log)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        assert here.ask("POST", "/v1/segment", photo).status == 200
+    assert here.log.count("\n") < 10, here.log
+
+
 def test_connections_with_requests_are_kept(shared_daemon: Any, front: MakeFront, photo: bytes) -> None:
     here = front(shared_daemon, max_connections=4)
     with contextlib.ExitStack() as held:
@@ -108,6 +169,11 @@ def test_connections_with_requests_are_kept(shared_daemon: Any, front: MakeFront
         for each in waiting:
             each.sendall(photo)
         assert [status_of(each.recv(1000)) for each in waiting] == [200] * 4
+
+
+def test_what_no_budget_would_hold_is_too_large_rather_than_busy(shared_daemon: Any, front: MakeFront) -> None:
+    reply = front(shared_daemon, max_bytes=1000).ask("POST", "/v1/segment", bytes(1001))
+    assert (reply.status, reply.tree["code"], "http.max_bytes" in reply.tree["detail"]) == (413, "too-large", True)
 
 
 def test_bodies_are_held_within_a_budget(strict: Front, photo: bytes, wait_until: Any) -> None:

@@ -228,3 +228,17 @@ def test_a_cuda_device_works(restored_precision: None) -> None:
     memory = device.memory()
     assert image.nbytes <= memory.used <= memory.peak <= memory.total
     assert device.name() == torch.cuda.get_device_name(0)
+
+
+def test_where_cann_may_not_write_it_is_said_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ASCEND_WORK_PATH", "/proc/nowhere")
+    with pytest.raises(DeviceError, match=r"ASCEND_WORK_PATH=/proc/nowhere: .*: set it to a folder"):
+        devices._make_work_path()
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # as in a container that is given any number
+    monkeypatch.setenv("ASCEND_WORK_PATH", str(tmp_path / "work"))
+    devices._make_work_path()
+    assert (tmp_path / "work").is_dir()
+    monkeypatch.delenv("ASCEND_WORK_PATH")
+    with pytest.raises(DeviceError, match=r"home directory.*: set it to a folder"):
+        devices._make_work_path()

@@ -401,12 +401,13 @@ def _load_npu() -> Any:
 
 
 def _make_work_path() -> None:
-    work = os.environ.setdefault(WORK_PATH, str(Path.home() / ".cache/blendmaskd/ascend_work/programs"))
     try:
-        os.makedirs(work, exist_ok=True)
-    except OSError as error:
-        text = f"npu: {WORK_PATH}={work}: {error.strerror}: set it to a folder that this user may write to"
-        raise DeviceError(text) from error
+        if WORK_PATH not in os.environ:
+            os.environ[WORK_PATH] = str(Path.home() / ".cache/blendmaskd/ascend_work/programs")
+        os.makedirs(os.environ[WORK_PATH], exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        where = f"{WORK_PATH}={os.environ.get(WORK_PATH, '')}: {getattr(error, 'strerror', None) or error}"
+        raise DeviceError(f"npu: {where}: set it to a folder that this user may write to") from error
 
 
 def _set_up_npu(api: Any, where: str, chip: str, precision: Precision) -> str | None:

@@ -9,6 +9,7 @@ import msgspec
 
 from blendmaskd.check.endpoints import EndpointFacts, ask_http, judge
 from blendmaskd.check.finding import Finding, error, ok, warning
+from blendmaskd.http.certificate import load
 from blendmaskd.http.tokens import Tokens, TokensError
 from blendmaskd.settings import Settings
 from blendmaskd.shell.addresses import is_loopback
@@ -53,7 +54,7 @@ def _certificate(certificate: str | None, key: str | None) -> str:
     if not certificate or not key or (os.path.exists(key) and not os.access(key, os.R_OK)):
         return ""
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), certificate, key)
     except OSError as problem:
         return f"{certificate}, {key}: {problem}"
     return ""

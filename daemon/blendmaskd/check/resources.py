@@ -12,11 +12,13 @@ import psutil
 from blendmaskd.check.finding import Finding, error, ok, warning
 from blendmaskd.discovery import read
 from blendmaskd.settings import Settings
-from blendmaskd.shell.descriptors import limits, most_connections, most_regions, needed
+from blendmaskd.shell.descriptors import REMEDY, limits, most_connections, most_regions, needed, shortage
+from blendmaskd.shell.spool import APPLICATION
 
 NETWORK_TYPES = ("nfs", "cifs", "smb", "ceph", "glusterfs", "lustre", "fuse.sshfs", "9p")
 FEW_FILES = 512
 GIB = 1 << 30
+SQLITE = b"SQLite format 3\0"  # begins a database's header of 100 bytes, which has its application_id at 68
 
 
 class SpoolFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +26,7 @@ class SpoolFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     path: str
     folder_there: bool = True
+    taken: str = ""  # why what is there cannot be a spool
     writable: bool = True
     network: str = ""  # the type of file system, where it is one of a network
     free_bytes: int = 0
@@ -48,11 +51,26 @@ def ask_spool(settings: Settings) -> Iterator[SpoolFacts]:
     there = os.path.exists(settings.spool)
     yield SpoolFacts(
         path=settings.spool,
+        taken=_taken(settings.spool) if there else "",
         writable=os.access(folder, os.W_OK | os.X_OK) and (not there or os.access(settings.spool, os.R_OK | os.W_OK)),
         network=_network_type(folder),
         free_bytes=psutil.disk_usage(str(folder)).free + (os.path.getsize(settings.spool) if there else 0),
         may_take_bytes=settings.spool_bytes,
     )
+
+
+def _taken(path: str) -> str:
+    """What is in a spool's place; empty: a spool, nothing yet, or what this user may not read."""
+    if not os.path.isfile(path):
+        return "is not a file"
+    try:
+        with open(path, "rb") as file:
+            head = file.read(100)
+    except OSError:
+        return ""
+    if head and not head.startswith(SQLITE):
+        return "is not a database"
+    return "is a database of another program" if int.from_bytes(head[68:72]) not in (0, APPLICATION) else ""
 
 
 def _network_type(folder: Path) -> str:
@@ -92,6 +110,8 @@ def judge_root(path: str, there: bool, usable: bool) -> list[Finding]:
 def judge_spool(facts: SpoolFacts) -> list[Finding]:
     if not facts.folder_there:
         return [error("files", f"spool: the folder of {facts.path} does not exist", "create it for the daemon's user")]
+    if facts.taken:
+        return [error("files", f"spool: {facts.path} {facts.taken}", "use another file")]
     if not facts.writable:
         return [error("files", f"spool: this user cannot write {facts.path}", "chown or chgrp its folder")]
     if facts.network:
@@ -116,6 +136,8 @@ def judge_weights(engine: str, named: str | None, complaint: str | None, took_s:
 
 
 def judge_limits(facts: LimitFacts) -> list[Finding]:
+    if complaint := shortage(facts.hard_files):
+        return [error("limits", complaint, REMEDY)]
     locked = "no limit" if facts.locked_bytes is None else f"{facts.locked_bytes / (1 << 20):.0f} MiB"
     clients, regions = most_connections(facts.files), most_regions(facts.files)
     text = f"{facts.files} open files: {clients} clients, {regions} with shared memory; locked memory: {locked}"

@@ -94,6 +94,8 @@ class Client(Connection):
         cannot be read, as an OSError or as `bad-image`. TimeoutError is raised in any case.
         """
         check_window(window)
+        if on_error not in ("raise", "return"):
+            raise ValueError(f"on_error = {on_error!r}: expected 'raise' or 'return'")
         jobs: deque[Call] = deque()
         source = iter(images)
         try:

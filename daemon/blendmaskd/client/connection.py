@@ -176,6 +176,8 @@ class Connection:
     @property
     def hint(self) -> str:
         """What else may be the reason for silence: something to end an error's text with."""
+        if self.endpoint.startswith("ipc://") and _forbidden(ipc_path(self.endpoint)):
+            return " This user may not use that socket: is it in the socket's group?"
         if self._disconnects and not self.keys and self.endpoint.startswith("ipc://"):
             return f" It closed the connection {self._disconnects} times: has it as many clients as it may?"
         if not self._failed_handshakes:
@@ -184,6 +186,17 @@ class Connection:
             "does it require keys (server_key and key; programs: --server-key FILE --key FILE)?"
         )  # fmt: skip
         return f" {self._failed_handshakes} handshakes failed: {question}"
+
+
+def _forbidden(path: str) -> bool:
+    """Whether there may be a socket that is not for this user."""
+    try:
+        os.stat(path)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return not os.access(path, os.W_OK, effective_ids=True)
 
 
 def _seconds(timeout_s: float) -> float:

@@ -209,7 +209,8 @@ class Exchange:
             case Accepted() if message.job in self.jobs:
                 self._accepted(self.jobs[message.job], message)
             case Forgotten() if message.job in self.jobs:
-                self._answer(self.jobs[message.job], message)
+                if isinstance(self.jobs[message.job].request, Forget):  # not of an earlier one, sent twice
+                    self._answer(self.jobs[message.job], message)
             case Failed() if message.job in self.jobs:
                 self._failed(self.jobs[message.job], message, now)
             case protocol.Limits():
@@ -235,6 +236,8 @@ class Exchange:
             self._answer(job, message)
 
     def _failed(self, job: Call, message: Failed, now: float) -> None:
+        if message.reason == protocol.UNKNOWN_JOB and isinstance(job.request, Submit):
+            return  # to an earlier question, which was sent twice: once more when the connection came back
         if message.code is Code.BAD_REQUEST and self._places and job.place is not None:
             self._places.doubt(job.place, now)
             self._give_back(job)
@@ -300,8 +303,10 @@ def checked(request: Request, payload: Sequence[Any]) -> Request:
     return read
 
 
-def _plain(value: Any) -> int | float:
-    """A number of numpy's, or of another library. Raises TypeError for everything else."""
+def _plain(value: Any) -> int | float | str:
+    """A number or text of numpy's, or of another library. Raises TypeError for everything else."""
+    if isinstance(value, str):
+        return "".join(value)
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):

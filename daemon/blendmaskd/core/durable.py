@@ -25,13 +25,26 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from blendmaskd import protocol
 from blendmaskd.core import actions
 from blendmaskd.core import spool_messages as spool
 from blendmaskd.core.actions import DURABLE, Answered, Dropped, refused
 from blendmaskd.core.broker import Broker
 from blendmaskd.core.durable_jobs import Job, Jobs, Owned, State, job_of
 from blendmaskd.core.refusals import SHARE
-from blendmaskd.protocol import Accepted, Cancel, Code, Failed, Fetch, Forget, Forgotten, Frames, Submit, ToClient
+from blendmaskd.protocol import (
+    Accepted,
+    Cancel,
+    Code,
+    Failed,
+    Fetch,
+    Forget,
+    Forgotten,
+    Frames,
+    RegionError,
+    Submit,
+    ToClient,
+)
 
 RETRY_S = 1.0  # after which the spool may have room, or work again
 MOST_LOADS = 5  # of a job whose image cannot be read
@@ -80,7 +93,8 @@ class Durable:
     def submit(
         self, client: bytes, message: Submit, size: int, payload: Callable[[], Frames], now: float
     ) -> list[Action]:
-        """Accept a job when the spool has it, or answer at once why not. `payload` reads its image of `size` bytes."""
+        """Accept a job when the spool has it, or answer at once why not. `payload` reads its image of `size` bytes, or
+        raises `RegionError`."""
         job = self.jobs.by_name.get(message.job)
         if job is not None and job.state is not State.STORING:
             return [SendClient(client, Accepted(job=message.job))]
@@ -89,7 +103,10 @@ class Durable:
             return []
         if refusal := self._refusal(client, message, size):
             return [Answered(client, refusal)]
-        image = payload()
+        try:
+            image = payload()
+        except RegionError as error:
+            return [Answered(client, refused(message.job, Code.BAD_REQUEST, str(error)))]
         if message.image.place:
             message = msgspec.structs.replace(message, image=msgspec.structs.replace(message.image, place=None))
         if given_up := self._broker.refusals.given_up(message.job, message.image, image, now):
@@ -322,7 +339,7 @@ class Durable:
             reason = f"the spool cannot be read: {looked.reason}"
             told = SendClient(looked.client, refused(looked.name, Code.UNAVAILABLE, reason, RETRY_S))
         else:
-            answer = looked.answer or refused(looked.name, Code.BAD_REQUEST, UNKNOWN)
+            answer = looked.answer or refused(looked.name, Code.BAD_REQUEST, protocol.UNKNOWN_JOB)
             told = SendClient(looked.client, answer, looked.payload)
         return [told, *self._look_on()]
 
@@ -333,7 +350,6 @@ class Durable:
 
 
 DISABLED = "durable jobs are disabled: set spool in the daemon's settings (spool: PATH)"
-UNKNOWN = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"
 
 
 def _mark(job: Job) -> spool.Mark:

@@ -47,6 +47,11 @@ class Health:
             self.readings[slot] = reading
             self._ill[slot] = self._ill.get(slot, 0) + 1 if reading.ill else 0
 
+    def forget(self) -> None:
+        """Nobody asks npu-smi any more: nothing is known, and no slot rests for it."""
+        self.readings.clear()
+        self._ill.clear()
+
     def describe(self, slot: str) -> dict[str, Any]:
         """The last reading as plain values; {} where there was none."""
         return {**msgspec.to_builtins(self.readings[slot])} if slot in self.readings else {}

@@ -51,7 +51,8 @@ def parse_type(header: str) -> tuple[str, dict[str, str]]:
     message = Message()
     message["content-type"] = header
     found = message.get_params(failobj=[("", "")], unquote=True)
-    return found[0][0].lower(), {name.lower(): value for name, value in found[1:]}
+    texts = {name.lower(): value for name, value in found[1:] if isinstance(value, str)}  # others name an encoding
+    return found[0][0].lower(), texts
 
 
 def _from_json(body: bytes) -> Body:
@@ -82,10 +83,11 @@ def _from_form(body: bytes, boundary: str) -> Body:
     image, fields = b"", {}
     for part in parts[1:-1]:
         head, found, content = part.partition(b"\r\n\r\n")
-        name = re.search(rb'(?i)content-disposition: *form-data;[^\r\n]*\bname="([^"\r\n]*)"', head)
-        if not found or name is None:
+        line = re.search(rb"(?i)\r\ncontent-disposition:([^\r\n]*)", head)
+        kind, parameters = parse_type(line[1].decode("utf-8", "replace")) if line else ("", {})
+        key = parameters.get("name")
+        if not found or kind != "form-data" or key is None:
             raise Malformed("a field of the form has no name")
-        key = name[1].decode("utf-8", "replace")
         if key in fields or (key == "image" and image):
             raise Malformed(f"the form has two fields `{key}`")
         if key == "image":

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import logging
 import math
+import resource
 import signal
 import socket
 import ssl
@@ -23,17 +26,49 @@ from blendmaskd.http.rest import Failure
 from blendmaskd.protocol import Code
 from blendmaskd.settings import Http
 
+log = logging.getLogger("blendmaskd.http")
+
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 MAX_HEADER_BYTES = 32 << 10
 HANDSHAKE_S = 10.0  # of TLS
 SWEEP_S = 0.5
 MOST_LEAVING, LEAVING_S = 64, 1.0
+BACKLOG, AT_ONCE = 1024, 16  # connections that wait for us, and that are taken before others are served
+DESCRIPTORS = 65536
+SHORTAGE_S = 10.0  # between two lines that complain of one
 LATE_S = 2.0  # the application answers a body that is late; then the connection goes
 
 
+class _Transport:
+    """A transport that reads on when it is closed while a request arrives, until the client has left: else the kernel
+    would take the answer back with what was not read.
+    """
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        self._transport = transport
+        self._connection = connection
+        self._ends = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._ends or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing() or self._connection.conn.their_state is not h11.SEND_BODY:
+            self._transport.close()
+            return
+        self._ends = True
+        self._connection.end()
+        self._transport.resume_reading()
+
+
 class Connection(H11Protocol):
-    """One connection. `http` and `leaving` are set by `Server`."""
+    """One connection. `http`, `most` and `leaving` are set by `Server`."""
 
     http: Http
+    most: int  # connections at once
     connections: set[Any]  # all of the server
     leaving: set[Connection]  # refused, until they have read why
     since: float | None = None  # a request has been arriving
@@ -41,16 +76,17 @@ class Connection(H11Protocol):
     quiet_since = 0.0  # nothing was asked
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         self.since = self.quiet_since = self.loop.time()
-        if len(self.connections) <= self.http.max_connections:
+        if len(self.connections) <= self.most:
             return
         quiet = [other for other in self.connections if other is not self and other.is_quiet]
         if quiet:
-            min(quiet, key=lambda other: other.quiet_since).transport.abort()
+            oldest = min(quiet, key=lambda other: other.quiet_since)
+            self.connections.discard(oldest)  # it is lost only later, and others are made before
+            oldest.transport.abort()
         else:
-            limit = self.http.max_connections
-            self.refuse(Failure(Code.BUSY, f"{limit} connections wait for answers (http.max_connections)"))
+            self.refuse(Failure(Code.BUSY, f"{self.most} connections wait for answers (http.max_connections)"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -76,6 +112,12 @@ class Connection(H11Protocol):
         begun = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
         self.since = (self.since or self.loop.time()) if begun else None
         self.quiet_since = self.loop.time()
+
+    def shutdown(self) -> None:
+        """As uvicorn's; who waits for an answer is told that it is the last one here."""
+        if not self.is_quiet:
+            self.cycle.default_headers = [*self.cycle.default_headers, (b"connection", b"close")]
+        super().shutdown()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -119,12 +161,26 @@ class Connection(H11Protocol):
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         line = f"HTTP/1.1 {failure.status.value} {failure.status.phrase}\r\n"
         self.transport.write(f"{line}{head}\r\n".encode() + failure.body)
-        if self.transport.can_write_eof():
-            with contextlib.suppress(OSError):  # it has left meanwhile
-                self.transport.write_eof()
+        self.end()
         self.connections.discard(self)
         self.leaving.add(self)
         self.loop.call_later(LEAVING_S, self.transport.abort)
+
+    def end(self) -> None:
+        """Tell whoever reads that nothing follows."""
+        if self.transport.can_write_eof():
+            with contextlib.suppress(OSError):  # it has left meanwhile
+                self.transport.write_eof()
+
+
+def most_connections(wanted: int) -> int:
+    """How many this process may have at once: half of the descriptors at most, whose limit is raised first."""
+    found = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (DESCRIPTORS if limit == resource.RLIM_INFINITY else limit for limit in found)
+    if soft < min(hard, DESCRIPTORS):
+        soft = min(hard, DESCRIPTORS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, found[1]))
+    return min(wanted, soft // 2)
 
 
 def late(receive_s: float) -> Failure:
@@ -136,7 +192,8 @@ class Server(uvicorn.Server):
     """Serves an application on a socket until `stop`; requests then have `drain_s` to be answered."""
 
     def __init__(self, app: Any, http: Http, drain_s: float, tls: ssl.SSLContext | None) -> None:
-        kind = type("Connection", (Connection,), {"http": http, "leaving": set()})
+        most = most_connections(http.max_connections)
+        kind = type("Connection", (Connection,), {"http": http, "most": most, "leaving": set()})
         super().__init__(uvicorn.Config(
             app, http=kind, ws="none", loop="asyncio", lifespan="on", log_config=None, access_log=False,
             server_header=False, proxy_headers=False, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
@@ -144,6 +201,7 @@ class Server(uvicorn.Server):
         ))  # fmt: skip
         self._kind = kind
         self._tls = tls
+        self._complains_at = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, with a bound on handshakes, and our lifespan's errors raised."""
@@ -153,11 +211,25 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         timeout = HANDSHAKE_S if self._tls else None
         self.servers = [
-            await loop.create_server(self._make, sock=each, ssl=self._tls, ssl_handshake_timeout=timeout, backlog=1024)
+            await loop.create_server(
+                self._make, sock=each, ssl=self._tls, ssl_handshake_timeout=timeout, backlog=AT_ONCE
+            )
             for each in sockets or []
         ]
+        for each in sockets or []:
+            each.listen(BACKLOG)  # asyncio has one number for both
+        loop.set_exception_handler(self._on_fault)
         self.started = True
         self._sweep()
+
+    def _on_fault(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """asyncio tries again in a second, and says so for each connection that it cannot take."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in SHORTAGES:
+            loop.default_exception_handler(context)
+        elif loop.time() > self._complains_at:
+            self._complains_at = loop.time() + SHORTAGE_S
+            log.error("connections have to wait: %s (LimitNOFILE=, ulimit -n)", error.strerror)
 
     def _make(self) -> asyncio.Protocol:
         state = self.lifespan.state

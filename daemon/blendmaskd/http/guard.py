@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -83,6 +82,9 @@ class Guard:
                 await answer(failure, count_out)
             else:
                 await self._app(scope, count_in, count_out)
+        except asyncio.CancelledError:  # uvicorn's, when it stops and drain_s are over
+            if not status:
+                await answer(Failure(Code.DRAINING, "the front stops, and drain_s are over"), count_out)
         finally:
             self._metrics.in_flight.dec()
             route = self._routes.get(scope.get("endpoint"), "other")
@@ -104,7 +106,7 @@ class Guard:
             reason = f"the front is not called so: {host!r:.100} (http.hosts)"
             raise Failure(Code.BAD_REQUEST, reason, status=HTTPStatus.MISDIRECTED_REQUEST)
         for name, value in headers:
-            if name == b"origin" and urlsplit(value.decode("latin-1")).netloc != (host or ""):
+            if name == b"origin" and value.decode("latin-1").partition("://")[2] != (host or ""):
                 reason = "pages of other sites may not ask (the Origin is not the Host)"
                 raise Failure(Code.UNAUTHORISED, reason, status=HTTPStatus.FORBIDDEN)
         if self._tokens is None or scope["path"] in OPEN:
@@ -141,12 +143,12 @@ class Budget:
     """Bytes of requests that are held at once."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self.most = most
         self._held = 0
 
     def take(self, count: int) -> None:
         """Raises `Failure`."""
-        if self._held + count > self._most:
+        if self._held + count > self.most:
             raise Failure(Code.BUSY, f"the front holds {self._held} bytes of requests (http.max_bytes)")
         self._held += count
 
@@ -173,6 +175,7 @@ class Held:
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise Failure(Code.BAD_REQUEST, "bodies are taken as they are, without Content-Encoding",
                           status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE)  # fmt: skip
+        most = min(most, self._budget.most)
         self._check(int(request.headers.get("content-length", 0)), most)
         parts = []
         try:
@@ -188,5 +191,5 @@ class Held:
 
     def _check(self, count: int, most: int) -> None:
         if count > most:
-            reason = f"{count} bytes: a request has at most {most} (limits.max_image_bytes)"
+            reason = f"{count} bytes: a request has at most {most} (limits.max_image_bytes, http.max_bytes)"
             raise Failure(Code.TOO_LARGE, reason)

@@ -67,23 +67,23 @@ class Input(msgspec.Struct, frozen=True):
     datatype: str
     shape: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=8)]
     data: list[Any] | None = None
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
 
 
 class Wanted(msgspec.Struct, frozen=True):
     """An output that is asked for."""
 
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
 
 
 class Inference(msgspec.Struct, frozen=True):
-    """The JSON of a request."""
+    """The JSON of a request; some clients write null for what they leave out."""
 
     inputs: Annotated[list[Input], Meta(min_length=1, max_length=1)]
-    id: Annotated[str, Meta(max_length=256)] = ""
-    outputs: list[Wanted] = []
-    parameters: dict[str, Any] = {}
+    id: Annotated[str, Meta(max_length=256)] | None = None
+    outputs: list[Wanted] | None = None
+    parameters: dict[str, Any] | None = None
 
 
 @dataclass
@@ -140,11 +140,9 @@ def read(
         asked = msgspec.json.decode(body[:cut], type=Inference)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise Failure(Code.BAD_REQUEST, str(error)) from None
-    unknown = {each.name for each in asked.outputs} - {each.name for each in OUTPUTS}
-    if unknown:
-        raise Failure(Code.BAD_REQUEST, f"there is no output {min(unknown)!r:.100}")
+    _check_outputs(asked.outputs or [])
     payload = _data(asked.inputs[0], INPUTS[model], body[cut:])
-    fields = {name: value for name, value in asked.parameters.items() if name not in OURS}
+    fields = {name: value for name, value in (asked.parameters or {}).items() if name not in OURS}
     if fields.get("mask_format") == "polygon":
         raise Failure(Code.BAD_REQUEST, "mask_format=polygon: outputs are tensors: rle or none")
     if model == PIXELS:
@@ -153,6 +151,17 @@ def read(
 
 
 OURS = ("binary_data_output",)  # parameters about the form of the answer
+NOT_OURS = ("classification", "shared_memory_region")  # Triton's, of an output, which would be another one without
+
+
+def _check_outputs(wanted: Sequence[Wanted]) -> None:
+    """Raises `Failure`."""
+    if unknown := {each.name for each in wanted} - {each.name for each in OUTPUTS}:
+        raise Failure(Code.BAD_REQUEST, f"there is no output {min(unknown)!r:.100}")
+    for each in wanted:
+        for name in NOT_OURS:
+            if name in (each.parameters or {}):
+                raise Failure(Code.BAD_REQUEST, f"{each.name}: there is no {name} here: outputs are in the answer")
 
 
 def _data(given: Input, wanted: Tensor, rest: bytes) -> bytes:
@@ -162,7 +171,7 @@ def _data(given: Input, wanted: Tensor, rest: bytes) -> bytes:
     expected = wanted.shape
     if len(given.shape) != len(expected) or any(e not in (-1, g) for g, e in zip(given.shape, expected)):
         raise Failure(Code.BAD_REQUEST, f"the shape of {wanted.name} is {expected}")
-    size = given.parameters.get("binary_data_size")
+    size = (given.parameters or {}).get("binary_data_size")
     if (size is None) == (given.data is None):
         raise Failure(Code.BAD_REQUEST, f"{wanted.name} has its data in JSON, or its binary_data_size")
     if size is not None and size != len(rest):
@@ -200,7 +209,7 @@ def write(
     model: str, asked: Inference, width: int, height: int, detections: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, str], bytes]:
     """Headers and body of an answer."""
-    binary = asked.parameters.get("binary_data_output", False) is True
+    binary = (asked.parameters or {}).get("binary_data_output", False) is True
     wanted = asked.outputs or [Wanted(tensor.name) for tensor in OUTPUTS]
     values = _columns(width, height, detections)
     tensors, parts = [], []
@@ -209,7 +218,7 @@ def write(
         column = values[tensor.name]
         shape = [len(column) // 4, 4] if tensor.name == "boxes" else [len(column)]
         described: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": shape}
-        if each.parameters.get("binary_data", binary) is True:
+        if (each.parameters or {}).get("binary_data", binary) is True:
             parts.append(_packed(tensor.datatype, column))
             described["parameters"] = {"binary_data_size": len(parts[-1])}
         else:

@@ -25,10 +25,11 @@ from prometheus_client import multiprocess
 from blendmaskd import flags, logs, output
 from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.endpoints import parse_place
+from blendmaskd.http import certificate
 from blendmaskd.http.application import application
-from blendmaskd.http.connections import Server
+from blendmaskd.http.connections import BACKLOG, Server
 from blendmaskd.http.metrics import FOLDER_VARIABLE, Metrics
-from blendmaskd.http.tokens import Tokens, TokensError
+from blendmaskd.http.tokens import Tokens, TokensError, state
 from blendmaskd.logs import about
 from blendmaskd.settings import Http, Settings, SettingsError
 from blendmaskd.shell import systemd
@@ -95,7 +96,7 @@ def encryption(http: Http) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(http.certificate, http.key)
+        certificate.load(context, http.certificate, http.key)
     except OSError as error:
         raise SettingsError(f"http.certificate = {http.certificate!r}, http.key = {http.key!r}: {error}") from None
     return context
@@ -121,7 +122,7 @@ def listen(http: Http, descriptor: int | None) -> socket.socket:
         listening = socket.socket(family, proto=socket.IPPROTO_TCP)  # named: else asyncio sets no TCP_NODELAY
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((found, port))
-        listening.listen(1024)
+        listening.listen(BACKLOG)
     except OSError as error:
         raise OSError(f"http.endpoint = {http.endpoint!r}: {error.strerror or error}") from None
     return listening
@@ -160,15 +161,16 @@ async def _watch(
             continue
         seen = written
         try:
-            tls.load_cert_chain(str(http.certificate), str(http.key))
+            encryption(http)  # in one that is in use, half of a pair that does not match would stay
+            certificate.load(tls, str(http.certificate), str(http.key))
             log.info("the certificate was read anew")
-        except OSError as error:
+        except (SettingsError, OSError) as error:
             log.error("the certificate that was read before stays: %s", error)
 
 
-def _written(http: Http) -> list[int]:
-    """When the certificate's files were."""
-    return [os.stat(path).st_mtime_ns for path in (http.certificate, http.key) if path and os.path.exists(path)]
+def _written(http: Http) -> list[object]:
+    """Which the certificate's files are."""
+    return [state(path) for path in (http.certificate, http.key) if path]
 
 
 async def several(settings: Settings, listening: socket.socket, argv: list[str]) -> int:
@@ -191,7 +193,7 @@ async def several(settings: Settings, listening: socket.socket, argv: list[str])
 
 async def _keep(argv: list[str], descriptor: int, folder: str, stopping: asyncio.Event) -> None:
     """One of several processes; `folder` is where they count."""
-    command = [sys.executable, "-m", "blendmaskd.http.program", *argv, "--descriptor", str(descriptor)]
+    command = [sys.executable, "-P", "-m", "blendmaskd.http.program", *argv, "--descriptor", str(descriptor)]
     environment = {**os.environ, FOLDER_VARIABLE: folder}
     environment.pop("NOTIFY_SOCKET", None)
     while not stopping.is_set():

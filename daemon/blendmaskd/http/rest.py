@@ -33,14 +33,16 @@ RETRY_AFTER_S = 1.0
 PROBLEM_TYPE = "application/problem+json"
 LONGEST_WAIT_S = 60.0
 Priority = Annotated[int, Meta(ge=-9, le=9)]
-JobName = Annotated[str, Meta(min_length=LEAST_DURABLE_NAME, max_length=128, pattern="^[A-Za-z0-9._~-]+$")]
+# Python's $ is also before a newline at the end.
+JobName = Annotated[str, Meta(min_length=LEAST_DURABLE_NAME, max_length=128, pattern=r"^[A-Za-z0-9._~-]+(?!\n)$")]
+Shape = Annotated[str, Meta(description="raw: HEIGHT,WIDTH,3", pattern=r"^[0-9]{1,9},[0-9]{1,9},3(?!\n)$")]
 
 
 class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What may be asked for beside the image, in the query or as fields of the body."""
 
     kind: Literal["encoded", "raw", "path"] = "encoded"
-    shape: Annotated[str, Meta(description="raw: HEIGHT,WIDTH,3", pattern="^[0-9]+,[0-9]+,3$")] | None = None
+    shape: Shape | None = None
     dtype: Literal["uint8"] = "uint8"
     order: Literal["bgr", "rgb"] = "bgr"
     path: Annotated[str, Meta(max_length=4096)] | None = None

@@ -29,8 +29,8 @@ class Tokens:
     def __init__(self, path: str) -> None:
         """Raises `TokensError`."""
         self._path = path
+        self._seen = state(path)
         self._names = _read(path)
-        self._seen = _state(path)
 
     def name_of(self, token: str) -> str | None:
         return self._names.get(_digest(token))
@@ -40,10 +40,10 @@ class Tokens:
         return frozenset(self._names.values())
 
     def refresh(self) -> None:
-        state = _state(self._path)
-        if state == self._seen:
+        now = state(self._path)
+        if now == self._seen:
             return
-        self._seen = state
+        self._seen = now
         try:
             self._names = _read(self._path)
             log.info("tokens were read anew: %d clients", len(self._names))
@@ -52,7 +52,8 @@ class Tokens:
             log.error("nobody is let in: %s", error)
 
 
-def _state(path: str) -> object:
+def state(path: str) -> object:
+    """What changes with a file's content, rights or owner."""
     try:
         found = os.stat(path)
     except OSError as error:

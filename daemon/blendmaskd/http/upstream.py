@@ -6,6 +6,7 @@ waits for whoever has left.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -22,7 +23,7 @@ from blendmaskd.client.exchange import Described, JobFailed
 from blendmaskd.client.exchange import Segmentation as Answer
 from blendmaskd.core import durable
 from blendmaskd.http.rest import Failure, Query, Request
-from blendmaskd.protocol import Code
+from blendmaskd.protocol import UNKNOWN_JOB, Code
 
 log = logging.getLogger("blendmaskd.http")
 
@@ -43,6 +44,7 @@ class Upstream:
         self._members: dict[str, _Member] = {}
         self._snapshot: tuple[float, dict[str, Any] | Failure] = (-math.inf, {})  # when it was taken
         self._asking = asyncio.Lock()
+        self._complained = False  # since a daemon answered
 
     async def segment(self, name: str, request: Request[Any]) -> Answer:
         """The answer to an image. Raises `Failure`."""
@@ -91,13 +93,28 @@ class Upstream:
     async def close(self, keep: Set[str] = frozenset()) -> None:
         """Close the clients, but for those of these tokens."""
         for name in self._members.keys() - keep:
-            await self._members.pop(name).client.__aexit__(None, None, None)
+            await self._members.pop(name).leave()
 
     async def _member(self, name: str) -> _Member:
         if name not in self._members:
             self._members[name] = _Member(AsyncClient(self._endpoint, timeout_s=LONGEST_S, retries=0))
-        await self._members[name].enter()
-        return self._members[name]
+        member = self._members[name]
+        try:
+            await member.enter()
+        except Exception as error:  # for want of descriptors, say
+            self._drop(member)
+            log.error("no client of the broker can be made: %s", error)
+            raise Failure(Code.UNAVAILABLE, f"the front cannot connect to the daemon: {error}") from None
+        return member
+
+    def _drop(self, member: _Member) -> None:
+        """Whoever comes next gets a new one."""
+        self._members = {name: other for name, other in self._members.items() if other is not member}
+
+    def _complain(self, client: AsyncClient) -> None:
+        if not self._complained:
+            log.warning("no daemon answers at %s.%s", client.endpoint, client.hint)
+        self._complained = True
 
     async def _answer(self, member: _Member, call: Awaitable[T], limit_s: float) -> T:
         task = asyncio.ensure_future(call)
@@ -106,17 +123,20 @@ class Upstream:
             while not task.done():
                 away_s, left_s = member.client.away_s, give_up - time.monotonic()
                 if away_s > self._wait_s:
+                    self._complain(member.client)
                     raise Failure(Code.UNAVAILABLE, f"no daemon has been there for {away_s:.0f} s", self._wait_s)
                 if left_s <= 0:
                     raise Failure(Code.TIMEOUT, "the daemon has not answered within the deadline")
                 patience = max(self._wait_s - away_s, 0.0) + 0.01
                 await asyncio.wait({task}, timeout=min(left_s, patience, 1.0))
-            return task.result()
+            found = task.result()
+            self._complained = False
+            return found
         except JobFailed as error:
             raise Failure(error.code, error.reason, error.retry_after_s) from None
-        except RuntimeError as error:  # the client has failed: whoever comes next gets a new one
+        except RuntimeError as error:  # the client has failed
             log.exception("a client of the broker has failed")
-            self._members = {name: other for name, other in self._members.items() if other is not member}
+            self._drop(member)
             raise Failure(Code.UNAVAILABLE, str(error)) from None
         finally:
             task.cancel()
@@ -136,13 +156,21 @@ class _Member:
             self._entering = asyncio.create_task(self.client.__aenter__())
         await asyncio.shield(self._entering)
 
+    async def leave(self) -> None:
+        if self._entering is not None:
+            with contextlib.suppress(Exception):  # then it was never connected
+                await self._entering
+                await self.client.__aexit__(None, None, None)
+
     async def submit(self, job: str, image: Any, **options: Any) -> None:
         if job not in self._waiting:  # else it was accepted before
             await self._alone(job, lambda: self.client.submit(image, job=job, **options))
 
     async def fetch(self, job: str, wait_s: float) -> Answer | None:
-        if not wait_s and job not in self._waiting:
-            return await self._alone(job, lambda: self.client.fetch(job, wait=False))
+        if job not in self._waiting:  # only what was accepted is waited for: `submit` relies on it
+            found = await self._alone(job, lambda: self.client.fetch(job, wait=False))
+            if found is not None or not wait_s:
+                return found
         wait = self._waiting.get(job)
         if wait is None:
             wait = self._waiting[job] = _Wait(asyncio.create_task(self._alone(job, lambda: self.client.fetch(job))))
@@ -195,7 +223,7 @@ async def _known(call: Awaitable[T]) -> T:
     try:
         return await call
     except JobFailed as error:
-        if error.reason not in (durable.UNKNOWN, durable.DISABLED):
+        if error.reason not in (UNKNOWN_JOB, durable.DISABLED):
             raise
         raise Failure(error.code, error.reason, status=HTTPStatus.NOT_FOUND) from None
 

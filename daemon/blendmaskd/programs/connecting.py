@@ -72,7 +72,7 @@ def wait_for_daemon(client: Client, wait_s: float) -> None:
     except TimeoutError:
         raise NoDaemonError(
             f"no daemon answers at {client.endpoint} within {client.timeout_s:g} s: start one, or check the endpoint "
-            f"(endpoints.clients in its settings); --wait S waits longer for one that is starting{client.hint}"
+            f"(endpoints.clients in its settings); --wait S waits longer for one that is starting.{client.hint}"
         ) from None
     except HandshakeError as error:
         raise NoDaemonError(str(error)) from None

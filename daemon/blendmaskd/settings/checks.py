@@ -1,9 +1,13 @@
 """What no type says of settings: values that do not go together, or that nothing could be done with."""
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
 
 from blendmaskd.endpoints import ENDPOINT_SUFFIXES, ipc_path, parse_place
 from blendmaskd.settings.schema import Endpoints, Model, Settings, SettingsError
@@ -15,6 +19,9 @@ PROVIDER = re.compile(r"^[A-Za-z0-9]+ExecutionProvider$")
 
 def check(settings: Settings) -> None:
     """Raises `SettingsError`."""
+    _check_texts("", msgspec.to_builtins(settings))
+    if wrong := [name for name in settings.worker_env if not name or "=" in name]:
+        raise SettingsError(f"worker_env: {wrong[0]!r}: expected the name of a variable, without =")
     _check_devices(settings.devices)
     _check_endpoints(settings.endpoints)
     _check_keys(settings)
@@ -30,7 +37,7 @@ def check(settings: Settings) -> None:
     if preload not in ("auto", "required", "off") and not preload.startswith("/"):
         raise SettingsError(f"runtime.preload = {preload!r}: expected auto, required, off or an absolute path")
     _check_model(settings)
-    if settings.spool is not None and (not settings.spool or settings.spool.endswith("/") or "\0" in settings.spool):
+    if settings.spool is not None and (not settings.spool or settings.spool.endswith("/")):
         raise SettingsError(f"spool = {settings.spool!r}: expected the path of a file")
     _check_files(settings)
     for key in ("latency_ms", "blend_ms"):
@@ -38,6 +45,22 @@ def check(settings: Settings) -> None:
             raise SettingsError(f"timed.{key}: needs an entry for batch size 1")
     if settings.batch != "auto" and settings.engine == "timed" and settings.batch not in settings.timed.latency_ms:
         raise SettingsError(f"batch = {settings.batch}: timed.latency_ms has no entry for it")
+
+
+def _check_texts(key: str, value: Any) -> None:
+    """What no path and no environment can hold ends the start where it is used."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_texts(key, name)
+            _check_texts(f"{key}.{name}".lstrip("."), inner)
+    for inner in value if isinstance(value, list) else ():
+        _check_texts(key, inner)
+    try:
+        fits = not isinstance(value, str) or b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:  # it may be a secret: only where it is
+        raise SettingsError(f"{key}: expected text without NUL, of characters that the locale's encoding has")
 
 
 def _check_model(settings: Settings) -> None:

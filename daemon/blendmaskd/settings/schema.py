@@ -75,7 +75,8 @@ class Http(Section, frozen=True):
     key: str | None = None  # path of the PEM file with the certificate's private key
     # number of processes that share the endpoint; one takes several hundred photographs per second from clients
     processes: Annotated[int, Meta(ge=1, le=64)] = 1
-    max_connections: Count = 256  # of one process; the longest idle one makes room, and where none is, answers are 503
+    # of one process, at most half of its descriptors; the longest idle one makes room, where none is answers are 503
+    max_connections: Count = 256
     max_bytes: Count = 1 << 30  # maximum total size of the requests that one process holds, in bytes
     receive_s: Positive = 60.0  # time in which a request has to arrive
     send_s: Positive = 60.0  # time in which a client has to read what waits for it, answer by answer
@@ -109,7 +110,7 @@ class Limits(Section, frozen=True):
     """Bounds on one image."""
 
     max_image_bytes: Count = 64 << 20  # maximum size of one image as sent, encoded or raw (three bytes per pixel)
-    # maximum height x width; decoding takes up to 16 bytes per pixel in each of `runtime.host_threads`
+    # maximum height x width; decoding takes up to 16 bytes per pixel in each of `runtime.host_threads` and two more
     max_image_pixels: Count = 50_000_000
     # maximum CPU seconds for decoding and resizing one image; more ends its worker, and makes the image a suspect
     max_decode_s: Positive = 20.0

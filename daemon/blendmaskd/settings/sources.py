@@ -27,9 +27,13 @@ def load(
     Raises `SettingsError` for an unreadable file, an unknown key or a bad value.
     """
     tree = _read(path) if path else {}
+    named: dict[tuple[Any, ...], str] = {}
     for name, text in sorted((environment or {}).items()):
         if name.startswith(ENVIRONMENT_PREFIX):
-            _put(tree, _keys(name.removeprefix(ENVIRONMENT_PREFIX), "__"), _yaml(text, name), name)
+            keys = _keys(name.removeprefix(ENVIRONMENT_PREFIX), "__")
+            if (other := named.setdefault(tuple(keys), name)) != name:
+                raise SettingsError(f"{other} and {name} are one setting: leave one out")
+            _put(tree, keys, _yaml(text, name), name)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -68,7 +72,7 @@ def _read(path: str | Path) -> dict[str, Any]:
         _refuse_doubles(yaml.compose(text, yaml.SafeLoader), str(path))
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise SettingsError(f"{path}: {error}") from None
     if tree is None:
         return {}
@@ -85,7 +89,7 @@ def _yaml(text: str, name: str) -> Any:
     try:
         value = yaml.safe_load(text)
         _refuse_doubles(yaml.compose(text, yaml.SafeLoader), name)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise SettingsError(f"{name}={text}: not a YAML value: {error}") from None
     return value
 

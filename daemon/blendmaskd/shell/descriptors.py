@@ -10,6 +10,7 @@ import resource
 from blendmaskd.core.regions import MOST_REGIONS
 
 OURS = 64  # for what the daemon itself has open: sockets, pages, workers, the spool
+REMEDY = "raise the hard limit (ulimit -Hn, LimitNOFILE=)"
 UNHEARD = 2200  # connections, local and remote, of which the loop has not heard yet, at most; see `admission.gate`
 
 
@@ -18,6 +19,11 @@ def limits() -> tuple[int, int]:
     found = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (1 << 20 if limit == resource.RLIM_INFINITY else limit for limit in found)
     return soft, hard
+
+
+def shortage(most: int) -> str:
+    """What is wrong with this hard limit; empty: a daemon can start with it."""
+    return f"at most {most} files may be open, at least {OURS} are needed" if most < OURS else ""
 
 
 def most_regions(files: int) -> int:

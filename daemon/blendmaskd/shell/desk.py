@@ -351,11 +351,14 @@ class Desk:
                     yield self.broker.end_region(event.region)
 
     def _read_place(self, place: protocol.Place, start: int, end: int) -> bytes:
-        """These bytes of an image in shared memory. Raises `RegionError` when its region has ended."""
+        """These bytes of an image in shared memory. Raises `RegionError` when its region has ended or is damaged."""
         if complaint := self.broker.regions.complaint(place):
             raise RegionError(complaint)
         descriptor = self.broker.regions.opening(place.region).descriptor
-        return os.pread(descriptor, end - start, place.offset + start)
+        try:
+            return os.pread(descriptor, end - start, place.offset + start)
+        except OSError as error:
+            raise RegionError(f"region {place.region!r}: {error.strerror}") from None
 
     def _open_region(self, offered: Offered) -> Actions:
         name = secrets.token_hex(16)

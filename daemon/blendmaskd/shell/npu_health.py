@@ -39,8 +39,10 @@ class NpuHealth:
             self._thread.start()
 
     def take(self) -> Readings:
-        """What was said since the last call; nothing where npu-smi did not answer."""
+        """What was said since the last call; nothing where npu-smi did not answer, or is not asked any more."""
         taken: Readings = {}
+        if not self._wanted[1]:
+            self._found.clear()
         while self._found:
             found = self._found.popleft()
             self._tell(found)

@@ -258,6 +258,8 @@ class Server:
         self.settings = settings
         self._stats.window_s = settings.window_s
         self._npu_health.watch(settings.devices, settings.npu_health_s)
+        if not settings.npu_health_s:
+            self._health.forget()
         logs.configure(settings.log)
         return self._desk.adopt(settings)
 

@@ -211,6 +211,8 @@ def _examine(peer: Peer) -> Memory:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     except OSError:
         raise RegionError("the descriptor is not a memory file's (memfd_create)") from None
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+        raise RegionError("the descriptor is for writing alone: images could not be read from it")
     found = os.fstat(descriptor)
     page = os.fstatvfs(descriptor).f_bsize
     return Memory(descriptor, found.st_ino, found.st_size, seals, page, peer.pid, peer.uid)

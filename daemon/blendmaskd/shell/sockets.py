@@ -26,7 +26,7 @@ from blendmaskd.keys import KeyFileError, Pair, read_pair
 from blendmaskd.protocol import MEMORY_SUFFIX, SURE_BYTES
 from blendmaskd.settings import Settings
 from blendmaskd.shell import descriptors
-from blendmaskd.shell.admission.access import FROM_AFAR, AllowedKeys
+from blendmaskd.shell.admission.access import FROM_AFAR, FROM_HERE, AllowedKeys
 from blendmaskd.shell.admission.gate import Gate
 from blendmaskd.shell.endpoint_files import EndpointFiles, EndpointTaken, obstacle
 from blendmaskd.shell.pages import Pages
@@ -61,6 +61,7 @@ class Sockets:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._most_files = _make_room()
         self._folder = private_folder()
         self._kinds = ("ipc", "tcp") if any(map(_is_tcp, settings.endpoints.clients)) else ("ipc",)
         # workers, local and remote clients: what one of these sends keeps no thread of the others busy. Without remote
@@ -124,10 +125,8 @@ class Sockets:
         return router
 
     def _make_gate(self) -> Gate:
-        files, _ = descriptors.limits()
-        most = descriptors.most_connections(files)
-        descriptors.make_room(files)
-        self.shared_memory.most_regions = descriptors.most_regions(files)
+        most = descriptors.most_connections(self._most_files)
+        self.shared_memory.most_regions = descriptors.most_regions(self._most_files)
         routers = {clients.kind: clients.router for clients in self.clients}
         return Gate(self._context, routers, self.allowed, most, min(self._settings.limits.max_connections, most))
 
@@ -175,6 +174,18 @@ class Sockets:
         return keys
 
 
+def _make_room() -> int:
+    """The soft limit of open files, raised now as far as clients may need. ZeroMQ aborts where its sockets find none.
+
+    Raises `StartError`.
+    """
+    files, most = descriptors.limits()
+    if complaint := descriptors.shortage(most):
+        raise StartError(f"{complaint}; {descriptors.REMEDY}")
+    descriptors.make_room(files)
+    return files
+
+
 def private_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder of this run alone, for the workers' socket: in systemd's RUNTIME_DIRECTORY, or where temporary files go.
 
@@ -183,7 +194,8 @@ def private_folder() -> tempfile.TemporaryDirectory[str]:
     runtime = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]  # of a unit with several: the first
     variable = "RUNTIME_DIRECTORY" if runtime else "TMPDIR"
     try:
-        folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=runtime or None)
+        place = os.path.abspath(runtime or tempfile.gettempdir())  # an endpoint is a path from the root
+        folder = tempfile.TemporaryDirectory(prefix="blendmaskd-", dir=place)
     except OSError as error:
         raise StartError(
             f"no folder for the workers' socket: {error}; set {variable} to a folder that this user can write"
@@ -236,7 +248,7 @@ class Clients:
         self.router = router
         self.kind = kind
         self.behind = False  # messages were left to be read
-        self._prefix = FROM_AFAR if kind == "tcp" else b""
+        self._prefix = FROM_AFAR if kind == "tcp" else FROM_HERE
         self._unfinished = False
 
     def name(self, frame: zmq.Frame) -> bytes:
@@ -319,7 +331,7 @@ def send_to_client(sockets: Sequence[Clients], client: bytes, frames: Sequence[A
     """As `send`, by the socket of its kind."""
     if client.startswith(FROM_AFAR):
         return send(sockets[-1].router, client.removeprefix(FROM_AFAR), frames)
-    return send(sockets[0].router, client, frames)
+    return send(sockets[0].router, client.removeprefix(FROM_HERE), frames)
 
 
 def _pages(endpoint: str, front: str) -> Pages:

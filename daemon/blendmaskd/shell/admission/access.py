@@ -24,10 +24,11 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from blendmaskd.keys import PUBLIC, KeyFileError, read_public
+from blendmaskd.keys import PUBLIC, KeyFileError, read_listed
 
 LEAST_IDENTITY_BYTES = 16
-FROM_AFAR = b"\0tcp:"  # before the identity of a remote client: no local one begins so, chosen or made up by ZeroMQ
+# Before the identities of remote and of local clients: a client may choose any, also one that begins so.
+FROM_AFAR, FROM_HERE = b"\0tcp:", b"\0ipc:"
 _SHORT_OF_SOMETHING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 LOCAL = "local"  # the owner of what an ipc client submits
 
@@ -65,7 +66,7 @@ class AllowedKeys:
         names, complaints = {}, []
         for path in sorted(seen, reverse=True):  # of two files with one key, the first names it
             try:
-                names[read_public(path).decode()] = Path(path).stem
+                names[read_listed(path).decode()] = Path(path).stem
             except KeyFileError as error:
                 if isinstance(error.__cause__, OSError) and error.__cause__.errno in _SHORT_OF_SOMETHING:
                     return Change({}, {}, [])

@@ -1,0 +1,14 @@
+"""The certificate of HTTPS and its key, in PEM files."""
+from __future__ import annotations
+
+import ssl
+
+
+def load(context: ssl.SSLContext, certificate: str, key: str) -> None:
+    """Raises OSError."""
+    context.load_cert_chain(certificate, key, _no_passphrase)
+
+
+def _no_passphrase() -> str:
+    """OpenSSL would ask for it at the terminal, and wait."""
+    raise OSError("the key has a passphrase: write it without one (openssl pkey)")
