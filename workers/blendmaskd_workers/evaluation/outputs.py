@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from blendmaskd.programs.errors import UsageError
-from blendmaskd_workers.benchmark.report import plain
 
 NO_PICTURES = "no pictures: matplotlib is not installed; pip install 'blendmaskd[plots]'"
 
@@ -25,12 +24,13 @@ def make(folder: Path) -> None:
 
 
 def write(folder: Path, program: str, report: Mapping[str, Any], log: str) -> None:
-    """``PROGRAM_eval.log`` and ``.json``, which has null for what is no finite number; and pictures where matplotlib is
-    installed. The log is also printed. Raises OSError.
+    """``PROGRAM_eval.log`` and ``.json``, and pictures where matplotlib is installed; the log is also printed.
+
+    Raises OSError.
     """
     try:
         (folder / f"{program}_eval.log").write_text(log, encoding="utf-8")
-        (folder / f"{program}_eval.json").write_text(json.dumps(plain(report), indent=1) + "\n", encoding="utf-8")
+        (folder / f"{program}_eval.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     finally:  # even if the disk is full
         print(log, end="")
     try:

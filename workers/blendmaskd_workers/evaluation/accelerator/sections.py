@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,9 +147,8 @@ def deviations(report: Mapping[str, Any]) -> Row:
     scenes = report["scenes"]
     tensors = [one for scene in scenes for one in scene["tensors"]]
     found = [scene["detections"] for scene in scenes]
-    losses = [scene["max_rel_diff"] for scene in scenes]
     return {
-        "loss_diff": math.inf if None in losses else max(losses),
+        "loss_diff": max(scene["max_rel_diff"] for scene in scenes),
         "features_over": max((_over(one) for one in tensors if one["name"][0] == "p"), default=0.0),
         "heads_over": max((_over(one) for one in tensors if one["name"][0] != "p"), default=0.0),
         "reference": sum(one["reference"] for one in found),
