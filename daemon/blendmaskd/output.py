@@ -3,11 +3,19 @@ the reason on a full disk."""
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from typing import IO
 
 EXIT_CLOSED, EXIT_OUTPUT = 1, 4
+
+
+def print_anything() -> None:
+    """From now on all text can be printed: what the terminal's encoding lacks is escaped, as on Python's stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def complete(name: str, code: int) -> int:

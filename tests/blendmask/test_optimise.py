@@ -99,11 +99,13 @@ def test_half_precision_finds_the_same_instances(photograph):
     assert same >= 80
 
 
-def test_naive_group_norm_squares_in_float32():
-    """Its variance is a difference of large numbers, which half precision would lose."""
+def test_naive_group_norm_squares_in_float32_at_least():
+    """Its variance is a difference of large numbers, which half precision would lose. In float64 it is a truth."""
     norm = NaiveGroupNorm(1, 2)
     x = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0)) + 30
     expected = norm(x.bfloat16().float())
     found = norm.bfloat16()(x.bfloat16())
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    double = x.double()
+    torch.testing.assert_close(norm.double()(double), torch.nn.functional.group_norm(double, 1), rtol=1e-9, atol=1e-9)

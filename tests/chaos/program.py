@@ -216,8 +216,7 @@ Through = Callable[[str], contextlib.AbstractContextManager[str]]
 
 def main(argv: Sequence[str] | None = None, through: Through = contextlib.nullcontext) -> int:
     """Run it; the exit code. `through` gives the endpoint that clients use for the daemon's: for tests."""
-    arguments = _parse(argv)
-    return guarded("chaos", lambda: _main(arguments, through))
+    return guarded("chaos", lambda: _main(_parse(argv), through))
 
 
 def _main(arguments: argparse.Namespace, through: Through) -> int:

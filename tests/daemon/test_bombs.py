@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -205,11 +207,11 @@ print(json.dumps({name: child.measure(name, limits) for name in [*bombs.REFUSED,
 """
 
 
-def in_a_process(code: str, *arguments: object) -> str:
-    """What Python code prints; it may say nothing on stderr, nor take longer than a minute."""
+def in_a_process(code: str, *arguments: object, first: Path = ROOT / "tests") -> str:
+    """What Python code prints, which imports from `first`; it says nothing on stderr and takes at most a minute."""
     argv = [sys.executable, "-c", code, *map(str, arguments)]
     preload = launch.resolve_preload("auto").path  # a worker's allocator, where it is installed
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{SOURCES}"}
+    environment = {**os.environ, "PYTHONPATH": f"{first}:{ROOT / 'tests'}:{SOURCES}"}
     environment |= {"LD_PRELOAD": preload} if preload else {}
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == ""
@@ -231,6 +233,7 @@ import ast, sys
 from blendmaskd.images.quiet import quiet
 quiet()
 from PIL import TiffImagePlugin
+assert TiffImagePlugin.__file__.startswith(sys.argv[2])
 from blendmaskd.settings import Limits
 from blendmaskd.images import decoding as images
 for payload in ast.literal_eval(open(sys.argv[1]).read()):
@@ -242,7 +245,14 @@ print(len(set(getattr(TiffImagePlugin, "__warningregistry__", {})) - {"version"}
 """
 
 
-def test_decoders_say_nothing_and_python_remembers_no_warning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", [None, "with spaces", os.fsdecode(b"not \xff text"), "libtiff/x"])
+def test_decoders_say_nothing_and_python_remembers_no_warning(tmp_path: Path, folder: str | None) -> None:
+    """Wherever they are installed."""
+    first = tmp_path / folder if folder else tmp_path
+    installed = Path(PIL.__path__[0])
+    for each in (installed, installed.with_name("pillow.libs")):
+        if folder and each.exists():
+            shutil.copytree(each, first / each.name)
     fax = io.BytesIO()
     Image.fromarray(np.random.default_rng(1).integers(0, 2, (24, 18), np.uint8) * 255).convert("1").save(
         fax, "TIFF", compression="group3"
@@ -252,7 +262,8 @@ def test_decoders_say_nothing_and_python_remembers_no_warning(tmp_path: Path) ->
     exif = [tiffs.tiff([(0x9000, 7, 1000 + number, 1 << 20)]) for number in range(20)]  # each warned of differently
     pngs = [made._small(before=pictures.chunk(b"eXIf", each)) for each in exif]
     (tmp_path / "payloads").write_text(repr([bytes(damaged), *pngs]))
-    assert in_a_process(QUIET, tmp_path / "payloads") == "0\n"
+    used = first if folder else installed.parent
+    assert in_a_process(QUIET, tmp_path / "payloads", used, first=first) == "0\n"
 
 
 def test_good_images_of_every_kind_are_decoded() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -67,6 +68,14 @@ def test_a_missing_tcmalloc_is_explained(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(HostError, match=r"/nowhere/libtcmalloc\.so: no such library.*libtcmalloc-minimal4"):
         launch.resolve_preload("/nowhere/libtcmalloc.so")
     assert launch.resolve_preload("off") == NONE
+
+
+@pytest.mark.parametrize("folder", ["with spaces", "a:b"])
+def test_a_library_that_ld_so_would_look_for_elsewhere_is_refused(library: str, tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    copy = shutil.copy(library, tmp_path / folder)
+    with pytest.raises(HostError, match=r"ld\.so takes a space or colon for the end of a path"):
+        launch.resolve_preload(str(copy))
 
 
 def test_a_named_file_that_is_no_library_is_refused(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from blendmaskd import extras
 from checkout import ROOT
 
 PROGRAMS = ("stats", "submit", "keys", "evaluate_coco", "serve")
@@ -73,6 +75,24 @@ def test_keys_are_kept_though_nobody_reads_of_them(closed_pipe: int, tmp_path: A
 
 def test_an_error_that_nobody_can_read_keeps_its_code(closed_pipe: int) -> None:
     assert run("stats", ["nonsense"], closed_pipe, stderr=closed_pipe)[0] == 2
+
+
+@pytest.mark.parametrize("name", ["schl\u00fcssel", os.fsdecode(b"not \xff text")])
+def test_names_that_a_terminal_cannot_show_are_escaped(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
+    (tmp_path / name).mkdir()
+    for words in (["server", str(tmp_path / name)], ["client", "alice", "--to", str(tmp_path / name)]):
+        assert run("keys", words, subprocess.DEVNULL) == (0, "")
+
+
+def test_an_interrupt_while_libraries_are_loaded_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loads_long.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert extras.run("program", "loads_long") == 130
 
 
 def test_a_list_of_keys_on_a_full_disk_ends_with_its_reason(full_disk: int, tmp_path: Any) -> None:

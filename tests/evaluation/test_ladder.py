@@ -18,11 +18,13 @@ from blendmaskd_workers.evaluation import ladder, scenes, subjects
 from blendmaskd_workers.evaluation.arithmetic import LADDER, Emulated, rounded, truncated
 from blendmaskd_workers.evaluation.ladder import Likeness
 from blendmaskd_workers.evaluation.subjects import Subject
+from checkout import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ONE = "backbone.bottom_up.res3.0.conv2"
 SHARED = "proposal_generator.fcos_head.bbox_tower.0"  # runs on all levels
+DEMO = ROOT / "configs" / "demo"
 COUNT = 42  # convolutions that inference runs
 
 
@@ -143,6 +145,15 @@ def test_two_arithmetics_in_one_network_are_told_apart(pair) -> None:
 
 def test_autocast_to_bfloat16_is_named(pair) -> None:
     assert verdict(pair[0], dataclasses.replace(pair[1], dtype="bf16")) == f"bf16 in all {COUNT} convolutions"
+
+
+def test_norms_that_round_or_shift_hide_nothing() -> None:
+    """Those of a network that has learnt, in training's batch norms, which autocast computes in half precision too."""
+    network = blendmask.load_config(DEMO / "demo.yaml")
+    reference, device = (subjects.load(network, str(DEMO / "model_final.pth"), "cpu") for _ in range(2))
+    with planted(device, scaled, []):
+        assert verdict(reference, device) == "scale 1.010 in all 77 convolutions"
+    assert verdict(reference, dataclasses.replace(device, dtype="bf16")) == "bf16 in all 77 convolutions"
 
 
 def test_float32_in_another_order_is_float32(pair) -> None:

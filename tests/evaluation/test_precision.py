@@ -5,6 +5,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from PIL import Image
 
 from blendmaskd_workers import blendmask
-from blendmaskd_workers.evaluation import logs, precision, scenes, subjects
+from blendmaskd_workers.evaluation import logs, outputs, precision, scenes, subjects
+from blendmaskd_workers.evaluation.accelerator.sections import deviations
 from blendmaskd_workers.evaluation.arithmetic import LADDER
 from blendmaskd_workers.evaluation.subjects import Depth, Initial, Subject
 from checkout import ROOT
@@ -129,6 +131,18 @@ def test_a_loss_that_differs_is_a_failure_by_itself(pair) -> None:
     assert {failure.split()[0] for failure in report["failures"]} == {"loss_basis_sem"}
 
 
+@pytest.mark.parametrize("factor", [math.nan, 1e30])
+def test_a_device_that_overflows_is_told_and_drawn(pair, tmp_path, factor: float) -> None:
+    with planted(pair[1], "basis_module.tower.0", factor):
+        report = evaluate(*pair, Depth(trace=True, double_benchmark=True))
+    assert report["trace"]["first"] == "basis_module.tower.0"
+    assert report["scenes"][0]["max_rel_diff"] > 0.01
+    run = dict.fromkeys(("reference", "device", "model", "dtype", "hf32", "weights"), "cpu")
+    outputs.write(tmp_path, "precision", {"run": run, **report}, "")
+    written = json.loads((tmp_path / "precision_eval.json").read_text())
+    assert deviations(written)["loss_diff"] > 0.01
+
+
 def test_bfloat16_enters_at_the_first_convolution(pair) -> None:
     report = evaluate(pair[0], dataclasses.replace(pair[1], dtype="bf16"))
     assert report["trace"]["first"] == "backbone.bottom_up.stem.conv1"
@@ -212,6 +226,12 @@ def test_frozen_norms_are_the_identity_before_training_and_seeds_differ(config) 
     assert all(bool((values == values[0]).all()) for values in norms)
 
 
+@pytest.mark.parametrize(("loss", "warned"), [(0.6, False), (0.65, True), (0.84, True), (0.9, False)])
+def test_a_loss_is_warned_of_where_initial_weights_have_it(loss: float, warned: bool) -> None:
+    rows = [{"scene": "scene", "losses": [{"name": "loss_fcos_ctr", "reference": loss}]}]
+    assert bool(subjects._warnings(rows)) == warned
+
+
 def test_a_network_that_has_learnt_is_not_warned_of() -> None:
     network = blendmask.load_config(ROOT / "configs" / "demo" / "demo.yaml")
     subject = subjects.load(network, str(ROOT / "configs" / "demo" / "model_final.pth"), "cpu")
@@ -260,6 +280,8 @@ def test_an_emulated_npu_agrees(config, script, read_report, tmp_path) -> None:
     (["--device", "npu:0"], "torch_npu"),
     (["--device", "cpu", "--images", "missing.png"], "missing.png"),
     (["--device", "cpu", "--images", __file__], "test_precision.py: not a JPEG"),
+    (["--device", "cpu", "--output-dir", __file__], "--output-dir"),
+    (["--device", "cpu", "--output-dir", "/proc"], "--output-dir /proc: "),
 ])  # fmt: skip
 def test_what_cannot_be_had_is_said(config, tmp_path, capsys, arguments, said) -> None:
     code = precision.main(["--config", str(config), "--random-weights", "0", "--output-dir", str(tmp_path), *arguments])

@@ -29,6 +29,11 @@ if os.environ.get("FOREIGN"):
         for name in names:
             if hasattr(module, name):
                 delattr(module, name)
+    def no_such_file(event, arguments):
+        if event in ("open", "os.listdir", "os.scandir") and str(arguments[0]).startswith(("/proc", "/sys")):
+            raise FileNotFoundError(f"only Linux has {arguments[0]}")
+
+    sys.addaudithook(no_such_file)
     for name in ("SIGKILL", "SIGHUP", "SIGUSR1", "pthread_sigmask", "pidfd_send_signal"):
         delattr(signal, name)
 for name in masked:

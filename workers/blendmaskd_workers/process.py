@@ -57,8 +57,8 @@ def thread_masks() -> dict[str, str]:
 
 def _mapped(library: str) -> bool:
     """Whether a library is in this process's memory; the kernel names the file behind links."""
-    real = os.path.realpath(library)
-    return any(line.endswith(real) for line in Path("/proc/self/maps").read_text().splitlines())
+    real = os.fsencode(os.path.realpath(library))
+    return any(line.endswith(real) for line in Path("/proc/self/maps").read_bytes().splitlines())
 
 
 def host_threads(settings: Settings, cpus: int, quota: float) -> int:

@@ -6,8 +6,10 @@ the log.
 """
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
+import os
 import re
 import warnings
 from pathlib import Path
@@ -16,9 +18,10 @@ from PIL import features
 
 
 def quiet() -> None:
-    """From now on, in this process. A libtiff that is not a library of its own keeps talking."""
+    """From now on, in this process. A libtiff that is not a library of its own, or not on Linux, keeps talking."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     features.check("libtiff")  # loads it
-    for path in set(re.findall(r"/\S*libtiff\S*", Path("/proc/self/maps").read_text())):
-        ctypes.CDLL(path).TIFFSetErrorHandler(None)
+    with contextlib.suppress(OSError):  # not Linux, or the library's file was replaced
+        for path in set(re.findall(rb"/.*/libtiff[^/\n]*", Path("/proc/self/maps").read_bytes())):
+            ctypes.CDLL(os.fsdecode(path)).TIFFSetErrorHandler(None)

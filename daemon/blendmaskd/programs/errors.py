@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import errno
-import io
-import sys
 from collections.abc import Callable
 
 from blendmaskd import output
@@ -28,7 +26,7 @@ CODES = {UsageError: EXIT_USAGE, NoDaemonError: EXIT_NO_DAEMON, OutputError: EXI
 
 def guarded(name: str, run: Callable[[], int]) -> int:
     """The exit code of a program: what `run` returns, or that of its error, which is reported on stderr."""
-    print_anything()
+    output.print_anything()
     try:
         return run()
     except (*CODES, OSError) as error:
@@ -38,10 +36,3 @@ def guarded(name: str, run: Callable[[], int]) -> int:
         return next((code for kind, code in CODES.items() if isinstance(error, kind)), EXIT_FAILED)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-
-
-def print_anything() -> None:
-    """From now on all text can be printed: what the terminal's encoding lacks is escaped, as on Python's stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")

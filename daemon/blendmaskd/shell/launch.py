@@ -101,6 +101,8 @@ def resolve_preload(choice: str, folders: Iterable[Path] = LIBRARY_FOLDERS) -> P
     if choice not in ("auto", "required"):
         if not _loadable(Path(choice)):
             raise HostError(f"runtime.preload = {choice}: no such library for this machine ({TCMALLOC_PACKAGES})")
+        if re.search("[ :]", choice):
+            raise HostError(f"runtime.preload = {choice}: ld.so takes a space or colon for the end of a path: move it")
         return Preload(choice)
     listed = _ldconfig()
     for name in TCMALLOC_NAMES:

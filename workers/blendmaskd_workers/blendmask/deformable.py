@@ -30,11 +30,11 @@ class DeformableConv(nn.Module):
     def forward(self, x: Tensor, geometry: Tensor) -> Tensor:
         images, _, *cells = geometry.shape
         taps = self.kernel**2
-        # In float32: half precision has no room for a place's fraction.
-        offsets = geometry[:, : 2 * taps].float().reshape(images, taps, 2, *cells)
+        geometry = geometry.to(torch.promote_types(geometry.dtype, torch.float32))  # half has no room for fractions
+        offsets = geometry[:, : 2 * taps].reshape(images, taps, 2, *cells)
         places = regular_places(self.kernel, self.stride, cells, x.device) + offsets
         rows, columns = places.flatten(3).transpose(1, 3).unbind(2)  # (N, L, T) each
-        weights = geometry[:, 2 * taps:].float().sigmoid().flatten(2).transpose(1, 2)  # (N, L, T)
+        weights = geometry[:, 2 * taps:].sigmoid().flatten(2).transpose(1, 2)  # (N, L, T)
         samples = sample(x, rows, columns, weights)  # (N, L, T, C)
         kernel = self.weight.permute(0, 2, 3, 1).flatten(1)  # (channels out, T * C)
         convolved = F.linear(samples.flatten(2), kernel, self.bias)  # (N, L, channels out)

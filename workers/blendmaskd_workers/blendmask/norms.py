@@ -40,7 +40,8 @@ class NaiveGroupNorm(nn.GroupNorm):
     """Group norm by the variance's other formula, E[x^2] - E[x]^2, which rounds differently."""
 
     def forward(self, input: Tensor) -> Tensor:
-        grouped = input.float().reshape(input.shape[0], self.num_groups, -1)  # (N, groups, C / groups * H * W)
+        wide = torch.promote_types(input.dtype, torch.float32)
+        grouped = input.to(wide).reshape(input.shape[0], self.num_groups, -1)  # (N, groups, C / groups * H * W)
         mean = grouped.mean(dim=2, keepdim=True)
         variance = (grouped**2).mean(dim=2, keepdim=True) - mean**2
         normed = ((grouped - mean) / torch.sqrt(variance + self.eps)).view_as(input)

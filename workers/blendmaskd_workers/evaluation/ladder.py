@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from blendmaskd_workers.blendmask import BlendMask
 from blendmaskd_workers.blendmask.deformable import DeformableConv
 from blendmaskd_workers.evaluation.arithmetic import LADDER, Emulated
-from blendmaskd_workers.evaluation.comparison import Run, again, tensors, watched
+from blendmaskd_workers.evaluation.comparison import Run, again, watched
 
 FP32, SCALE, UNLIKE, NOT_FINITE = "fp32", "scale", "unlike any", "not finite"
 FINEST = next(iter(LADDER))
@@ -98,23 +99,26 @@ def _square(tensor: Tensor) -> float:
 def climbed(reference: BlendMask, device: BlendMask, on_device: Run, likenesses: dict[str, Likeness]) -> Iterator[None]:
     """While the reference computes, on a CPU, compare each of its convolutions with the device's own, by name."""
 
-    def watch(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        found = again(device.get_submodule(name), args, kwargs, device, on_device)
-        emulated = {}
+    def watch(name: str, module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+        [found] = again(_alone(device.get_submodule(name)), args, kwargs, device, on_device)
+        convolve, emulated = _alone(module), {}
         for rung, arithmetic in LADDER.items():
             with Emulated(arithmetic):
-                emulated[rung] = tensors(module.forward(*args, **kwargs))
-        for index, right in enumerate(tensors(output)):
-            likenesses.setdefault(name, Likeness()).add(
-                right, found[index], {rung: outputs[index] for rung, outputs in emulated.items()})
+                emulated[rung] = convolve(*args, **kwargs)
+        likenesses.setdefault(name, Likeness()).add(convolve(*args, **kwargs), found, emulated)
 
     with watched(convolutions(reference), watch):
         yield
 
 
 def convolutions(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All of a network's by name, each with its norm where it has one."""
+    """All of a network's by name."""
     return [(name, one) for name, one in model.named_modules() if isinstance(one, nn.Conv2d | DeformableConv)]
+
+
+def _alone(module: nn.Module) -> Callable[..., Tensor]:
+    """A convolution without its norm: a shift there would hide a scale, and a rounding of its own everything."""
+    return partial(nn.Conv2d.forward, module) if isinstance(module, nn.Conv2d) else module.forward
 
 
 def summary(likenesses: Mapping[str, Likeness]) -> dict[str, Any]:

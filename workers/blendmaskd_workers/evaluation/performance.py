@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: argparse.Namespace) -> int:
+    outputs.make(arguments.output_dir)
     try:
         with tempfile.TemporaryDirectory(prefix="eval-performance-") as folder:
             report = measure(arguments, _settings(arguments, Path(folder) / "random.pth"))

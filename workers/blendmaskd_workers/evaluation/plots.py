@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLUE, GREY, GREEN, RED, ORANGE = "#2b6cb0", "#8a8f98", "#2f855a", "#c53030", "#dd8a1c"
-SMALLEST_ERROR = 1e-9  # what is drawn of an error of zero
+SMALLEST_ERROR, LARGEST_ERROR = 1e-9, 1e6  # what is drawn of an error of zero, and of infinity and NaN
 SMALLEST_SHARE = 0.01  # likewise, in percent
 BAR = 0.01
 LONGEST_TICK = 22  # characters of a module's name
@@ -44,7 +44,7 @@ def _losses(axes: Axes, report: Report) -> None:
     rows = [row for scene in report["scenes"] for row in scene["losses"]]
     names = list(dict.fromkeys(row["name"] for row in rows))
     errors = [max(row["rel_diff"] for row in rows if row["name"] == name) for name in names]
-    bars = axes.barh(names, [max(error, SMALLEST_ERROR) for error in errors], left=SMALLEST_ERROR / 2,
+    bars = axes.barh(names, [_within(error) for error in errors], left=SMALLEST_ERROR / 2,
                      color=[RED if error > BAR else BLUE for error in errors])  # fmt: skip
     axes.bar_label(bars, [f"{error:.1e}" if error else "equal" for error in errors], padding=4, fontsize=9)
     axes.set(xscale="log", xlim=(SMALLEST_ERROR / 2, 10))
@@ -62,7 +62,7 @@ def _errors(axes: Axes, report: Report) -> None:
                                        ("p90", "90%", "s", BLUE), ("p50", "half", "o", GREEN)):  # fmt: skip
         axes.plot(places, _drawn(rows, key), marker, color=colour, label=label, markersize=6)
     axes.vlines(places, _drawn(rows, "p50"), _drawn(rows, "rel_max"), color=GREY, alpha=0.4, lw=1)
-    axes.set(yscale="log", ylim=(SMALLEST_ERROR / 2, 100 * max(1.0, *(row["rel_max"] for row in rows))))
+    axes.set(yscale="log", ylim=(SMALLEST_ERROR / 2, 100 * max(1.0, *_drawn(rows, "rel_max"))))
     axes.set_xticks(places, names, rotation=90, fontsize=8)
     _bar(axes.axhline, BAR)
     if not any(row["abs_max"] for row in rows):
@@ -157,8 +157,12 @@ def _share(row: Report) -> float:
 
 
 def _drawn(rows: Sequence[Report], key: str) -> list[float]:
-    """Errors on a logarithmic axis, which has no place for 0."""
-    return [max(row[key], SMALLEST_ERROR) for row in rows]
+    return [_within(row[key]) for row in rows]
+
+
+def _within(error: float) -> float:
+    """An error on a logarithmic axis, which has no place for 0 or infinity."""
+    return min(max(error, SMALLEST_ERROR), LARGEST_ERROR) if error == error else LARGEST_ERROR
 
 
 def _short(name: str) -> str:

@@ -26,6 +26,7 @@ by in each of them, which takes about fifteen times as long as the rest.
 
 --double-benchmark is Huawei's: a CPU in float64 is the truth, and the device's errors may be at most twice those of the
 reference in float32 (RMSE, mean relative error, share of small values that are off), ten times the largest one.
+Another order of summation alone may come to three times; float16 comes to thousands.
 
 Losses near ln 2 are warned of: their network has learnt nothing, and two devices then agree whatever they compute.
 
@@ -61,6 +62,7 @@ def _main(arguments: argparse.Namespace) -> int:
     initial, random = arguments.initial_weights, arguments.random_weights
     weights = Initial(initial) if initial is not None else arguments.weights if random is None else random
     depth = Depth(arguments.trace, arguments.double_benchmark, arguments.ladder)
+    outputs.make(arguments.output_dir)
     try:
         photographs = [_read(path) for path in arguments.images]
         config = load_config(arguments.config)

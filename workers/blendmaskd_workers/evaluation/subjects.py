@@ -32,7 +32,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # that autocast comput
 FIRST_LEVEL = 3  # p3
 PRIOR = 0.01  # of each class at each location before training: AdelaiDet's default of MODEL.FCOS.PRIOR_PROB
 UNTRAINED = ("loss_fcos_ctr", "loss_mask")  # ln 2 where logits are 0, whatever the target is
-NEAR = 0.08  # of ln 2: initial weights are within, trained networks are farther below
+NEAR = (0.92, 1.22)  # of ln 2: initial weights of 25 seeds are within; who has learnt is below, on data of its kind
 
 T = TypeVar("T")
 
@@ -235,7 +235,7 @@ def _warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
         f"{loss['name']} on {row['scene']} is {loss['reference']:.6f}, near ln 2 = 0.693147: the network has learnt "
         "nothing there, its losses barely depend on what it computes, and equal ones prove nothing"
         for row in rows for loss in row["losses"]
-        if loss["name"] in UNTRAINED and abs(loss["reference"] / math.log(2) - 1) <= NEAR
+        if loss["name"] in UNTRAINED and NEAR[0] <= loss["reference"] / math.log(2) <= NEAR[1]
     ]  # fmt: skip
 
 
