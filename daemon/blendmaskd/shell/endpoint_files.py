@@ -95,8 +95,8 @@ def is_locked(path: str) -> bool:
         return False
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+    except OSError as error:  # of another kind where the file system has no locks
+        return isinstance(error, BlockingIOError)
     finally:
         os.close(lock)
     return False
