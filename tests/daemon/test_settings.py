@@ -235,6 +235,10 @@ REFUSED = {
     "an endpoint at another's lock": ({"endpoints": {"clients": ["ipc:///a", "ipc:///a.lock"]}}, "is also a file of"),
     "a spool at an endpoint": ({"endpoints": {"clients": ["ipc:///a"]}, "spool": "/a"}, "/a is also a file of"),
     "a spool at an endpoint's lock": ({"endpoints": {"clients": ["ipc:///a"]}, "spool": "/a.lock"}, "also a file of"),
+    **{f"{key} of nothing": ({section: {key: ""}}, f"{section}.{key} = '': leave it out, or say null")
+       for section, key in (("endpoints", "metrics"), ("model", "weights"), ("model", "config"),
+                            ("curve", "server_key"), ("curve", "client_keys"),
+                             ("http", "tokens"), ("http", "certificate"))},
     "metrics without port": ({"endpoints": {"metrics": "localhost"}}, "endpoints.metrics = 'localhost': expected HOST"),
     "CPUs of another device": (
         {"devices": ["cpu:0"], "runtime": {"cpus": {"cpu:1": "0"}}}, "runtime.cpus.cpu:1: not among devices ['cpu:0']"

@@ -37,7 +37,7 @@ def check(settings: Settings) -> None:
     if preload not in ("auto", "required", "off") and not preload.startswith("/"):
         raise SettingsError(f"runtime.preload = {preload!r}: expected auto, required, off or an absolute path")
     _check_model(settings)
-    if settings.spool is not None and (not settings.spool or settings.spool.endswith("/")):
+    if settings.spool is not None and settings.spool.endswith("/"):
         raise SettingsError(f"spool = {settings.spool!r}: expected the path of a file")
     _check_files(settings)
     for key in ("latency_ms", "blend_ms"):
@@ -48,7 +48,9 @@ def check(settings: Settings) -> None:
 
 
 def _check_texts(key: str, value: Any) -> None:
-    """What no path and no environment can hold ends the start where it is used."""
+    """What no path and no environment can hold ends the start where it is used, as does what is empty."""
+    if value == "" and not key.startswith("worker_env"):
+        raise SettingsError(f"{key} = '': leave it out, or say null where that is possible")
     if isinstance(value, dict):
         for name, inner in value.items():
             _check_texts(key, name)
@@ -139,8 +141,10 @@ def _check_endpoints(endpoints: Endpoints) -> None:
             ipc_path(endpoint) if endpoint.startswith("ipc://") else parse_place(endpoint.removeprefix("tcp://"))
         except ValueError as error:
             raise SettingsError(f"endpoints.clients: {endpoint!r}: {error}") from None
+    if endpoints.metrics is None:
+        return
     try:
-        parse_place(endpoints.metrics or "*:*")
+        parse_place(endpoints.metrics)
     except ValueError as error:
         raise SettingsError(f"endpoints.metrics = {endpoints.metrics!r}: {error}") from None
 
