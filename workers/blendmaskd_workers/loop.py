@@ -393,14 +393,14 @@ class Loop:
         end, batch, times = time.monotonic(), flight.batch, flight.run.times()
         device_s = times.busy_s
         self._lone_is_quick = batch[0].lone and end - batch[0].received < QUICK_S
+        if self._engine.overlaps:
+            self._busy.add(times)  # before the images count
         for item, output in zip(batch, outputs):
             item.timings |= {"wait": max(end - item.ready_at - device_s, 0.0), "device": device_s}
             if len(self._held) == 1:
                 self._finish(item, output)
             else:
                 self._threads_for(item).submit(self._unless_it_dies, self._finish, item, output)
-        if self._engine.overlaps:
-            self._busy.add(times)
         self._batching.observe(*flight.kind, device_s, times.first_s)
 
     def _unless_it_dies(self, work: Callable[..., object], *arguments: Any) -> None:
