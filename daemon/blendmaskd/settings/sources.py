@@ -84,13 +84,15 @@ def _read(path: str | Path) -> dict[str, Any]:
 def _yaml(text: str, name: str) -> Any:
     import yaml
 
+    shown = HIDDEN if "worker_env" in name.lower() else text
     if " #" in text and not text.startswith(('"', "'", "[", "{")):
-        raise SettingsError(f"{name}={text}: YAML takes what follows ' #' for a comment: put the value into quotes")
+        raise SettingsError(f"{name}={shown}: YAML takes what follows ' #' for a comment: put the value into quotes")
     try:
         value = yaml.safe_load(text)
         _refuse_doubles(yaml.compose(text, yaml.SafeLoader), name)
     except (yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"{name}={text}: not a YAML value: {error}") from None
+        reason = "put it into quotes" if shown == HIDDEN else error  # which quotes it
+        raise SettingsError(f"{name}={shown}: not a YAML value: {reason}") from None
     return value
 
 
@@ -129,21 +131,24 @@ def _put(tree: dict[str, Any], keys: list[Any], value: Any, name: str) -> None:
 
 
 def _explain(error: str, tree: Any) -> str:
-    """msgspec's ``reason - at `$.queue.max_jobs` `` as ``queue.max_jobs = -1: reason``."""
-    reason, _, where = error.partition(" - at `$")
-    key = where.rstrip("`").lstrip(".")
+    """msgspec's ``reason - at `$.queue.max_jobs` `` as ``queue.max_jobs = -1: reason``. Of a bad key (``at `key` in
+    `$.timed` ``) all of its section are named, without values; those of `worker_env` are secrets.
+    """
+    [(reason, of_key, key)] = re.findall(r"^(.*?)(?: - at (`key` in )?`\$\.?(.*)`)?$", error, re.DOTALL)
     value = tree
     for part in re.findall(r"[^.\[\]]+", key):
         if isinstance(value, list) and part.isdigit():
             value = value[int(part)]
         elif isinstance(value, dict):
             value = value.get(part, value)
-    unknown = re.search(r"unknown field `(.+)`", reason)
+    unknown = re.search(r"unknown field `(.*)`", reason)
     if unknown:
-        return f"{key + '.' if key else ''}{unknown[1]}: unknown key{_instead(key, unknown[1])}"
-    if key.startswith("worker_env["):
-        value = dict.fromkeys(value, HIDDEN)
-    return f"{key or 'settings'} = {value!r}: {reason}"
+        return f"{key + '.' if key else ''}{unknown[1] or repr('')}: unknown key{_instead(key, unknown[1])}"
+    if of_key:
+        return f"{key or 'settings'}: one of its keys {[*value]}: {reason}"
+    if key.startswith("worker_env"):
+        value = dict.fromkeys(value, HIDDEN) if isinstance(value, dict) else HIDDEN
+    return f"{key} = {value!r}: {reason}"
 
 
 def _instead(section: str, unknown: str) -> str:
