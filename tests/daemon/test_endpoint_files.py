@@ -52,6 +52,13 @@ def _contents(folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("below", ["socket", "further/down/socket"])
+def test_a_file_in_the_place_of_a_folder_is_named(folder: Path, below: str) -> None:
+    (folder / "file").write_text(PRECIOUS)
+    with pytest.raises(EndpointTaken, match=rf"{folder}/file is a file, and a folder of {folder}/file/{below}"):
+        EndpointFiles(f"{folder}/file/{below}")
+
+
 @pytest.mark.parametrize("suffix", ["", ".fd", ".lock"])
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 def test_what_is_at_an_endpoint_s_path_stays(folder: Path, make: Callable[[Path], None], suffix: str) -> None:

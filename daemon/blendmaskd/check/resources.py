@@ -18,7 +18,8 @@ from blendmaskd.shell.spool import APPLICATION
 NETWORK_TYPES = ("nfs", "cifs", "smb", "ceph", "glusterfs", "lustre", "fuse.sshfs", "9p")
 FEW_FILES = 512
 GIB = 1 << 30
-SQLITE = b"SQLite format 3\0"  # begins a database's header of 100 bytes, which has its application_id at 68
+# Begins a database's header of 100 bytes, which has the schema's version (0: none) at 40, application_id at 68.
+SQLITE = b"SQLite format 3\0"
 
 
 class SpoolFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +71,8 @@ def _taken(path: str) -> str:
         return ""
     if head and not head.startswith(SQLITE):
         return "is not a database"
-    return "is a database of another program" if int.from_bytes(head[68:72]) not in (0, APPLICATION) else ""
+    application, schema = int.from_bytes(head[68:72]), int.from_bytes(head[40:44])
+    return "is a database of another program" if application != APPLICATION and (application or schema) else ""
 
 
 def _network_type(folder: Path) -> str:

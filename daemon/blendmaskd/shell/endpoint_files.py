@@ -76,6 +76,9 @@ class EndpointFiles:
 
 def obstacle(path: str) -> str:
     """Why a daemon may not have this path, whoever holds its lock; empty: it may. Touches nothing."""
+    above = next(str(folder) for folder in Path(path).parents if _kind(str(folder)))
+    if (kind := _kind(above)) not in ("a folder", "a link"):
+        return f"{above} is {kind}, and a folder of {path}"
     sockets = path, f"{path}{MEMORY_SUFFIX}"
     for name in sockets:
         if (kind := _kind(name)) not in ("", "a socket"):
@@ -106,7 +109,7 @@ def _kind(path: str) -> str:
     """What is there; empty: nothing."""
     try:
         mode = os.lstat(path).st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
     return _KINDS.get(stat.S_IFMT(mode), "a device")
 
