@@ -308,7 +308,8 @@ def test_a_window_of_nothing_and_an_endpoint_that_is_none_are_refused(shared_dae
 
 
 def test_stats_are_the_latest_snapshot(shared_daemon: Any, wait_until: Any) -> None:
-    before = shared_daemon.client.stats()
+    old = shared_daemon.client.stats()["seq"]
+    before = wait_until(lambda: (stats := shared_daemon.client.stats())["seq"] > old and stats)  # has all answers
     assert [device["device"] for device in before["devices"]] == ["cpu:0", "cpu:1"]
     shared_daemon.client.segment(pixels(0))
     wait_until(lambda: shared_daemon.client.stats()["answered"] == before["answered"] + 1)
