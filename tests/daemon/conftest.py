@@ -1,4 +1,6 @@
-"""What the tests of clients share: see clients.py."""
+"""Daemons and peers for the tests of clients and of shared memory: see clients.py and memory_files.py."""
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -6,6 +8,7 @@ from typing import Any
 import pytest
 import zmq
 from clients import SLOW_MS, Peer
+from memory_files import MB, descriptors, held
 
 
 @pytest.fixture(scope="module")
@@ -18,3 +21,18 @@ def slow_daemon(start_daemons: Any) -> Any:
 def peer(tmp_path: Path) -> Iterator[Peer]:
     with zmq.Context.instance().socket(zmq.ROUTER) as socket:
         yield Peer(socket, f"ipc://{tmp_path}/p")
+
+
+@pytest.fixture(scope="module")
+def fast_daemon(start_daemons: Any) -> Any:
+    return start_daemons(timed={"latency_ms": {1: 1}}, shared_memory_bytes=256 * MB)
+
+
+@pytest.fixture
+def server(fast_daemon: Any, wait_until: Any) -> Iterator[Any]:
+    """A daemon that these tests share; it has nothing of a region when a test begins, and no more when it has ended."""
+    wait_until(lambda: held(fast_daemon) == [])
+    fast_daemon.client.stats()  # connected
+    before = descriptors(fast_daemon)
+    yield fast_daemon
+    wait_until(lambda: len(descriptors(fast_daemon)) <= len(before), 15)
