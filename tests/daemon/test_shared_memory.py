@@ -16,7 +16,7 @@ from typing import Any
 
 import msgpack
 import pytest
-import zmq
+from curve import free_port
 from memory_files import MB, Bare, checksums, expected, held, jpeg, memory_file, pixels, sizes, taken
 
 from blendmaskd.client.blocking import AsyncClient, Client, Segmentation, SharedMemoryError
@@ -133,7 +133,7 @@ def test_a_path_that_is_too_long_for_the_second_socket_is_said(daemon: Any, tmp_
 
 
 def test_a_client_by_tcp_uses_the_socket(daemon: Any, tmp_path: Path) -> None:
-    clients = [f"ipc://{tmp_path}/s", f"tcp://127.0.0.1:{_free_port()}"]
+    clients = [f"ipc://{tmp_path}/s", f"tcp://127.0.0.1:{free_port()}"]
     server = daemon(endpoints={"clients": clients, "metrics": None}, insecure_tcp=True)
     server.connect(transport="shared").segment(pixels(0))
     assert len(sizes(server)) == 1
@@ -141,11 +141,6 @@ def test_a_client_by_tcp_uses_the_socket(daemon: Any, tmp_path: Path) -> None:
     images = [pixels(number) for number in range(8)]
     assert checksums(list(server.connect().map(images))) == expected(images)
     assert len(sizes(server)) == 1
-
-
-def _free_port() -> int:
-    with zmq.Context.instance().socket(zmq.ROUTER) as socket:
-        return socket.bind_to_random_port("tcp://127.0.0.1")
 
 
 def test_a_reload_switches_it_on(daemon: Any, wait_until: Any, own: Any) -> None:
