@@ -38,7 +38,8 @@ PROTOCOL = "daemon/blendmaskd/protocol.py"
 BATCHING = "workers/blendmaskd_workers/batching.py"
 LOOP = "workers/blendmaskd_workers/loop.py"
 FLIGHT = "workers/blendmaskd_workers/flight.py"
-BROKER_TESTS = ["test_broker.py", "test_broker_machine.py", "test_daemon_machine.py"]
+BROKER_TESTS = ["test_broker.py", "test_broker_shares.py", "test_broker_suspects.py", "test_broker_machine.py",
+                "test_daemon_machine.py"]  # fmt: skip
 CORE_TESTS = {
     **dict.fromkeys((BLAME, BROKER, JOBS, LEASES, REFUSALS, TURNS), BROKER_TESTS),
     SUSPECTS: ["test_suspects.py", *BROKER_TESTS],

@@ -20,8 +20,9 @@ MASKS = "test_detections_and_masks_agree_in_the_photograph"
 VARIANTS = ["R_50_1x", "R_101_3x", "R_101_dcni3_5x", "550_R_50_3x", "DLA_34_syncbn_4x", "RT_R_50_4x_syncbn_shtw",
             "RT_R_50_4x_bn-head_syncbn_shtw", "small_R18_scale", "small_R18_naivegn"]  # fmt: skip
 DEFAULT_TIER = {
-    "the cores": ["daemon/test_broker.py", "daemon/test_stats.py", "daemon/test_supervisor.py",
-                  "daemon/test_topology.py", "workers/test_batching.py"],
+    "the cores": ["daemon/test_broker.py", "daemon/test_broker_shares.py", "daemon/test_broker_suspects.py",
+                  "daemon/test_stats.py", "daemon/test_supervisor.py", "daemon/test_topology.py",
+                  "workers/test_batching.py"],
     "their state machines": ["daemon/test_broker_machine.py::TestBroker", "daemon/test_daemon_machine.py::TestDaemon",
                              "daemon/test_durable_machine.py::TestDurable",
                              "daemon/test_supervisor.py::TestSupervisor"],

@@ -1,4 +1,4 @@
-"""Daemons and peers for the tests of clients and of shared memory: see clients.py and memory_files.py."""
+"""What tests of this folder share: see clients.py, memory_files.py and brokers.py."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import zmq
+from brokers import LIMITS
 from clients import SLOW_MS, Peer
 from memory_files import MB, descriptors, held
+
+from blendmaskd.core.broker import Broker
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +39,8 @@ def server(fast_daemon: Any, wait_until: Any) -> Iterator[Any]:
     before = descriptors(fast_daemon)
     yield fast_daemon
     wait_until(lambda: len(descriptors(fast_daemon)) <= len(before), 15)
+
+
+@pytest.fixture
+def broker() -> Broker:
+    return Broker(LIMITS)
