@@ -25,7 +25,7 @@ from blendmaskd.protocol import IDLE, STAGE_BOUNDS_S, STAGES, Report
 FRESH_S = 2.5  # a report older than this is no longer the present
 RESOLUTION = 1.04  # latencies are told apart when one is this many times the other
 _LOG_RESOLUTION = math.log(RESOLUTION)
-NOTHING: Mapping[str, Any] = {"count": 0, "sum": 0.0}  # of a stage
+NO_SECONDS: Mapping[str, Any] = {"count": 0, "sum": 0.0}  # of a stage
 FAILURES_OF_A_CODE, FAILURES = 5, 20  # that are remembered: a flood of `busy` must not wash the others away
 HIDDEN_OF_A_DEVICE: Mapping[str, Any] = {"pid": None, "reason": "", "shapes": [], "card": {}, "wanted": {},
                                              "actual": {}}  # fmt: skip
@@ -120,7 +120,7 @@ class Latency:
 
     def _means(self, stages: Mapping[str, Any], answers: int) -> Iterator[tuple[str, float]]:
         for stage, present in stages.items():
-            before = self._before.get(stage, NOTHING)
+            before = self._before.get(stage, NO_SECONDS)
             if present["count"] > before["count"]:
                 yield stage, (present["sum"] - before["sum"]) / answers
 
