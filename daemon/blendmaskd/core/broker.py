@@ -109,7 +109,7 @@ class Broker:
         job.attempts, job.losses = attempts, losses
         job.suspicion = self._blame.remembered.find(job.image, payload, now)
         if losses:
-            self._blame.charge(job, attempts, losses, self.limits.max_attempts, now)
+            self._blame.charge(job, attempts, self.limits.max_attempts, now)
         self._add(job)
         self._blame.recognise()
         if job.suspicion and job.suspicion.given_up:
