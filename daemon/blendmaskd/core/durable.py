@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from blendmaskd import protocol
-from blendmaskd.core import actions
 from blendmaskd.core import spool_messages as spool
 from blendmaskd.core.actions import DURABLE, Answered, Dropped, refused
+from blendmaskd.core.actions import Action as BrokerAction
 from blendmaskd.core.broker import Broker
 from blendmaskd.core.durable_jobs import Job, Jobs, Owned, State, job_of
 from blendmaskd.core.refusals import SHARE
@@ -62,7 +62,7 @@ class SendClient(msgspec.Struct, frozen=True):
     payload: Frames = ()
 
 
-Action = actions.Action | SendClient | spool.Request
+Action = BrokerAction | SendClient | spool.Request
 
 
 class Durable:

@@ -101,7 +101,7 @@ class Latency:
         self._seconds[-1].totals[math.ceil(math.log(max(total_s, 1e-6)) / _LOG_RESOLUTION)] += 1
 
     def take(self, now: float, window_s: float, stages: Mapping[str, Any]) -> dict[str, Any]:
-        """The window up to now; see `latency` in the module. `stages` are those of the snapshot."""
+        """The window up to now, as a snapshot's `latency`. `stages` are those of the same snapshot."""
         self._seconds[-1].end, self._seconds[-1].stages = now, stages
         while self._seconds[0].end <= now - window_s:
             self._before = self._seconds.popleft().stages
@@ -170,7 +170,7 @@ class Stats:
     def snapshot(
         self, now: float, unix_time: float, slots: Iterable[Mapping[str, Any]], **totals: Any
     ) -> dict[str, Any]:
-        """The next snapshot. `slots` and `totals` bring what broker and supervisor know, under the keys above."""
+        """The next snapshot; docs/wire.md has its keys. `slots` and `totals` bring what broker and supervisor know."""
         self._seq += 1
         stages = {stage: histogram.as_dict() for stage, histogram in self._stages.items()}
         devices = [{**slot, **self._device(slot["device"], now)} for slot in slots]

@@ -64,7 +64,7 @@ class Server:
         self._fds: dict[int, Callable[[], Decisions]] = {}  # pidfds and the signal pipe, among others
         self._started = time.time()
         self._next_tick = self._next_trim = 0.0
-        self._last_look = math.inf  # at what time asks for
+        self._last_look = math.inf  # when `_keep_house` ran last
         self._reload_asked = False
         self._stop_asked = -math.inf
         self._drain_deadline: float | None = None
