@@ -23,6 +23,7 @@ STAGES = ("queue", "decode", "wait", "device", "finish", "send", "total")
 IDLE = ("input", "launches", "selection")  # what a device waits for before the parts of a run, in their order
 STAGE_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 SURE_BYTES = 1 << 20  # a frame of so many is read whatever the settings are
+LONGEST_DEADLINE_S = 86400
 LEAST_DURABLE_NAME = 32  # characters: 128 random bits in hexadecimal
 UNKNOWN_JOB = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"
 
@@ -107,7 +108,7 @@ class Submit(_Message, tag="submit", frozen=True, kw_only=True):
     job: JobName
     image: Image
     options: Options = msgspec.field(default_factory=Options)
-    deadline_s: Annotated[float, Meta(gt=0, le=86400)] | None = None  # from arrival; None: the daemon's own
+    deadline_s: Annotated[float, Meta(gt=0, le=LONGEST_DEADLINE_S)] | None = None  # from arrival; None: the daemon's
     priority: Annotated[int, Meta(ge=-9, le=9)] = 0
     durable: bool = False  # kept in the spool: `accepted` when it is there, its answer by `fetch`
 

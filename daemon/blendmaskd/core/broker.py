@@ -41,7 +41,7 @@ from blendmaskd.core.suspects import KEEP_S, Read, Suspects, Suspicion
 from blendmaskd.core.turns import Turns
 from blendmaskd.protocol import Code, Failed, Frames, Result, Submit
 
-DURABLE_DEADLINE_S = 86400.0
+DURABLE_DEADLINE_S = 86400.0  # where its client names none
 
 
 class Broker:

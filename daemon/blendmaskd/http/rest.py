@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from blendmaskd.http import bodies
-from blendmaskd.protocol import LEAST_DURABLE_NAME, Code, Image, Options
+from blendmaskd.protocol import LEAST_DURABLE_NAME, LONGEST_DEADLINE_S, Code, Image, Options
 
 STATUS = {
     Code.BAD_REQUEST: HTTPStatus.BAD_REQUEST,
@@ -49,7 +49,7 @@ class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     score_threshold: Annotated[float, Meta(ge=0, le=1)] = 0.0
     max_detections: Annotated[int, Meta(ge=0, le=10**9)] | None = None
     mask_format: Literal["rle", "polygon", "none"] = "rle"
-    deadline_s: Annotated[float, Meta(gt=0, le=86400)] | None = None
+    deadline_s: Annotated[float, Meta(gt=0, le=LONGEST_DEADLINE_S)] | None = None
 
     @property
     def options(self) -> Options:
