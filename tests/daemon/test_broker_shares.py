@@ -63,12 +63,13 @@ def test_one_clients_own_bounds_count_what_is_on_a_device_too() -> None:
     refusal = answers(submit(broker, "4"))["4"]
     assert isinstance(refusal, Failed)
     assert refusal.code is Code.BUSY
-    assert refusal.reason == "this client has 3 unanswered jobs, the maximum for one client"
+    assert refusal.reason == "this client has 3 unanswered jobs, the maximum for one client (queue.max_jobs_per_client)"
     submit(broker, "large", client=b"other", size=500)  # its only one: how large one may be is another bound
     refusal = answers(submit(broker, "more", client=b"other", size=1))["more"]
     assert isinstance(refusal, Failed)
     assert (refusal.code, refusal.reason) == (
-        Code.BUSY, "this client has 500 unanswered bytes, the maximum for one client is 100"
+        Code.BUSY,
+        "this client has 500 unanswered bytes, the maximum for one client is 100 (queue.max_bytes_per_client)",
     )  # fmt: skip
 
 
