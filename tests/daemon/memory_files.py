@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import clients
 import msgpack
-import numpy as np
-import numpy.typing as npt
 import zmq
+from clients import Pixels
 from PIL import Image as PillowImage
 
 from blendmaskd import protocol
@@ -25,12 +25,10 @@ from blendmaskd_workers.engines import timed
 MB = 1 << 20
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
-Pixels = npt.NDArray[np.uint8]
-
 
 def pixels(number: int, height: int = 200, width: int = 300) -> Pixels:
-    """An image that differs from every other number's; 180 kB."""
-    return np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+    """As `clients.pixels`, of 180 kB: large enough to go through shared memory."""
+    return clients.pixels(number, height, width)
 
 
 def memory_file(size: int, seals: int = SEALS, flags: int = 0) -> int:
