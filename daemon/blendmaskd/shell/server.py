@@ -27,7 +27,7 @@ from blendmaskd.core.stats import Stats, status_line
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch, systemd
 from blendmaskd.shell.addresses import is_loopback
-from blendmaskd.shell.desk import MESSAGES, Desk
+from blendmaskd.shell.desk import DESK_ACTIONS, Desk
 from blendmaskd.shell.npu_health import NpuHealth
 from blendmaskd.shell.processes import Action, Actions, Child, Decisions, Processes
 from blendmaskd.shell.signals import Signals
@@ -227,7 +227,7 @@ class Server:
         """In the order in which they were decided, with all that follows from them."""
         queue = list(actions)
         for action in queue:  # it grows meanwhile
-            queue += self._desk.carry_out(action) if isinstance(action, MESSAGES) else self._do(action)
+            queue += self._desk.carry_out(action) if isinstance(action, DESK_ACTIONS) else self._do(action)
         self._desk.log_steps()
 
     def _do(self, action: Action) -> Actions:
