@@ -24,7 +24,6 @@ IDLE = ("input", "launches", "selection")  # what a device waits for before the 
 STAGE_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 SURE_BYTES = 1 << 20  # a frame of so many is read whatever the settings are
 LEAST_DURABLE_NAME = 32  # characters: 128 random bits in hexadecimal
-UNKNOWN_JOB = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"
 
 Frames = Sequence[Sized]  # payload frames: bytes or zmq.Frame; the broker asks only for their length
 JobName = Annotated[str, Meta(min_length=1, max_length=128)]
@@ -35,6 +34,7 @@ class Code(StrEnum):
     """Why a job failed: a closed table. `retryable` says whether the same job may succeed later."""
 
     BAD_REQUEST = "bad-request"  # malformed or unsupported
+    UNKNOWN_JOB = "unknown-job"  # there is no such durable job
     BAD_IMAGE = "bad-image"
     TOO_LARGE = "too-large"
     BUSY = "busy"  # the queue is full: try again after `retry_after_s`

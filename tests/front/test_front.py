@@ -73,8 +73,8 @@ def test_pixels_and_their_order_arrive_as_they_were_sent(shared_front: Front, sh
         ("POST", "/v1/segment?mask_format=rle&mask_format=none", b"x", 400, "bad-request"),
         ("POST", "/v1/segment?kind=path&path=/etc/passwd", None, 400, "bad-request"),
         ("POST", "/v1/segment?kind=raw&shape=9999,9999,3", b"x", 413, "too-large"),
-        ("POST", "/v1/jobs", b"x", 404, "bad-request"),  # there is no spool
-        ("GET", f"/v1/jobs/{TOKEN}", None, 404, "bad-request"),
+        ("POST", "/v1/jobs", b"x", 400, "bad-request"),  # there is no spool
+        ("GET", f"/v1/jobs/{TOKEN}", None, 404, "unknown-job"),
         ("GET", "/v1/jobs/short", None, 404, "bad-request"),
         ("GET", "/v1/segment", None, 405, "bad-request"),
         ("GET", "/nowhere", None, 404, "bad-request"),

@@ -18,6 +18,7 @@ from blendmaskd.protocol import LEAST_DURABLE_NAME, Code, Image, Options
 
 STATUS = {
     Code.BAD_REQUEST: HTTPStatus.BAD_REQUEST,
+    Code.UNKNOWN_JOB: HTTPStatus.NOT_FOUND,
     Code.BAD_IMAGE: HTTPStatus.UNPROCESSABLE_ENTITY,
     Code.TOO_LARGE: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     Code.BUSY: HTTPStatus.SERVICE_UNAVAILABLE,
