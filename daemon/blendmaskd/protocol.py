@@ -26,7 +26,6 @@ SURE_BYTES = 1 << 20  # a frame of so many is read whatever the settings are
 LONGEST_DEADLINE_S = 86400
 LEAST_DURABLE_NAME = 32  # characters: 128 random bits in hexadecimal
 LONGEST_NAME, LONGEST_PATH = 128, 4096  # characters
-UNKNOWN_JOB = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"
 
 Frames = Sequence[Sized]  # payload frames: bytes or zmq.Frame; the broker asks only for their length
 JobName = Annotated[str, Meta(min_length=1, max_length=LONGEST_NAME)]
@@ -37,6 +36,7 @@ class Code(StrEnum):
     """Why a job failed: a closed table. `retryable` says whether the same job may succeed later."""
 
     BAD_REQUEST = "bad-request"  # malformed or unsupported
+    UNKNOWN_JOB = "unknown-job"  # there is no such durable job
     BAD_IMAGE = "bad-image"
     TOO_LARGE = "too-large"
     BUSY = "busy"  # the queue is full: try again after `retry_after_s`

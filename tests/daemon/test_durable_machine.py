@@ -157,7 +157,7 @@ class DurableMachine(RuleBasedStateMachine):
                 self.submitting[action.client].remove(message.job)  # whether it waits for an answer too or not
             case Result() | Failed() if message.job in self.waiting[action.client]:
                 self.waiting[action.client].remove(message.job)
-                if isinstance(message, Failed) and message.code is Code.BAD_REQUEST:
+                if isinstance(message, Failed) and message.code is Code.UNKNOWN_JOB:
                     assert message.job not in self.accepted or message.job in self.forgotten, "an accepted job is lost"
                 elif isinstance(message, Failed) and message.code is Code.CANCELLED:
                     assert message.job in self.forgotten

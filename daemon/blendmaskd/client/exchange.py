@@ -235,7 +235,7 @@ class Exchange:
             self._answer(job, message)
 
     def _failed(self, job: Call, message: Failed, now: float) -> None:
-        if message.reason == protocol.UNKNOWN_JOB and isinstance(job.request, Submit):
+        if message.code is Code.UNKNOWN_JOB and isinstance(job.request, Submit):
             return  # to an earlier question, which was sent twice: once more when the connection came back
         if message.code is Code.BAD_REQUEST and self._places and job.place is not None:
             self._places.doubt(job.place, now)
