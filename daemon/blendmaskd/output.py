@@ -8,7 +8,7 @@ import os
 import sys
 from typing import IO
 
-EXIT_CLOSED, EXIT_OUTPUT = 1, 4
+EXIT_CLOSED, EXIT_OUTPUT, EXIT_INTERRUPTED = 1, 4, 130
 
 
 def print_anything() -> None:

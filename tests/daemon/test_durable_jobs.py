@@ -86,7 +86,7 @@ def test_what_is_forgotten_is_unknown(kept: Any) -> None:
     job = kept.client.submit(pixels(3))
     assert answer(kept.client, job) == checksum(pixels(3))
     kept.client.forget(job)
-    with pytest.raises(JobFailed, match="bad-request: no durable job of this name"):
+    with pytest.raises(JobFailed, match="unknown-job: no durable job of this name"):
         kept.client.fetch(job)
     kept.client.forget(job)
     kept.client.submit(pixels(4), job=job)
@@ -101,7 +101,7 @@ def test_an_async_client_does_the_same(kept: Any) -> None:
             sums = [segmentation.detections[0]["checksum"] for segmentation in found if segmentation]
             assert sums == [checksum(pixels(number)) for number in range(8)]
             await client.forget(jobs[0])
-            with pytest.raises(JobFailed, match="bad-request"):
+            with pytest.raises(JobFailed, match="unknown-job"):
                 await client.fetch(jobs[0])
             assert (await client.fetch(jobs[1], wait=False)) is not None
 
@@ -124,8 +124,10 @@ def test_what_cannot_be_kept_is_refused(kept: Any, change: dict[str, Any], code:
 
 def test_without_a_spool_the_refusal_says_how_to_have_one(shared_daemon: Any) -> None:
     client = shared_daemon.client
-    for ask in (lambda: client.submit(pixels(1)), lambda: client.fetch("a" * 32), lambda: client.forget("a" * 32)):
-        with pytest.raises(JobFailed, match=r"bad-request: .*set spool in the daemon's settings \(spool: PATH\)"):
+    for code, ask in [("bad-request", lambda: client.submit(pixels(1))),
+                      ("unknown-job", lambda: client.fetch("a" * 32)),
+                      ("unknown-job", lambda: client.forget("a" * 32))]:  # fmt: skip
+        with pytest.raises(JobFailed, match=rf"{code}: .*set spool in the daemon's settings \(spool: PATH\)"):
             ask()
 
 
@@ -421,7 +423,7 @@ def test_a_socket_without_our_client_can_do_it_too(kept: Any) -> None:
     assert isinstance(ask(protocol.Fetch(job=name, wait=False)), protocol.Accepted | protocol.Result)
     assert ask(protocol.Fetch(job=name)).job == name
     assert ask(protocol.Forget(job=name)) == protocol.Forgotten(job=name)
-    assert ask(protocol.Fetch(job=name)).code is Code.BAD_REQUEST
+    assert ask(protocol.Fetch(job=name)).code is Code.UNKNOWN_JOB
 
 
 def test_answers_to_an_earlier_question_are_none_to_a_submission() -> None:
@@ -431,7 +433,7 @@ def test_answers_to_an_earlier_question_are_none_to_a_submission() -> None:
     def hear(message: protocol.ToClient) -> None:
         exchange.receive(protocol.encode(message), 0.0)
 
-    unknown = protocol.Failed(job=name, code=Code.BAD_REQUEST, reason=protocol.UNKNOWN_JOB)
+    unknown = protocol.Failed(job=name, code=Code.UNKNOWN_JOB, reason="no such job")
     asked = exchange.ask(protocol.Fetch(job=name), 0.0)
     hear(unknown)
     assert isinstance(asked.answer, JobFailed)

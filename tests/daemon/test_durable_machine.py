@@ -158,7 +158,7 @@ class DurableMachine(RuleBasedStateMachine):
                 self.submitting[action.client].remove(message.job)  # whether it waits for an answer too or not
             case Result() | Failed() if message.job in self.waiting[action.client]:
                 self.waiting[action.client].remove(message.job)
-                if isinstance(message, Failed) and message.code is Code.BAD_REQUEST:
+                if isinstance(message, Failed) and message.code is Code.UNKNOWN_JOB:
                     assert message.job not in self.accepted or message.job in self.forgotten, "an accepted job is lost"
                 elif isinstance(message, Failed) and message.code is Code.CANCELLED:
                     assert message.job in self.forgotten
@@ -417,8 +417,10 @@ def test_a_job_whose_image_cannot_be_read_is_refused_and_not_kept() -> None:
 @pytest.mark.parametrize(
     ("limits", "taken", "complaint"),
     [
-        ({"max_jobs_per_client": 3}, 3, "this client has 3 unanswered durable jobs, the maximum for one client"),
-        ({"max_bytes_per_client": 90}, 2, "this client has 80 unanswered bytes, the maximum is 90"),
+        ({"max_jobs_per_client": 3}, 3,
+         "this client has 3 unanswered durable jobs, the maximum for one client (queue.max_jobs_per_client)"),
+        ({"max_bytes_per_client": 90}, 2,
+         "this client has 80 unanswered bytes, the maximum for one client is 90 (queue.max_bytes_per_client)"),
         ({"max_jobs": 16, "max_jobs_per_client": 16}, 14,
          "this client has 14 jobs being written to the spool: the last places are reserved for others"),
     ],

@@ -252,9 +252,9 @@ def test_an_unknown_key_is_ignored_whatever_its_value_and_whatever_else_is_there
 
 def test_the_codes_are_a_closed_table() -> None:
     assert {code.value: code.retryable for code in Code} == {
-        "bad-request": False, "bad-image": False, "too-large": False, "busy": True, "timeout": True,
-        "cancelled": False, "worker-lost": False, "engine-failed": False, "unavailable": True, "draining": True,
-        "unauthorised": False,
+        "bad-request": False, "unknown-job": False, "bad-image": False, "too-large": False, "busy": True,
+        "timeout": True, "cancelled": False, "worker-lost": False, "engine-failed": False, "unavailable": True,
+        "draining": True, "unauthorised": False,
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import ssl
+import statistics
 import subprocess
 import sys
 import threading
@@ -46,11 +47,13 @@ def test_an_image_is_segmented_however_it_is_sent(shared_front: Front, photo: by
 def test_answers_leave_at_once(shared_front: Front) -> None:
     """Without TCP_NODELAY each would wait 40 ms for its header to be acknowledged."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", shared_front.port, timeout=20)) as line:
-        begun = time.monotonic()
+        took = []
         for _ in range(50):
+            begun = time.monotonic()
             line.request("GET", "/v2")
             line.getresponse().read()
-        assert time.monotonic() - begun < 50 * 0.035
+            took.append(time.monotonic() - begun)
+        assert statistics.median(took) < 0.035
 
 
 def test_pixels_and_their_order_arrive_as_they_were_sent(shared_front: Front, shared_daemon: Any) -> None:
@@ -73,8 +76,8 @@ def test_pixels_and_their_order_arrive_as_they_were_sent(shared_front: Front, sh
         ("POST", "/v1/segment?mask_format=rle&mask_format=none", b"x", 400, "bad-request"),
         ("POST", "/v1/segment?kind=path&path=/etc/passwd", None, 400, "bad-request"),
         ("POST", "/v1/segment?kind=raw&shape=9999,9999,3", b"x", 413, "too-large"),
-        ("POST", "/v1/jobs", b"x", 404, "bad-request"),  # there is no spool
-        ("GET", f"/v1/jobs/{TOKEN}", None, 404, "bad-request"),
+        ("POST", "/v1/jobs", b"x", 400, "bad-request"),  # there is no spool
+        ("GET", f"/v1/jobs/{TOKEN}", None, 404, "unknown-job"),
         ("GET", "/v1/jobs/short", None, 404, "bad-request"),
         ("GET", "/v1/segment", None, 405, "bad-request"),
         ("GET", "/nowhere", None, 404, "bad-request"),

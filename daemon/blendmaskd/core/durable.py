@@ -25,13 +25,12 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from blendmaskd import protocol
-from blendmaskd.core import actions
 from blendmaskd.core import spool_messages as spool
 from blendmaskd.core.actions import DURABLE, Answered, Dropped, refused
+from blendmaskd.core.actions import Action as BrokerAction
 from blendmaskd.core.broker import Broker
 from blendmaskd.core.durable_jobs import Job, Jobs, Owned, State, job_of
-from blendmaskd.core.refusals import SHARE
+from blendmaskd.core.refusals import MOST_JOBS_OF_A_CLIENT, SHARE
 from blendmaskd.protocol import (
     Accepted,
     Cancel,
@@ -62,7 +61,7 @@ class SendClient(msgspec.Struct, frozen=True):
     payload: Frames = ()
 
 
-Action = actions.Action | SendClient | spool.Request
+Action = BrokerAction | SendClient | spool.Request
 
 
 class Durable:
@@ -120,7 +119,7 @@ class Durable:
     def fetch(self, client: bytes, message: Fetch) -> list[Action]:
         """Send the answer as soon as there is one."""
         if not self.max_bytes:
-            return [SendClient(client, _off(message.job))]
+            return [SendClient(client, refused(message.job, Code.UNKNOWN_JOB, DISABLED))]
         if (job := self.jobs.by_name.get(message.job)) is None:
             return self._look(client, message.job)
         if self._ended:
@@ -136,7 +135,7 @@ class Durable:
     def forget(self, client: bytes, message: Forget, now: float) -> list[Action]:
         """Drop a job and its answer, wherever they are."""
         if not self.max_bytes:
-            return [SendClient(client, _off(message.job))]
+            return [SendClient(client, refused(message.job, Code.UNKNOWN_JOB, DISABLED))]
         erasures = self._erasures.total()
         if self._erasures[client] >= SHARE * (MOST_ERASURES - erasures):
             return [SendClient(client, _busy(message.job, f"{erasures} jobs are being forgotten"))]
@@ -258,7 +257,7 @@ class Durable:
 
     def _refusal(self, client: bytes, message: Submit, size: int) -> Failed | None:
         if not self.max_bytes:
-            return _off(message.job)
+            return refused(message.job, Code.BAD_REQUEST, DISABLED)
         if unfit := self._broker.refusals.unfit(message.job, message.image, size):
             return unfit
         reason = self._shortage(size) or self._greed(client, self.jobs.owned(client), size)
@@ -278,9 +277,10 @@ class Durable:
         """What of its owner's is too much for one; empty: nothing."""
         limits = self._broker.limits
         if own.jobs >= limits.max_jobs_per_client:
-            return f"this client has {own.jobs} unanswered durable jobs, the maximum for one client"
+            return f"this client has {own.jobs} unanswered durable jobs, {MOST_JOBS_OF_A_CLIENT}"
         if own.bytes + size > limits.max_bytes_per_client:
-            return f"this client has {own.bytes} unanswered bytes, the maximum is {limits.max_bytes_per_client}"
+            most = f"{limits.max_bytes_per_client} (queue.max_bytes_per_client)"
+            return f"this client has {own.bytes} unanswered bytes, the maximum for one client is {most}"
         if own.storing >= SHARE * (limits.max_jobs - self.jobs.states[State.STORING]):
             on_the_way = f"{own.storing} jobs being written to the spool"
             return f"this client has {on_the_way}: the last places are reserved for others"
@@ -337,7 +337,7 @@ class Durable:
             reason = f"the spool cannot be read: {looked.reason}"
             told = SendClient(looked.client, refused(looked.name, Code.UNAVAILABLE, reason, RETRY_S))
         else:
-            answer = looked.answer or refused(looked.name, Code.BAD_REQUEST, protocol.UNKNOWN_JOB)
+            answer = looked.answer or refused(looked.name, Code.UNKNOWN_JOB, UNKNOWN)
             told = SendClient(looked.client, answer, looked.payload)
         return [told, *self._look_on()]
 
@@ -347,15 +347,12 @@ class Durable:
         assert self._looks == LOOKS_AT_ONCE or not self._to_look, "an answer is not looked for"
 
 
+UNKNOWN = "no durable job of this name: never accepted, forgotten, or its answer has expired (spool_keep_s)"
 DISABLED = "durable jobs are disabled: set spool in the daemon's settings (spool: PATH)"
 
 
 def _mark(job: Job) -> spool.Mark:
     return spool.Mark(job.seq, job.attempts, job.losses, job.leased)
-
-
-def _off(name: str) -> Failed:
-    return refused(name, Code.BAD_REQUEST, DISABLED)
 
 
 def _busy(name: str, reason: str) -> Failed:

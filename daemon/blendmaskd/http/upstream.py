@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Set
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -21,9 +20,8 @@ import msgspec
 from blendmaskd.client.asynchronous import AsyncClient
 from blendmaskd.client.exchange import Described, JobFailed
 from blendmaskd.client.exchange import Segmentation as Answer
-from blendmaskd.core import durable
 from blendmaskd.http.rest import Failure, Query, Request
-from blendmaskd.protocol import UNKNOWN_JOB, Code
+from blendmaskd.protocol import Code
 
 log = logging.getLogger("blendmaskd.http")
 
@@ -56,20 +54,20 @@ class Upstream:
         """Accept a durable job. Raises `Failure`."""
         member = await self._member(name)
         options = _options(request.query) | {"deadline_s": request.query.deadline_s}
-        await self._answer(member, _known(member.submit(job, _image(request), **options)), 60.0)
+        await self._answer(member, member.submit(job, _image(request), **options), 60.0)
 
     async def fetch(self, name: str, job: str, wait_s: float) -> Answer | JobFailed | None:
         """The answer of a durable job, or how it failed; None if there is neither within `wait_s`.
 
-        Raises `Failure`, with 404 for a job that is not known.
+        Raises `Failure`, `unknown-job` among others.
         """
         member = await self._member(name)
-        return await self._answer(member, _ended(_known(member.fetch(job, wait_s))), wait_s + 60.0)
+        return await self._answer(member, _ended(member.fetch(job, wait_s)), wait_s + 60.0)
 
     async def forget(self, name: str, job: str) -> None:
         """Raises `Failure`."""
         member = await self._member(name)
-        await self._answer(member, _known(member.forget(job)), 60.0)
+        await self._answer(member, member.forget(job), 60.0)
 
     async def snapshot(self) -> dict[str, Any]:
         """The broker's latest snapshot, at most a second old. Raises `Failure`."""
@@ -213,19 +211,9 @@ async def _ended(call: Awaitable[T]) -> T | JobFailed:
     try:
         return await call
     except JobFailed as error:
-        if error.code in (Code.BUSY, Code.DRAINING, Code.UNAVAILABLE):
+        if error.code in (Code.UNKNOWN_JOB, Code.BUSY, Code.DRAINING, Code.UNAVAILABLE):
             raise
         return error
-
-
-async def _known(call: Awaitable[T]) -> T:
-    """A job that there is not is 404, as is a broker that keeps none."""
-    try:
-        return await call
-    except JobFailed as error:
-        if error.reason not in (UNKNOWN_JOB, durable.DISABLED):
-            raise
-        raise Failure(error.code, error.reason, status=HTTPStatus.NOT_FOUND) from None
 
 
 def _image(request: Request[Any]) -> Described:

@@ -17,7 +17,7 @@ from blendmaskd.protocol import Code, shown_job
 log = logging.getLogger("blendmaskd")
 
 CLIENTS_FAULT = frozenset(
-    {Code.BAD_REQUEST, Code.BAD_IMAGE, Code.TOO_LARGE, Code.BUSY, Code.CANCELLED, Code.UNAUTHORISED}
+    {Code.BAD_REQUEST, Code.UNKNOWN_JOB, Code.BAD_IMAGE, Code.TOO_LARGE, Code.BUSY, Code.CANCELLED, Code.UNAUTHORISED}
 )
 FAILURES_PER_S = 10  # lines; of the others only the number is told
 CLIENTS_PER_S = 10  # lines about clients that come and go, or do what they may not

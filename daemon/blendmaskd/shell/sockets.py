@@ -42,8 +42,9 @@ MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve
 MOST_FRAMES = 16  # of a client's message; no right one has more than four, with its sender's identity
 TURN_S = 0.02  # after which no more are read in a turn: some cost milliseconds each
 FRAMES_READ_AWAY = 16384  # in a turn, some 20 ms, of a message that has more
-_more = operator.attrgetter("more")
 LAST_S = 0.1  # for the last messages of the dead, which are there within a millisecond; the loop waits
+REMEDY = "choose another endpoint; `blendmaskd check` says what is in the way"
+_more = operator.attrgetter("more")
 
 
 class StartError(RuntimeError):
@@ -236,7 +237,7 @@ def _listen(endpoint: str, bind: Callable[[str], object]) -> None:
     try:
         bind(endpoint)
     except (OSError, zmq.ZMQError) as error:
-        raise StartError(f"cannot listen on {endpoint}: {error.strerror or error}") from None
+        raise StartError(f"cannot listen on {endpoint}: {error.strerror or error}; {REMEDY}") from None
 
 
 class Clients:
@@ -341,4 +342,5 @@ def _pages(endpoint: str, front: str) -> Pages:
     try:
         return Pages(endpoint, front=front)
     except OSError as error:
-        raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {reason}; {REMEDY}") from None

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blendmaskd import files
-
-EXIT_FAILED = 1
+from blendmaskd.programs.errors import EXIT_FAILED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
