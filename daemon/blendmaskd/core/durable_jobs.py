@@ -157,7 +157,8 @@ class Jobs:
             assert self._owned[owner] == counted, "what an owner has is miscounted"
         owed = {(client, id(where)) for job in self for where in (job.submitters, job.waiters) for client in where}
         kept = {(client, where) for client, places in self._owed.items() for where in places}
-        assert owed == kept and all(self._owed.values()), "what is owed is told wrongly"
+        assert owed == kept, "what is owed is told wrongly"
+        assert all(self._owed.values()), "a client is owed nothing, and kept"
         for job in self:
             assert not job.submitters or job.state is State.STORING, "a job is in the spool and not accepted"
             assert (job.answer is None) == (job.state is not State.ANSWERED), "an answer is nowhere"

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     import yaml  # of the extra serve, as in `_yaml`: clients have this module too
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = _text(path)
         tree = yaml.safe_load(text)
         _refuse_doubles(yaml.compose(text, yaml.SafeLoader), str(path))
     except OSError as error:
@@ -79,6 +81,17 @@ def _read(path: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise SettingsError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
     return tree
+
+
+def _text(path: str | Path) -> str:
+    """Of a pipe too, by which a shell hands over what a command prints; but nobody waits for one to be written to."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, encoding="utf-8") as file:
+        os.set_blocking(descriptor, True)
+        text = file.read()
+        if not text and stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            raise SettingsError(f"{path}: a pipe with nothing in it: it is read once, a reload needs a file")
+    return text
 
 
 def _yaml(text: str, name: str) -> Any:
