@@ -40,9 +40,12 @@ def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
 def open_file(path: str | os.PathLike[str]) -> int:
     """A descriptor for reading. Raises OSError, also for what is no file: opening a pipe may take for ever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     raise OSError(errno.EINVAL, "not a file", os.fspath(path))
 
 

@@ -33,7 +33,7 @@ def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o600)
     readers: list[Callable[[], object]] = [
-        lambda: files.open_file(pipe), lambda: files.open_file(tmp_path), lambda: describe(pipe),
+        lambda: files.open_file(pipe), lambda: describe(pipe),
         lambda: certificate.load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), str(pipe), str(pipe)),
     ]  # fmt: skip
     for read in readers:
