@@ -29,6 +29,21 @@ def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "new")]
 
 
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, tmp_path / "link", Path(f"/dev/fd/{reader}")):
+        files.write_json(path, {"a": 1})
+        assert os.read(reader, 100) == b'{"a": 1}'
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    with pytest.raises(IsADirectoryError):
+        files.write_json(tmp_path, {})
+
+
 def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o600)
