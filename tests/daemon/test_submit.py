@@ -348,6 +348,7 @@ def test_ctrl_c_cannot_part_an_answer_s_result_from_its_overlay(
         (["ipc:///x", "a.png", "--out", "o", "--score-threshold", "2"], "2: expected a number from 0 to 1"),
         (["ipc:///x", "a.png", "--out", "o", "--window", "0"], "0: expected a whole number from 1"),
         (["ipc:///x", "a.png", "--out", "o", "--window", "two"], "two: expected a whole number from 1"),
+        (["ipc:///x", "a.png", "--out", "o", "--max-detections", "9" * 20], "9: expected a whole number from 0 to"),
         (["ipc:///x", "a.png", "--out", "o", "--timeout", "nan"], "nan: expected seconds"),
         (["ipc:///x", "a.png"], "--out"),
         (["ipc:///x", "--out", "o"], "IMAGE"),

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blendmaskd import files
+from blendmaskd.programs.arguments import seed
 from blendmaskd.programs.errors import EXIT_FAILED
 
 
@@ -51,5 +52,5 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", required=True, help="the network: AdelaiDet's YAML keys")
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="checkpoint, such as random.pth")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
+    parser.add_argument("--seed", metavar="N", type=seed, default=0, help="default 0")
     return parser.parse_args(argv)
