@@ -18,7 +18,7 @@ import torch
 from blendmaskd.programs.errors import guarded
 from blendmaskd_workers import blendmask
 from blendmaskd_workers.blendmask import selection
-from blendmaskd_workers.programs.benchmark_network import photograph
+from blendmaskd_workers.programs.benchmark_network import photograph, seeded
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,9 +45,8 @@ def _main(arguments: argparse.Namespace) -> int:
 
 @torch.inference_mode()
 def propose(arguments):
-    config = blendmask.load_config(arguments.config)
-    network = blendmask.build(config)
-    blendmask.load_into(network, blendmask.random_weights(network))
+    network = seeded(arguments.config)
+    config = network.config
     prepared = blendmask.prepare(photograph(arguments.image, arguments.size), config)
     images = blendmask.collate([prepared.tensor], config)
     return config, blendmask.for_inference(network, channels_last=True).propose(images)

@@ -124,7 +124,7 @@ def _main(arguments: argparse.Namespace) -> int:
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out: {error}") from None
+        raise UsageError(f"--out {arguments.out}: {error.strerror}") from None
     named = [(source.file_name, source.image_id) for source in sources]
     journal = Journal(arguments.out / JOURNAL, named, _options(arguments))
     with journal.open(resume=arguments.resume, anew=arguments.anew):

@@ -21,7 +21,7 @@ from rich.table import Table
 from blendmaskd.programs.errors import guarded
 from blendmaskd_workers import blendmask, masks
 from blendmaskd_workers.masks import Floats
-from blendmaskd_workers.programs.benchmark_network import ROOT, Rles, encode, photograph, timed
+from blendmaskd_workers.programs.benchmark_network import ROOT, Rles, encode, photograph, seeded, timed
 
 SIZE = (800, 1200)
 
@@ -50,10 +50,8 @@ def instances(config_path: str, image_path: str) -> tuple[Floats, Floats]:
 
     Raises `UsageError`, and OSError.
     """
-    config = blendmask.load_config(config_path)
-    network = blendmask.build(config)
-    blendmask.load_into(network, blendmask.random_weights(network))
-    prepared = blendmask.prepare(photograph(image_path, *SIZE), config)
+    network = seeded(config_path)
+    prepared = blendmask.prepare(photograph(image_path, *SIZE), network.config)
     [found] = blendmask.segment(network, [prepared])
     detections = blendmask.finish(found, prepared)
     return detections.boxes, detections.probabilities

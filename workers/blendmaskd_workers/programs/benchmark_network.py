@@ -91,11 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
-    config = blendmask.load_config(arguments.config)
-    network = blendmask.build(config)
-    blendmask.load_into(network, blendmask.random_weights(network))
+    network = seeded(arguments.config)
     pixels = photograph(arguments.image, arguments.size)
-    dense, left = multiplications(config, blendmask.prepare(pixels, config).padded_size)
+    dense, left = multiplications(network.config, blendmask.prepare(pixels, network.config).padded_size)
     console = Console()
     console.print(f"{dense / 1e9:.1f} billion multiplications, {left / 1e9:.1f} with the top layer where it is read; "
                   f"{arguments.threads} threads, medians of {arguments.rounds} rounds")  # fmt: skip
@@ -117,6 +115,16 @@ def _main(arguments: argparse.Namespace) -> int:
     for line in slow:
         console.print(f"{line.precision}: {line.ratio:.2f}x, required are {arguments.require[line.precision]:g}x")
     return EXIT_FAILED if slow else 0
+
+
+def seeded(config: str) -> BlendMask:
+    """A network with random weights. Raises `UsageError` for a configuration that cannot be built."""
+    try:
+        network = blendmask.build(blendmask.load_config(config))
+    except blendmask.ConfigError as error:
+        raise UsageError(str(error)) from None
+    blendmask.load_into(network, blendmask.random_weights(network))
+    return network
 
 
 def photograph(path: str, height: int, width: int | None = None) -> Pixels:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from blendmaskd import files
+from blendmaskd.programs.errors import reason
 
 EXIT_FAILED = 1
 OPSETS = range(13, 21)  # that torch's tracer writes
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except (OSError, ValueError, EngineError) as error:
-        print(f"export_onnx: {error}", file=sys.stderr)
+        print(f"export_onnx: {reason(error)}", file=sys.stderr)
         return EXIT_FAILED
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blendmaskd import files
+from blendmaskd.programs.errors import reason
 
 EXIT_FAILED = 1
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         count = save(arguments.config, arguments.output, arguments.seed)
     except (OSError, ValueError) as error:
-        print(f"random_weights: {error}", file=sys.stderr)
+        print(f"random_weights: {reason(error)}", file=sys.stderr)
         return EXIT_FAILED
     print(f"{arguments.output}: {count / 1e6:.1f} million random weights, seed {arguments.seed}. Nothing has been")
     print("learnt: a network with them finds many instances, and none of them means anything.")
