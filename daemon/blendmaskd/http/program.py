@@ -8,6 +8,7 @@ who may ask. docs/http.md shows the requests. SIGTERM and SIGINT drain and stop.
 """
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import logging
@@ -48,7 +49,7 @@ RENEW_S = 1.0  # certificates
 def main(argv: list[str] | None = None) -> int:
     parser = flags.parser(NAME, __doc__)
     parser.add_argument("--check-settings", action="store_true", help="only check them; exit code 78 if invalid")
-    parser.add_argument("--descriptor", type=int, help="of a socket that is listened to: one of several processes")
+    parser.add_argument("--descriptor", type=int, help=argparse.SUPPRESS)  # of a socket: one of several processes
     arguments = parser.parse_args(argv)
     try:
         settings = flags.loader(arguments)()

@@ -1,6 +1,6 @@
 """Train BlendMask on a data set in COCO's format.
 
-    python scripts/train.py --config configs/demo/demo.yaml --images shapes/images/train \
+    python scripts/train.py --config configs/demo/demo.yaml --images shapes/images/train \\
         --annotations shapes/train.json --output-dir out/demo
 
 Writes to the output folder: checkpoint.pth (the last state, from which --resume continues), model_final.pth (the
