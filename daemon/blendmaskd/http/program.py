@@ -34,7 +34,7 @@ from blendmaskd.http.tokens import Tokens, TokensError, state
 from blendmaskd.logs import about
 from blendmaskd.settings import Http, Settings, SettingsError
 from blendmaskd.shell import systemd
-from blendmaskd.shell.addresses import address, is_loopback
+from blendmaskd.shell.addresses import address, is_loopback, unbound
 
 if TYPE_CHECKING:
     from blendmaskd.http.tracing import Tracing
@@ -125,7 +125,7 @@ def listen(http: Http, descriptor: int | None) -> socket.socket:
         listening.bind((found, port))
         listening.listen(BACKLOG)
     except OSError as error:
-        raise OSError(f"http.endpoint = {http.endpoint!r}: {error.strerror or error}") from None
+        raise OSError(f"http.endpoint = {http.endpoint!r}: {unbound(error)}") from None
     return listening
 
 

@@ -26,6 +26,7 @@ from blendmaskd.keys import KeyFileError, Pair, read_pair
 from blendmaskd.protocol import MEMORY_SUFFIX, SURE_BYTES
 from blendmaskd.settings import Settings
 from blendmaskd.shell import descriptors
+from blendmaskd.shell.addresses import unbound
 from blendmaskd.shell.admission.access import FROM_AFAR, FROM_HERE, AllowedKeys
 from blendmaskd.shell.admission.gate import Gate
 from blendmaskd.shell.endpoint_files import EndpointFiles, EndpointTaken, obstacle
@@ -233,7 +234,7 @@ def _listen(endpoint: str, bind: Callable[[str], object]) -> None:
     try:
         bind(endpoint)
     except (OSError, zmq.ZMQError) as error:
-        raise StartError(f"cannot listen on {endpoint}: {error.strerror or error}") from None
+        raise StartError(f"cannot listen on {endpoint}: {unbound(error)}") from None
 
 
 class Clients:
@@ -338,4 +339,4 @@ def _pages(endpoint: str, front: str) -> Pages:
     try:
         return Pages(endpoint, front=front)
     except OSError as error:
-        raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {error.strerror or error}") from None
+        raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {unbound(error)}") from None
