@@ -169,6 +169,16 @@ def test_a_running_daemon_of_ours_is_told_from_a_stranger(check: Check, daemon: 
     assert all(f"(pid {os.getpid()})" in text for _, text in endpoints), endpoints
 
 
+def test_only_the_devices_that_a_running_daemon_has_are_not_opened(check: Check, daemon: Any) -> None:
+    serving = daemon(devices=["npu:0"])
+    report = check(devices=["npu:0", "npu:1"], engine="native", model=DEMO, endpoints={"clients": [serving.endpoint]})
+    found = [line for line in told(report, "device") if "npu-smi" not in line[1]]
+    assert found == [
+        ("ok", f"npu:0: not opened, it is in use by a running blendmaskd (pid {serving.process.pid})"),
+        ("error", "npu:1: npu: torch_npu is not installed"),
+    ]
+
+
 def test_keys_and_spool_are_looked_at(check: Check, tmp_path: Path) -> None:
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys" / "alice.key").write_text("no key\n")
