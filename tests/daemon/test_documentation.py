@@ -26,7 +26,7 @@ def test_the_page_of_settings_is_what_their_code_says() -> None:
     reference = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reference)
     written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert reference.page() == written, "python scripts/settings_reference.py > docs/settings.md"
+    assert reference.page() == written, "python scripts/settings_reference.py"
 
 
 def test_the_readmes_raw_client_runs_as_it_stands(shared_daemon, tmp_path) -> None:

@@ -10,7 +10,7 @@ counts from the daemon's start. CPUs, preload and task queue are what the worker
 differs from its plan.
 
 --watch also shows the history of combined FPS, recent failures and, if the daemon is on this host and npu-smi is
-installed, each NPU's temperature, power and health: this program runs npu-smi every few seconds, the daemon never does.
+installed, each NPU's temperature, power and health, for which this program runs npu-smi every few seconds.
 
 Exit codes: 0 shown · 1 into a pipe that was closed · 2 wrong arguments · 3 no daemon · 4 the output cannot be written.
 """
