@@ -239,9 +239,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="blendmaskd-keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="blendmaskd-keys", description=__doc__, formatter_class=output.Help)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     server = commands.add_parser("server", help="create the daemon's key pair and the folder of allowed clients")
     server.add_argument("folder", metavar="FOLDER", help="created with mode 0700 if missing")

@@ -15,6 +15,7 @@ import numpy as np
 import one_at_a_time
 import torch
 
+from blendmaskd.output import Help
 from blendmaskd.programs.errors import guarded
 from blendmaskd_workers import blendmask
 from blendmaskd_workers.blendmask import selection
@@ -60,8 +61,7 @@ def timed(seconds: list[float], select, *arguments):
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmark_selection", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="benchmark_selection", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--config", default=str(ROOT / "configs" / "BlendMask" / "R_50_1x.yaml"))
     add("--image", default=str(ROOT / "tests" / "golden" / "images" / "chelsea.png"))

@@ -35,6 +35,7 @@ import zmq
 from rich.console import Console
 
 from blendmaskd import files, protocol
+from blendmaskd.output import Help
 from blendmaskd.programs.arguments import seconds
 from blendmaskd.programs.errors import guarded
 from blendmaskd.protocol import TO_CLIENT, Failed, Options, Result
@@ -261,8 +262,7 @@ def _health(host: Host) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="fault_scenes", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog="fault_scenes", description=__doc__, formatter_class=Help)
     parser.add_argument("--seconds", metavar="S", type=seconds, default=10.0,
                         help="before the kill, and until the later rate; default 10")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", type=Path, help="all figures")

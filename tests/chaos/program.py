@@ -39,6 +39,7 @@ from rich.live import Live
 from rich.table import Table
 
 from blendmaskd import files
+from blendmaskd.output import Help
 from blendmaskd.programs.arguments import checked, positive, seconds
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, guarded
 from blendmaskd.programs.interruption import Interruptible
@@ -373,8 +374,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     kinds = (injector.__doc__ or "").split("\n\n", 1)[1]
     text = (__doc__ or "").format(faults=kinds, lost=LOST_AFTER_DEADLINES, slope=growth.MOST_MB_PER_MIN,
                                   window=growth.WINDOW_S, noise=growth.NOISE_MB)  # fmt: skip
-    parser = argparse.ArgumentParser(prog="chaos", description=text,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog="chaos", description=text, formatter_class=Help)
     parser.add_argument("--minutes", metavar="N", type=_minutes, default=1.0, help="default 1")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the faults, default 0")
     parser.add_argument("--faults", metavar="KIND,…", type=_kinds, default=KINDS, help="all (default), none, or some")

@@ -36,7 +36,7 @@ from rich.table import Table
 
 from blendmaskd import files
 from blendmaskd.client.blocking import Client, JobFailed, Segmentation
-from blendmaskd.output import in_a_line
+from blendmaskd.output import Help, in_a_line
 from blendmaskd.programs.arguments import percentage, positive
 from blendmaskd.programs.connecting import add_connection, connect
 from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
@@ -264,7 +264,7 @@ def _missed(what: str, scores: Scores | None, required: float) -> list[str]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("endpoint", metavar="ENDPOINT", help="the daemon's: ipc:///PATH or tcp://HOST:PORT")
     parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="folder of the annotated images")
     parser.add_argument("--annotations", metavar="FILE", type=Path, required=True, help="COCO instances")

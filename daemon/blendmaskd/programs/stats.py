@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.live import Live
 
 from blendmaskd.client.blocking import DEFAULT_ENDPOINT, Client, HandshakeError
+from blendmaskd.output import Help
 from blendmaskd.programs.connecting import ANSWER_S, add_keys, make_client
 from blendmaskd.programs.errors import NoDaemonError, guarded
 from blendmaskd.programs.readings import Readings
@@ -109,7 +110,7 @@ def _print_tables(snapshot: Snapshot) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("endpoint", metavar="ENDPOINT", nargs="?", default=DEFAULT_ENDPOINT,
                         help=f"the daemon's, default {DEFAULT_ENDPOINT}")  # fmt: skip
     add_keys(parser)

@@ -5,6 +5,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from blendmaskd.output import Help
 from blendmaskd.programs.arguments import checked, positive, seconds, size
 from blendmaskd.programs.connecting import ANSWER_S, add_keys
 
@@ -15,7 +16,7 @@ LOAD_OPTIONS = ("clients", "rate", "size", "encoding", "transport", "mask_format
 def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     """The arguments; exits with usage when they are wrong."""
     parser = argparse.ArgumentParser(prog="benchmark", description=description, parents=[load_parser()],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                     formatter_class=Help)  # fmt: skip
     daemon = parser.add_argument_group("the daemon")
     add = daemon.add_argument
     add("--endpoint", metavar="E", help="a running daemon; default: start one")

@@ -36,6 +36,7 @@ from rich.table import Table
 from blendmaskd import files, settings
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
+from blendmaskd.output import Help
 from blendmaskd.programs import input_images
 from blendmaskd.programs.arguments import positive, size
 from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
@@ -51,8 +52,7 @@ REPLAYED = (800, 800)  # what the masks are of, and what their time is a multipl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmark_host", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog="benchmark_host", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--sizes", nargs="+", type=size, default=SIZES, metavar="HEIGHTxWIDTH", help="of synthetic photographs")
     add("--images", nargs="+", metavar="IMAGE", help="files, folders or globs instead")

@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.table import Table
 
+from blendmaskd.output import Help
 from blendmaskd.programs.errors import guarded
 from blendmaskd_workers import blendmask, masks
 from blendmaskd_workers.masks import Floats
@@ -27,7 +28,7 @@ SIZE = (800, 1200)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--config", default=str(ROOT / "configs/BlendMask/R_50_1x.yaml"))
     parser.add_argument("--image", default=str(ROOT / "tests/golden/images/chelsea.png"))
     parser.add_argument("--rounds", type=int, default=7)

@@ -33,6 +33,7 @@ from torch import nn
 
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, Pixels
+from blendmaskd.output import Help
 from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
 from blendmaskd_workers import blendmask, devices, masks
 from blendmaskd_workers.blendmask import BlendMask, Config, Detections, Instances
@@ -293,7 +294,7 @@ def _requirement(text: str) -> tuple[str, float]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--config", default=str(ROOT / "configs/BlendMask/R_50_1x.yaml"))
     add("--image", default=str(ROOT / "tests/golden/images/chelsea.png"))

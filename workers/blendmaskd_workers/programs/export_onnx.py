@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from blendmaskd import files
+from blendmaskd.output import Help
 from blendmaskd.programs.errors import reason
 
 EXIT_FAILED = 1
@@ -96,7 +97,7 @@ def _compare(network: Any, exported: Any, shapes: Sequence[tuple[int, int, int]]
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--config", metavar="FILE", required=True, help="the network: AdelaiDet's YAML keys")
     add("--weights", metavar="FILE", required=True, help="its checkpoint, as for model.weights")

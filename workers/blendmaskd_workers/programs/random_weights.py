@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blendmaskd import files
+from blendmaskd.output import Help
 from blendmaskd.programs.errors import reason
 
 EXIT_FAILED = 1
@@ -50,7 +51,7 @@ def save(config: str, output: Path, seed: int) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--config", metavar="FILE", required=True, help="the network: AdelaiDet's YAML keys")
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="checkpoint, such as random.pth")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from blendmaskd import files
+from blendmaskd.output import Help
 from blendmaskd.programs.arguments import positive
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError, guarded
 
@@ -303,8 +304,7 @@ def _iteration_of(line: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="train", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="network and training: a YAML file with AdelaiDet's keys")
     add("--images", required=True, type=Path, metavar="DIR", help="folder that file names are relative to")

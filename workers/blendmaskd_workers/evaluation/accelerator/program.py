@@ -59,6 +59,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from blendmaskd import files
+from blendmaskd.output import Help
 from blendmaskd.programs.arguments import positive, seconds, size
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_DAEMON, OutputError, UsageError, guarded
 from blendmaskd.settings.checks import DEVICE
@@ -205,8 +206,7 @@ def _describe(arguments: argparse.Namespace) -> Tree:
 # ---- command line -----------------------------------------------------------------------------------------------
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=NAME, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog=NAME, description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--device", type=_device, required=True, metavar="DEVICE", help="cuda:0, npu:0 or cpu")
     add("--out", type=Path, default=Path("out/accelerator_check"), metavar="FOLDER",
