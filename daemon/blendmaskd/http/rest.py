@@ -13,9 +13,9 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from blendmaskd.choices import remedy
 from blendmaskd.http import bodies
 from blendmaskd.protocol import LEAST_DURABLE_NAME, Code, Image, Options
-from blendmaskd.settings.choices import choices, instead
 
 STATUS = {
     Code.BAD_REQUEST: HTTPStatus.BAD_REQUEST,
@@ -186,7 +186,7 @@ def describe(fields: Mapping[str, Any], payload: bytes, deadline_s: float, kind:
         query = msgspec.convert(fields, kind, strict=False)
     except msgspec.ValidationError as error:
         reason = str(error).replace("`$.", "`").replace("Object contains", "the request has")
-        raise Failure(Code.BAD_REQUEST, f"{reason}{_remedy(reason, kind)}") from None
+        raise Failure(Code.BAD_REQUEST, f"{reason}{remedy(str(error), kind)}") from None
     shape = msgspec.convert(query.shape.split(","), tuple[int, int, int], strict=False) if query.shape else None
     if complaint := _complaint(query, payload):
         raise Failure(Code.BAD_REQUEST, complaint)
@@ -195,15 +195,6 @@ def describe(fields: Mapping[str, Any], payload: bytes, deadline_s: float, kind:
         raise Failure(Code.BAD_IMAGE, reason)
     image = Image(kind=query.kind, shape=shape, dtype=query.dtype, order=query.order, path=query.path)
     return Request(image=image, payload=payload, query=query, deadline_s=query.deadline_s or deadline_s)
-
-
-def _remedy(reason: str, kind: type[Query]) -> str:
-    """What there is instead of an unknown field, or of an unknown value of a field."""
-    name = reason.rpartition("`")[0].rpartition("`")[2]
-    kinds = {field.name: field.type for field in msgspec.structs.fields(kind)}
-    if "Invalid enum value" in reason:
-        return f"; expected {', '.join(choices(kinds[name]))}"
-    return instead(name, kinds) if "unknown field" in reason else ""
 
 
 def _complaint(query: Query, image: bytes) -> str:

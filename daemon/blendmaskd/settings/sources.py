@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
+from blendmaskd.choices import remedy
 from blendmaskd.settings.checks import check
-from blendmaskd.settings.choices import choices, instead
 from blendmaskd.settings.schema import Section, Settings, SettingsError
 from blendmaskd.wanted import HIDDEN
 
@@ -157,18 +157,7 @@ def _explain(error: str, tree: Any) -> str:
             value = value.get(part, value)
     unknown = re.search(r"unknown field `(.+)`", reason)
     if unknown:
-        known = (field.name for field in msgspec.structs.fields(_kind(key)))
-        return f"{key + '.' if key else ''}{unknown[1]}: unknown key{instead(unknown[1], known)}"
-    if reason.startswith("Invalid enum value"):
-        reason += f"; expected {', '.join(choices(_kind(key)))}"
+        return f"{key + '.' if key else ''}{unknown[1]}: unknown key{remedy(error, Settings)}"
     if key.startswith("worker_env["):
         value = dict.fromkeys(value, HIDDEN)
-    return f"{key or 'settings'} = {value!r}: {reason}"
-
-
-def _kind(key: str) -> Any:
-    """The type of a setting, or of a section; empty: of all."""
-    kind: Any = Settings
-    for part in filter(None, key.split(".")):
-        kind = next(field.type for field in msgspec.structs.fields(kind) if field.name == part)
-    return kind
+    return f"{key or 'settings'} = {value!r}: {reason}{remedy(error, Settings)}"
