@@ -99,7 +99,7 @@ def encryption(http: Http) -> ssl.SSLContext | None:
     try:
         certificate.load(context, http.certificate, http.key)
     except OSError as error:
-        raise SettingsError(f"http.certificate = {http.certificate!r}, http.key = {http.key!r}: {error}") from None
+        raise SettingsError(f"http.certificate = {http.certificate!r}, http.key = {http.key!r}: {error.strerror or error}") from None
     return context
 
 
