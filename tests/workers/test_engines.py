@@ -80,8 +80,9 @@ def test_a_network_that_cannot_be_loaded_is_not_tried_again(overrides: list[str]
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_npu") is not None, reason="needs a host without torch_npu")
 def test_an_npu_without_torch_npu_is_not_tried_again_but_a_device_that_is_not_there(tmp_path: Path) -> None:
-    torch.save({"model": blendmask.build(blendmask.load_config(GOLDEN / "small_R18.yaml")).state_dict()}, tmp_path / "w")
-    tree = {"model": {"config": str(GOLDEN / "small_R18.yaml"), "weights": str(tmp_path / "w")}}
+    config = GOLDEN / "small_R18.yaml"
+    torch.save({"model": blendmask.build(blendmask.load_config(config)).state_dict()}, tmp_path / "w")
+    tree = {"model": {"config": str(config), "weights": str(tmp_path / "w")}}
     for device, code in (("npu:0", EXIT_CANNOT_BOOT), ("cuda:99", 1)):
         with pytest.raises(EngineError) as raised:
             engines.make(settings.from_tree({"devices": [device], **tree}), device).load()

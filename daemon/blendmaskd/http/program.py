@@ -99,7 +99,8 @@ def encryption(http: Http) -> ssl.SSLContext | None:
     try:
         certificate.load(context, http.certificate, http.key)
     except OSError as error:
-        raise SettingsError(f"http.certificate = {http.certificate!r}, http.key = {http.key!r}: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise SettingsError(f"http.certificate = {http.certificate!r}, http.key = {http.key!r}: {reason}") from None
     return context
 
 
