@@ -31,7 +31,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -40,7 +39,7 @@ from rich.table import Table
 
 from blendmaskd import files
 from blendmaskd.output import Help
-from blendmaskd.programs.arguments import checked, positive, seconds
+from blendmaskd.programs.arguments import checked, output_file, positive, seconds
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, guarded
 from blendmaskd.programs.interruption import Interruptible
 from chaos import growth, injector
@@ -387,8 +386,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--deadline", metavar="S", type=seconds, default=30.0, help="of a job, default 30")
     parser.add_argument("--warm-up", metavar="S", type=seconds, default=60.0,
                         help="not looked at for growth, default 60")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", type=Path, help="all figures")
-    parser.add_argument("--log", metavar="FILE", type=Path, help="keep the daemon's log")
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="all figures")
+    parser.add_argument("--log", metavar="FILE", type=output_file, help="keep the daemon's log")
     return parser.parse_args(argv)
 
 

@@ -38,7 +38,7 @@ from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
 from blendmaskd.output import Help
 from blendmaskd.programs import input_images
-from blendmaskd.programs.arguments import positive, size
+from blendmaskd.programs.arguments import output_file, positive, size
 from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
 from blendmaskd.protocol import Options
 from blendmaskd.settings import Limits
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what the masks are of")
     add("--rounds", type=positive, default=15, help="default 15")
     add("--require", type=float, metavar="RATIO", help="exit with code 1 when a photograph's ratio is above")
-    add("--json", type=Path, metavar="FILE", help="write all figures")
+    add("--json", type=output_file, metavar="FILE", help="write all figures")
     arguments = parser.parse_args(argv)
     return guarded("benchmark_host", lambda: _main(arguments))
 

@@ -34,6 +34,7 @@ from torch import nn
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, Pixels
 from blendmaskd.output import Help
+from blendmaskd.programs.arguments import output_file
 from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
 from blendmaskd_workers import blendmask, devices, masks
 from blendmaskd_workers.blendmask import BlendMask, Config, Detections, Instances
@@ -303,7 +304,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=5)
     add("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     add("--require", nargs="+", type=_requirement, default=[], metavar="P=RATIO", help="minimums, such as fp32=1.5")
-    add("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    add("--json", type=output_file, metavar="FILE", help="write the figures to this file")
     arguments = parser.parse_args(argv)
     arguments.require = dict(arguments.require)
     return arguments
