@@ -1,4 +1,5 @@
 """The bugs of planted_bugs.py can all still be planted; which are caught, that program says."""
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,17 @@ def test_it_can_be_planted(bug: Bug) -> None:
 def test_there_are_enough() -> None:
     assert len(BUGS) >= 20
     assert len({planted(bug, (ROOT / bug.file).read_text()) for bug in BUGS}) == len(BUGS)
+
+
+def test_the_documents_table_has_them_all_and_tests_that_are_there() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `(.+?)` \| (.+?) \| `(.+?)::(\w+)", page, re.MULTILINE)
+    assert [(int(number), file, why) for number, file, why, *_ in rows] == [
+        (number, bug.file, bug.why) for number, bug in enumerate(BUGS, 1)
+    ]
+    for *_, file, test in rows:
+        [found] = (ROOT / "tests").glob(f"*/{file}")
+        assert re.search(rf"\b{test}\b", found.read_text()), f"{file} has no {test}"
 
 
 FUNCTION = """

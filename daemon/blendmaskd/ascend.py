@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from blendmaskd.topology import npu_chips, npu_rows
 
+INSTALLED = Path("/usr/local/Ascend")  # driver and firmware, and CANN unless it is elsewhere
 Chip = tuple[int, int]  # NPU id, chip id: npu-smi's names, see `topology.parse_npu_map`
 
 # torch_npu's release: the CANN it was made for. From COMPATIBILITY.md of github.com/Ascend/pytorch, August 2026. A

@@ -1,4 +1,4 @@
-"""What a worker process is told, and how it says in ending that it can never start.
+"""What a worker process is told, and what its exit codes mean.
 
 The only module of the start that both sides read: `blendmaskd.core.launch_plan` writes an assignment into the
 environment of the worker, which reads it back.

@@ -14,7 +14,7 @@ EXTRAS = {
     "torch_npu": "npu", "matplotlib": "plots", "onnx": "onnx", "onnxruntime": "onnx", "ray": "ray", "pyarrow": "ray",
     "starlette": "http", "uvicorn": "http", "opentelemetry": "otel",
 }  # fmt: skip  # else the program's own
-EXIT_LACKING, EXIT_INTERRUPTED = 2, 130  # the first as for wrong arguments
+EXIT_LACKING = 2  # as for wrong arguments
 
 
 def run(name: str, module: str, code: int = EXIT_LACKING, extra: str = "serve") -> int:
@@ -28,7 +28,7 @@ def run(name: str, module: str, code: int = EXIT_LACKING, extra: str = "serve") 
     except SystemExit as end:  # --help, or wrong arguments
         raise SystemExit(output.complete(name, end.code) if isinstance(end.code, int) else end.code) from None
     except KeyboardInterrupt:  # as libraries are loaded, say
-        return EXIT_INTERRUPTED
+        return output.EXIT_INTERRUPTED
     return output.complete(name, ended)
 
 

@@ -11,7 +11,7 @@ import sys
 import textwrap
 from typing import IO
 
-EXIT_CLOSED, EXIT_OUTPUT = 1, 4
+EXIT_CLOSED, EXIT_OUTPUT, EXIT_INTERRUPTED = 1, 4, 130
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -24,10 +24,12 @@ STAGES = ("queue", "decode", "wait", "device", "finish", "send", "total")
 IDLE = ("input", "launches", "selection")  # what a device waits for before the parts of a run, in their order
 STAGE_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 SURE_BYTES = 1 << 20  # a frame of so many is read whatever the settings are
+LONGEST_DEADLINE_S = 86400
 LEAST_DURABLE_NAME = 32  # characters: 128 random bits in hexadecimal
+LONGEST_NAME, LONGEST_PATH = 128, 4096  # characters
 
 Frames = Sequence[Sized]  # payload frames: bytes or zmq.Frame; the broker asks only for their length
-JobName = Annotated[str, Meta(min_length=1, max_length=128)]
+JobName = Annotated[str, Meta(min_length=1, max_length=LONGEST_NAME)]
 Seconds = Annotated[float, Meta(ge=0)]
 
 
@@ -90,7 +92,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     shape: tuple[int, int, int] | None = None  # raw: height, width, 3
     dtype: Annotated[str, Meta(max_length=32)] = "uint8"
     order: Literal["bgr", "rgb"] = "bgr"
-    path: Annotated[str, Meta(max_length=4096)] | None = None
+    path: Annotated[str, Meta(max_length=LONGEST_PATH)] | None = None
     place: Place | None = None  # in shared memory; None: it is the payload
 
 
@@ -108,7 +110,7 @@ class Submit(_Message, tag="submit", frozen=True, kw_only=True):
     job: JobName
     image: Image
     options: Options = msgspec.field(default_factory=Options)
-    deadline_s: Annotated[float, Meta(gt=0, le=86400)] | None = None  # from arrival; None: the daemon's own
+    deadline_s: Annotated[float, Meta(gt=0, le=LONGEST_DEADLINE_S)] | None = None  # from arrival; None: the daemon's
     priority: Annotated[int, Meta(ge=-9, le=9)] = 0
     durable: bool = False  # kept in the spool: `accepted` when it is there, its answer by `fetch`
 
@@ -336,7 +338,7 @@ def _read_in_steps(view: memoryview, kinds: Kinds[M], nulls: bool) -> M:
         name, job = _text(header, "type"), _text(header, "job")
     except UNREADABLE as error:
         raise ProtocolError(f"header is not a msgpack map with str keys: {error}") from None
-    job = job if len(job) <= 128 else ""
+    job = job if len(job) <= LONGEST_NAME else ""
     if not name:
         raise ProtocolError("header has no type")
     if (kind := kinds.get(name)) is None:

@@ -17,8 +17,9 @@ import msgpack
 import zmq
 
 from blendmaskd import protocol
+from blendmaskd.client.connection import Transport
 from blendmaskd.protocol import TO_CLIENT, Code, Failed, Options, Result, Stats
-from blendmaskd_workers.benchmark.load_socket import NAME_BYTES, LoadSocket, Sending, Transport
+from blendmaskd_workers.benchmark.load_socket import NAME_BYTES, LoadSocket, Sending
 from blendmaskd_workers.benchmark.pictures import Picture, synthetic
 from chaos.ledger import RESULT, Ledger
 from chaos.poison import Poison

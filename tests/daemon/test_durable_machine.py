@@ -416,8 +416,10 @@ def test_a_job_whose_image_cannot_be_read_is_refused_and_not_kept() -> None:
 @pytest.mark.parametrize(
     ("limits", "taken", "complaint"),
     [
-        ({"max_jobs_per_client": 3}, 3, "this client has 3 unanswered durable jobs, the maximum for one client"),
-        ({"max_bytes_per_client": 90}, 2, "this client has 80 unanswered bytes, the maximum is 90"),
+        ({"max_jobs_per_client": 3}, 3,
+         "this client has 3 unanswered durable jobs, the maximum for one client (queue.max_jobs_per_client)"),
+        ({"max_bytes_per_client": 90}, 2,
+         "this client has 80 unanswered bytes, the maximum for one client is 90 (queue.max_bytes_per_client)"),
         ({"max_jobs": 16, "max_jobs_per_client": 16}, 14,
          "this client has 14 jobs being written to the spool: the last places are reserved for others"),
     ],

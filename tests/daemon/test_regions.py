@@ -18,7 +18,7 @@ from blendmaskd.protocol import OpenRegion, Place, RegionError
 from blendmaskd_workers.regions import Regions as WorkerRegions
 
 MB = 1 << 20
-OURS = Memory(descriptor=0, inode=1, bytes=4096, seals=SEALS, page_bytes=4096, pid=7)
+OURS = Memory(descriptor=0, inode=1, bytes=4096, seals=SEALS, page_bytes=regions.PAGE, pid=7)
 
 
 @given(st.lists(st.tuples(st.integers(1, 40 * MB), st.booleans(), st.integers(1, 9), st.integers(0, 2)), max_size=60))

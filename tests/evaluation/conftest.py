@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from blendmaskd_workers import blendmask
+from blendmaskd_workers.evaluation import subjects
+from blendmaskd_workers.evaluation.subjects import Subject
 from checkout import ROOT
 
 
@@ -32,6 +35,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = ROOT / "tests" / "golden" / "small_R18.yaml"
     path.write_text(f"_BASE_: {base}\nINPUT:\n  MIN_SIZE_TEST: 96\n")
     return path
+
+
+@pytest.fixture(scope="module")
+def pair(config: Path) -> tuple[Subject, Subject]:
+    """A reference, and a device equal to it."""
+    network = blendmask.load_config(config)
+    return subjects.load(network, 0, "cpu"), subjects.load(network, 0, "cpu")
 
 
 Script = Callable[..., subprocess.CompletedProcess[str]]

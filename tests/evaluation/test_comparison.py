@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,13 +113,6 @@ def test_detections_match_by_cell_and_class_and_not_by_order() -> None:
 
 
 # ---- trace ------------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def pair(config: Path) -> tuple[Subject, Subject]:
-    """A reference, and a device equal to it."""
-    network = blendmask.load_config(config)
-    return subjects.load(network, 0, "cpu"), subjects.load(network, 0, "cpu")
-
 
 def trace(pair: tuple[Subject, Subject], *errors: Any) -> dict[str, Difference]:
     """The trace of the device with errors planted, see `planted`."""

@@ -28,13 +28,6 @@ DEMO = ROOT / "configs" / "demo"
 COUNT = 42  # convolutions that inference runs
 
 
-@pytest.fixture(scope="module")
-def pair(config: Path) -> tuple[Subject, Subject]:
-    """A reference, and a device equal to it."""
-    network = blendmask.load_config(config)
-    return subjects.load(network, 0, "cpu"), subjects.load(network, 0, "cpu")
-
-
 def verdict(reference: Subject, device: Subject) -> str:
     """What the ladder says of a device on one scene."""
     likenesses: dict[str, Likeness] = {}

@@ -50,13 +50,6 @@ def planted(subject: Subject, module: str, factor: float) -> Iterator[None]:
     handle.remove()
 
 
-@pytest.fixture(scope="module")
-def pair(config: Path) -> tuple[Subject, Subject]:
-    """A reference, and a device equal to it."""
-    network = blendmask.load_config(config)
-    return subjects.load(network, 0, "cpu"), subjects.load(network, 0, "cpu")
-
-
 TRACED = Depth(trace=True)
 
 

@@ -13,6 +13,8 @@ import zmq
 from blendmaskd import protocol
 from blendmaskd.protocol import TO_CLIENT, Failed, Image, Result, Submit
 
+LONG_S = 60.0  # for what takes a second on a quiet machine
+QUICK_RESTARTS = {"first_delay_s": 0.05, "stop_s": 2}
 IN_FLIGHT = 8
 ANSWER_S = 60.0
 

@@ -1,8 +1,8 @@
 """A device, opened and set up for inference, in float32 unless told otherwise; the only module that calls device APIs.
 
 `open_device` takes a device as this process sees it (``npu:0``, ``cuda:0``, ``cpu``), `Device` is what the rest of a
-worker needs of it. Device APIs keep the current device per thread:
-every thread that computes calls `Device.use` once. Network code stays free of device names; it follows its tensors.
+worker needs of it. Device APIs keep the current device per thread: every thread that computes calls `Device.use` once.
+Network code stays free of device names; it follows its tensors.
 """
 from __future__ import annotations
 
@@ -117,9 +117,9 @@ class Device:
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32, why: str | None = None) -> None:
         self.torch_device = device
         self.dtype = dtype  # that a network should compute in
-        self.why = why  # it is this one, where it was not asked for
-        # Convolutions like the channels innermost on a CPU and on CUDA's tensor cores; an NPU has formats of its own.
+        self.why = why  # it computes in this one, where that was not asked for
         self.overlaps = device.type != "cpu"  # it works on while the host does something else
+        # Convolutions like the channels innermost on a CPU and on CUDA's tensor cores; an NPU has formats of its own.
         self.channels_last = device.type == "cpu" or (device.type == "cuda" and dtype != torch.float32)
 
     def use(self) -> None:
@@ -311,8 +311,8 @@ def open_device(name: str, precision: Precision = "fp32") -> Device:
     what the device's library does by itself with float32: on NPUs without it float16 inside of convolutions and matrix
     products, elsewhere HF32 or TF32 in convolutions, and float32 on a CPU. ``auto`` is ``native`` on those NPUs,
     ``bf16`` on a CPU whose convolutions are clearly faster in it, else ``fp32``; where the CPU multiplies bfloat16 that
-    is measured, in some 0.3 s. Raises `DeviceError` where there is no such device, and
-    `UnsupportedError` where it has no arithmetic for a precision.
+    is measured, in some 0.3 s. Raises `DeviceError` where there is no such device, and `UnsupportedError` where it has
+    no arithmetic for a precision.
     """
     kind, _, index = name.partition(":")
     if kind == "cpu":

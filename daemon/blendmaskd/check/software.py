@@ -16,7 +16,6 @@ from blendmaskd.settings import Settings
 from blendmaskd.shell import launch
 from blendmaskd.topology import HostError
 
-ASCEND = Path("/usr/local/Ascend")
 KERNELS = "opp/built-in/op_impl/ai_core/tbe/kernel"  # below ASCEND_HOME_PATH
 CANN_FOLDERS = ("ascend-toolkit", "cann", "nnae", "nnrt")  # below ASCEND, in the order of install_service.sh
 _PAIR = "see docs/deployment.md for matching versions; the newest are at github.com/Ascend/pytorch, COMPATIBILITY.md"
@@ -40,8 +39,8 @@ class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 def ask_versions(environment: Mapping[str, str]) -> VersionFacts:
     home = environment.get("ASCEND_HOME_PATH", "")
-    scripts = [ASCEND / folder / "set_env.sh" for folder in CANN_FOLDERS]
-    driver = read(ASCEND / "driver/version.info")
+    scripts = [ascend.INSTALLED / folder / "set_env.sh" for folder in CANN_FOLDERS]
+    driver = read(ascend.INSTALLED / "driver/version.info")
     return VersionFacts(
         python=platform.python_version(),
         torch=_installed("torch"),
@@ -52,7 +51,7 @@ def ask_versions(environment: Mapping[str, str]) -> VersionFacts:
         kernels=sorted(folder.name for folder in (Path(home) / KERNELS).glob("ascend*")) if home else [],
         set_env=next((str(script) for script in scripts if script.exists()), ""),
         driver=ascend.parse_version(driver),
-        firmware=ascend.parse_version(read(ASCEND / "firmware/version.info")),
+        firmware=ascend.parse_version(read(ascend.INSTALLED / "firmware/version.info")),
         firmware_ranges=ascend.parse_firmware_ranges(driver),
     )
 

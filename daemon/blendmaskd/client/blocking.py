@@ -150,7 +150,7 @@ class Client(Connection):
         asked.check()
 
     def stats(self) -> dict[str, Any]:
-        """The daemon's latest snapshot; its keys are described in `blendmaskd.core.stats`."""
+        """The daemon's latest snapshot; docs/wire.md describes its keys."""
         with self._alone():
             self._exchange.stats.clear()
             self._send(protocol.encode(GetStats()))

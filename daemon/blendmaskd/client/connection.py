@@ -179,7 +179,7 @@ class Connection:
         if self.endpoint.startswith("ipc://") and _forbidden(ipc_path(self.endpoint)):
             return " This user may not use that socket: is it in the socket's group?"
         if self._disconnects and not self.keys and self.endpoint.startswith("ipc://"):
-            return f" It closed the connection {self._disconnects} times: has it as many clients as it may?"
+            return f" It closed the connection {self._disconnects} times: is it at its limit of clients?"
         if not self._failed_handshakes:
             return ""
         question = f"is {self._key_files[0]} the public key of this daemon?" if self.keys else (

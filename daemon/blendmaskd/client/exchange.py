@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from blendmaskd.client.places import Places
 
 LEAST_RETRY_S = 0.05
-LONGEST_DEADLINE_S = 86400.0  # that the wire allows
 ANSWER_S = 0.5  # that the daemon's `timeout` may take to come, so that the client does not give up just before it
 
 
@@ -142,7 +141,7 @@ class Exchange:
         """
         described, payload = describe(image)
         if deadline_s is None:
-            deadline_s = min(max(self.timeout_s - ANSWER_S, self.timeout_s / 2), LONGEST_DEADLINE_S)
+            deadline_s = min(max(self.timeout_s - ANSWER_S, self.timeout_s / 2), protocol.LONGEST_DEADLINE_S)
         submit = Submit(job=f"{self._prefix}-{next(self._numbers)}", image=described, options=options,
                         deadline_s=deadline_s, priority=priority)  # fmt: skip
         return self.ask(submit, now, payload, by_socket=False)

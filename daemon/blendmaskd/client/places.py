@@ -199,7 +199,7 @@ class Places:
             self.problem, self._offer_from = answer.get("reason", "refused"), now + AGAIN_S
 
     def _failed(self, error: OSError, there: bool, now: float) -> None:
-        """`there`: the daemon's ipc socket was, before and after; `blendmaskd.shell.sockets` tells their order."""
+        """`there`: the daemon's ipc socket was, before and after; `shell.endpoint_files` tells their order."""
         self._withdraw()
         if error.errno in ABSENT or (error.errno == errno.ENOENT and not there):
             self.problem, self._offer_from = "", now + ABSENT_S  # no daemon is there; as ZeroMQ does, wait for one

@@ -58,8 +58,8 @@ class Blame:
             suspicion.attempts += surely or len(under_way) == 1
         return list(under_way)
 
-    def charge(self, job: Job, attempts: int, losses: int, max_attempts: int, now: float) -> None:
-        """Count the workers that were lost with this job before it came here."""
+    def charge(self, job: Job, attempts: int, max_attempts: int, now: float) -> None:
+        """Count the workers that died with this job under way before it came here."""
         suspicion = job.suspicion or Suspicion(self.remembered.identify(job.image, job.payload))
         job.suspicion = suspicion = self.remembered.keep(suspicion, now)
         suspicion.attempts = max(suspicion.attempts, attempts)

@@ -41,7 +41,7 @@ from blendmaskd.core.suspects import KEEP_S, Read, Suspects, Suspicion
 from blendmaskd.core.turns import Turns
 from blendmaskd.protocol import Code, Failed, Frames, Result, Submit
 
-DURABLE_DEADLINE_S = 86400.0
+DURABLE_DEADLINE_S = 86400.0  # where its client names none
 
 
 class Broker:
@@ -109,7 +109,7 @@ class Broker:
         job.attempts, job.losses = attempts, losses
         job.suspicion = self._blame.remembered.find(job.image, payload, now)
         if losses:
-            self._blame.charge(job, attempts, losses, self.limits.max_attempts, now)
+            self._blame.charge(job, attempts, self.limits.max_attempts, now)
         self._add(job)
         self._blame.recognise()
         if job.suspicion and job.suspicion.given_up:

@@ -25,12 +25,12 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from blendmaskd.core import actions
 from blendmaskd.core import spool_messages as spool
 from blendmaskd.core.actions import DURABLE, Answered, Dropped, refused
+from blendmaskd.core.actions import Action as BrokerAction
 from blendmaskd.core.broker import Broker
 from blendmaskd.core.durable_jobs import Job, Jobs, Owned, State, job_of
-from blendmaskd.core.refusals import SHARE
+from blendmaskd.core.refusals import MOST_JOBS_OF_A_CLIENT, SHARE
 from blendmaskd.protocol import (
     Accepted,
     Cancel,
@@ -61,7 +61,7 @@ class SendClient(msgspec.Struct, frozen=True):
     payload: Frames = ()
 
 
-Action = actions.Action | SendClient | spool.Request
+Action = BrokerAction | SendClient | spool.Request
 
 
 class Durable:
@@ -279,9 +279,10 @@ class Durable:
         """What of its owner's is too much for one; empty: nothing."""
         limits = self._broker.limits
         if own.jobs >= limits.max_jobs_per_client:
-            return f"this client has {own.jobs} unanswered durable jobs, the maximum for one client"
+            return f"this client has {own.jobs} unanswered durable jobs, {MOST_JOBS_OF_A_CLIENT}"
         if own.bytes + size > limits.max_bytes_per_client:
-            return f"this client has {own.bytes} unanswered bytes, the maximum is {limits.max_bytes_per_client}"
+            most = f"{limits.max_bytes_per_client} (queue.max_bytes_per_client)"
+            return f"this client has {own.bytes} unanswered bytes, the maximum for one client is {most}"
         if own.storing >= SHARE * (limits.max_jobs - self.jobs.states[State.STORING]):
             on_the_way = f"{own.storing} jobs being written to the spool"
             return f"this client has {on_the_way}: the last places are reserved for others"

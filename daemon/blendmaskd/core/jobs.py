@@ -114,7 +114,7 @@ class Account(Tally, eq=False):
     jobs: dict[str, Job] = {}
 
 
-NOTHING = Account()  # what nobody has: only to be read
+NO_JOBS = Account()  # what nobody has: only to be read
 J = TypeVar("J", bound=Pending)
 _Line = dict[int, OrderedDict[int, J]]  # of one client. Priority: seq: job; no queue is empty
 
@@ -228,11 +228,11 @@ class Jobs:
 
     def account(self, client: bytes) -> Account:
         """What this client has here; an empty one is nowhere."""
-        return self._accounts.get(client, NOTHING)
+        return self._accounts.get(client, NO_JOBS)
 
     def of_user(self, user: bytes) -> Tally:
         """What all clients of this user have here."""
-        return self._users.get(user, NOTHING)
+        return self._users.get(user, NO_JOBS)
 
     def lease(self, job: Job) -> None:
         """It is counted as leased from now on."""

@@ -57,56 +57,61 @@ class SnapshotCollector(Collector):
         self.snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
-        s = self.snapshot
-        queue, regions, spool = s["queue"], s["regions"], s.get("spool")
-        gauges = [
-            ("snapshot_seq", "Sequence number of the snapshot that these figures come from", s["seq"]),
-            ("combined_fps", "Images per second of all devices together", s["combined_fps"]),
-            ("queue_jobs", "Jobs waiting for a device", queue["jobs"]),
-            ("queue_bytes", "Image bytes waiting for a device", queue["bytes"]),
-            ("queue_jobs_limit", "Maximum number of waiting jobs (queue.max_jobs)", queue["max_jobs"]),
-            ("queue_bytes_limit", "Maximum of waiting image bytes (queue.max_bytes)", queue["max_bytes"]),
-            ("leased_jobs", "Jobs leased to workers", s["leased"]),
-            ("regions", "Open regions of shared memory", regions["count"]),
-            ("region_bytes", "Bytes in open regions of shared memory", regions["bytes"]),
-        ]
-        if spool:
-            gauges += [
-                ("spool_jobs", "Durable jobs without an answer", spool["jobs"]),
-                ("spool_answers", "Answers in the spool", spool["answers"]),
-                ("spool_bytes", "Bytes that durable jobs and answers take in the spool", spool["bytes"]),
-                ("spool_bytes_limit", "Maximum size of the spool in bytes (spool_bytes)", spool["max_bytes"]),
-                ("spool_trouble", "1 while the spool cannot be written", bool(spool["trouble"])),
-            ]
-        gauges += [
-            ("draining", "1 while the daemon finishes accepted jobs and refuses new ones", s["draining"]),
-            ("start_time_seconds", "Start time of the daemon, Unix time", s["started"]),
-        ]
-        yield from (GaugeMetricFamily(f"blendmaskd_{name}", text, value) for name, text, value in gauges)
+        for name, text, value in self._gauges():
+            yield GaugeMetricFamily(f"blendmaskd_{name}", text, value)
         for kind, name, text, key in BY_DEVICE:
             family = kind(f"blendmaskd_{name}", text, labels=["device"])
-            for device in s["devices"]:
+            for device in self.snapshot["devices"]:
                 family.add_metric([device["device"]], device[key])
             yield family
         yield self._idle()
         yield from self._cards()
         up = GaugeMetricFamily("blendmaskd_worker_up", "1 while the device can serve", labels=["device"])
-        for device in s["devices"]:
+        for device in self.snapshot["devices"]:
             up.add_metric([device["device"]], float(device["state"] == "ready"))
         yield up
-        models = models_shown(s["devices"])
+        yield from self._models()
+        yield self._jobs()
+        yield self._stages()
+
+    def _gauges(self) -> Iterator[tuple[str, str, float]]:
+        """Name, help and value of what is of the whole daemon."""
+        s = self.snapshot
+        queue, regions, spool = s["queue"], s["regions"], s.get("spool")
+        yield "snapshot_seq", "Sequence number of the snapshot that these figures come from", s["seq"]
+        yield "combined_fps", "Images per second of all devices together", s["combined_fps"]
+        yield "queue_jobs", "Jobs waiting for a device", queue["jobs"]
+        yield "queue_bytes", "Image bytes waiting for a device", queue["bytes"]
+        yield "queue_jobs_limit", "Maximum number of waiting jobs (queue.max_jobs)", queue["max_jobs"]
+        yield "queue_bytes_limit", "Maximum of waiting image bytes (queue.max_bytes)", queue["max_bytes"]
+        yield "leased_jobs", "Jobs leased to workers", s["leased"]
+        yield "regions", "Open regions of shared memory", regions["count"]
+        yield "region_bytes", "Bytes in open regions of shared memory", regions["bytes"]
+        if spool:
+            yield "spool_jobs", "Durable jobs without an answer", spool["jobs"]
+            yield "spool_answers", "Answers in the spool", spool["answers"]
+            yield "spool_bytes", "Bytes that durable jobs and answers take in the spool", spool["bytes"]
+            yield "spool_bytes_limit", "Maximum size of the spool in bytes (spool_bytes)", spool["max_bytes"]
+            yield "spool_trouble", "1 while the spool cannot be written", bool(spool["trouble"])
+        yield "draining", "1 while the daemon finishes accepted jobs and refuses new ones", s["draining"]
+        yield "start_time_seconds", "Start time of the daemon, Unix time", s["started"]
+
+    def _models(self) -> Iterator[Metric]:
+        models = models_shown(self.snapshot["devices"])
         yield GaugeMetricFamily("blendmaskd_models", "Different models on ready devices", len(models))
         served = GaugeMetricFamily("blendmaskd_device_model", "1: what it has loaded", labels=["device", "model"])
         for model, devices in models.items():
             for name in devices:
                 served.add_metric([name, model], 1.0)
         yield served
-        jobs = CounterMetricFamily("blendmaskd_jobs", "Jobs by outcome", labels=["outcome"])
+
+    def _jobs(self) -> CounterMetricFamily:
+        family = CounterMetricFamily("blendmaskd_jobs", "Jobs by outcome", labels=["outcome"])
         # Codes that did not come up yet too: a rate cannot see a counter's first step from nothing.
-        for outcome, number in {"answered": s["answered"], **dict.fromkeys(Code, 0), **s["failures"]}.items():
-            jobs.add_metric([outcome], number)
-        yield jobs
-        yield self._stages()
+        outcomes = {"answered": self.snapshot["answered"], **dict.fromkeys(Code, 0), **self.snapshot["failures"]}
+        for outcome, number in outcomes.items():
+            family.add_metric([outcome], number)
+        return family
 
     def _idle(self) -> CounterMetricFamily:
         text = "Seconds that a device waited between runs, by reason"

@@ -19,6 +19,7 @@ UNKNOWN_RETRY_S = 1.0  # while nothing is known of how fast jobs are served
 LATEST = 1 / 16  # what the last lease counts for in the mean of them
 SHARE = 7  # of the queue one client alone can fill 7 of 8 parts, two 7 of 15 each
 USERS_SHARE = 63  # all clients of a user together: what is left for one that comes next is for other users' too
+MOST_JOBS_OF_A_CLIENT = "the maximum for one client (queue.max_jobs_per_client)"
 NO_DEVICE = "no device can serve: all slots have failed; see the daemon's log, fix the cause, then reload"
 
 
@@ -55,7 +56,8 @@ class Refusals:
     def unfit(self, name: str, image: Image, size: int) -> Failed | None:
         """Why this image of `size` bytes cannot be a job now, however much room there is."""
         if size > self.limits.max_image_bytes:
-            return refused(name, Code.TOO_LARGE, f"{size} bytes, the limit is {self.limits.max_image_bytes}")
+            most = f"{self.limits.max_image_bytes} (limits.max_image_bytes)"
+            return refused(name, Code.TOO_LARGE, f"{size} bytes, the limit is {most}")
         if image.kind == "path" and not self.limits.paths_allowed:
             return refused(name, Code.BAD_REQUEST, "images by path are disabled: paths.roots is not set")
         if image.place and (complaint := self._regions.complaint(image.place)):
@@ -100,9 +102,9 @@ class Refusals:
             if tally.waiting_bytes >= share * free_bytes:
                 return f"{whose} {tally.waiting_bytes} bytes waiting: the last ones are reserved for others"
         if account.count >= limits.max_jobs_per_client:
-            return f"this client has {account.count} unanswered jobs, the maximum for one client"
+            return f"this client has {account.count} unanswered jobs, {MOST_JOBS_OF_A_CLIENT}"
         if account.count and account.bytes + job.payload_bytes > limits.max_bytes_per_client:
-            most = limits.max_bytes_per_client
+            most = f"{limits.max_bytes_per_client} (queue.max_bytes_per_client)"
             return f"this client has {account.bytes} unanswered bytes, the maximum for one client is {most}"
         return ""
 

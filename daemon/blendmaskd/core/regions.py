@@ -6,6 +6,7 @@ the clients do. No process gets more than a share, and no user more than seven t
 from __future__ import annotations
 
 import fcntl
+import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from blendmaskd.protocol import OpenRegion, Place, RegionError
 MOST_REGIONS = 256  # each is two descriptors of the daemon's and a mapping in each worker
 SHARES = 4  # of all bytes and all regions a process has at most one part in so many
 SHARE = 7  # of all bytes the processes of one user have at most so many times what is left
-PAGE = 4096
+PAGE = mmap.PAGESIZE  # 64 KiB on some ARM64 hosts
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from blendmaskd.protocol import IDLE, STAGE_BOUNDS_S, STAGES, Report
 FRESH_S = 2.5  # a report older than this is no longer the present
 RESOLUTION = 1.04  # latencies are told apart when one is this many times the other
 _LOG_RESOLUTION = math.log(RESOLUTION)
-NOTHING: Mapping[str, Any] = {"count": 0, "sum": 0.0}  # of a stage
+NO_SECONDS: Mapping[str, Any] = {"count": 0, "sum": 0.0}  # of a stage
 FAILURES_OF_A_CODE, FAILURES = 5, 20  # that are remembered: a flood of `busy` must not wash the others away
 HIDDEN_OF_A_DEVICE: Mapping[str, Any] = {"pid": None, "reason": "", "shapes": [], "card": {}, "wanted": {},
                                              "actual": {}}  # fmt: skip
@@ -101,7 +101,7 @@ class Latency:
         self._seconds[-1].totals[math.ceil(math.log(max(total_s, 1e-6)) / _LOG_RESOLUTION)] += 1
 
     def take(self, now: float, window_s: float, stages: Mapping[str, Any]) -> dict[str, Any]:
-        """The window up to now; see `latency` in the module. `stages` are those of the snapshot."""
+        """The window up to now, as a snapshot's `latency`. `stages` are those of the same snapshot."""
         self._seconds[-1].end, self._seconds[-1].stages = now, stages
         while self._seconds[0].end <= now - window_s:
             self._before = self._seconds.popleft().stages
@@ -120,7 +120,7 @@ class Latency:
 
     def _means(self, stages: Mapping[str, Any], answers: int) -> Iterator[tuple[str, float]]:
         for stage, present in stages.items():
-            before = self._before.get(stage, NOTHING)
+            before = self._before.get(stage, NO_SECONDS)
             if present["count"] > before["count"]:
                 yield stage, (present["sum"] - before["sum"]) / answers
 
@@ -170,7 +170,7 @@ class Stats:
     def snapshot(
         self, now: float, unix_time: float, slots: Iterable[Mapping[str, Any]], **totals: Any
     ) -> dict[str, Any]:
-        """The next snapshot. `slots` and `totals` bring what broker and supervisor know, under the keys above."""
+        """The next snapshot; docs/wire.md has its keys. `slots` and `totals` bring what broker and supervisor know."""
         self._seq += 1
         stages = {stage: histogram.as_dict() for stage, histogram in self._stages.items()}
         devices = [{**slot, **self._device(slot["device"], now)} for slot in slots]

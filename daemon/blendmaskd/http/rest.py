@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from blendmaskd.choices import remedy
 from blendmaskd.http import bodies
-from blendmaskd.protocol import LEAST_DURABLE_NAME, Code, Image, Options
+from blendmaskd.protocol import LEAST_DURABLE_NAME, LONGEST_DEADLINE_S, LONGEST_NAME, LONGEST_PATH, Code, Image, Options
 
 STATUS = {
     Code.BAD_REQUEST: HTTPStatus.BAD_REQUEST,
@@ -36,7 +36,9 @@ PROBLEM_TYPE = "application/problem+json"
 LONGEST_WAIT_S = 60.0
 Priority = Annotated[int, Meta(ge=-9, le=9)]
 # Python's $ is also before a newline at the end.
-JobName = Annotated[str, Meta(min_length=LEAST_DURABLE_NAME, max_length=128, pattern=r"^[A-Za-z0-9._~-]+(?!\n)$")]
+JobName = Annotated[
+    str, Meta(min_length=LEAST_DURABLE_NAME, max_length=LONGEST_NAME, pattern=r"^[A-Za-z0-9._~-]+(?!\n)$")
+]
 Shape = Annotated[str, Meta(description="raw: HEIGHT,WIDTH,3", pattern=r"^[0-9]{1,9},[0-9]{1,9},3(?!\n)$")]
 
 
@@ -47,11 +49,11 @@ class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     shape: Shape | None = None
     dtype: Literal["uint8"] = "uint8"
     order: Literal["bgr", "rgb"] = "bgr"
-    path: Annotated[str, Meta(max_length=4096)] | None = None
+    path: Annotated[str, Meta(max_length=LONGEST_PATH)] | None = None
     score_threshold: Annotated[float, Meta(ge=0, le=1)] = 0.0
     max_detections: Annotated[int, Meta(ge=0, le=10**9)] | None = None
     mask_format: Literal["rle", "polygon", "none"] = "rle"
-    deadline_s: Annotated[float, Meta(gt=0, le=86400)] | None = None
+    deadline_s: Annotated[float, Meta(gt=0, le=LONGEST_DEADLINE_S)] | None = None
 
     @property
     def options(self) -> Options:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from blendmaskd import output
 
-EXIT_FAILED, EXIT_USAGE, EXIT_NO_DAEMON, EXIT_OUTPUT, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_NO_DAEMON = 1, 2, 3
+EXIT_OUTPUT, EXIT_INTERRUPTED = output.EXIT_OUTPUT, output.EXIT_INTERRUPTED
 
 
 class UsageError(ValueError):

@@ -14,8 +14,8 @@ from blendmaskd.endpoints import parse_place
 if TYPE_CHECKING:
     import zmq
 
+REMEDY = "choose another endpoint; `blendmaskd check` says what is in the way"
 REMEDIES = {
-    errno.EADDRINUSE: "stop who has it, whom `blendmaskd check` names, or choose another port",
     errno.EADDRNOTAVAIL: "it is no address of this host",
     errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE",
 }
@@ -37,8 +37,7 @@ def address(host: str) -> str:
 
 def unbound(error: OSError | zmq.ZMQError) -> str:
     """What the system said of an endpoint at which nothing can listen, and what to do about it."""
-    remedy = REMEDIES.get(error.errno or 0)
-    return f"{error.strerror or error}{f'; {remedy}' if remedy else ''}"
+    return f"{error.strerror or error}; {REMEDIES.get(error.errno or 0, REMEDY)}"
 
 
 def is_loopback(endpoint: str | None) -> bool:

@@ -37,11 +37,11 @@ from blendmaskd.shell.spool import Spool
 
 log = logging.getLogger("blendmaskd")
 
-Message = (  # first what is frequent
+DeskAction = (  # what the desk carries out; first what is frequent
     actions.SendWorker | actions.Answered | durable.SendClient | actions.Dropped | actions.Losses | actions.Returned
     | Request
 )  # fmt: skip
-MESSAGES = get_args(Message)  # `isinstance` takes a tuple in a third of the time
+DESK_ACTIONS = get_args(DeskAction)  # `isinstance` takes a tuple in a third of the time
 
 
 class Desk:
@@ -244,7 +244,7 @@ class Desk:
 
     # -- to clients, workers and the spool --------------------------------------------------------------------------
 
-    def carry_out(self, action: Message) -> Actions:
+    def carry_out(self, action: DeskAction) -> Actions:
         """Returns what follows from it."""
         match action:
             case actions.SendWorker():

@@ -27,7 +27,7 @@ from blendmaskd.core.stats import Stats, status_line
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch, systemd
 from blendmaskd.shell.addresses import is_loopback
-from blendmaskd.shell.desk import MESSAGES, Desk
+from blendmaskd.shell.desk import DESK_ACTIONS, Desk
 from blendmaskd.shell.npu_health import NpuHealth
 from blendmaskd.shell.processes import Action, Actions, Child, Decisions, Processes
 from blendmaskd.shell.signals import Signals
@@ -64,7 +64,7 @@ class Server:
         self._fds: dict[int, Callable[[], Decisions]] = {}  # pidfds and the signal pipe, among others
         self._started = time.time()
         self._next_tick = self._next_trim = 0.0
-        self._last_look = math.inf  # at what time asks for
+        self._last_look = math.inf  # when `_keep_house` ran last
         self._reload_asked = False
         self._stop_asked = -math.inf
         self._drain_deadline: float | None = None
@@ -227,7 +227,7 @@ class Server:
         """In the order in which they were decided, with all that follows from them."""
         queue = list(actions)
         for action in queue:  # it grows meanwhile
-            queue += self._desk.carry_out(action) if isinstance(action, MESSAGES) else self._do(action)
+            queue += self._desk.carry_out(action) if isinstance(action, DESK_ACTIONS) else self._do(action)
         self._desk.log_steps()
 
     def _do(self, action: Action) -> Actions:

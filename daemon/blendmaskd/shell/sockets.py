@@ -43,8 +43,8 @@ MESSAGES_PER_TURN = 64  # of each socket, so that a flood on one does not starve
 MOST_FRAMES = 16  # of a client's message; no right one has more than four, with its sender's identity
 TURN_S = 0.02  # after which no more are read in a turn: some cost milliseconds each
 FRAMES_READ_AWAY = 16384  # in a turn, some 20 ms, of a message that has more
-_more = operator.attrgetter("more")
 LAST_S = 0.1  # for the last messages of the dead, which are there within a millisecond; the loop waits
+_more = operator.attrgetter("more")
 
 
 class StartError(RuntimeError):

@@ -22,10 +22,10 @@ from blendmaskd.core import launch_plan
 from blendmaskd.images.decoding import Pixels
 from blendmaskd.settings import Settings
 from blendmaskd.shell import launch
+from blendmaskd_workers.batching import WORTH
 
 LARGEST_BATCH = 16  # that is tried for batch auto
 LEAST_RUNS = 2
-WORTH = 1.01  # a gain below is noise
 
 
 class LimitError(OSError):

@@ -5,7 +5,7 @@ of the broker's attention. A `zmq.Poller` over eight of them costs 10 µs a turn
 tried again: a failure is a failure.
 
 It must stay light, because it runs beside what it measures, often on the same cores: submissions are encoded once (see
-`pictures.Template`), and an answer that equals one that was found right is not decoded again.
+`load_socket.Template`), and an answer that equals one that was found right is not decoded again.
 """
 from __future__ import annotations
 

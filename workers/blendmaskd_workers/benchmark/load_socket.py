@@ -5,23 +5,22 @@ cost belongs to the latency of a job and to what this program takes. A place is 
 """
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import zmq
 
 from blendmaskd import protocol
 from blendmaskd.client import places
+from blendmaskd.client.connection import Transport
 from blendmaskd.programs.errors import UsageError
 from blendmaskd.protocol import Options, Place, Submit
 from blendmaskd_workers.benchmark.pictures import Picture
 
-Transport = Literal["auto", "socket", "shared"]
-
 NAME_BYTES = 16
-PAGE = 4096
 _OPEN_NAME = "@" * NAME_BYTES
 
 
@@ -69,7 +68,7 @@ class LoadSocket:
         if not largest or transport == "socket" or (transport == "auto" and largest < places.SMALLEST_BYTES):
             return
         try:
-            self.region = self._opened(endpoint, -(-largest // PAGE) * PAGE)
+            self.region = self._opened(endpoint, -(-largest // mmap.PAGESIZE) * mmap.PAGESIZE)
         except (OSError, UsageError) as error:
             if transport == "shared":
                 raise UsageError(f"--transport shared: {error}") from None

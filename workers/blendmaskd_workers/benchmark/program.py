@@ -50,6 +50,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from blendmaskd import files
 from blendmaskd import settings as settings_module
 from blendmaskd.client import places
+from blendmaskd.client.connection import Transport
 from blendmaskd.programs import input_images
 from blendmaskd.programs.connecting import make_client
 from blendmaskd.programs.errors import UsageError, guarded
@@ -59,7 +60,7 @@ from blendmaskd.topology import HostError
 from blendmaskd_workers.benchmark import device, flood, http_load, kill, pictures, replay, report, servers
 from blendmaskd_workers.benchmark.arguments import LOAD_OPTIONS, PLOTS, load_parser, parse
 from blendmaskd_workers.benchmark.generator import Generator
-from blendmaskd_workers.benchmark.load_socket import Sending, Transport
+from blendmaskd_workers.benchmark.load_socket import Sending
 from blendmaskd_workers.benchmark.measure import Point, Row, measure
 from blendmaskd_workers.benchmark.pictures import Picture
 from blendmaskd_workers.benchmark.servers import Server

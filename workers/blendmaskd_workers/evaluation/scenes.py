@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from blendmaskd.images.decoding import Pixels
 from blendmaskd_workers.blendmask import Config, Prepared
 from blendmaskd_workers.training.targets import GroundTruth
 
 SIZES = ((800, 800), (600, 900))  # height, width of the painted scenes
 SIDES = (0.05, 0.1, 0.2, 0.35, 0.6, 0.9)  # of the shapes, so that every level of the pyramid gets some
 
-Pixels = npt.NDArray[np.uint8]  # (H, W, 3) BGR
 Shares = npt.NDArray[np.float64]
 
 

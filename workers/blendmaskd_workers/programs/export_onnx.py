@@ -25,9 +25,8 @@ from typing import Any
 
 from blendmaskd import files
 from blendmaskd.output import Help
-from blendmaskd.programs.errors import reason
+from blendmaskd.programs.errors import EXIT_FAILED, reason
 
-EXIT_FAILED = 1
 OPSETS = range(13, 21)  # that torch's tracer writes
 AGREES = 1e-4  # of a tensor's largest value: what the goldens allow for rounding
 COMPARED = ((1, 800, 1088), (3, 352, 256))  # images: levels of more and fewer cells than there may be candidates

@@ -15,9 +15,7 @@ from pathlib import Path
 
 from blendmaskd import files
 from blendmaskd.output import Help
-from blendmaskd.programs.errors import reason
-
-EXIT_FAILED = 1
+from blendmaskd.programs.errors import EXIT_FAILED, reason
 
 
 def main(argv: Sequence[str] | None = None) -> int:

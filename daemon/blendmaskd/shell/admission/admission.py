@@ -18,8 +18,7 @@ REFUSED_S = 10.0  # between two lines about connections that were turned away
 
 
 class Admission:
-    """`allowed` is None where no keys are needed. `has_jobs` says whether an identity waits for an answer.
-    """
+    """`allowed` is None where no keys are needed. `has_jobs` says whether an identity waits for an answer."""
 
     def __init__(self, gate: Gate, allowed: AllowedKeys | None, has_jobs: Callable[[bytes], bool]) -> None:
         self._gate = gate

@@ -21,6 +21,7 @@ END_S = 10.0  # for a child to end by itself: the benchmark stops its daemon
 ATTEMPTS = 2  # of a child that dies before it has told anything: drivers have hiccups
 HANGS_S = 60.0  # who is not ready then; before, there was not enough time
 CHUNK = 1 << 16
+TIME_IS_UP = "the time was up"  # why a row was skipped
 
 Row = dict[str, Any]
 Tell = Callable[..., None]  # tells a row

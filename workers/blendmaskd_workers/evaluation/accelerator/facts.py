@@ -17,7 +17,6 @@ from blendmaskd_workers.evaluation.accelerator.children import Row, telling
 
 NVIDIA_SMI = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
 NVIDIA = Path("/proc/driver/nvidia/version")
-ASCEND = Path("/usr/local/Ascend")
 
 
 def main(argv: list[str]) -> int:
@@ -60,7 +59,7 @@ def _npu() -> Row:
     except importlib.metadata.PackageNotFoundError:
         version = "unknown"
     return {
-        "driver": ascend.parse_version(_text(ASCEND / "driver" / "version.info")) or "unknown",
+        "driver": ascend.parse_version(_text(ascend.INSTALLED / "driver" / "version.info")) or "unknown",
         "runtime": f"torch_npu {version}",
     }
 

@@ -34,7 +34,7 @@ from blendmaskd_workers import blendmask, devices, engines, process
 from blendmaskd_workers.blendmask import BlendMask, Instances
 from blendmaskd_workers.engines import native
 from blendmaskd_workers.evaluation import comparison
-from blendmaskd_workers.evaluation.accelerator import recorded
+from blendmaskd_workers.evaluation.accelerator import GOLDEN, recorded
 from blendmaskd_workers.evaluation.accelerator.children import Row, telling
 from blendmaskd_workers.evaluation.accelerator.visits import why
 from blendmaskd_workers.training.losses import losses
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 def _rows(name: str, ways: Sequence[str], device: str, folder: Path) -> Iterator[Row]:
     """Of a golden, or of the training of a network."""
-    if not (recorded.GOLDEN / f"{name}.npz").exists():
+    if not (GOLDEN / f"{name}.npz").exists():
         for way, compute in {"losses": _losses, "gradients": _gradients}.items():
             yield {"golden": f"{name}_train", "way": way, **_tried(compute, name, device)}
         return

@@ -64,7 +64,7 @@ from blendmaskd.programs.arguments import positive, seconds, size
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_DAEMON, OutputError, UsageError, guarded
 from blendmaskd.settings.checks import DEVICE
 from blendmaskd_workers.benchmark.report import machine, plain
-from blendmaskd_workers.evaluation.accelerator import report, sections
+from blendmaskd_workers.evaluation.accelerator import GOLDEN, ROOT, report, sections
 from blendmaskd_workers.evaluation.accelerator.children import END_S, ChildError, Row
 from blendmaskd_workers.evaluation.accelerator.sections import SECTIONS, WEIGHTS, Check
 
@@ -213,7 +213,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="default: out/accelerator_check")
     add("--sections", type=_sections, default=list(SECTIONS), metavar="A,B", help=f"default: {','.join(SECTIONS)}")
     add("--budget-s", type=seconds, default=480.0, metavar="S", help="for all of it; default 480")
-    add("--config", type=Path, default=sections.ROOT / "configs/BlendMask/R_50_1x.yaml", metavar="FILE",
+    add("--config", type=Path, default=ROOT / "configs/BlendMask/R_50_1x.yaml", metavar="FILE",
         help="the network of precision, times and daemon: AdelaiDet's YAML keys; default R_50_1x")
     add("--weights", type=Path, metavar="FILE", help="an AdelaiDet checkpoint of it; default: seeded random weights")
     add("--goldens", nargs="+", default=list(sections.CHOSEN), metavar="NAME",
@@ -228,7 +228,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _refuse_what_is_not_there(arguments: argparse.Namespace) -> None:
     goldens = arguments.goldens if "goldens" in arguments.sections else ()
-    recorded = (sections.RECORDED / f"{golden}.npz" for golden in goldens)
+    recorded = (GOLDEN / f"{golden}.npz" for golden in goldens)
     for path in filter(None, (arguments.config, arguments.weights, *recorded)):
         if not path.is_file():
             raise UsageError(f"{path}: no such file")

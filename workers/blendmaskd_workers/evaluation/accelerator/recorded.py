@@ -15,10 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from blendmaskd_workers.blendmask import Config, collate, prepare
+from blendmaskd_workers.evaluation.accelerator import GOLDEN, ROOT
 from blendmaskd_workers.training.targets import GroundTruth, polygon_mask
 
-ROOT = Path(__file__).resolve().parents[4]
-GOLDEN = ROOT / "tests" / "golden"
 PHOTOGRAPHS = GOLDEN / "images"
 
 Arrays = dict[str, Any]

@@ -18,11 +18,9 @@ from blendmaskd.core import launch_plan
 from blendmaskd.settings import SettingsError
 from blendmaskd.shell import launch
 from blendmaskd.topology import HostError
-from blendmaskd_workers.evaluation.accelerator import children
-from blendmaskd_workers.evaluation.accelerator.children import ChildError, Row
+from blendmaskd_workers.evaluation.accelerator import ROOT, children
+from blendmaskd_workers.evaluation.accelerator.children import TIME_IS_UP, ChildError, Row
 
-ROOT = Path(__file__).resolve().parents[4]
-RECORDED = ROOT / "tests" / "golden"
 FACTS = "blendmaskd_workers.evaluation.accelerator.facts"
 GOLDENS = "blendmaskd_workers.evaluation.accelerator.goldens"
 VISITS = "blendmaskd_workers.evaluation.accelerator.visits"
@@ -34,7 +32,6 @@ CLIENTS = (8, 32)
 LONGEST_WAIT_S = 5.0  # of a client that has as many beside it: after a load their jobs are waited for
 LONGEST_LOAD_S, WARM_UP_S, START_S = 8.0, 2.0, 15.0  # of the daemon, for each number of clients
 LEAST_LOAD_S = 3.0  # the daemon's own figures come each second
-TIME_IS_UP = "the time was up"
 
 
 @dataclass(frozen=True)

@@ -38,13 +38,12 @@ from blendmaskd.protocol import IDLE
 from blendmaskd_workers import engines, process
 from blendmaskd_workers.devices import UnsupportedError
 from blendmaskd_workers.engines import Engine, EngineError, Run, Times, segment
-from blendmaskd_workers.evaluation.accelerator.children import Row, Tell, telling
+from blendmaskd_workers.evaluation.accelerator.children import TIME_IS_UP, Row, Tell, telling
 
 LEAST_RUNS = 3
 ALONE_RUNS = 3
 RUNS = 1 + ALONE_RUNS + LEAST_RUNS + 1  # at least, of a batch size: to warm up, and one in flight at the end
 MOST_S = 3.0  # for a batch size
-TIME_IS_UP = "the time was up"
 NOT_THERE = ("not implemented", "not supported", "unsupported")
 
 
