@@ -84,7 +84,8 @@ def resolve(
     if path is not None:
         found = load(path)
         if len(found) != num_classes:
-            raise CategoriesError(f"{path}: has {len(found)} categories, the network has {num_classes} classes")
+            counts = f"has {len(found)} categories, the network has {num_classes} classes"
+            raise CategoriesError(f"{path}: {counts}: is the configuration that of the weights?")
         return found
     if num_classes == len(COCO):
         return COCO

@@ -156,7 +156,7 @@ def _write(out: Path, tree: Tree, begun: float) -> None:
         with files.whole(out / f"{NAME}.md") as beside:
             beside.write_text(report.markdown(tree), encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{out}: {error}") from None
+        raise OutputError(f"{out}: {error.strerror or error}") from None
 
 
 def _make(out: Path) -> None:
@@ -164,7 +164,7 @@ def _make(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{NAME}.log").write_bytes(b"")
     except OSError as error:
-        raise OutputError(f"{out}: {error}") from None
+        raise OutputError(f"{out}: {error.strerror or error}") from None
 
 
 def _check(arguments: argparse.Namespace, folder: Path) -> Check:
