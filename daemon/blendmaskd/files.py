@@ -21,7 +21,7 @@ def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
     same file at once, by default the process. Where a lock keeps others off, a fixed one is better: the next run then
     writes over what a killed one left.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):  # such as /dev/null, which root would replace
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):  # such as /dev/null, which root would replace
         raise FileExistsError(errno.EEXIST, "is there, and is no file", str(path))
     name = os.fsencode(path.name)  # a digest stands for one to which nothing may be added on some disks
     short = path.name if len(name) <= LONGEST_NAME else hashlib.sha256(name).hexdigest()

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -62,9 +63,9 @@ def size(text: str) -> tuple[int, int]:
 def output_file(text: str) -> Path:
     """A file that a program writes at its end; whether it can is found out before."""
     path, folder = Path(text), Path(text).absolute().parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise argparse.ArgumentTypeError(f"{text}: the folder {folder} does not exist")
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not path.is_file():
         raise argparse.ArgumentTypeError(f"{text}: is there, and is no file")
     try:
         tempfile.TemporaryFile(dir=folder).close()
