@@ -227,8 +227,10 @@ blendmaskd-stats tcp://HOST:9465 --server-key server{PUBLIC} --key {name}{SECRET
 def _list(arguments: argparse.Namespace) -> int:
     """Exit code 1 when one of the files cannot be used."""
     folder, code = Path(arguments.folder), 0
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise KeyFileError(f"{folder}: no such folder")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise KeyFileError(f"{folder}: this user may not read it")
     for path in sorted(folder.glob(f"*{PUBLIC}")):
         try:
             print(f"{read_listed(path).decode()}  {path.stem}")

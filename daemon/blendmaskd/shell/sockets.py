@@ -169,7 +169,7 @@ class Sockets:
         except KeyFileError as error:
             raise StartError(f"curve.server_key: {error}") from None
         self.allowed = AllowedKeys(self._settings.curve.client_keys)
-        if not self.allowed.folder.is_dir():
+        if not os.path.isdir(self.allowed.folder):
             folder = self.allowed.folder
             raise StartError(f"curve.client_keys: {folder}: no such folder; create it with `blendmaskd-keys server`")
         return keys
