@@ -18,7 +18,7 @@ import pytest
 from blendmaskd.protocol import Code
 from checkout import ROOT, SOURCES
 
-PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "configs" / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_page_of_settings_is_what_their_code_says() -> None:
