@@ -1,6 +1,7 @@
 """Files that are written whole or not at all: a reader never sees half of one, whatever dies meanwhile."""
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,8 @@ def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
     same file at once, by default the process. Where a lock keeps others off, a fixed one is better: the next run then
     writes over what a killed one left.
     """
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):  # such as /dev/null, which root would replace
+        raise FileExistsError(errno.EEXIST, "is there, and is no file", str(path))
     name = os.fsencode(path.name)  # a digest stands for one to which nothing may be added on some disks
     short = path.name if len(name) <= LONGEST_NAME else hashlib.sha256(name).hexdigest()
     beside = path.with_name(f".{short}.{mark or os.getpid()}")

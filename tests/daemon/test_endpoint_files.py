@@ -124,6 +124,15 @@ def test_the_daemon_and_check_refuse_by_name_what_is_there(folder: Path) -> None
     assert _contents(folder) == {str(weights): (weights.stat().st_ino, PRECIOUS)}
 
 
+def test_a_folder_that_cannot_be_entered_is_told_by_the_daemon_and_by_check(folder: Path) -> None:
+    (folder / "file").write_text(PRECIOUS)
+    unreachable = folder / "file" / "socket"  # as one is in a folder that is shut to this user
+    daemon, check = _run(f"ipc://{unreachable}"), _run(f"ipc://{unreachable}", "check")
+    assert (daemon.returncode, check.returncode) == (78, 1)
+    assert daemon.stderr.startswith(f"blendmaskd: cannot use {unreachable}: ")
+    assert f"endpoints.clients: this user cannot create {unreachable}" in check.stdout
+
+
 def test_check_does_not_wait_at_a_pipe_in_the_place_of_the_lock(folder: Path) -> None:
     os.mkfifo(folder / "socket.lock")
     check = _run(f"ipc://{folder}/socket", "check")

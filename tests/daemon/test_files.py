@@ -1,6 +1,7 @@
 """A file is there whole or not at all, and nothing else is left beside it."""
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -53,3 +54,13 @@ def test_nobody_else_writes_files_beside_files() -> None:
     sources = [path for folder in ("daemon", "workers") for path in (ROOT / folder).rglob("*.py")]
     own = [str(path.relative_to(ROOT)) for path in sources if re.search(r"with_name\(f\"\.\{", path.read_text("utf-8"))]
     assert own == ["daemon/blendmaskd/files.py"]
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path, over: bool) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="is no file"), files.whole(pipe, over=over):
+        raise AssertionError
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert pipe.is_fifo()
