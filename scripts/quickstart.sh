@@ -33,4 +33,4 @@ rm -rf "$folder"
 for pid in $workers; do
   if kill -0 "$pid" 2>/dev/null; then echo "worker $pid was left behind" >&2; exit 1; fi
 done
-echo "Done: overlays and results.json are in $out. Next: the README's page on an NPU host."
+echo "Done: overlays and results.json are in $out. Next: docs/deployment.md, to NPUs, GPUs or a service of your own."

@@ -34,6 +34,8 @@ from ray import serve
 from rich.console import Console
 from rich.table import Table
 
+from blendmaskd.output import Help
+from blendmaskd.programs.arguments import output_file
 from blendmaskd.programs.errors import guarded
 from blendmaskd_workers.benchmark.http_load import spent_cpu_s
 from blendmaskd_workers.cluster.serve import application
@@ -166,13 +168,13 @@ def _tell(rows: Sequence[Row], arguments: argparse.Namespace) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--latency-ms", type=float, default=200.0, help="of an image on a device, default 200")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="that the online load is measured, default 10")
     parser.add_argument("--images", type=int, default=80, help="of an offline run, for each node; default 80")
     parser.add_argument("--size", metavar="WxH", default="640x480", help="of the images, default 640x480")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="save the figures")
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="save the figures")
     return parser.parse_args(argv)
 
 

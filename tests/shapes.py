@@ -32,6 +32,7 @@ from pycocotools import mask as rle
 from rich.console import Console
 from rich.progress import track
 
+from blendmaskd.output import Help
 from blendmaskd.programs.arguments import count
 from blendmaskd.programs.errors import guarded
 
@@ -377,7 +378,7 @@ BACKGROUNDS: tuple[Pattern, ...] = (_stripes, _gradient, _noise, _blobs)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder, or an empty one")
     parser.add_argument("--train", metavar="N", type=count, default=3000, help="images to train on, default 3000")
     parser.add_argument("--held-out", metavar="M", type=count, default=300, help="to measure on, default 300")

@@ -20,14 +20,12 @@ LONGEST_NAME = 100  # bytes; most file systems take 255, some fewer
 def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
     """A path beside `path` to write to: that file takes its place after the block, or is removed if the block raises.
 
-    Without `over` a file that is there already stays: raises FileExistsError. What is no file, such as /dev/stdout, is
-    itself the path to write to: it is never replaced. `mark` tells those apart who write the
+    Without `over` a file that is there already stays: raises FileExistsError. `mark` tells those apart who write the
     same file at once, by default the process. Where a lock keeps others off, a fixed one is better: the next run then
     writes over what a killed one left.
     """
-    if over and path.exists() and not path.is_file():
-        yield path
-        return
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):  # such as /dev/null, which root would replace
+        raise FileExistsError(errno.EEXIST, "is there, and is no file", str(path))
     name = os.fsencode(path.name)  # a digest stands for one to which nothing may be added on some disks
     short = path.name if len(name) <= LONGEST_NAME else hashlib.sha256(name).hexdigest()
     beside = path.with_name(f".{short}.{mark or os.getpid()}")

@@ -7,13 +7,12 @@ import os
 from collections.abc import Callable
 
 from blendmaskd import settings
+from blendmaskd.output import Help
 
 
 def parser(program: str, description: str | None) -> argparse.ArgumentParser:
     """With the flags that `loader` reads."""
-    made = argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = argparse.ArgumentParser(prog=program, description=description, formatter_class=Help)
     made.add_argument("--settings", metavar="FILE", help="YAML file; without it the defaults apply")
     made.add_argument("--devices", metavar="DEVICE", nargs="+", help="override devices, such as npu:0 cuda:0 cpu:0")
     made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting, such as batch=2")

@@ -227,8 +227,10 @@ blendmaskd-stats tcp://HOST:9465 --server-key server{PUBLIC} --key {name}{SECRET
 def _list(arguments: argparse.Namespace) -> int:
     """Exit code 1 when one of the files cannot be used."""
     folder, code = Path(arguments.folder), 0
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise KeyFileError(f"{folder}: no such folder")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise KeyFileError(f"{folder}: this user may not read it")
     for path in sorted(folder.glob(f"*{PUBLIC}")):
         try:
             print(f"{read_listed(path).decode()}  {path.stem}")
@@ -239,9 +241,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="blendmaskd-keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="blendmaskd-keys", description=__doc__, formatter_class=output.Help)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     server = commands.add_parser("server", help="create the daemon's key pair and the folder of allowed clients")
     server.add_argument("folder", metavar="FOLDER", help="created with mode 0700 if missing")

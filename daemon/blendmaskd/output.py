@@ -2,13 +2,28 @@
 the reason on a full disk."""
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
+import re
 import sys
+import textwrap
 from typing import IO
 
 EXIT_CLOSED, EXIT_OUTPUT, EXIT_INTERRUPTED = 1, 4, 130
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """A description as it stands, but for paragraphs that the terminal is too narrow for; not examples and tables."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(self._filled(paragraph, width) for paragraph in text.strip("\n").split("\n\n"))
+
+    def _filled(self, paragraph: str, width: int) -> str:
+        fits = all(len(line) <= width for line in paragraph.splitlines())
+        as_it_stands = fits or re.search(r"(?m)^ |\S  ", paragraph)
+        return paragraph if as_it_stands else textwrap.fill(paragraph, width, break_on_hyphens=False)
 
 
 def print_anything() -> None:

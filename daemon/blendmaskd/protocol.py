@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import msgspec
 from msgspec import Meta
 
+from blendmaskd.choices import remedy
 from blendmaskd.wanted import Actual
 
 MAGIC = b"BMD1"
@@ -345,7 +346,7 @@ def _read_in_steps(view: memoryview, kinds: Kinds[M], nulls: bool) -> M:
     try:
         return msgspec.msgpack.decode(msgspec.msgpack.encode(_without_nulls(header) if nulls else header), type=kind)
     except UNREADABLE as error:
-        raise ProtocolError(f"{name}: {error}", job) from None
+        raise ProtocolError(f"{name}: {error}{remedy(str(error), kind)}", job) from None
 
 
 def _text(header: Mapping[str, msgspec.Raw], key: str) -> str:

@@ -9,6 +9,7 @@ import { decode, encode } from "@msgpack/msgpack";
 import { Dealer } from "zeromq";
 
 const [endpoint, imagePath, maskPath] = process.argv.slice(2);
+if (!imagePath) throw new Error("usage: node client.mjs ENDPOINT IMAGE [MASK.pgm]");
 const { SERVER_KEY, KEY } = process.env;
 const readKey = (path, kind) => readFileSync(path, "utf8").match(new RegExp(`^\\s*${kind}-key = "(.{40})"`, "m"))[1];
 const curve = SERVER_KEY && {

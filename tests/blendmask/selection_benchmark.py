@@ -15,10 +15,11 @@ import numpy as np
 import one_at_a_time
 import torch
 
+from blendmaskd.output import Help
 from blendmaskd.programs.errors import guarded
 from blendmaskd_workers import blendmask
 from blendmaskd_workers.blendmask import selection
-from blendmaskd_workers.programs.benchmark_network import photograph
+from blendmaskd_workers.programs.benchmark_network import photograph, seeded
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,9 +46,8 @@ def _main(arguments: argparse.Namespace) -> int:
 
 @torch.inference_mode()
 def propose(arguments):
-    config = blendmask.load_config(arguments.config)
-    network = blendmask.build(config)
-    blendmask.load_into(network, blendmask.random_weights(network))
+    network = seeded(arguments.config)
+    config = network.config
     prepared = blendmask.prepare(photograph(arguments.image, arguments.size), config)
     images = blendmask.collate([prepared.tensor], config)
     return config, blendmask.for_inference(network, channels_last=True).propose(images)
@@ -61,8 +61,7 @@ def timed(seconds: list[float], select, *arguments):
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmark_selection", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="benchmark_selection", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--config", default=str(ROOT / "configs" / "BlendMask" / "R_50_1x.yaml"))
     add("--image", default=str(ROOT / "tests" / "golden" / "images" / "chelsea.png"))

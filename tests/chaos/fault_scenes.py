@@ -27,7 +27,6 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -35,7 +34,8 @@ import zmq
 from rich.console import Console
 
 from blendmaskd import files, protocol
-from blendmaskd.programs.arguments import seconds
+from blendmaskd.output import Help
+from blendmaskd.programs.arguments import output_file, seconds
 from blendmaskd.programs.errors import guarded
 from blendmaskd.protocol import TO_CLIENT, Failed, Options, Result
 from blendmaskd_workers.benchmark import load
@@ -261,10 +261,9 @@ def _health(host: Host) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="fault_scenes", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog="fault_scenes", description=__doc__, formatter_class=Help)
     parser.add_argument("--seconds", metavar="S", type=seconds, default=10.0,
                         help="before the kill, and until the later rate; default 10")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", type=Path, help="all figures")
-    parser.add_argument("--log", metavar="FILE", type=Path, help="keep the daemon's log")
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="all figures")
+    parser.add_argument("--log", metavar="FILE", type=output_file, help="keep the daemon's log")
     return parser.parse_args(argv)

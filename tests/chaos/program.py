@@ -31,7 +31,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -39,7 +38,8 @@ from rich.live import Live
 from rich.table import Table
 
 from blendmaskd import files
-from blendmaskd.programs.arguments import checked, positive, seconds
+from blendmaskd.output import Help
+from blendmaskd.programs.arguments import checked, output_file, positive, seconds
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, guarded
 from blendmaskd.programs.interruption import Interruptible
 from chaos import growth, injector
@@ -373,8 +373,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     kinds = (injector.__doc__ or "").split("\n\n", 1)[1]
     text = (__doc__ or "").format(faults=kinds, lost=LOST_AFTER_DEADLINES, slope=growth.MOST_MB_PER_MIN,
                                   window=growth.WINDOW_S, noise=growth.NOISE_MB)  # fmt: skip
-    parser = argparse.ArgumentParser(prog="chaos", description=text,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog="chaos", description=text, formatter_class=Help)
     parser.add_argument("--minutes", metavar="N", type=_minutes, default=1.0, help="default 1")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the faults, default 0")
     parser.add_argument("--faults", metavar="KIND,…", type=_kinds, default=KINDS, help="all (default), none, or some")
@@ -387,8 +386,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--deadline", metavar="S", type=seconds, default=30.0, help="of a job, default 30")
     parser.add_argument("--warm-up", metavar="S", type=seconds, default=60.0,
                         help="not looked at for growth, default 60")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", type=Path, help="all figures")
-    parser.add_argument("--log", metavar="FILE", type=Path, help="keep the daemon's log")
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="all figures")
+    parser.add_argument("--log", metavar="FILE", type=output_file, help="keep the daemon's log")
     return parser.parse_args(argv)
 
 

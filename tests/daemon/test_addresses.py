@@ -12,6 +12,7 @@ from curve import free_port
 from blendmaskd import settings
 from blendmaskd.check import endpoints
 from blendmaskd.client.blocking import AsyncClient, Client
+from blendmaskd.shell.addresses import unbound
 
 LISTENING = {  # how it is written, and by which hosts a client reaches it
     "127.0.0.1": ("127.0.0.1", "localhost"),
@@ -87,6 +88,14 @@ def test_two_endpoints_that_exclude_each_other_are_told(other: str) -> None:
 def test_a_name_that_nobody_knows_is_told() -> None:
     [facts] = endpoints.ask(_settings("tcp://nosuchhost.invalid:9465"))
     assert facts.bind_errno == errno.EADDRNOTAVAIL
+
+
+def test_why_nothing_can_listen_is_told_with_a_remedy() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.socket() as second:
+        with pytest.raises(OSError, match="in use") as refused:
+            second.bind(first.getsockname())
+        assert "`blendmaskd check` says" in unbound(refused.value)
+    assert unbound(OSError("x has no address")).startswith("x has no address; choose another")
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://*:1", "tcp://host:*", "tcp://host:0", "tcp://::1:1", "tcp://host:99999",

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
+from test_costs import as_another_user
 
-from blendmaskd.check import resources, trials
-from blendmaskd.settings import Settings
+from blendmaskd.check import endpoints, resources, trials
+from blendmaskd.settings import Settings, from_tree
 from blendmaskd.shell.spool import Spool
 from checkout import ROOT, SOURCES
 
@@ -169,6 +170,16 @@ def test_a_running_daemon_of_ours_is_told_from_a_stranger(check: Check, daemon: 
     assert all(f"(pid {os.getpid()})" in text for _, text in endpoints), endpoints
 
 
+def test_only_the_devices_that_a_running_daemon_has_are_not_opened(check: Check, daemon: Any) -> None:
+    serving = daemon(devices=["npu:0"])
+    report = check(devices=["npu:0", "npu:1"], engine="native", model=DEMO, endpoints={"clients": [serving.endpoint]})
+    found = [line for line in told(report, "device") if "npu-smi" not in line[1]]
+    assert found == [
+        ("ok", f"npu:0: not opened, it is in use by a running blendmaskd (pid {serving.process.pid})"),
+        ("error", "npu:1: npu: torch_npu is not installed"),
+    ]
+
+
 def test_keys_and_spool_are_looked_at(check: Check, tmp_path: Path) -> None:
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys" / "alice.key").write_text("no key\n")
@@ -219,6 +230,24 @@ def test_the_rights_on_the_folder_of_the_socket_are_told(check: Check, tmp_path:
     (tmp_path / "shut").mkdir(mode=0o500)
     report = check(endpoints={"clients": [f"ipc://{tmp_path}/shut/client.sock"], "metrics": None})
     assert "this user cannot create" in told(report, "endpoint")[0][1]
+
+
+def _asked(settings: Settings) -> list[list[Any]]:
+    try:
+        spools = [facts.folder_there for facts in resources.ask_spool(settings)]
+        return [spools, [[facts.obstacle, facts.folder_usable] for facts in endpoints.ask(settings)]]
+    except OSError as error:
+        return [[str(error)]]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+def test_a_folder_that_is_shut_to_this_user_does_not_end_the_check(tmp_path: Path) -> None:
+    shut = tmp_path / "shut"
+    (shut / "inside").mkdir(parents=True)
+    shut.chmod(0o700)
+    tree = {"endpoints": {"clients": [f"ipc://{shut}/inside/x.sock"], "metrics": None}, "spool": f"{shut}/inside/x.db"}
+    settings = from_tree(tree)
+    assert as_another_user(lambda: _asked(settings)) == [[False], [["", False]]]
 
 
 @pytest.mark.slow

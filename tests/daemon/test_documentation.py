@@ -18,7 +18,7 @@ import pytest
 from blendmaskd.protocol import Code
 from checkout import ROOT, SOURCES
 
-PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "configs" / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_page_of_settings_is_what_their_code_says() -> None:
@@ -26,7 +26,7 @@ def test_the_page_of_settings_is_what_their_code_says() -> None:
     reference = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reference)
     written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert reference.page() == written, "python scripts/settings_reference.py > docs/settings.md"
+    assert reference.page() == written, "python scripts/settings_reference.py"
 
 
 def test_the_readmes_raw_client_runs_as_it_stands(shared_daemon, tmp_path) -> None:

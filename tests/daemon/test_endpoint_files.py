@@ -52,13 +52,6 @@ def _contents(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("below", ["socket", "further/down/socket"])
-def test_a_file_in_the_place_of_a_folder_is_named(folder: Path, below: str) -> None:
-    (folder / "file").write_text(PRECIOUS)
-    with pytest.raises(EndpointTaken, match=rf"{folder}/file is a file, and a folder of {folder}/file/{below}"):
-        EndpointFiles(f"{folder}/file/{below}")
-
-
 @pytest.mark.parametrize("suffix", ["", ".fd", ".lock"])
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 def test_what_is_at_an_endpoint_s_path_stays(folder: Path, make: Callable[[Path], None], suffix: str) -> None:
@@ -129,6 +122,15 @@ def test_the_daemon_and_check_refuse_by_name_what_is_there(folder: Path) -> None
     for text in (daemon.stderr, check.stdout):
         assert f"endpoints.clients: {weights} is a file, which is not the daemon's" in text
     assert _contents(folder) == {str(weights): (weights.stat().st_ino, PRECIOUS)}
+
+
+def test_a_folder_that_cannot_be_entered_is_told_by_the_daemon_and_by_check(folder: Path) -> None:
+    (folder / "file").write_text(PRECIOUS)
+    unreachable = folder / "file" / "socket"  # as one is in a folder that is shut to this user
+    daemon, check = _run(f"ipc://{unreachable}"), _run(f"ipc://{unreachable}", "check")
+    assert (daemon.returncode, check.returncode) == (78, 1)
+    assert daemon.stderr.startswith(f"blendmaskd: cannot use {unreachable}: ")
+    assert f"endpoints.clients: this user cannot create {unreachable}" in check.stdout
 
 
 def test_check_does_not_wait_at_a_pipe_in_the_place_of_the_lock(folder: Path) -> None:

@@ -29,21 +29,6 @@ def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "new")]
 
 
-def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    (tmp_path / "link").symlink_to(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    for path in (pipe, tmp_path / "link", Path(f"/dev/fd/{reader}")):
-        files.write_json(path, {"a": 1})
-        assert os.read(reader, 100) == b'{"a": 1}'
-    os.close(reader)
-    assert pipe.is_fifo()
-    assert (tmp_path / "link").is_symlink()
-    with pytest.raises(IsADirectoryError):
-        files.write_json(tmp_path, {})
-
-
 def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o600)
@@ -104,3 +89,13 @@ def test_nobody_else_writes_files_beside_files() -> None:
     sources = [path for folder in ("daemon", "workers") for path in (ROOT / folder).rglob("*.py")]
     own = [str(path.relative_to(ROOT)) for path in sources if re.search(r"with_name\(f\"\.\{", path.read_text("utf-8"))]
     assert own == ["daemon/blendmaskd/files.py"]
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path, over: bool) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="is no file"), files.whole(pipe, over=over):
+        raise AssertionError
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert pipe.is_fifo()

@@ -9,7 +9,6 @@ import signal
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,16 +149,14 @@ def test_descriptors_that_are_slow_to_close_do_not_stop_the_daemon(
     server: Any, own: Any, before: int, reason: str
 ) -> None:
     others = [own(memory_file(4096)) for _ in range(before)]
-    with contextlib.closing(Bare(server)) as client, lingering() as hand_over:
+    with contextlib.closing(Bare(server)) as client, lingering(600) as hand_over:
         for _ in range(2):
             connection = client.connect()
             server.process.send_signal(signal.SIGSTOP)
             hand_over(connection, *others)
             server.process.send_signal(signal.SIGCONT)
             assert reason in msgpack.unpackb(connection.recv(4096))["reason"]
-            start = time.monotonic()
-            server.client.stats()
-            assert time.monotonic() - start < 0.5
+            server.client.stats()  # long before ten minutes are over
 
 
 def test_while_too_much_waits_to_be_closed_nobody_is_taken_in(
@@ -192,9 +189,7 @@ def test_sockets_that_linger_keep_no_other_client_out(server: Any, own: Any, wai
             for _ in range(shared_memory.MOST_UNANSWERED // 2):
                 hand_over(client.connect())
             server.process.send_signal(signal.SIGCONT)
-        start = time.monotonic()
         assert wait_until(lambda: has_region(client, own))  # while too much waits to be closed, it is turned away
-        assert time.monotonic() - start < 1.0
 
 
 def has_region(client: Bare, own: Any) -> bool:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from blendmaskd import extras
+from blendmaskd.programs import submit
 from checkout import ROOT
 
 PROGRAMS = ("stats", "submit", "keys", "evaluate_coco", "serve")
@@ -59,6 +61,20 @@ def test_into_a_closed_pipe_they_end_quietly(shared_daemon: Any, closed_pipe: in
 def test_help_that_nobody_can_read_is_no_error_of_python(program: str, closed_pipe: int, full_disk: int) -> None:
     assert run(program, ["--help"], closed_pipe)[1] == ""
     assert "Exception ignored" not in run(program, ["--help"], full_disk)[1]  # argparse itself says nothing
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_the_paragraphs_of_a_help_fit_the_terminal_and_examples_stand(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        submit.main(["--help"])
+    printed, text = capsys.readouterr().out, submit.__doc__ or ""
+    prose = [line for line in printed.splitlines() if not line.startswith(" ")]
+    assert max(map(len, prose)) <= columns
+    assert all(example in printed for example in re.findall(r"(?m)^    python .*", text))
+    assert (text.rstrip("\n").rpartition("\n\n")[2] in printed) == (columns > 120)
 
 
 def test_on_a_full_disk_they_end_with_its_reason(shared_daemon: Any, full_disk: int) -> None:

@@ -214,6 +214,12 @@ def test_each_side_may_say_its_own_messages_only() -> None:
                     decode(encode(message), other)
 
 
+def test_a_word_that_is_unknown_is_refused_with_those_that_are_not() -> None:
+    header = {"type": "submit", "job": "a", "image": {"kind": "encoded"}, "options": {"mask_format": "png"}}
+    with pytest.raises(ProtocolError, match=r"Invalid enum value 'png'.*; expected rle, polygon, none"):
+        decode([b"BMD1", msgspec.msgpack.encode(header), b"x"], FROM_CLIENT)
+
+
 def test_payload_frames_are_passed_on_and_not_copied() -> None:
     pixels = bytearray(100)
     frames = encode(Submit(job="a", image=Image(kind="encoded")), [pixels])

@@ -154,3 +154,19 @@ def test_a_job_has_no_newline_in_its_name() -> None:
     assert rest.read({"job": name}, "", b"x", 60.0, rest.JobQuery).query.job == name
     with pytest.raises(Failure, match="job"):
         rest.read({"job": name + "\n"}, "", b"x", 60.0, rest.JobQuery)
+
+
+@pytest.mark.parametrize(
+    ("query", "remedy"),
+    [
+        ({"score_treshold": "0.5"}, "unknown field `score_treshold`; did you mean score_threshold?"),
+        ({"zoom": "2"}, "unknown field `zoom`"),
+        ({"mask_format": "png"}, "at `mask_format`; expected rle, polygon, none"),
+        ({"order": "bgra"}, "at `order`; expected bgr, rgb"),
+    ],
+)
+def test_a_word_that_is_unknown_is_refused_with_those_that_are_not(query: dict[str, str], remedy: str) -> None:
+    with pytest.raises(Failure) as refused:
+        read(query)
+    assert refused.value.problem.code is Code.BAD_REQUEST
+    assert refused.value.problem.detail.endswith(remedy)

@@ -83,6 +83,28 @@ def test_a_key_that_is_given_twice_is_refused_by_name(tmp_path: Path, text: str,
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"a: [1\nb: 2", "line 2, column 2: expected ',' or ']'"),
+        (b"\xff\xd8\xff", "not UTF-8 text"),
+        (b"\0", "unacceptable character"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_refused_in_one_line(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "daemon.yaml").write_bytes(content)
+    with pytest.raises(SettingsError, match=re.escape(reason)) as refused:
+        load(tmp_path / "daemon.yaml")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["QUEUE__MAX_JOBS", "BATCH", "worker_env__A"])
+def test_a_variable_with_one_underscore_is_refused_not_ignored(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"BLENDMASKD_{name}: .*BLENDMASKD__{name}$"):
+        load(None, {f"BLENDMASKD_{name}": "7"})
+    load(None, {"BLENDMASKD_KEY": "k", "BLENDMASKD_PORT": "tcp://1:1", "BLENDMASKD_HTTP_SERVICE_HOST": "1"})  # others'
+
+
 def test_two_variables_of_one_setting_are_refused() -> None:
     environment = {"BLENDMASKD__QUEUE__MAX_JOBS": "7", "BLENDMASKD__queue__max_jobs": "5"}
     with pytest.raises(SettingsError, match=r"__QUEUE__MAX_JOBS and BLENDMASKD__queue__max_jobs are one"):
@@ -149,8 +171,8 @@ REFUSED = {
     "no number": ({"drain_s": float("nan")}, "drain_s = nan: Expected `float` > 0.0"),
     "negative wait": ({"max_wait_ms": -0.5}, "max_wait_ms = -0.5: Expected `float` >= 0.0"),
     "batch too large": ({"batch": 65}, "batch = 65: Expected `int` <= 64"),
-    "batch of a word": ({"batch": "best"}, "batch = 'best': Invalid enum value 'best'"),
-    "unknown engine": ({"engine": "tensorrt"}, "engine = 'tensorrt': Invalid enum value 'tensorrt'"),
+    "batch of a word": ({"batch": "best"}, "batch = 'best': Invalid enum value 'best'; expected auto, a number"),
+    "unknown engine": ({"engine": "tensorrt"}, "enum value 'tensorrt'; expected native, onnx, adelaidet, timed"),
     "unknown precision": ({"model": {"precision": "fp8"}}, "model.precision = 'fp8': Invalid enum value 'fp8'"),
     "providers that no engine reads": (
         {"model": {"providers": ["OpenVINOExecutionProvider"]}},

@@ -342,7 +342,7 @@ def test_ctrl_c_cannot_part_an_answer_s_result_from_its_overlay(
         (["ipc:///x", "empty", "--out", "o"], "empty: no images in this folder"),
         (["ipc:///x", "*.tif", "--out", "o"], "*.tif: matches no images"),
         (["ipc:///x", "a.jpg", "--out", "."], "the overlay a.jpg would overwrite that image"),
-        (["ipc:///x", "a.png", "--out", "a.png"], "--out: [Errno 17] File exists: 'a.png'"),
+        (["ipc:///x", "a.png", "--out", "a.png"], "--out a.png: File exists"),
         (["ipc:///x", "a.png", "--out", "o", "--resume", "--anew"], "not allowed with argument"),
         (["ipc:///x", "a.png", "--out", "o", "--annotations", "a.png"], "a.png: not COCO annotations"),
         (["ipc:///x", "a.png", "--out", "o", "--score-threshold", "2"], "2: expected a number from 0 to 1"),

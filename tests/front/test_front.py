@@ -134,6 +134,8 @@ def test_what_is_known_is_shown(shared_front: Front, shared_daemon: Any, photo: 
     shared_front.ask("POST", "/v1/segment", photo)
     text = shared_front.ask("GET", "/metrics").body.decode()
     assert re.search(r'blendmaskd_http_requests_total\{method="POST",route="/v1/segment",status="200"\} \d', text)
+    named = re.findall(r"`(blendmaskd_http_\w+)`", (ROOT / "docs" / "http.md").read_text(encoding="utf-8"))
+    assert sorted(re.findall(r"(?m)^# TYPE (\w+)", text)) == sorted(named)
     shared_front.ask("GET", "/some-name-that-a-client-chose")
     shared_front.ask("POST", "/v1/jobs/another-name-that-a-client-chose")
     assert "client-chose" not in shared_front.ask("GET", "/metrics").body.decode()

@@ -37,6 +37,7 @@ from typing import Any
 
 import msgspec
 
+from blendmaskd.output import Help
 from blendmaskd.programs.errors import guarded
 from blendmaskd.settings import Limits
 from blendmaskd.shell import launch
@@ -291,7 +292,7 @@ def _told(report: dict[str, Any]) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("fuzz", description=__doc__, formatter_class=Help)
     parser.add_argument(
         "--inputs", type=int, default=1_000_000, metavar="N", help="in all layers together (%(default)s)"
     )

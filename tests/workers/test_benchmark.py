@@ -237,8 +237,7 @@ def test_the_plain_path_takes_as_long_as_the_timed_engine() -> None:
         (["--kill", "--bare"], "--kill"),
         (["--flood", "--rate", "5"], "--flood is a load of its own"),
         (["--replay", "photo.jpg", "--engine", "native"], "--replay"),
-        (["--json", "/nowhere/run.json"], "/nowhere does not exist"),
-        (["--plot", "/nowhere/run.svg"], "/nowhere does not exist"),
+        (["--plot", "run.gif"], "--plot run.gif: expected a name in .svg, .png, .pdf"),
     ],
 )
 def test_contradictions_are_refused(arguments: list[str], complaint: str, capsys: Any) -> None:
@@ -256,6 +255,22 @@ def test_bad_values_are_refused(arguments: list[str], capsys: Any) -> None:
         program.main(arguments)
     assert left.value.code == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "complaint"),
+    [
+        ("/nowhere/run.json", "the folder /nowhere does not exist"), ("/", "is there, and is no file"),
+        ("/dev/full", "is there, and is no file"), ("/proc/run.json", "nothing can be written there"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_first_measurement(
+    flag: str, file: str, complaint: str, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        program.main([flag, file])
+    assert (left.value.code, complaint in capsys.readouterr().err) == (2, True)
 
 
 def test_nobody_at_the_endpoint_is_said(tmp_path: Path, capsys: Any) -> None:

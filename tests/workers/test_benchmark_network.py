@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blendmaskd_workers import blendmask, devices
-from blendmaskd_workers.programs import benchmark_network
+from blendmaskd_workers.programs import benchmark_masks, benchmark_network
 from blendmaskd_workers.programs.benchmark_network import check_equal, multiplications, plain, served
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -71,3 +71,21 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     [line] = json.loads((tmp_path / "out.json").read_text())["lines"]
     assert (line["precision"], line["same"]) == ("fp32", 1.0)
     assert min(line[key] for key in ("plain_ms", "exact_ms", "served_ms", "limit_ms", "ratio")) > 0
+
+
+@pytest.mark.parametrize("main", [benchmark_network.main, benchmark_masks.main])
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory"),
+        (["--config", CONFIG, "--image", "nowhere.png"], "nowhere.png: No such file or directory"),
+    ],
+)
+def test_a_file_that_is_not_there_is_told_in_one_line(
+    main: Any, words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) in (1, 2)
+    said = capsys.readouterr().err
+    assert said.endswith(f"{reason}\n")
+    assert said.count("\n") == 1
+    assert "Errno" not in said

@@ -78,6 +78,17 @@ def test_a_network_that_cannot_be_loaded_is_not_tried_again(overrides: list[str]
     assert raised.value.exit_code == EXIT_CANNOT_BOOT
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torch_npu") is not None, reason="needs a host without torch_npu")
+def test_an_npu_without_torch_npu_is_not_tried_again_but_a_device_that_is_not_there(tmp_path: Path) -> None:
+    config = GOLDEN / "small_R18.yaml"
+    torch.save({"model": blendmask.build(blendmask.load_config(config)).state_dict()}, tmp_path / "w")
+    tree = {"model": {"config": str(config), "weights": str(tmp_path / "w")}}
+    for device, code in (("npu:0", EXIT_CANNOT_BOOT), ("cuda:99", 1)):
+        with pytest.raises(EngineError) as raised:
+            engines.make(settings.from_tree({"devices": [device], **tree}), device).load()
+        assert raised.value.exit_code == code
+
+
 @pytest.mark.parametrize(("device", "says"), [("npu:0", ""), ("cpu:0", "model.precision = fp16: cpu: float16")])
 def test_a_reload_is_checked_on_the_cpu_but_for_the_arithmetic_of_other_devices(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str, says: str

@@ -78,7 +78,7 @@ def ask(settings: Settings) -> Iterator[EndpointFacts]:
 def _ipc(endpoint: str) -> EndpointFacts:
     path = Path(ipc_path(endpoint))
     lock = Path(f"{path}{LOCK_SUFFIX}")
-    there = next(folder for folder in (path.absolute().parent, *path.absolute().parents) if folder.exists())
+    there = next(folder for folder in (path.absolute().parent, *path.absolute().parents) if os.path.exists(folder))
     return EndpointFacts(
         setting="endpoints.clients",
         endpoint=endpoint,

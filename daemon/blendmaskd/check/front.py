@@ -56,7 +56,7 @@ def _certificate(certificate: str | None, key: str | None) -> str:
     try:
         load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), certificate, key)
     except OSError as problem:
-        return f"{certificate}, {key}: {problem}"
+        return f"{certificate}, {key}: {problem.strerror or problem}"
     return ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import itertools
 import os
 import pwd
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -27,6 +27,17 @@ def is_ours(pid: int) -> bool:
         return any(_is_daemon(each.cmdline()) for each in (process, *process.parents()))
     except psutil.Error:
         return False
+
+
+def devices_of(pid: int | None, wanted: Iterable[str]) -> frozenset[str]:
+    """Those that a daemon of ours has workers for; where this user may not see that, those that are wanted."""
+    try:
+        workers = [worker.cmdline() for worker in psutil.Process(pid).children()] if pid else None
+    except psutil.Error:
+        workers = None
+    if workers is None:
+        return frozenset(wanted)
+    return frozenset(argv[-1].rpartition(".")[0] for argv in workers if "blendmaskd_workers" in argv)
 
 
 def _is_daemon(argv: Sequence[str]) -> bool:

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from blendmaskd.check import cpus, devices, endpoints, front, resources, software, trials
 from blendmaskd.check.finding import Finding, as_tree
-from blendmaskd.check.host import own_user
+from blendmaskd.check.host import devices_of, own_user
 from blendmaskd.check.trials import WEIGHTS, Trial
 from blendmaskd.settings import Settings, SettingsError
 
@@ -62,13 +62,15 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]
     serving = next((each.holder for each in wanted if each.holder and each.holder.ours), None)
     preload, preload_complaint = software.ask_preload(settings)
     plan, near, cpus_complaint = cpus.places(settings, environment)
-    tried = trials.start(settings, plan, preload, serving, environment)
+    held = devices_of(serving.pid, settings.devices) if serving else frozenset()
+    tried = trials.start(settings, plan, preload, held, environment)
     npus = [device for device in settings.devices if device.startswith("npu") and settings.engine != "timed"]
     cards = devices.Npus(environment) if npus else None
     versions = software.ask_versions(environment)
     probes = {device: trials.probe(trial) for device, trial in tried.items() if device != WEIGHTS}
     configured = [
-        devices.ask(name, settings, cards, environment, probes.get(name), serving) for name in settings.devices
+        devices.ask(name, settings, cards, environment, probes.get(name), serving if name in held else None)
+        for name in settings.devices
     ]
     opened = all((probe := probes.get(device)) is not None and not probe.error for device in npus)
 
@@ -77,7 +79,7 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> list[Finding]
     found += [line for each in configured for line in devices.judge(each, model.precision, model.exact)]
     launched = [trial.plan for trial in tried.values() if trial.plan]
     found += devices.judge_plans(dict.fromkeys(warning for each in launched for warning in each.warnings))
-    if npus and not serving:
+    if npus and held.isdisjoint(npus):
         found += devices.judge_nodes(devices.ask_nodes(npus, environment), opened, user)
     found += software.judge_versions(versions, bool(npus))
     found += software.judge_kernels(versions, dict.fromkeys(each.chip for each in configured if each.tool == "npu-smi"))

@@ -48,7 +48,7 @@ def ask_spool(settings: Settings) -> Iterator[SpoolFacts]:
     if settings.spool is None:
         return
     folder = Path(settings.spool).absolute().parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         yield SpoolFacts(path=settings.spool, folder_there=False)
         return
     there = os.path.exists(settings.spool)

@@ -10,11 +10,10 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import IO
 
 from blendmaskd import discovery
-from blendmaskd.check.endpoints import Holder
 from blendmaskd.core import launch_plan
 from blendmaskd.core.launch_plan import Basis, LaunchPlan, Preload
 from blendmaskd.probe import Probe, among
@@ -90,10 +89,13 @@ def start(
     settings: Settings,
     plan: Mapping[str, Cpus],
     preload: Preload | None,
-    serving: Holder | None,
+    held: Collection[str],
     environment: Mapping[str, str],
 ) -> dict[str, Trial]:
-    """All at once, by device, and `WEIGHTS`; the engine timed loads nothing and opens nothing."""
+    """All at once, by device, and `WEIGHTS`; the engine timed loads nothing and opens nothing.
+
+    A daemon has those that are `held`, and they are left alone.
+    """
     if settings.engine == "timed" or not plan:
         return {}
 
@@ -104,7 +106,7 @@ def start(
         start = functools.partial(launch_plan.plan, device, basis, environment, arguments=arguments)
         return Trial(start, settings.restarts.start_timeout_s)
 
-    tried = [device for device in settings.devices if device.startswith("cpu") or not serving]
+    tried = [device for device in settings.devices if device.startswith("cpu") or device not in held]
     return {WEIGHTS: trial("cpu:0", "--check"), **{device: trial(device, "--probe") for device in tried}}
 
 

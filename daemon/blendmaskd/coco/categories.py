@@ -9,6 +9,7 @@ the network's number of classes is refused. Must never import torch or a socket.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -80,11 +81,12 @@ def resolve(
     for 80 classes; else ``class_N`` with id N + 1. Raises `CategoriesError` for a bad file and for a wrong count.
     """
     beside = Path(weights_path).parent / BESIDE_THE_WEIGHTS if weights_path is not None else None
-    path = categories_path if categories_path is not None else beside if beside and beside.exists() else None
+    path = categories_path if categories_path is not None else beside if beside and os.path.exists(beside) else None
     if path is not None:
         found = load(path)
         if len(found) != num_classes:
-            raise CategoriesError(f"{path}: has {len(found)} categories, the network has {num_classes} classes")
+            counts = f"has {len(found)} categories, the network has {num_classes} classes"
+            raise CategoriesError(f"{path}: {counts}: is the configuration that of the weights?")
         return found
     if num_classes == len(COCO):
         return COCO

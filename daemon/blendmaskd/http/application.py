@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from blendmaskd.choices import remedy
 from blendmaskd.client.exchange import JobFailed
 from blendmaskd.client.exchange import Segmentation as Answer
 from blendmaskd.coco import categories
@@ -268,7 +269,8 @@ def query(request: Request, kind: type[T]) -> T:
     try:
         return msgspec.convert(_parameters(request), kind, strict=False)
     except msgspec.ValidationError as error:
-        raise Failure(Code.BAD_REQUEST, str(error).replace("Object contains", "the query has")) from None
+        reason = str(error).replace("Object contains", "the query has")
+        raise Failure(Code.BAD_REQUEST, f"{reason}{remedy(str(error), kind)}") from None
 
 
 def known_categories(settings: Settings) -> Sequence[Category]:

@@ -8,6 +8,7 @@ who may ask. docs/http.md shows the requests. SIGTERM and SIGINT drain and stop.
 """
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import logging
@@ -33,7 +34,7 @@ from blendmaskd.http.tokens import Tokens, TokensError, state
 from blendmaskd.logs import about
 from blendmaskd.settings import Http, Settings, SettingsError
 from blendmaskd.shell import systemd
-from blendmaskd.shell.addresses import address, is_loopback
+from blendmaskd.shell.addresses import address, is_loopback, unbound
 
 if TYPE_CHECKING:
     from blendmaskd.http.tracing import Tracing
@@ -48,7 +49,7 @@ RENEW_S = 1.0  # certificates
 def main(argv: list[str] | None = None) -> int:
     parser = flags.parser(NAME, __doc__)
     parser.add_argument("--check-settings", action="store_true", help="only check them; exit code 78 if invalid")
-    parser.add_argument("--descriptor", type=int, help="of a socket that is listened to: one of several processes")
+    parser.add_argument("--descriptor", type=int, help=argparse.SUPPRESS)  # of a socket: one of several processes
     arguments = parser.parse_args(argv)
     try:
         settings = flags.loader(arguments)()
@@ -98,7 +99,8 @@ def encryption(http: Http) -> ssl.SSLContext | None:
     try:
         certificate.load(context, http.certificate, http.key)
     except OSError as error:
-        raise SettingsError(f"http.certificate = {http.certificate!r}, http.key = {http.key!r}: {error}") from None
+        reason = error.strerror or error
+        raise SettingsError(f"http.certificate = {http.certificate!r}, http.key = {http.key!r}: {reason}") from None
     return context
 
 
@@ -124,7 +126,7 @@ def listen(http: Http, descriptor: int | None) -> socket.socket:
         listening.bind((found, port))
         listening.listen(BACKLOG)
     except OSError as error:
-        raise OSError(f"http.endpoint = {http.endpoint!r}: {error.strerror or error}") from None
+        raise OSError(f"http.endpoint = {http.endpoint!r}: {unbound(error)}") from None
     return listening
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from blendmaskd.choices import remedy
 from blendmaskd.http import bodies
 from blendmaskd.protocol import LEAST_DURABLE_NAME, LONGEST_DEADLINE_S, LONGEST_NAME, LONGEST_PATH, Code, Image, Options
 
@@ -187,7 +188,7 @@ def describe(fields: Mapping[str, Any], payload: bytes, deadline_s: float, kind:
         query = msgspec.convert(fields, kind, strict=False)
     except msgspec.ValidationError as error:
         reason = str(error).replace("`$.", "`").replace("Object contains", "the request has")
-        raise Failure(Code.BAD_REQUEST, reason) from None
+        raise Failure(Code.BAD_REQUEST, f"{reason}{remedy(str(error), kind)}") from None
     shape = msgspec.convert(query.shape.split(","), tuple[int, int, int], strict=False) if query.shape else None
     if complaint := _complaint(query, payload):
         raise Failure(Code.BAD_REQUEST, complaint)

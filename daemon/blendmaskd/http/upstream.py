@@ -124,7 +124,8 @@ class Upstream:
                     self._complain(member.client)
                     raise Failure(Code.UNAVAILABLE, f"no daemon has been there for {away_s:.0f} s", self._wait_s)
                 if left_s <= 0:
-                    raise Failure(Code.TIMEOUT, "the daemon has not answered within the deadline")
+                    absent = f": none has been there for {away_s:.1f} s" if away_s else ""
+                    raise Failure(Code.TIMEOUT, f"the daemon has not answered within the deadline{absent}")
                 patience = max(self._wait_s - away_s, 0.0) + 0.01
                 await asyncio.wait({task}, timeout=min(left_s, patience, 1.0))
             found = task.result()

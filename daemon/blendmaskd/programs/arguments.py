@@ -3,8 +3,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -59,3 +62,17 @@ def size(text: str) -> tuple[int, int]:
     if not found:
         raise argparse.ArgumentTypeError(f"{text}: expected HEIGHTxWIDTH in pixels, such as 800x1200")
     return int(found[1]), int(found[2])
+
+
+def output_file(text: str) -> Path:
+    """A file that a program writes at its end; whether it can is found out before."""
+    path, folder = Path(text), Path(text).absolute().parent
+    if not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"{text}: the folder {folder} does not exist")
+    if os.path.exists(path) and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: is there, and is no file")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: nothing can be written there: {error.strerror}") from None
+    return path

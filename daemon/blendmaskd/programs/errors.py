@@ -25,6 +25,13 @@ class OutputError(RuntimeError):
 CODES = {UsageError: EXIT_USAGE, NoDaemonError: EXIT_NO_DAEMON, OutputError: EXIT_OUTPUT}
 
 
+def reason(error: Exception) -> str:
+    """What an error says, without the system's number for it."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def guarded(name: str, run: Callable[[], int]) -> int:
     """The exit code of a program: what `run` returns, or that of its error, which is reported on stderr."""
     output.print_anything()
@@ -33,7 +40,7 @@ def guarded(name: str, run: Callable[[], int]) -> int:
     except (*CODES, OSError) as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):
             return output.lost(name, error)
-        output.complain(f"{name}: {error}")
+        output.complain(f"{name}: {reason(error)}")
         return next((code for kind, code in CODES.items() if isinstance(error, kind)), EXIT_FAILED)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -36,8 +36,8 @@ from rich.table import Table
 
 from blendmaskd import files
 from blendmaskd.client.blocking import Client, JobFailed, Segmentation
-from blendmaskd.output import in_a_line
-from blendmaskd.programs.arguments import percentage, positive
+from blendmaskd.output import Help, in_a_line
+from blendmaskd.programs.arguments import output_file, percentage, positive
 from blendmaskd.programs.connecting import add_connection, connect
 from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
 from blendmaskd.programs.failures import Failure, tell_failures
@@ -105,8 +105,6 @@ def _main(arguments: argparse.Namespace) -> int:
     reference = average_precision.Reference(truth)
     for note in notes(truth, reference):
         print(f"evaluate_coco: {arguments.annotations}: {note}", file=sys.stderr)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     with connect(arguments) as client:
         answers = ask(client, wanted, arguments.window)
     numbers = [image.number for image in wanted]
@@ -263,12 +261,19 @@ def _missed(what: str, scores: Scores | None, required: float) -> list[str]:
     return [f"{what} AP {_shown(reached)} is below the {required:g} that is required"]
 
 
+def _report(text: str) -> Path:
+    """An output file whose folder is made."""
+    with contextlib.suppress(OSError):  # `output_file` says what is wrong
+        Path(text).absolute().parent.mkdir(parents=True, exist_ok=True)
+    return output_file(text)
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("endpoint", metavar="ENDPOINT", help="the daemon's: ipc:///PATH or tcp://HOST:PORT")
     parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="folder of the annotated images")
     parser.add_argument("--annotations", metavar="FILE", type=Path, required=True, help="COCO instances")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", metavar="FILE", type=_report, help="write the figures to this file")
     parser.add_argument("--limit", metavar="N", type=positive, help="only the first N images")
     parser.add_argument("--require-box-ap", metavar="X", type=percentage, default=0.0, help="minimum, percent")
     parser.add_argument("--require-mask-ap", metavar="Y", type=percentage, default=0.0, help="minimum, percent")

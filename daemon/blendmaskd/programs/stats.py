@@ -10,7 +10,7 @@ counts from the daemon's start. CPUs, preload and task queue are what the worker
 differs from its plan.
 
 --watch also shows the history of combined FPS, recent failures and, if the daemon is on this host and npu-smi is
-installed, each NPU's temperature, power and health: this program runs npu-smi every few seconds, the daemon never does.
+installed, each NPU's temperature, power and health, for which this program runs npu-smi every few seconds.
 
 Exit codes: 0 shown · 1 into a pipe that was closed · 2 wrong arguments · 3 no daemon · 4 the output cannot be written.
 """
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.live import Live
 
 from blendmaskd.client.blocking import DEFAULT_ENDPOINT, Client, HandshakeError
+from blendmaskd.output import Help
 from blendmaskd.programs.connecting import ANSWER_S, add_keys, make_client
 from blendmaskd.programs.errors import NoDaemonError, guarded
 from blendmaskd.programs.readings import Readings
@@ -109,7 +110,7 @@ def _print_tables(snapshot: Snapshot) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("endpoint", metavar="ENDPOINT", nargs="?", default=DEFAULT_ENDPOINT,
                         help=f"the daemon's, default {DEFAULT_ENDPOINT}")  # fmt: skip
     add_keys(parser)

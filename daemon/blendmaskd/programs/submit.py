@@ -46,6 +46,7 @@ from blendmaskd.client.blocking import Client, JobFailed, Segmentation
 from blendmaskd.images import decoding as images
 from blendmaskd.images import overlay
 from blendmaskd.images.quiet import quiet
+from blendmaskd.output import Help
 from blendmaskd.programs import input_images
 from blendmaskd.programs.arguments import add_results, parse_resuming
 from blendmaskd.programs.connecting import add_connection, connect
@@ -124,7 +125,7 @@ def _main(arguments: argparse.Namespace) -> int:
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out: {error}") from None
+        raise UsageError(f"--out {arguments.out}: {error.strerror}") from None
     named = [(source.file_name, source.image_id) for source in sources]
     journal = Journal(arguments.out / JOURNAL, named, _options(arguments))
     with journal.open(resume=arguments.resume, anew=arguments.anew):
@@ -300,7 +301,7 @@ def _tell(run: Run, sources: Sequence[Source]) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("endpoint", metavar="ENDPOINT", help="the daemon's: ipc:///PATH or tcp://HOST:PORT")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="a file, a folder or a quoted glob")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for overlays and results.json")

@@ -1,7 +1,6 @@
 """Where settings come from: a YAML file, the environment, flags. What cannot be one is told by its name."""
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import stat
@@ -11,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from blendmaskd.choices import remedy
 from blendmaskd.settings.checks import check
 from blendmaskd.settings.schema import Section, Settings, SettingsError
 from blendmaskd.wanted import HIDDEN
@@ -31,6 +31,7 @@ def load(
     tree = _read(path) if path else {}
     named: dict[tuple[Any, ...], str] = {}
     for name, text in sorted((environment or {}).items()):
+        _refuse_single_underscore(name)
         if name.startswith(ENVIRONMENT_PREFIX):
             keys = _keys(name.removeprefix(ENVIRONMENT_PREFIX), "__")
             if (other := named.setdefault(tuple(keys), name)) != name:
@@ -65,6 +66,14 @@ def to_tree(settings: Settings) -> dict[str, Any]:
     return tree
 
 
+def _refuse_single_underscore(name: str) -> None:
+    """A setting that would be ignored. Others' variables may begin alike: Kubernetes names some after a Service."""
+    section, _, rest = name.removeprefix("BLENDMASKD_").partition("__")
+    if name.startswith("BLENDMASKD_") and section.lower() in Settings.__struct_fields__:
+        wanted = f"{ENVIRONMENT_PREFIX}{section}{rest and '__'}{rest}"
+        raise SettingsError(f"{name}: two underscores behind BLENDMASKD: {wanted}")
+
+
 def _read(path: str | Path) -> dict[str, Any]:
     import yaml  # of the extra serve, as in `_yaml`: clients have this module too
 
@@ -74,8 +83,10 @@ def _read(path: str | Path) -> dict[str, Any]:
         _refuse_doubles(yaml.compose(text, yaml.SafeLoader), str(path))
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"{path}: {error}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: not UTF-8 text: is it the settings file?") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise SettingsError(f"{path}: {_complaint(error)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -104,9 +115,14 @@ def _yaml(text: str, name: str) -> Any:
         value = yaml.safe_load(text)
         _refuse_doubles(yaml.compose(text, yaml.SafeLoader), name)
     except (yaml.YAMLError, RecursionError) as error:
-        reason = "put it into quotes" if shown == HIDDEN else error  # which quotes it
-        raise SettingsError(f"{name}={shown}: not a YAML value: {reason}") from None
+        raise SettingsError(f"{name}={shown}: not a YAML value: {_complaint(error)}") from None
     return value
+
+
+def _complaint(error: Any) -> str:
+    """YAML's, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else " ".join(str(error).split())
 
 
 def _refuse_doubles(node: Any, source: str, section: str = "", done: tuple[Any, ...] = ()) -> None:
@@ -156,17 +172,9 @@ def _explain(error: str, tree: Any) -> str:
             value = value.get(part, value)
     unknown = re.search(r"unknown field `(.*)`", reason)
     if unknown:
-        return f"{key + '.' if key else ''}{unknown[1] or repr('')}: unknown key{_instead(key, unknown[1])}"
+        return f"{key + '.' if key else ''}{unknown[1] or repr('')}: unknown key{remedy(error, Settings)}"
     if of_key:
         return f"{key or 'settings'}: one of its keys {[*value]}: {reason}"
     if key.startswith("worker_env"):
         value = dict.fromkeys(value, HIDDEN) if isinstance(value, dict) else HIDDEN
-    return f"{key} = {value!r}: {reason}"
-
-
-def _instead(section: str, unknown: str) -> str:
-    known = msgspec.to_builtins(Settings())
-    for part in section.split(".") if section else ():
-        known = known[part]
-    close = difflib.get_close_matches(unknown, known, 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"{key} = {value!r}: {reason}{remedy(error, Settings)}"

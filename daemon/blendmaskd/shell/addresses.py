@@ -1,13 +1,24 @@
 """What is really bound for a host that settings name: one address, whoever listens, ZeroMQ or the pages."""
 from __future__ import annotations
 
+import errno
 import ipaddress
 import re
 import socket
+from typing import TYPE_CHECKING
 
 import psutil
 
 from blendmaskd.endpoints import parse_place
+
+if TYPE_CHECKING:
+    import zmq
+
+REMEDY = "choose another endpoint; `blendmaskd check` says what is in the way"
+REMEDIES = {
+    errno.EADDRNOTAVAIL: "it is no address of this host",
+    errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE",
+}
 
 
 def address(host: str) -> str:
@@ -22,6 +33,11 @@ def address(host: str) -> str:
         if own := [text for kind, text in found if kind == family]:
             return own[0]
     raise OSError(f"{host} has no address")
+
+
+def unbound(error: OSError | zmq.ZMQError) -> str:
+    """What the system said of an endpoint at which nothing can listen, and what to do about it."""
+    return f"{error.strerror or error}; {REMEDIES.get(error.errno or 0, REMEDY)}"
 
 
 def is_loopback(endpoint: str | None) -> bool:

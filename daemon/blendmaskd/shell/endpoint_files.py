@@ -76,9 +76,6 @@ class EndpointFiles:
 
 def obstacle(path: str) -> str:
     """Why a daemon may not have this path, whoever holds its lock; empty: it may. Touches nothing."""
-    above = next(str(folder) for folder in Path(path).parents if _kind(str(folder)))
-    if (kind := _kind(above)) not in ("a folder", "a link"):
-        return f"{above} is {kind}, and a folder of {path}"
     sockets = path, f"{path}{MEMORY_SUFFIX}"
     for name in sockets:
         if (kind := _kind(name)) not in ("", "a socket"):
@@ -106,10 +103,10 @@ def is_locked(path: str) -> bool:
 
 
 def _kind(path: str) -> str:
-    """What is there; empty: nothing."""
+    """What is there; empty: nothing, or nothing that this user can see, and whoever uses it is told why."""
     try:
         mode = os.lstat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return ""
     return _KINDS.get(stat.S_IFMT(mode), "a device")
 
@@ -133,7 +130,7 @@ def _in_use(path: str) -> str:
     """Why a socket must stay; empty: nobody listens to it."""
     if _is_listed(path):
         return "another process listens there" + ("" if _kind(path) else ", although its socket was removed")
-    if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
+    if not _kind(path) or len(os.fsencode(path)) > SOCKET_PATH_BYTES:
         return ""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as trial:
         number = trial.connect_ex(path)

@@ -243,7 +243,7 @@ class Server:
                 log.error("%s", text)
                 self._notifier.send(READY="1", STATUS=text)
             case reload.GiveUp():
-                log.error("no worker can be started; see the errors above")
+                log.error("no worker can be started; see the errors above, and `blendmaskd check` with these settings")
                 self._exit_code = 1
             case _:
                 return self._processes.carry_out(action)

@@ -26,6 +26,7 @@ from blendmaskd.keys import KeyFileError, Pair, read_pair
 from blendmaskd.protocol import MEMORY_SUFFIX, SURE_BYTES
 from blendmaskd.settings import Settings
 from blendmaskd.shell import descriptors, threads
+from blendmaskd.shell.addresses import unbound
 from blendmaskd.shell.admission.access import FROM_AFAR, FROM_HERE, AllowedKeys
 from blendmaskd.shell.admission.gate import Gate
 from blendmaskd.shell.endpoint_files import EndpointFiles, EndpointTaken, obstacle
@@ -43,7 +44,6 @@ MOST_FRAMES = 16  # of a client's message; no right one has more than four, with
 TURN_S = 0.02  # after which no more are read in a turn: some cost milliseconds each
 FRAMES_READ_AWAY = 16384  # in a turn, some 20 ms, of a message that has more
 LAST_S = 0.1  # for the last messages of the dead, which are there within a millisecond; the loop waits
-REMEDY = "choose another endpoint; `blendmaskd check` says what is in the way"
 _more = operator.attrgetter("more")
 
 
@@ -169,7 +169,7 @@ class Sockets:
         except KeyFileError as error:
             raise StartError(f"curve.server_key: {error}") from None
         self.allowed = AllowedKeys(self._settings.curve.client_keys)
-        if not self.allowed.folder.is_dir():
+        if not os.path.isdir(self.allowed.folder):
             folder = self.allowed.folder
             raise StartError(f"curve.client_keys: {folder}: no such folder; create it with `blendmaskd-keys server`")
         return keys
@@ -237,7 +237,7 @@ def _listen(endpoint: str, bind: Callable[[str], object]) -> None:
     try:
         bind(endpoint)
     except (OSError, zmq.ZMQError) as error:
-        raise StartError(f"cannot listen on {endpoint}: {error.strerror or error}; {REMEDY}") from None
+        raise StartError(f"cannot listen on {endpoint}: {unbound(error)}") from None
 
 
 class Clients:
@@ -342,5 +342,4 @@ def _pages(endpoint: str, front: str) -> Pages:
     try:
         return Pages(endpoint, front=front)
     except OSError as error:
-        reason = error.strerror or error
-        raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {reason}; {REMEDY}") from None
+        raise StartError(f"endpoints.metrics: cannot listen on {endpoint}: {unbound(error)}") from None

@@ -5,17 +5,19 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from blendmaskd.programs.arguments import checked, positive, seconds, size
+from blendmaskd.output import Help
+from blendmaskd.programs.arguments import checked, output_file, positive, seconds, size
 from blendmaskd.programs.connecting import ANSWER_S, add_keys
 
 MOST_CLIENTS = 500
 LOAD_OPTIONS = ("clients", "rate", "size", "encoding", "transport", "mask_format")
+PLOTS = (".svg", ".png", ".pdf")
 
 
 def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     """The arguments; exits with usage when they are wrong."""
     parser = argparse.ArgumentParser(prog="benchmark", description=description, parents=[load_parser()],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                     formatter_class=Help)  # fmt: skip
     daemon = parser.add_argument_group("the daemon")
     add = daemon.add_argument
     add("--endpoint", metavar="E", help="a running daemon; default: start one")
@@ -45,9 +47,9 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--flood", action="store_true",
         help="latency of a client with one job at a time, alone and beside one with 1000 in flight, instead")
     add = parser.add_argument_group("results").add_argument
-    add("--json", metavar="FILE", type=Path, help="write all figures, named as in BENCHMARKS.md")
+    add("--json", metavar="FILE", type=output_file, help="write all figures, named as in BENCHMARKS.md")
     add("--markdown", action="store_true", help="print a Markdown table with one row per round")
-    add("--plot", metavar="FILE", type=Path, help="plot throughput against latency (.svg, .png, .pdf)")
+    add("--plot", metavar="FILE", type=output_file, help=f"plot throughput against latency ({', '.join(PLOTS)})")
     return parser.parse_args(argv)
 
 

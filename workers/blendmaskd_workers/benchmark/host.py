@@ -36,8 +36,9 @@ from rich.table import Table
 from blendmaskd import files, settings
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError
+from blendmaskd.output import Help
 from blendmaskd.programs import input_images
-from blendmaskd.programs.arguments import positive, size
+from blendmaskd.programs.arguments import output_file, positive, size
 from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
 from blendmaskd.protocol import Options
 from blendmaskd.settings import Limits
@@ -51,8 +52,7 @@ REPLAYED = (800, 800)  # what the masks are of, and what their time is a multipl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmark_host", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog="benchmark_host", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--sizes", nargs="+", type=size, default=SIZES, metavar="HEIGHTxWIDTH", help="of synthetic photographs")
     add("--images", nargs="+", metavar="IMAGE", help="files, folders or globs instead")
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what the masks are of")
     add("--rounds", type=positive, default=15, help="default 15")
     add("--require", type=float, metavar="RATIO", help="exit with code 1 when a photograph's ratio is above")
-    add("--json", type=Path, metavar="FILE", help="write all figures")
+    add("--json", type=output_file, metavar="FILE", help="write all figures")
     arguments = parser.parse_args(argv)
     return guarded("benchmark_host", lambda: _main(arguments))
 

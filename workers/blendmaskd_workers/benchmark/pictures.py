@@ -56,7 +56,7 @@ def from_file(path: Path, encoding: Encoding) -> Picture:
     try:
         pixels = images.bgr(images.decode(path.read_bytes(), Limits()))
     except (ImageError, OSError) as error:
-        raise UsageError(f"{path}: {error}") from None
+        raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if encoding != "path":
         return _encoded(pixels, encoding)
     return _picture(protocol.Image(kind="path", path=os.path.abspath(path)), None)

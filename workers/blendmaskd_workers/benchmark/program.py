@@ -58,7 +58,7 @@ from blendmaskd.protocol import Options
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.topology import HostError
 from blendmaskd_workers.benchmark import device, flood, http_load, kill, pictures, replay, report, servers
-from blendmaskd_workers.benchmark.arguments import LOAD_OPTIONS, load_parser, parse
+from blendmaskd_workers.benchmark.arguments import LOAD_OPTIONS, PLOTS, load_parser, parse
 from blendmaskd_workers.benchmark.generator import Generator
 from blendmaskd_workers.benchmark.load_socket import Sending
 from blendmaskd_workers.benchmark.measure import Point, Row, measure
@@ -207,9 +207,8 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         raise UsageError("--flood is a load of its own: leave --bare, --compare, --rate and --kill out")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install 'blendmaskd[plots]'")
-    for file in filter(None, (arguments.json, arguments.plot)):
-        if not file.absolute().parent.is_dir():
-            raise UsageError(f"{file}: the folder {file.absolute().parent} does not exist")
+    if arguments.plot and arguments.plot.suffix not in PLOTS:
+        raise UsageError(f"--plot {arguments.plot}: expected a name in {', '.join(PLOTS)}")
 
 
 def _http(arguments: argparse.Namespace, console: Console) -> int:

@@ -23,6 +23,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from blendmaskd.output import Help
 from blendmaskd.programs.arguments import add_results, parse_resuming, positive
 from blendmaskd.programs.errors import guarded
 
@@ -38,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--input", metavar="IMAGES", nargs="+", required=True,
         help="files, folders, quoted globs, or Parquet files or folders of them")

@@ -27,6 +27,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from blendmaskd import logs, settings
+from blendmaskd.choices import remedy
 from blendmaskd.core import metrics
 from blendmaskd.core.stats import Stats
 from blendmaskd.core.suspects import Suspects, Suspicion
@@ -68,7 +69,7 @@ def application(arguments: dict[str, Any]) -> Application:
     try:
         args = msgspec.convert(arguments, Arguments)
     except msgspec.ValidationError as error:
-        raise SettingsError(f"args: {error}") from None
+        raise SettingsError(f"args: {error}{remedy(str(error), Arguments)}") from None
     given = args.settings
     loaded = settings.load(given) if isinstance(given, str) else settings.from_tree(_with_numbers(given))
     tree = settings.to_tree(loaded)

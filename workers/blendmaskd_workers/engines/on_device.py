@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from blendmaskd.assignment import EXIT_CANNOT_BOOT
 from blendmaskd.coco import categories
 from blendmaskd.coco.categories import CategoriesError
+from blendmaskd.probe import Cause
 from blendmaskd.settings import Settings
 from blendmaskd_workers import devices
 from blendmaskd_workers.engines import Engine, EngineError, Times, segment
@@ -37,7 +39,8 @@ class OnDevice:
         except devices.UnsupportedError as error:
             raise EngineError(f"model.precision = {self._settings.precision}: {error}") from error
         except devices.DeviceError as error:
-            raise EngineError(str(error), exit_code=1) from error  # a driver may come back
+            for_good = error.cause is Cause.NO_TORCH_NPU  # else a driver may come back
+            raise EngineError(str(error), exit_code=EXIT_CANNOT_BOOT if for_good else 1) from error
 
     def _weights(self) -> str:
         if self._settings.weights is None:

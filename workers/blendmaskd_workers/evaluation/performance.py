@@ -34,6 +34,7 @@ import msgspec
 
 from blendmaskd import settings as settings_module
 from blendmaskd.core.launch_plan import Basis, Preload
+from blendmaskd.output import Help
 from blendmaskd.programs.arguments import positive, seed, size
 from blendmaskd.programs.errors import UsageError, guarded
 from blendmaskd.settings import Settings, SettingsError
@@ -291,8 +292,7 @@ def _progress(text: str) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="eval_performance", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog="eval_performance", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--config", metavar="FILE", help="the network: a YAML file with AdelaiDet's keys")
     weights = parser.add_mutually_exclusive_group()

@@ -44,6 +44,7 @@ from typing import Any
 
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, Pixels
+from blendmaskd.output import Help
 from blendmaskd.programs.arguments import device, seed
 from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
 from blendmaskd_workers.evaluation import logs, outputs
@@ -101,8 +102,7 @@ def _describe(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="eval_precision", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog="eval_precision", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="the network: a YAML file with AdelaiDet's keys")
     weights = parser.add_mutually_exclusive_group(required=True)

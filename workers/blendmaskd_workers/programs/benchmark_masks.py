@@ -18,17 +18,18 @@ from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.table import Table
 
+from blendmaskd.output import Help
 from blendmaskd.programs.arguments import positive
 from blendmaskd.programs.errors import guarded
 from blendmaskd_workers import blendmask, masks
 from blendmaskd_workers.masks import Floats
-from blendmaskd_workers.programs.benchmark_network import ROOT, Rles, encode, photograph, timed
+from blendmaskd_workers.programs.benchmark_network import ROOT, Rles, encode, photograph, seeded, timed
 
 SIZE = (800, 1200)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--config", default=str(ROOT / "configs/BlendMask/R_50_1x.yaml"))
     parser.add_argument("--image", default=str(ROOT / "tests/golden/images/chelsea.png"))
     parser.add_argument("--rounds", type=positive, default=7)
@@ -51,10 +52,8 @@ def instances(config_path: str, image_path: str) -> tuple[Floats, Floats]:
 
     Raises `UsageError`, and OSError.
     """
-    config = blendmask.load_config(config_path)
-    network = blendmask.build(config)
-    blendmask.load_into(network, blendmask.random_weights(network))
-    prepared = blendmask.prepare(photograph(image_path, *SIZE), config)
+    network = seeded(config_path)
+    prepared = blendmask.prepare(photograph(image_path, *SIZE), network.config)
     [found] = blendmask.segment(network, [prepared])
     detections = blendmask.finish(found, prepared)
     return detections.boxes, detections.probabilities

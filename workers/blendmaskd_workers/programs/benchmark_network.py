@@ -33,7 +33,8 @@ from torch import nn
 
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, Pixels
-from blendmaskd.programs.arguments import positive, threads
+from blendmaskd.output import Help
+from blendmaskd.programs.arguments import output_file, positive, threads
 from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
 from blendmaskd_workers import blendmask, devices, masks
 from blendmaskd_workers.blendmask import BlendMask, Config, Detections, Instances
@@ -92,11 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
-    config = blendmask.load_config(arguments.config)
-    network = blendmask.build(config)
-    blendmask.load_into(network, blendmask.random_weights(network))
+    network = seeded(arguments.config)
     pixels = photograph(arguments.image, arguments.size)
-    dense, left = multiplications(config, blendmask.prepare(pixels, config).padded_size)
+    dense, left = multiplications(network.config, blendmask.prepare(pixels, network.config).padded_size)
     console = Console()
     console.print(f"{dense / 1e9:.1f} billion multiplications, {left / 1e9:.1f} with the top layer where it is read; "
                   f"{arguments.threads} threads, medians of {arguments.rounds} rounds")  # fmt: skip
@@ -118,6 +117,16 @@ def _main(arguments: argparse.Namespace) -> int:
     for line in slow:
         console.print(f"{line.precision}: {line.ratio:.2f}x, required are {arguments.require[line.precision]:g}x")
     return EXIT_FAILED if slow else 0
+
+
+def seeded(config: str) -> BlendMask:
+    """A network with random weights. Raises `UsageError` for a configuration that cannot be built."""
+    try:
+        network = blendmask.build(blendmask.load_config(config))
+    except blendmask.ConfigError as error:
+        raise UsageError(str(error)) from None
+    blendmask.load_into(network, blendmask.random_weights(network))
+    return network
 
 
 def photograph(path: str, height: int, width: int | None = None) -> Pixels:
@@ -286,7 +295,7 @@ def _requirement(text: str) -> tuple[str, float]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--config", default=str(ROOT / "configs/BlendMask/R_50_1x.yaml"))
     add("--image", default=str(ROOT / "tests/golden/images/chelsea.png"))
@@ -295,7 +304,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=positive, default=5)
     add("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     add("--require", nargs="+", type=_requirement, default=[], metavar="P=RATIO", help="minimums, such as fp32=1.5")
-    add("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    add("--json", type=output_file, metavar="FILE", help="write the figures to this file")
     arguments = parser.parse_args(argv)
     arguments.require = dict(arguments.require)
     return arguments

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from blendmaskd import files
-from blendmaskd.programs.errors import EXIT_FAILED
+from blendmaskd.output import Help
+from blendmaskd.programs.errors import EXIT_FAILED, reason
 
 OPSETS = range(13, 21)  # that torch's tracer writes
 AGREES = 1e-4  # of a tensor's largest value: what the goldens allow for rounding
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except (OSError, ValueError, EngineError) as error:
-        print(f"export_onnx: {error}", file=sys.stderr)
+        print(f"export_onnx: {reason(error)}", file=sys.stderr)
         return EXIT_FAILED
 
 
@@ -95,7 +96,7 @@ def _compare(network: Any, exported: Any, shapes: Sequence[tuple[int, int, int]]
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--config", metavar="FILE", required=True, help="the network: AdelaiDet's YAML keys")
     add("--weights", metavar="FILE", required=True, help="its checkpoint, as for model.weights")

@@ -26,7 +26,7 @@ from blendmaskd.images import decoding as images
 from blendmaskd.images import overlay
 from blendmaskd.images.decoding import ImageError
 from blendmaskd.images.quiet import quiet
-from blendmaskd.output import in_a_line
+from blendmaskd.output import Help, in_a_line
 from blendmaskd.programs import input_images
 from blendmaskd.programs.arguments import device, seed, share
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError, guarded
@@ -240,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="inference",
         description="Segment photographs with BlendMask: draw boxes, names, scores and masks, and write COCO results.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="the network: a YAML file with AdelaiDet's keys")

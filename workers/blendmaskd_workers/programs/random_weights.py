@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blendmaskd import files
+from blendmaskd.output import Help
 from blendmaskd.programs.arguments import seed
-from blendmaskd.programs.errors import EXIT_FAILED
+from blendmaskd.programs.errors import EXIT_FAILED, reason
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         count = save(arguments.config, arguments.output, arguments.seed)
     except (OSError, ValueError) as error:
-        print(f"random_weights: {error}", file=sys.stderr)
+        print(f"random_weights: {reason(error)}", file=sys.stderr)
         return EXIT_FAILED
     print(f"{arguments.output}: {count / 1e6:.1f} million random weights, seed {arguments.seed}. Nothing has been")
     print("learnt: a network with them finds many instances, and none of them means anything.")
@@ -49,7 +50,7 @@ def save(config: str, output: Path, seed: int) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--config", metavar="FILE", required=True, help="the network: AdelaiDet's YAML keys")
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="checkpoint, such as random.pth")
     parser.add_argument("--seed", metavar="N", type=seed, default=0, help="default 0")

@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 NOT_LOSSES = {"iteration", "lr", "images_per_s", "eta_s"}
+FEW = 10
 
 
 def draw(log: Path, picture: Path) -> None:
@@ -16,16 +17,18 @@ def draw(log: Path, picture: Path) -> None:
     if not entries:
         return
     iterations = [entry["iteration"] for entry in entries]
+    marker = "." if len(entries) < FEW else None  # a single point makes no line
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     for name in sorted(set(entries[0]) - NOT_LOSSES, key=lambda name: -entries[0][name]):
-        above.plot(iterations, [entry[name] for entry in entries], label=name, linewidth=2 if "total" in name else 1)
+        above.plot(iterations, [entry[name] for entry in entries], label=name, marker=marker,
+                   linewidth=2 if "total" in name else 1)
     above.set_yscale("log")
     above.set_ylabel("loss, mean of the iterations since the last point")
     above.legend()
     above.grid(alpha=0.3, which="both")
-    below.plot(iterations, [entry["lr"] for entry in entries], color="black", linewidth=1)
+    below.plot(iterations, [entry["lr"] for entry in entries], color="black", marker=marker, linewidth=1)
     below.set_ylabel("learning rate")
     below.set_xlabel("iteration")
     below.grid(alpha=0.3)

@@ -1,6 +1,6 @@
 """Train BlendMask on a data set in COCO's format.
 
-    python scripts/train.py --config configs/demo/demo.yaml --images shapes/images/train \
+    python scripts/train.py --config configs/demo/demo.yaml --images shapes/images/train \\
         --annotations shapes/train.json --output-dir out/demo
 
 Writes to the output folder: checkpoint.pth (the last state, from which --resume continues), model_final.pth (the
@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from blendmaskd import files
+from blendmaskd.output import Help
 from blendmaskd.programs.arguments import positive, seed, threads
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError, guarded
 
@@ -303,8 +304,7 @@ def _iteration_of(line: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="train", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="network and training: a YAML file with AdelaiDet's keys")
     add("--images", required=True, type=Path, metavar="DIR", help="folder that file names are relative to")

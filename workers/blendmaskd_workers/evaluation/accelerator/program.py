@@ -59,6 +59,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from blendmaskd import files
+from blendmaskd.output import Help
 from blendmaskd.programs.arguments import positive, seconds, size
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_DAEMON, OutputError, UsageError, guarded
 from blendmaskd.settings.checks import DEVICE
@@ -155,7 +156,7 @@ def _write(out: Path, tree: Tree, begun: float) -> None:
         with files.whole(out / f"{NAME}.md") as beside:
             beside.write_text(report.markdown(tree), encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{out}: {error}") from None
+        raise OutputError(f"{out}: {error.strerror or error}") from None
 
 
 def _make(out: Path) -> None:
@@ -163,7 +164,7 @@ def _make(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{NAME}.log").write_bytes(b"")
     except OSError as error:
-        raise OutputError(f"{out}: {error}") from None
+        raise OutputError(f"{out}: {error.strerror or error}") from None
 
 
 def _check(arguments: argparse.Namespace, folder: Path) -> Check:
@@ -205,8 +206,7 @@ def _describe(arguments: argparse.Namespace) -> Tree:
 # ---- command line -----------------------------------------------------------------------------------------------
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=NAME, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog=NAME, description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--device", type=_device, required=True, metavar="DEVICE", help="cuda:0, npu:0 or cpu")
     add("--out", type=Path, default=Path("out/accelerator_check"), metavar="FOLDER",
