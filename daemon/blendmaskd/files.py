@@ -1,10 +1,13 @@
-"""Files that are written whole or not at all: a reader never sees half of one, whatever dies meanwhile."""
+"""Files that are written whole or not at all: a reader never sees half of one, whatever dies meanwhile. And files that
+are read where nobody may be kept waiting.
+"""
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +37,18 @@ def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
             path.hardlink_to(beside)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def open_file(path: str | os.PathLike[str]) -> int:
+    """A descriptor for reading. Raises OSError, also for what is no file: opening a pipe may take for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise OSError(errno.EINVAL, "not a file", os.fspath(path))
 
 
 def write_json(path: Path, tree: Any) -> None:

@@ -83,7 +83,7 @@ def is_open_to_others(mode: int, owner: int, user: int) -> bool:
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
-        path.open("rb").close()  # says why not, where `load_certificate` says only that it cannot
+        os.close(files.open_file(path))  # says why not, where `load_certificate` says only that it cannot
         public, secret = zmq.auth.load_certificate(path)
     except OSError as error:
         raise KeyFileError(f"{path}: {error.strerror}; create key files with blendmaskd-keys") from error

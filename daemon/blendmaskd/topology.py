@@ -63,10 +63,10 @@ def visible_id(device: str, environment: Mapping[str, str]) -> str:
 
 
 def parse_cpus(text: str) -> Cpus:
-    """``0-3,8`` as (0, 1, 2, 3, 8). Empty for anything that is no CPU list, such as ``NA``."""
+    """``0-3,8`` as (0, 1, 2, 3, 8). Empty for anything that is no CPU list, such as ``NA`` or a CPU above 99999."""
     cpus: set[int] = set()
     for part in text.strip().split(","):
-        bounds = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        bounds = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
         if not bounds:
             return ()
         cpus.update(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))

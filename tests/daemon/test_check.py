@@ -201,6 +201,11 @@ def _of_another(path: Path) -> None:
         db.executescript("PRAGMA application_id = 7; CREATE TABLE theirs (x)")
 
 
+def _of_another_without_id(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE theirs (x)")
+
+
 def _a_spool(path: Path) -> None:
     spool = Spool(path, 1.0)
     spool.open()
@@ -210,6 +215,7 @@ def _a_spool(path: Path) -> None:
 @pytest.mark.parametrize(("make", "reason"), [
     (Path.mkdir, "is not a file"), (os.mkfifo, "is not a file"),
     (lambda path: path.write_text("precious"), "is not a database"), (_of_another, "is a database of another program"),
+    (_of_another_without_id, "is a database of another program"),
     (Path.touch, ""), (_a_spool, ""),
 ])  # fmt: skip
 def test_what_is_in_the_place_of_the_spool_is_told(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:

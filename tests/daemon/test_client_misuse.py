@@ -1,7 +1,11 @@
 """What callers get wrong: arguments, forks, threads, event loops, clients that are closed or forgotten."""
 import asyncio
+import copy
 import gc
 import os
+import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -118,6 +122,30 @@ def test_a_closed_client_says_so_and_is_closed_again_quietly(shared_daemon: Any)
     for call in (lambda: client.segment(pixels(0)), client.stats, lambda: next(results)):
         with pytest.raises(RuntimeError, match="this client is closed"):
             call()
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_client_is_not_copied(shared_daemon: Any, kind: type[Any], make: Callable[[Any], object]) -> None:
+    with pytest.raises(TypeError, match="a client cannot be copied or pickled: make one in each process"):
+        make(kind(shared_daemon.endpoint))
+    with Client(shared_daemon.endpoint) as client:
+        with pytest.raises(TypeError):
+            make(client)
+        gc.collect()
+        assert client.segment(pixels(0)).device
+
+
+def test_a_client_without_descriptors_is_told_once(shared_daemon: Any) -> None:
+    code = f"""
+import resource, sys
+from blendmaskd import Client
+resource.setrlimit(resource.RLIMIT_NOFILE, (7, 7))
+Client({shared_daemon.endpoint!r})
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "Too many open files" in ended.stderr.splitlines()[-1]
+    assert "AttributeError" not in ended.stderr
 
 
 def test_another_thread_is_told(slow_daemon: Any, wait_until: Any) -> None:

@@ -7,6 +7,7 @@ same.
 from __future__ import annotations
 
 import sqlite3
+import sys
 import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -508,6 +509,22 @@ def test_one_s_high_priorities_hold_up_no_other() -> None:
         machine.disk_catches_up()
     assert list(dict.fromkeys(begun)) == [1, 7, 2, 8, 3]
     machine.teardown()
+
+
+def test_a_client_that_leaves_costs_no_look_at_the_jobs_of_others() -> None:
+    def calls(jobs: int) -> int:
+        stored = [Stored(number, f"{number:032}", b"other", 0, 1) for number in range(1, jobs + 1)]
+        many = Durable(Broker(LIMITS), 1 << 20, stored=stored)
+        many.fetch(b"leaving", Fetch(job=stored[-1].name))
+        events: list[str] = []
+        sys.setprofile(lambda frame, event, argument: events.append(event))
+        many.client_gone(b"leaving")
+        sys.setprofile(None)
+        many.check()
+        assert not many.jobs.owed(b"leaving")
+        return len(events)
+
+    assert calls(1000) == calls(1)
 
 
 def test_all_that_is_written_counts_until_it_is_dropped(tmp_path: Path) -> None:

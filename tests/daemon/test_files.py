@@ -3,11 +3,17 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from blendmaskd import files
+from blendmaskd import files, keys
+from blendmaskd.client.exchange import describe
+from blendmaskd.http import certificate, tokens
+from blendmaskd.settings import SettingsError, load
+from blendmaskd.shell import launch
 from checkout import ROOT
 
 
@@ -21,6 +27,35 @@ def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
         beside.write_text("new")
         assert path.read_text() == "whole"
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "new")]
+
+
+def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe, 0o600)
+    readers: list[Callable[[], object]] = [
+        lambda: files.open_file(pipe), lambda: describe(pipe),
+        lambda: certificate.load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), str(pipe), str(pipe)),
+    ]  # fmt: skip
+    for read in readers:
+        with pytest.raises(OSError, match="not a file"):
+            read()
+    with pytest.raises(keys.KeyFileError, match="pipe: not a file"):
+        keys.read_pair(pipe)
+    with pytest.raises(tokens.TokensError, match="pipe: not a file"):
+        tokens.Tokens(str(pipe))
+    with pytest.raises(SettingsError, match="a pipe with nothing in it"):
+        load(pipe)
+    assert not launch._loadable(pipe)
+
+
+def test_settings_come_by_a_pipe_once(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"drain_s: 7\n")
+    os.close(writer)
+    assert load(f"/dev/fd/{reader}").drain_s == 7
+    with pytest.raises(SettingsError, match="it is read once"):
+        load(f"/dev/fd/{reader}")
+    os.close(reader)
 
 
 def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:

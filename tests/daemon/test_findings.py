@@ -204,6 +204,7 @@ FAULTS: list[Case] = [
      "ulimit -n 65536"),
     ("few files for a flood", lambda: limits(hard_files=1024), "warning",
      "connects very often can end the daemon", "a hard limit of 2984 or more"),
+    ("too few threads to start", lambda: limits(threads=15), "error", "at most 15 threads can be", "pids.max"),
     ("too few files to start", lambda: limits(hard_files=63), "error", "at most 63 files may be open", "ulimit -Hn"),
     ("little memory", lambda: limits(available_bytes=1 << 30), "warning", "may take 2.0 GiB, 1.0 GiB are", "max_bytes"),
     ("root", lambda: devices.judge_identity(is_root=True, has_service=True), "warning", "runs as root",

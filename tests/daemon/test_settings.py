@@ -232,6 +232,15 @@ REFUSED = {
     "no host threads": ({"runtime": {"host_threads": 0}}, "runtime.host_threads = 0: Expected `int` >= 1"),
     "65 host threads": ({"runtime": {"host_threads": 65}}, "runtime.host_threads = 65: Expected `int` <= 64"),
     "host threads of a word": ({"runtime": {"host_threads": "all"}}, "runtime.host_threads = 'all': Invalid enum"),
+    "more bytes than ZeroMQ takes": ({"limits": {"max_image_bytes": 2**62}}, "max_image_bytes = 4611686018427387904: "),
+    "more jobs than 64 bits": ({"queue": {"max_jobs": 10**30}}, f"queue.max_jobs = {10**30}: Expected `int` <="),
+    "a million threads": ({"runtime": {"threads": 10**6}}, "runtime.threads = 1000000: Expected `int` <= 1024"),
+    "warm-up of no image": ({"warm_up": [[1, 10**9]]}, "Expected `int` <= 65535"),
+    "a window below a report": ({"window_s": 0.5}, "window_s = 0.5: Expected `float` >= 1"),
+    "a window that is never full": ({"window_s": 1e9}, "window_s = 1000000000.0: Expected `float` <= 3600"),
+    "a batch size beyond all": ({"timed": {"latency_ms": {99: 5}}}, "timed.latency_ms: one of its keys [99]: Expected"),
+    "a key that is no text": ({"batch": 1, True: 5}, "settings: one of its keys ['batch', True]: Expected `str`"),
+    "a key without letters": ({"": 5}, "'': unknown key"),
     "no devices": ({"devices": []}, "devices = []: name at least one"),
     "unknown device": ({"devices": ["npu:0", "gpu:0"]}, "devices: 'gpu:0': expected npu:N, cuda:N or cpu:N"),
     "device without number": ({"devices": ["npu"]}, "devices: 'npu': expected npu:N"),
@@ -309,6 +318,23 @@ def test_so_is_one_of_the_environment_and_of_a_flag(
     with pytest.raises(SettingsError) as refused:
         load(None, environment, overrides)
     assert text in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "overrides"),
+    [
+        ({"BLENDMASKD__": "1"}, ["worker_env.TOKEN=s3cret"]),
+        ({"BLENDMASKD__WORKER_ENV__TOKEN": "[s3cret"}, []),
+        ({"BLENDMASKD__WORKER_ENV__TOKEN": "s3cret #1"}, []),
+        ({"BLENDMASKD__WORKER_ENV": "s3cret"}, []),
+        ({}, ["worker_env={TOKEN: s3cret, 5: x}"]),
+        ({}, ["worker_env.TOKEN=s3cret", "timed.latency_ms={99: 5}"]),
+    ],
+)
+def test_no_error_shows_what_workers_get_as_environment(environment: dict[str, str], overrides: list[str]) -> None:
+    with pytest.raises(SettingsError) as refused:
+        load(None, environment, overrides)
+    assert "s3cret" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,6 +82,15 @@ def test_too_few_descriptors_are_told_before_zeromq_aborts(run: Run) -> None:
     reason = "at most 20 files may be open, at least 64 are needed"
     assert refused.stderr == f"blendmaskd: {reason}; raise the hard limit (ulimit -Hn, LimitNOFILE=)\n"
     assert f"error    limits       {reason}" in run("check", before=few).stdout
+
+
+def test_too_few_threads_are_told_before_zeromq_aborts(run: Run) -> None:
+    few = ["bash", "-c", 'ulimit -s 1000000 -v 8000000; exec "$@"', "bash"]  # each thread reserves its stack
+    refused = run(before=few, environment={"OMP_NUM_THREADS": "1"})
+    assert refused.returncode == EXIT_CANNOT_BOOT
+    assert re.fullmatch(
+        r"blendmaskd: at most [3-9] threads can be started, at least 16 are needed; raise .*\n", refused.stderr
+    )
 
 
 def test_a_soft_limit_is_raised_before_it_is_met(daemon) -> None:

@@ -286,13 +286,16 @@ def test_when_the_daemon_dies_what_was_answered_is_kept(daemon: Any, wait_until:
     assert f"  in/39.png: no-answer: no answer from {running.endpoint} within 1 s" in out
 
 
-def test_ctrl_c_cancels_and_writes_what_there_is(daemon: Any, wait_until: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_cancels_and_writes_what_there_is(
+    daemon: Any, wait_until: Any, tmp_path: Path, stop: signal.Signals
+) -> None:
     for number in range(60):
         photo(tmp_path / f"in/{number:02}.png")
     running = daemon(devices=["cpu:0"], timed={"latency_ms": {1: 100}})
     submitting = start(tmp_path, running.endpoint, "in", "--out", "o")
     wait_until(lambda: running.client.stats()["answered"] >= 3)
-    submitting.send_signal(signal.SIGINT)
+    submitting.send_signal(stop)
     out, err = submitting.communicate(timeout=30)
     assert submitting.returncode == 130
     assert "interrupted" in out
@@ -345,6 +348,7 @@ def test_ctrl_c_cannot_part_an_answer_s_result_from_its_overlay(
         (["ipc:///x", "a.png", "--out", "o", "--score-threshold", "2"], "2: expected a number from 0 to 1"),
         (["ipc:///x", "a.png", "--out", "o", "--window", "0"], "0: expected a whole number from 1"),
         (["ipc:///x", "a.png", "--out", "o", "--window", "two"], "two: expected a whole number from 1"),
+        (["ipc:///x", "a.png", "--out", "o", "--max-detections", "9" * 20], "9: expected a whole number from 0 to"),
         (["ipc:///x", "a.png", "--out", "o", "--timeout", "nan"], "nan: expected seconds"),
         (["ipc:///x", "a.png"], "--out"),
         (["ipc:///x", "--out", "o"], "IMAGE"),

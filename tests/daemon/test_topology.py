@@ -33,6 +33,8 @@ SAMPLES = Path(__file__).parents[1] / "data" / "npu-smi"
         ("NA", ()),
         ("3-1", ()),
         ("0-3,x", ()),
+        ("0-99999999999", ()),  # counted out it would take all memory
+        ("9" * 5000, ()),
     ],
 )
 def test_cpu_lists_are_read(text: str, cpus: tuple[int, ...]) -> None:

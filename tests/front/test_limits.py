@@ -11,6 +11,9 @@ import psutil
 import pytest
 from running_front import Front, MakeFront, fronts, read_all, segment_request
 
+from blendmaskd.http.connections import Server
+from blendmaskd.settings.schema import Http
+
 
 @pytest.fixture(scope="module")
 def strict(shared_daemon: Any, wait_until: Any) -> Any:
@@ -18,6 +21,13 @@ def strict(shared_daemon: Any, wait_until: Any) -> Any:
     with fronts(wait_until) as make:
         yield make(shared_daemon, "--set", "limits.max_image_bytes=200000", receive_s=1.0, send_s=1.0,
                    max_connections=8, max_bytes=1_000_000)  # fmt: skip
+
+
+def test_what_uvicorn_reads_of_the_environment_is_none_of_the_front_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEB_CONCURRENCY", "auto")
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    config = Server(None, Http(), 1.0, None).config
+    assert (config.workers, config.proxy_headers) == (1, False)
 
 
 def status_of(answer: bytes) -> int:

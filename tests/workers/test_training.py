@@ -284,6 +284,15 @@ def test_a_broken_picture_is_named_and_nothing_that_was_learnt_is_lost(own, tmp_
     assert [key for key in never if not torch.equal(resumed[key], never[key])] == []
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("--seed", "-1"), ("--seed", "9" * 40), ("--threads", "-5"), ("--threads", "99999999")]
+)
+def test_numbers_that_torch_does_not_take_are_refused(name: str, value: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--config", "c", "--images", "i", "--annotations", "a", "--output-dir", "o", name, value])
+    assert f"argument {name}: {value}: expected a whole number from" in capsys.readouterr().err
+
+
 def test_a_picture_over_the_limit_names_an_option_that_there_is(data, tmp_path, capsys) -> None:
     config, out = configure(tmp_path, KEYS | {"SOLVER.MAX_ITER": 1}), tmp_path / "out"
     told = ended(capsys, *arguments(data, config, out, "--max-image-pixels", "1000"))

@@ -12,13 +12,15 @@ import psutil
 from blendmaskd.check.finding import Finding, error, ok, warning
 from blendmaskd.discovery import read
 from blendmaskd.settings import Settings
+from blendmaskd.shell import threads
 from blendmaskd.shell.descriptors import REMEDY, limits, most_connections, most_regions, needed, shortage
 from blendmaskd.shell.spool import APPLICATION
 
 NETWORK_TYPES = ("nfs", "cifs", "smb", "ceph", "glusterfs", "lustre", "fuse.sshfs", "9p")
 FEW_FILES = 512
 GIB = 1 << 30
-SQLITE = b"SQLite format 3\0"  # begins a database's header of 100 bytes, which has its application_id at 68
+# Begins a database's header of 100 bytes, which has the schema's version (0: none) at 40, application_id at 68.
+SQLITE = b"SQLite format 3\0"
 
 
 class SpoolFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +38,7 @@ class SpoolFacts(msgspec.Struct, frozen=True, kw_only=True):
 class LimitFacts(msgspec.Struct, frozen=True, kw_only=True):
     files: int  # soft RLIMIT_NOFILE
     hard_files: int
+    threads: int = threads.NEEDED  # that can be started, counted up to there
     locked_bytes: int | None  # RLIMIT_MEMLOCK; None: no limit
     available_bytes: int  # of the host's memory, or of the control group's where that is less
     promised_bytes: int  # that queue and shared memory may take
@@ -70,7 +73,8 @@ def _taken(path: str) -> str:
         return ""
     if head and not head.startswith(SQLITE):
         return "is not a database"
-    return "is a database of another program" if int.from_bytes(head[68:72]) not in (0, APPLICATION) else ""
+    application, schema = int.from_bytes(head[68:72]), int.from_bytes(head[40:44])
+    return "is a database of another program" if application != APPLICATION and (application or schema) else ""
 
 
 def _network_type(folder: Path) -> str:
@@ -86,6 +90,7 @@ def ask_limits(settings: Settings) -> LimitFacts:
     return LimitFacts(
         files=soft,
         hard_files=hard,
+        threads=threads.startable(),
         locked_bytes=None if locked == resource.RLIM_INFINITY else locked,
         available_bytes=min(psutil.virtual_memory().available, _control_group_bytes()),
         promised_bytes=settings.queue.max_bytes + settings.shared_memory_bytes,
@@ -138,6 +143,8 @@ def judge_weights(engine: str, named: str | None, complaint: str | None, took_s:
 def judge_limits(facts: LimitFacts) -> list[Finding]:
     if complaint := shortage(facts.hard_files):
         return [error("limits", complaint, REMEDY)]
+    if complaint := threads.shortage(facts.threads):
+        return [error("limits", complaint, threads.REMEDY)]
     locked = "no limit" if facts.locked_bytes is None else f"{facts.locked_bytes / (1 << 20):.0f} MiB"
     clients, regions = most_connections(facts.files), most_regions(facts.files)
     text = f"{facts.files} open files: {clients} clients, {regions} with shared memory; locked memory: {locked}"

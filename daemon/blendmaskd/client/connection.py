@@ -13,7 +13,7 @@ import socket as sockets
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -70,6 +70,10 @@ class Connection:
         self._exchange = Exchange(operator.index(retries), _seconds(timeout_s), self._places)
         self._begin()
 
+    def __reduce__(self) -> NoReturn:
+        """A copy would close what is not its own."""
+        raise TypeError("a client cannot be copied or pickled: make one in each process, thread and event loop")
+
     def _begin(self) -> None:
         """What is to be done at once; nothing by default."""
 
@@ -103,9 +107,10 @@ class Connection:
 
     def _connect(self, ipv6: bool, context: zmq.Context[Any]) -> None:
         """`ipv6`: see `wants_ipv6`. Raises ValueError for an endpoint to which nothing can be connected."""
-        self._context, self._closed, self._was_connected = context, False, False
+        self._context, self._was_connected = context, False
         self._socket = socket = context.socket(zmq.DEALER)
         self._monitor = socket.get_monitor_socket(EVENTS)
+        self._closed = False
         introduce(socket, self.keys)
         if self.endpoint.startswith("tcp://"):
             socket.set(zmq.IPV6, ipv6)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 import msgspec
 
-from blendmaskd import protocol
+from blendmaskd import files, protocol
 from blendmaskd.protocol import Accepted, Code, Failed, Fetch, Forget, Forgotten, Options, ProtocolError, Result, Submit
 
 if TYPE_CHECKING:
@@ -324,7 +324,8 @@ def describe(image: Image) -> tuple[protocol.Image, list[Any]]:
         case ServerPath():
             return protocol.Image(kind="path", path=os.fspath(image.path)), []
         case str() | Path():
-            return protocol.Image(kind="encoded"), [Path(image).read_bytes()]
+            with open(files.open_file(image), "rb") as file:
+                return protocol.Image(kind="encoded"), [file.read()]
         case bytes() | bytearray() | memoryview():
             return protocol.Image(kind="encoded"), [_contiguous(image)]
     shape, dtype = getattr(image, "shape", None), _name(getattr(image, "dtype", ""))

@@ -159,9 +159,7 @@ class Durable:
     def client_gone(self, client: bytes) -> None:
         """Nobody waits there any more; its jobs stay."""
         self._to_look.pop(client, None)
-        for job in self.jobs if self.jobs.owed(client) else ():
-            self.jobs.settle(job.waiters, client)
-            self.jobs.settle(job.submitters, client)
+        self.jobs.settle_client(client)
 
     # -- the broker -------------------------------------------------------------------------------------------------
 

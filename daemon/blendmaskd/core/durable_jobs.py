@@ -66,7 +66,7 @@ class Jobs:
         self.storing_bytes = 0
         self.lined_up: Waiting[Job] = Waiting()  # those that are SPOOLED
         self._owned: dict[bytes, Owned] = {}  # by owner
-        self._owed: Counter[bytes] = Counter()  # how many messages each client waits for
+        self._owed: dict[bytes, dict[int, dict[bytes, None]]] = {}  # where each client waits, by id
 
     def __iter__(self) -> Iterator[Job]:
         yield from self.by_name.values()
@@ -115,16 +115,19 @@ class Jobs:
         self.lined_up.put(job, first)
 
     def owe(self, owed: dict[bytes, None], client: bytes) -> None:
-        if client not in owed:
-            owed[client] = None
-            self._owed[client] += 1
+        owed[client] = None
+        self._owed.setdefault(client, {})[id(owed)] = owed
 
     def settle(self, owed: dict[bytes, None], client: bytes) -> None:
         if client in owed:
-            del owed[client]
-            self._owed[client] -= 1
+            del owed[client], self._owed[client][id(owed)]
             if not self._owed[client]:
                 del self._owed[client]
+
+    def settle_client(self, client: bytes) -> None:
+        """It waits for nothing any more, at the cost of what it waited for, however many jobs there are."""
+        for owed in self._owed.pop(client, {}).values():
+            del owed[client]
 
     def settle_all(self, owed: dict[bytes, None]) -> list[bytes]:
         """All of them, who are owed nothing any more."""
@@ -152,8 +155,10 @@ class Jobs:
             on_the_way = [job.payload_bytes for job in jobs if job.state is State.STORING]
             counted = Owned(len(jobs), sum(job.payload_bytes for job in jobs), len(on_the_way), sum(on_the_way))
             assert self._owned[owner] == counted, "what an owner has is miscounted"
-        owed = Counter(client for job in self for client in [*job.submitters, *job.waiters])
-        assert owed == self._owed, "what is owed is miscounted"
+        owed = {(client, id(where)) for job in self for where in (job.submitters, job.waiters) for client in where}
+        kept = {(client, where) for client, places in self._owed.items() for where in places}
+        assert owed == kept, "what is owed is told wrongly"
+        assert all(self._owed.values()), "a client is owed nothing, and kept"
         for job in self:
             assert not job.submitters or job.state is State.STORING, "a job is in the spool and not accepted"
             assert (job.answer is None) == (job.state is not State.ANSWERED), "an answer is nowhere"

@@ -195,7 +195,7 @@ class Server(uvicorn.Server):
         most = most_connections(http.max_connections)
         kind = type("Connection", (Connection,), {"http": http, "most": most, "leaving": set()})
         super().__init__(uvicorn.Config(
-            app, http=kind, ws="none", loop="asyncio", lifespan="on", log_config=None, access_log=False,
+            app, http=kind, ws="none", loop="asyncio", lifespan="on", log_config=None, access_log=False, workers=1,
             server_header=False, proxy_headers=False, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_keep_alive=math.ceil(http.idle_s), timeout_graceful_shutdown=math.ceil(drain_s),
         ))  # fmt: skip

@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Mapping
 
+from blendmaskd import files
 from blendmaskd.keys import NAME, is_open_to_others
 
 log = logging.getLogger("blendmaskd.http")
@@ -63,7 +64,7 @@ def state(path: str) -> object:
 
 def _read(path: str) -> Mapping[bytes, str]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(files.open_file(path), encoding="utf-8") as file:
             status = os.fstat(file.fileno())
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:

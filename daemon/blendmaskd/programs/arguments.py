@@ -12,6 +12,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+MOST = 10**15  # what counts and seeds go into has 64 bits
+
 
 def add_results(parser: argparse.ArgumentParser) -> None:
     """What of an image's results is wanted."""
@@ -47,8 +49,10 @@ def checked(convert: Callable[[str], T], good: Callable[[T], object], expected: 
 share = checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 seconds = checked(float, lambda value: 0 < value <= 86400, "seconds, more than 0 and at most 86400")
 percentage = checked(float, lambda value: 0 <= value <= 100, "percent, 0 to 100")
-count = checked(int, lambda value: value >= 0, "a whole number from 0")
-positive = checked(int, lambda value: value >= 1, "a whole number from 1")
+count = checked(int, lambda value: 0 <= value <= MOST, "a whole number from 0 to 10^15")
+positive = checked(int, lambda value: 1 <= value <= MOST, "a whole number from 1 to 10^15")
+seed = count
+threads = checked(int, lambda value: 1 <= value <= 1024, "a whole number from 1 to 1024")
 # Of a process that computes by itself.
 device = checked(str, re.compile(r"(npu|cuda|cpu)(:\d+)?").fullmatch, "npu, npu:N, cuda, cuda:N or cpu")
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at a place that is fit for it."""
+"""Ctrl-C, SIGTERM and the end of the terminal, at a place that is fit for them."""
 from __future__ import annotations
 
 import signal
@@ -7,22 +7,27 @@ from typing import Self, TypeVar
 
 T = TypeVar("T")
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Interruptible:
-    """Within it Ctrl-C raises KeyboardInterrupt only in what `wait` runs; what comes elsewhere is kept for the next.
+    """Within it `STOPS` raise KeyboardInterrupt only in what `wait` runs; what comes elsewhere is kept for the next.
 
-    So it cannot land between the parts of a step, such as an answer's result and its overlay. For main threads.
+    So none can land between the parts of a step, such as an answer's result and its overlay. For main threads. A SIGHUP
+    that the parent ignores, as nohup does, stays ignored.
     """
 
     def __init__(self) -> None:
         self._waiting = self._interrupted = False
 
     def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        hears = [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._on_signal) for number in hears}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def wait(self, run: Callable[[], T]) -> T:
         """What `run` returns, unless Ctrl-C comes or has come."""

@@ -19,8 +19,8 @@ workers to it. If there is nothing to continue, a new run begins. Without --resu
 overwrites the answers of an unfinished one.
 
 Exit codes: 0 all done · 1 an image failed, listed at the end · 2 wrong arguments · 3 no daemon · 4 --out cannot be
-written, for example because the disk is full · 130 Ctrl-C. Once images have been submitted, results.json is written
-with the results so far however the run ends.
+written, for example because the disk is full · 130 Ctrl-C, SIGTERM or SIGHUP. Once images have been submitted,
+results.json is written with the results so far however the run ends, but for kill -9.
 """
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Run:
     failures: list[Failure] = field(default_factory=list)
     images: Counter[str] = field(default_factory=Counter)  # by device
     before: int = 0  # images that an earlier run did
-    interrupted: bool = False  # by Ctrl-C
+    interrupted: bool = False  # by a signal
     trouble: str = ""  # why nothing more can be kept
     seconds: float = 0.0  # until the last answer
 

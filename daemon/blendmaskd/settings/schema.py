@@ -11,10 +11,14 @@ from blendmaskd.topology import Cpus, parse_cpus
 LARGEST = 1e9  # of seconds and milliseconds: keeps infinity out
 Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
 NotNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
-Count = Annotated[int, Meta(ge=1)]
+MOST = 10**15  # of bytes, pixels and all that is counted: ZeroMQ, SQLite and torch take no more than 63 bits
+Count = Annotated[int, Meta(ge=1, le=MOST)]
 BatchSize = Annotated[int, Meta(ge=1, le=64)]
 MOST_HOST_THREADS = 64
 HostThreads = Annotated[int, Meta(ge=1, le=MOST_HOST_THREADS)]
+Threads = Annotated[int, Meta(ge=1, le=1024)]
+Side = Annotated[int, Meta(ge=1, le=65_535)]  # of an image
+Window = Annotated[float, Meta(ge=1, le=3600)]  # reports come once a second, and each is kept
 
 
 class SettingsError(ValueError):
@@ -143,7 +147,7 @@ class Runtime(Section, frozen=True):
     cpu_affinity_conf: str | None = None
     preload: str = "auto"  # tcmalloc: auto (if installed), required, off, or the path of another allocator
     # OMP_NUM_THREADS; auto: the slot's number of CPUs, limited to its share of a CPU quota
-    threads: Literal["auto"] | Count = "auto"
+    threads: Literal["auto"] | Threads = "auto"
     # threads of a worker that decode and resize images and encode masks, beside the one that drives its device; auto:
     # the slot's number of CPUs, limited to its share of a CPU quota, 2 to 64
     host_threads: Literal["auto"] | HostThreads = "auto"
@@ -205,12 +209,12 @@ class Settings(Section, frozen=True):
     # how long an idle device waits for a batch to fill; it never waits while jobs arrive one at a time
     max_wait_ms: NotNegative = 0.0
     # image sizes (height, width) to run, alone and in a full batch, before a worker is ready
-    warm_up: list[tuple[Count, Count]] = msgspec.field(default_factory=lambda: [(800, 800)])
+    warm_up: list[tuple[Side, Side]] = msgspec.field(default_factory=lambda: [(800, 800)])
     queue: Queue = Queue()
     limits: Limits = Limits()
     paths: Paths = Paths()
     # maximum shared memory of all local clients together; one region has at most a quarter; 0: images use the socket
-    shared_memory_bytes: Annotated[int, Meta(ge=0)] = 1 << 30
+    shared_memory_bytes: Annotated[int, Meta(ge=0, le=MOST)] = 1 << 30
     # file on a local disk that stores durable jobs and their answers, created if missing; null: no durable jobs
     spool: str | None = None
     # maximum size of images and answers in the spool; beyond it durable jobs are answered `busy`
@@ -220,7 +224,7 @@ class Settings(Section, frozen=True):
     max_attempts: Count = 2
     deadline_s: Positive = 60.0  # default deadline of a job
     drain_s: Positive = 30.0  # time allowed for accepted jobs to finish after SIGTERM
-    window_s: Positive = 10.0  # window over which FPS are averaged
+    window_s: Window = 10.0  # window over which FPS are averaged, 1 to 3600
     # how often npu-smi is asked for the health of NPUs; a slot whose card is in Alarm or Critical rests; 0: never
     npu_health_s: NotNegative = 10.0
     log: Log = Log()

@@ -1,7 +1,9 @@
 """Where settings come from: a YAML file, the environment, flags. What cannot be one is told by its name."""
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     import yaml  # of the extra serve, as in `_yaml`: clients have this module too
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = _text(path)
         tree = yaml.safe_load(text)
         _refuse_doubles(yaml.compose(text, yaml.SafeLoader), str(path))
     except OSError as error:
@@ -92,16 +94,28 @@ def _read(path: str | Path) -> dict[str, Any]:
     return tree
 
 
+def _text(path: str | Path) -> str:
+    """Of a pipe too, by which a shell hands over what a command prints; but nobody waits for one to be written to."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, encoding="utf-8") as file:
+        os.set_blocking(descriptor, True)
+        text = file.read()
+        if not text and stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            raise SettingsError(f"{path}: a pipe with nothing in it: it is read once, a reload needs a file")
+    return text
+
+
 def _yaml(text: str, name: str) -> Any:
     import yaml
 
+    shown = HIDDEN if "worker_env" in name.lower() else text
     if " #" in text and not text.startswith(('"', "'", "[", "{")):
-        raise SettingsError(f"{name}={text}: YAML takes what follows ' #' for a comment: put the value into quotes")
+        raise SettingsError(f"{name}={shown}: YAML takes what follows ' #' for a comment: put the value into quotes")
     try:
         value = yaml.safe_load(text)
         _refuse_doubles(yaml.compose(text, yaml.SafeLoader), name)
     except (yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"{name}={text}: not a YAML value: {_complaint(error)}") from None
+        raise SettingsError(f"{name}={shown}: not a YAML value: {_complaint(error)}") from None
     return value
 
 
@@ -146,18 +160,21 @@ def _put(tree: dict[str, Any], keys: list[Any], value: Any, name: str) -> None:
 
 
 def _explain(error: str, tree: Any) -> str:
-    """msgspec's ``reason - at `$.queue.max_jobs` `` as ``queue.max_jobs = -1: reason``."""
-    reason, _, where = error.partition(" - at `$")
-    key = where.rstrip("`").lstrip(".")
+    """msgspec's ``reason - at `$.queue.max_jobs` `` as ``queue.max_jobs = -1: reason``. Of a bad key (``at `key` in
+    `$.timed` ``) all of its section are named, without values; those of `worker_env` are secrets.
+    """
+    [(reason, of_key, key)] = re.findall(r"^(.*?)(?: - at (`key` in )?`\$\.?(.*)`)?$", error, re.DOTALL)
     value = tree
     for part in re.findall(r"[^.\[\]]+", key):
         if isinstance(value, list) and part.isdigit():
             value = value[int(part)]
         elif isinstance(value, dict):
             value = value.get(part, value)
-    unknown = re.search(r"unknown field `(.+)`", reason)
+    unknown = re.search(r"unknown field `(.*)`", reason)
     if unknown:
-        return f"{key + '.' if key else ''}{unknown[1]}: unknown key{remedy(error, Settings)}"
-    if key.startswith("worker_env["):
-        value = dict.fromkeys(value, HIDDEN)
-    return f"{key or 'settings'} = {value!r}: {reason}{remedy(error, Settings)}"
+        return f"{key + '.' if key else ''}{unknown[1] or repr('')}: unknown key{remedy(error, Settings)}"
+    if of_key:
+        return f"{key or 'settings'}: one of its keys {[*value]}: {reason}"
+    if key.startswith("worker_env"):
+        value = dict.fromkeys(value, HIDDEN) if isinstance(value, dict) else HIDDEN
+    return f"{key} = {value!r}: {reason}{remedy(error, Settings)}"

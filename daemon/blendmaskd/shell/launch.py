@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from blendmaskd import discovery
+from blendmaskd import discovery, files
 from blendmaskd.core.launch_plan import TCMALLOC_PACKAGES, Basis, LaunchPlan, Preload
 from blendmaskd.settings import Settings
 from blendmaskd.topology import HostError, format_cpus
@@ -131,7 +131,7 @@ def _loadable(path: Path) -> bool:
 
 def _elf_identity(path: Path) -> tuple[bytes, bytes] | None:
     try:
-        with path.open("rb") as file:
+        with open(files.open_file(path), "rb") as file:
             head = file.read(20)
     except OSError:
         return None

@@ -25,7 +25,7 @@ from blendmaskd.endpoints import ipc_path
 from blendmaskd.keys import KeyFileError, Pair, read_pair
 from blendmaskd.protocol import MEMORY_SUFFIX, SURE_BYTES
 from blendmaskd.settings import Settings
-from blendmaskd.shell import descriptors
+from blendmaskd.shell import descriptors, threads
 from blendmaskd.shell.addresses import unbound
 from blendmaskd.shell.admission.access import FROM_AFAR, FROM_HERE, AllowedKeys
 from blendmaskd.shell.admission.gate import Gate
@@ -176,10 +176,13 @@ class Sockets:
 
 
 def _make_room() -> int:
-    """The soft limit of open files, raised now as far as clients may need. ZeroMQ aborts where its sockets find none.
+    """The soft limit of open files, raised now as far as clients may need. ZeroMQ aborts where its sockets find none,
+    or where it may start no thread.
 
     Raises `StartError`.
     """
+    if complaint := threads.shortage(threads.startable()):
+        raise StartError(f"{complaint}; {threads.REMEDY}")
     files, most = descriptors.limits()
     if complaint := descriptors.shortage(most):
         raise StartError(f"{complaint}; {descriptors.REMEDY}")

@@ -35,7 +35,7 @@ import msgspec
 from blendmaskd import settings as settings_module
 from blendmaskd.core.launch_plan import Basis, Preload
 from blendmaskd.output import Help
-from blendmaskd.programs.arguments import positive, size
+from blendmaskd.programs.arguments import positive, seed, size
 from blendmaskd.programs.errors import UsageError, guarded
 from blendmaskd.settings import Settings, SettingsError
 from blendmaskd.shell import launch
@@ -297,7 +297,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", metavar="FILE", help="the network: a YAML file with AdelaiDet's keys")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--weights", metavar="FILE", help="an AdelaiDet checkpoint of that network (.pth)")
-    weights.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights instead")
+    weights.add_argument("--random-weights", type=seed, metavar="SEED", help="seeded random weights instead")
     add("--devices", nargs="+", required=True, metavar="DEVICE",
         help="npu:0 npu:1, cuda:0, cpu:0; batches, data types and options are timed on the first")
     add("--engine", default="native", choices=["native", "adelaidet", "timed"], help="default: native")

@@ -45,7 +45,7 @@ from typing import Any
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, Pixels
 from blendmaskd.output import Help
-from blendmaskd.programs.arguments import device
+from blendmaskd.programs.arguments import device, seed
 from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
 from blendmaskd_workers.evaluation import logs, outputs
 
@@ -107,14 +107,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", required=True, metavar="FILE", help="the network: a YAML file with AdelaiDet's keys")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--weights", metavar="FILE", help="an AdelaiDet checkpoint of that network (.pth)")
-    weights.add_argument("--random-weights", type=int, metavar="SEED", help="seeded random weights instead")
-    weights.add_argument("--initial-weights", type=int, metavar="SEED",
+    weights.add_argument("--random-weights", type=seed, metavar="SEED", help="seeded random weights instead")
+    weights.add_argument("--initial-weights", type=seed, metavar="SEED",
                          help="AdelaiDet's weights before training, frozen batch norms as the identity")
     add("--reference", type=device, default="cpu", metavar="DEVICE", help="device to compare with (default: cpu)")
     add("--device", type=device, required=True, metavar="DEVICE", help="npu:0, cuda:0, cpu")
     add("--images", type=Path, nargs="+", default=[], metavar="FILE",
         help="photographs, annotated with seeded shapes as instances (default: painted scenes)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the scenes (default: 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="seed of the scenes (default: 0)")
     add("--hf32", choices=("on", "off", "native"), default="off",
         help="on: let an NPU use HF32 and CUDA TF32; off: float32 throughout (default); native: the device's own rule, "
         "which is all that an Ascend 910A or 310P takes")

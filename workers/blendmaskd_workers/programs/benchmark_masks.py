@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blendmaskd.output import Help
+from blendmaskd.programs.arguments import positive
 from blendmaskd.programs.errors import guarded
 from blendmaskd_workers import blendmask, masks
 from blendmaskd_workers.masks import Floats
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--config", default=str(ROOT / "configs/BlendMask/R_50_1x.yaml"))
     parser.add_argument("--image", default=str(ROOT / "tests/golden/images/chelsea.png"))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     arguments = parser.parse_args(argv)
     return guarded("benchmark_masks", lambda: _main(arguments))
 

@@ -34,7 +34,7 @@ from torch import nn
 from blendmaskd.images import decoding as images
 from blendmaskd.images.decoding import ImageError, Pixels
 from blendmaskd.output import Help
-from blendmaskd.programs.arguments import output_file
+from blendmaskd.programs.arguments import output_file, positive, threads
 from blendmaskd.programs.errors import EXIT_FAILED, UsageError, guarded
 from blendmaskd_workers import blendmask, devices, masks
 from blendmaskd_workers.blendmask import BlendMask, Config, Detections, Instances
@@ -300,8 +300,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", default=str(ROOT / "configs/BlendMask/R_50_1x.yaml"))
     add("--image", default=str(ROOT / "tests/golden/images/chelsea.png"))
     add("--size", type=int, default=800, metavar="N", help="side of the square array in pixels (default 800)")
-    add("--threads", type=int, default=2)
-    add("--rounds", type=int, default=5)
+    add("--threads", type=threads, default=2)
+    add("--rounds", type=positive, default=5)
     add("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     add("--require", nargs="+", type=_requirement, default=[], metavar="P=RATIO", help="minimums, such as fp32=1.5")
     add("--json", type=output_file, metavar="FILE", help="write the figures to this file")

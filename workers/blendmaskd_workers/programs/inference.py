@@ -28,7 +28,7 @@ from blendmaskd.images.decoding import ImageError
 from blendmaskd.images.quiet import quiet
 from blendmaskd.output import Help, in_a_line
 from blendmaskd.programs import input_images
-from blendmaskd.programs.arguments import device, share
+from blendmaskd.programs.arguments import device, seed, share
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError, guarded
 from blendmaskd.protocol import Options
 
@@ -246,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", required=True, metavar="FILE", help="the network: a YAML file with AdelaiDet's keys")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--weights", metavar="FILE", help="an AdelaiDet checkpoint of that network (.pth)")
-    weights.add_argument("--random-weights", type=int, nargs="?", const=0, metavar="SEED",
+    weights.add_argument("--random-weights", type=seed, nargs="?", const=0, metavar="SEED",
                          help="run with seeded random weights (default seed 0): the results mean nothing")
     add("--input", required=True, nargs="+", metavar="PLACE",
         help="files, folders, or quoted patterns such as 'photos/**/*.jpg'")

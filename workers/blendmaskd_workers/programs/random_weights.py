@@ -15,6 +15,7 @@ from pathlib import Path
 
 from blendmaskd import files
 from blendmaskd.output import Help
+from blendmaskd.programs.arguments import seed
 from blendmaskd.programs.errors import EXIT_FAILED, reason
 
 
@@ -52,5 +53,5 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--config", metavar="FILE", required=True, help="the network: AdelaiDet's YAML keys")
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="checkpoint, such as random.pth")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
+    parser.add_argument("--seed", metavar="N", type=seed, default=0, help="default 0")
     return parser.parse_args(argv)

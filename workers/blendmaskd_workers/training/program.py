@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from blendmaskd import files
 from blendmaskd.output import Help
-from blendmaskd.programs.arguments import positive
+from blendmaskd.programs.arguments import positive, seed, threads
 from blendmaskd.programs.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError, guarded
 
 if TYPE_CHECKING:
@@ -314,8 +314,8 @@ def _parser() -> argparse.ArgumentParser:
         "(default: from scratch)")
     add("--resume", action="store_true", help="continue from the output folder's checkpoint.pth")
     add("--device", default="cpu", help="npu, npu:1, cuda, cuda:0 or cpu (default: cpu)")
-    add("--threads", type=int, metavar="N", help="CPU threads for computation (default: PyTorch's choice)")
+    add("--threads", type=threads, metavar="N", help="CPU threads for computation (default: PyTorch's choice)")
     add("--max-image-pixels", type=positive, default=500_000_000, metavar="N",
         help="an image with more pixels ends the training (default: 500000000)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of initial weights and the order of images (default: 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of initial weights and the order of images (default: 0)")
     return parser
