@@ -370,7 +370,7 @@ def test_a_missing_folder_and_a_spool_in_use_stop_the_start(kept: Any, tmp_path:
 def test_a_full_disk_hurts_durable_jobs_only_and_loses_none(
     daemon: Any, wait_until: Any, small_disk: Any, tmp_path: Path
 ) -> None:
-    disk = small_disk(tmp_path / "disk", "1m")
+    disk = small_disk(tmp_path / "disk", "12m")
     running = daemon(**spooled(disk, timed={"latency_ms": {1: 50}}))
     accepted: dict[int, str] = {}
 

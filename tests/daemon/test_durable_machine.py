@@ -6,6 +6,8 @@ same.
 """
 from __future__ import annotations
 
+import itertools
+import random
 import sqlite3
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from blendmaskd.core.spool_messages import (
     AnswerKept,
     Erase,
     Erased,
+    Kept,
     Look,
     Looked,
     Reply,
@@ -552,6 +555,32 @@ def test_what_cannot_be_dropped_is_still_counted(tmp_path: Path) -> None:
         spool._expire()
     assert spool.usage == before
     spool.die()
+
+
+@pytest.mark.parametrize("most", [5_000, 400_000, 2_000_000])
+def test_jobs_that_fill_the_disk_leave_room_for_answers_and_to_forget_them(
+    small_disk: Any, tmp_path: Path, most: int
+) -> None:
+    spool, draw = StillSpool(small_disk(tmp_path / "disk", "16m") / "spool.db", keep_s=1e6), random.Random(most)
+    spool.begin()
+    numbers = itertools.count(1)
+    for _ in range(3):
+        seqs = list(itertools.takewhile(lambda seq: stores(spool, seq, draw.randrange(most)), numbers))
+        assert spool.usage.bytes > most
+        for seq in seqs:
+            answer = Result(job=f"{seq:032}", width=1, height=1, device="npu:0", timings={})
+            replies = spool._carry_out([StoreAnswer(seq, answer, [draw.randbytes(draw.randrange(most // 2))])])
+            assert replies == [AnswerKept(seq)]
+        for seq in seqs:
+            assert spool._carry_out([Erase(b"a", f"{seq:032}")]) == [Erased(b"a", f"{seq:032}")]
+        assert spool.usage.bytes == 0
+    spool.die()
+
+
+def stores(spool: Spool, seq: int, size: int) -> bool:
+    message = Submit(job=f"{seq:032}", image=Image(kind="encoded"), durable=True)
+    stored = Stored(seq=seq, name=message.job, owner=b"a", priority=0, size=size)
+    return spool._carry_out([Store(stored, message, [bytes(size)])]) == [Kept(seq)]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["its worker dies first", "at once"])

@@ -7,7 +7,8 @@ FULL: one fsync of the log), whatever then happens to daemon or host; one with m
 it outlives the daemon, and a host that loses its power may forget it.
 
 What must not get lost and cannot be written, on a full disk say, is tried again each second; until then it is in memory
-and `Usage.trouble` says why. New jobs are refused meanwhile. One daemon at a time has the file, by SQLite's own lock.
+and `Usage.trouble` says why. New jobs are refused meanwhile. Jobs leave the last `RESERVE` of the disk free, since
+answers, and forgetting too, need some to make room. One daemon at a time has the file, by SQLite's own lock.
 
 Nothing is decided here.
 """
@@ -38,7 +39,9 @@ CLOSE_S = 10.0
 ROW_BYTES = 1024  # that a job takes beside what is written of it, generously
 _WRITTEN = f"size + length(submit) + coalesce(length(answer), 0) + {ROW_BYTES}"  # bytes of a row and its payload
 _PAYLOAD = "INSERT INTO payloads VALUES (?, ?)"
+_UNUSED = "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size"  # bytes
 MOST_AT_ONCE = 256  # requests in a commit
+RESERVE = 8 << 20  # twice the pages (1000) after which SQLite copies its log into the database, which grows by them
 
 _FOR_THE_DISK = messages.Store | messages.StoreAnswer | messages.Erase  # each makes its commit synchronous
 _ERRORS = (sqlite3.Error, msgspec.MsgspecError, ValueError, OverflowError, MemoryError)  # of a disk, or a damaged row
@@ -161,12 +164,26 @@ class Spool:
     def _carry_out(self, batch: Sequence[Request]) -> list[Reply]:
         """In one commit; if that fails, in one each, to see which it is."""
         try:
+            self._leave_reserve(sum(each.job.size for each in batch if isinstance(each, messages.Store)))
             with self._commit(synchronous=any(isinstance(each, _FOR_THE_DISK) for each in batch)):
                 return [reply for each in batch for reply in self._do(each)]
         except _ERRORS as error:
             if len(batch) > 1:
                 return [reply for each in batch for reply in self._carry_out([each])]
             return self._refuse(batch[0], str(error))
+
+    def _leave_reserve(self, size: int) -> None:
+        """Raises sqlite3.Error where new images of so many bytes in all would take the last of the disk."""
+        if size and self._free_bytes() < RESERVE + 2 * size:  # in the log, then in the database too
+            raise sqlite3.OperationalError(
+                f"database or disk is full, but for {RESERVE >> 20} MiB for answers and to forget jobs"
+            )
+
+    def _free_bytes(self) -> int:
+        """Of the disk, and of the file, which never shrinks."""
+        disk = os.statvfs(self.path.parent)
+        [unused] = self._db.execute(_UNUSED).fetchone()
+        return disk.f_bavail * disk.f_frsize + int(unused)
 
     def _refuse(self, request: Request, reason: str) -> list[Reply]:
         match request:
