@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from blendmaskd import settings as settings_module
@@ -145,6 +147,24 @@ def test_the_hosts_work_is_real_with_a_networks_outputs(tmp_path: Path) -> None:
     assert row["failures"] == {}
     assert row["checked"] == 0  # given outputs are no checksums
     assert row["answer_bytes"] > 1000
+
+
+@pytest.mark.slow
+def test_however_it_ends_its_daemon_ends_too(wait_until: Any) -> None:
+    program_argv = [sys.executable, "scripts/benchmark.py", *BRIEF, "--seconds", "60"]
+    with subprocess.Popen(program_argv, cwd=Path(__file__).parents[2]) as running:
+        program_process = psutil.Process(running.pid)
+        its_own = wait_until(lambda: len(found := program_process.children(recursive=True)) >= 3 and found, 60)
+        running.kill()
+        wait_until(lambda: not any(map(lives, its_own)), 20)
+
+
+def lives(process: psutil.Process) -> bool:
+    """Those that nobody waits for may stay as zombies."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.slow

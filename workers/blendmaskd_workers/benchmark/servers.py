@@ -4,8 +4,10 @@ A server of our own is there, with all its devices, when the ``with`` is entered
 """
 from __future__ import annotations
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from blendmaskd.programs.connecting import wait_for_daemon
 from blendmaskd.programs.errors import NoDaemonError
 from blendmaskd.settings import Settings
 from blendmaskd_workers import engines
+from blendmaskd_workers.process import end_with_parent
 
 STOP_S = 60.0  # for a daemon of our own to drain; its own bound is `drain_s`
 POLL_S = 0.1
@@ -58,7 +61,8 @@ def own_daemon(overrides: Sequence[str], settings: Settings, checkout: Path | No
         argv = [sys.executable, "-P", "-m", "blendmaskd", "--log-level", "warning"]
         for override in [*overrides, f"endpoints.clients=[{endpoint}]", "endpoints.metrics=null"]:
             argv += ["--set", override]
-        process = subprocess.Popen(argv, env={**os.environ, **packages})
+        drain_with_parent = functools.partial(end_with_parent, signal.SIGTERM)  # however this program dies
+        process = subprocess.Popen(argv, env={**os.environ, **packages}, preexec_fn=drain_with_parent)
         try:
             pids = _wait_for_devices(endpoint, process, settings)
             yield Server(endpoint, psutil.Process(process.pid), tuple(map(psutil.Process, pids)))
