@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_OPTIONAL = ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # the first two of Unix, the last of Windows
+READING = sum((getattr(os, name, 0) for name in _OPTIONAL), os.O_RDONLY)
 LONGEST_NAME = 100  # bytes; most file systems take 255, some fewer
 
 
@@ -41,7 +43,7 @@ def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
 
 def open_file(path: str | os.PathLike[str]) -> int:
     """A descriptor for reading. Raises OSError, also for what is no file: opening a pipe may take for ever."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, READING)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return descriptor

@@ -7,7 +7,7 @@ from typing import Self, TypeVar
 
 T = TypeVar("T")
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # no SIGHUP on Windows
 
 
 class Interruptible:
@@ -21,7 +21,7 @@ class Interruptible:
         self._waiting = self._interrupted = False
 
     def __enter__(self) -> Self:
-        hears = [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        hears = [n for n in STOPS if n.name != "SIGHUP" or signal.getsignal(n) is not signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._on_signal) for number in hears}
         return self
 
