@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from typing import Any, Literal, get_args, get_origin
 
@@ -13,15 +14,19 @@ OTHERS = {int: "a number", dict: "a map"}  # beside named values
 def remedy(refusal: str, kind: Any) -> str:
     """What to add to msgspec's ``reason - at `$.field.of` `` about a value of this type; mostly nothing."""
     reason, _, where = refusal.partition(" - at `")
+    if not reason.startswith("Invalid enum value") and "unknown field" not in reason:
+        return ""
     for name in re.findall(r"[^$.\[\]`]+", where):
         kind = _fields(kind).get(name)
-    if reason.startswith("Invalid enum value") and (values := _values(kind)):
-        return f"; expected {', '.join(values)}"
+    if reason.startswith("Invalid enum value"):
+        values = _values(kind)
+        return f"; expected {', '.join(values)}" if values else ""
     unknown = re.search(r"unknown field `(.{1,80})`", reason)  # a longer one is nobody's slip, and costs time
     close = difflib.get_close_matches(unknown[1], _fields(kind), 1) if unknown else []
     return f"; did you mean {close[0]}?" if close else ""
 
 
+@functools.lru_cache  # the types are few, and a flood of refusals must stay cheap
 def _fields(kind: Any) -> dict[str, Any]:
     structs = [each for each in (kind, *get_args(kind)) if hasattr(each, "__struct_fields__")]
     return {field.name: field.type for struct in structs for field in msgspec.structs.fields(struct)}
