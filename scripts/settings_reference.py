@@ -37,7 +37,8 @@ as a whole. New settings and weights are first tried in a separate process; if t
 Relative paths are relative to the daemon's working directory; the path of an ipc endpoint starts at the root. HOST is
 an address (IPv6 in brackets), a name, an interface of this host, or `*` for all its IPv4 addresses. A key that is given
 twice is refused. In the environment, names of settings may be in capitals; below `worker_env` and other free maps, keys
-stay as they are written. One with a single underscore behind `BLENDMASKD`, such as `BLENDMASKD_BATCH`, is refused.
+stay as they are written. One with a single underscore between names, such as
+`BLENDMASKD_BATCH` or `BLENDMASKD_QUEUE_MAX_JOBS`, is refused.
 
 | key | default | meaning |
 |---|---|---|

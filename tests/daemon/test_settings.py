@@ -98,9 +98,13 @@ def test_a_file_that_is_no_yaml_is_refused_in_one_line(tmp_path: Path, content: 
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["QUEUE__MAX_JOBS", "BATCH", "worker_env__A"])
-def test_a_variable_with_one_underscore_is_refused_not_ignored(name: str) -> None:
-    with pytest.raises(SettingsError, match=f"BLENDMASKD_{name}: .*BLENDMASKD__{name}$"):
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("QUEUE__MAX_JOBS", "QUEUE__MAX_JOBS"), ("QUEUE_MAX_JOBS", "QUEUE__MAX_JOBS"), ("BATCH", "BATCH"),
+     ("endpoints_clients", "ENDPOINTS__CLIENTS"), ("worker_env__A", "worker_env__A")],
+)  # fmt: skip
+def test_a_variable_with_one_underscore_is_refused_not_ignored(name: str, wanted: str) -> None:
+    with pytest.raises(SettingsError, match=f"BLENDMASKD_{name}: .*BLENDMASKD__{wanted}$"):
         load(None, {f"BLENDMASKD_{name}": "7"})
     load(None, {"BLENDMASKD_KEY": "k", "BLENDMASKD_PORT": "tcp://1:1", "BLENDMASKD_HTTP_SERVICE_HOST": "1"})  # others'
 

@@ -1,10 +1,11 @@
 """Where settings come from: a YAML file, the environment, flags. What cannot be one is told by its name."""
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,26 @@ def to_tree(settings: Settings) -> dict[str, Any]:
 
 def _refuse_single_underscore(name: str) -> None:
     """A setting that would be ignored. Others' variables may begin alike: Kubernetes names some after a Service."""
-    section, _, rest = name.removeprefix("BLENDMASKD_").partition("__")
-    if name.startswith("BLENDMASKD_") and section.lower() in Settings.__struct_fields__:
-        wanted = f"{ENVIRONMENT_PREFIX}{section}{rest and '__'}{rest}"
-        raise SettingsError(f"{name}: two underscores behind BLENDMASKD: {wanted}")
+    if not name.startswith("BLENDMASKD_"):
+        return
+    given = name.removeprefix("BLENDMASKD_")
+    known = given.partition("__")[0].lower() in Settings.__struct_fields__
+    if wanted := given if known else _by_single_underscores().get(given.replace("__", "_").lower()):
+        raise SettingsError(f"{name}: expected two underscores between names: {ENVIRONMENT_PREFIX}{wanted}")
+
+
+@functools.cache
+def _by_single_underscores() -> dict[str, str]:
+    """``queue_max_jobs``: ``QUEUE__MAX_JOBS``, and so on."""
+    names = _all_keys(msgspec.to_builtins(Settings(), str_keys=True))
+    return {"_".join(keys): "__".join(keys).upper() for keys in names}
+
+
+def _all_keys(tree: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items():
+        yield (key,)
+        if isinstance(value, dict):
+            yield from ((key, *below) for below in _all_keys(value))
 
 
 def _read(path: str | Path) -> dict[str, Any]:
