@@ -27,7 +27,7 @@ def whole(path: Path, *, over: bool = True, mark: str = "") -> Iterator[Path]:
     writes over what a killed one left.
     """
     if os.path.exists(path) and not (path.is_file() or path.is_dir()):  # such as /dev/null, which root would replace
-        raise FileExistsError(errno.EEXIST, "is there, and is no file", str(path))
+        raise FileExistsError(errno.EEXIST, "exists, and is no regular file", str(path))
     name = os.fsencode(path.name)  # a digest stands for one to which nothing may be added on some disks
     short = path.name if len(name) <= LONGEST_NAME else hashlib.sha256(name).hexdigest()
     beside = path.with_name(f".{short}.{mark or os.getpid()}")

@@ -95,7 +95,7 @@ def test_nobody_else_writes_files_beside_files() -> None:
 def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path, over: bool) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(FileExistsError, match="is no file"), files.whole(pipe, over=over):
+    with pytest.raises(FileExistsError, match="is no regular file"), files.whole(pipe, over=over):
         raise AssertionError
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
     assert pipe.is_fifo()

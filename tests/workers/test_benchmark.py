@@ -280,8 +280,8 @@ def test_bad_values_are_refused(arguments: list[str], capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("file", "complaint"),
     [
-        ("/nowhere/run.json", "the folder /nowhere does not exist"), ("/", "is there, and is no file"),
-        ("/dev/full", "is there, and is no file"), ("/proc/run.json", "nothing can be written there"),
+        ("/nowhere/run.json", "the folder /nowhere does not exist"), ("/", "exists, and is no regular file"),
+        ("/dev/full", "exists, and is no regular file"), ("/proc/run.json", "nothing can be written there"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("flag", ["--json", "--plot"])

@@ -17,7 +17,7 @@ from blendmaskd.shell import launch
 from blendmaskd.topology import HostError
 
 KERNELS = "opp/built-in/op_impl/ai_core/tbe/kernel"  # below ASCEND_HOME_PATH
-CANN_FOLDERS = ("ascend-toolkit", "cann", "nnae", "nnrt")  # below ASCEND, in the order of install_service.sh
+CANN_FOLDERS = ("ascend-toolkit", "cann", "nnae", "nnrt")  # below ascend.INSTALLED, in the order of install_service.sh
 _PAIR = "see docs/deployment.md for matching versions; the newest are at github.com/Ascend/pytorch, COMPATIBILITY.md"
 
 

@@ -70,7 +70,7 @@ def output_file(text: str) -> Path:
     if not os.path.isdir(folder):
         raise argparse.ArgumentTypeError(f"{text}: the folder {folder} does not exist")
     if os.path.exists(path) and not path.is_file():
-        raise argparse.ArgumentTypeError(f"{text}: is there, and is no file")
+        raise argparse.ArgumentTypeError(f"{text}: exists, and is no regular file")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

@@ -176,7 +176,7 @@ class Spool:
         """Raises sqlite3.Error where new images of so many bytes in all would take the last of the disk."""
         if size and self._free_bytes() < RESERVE + 2 * size:  # in the log, then in the database too
             raise sqlite3.OperationalError(
-                f"database or disk is full, but for {RESERVE >> 20} MiB for answers and to forget jobs"
+                f"database or disk is full, except for {RESERVE >> 20} MiB that answers and forgetting need"
             )
 
     def _free_bytes(self) -> int:

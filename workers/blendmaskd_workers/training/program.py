@@ -317,5 +317,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=threads, metavar="N", help="CPU threads for computation (default: PyTorch's choice)")
     add("--max-image-pixels", type=positive, default=500_000_000, metavar="N",
         help="an image with more pixels ends the training (default: 500000000)")
-    add("--seed", type=seed, default=0, metavar="N", help="of initial weights and the order of images (default: 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="seed of initial weights and image order (default: 0)")
     return parser
